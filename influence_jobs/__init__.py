@@ -1,0 +1,28 @@
+"""Training-data attribution: which training examples did this output of a network come from?"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from influence_jobs.errors import InflError
+    from influence_jobs.gradients import GradNorms
+    from influence_jobs.store.run import Run
+    from influence_jobs.tasks.base import Batch, Draw, Task
+
+__all__ = ["Batch", "Draw", "GradNorms", "InflError", "Run", "Task"]
+
+_HOMES = {
+    "Batch": "tasks.base",
+    "Draw": "tasks.base",
+    "GradNorms": "gradients",
+    "InflError": "errors",
+    "Run": "store.run",
+    "Task": "tasks.base",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # On demand: processes that only watch others must not load torch.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

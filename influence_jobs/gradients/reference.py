@@ -1,0 +1,71 @@
+"""Per-sample gradients written for reading, not for speed: what tests compare the engine with."""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.utils import _pytree as pytree
+
+
+def per_sample_gradients(
+    model: nn.Module,
+    layers: Sequence[str],
+    losses: Callable[[nn.Module, Any], Tensor],
+    batch: Any,
+) -> dict[str, Tensor]:
+    """Weight gradient of every sample's loss, in float64, by vmap over `grad` of one sample.
+
+    Args:
+        model: Any model in eval mode; it is copied, not changed.
+        layers: Module names.
+        losses: (model, batch) to one loss per sample (B,).
+        batch: Pytree; its tensors with a first axis of length B are per sample, all else is shared.
+
+    Returns:
+        {layer: (B, *weight shape)}. The gradients of the whole batch are held at once.
+    """
+    with torch.no_grad():
+        size = len(losses(model, batch))
+    model = copy.deepcopy(model).double().requires_grad_(False)
+    weights = {name: model.get_submodule(name).weight for name in layers}
+    batch = pytree.tree_map_only(
+        Tensor, lambda t: t.double() if t.is_floating_point() else t, batch
+    )
+    leaves, structure = pytree.tree_flatten(batch)
+    axes = [0 if _per_sample(leaf, size) else None for leaf in leaves]
+
+    class Losses(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, batch: Any) -> Tensor:
+            return losses(self.model, batch)
+
+    def loss(weights: dict[str, Any], *leaves: Any) -> Tensor:
+        sample = [
+            leaf if axis is None else leaf.unsqueeze(0)
+            for leaf, axis in zip(leaves, axes, strict=True)
+        ]
+        parameters = {f"model.{name}.weight": weight for name, weight in weights.items()}
+        result: Tensor = functional_call(
+            Losses(), parameters, (pytree.tree_unflatten(sample, structure),)
+        )
+        return result.squeeze(0)
+
+    gradients: dict[str, Tensor] = vmap(grad(loss), in_dims=(None, *axes))(weights, *leaves)
+    return gradients
+
+
+def one_sample(batch: Any, index: int, size: int) -> Any:
+    """Sample `index` of a batch of `size`, as a batch of one."""
+    return pytree.tree_map(
+        lambda leaf: leaf[index : index + 1] if _per_sample(leaf, size) else leaf, batch
+    )
+
+
+def _per_sample(leaf: Any, size: int) -> bool:
+    return isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == size

@@ -1,0 +1,70 @@
+"""Weights on disk: those of train runs, and state dicts in files."""
+
+import hashlib
+import io
+from pathlib import Path
+
+from torch import nn
+
+from influence_jobs.errors import ModelError, StoreError
+from influence_jobs.models.checkpoints import load_weights
+from influence_jobs.specs import FileCheckpoint, TrainedCheckpoint
+from influence_jobs.store.layout import checkpoint_name
+from influence_jobs.store.run import Run, checksum
+
+
+def file_checkpoint(path: str) -> FileCheckpoint:
+    """A file's checkpoint, identified by its content.
+
+    Raises:
+        ModelError: There is no such file.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ModelError(f"cannot read checkpoint {path}: {error.strerror}") from error
+    return FileCheckpoint(path=str(Path(path).absolute()), sha256=digest)
+
+
+def load_checkpoint(
+    model: nn.Module, root: str, checkpoint: TrainedCheckpoint | FileCheckpoint
+) -> None:
+    """Put a checkpoint's weights into a model.
+
+    Args:
+        model: On any device.
+        root: Folder of all runs, where train runs lie.
+        checkpoint: Which one.
+
+    Raises:
+        ModelError: The file is missing, damaged or of another architecture.
+        StoreError: The train run's weights are not what its manifest says.
+    """
+    if isinstance(checkpoint, FileCheckpoint):
+        if file_checkpoint(checkpoint.path).sha256 != checkpoint.sha256:
+            raise ModelError(
+                f"checkpoint {checkpoint.path} has changed since the run was submitted: "
+                "restore it, or submit anew"
+            )
+        load_weights(model, Path(checkpoint.path))
+        return
+    run = Run(root, checkpoint.train)
+    name = checkpoint_name(checkpoint.epoch)
+    try:
+        data = run.files.read(name)
+    except FileNotFoundError:
+        data = b""
+    if checksum(data) != recorded_digest(root, checkpoint):
+        raise StoreError(
+            f"{run.files.url}/{name} is missing or damaged: "
+            f"infl verify {run.id} --repair, then infl resume {run.id}"
+        )
+    load_weights(model, io.BytesIO(data), name=f"{run.id}@{checkpoint.epoch}")
+
+
+def recorded_digest(root: str, checkpoint: TrainedCheckpoint) -> str:
+    """SHA-256 of a train run's weights, as its manifest has it; empty if they are not there."""
+    entries = Run(root, checkpoint.train).manifest.done().values()
+    recorded = {name: digest for entry in entries for name, digest in entry.files.items()}
+    return recorded.get(checkpoint_name(checkpoint.epoch), "")

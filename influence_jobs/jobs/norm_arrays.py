@@ -1,0 +1,61 @@
+"""The arrays that gradient norms are kept in, whether replayed or recorded while training."""
+
+import math
+
+import torch
+
+from influence_jobs.gradients import norm_shape, require_supported
+from influence_jobs.store.layout import ArrayLayout, chunk_rows, norms_name
+from influence_jobs.terms import Reduction
+
+KERNEL_DIMS = {
+    "kernel": ("sample", "channel", "kernel_y", "kernel_x"),
+    "channel": ("sample", "channel"),
+    "layer": ("sample",),
+}
+MEANING = {
+    "kernel": "L2 norm over the input axis of the weight gradient",
+    "channel": "L2 norm over the input axis of the weight gradient, summed over the kernel positions",
+    "layer": "L2 norm of the whole weight gradient",
+}
+
+
+def norm_layouts(
+    model: torch.nn.Module,
+    layers: tuple[str, ...],
+    *,
+    num_samples: int,
+    reduction: Reduction,
+    checkpoints: int | None,
+    source: str,
+) -> tuple[ArrayLayout, ...]:
+    """The arrays of gradient norms, one a layer, all with chunks of the same number of rows.
+
+    Args:
+        checkpoints: Length of the leading checkpoint axis; None for no such axis.
+        source: What the norms are of, for the arrays' attributes.
+    """
+    trailing = {}
+    for layer in layers:
+        module = model.get_submodule(layer)
+        require_supported(layer, module)
+        trailing[layer] = norm_shape(module, reduction)
+    widest = max(4 * math.prod(shape) for shape in trailing.values())
+    rows = chunk_rows(num_samples, widest)
+    leading: tuple[int, ...] = () if checkpoints is None else (checkpoints,)
+    return tuple(
+        ArrayLayout(
+            name=norms_name(layer),
+            shape=(*leading, num_samples, *shape),
+            row_axis=len(leading),
+            chunk_rows=rows,
+            dims=(*("checkpoint" for _ in leading), *KERNEL_DIMS[reduction]),
+            attributes={
+                "layer": layer,
+                "quantity": MEANING[reduction],
+                "of": source,
+                "unit": "loss per unit of weight",
+            },
+        )
+        for layer, shape in trailing.items()
+    )

@@ -1,0 +1,54 @@
+"""FFDNet, the denoiser that is told the noise level."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class FFDNet(nn.Module):
+    """FFDNet with batch normalisation, predicting the denoised image itself (no residual).
+
+    The image is folded to half its size (pixel-unshuffle by 2), a constant map of the noise level
+    is appended as the last channel, and 3x3 convolutions work at that size until a pixel-shuffle
+    unfolds their output. Colour: 12 convolutions of 96 channels; grey: 15 of 64. Batch
+    normalisation follows every convolution but the first and the last, and the state dict's names are
+    those of the published colour weights: `main.0.weight` ... `main.32.bias`.
+
+    The published weights were trained on images read by OpenCV, so colour images are BGR. That is
+    settled where images are read (`influence_jobs.datasets.images`), for every FFDNet.
+
+    Zhang, Zuo, Zhang: "FFDNet: Toward a Fast and Flexible Solution for CNN-Based Image Denoising",
+    IEEE TIP 2018.
+
+    Args:
+        color: Three channels (BGR) if true, one (grey) if false.
+    """
+
+    def __init__(self, color: bool = True) -> None:
+        super().__init__()
+        convs, width, folded = (12, 96, 12) if color else (15, 64, 4)
+        # ReLU is not in place: hooks may keep a convolution's output.
+        layers: list[nn.Module] = [nn.Conv2d(folded + 1, width, 3, padding=1), nn.ReLU()]
+        for _ in range(convs - 2):
+            layers += [nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+        layers.append(nn.Conv2d(width, folded, 3, padding=1))
+        self.main = nn.Sequential(*layers)
+
+    def forward(self, noisy_BCHW: torch.Tensor, sigma_B: torch.Tensor) -> torch.Tensor:
+        """Denoise.
+
+        Args:
+            noisy_BCHW: Noisy images, pixel values on the scale where white is 1. Any height and
+                width: an odd one is padded by repeating the edge, and cropped again.
+            sigma_B: Standard deviation of each image's noise, on the same scale.
+
+        Returns:
+            Denoised images, shaped like the input; not clipped to [0, 1].
+        """
+        height, width = noisy_BCHW.shape[-2:]
+        if height % 2 or width % 2:
+            noisy_BCHW = F.pad(noisy_BCHW, (0, width % 2, 0, height % 2), mode="replicate")
+        folded = F.pixel_unshuffle(noisy_BCHW, 2)
+        noise_map = sigma_B.view(-1, 1, 1, 1).expand(-1, 1, *folded.shape[-2:])
+        denoised = F.pixel_shuffle(self.main(torch.cat((folded, noise_map), dim=1)), 2)
+        return denoised[..., :height, :width]

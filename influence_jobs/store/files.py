@@ -1,0 +1,267 @@
+"""A folder of small files on a local disk or an object store, with the few operations runs need.
+
+Both kinds replace a file atomically and can create one only if it is absent, and what goes wrong is an OSError with
+either. Nothing here knows what the files hold.
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from zarr.abc.store import Store
+from zarr.storage import LocalStore
+
+from influence_jobs.errors import StoreError
+
+PARTIAL = ".partial"  # suffix of files being written, ours and Zarr's
+
+
+class Files(Protocol):
+    """Named byte strings below one folder; names are relative posix paths."""
+
+    url: str
+
+    def read(self, name: str) -> bytes:
+        """Raises FileNotFoundError where there is none."""
+
+    def write(self, name: str, data: bytes) -> None:
+        """Replace the file as a whole: readers see the old bytes or the new."""
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write the file if there is none; False if there was one."""
+
+    def delete(self, name: str) -> None:
+        """Remove the file if it is there."""
+
+    def names(self, folder: str) -> list[str]:
+        """Names of the files right in a folder, sorted, without the folder; empty if there is none."""
+
+    def folders(self) -> list[str]:
+        """Names of the folders right below this one, sorted."""
+
+    def sub(self, folder: str) -> "Files":
+        """The files below one folder."""
+
+    def zarr_store(self, folder: str) -> Store:
+        """The folder as a Zarr store."""
+
+    def sync(self, names: Iterable[str]) -> None:
+        """Make files that others wrote durable, where a write alone is not; missing ones are passed over."""
+
+    def free_bytes(self) -> int | None:
+        """Bytes that can still be written, where that is known."""
+
+    def sweep(self) -> None:
+        """Remove what killed writers left behind; only for the one driver that owns the folder."""
+
+
+class LocalFiles:
+    """Files on a local or shared disk, durable once a call returns."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.url = str(root)
+
+    def read(self, name: str) -> bytes:
+        try:
+            return (self.root / name).read_bytes()
+        except NotADirectoryError as error:
+            raise FileNotFoundError(*error.args) from error
+
+    def write(self, name: str, data: bytes) -> None:
+        with self._written_aside(name, data) as aside:
+            aside.replace(self.root / name)
+
+    def create(self, name: str, data: bytes) -> bool:
+        with self._written_aside(name, data) as aside:
+            path = self.root / name
+            try:
+                path.hardlink_to(aside)
+            except FileExistsError:
+                return False
+            except OSError:  # exFAT and some network disks know no links
+                return _create_in_place(path, data)
+            return True
+
+    @contextlib.contextmanager
+    def _written_aside(self, name: str, data: bytes) -> Iterator[Path]:
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
+        try:
+            with aside.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            yield aside
+        finally:
+            aside.unlink(missing_ok=True)
+        _sync_folder(path.parent)  # the rename itself must survive a power cut
+
+    def delete(self, name: str) -> None:
+        (self.root / name).unlink(missing_ok=True)
+
+    def names(self, folder: str) -> list[str]:
+        path = self.root / folder
+        if not path.is_dir():
+            return []
+        return sorted(
+            p.name for p in path.iterdir() if p.is_file() and not p.name.endswith(PARTIAL)
+        )
+
+    def folders(self) -> list[str]:
+        if not self.root.is_dir():
+            return []
+        return sorted(p.name for p in self.root.iterdir() if p.is_dir())
+
+    def sub(self, folder: str) -> "LocalFiles":
+        return LocalFiles(self.root / folder)
+
+    def zarr_store(self, folder: str) -> Store:
+        return LocalStore(self.root / folder)
+
+    def sync(self, names: Iterable[str]) -> None:
+        paths = [path for name in names if (path := self.root / name).exists()]
+        for path in paths:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        # A chunk's folder may be new as well.
+        for folder in {f for path in paths for f in (path.parent, path.parent.parent)}:
+            _sync_folder(folder)
+
+    def free_bytes(self) -> int | None:
+        folder = self.root
+        while not folder.exists():
+            folder = folder.parent
+        return shutil.disk_usage(folder).free
+
+    def sweep(self) -> None:
+        for path in self.root.rglob(f"*{PARTIAL}"):
+            path.unlink(missing_ok=True)
+
+
+def _create_in_place(path: Path, data: bytes) -> bool:
+    try:
+        file = path.open("xb")
+    except FileExistsError:
+        return False
+    with file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return True
+
+
+def _sync_folder(folder: Path) -> None:
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # Windows opens no folders
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class ObjectFiles:
+    """Files in a bucket of an object store (s3://, gs://, az://), by obstore."""
+
+    def __init__(self, url: str):
+        from obstore.store import from_url  # an optional extra
+
+        self.url = url.rstrip("/")
+        with _os_errors():
+            self._store: Any = from_url(self.url)
+
+    def read(self, name: str) -> bytes:
+        with _os_errors():
+            return bytes(self._store.get(name).bytes())
+
+    def write(self, name: str, data: bytes) -> None:
+        with _os_errors():
+            self._store.put(name, data)
+
+    def create(self, name: str, data: bytes) -> bool:
+        from obstore.exceptions import AlreadyExistsError
+
+        with _os_errors():
+            try:
+                self._store.put(name, data, mode="create")
+            except AlreadyExistsError:
+                return False
+        return True
+
+    def delete(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError), _os_errors():
+            self._store.delete(name)
+
+    def names(self, folder: str) -> list[str]:
+        with _os_errors():
+            listing = self._store.list_with_delimiter(folder)
+        return sorted(entry["path"].rpartition("/")[2] for entry in listing["objects"])
+
+    def folders(self) -> list[str]:
+        with _os_errors():
+            prefixes = self._store.list_with_delimiter()["common_prefixes"]
+        return sorted(prefix.rstrip("/").rpartition("/")[2] for prefix in prefixes)
+
+    def sub(self, folder: str) -> "ObjectFiles":
+        return ObjectFiles(f"{self.url}/{folder}")
+
+    def zarr_store(self, folder: str) -> Store:
+        from obstore.store import from_url
+        from zarr.storage import ObjectStore
+
+        return ObjectStore(from_url(f"{self.url}/{folder}"))
+
+    def sync(self, names: Iterable[str]) -> None:
+        """Nothing to do: an object that was put is durable."""
+
+    def free_bytes(self) -> int | None:
+        return None
+
+    def sweep(self) -> None:
+        """Nothing to do: an object is there as a whole or not at all."""
+
+
+@contextlib.contextmanager
+def _os_errors() -> Iterator[None]:
+    """Raise an object store's own errors as OSErrors; it has FileNotFoundError from the start."""
+    from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
+
+    try:
+        yield
+    except (PermissionDeniedError, UnauthenticatedError) as error:
+        raise PermissionError(errno.EACCES, _first_line(error)) from error
+    except BaseError as error:
+        raise OSError(errno.EIO, _first_line(error)) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def open_files(url: str) -> LocalFiles | ObjectFiles:
+    """The files at a path or URL.
+
+    Raises:
+        StoreError: The URL's kind is unknown, or the extra it needs is not installed.
+    """
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        return LocalFiles(Path(url).expanduser().absolute())
+    if scheme == "file":
+        return LocalFiles(Path(rest))
+    if scheme not in {"s3", "gs", "az"}:
+        raise StoreError(f"runs cannot be kept at {url}: use a path, s3://, gs:// or az://")
+    try:
+        return ObjectFiles(url)
+    except ImportError as error:
+        raise StoreError(
+            f"{url} needs the cloud extra: pip install 'influence-jobs[cloud]'"
+        ) from error

@@ -1,0 +1,29 @@
+"""Finding runs in the folder of all runs."""
+
+from influence_jobs.errors import StoreError
+from influence_jobs.store import layout
+from influence_jobs.store.files import open_files
+from influence_jobs.store.run import Run
+
+
+def run_ids(root: str) -> list[str]:
+    """Ids of the runs in a folder, sorted; other folders there are ignored."""
+    files = open_files(root)
+    return [name for name in files.folders() if layout.SPEC in files.names(name)]
+
+
+def find_run(root: str, word: str) -> Run:
+    """A run by its id, or by the first characters of the id or of its hash.
+
+    Raises:
+        StoreError: None or several runs are called so.
+    """
+    ids = run_ids(root)
+    if word in ids:
+        return Run.open(root, word)
+    found = [i for i in ids if i.startswith(word) or i.rpartition("-")[2].startswith(word)]
+    if len(found) == 1:
+        return Run.open(root, found[0])
+    if found:
+        raise StoreError(f"{word!r} may be any of {', '.join(found)}: write more of it")
+    raise StoreError(f"there is no run {word} in {root}: `infl runs` lists those there are")

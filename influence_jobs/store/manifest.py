@@ -1,0 +1,80 @@
+"""Which shards are done: one small file a shard, the only truth about a run's completeness.
+
+A lost chunk reads back as NaN without an error, and a chunk of NaNs is never written, so the arrays themselves cannot
+tell. The file says "running" with an attempt number while the shard is computed, and "done" with the checksums of what
+was written only after the data are on disk. No two workers share one, and it is replaced atomically.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+from influence_jobs.errors import StoreError
+from influence_jobs.store import layout
+from influence_jobs.store.files import Files
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A shard's record.
+
+    Attributes:
+        start: First row.
+        stop: Row after the last.
+        attempt: How often the shard was started, this time included.
+        spec: Hash of the spec it was computed for.
+        arrays: SHA-256 of the rows written, by array.
+        files: SHA-256 of the files written, by name.
+        seconds: Time taken, writing included.
+        worker: Host and process that did it.
+    """
+
+    shard: str
+    start: int
+    stop: int
+    attempt: int
+    spec: str
+    state: Literal["running", "done"] = "running"
+    arrays: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    worker: str = ""
+    finished_at: float | None = None
+
+
+class Manifest:
+    """The entries of one run."""
+
+    def __init__(self, files: Files):
+        self._files = files
+
+    def read(self, shard: str) -> Entry | None:
+        """A shard's entry, or None if it was never started."""
+        try:
+            text = self._files.read(_name(shard))
+        except FileNotFoundError:
+            return None
+        try:
+            return Entry(**json.loads(text))
+        except (ValueError, TypeError) as error:
+            raise StoreError(
+                f"{self._files.url}/{_name(shard)} is damaged ({error}); delete it and resume"
+            ) from error
+
+    def write(self, entry: Entry) -> None:
+        """Replace a shard's entry."""
+        self._files.write(_name(entry.shard), json.dumps(asdict(entry), indent=1).encode())
+
+    def entries(self) -> list[Entry]:
+        """All entries, by shard."""
+        shards = [name.removesuffix(".json") for name in self._files.names(layout.MANIFEST)]
+        return [entry for shard in shards if (entry := self.read(shard))]
+
+    def done(self) -> dict[str, Entry]:
+        """The finished shards."""
+        return {entry.shard: entry for entry in self.entries() if entry.state == "done"}
+
+
+def _name(shard: str) -> str:
+    return f"{layout.MANIFEST}/{shard}.json"

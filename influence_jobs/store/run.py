@@ -1,0 +1,205 @@
+"""One run: a folder with a spec, arrays, a manifest of finished shards, and tables."""
+
+import hashlib
+import io
+import itertools
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import zarr
+from zarr.codecs import BloscCodec, Crc32cCodec
+
+from influence_jobs.errors import StoreError
+from influence_jobs.specs import AnySpec, parse_spec
+from influence_jobs.store import layout
+from influence_jobs.store.files import open_files
+from influence_jobs.store.layout import ArrayLayout
+from influence_jobs.store.manifest import Manifest
+
+
+class Run:
+    """The run of a spec: where its files are. Making one touches nothing; `open` and `create` do.
+
+    Args:
+        root: Folder of all runs: a path, s3:// or gs:// URL.
+        spec: What the run is of.
+    """
+
+    def __init__(self, root: str, spec: AnySpec):
+        self.root = root
+        self.spec = spec
+        self.id = spec.run_id
+        self.files = open_files(root).sub(self.id)
+        self.manifest = Manifest(self.files)
+
+    @classmethod
+    def open(cls, root: str, run_id: str) -> "Run":
+        """An existing run.
+
+        Raises:
+            StoreError: There is no such run, or its spec does not match its name.
+        """
+        files = open_files(root).sub(run_id)
+        try:
+            text = files.read(layout.SPEC)
+        except (FileNotFoundError, NotADirectoryError):
+            raise StoreError(
+                f"there is no run {run_id} in {root}: `infl runs` lists those there are"
+            ) from None
+        run = cls(root, parse_spec(text, f"{files.url}/{layout.SPEC}"))
+        if run.id != run_id:
+            raise StoreError(
+                f"run {run_id}: its {layout.SPEC} was changed and now describes {run.id}; "
+                "restore it, or submit the changed request as a run of its own"
+            )
+        return run
+
+    @classmethod
+    def create(cls, root: str, spec: AnySpec) -> "Run":
+        """The run of a spec, made if it is not there yet.
+
+        A run that is there learns where its inputs lie now: paths are no part of what was asked.
+
+        Raises:
+            StoreError: The folder cannot be written.
+        """
+        run = cls(root, spec)
+        text = spec.model_dump_json(indent=2).encode()
+        try:
+            if not run.files.create(layout.SPEC, text) and cls.open(root, run.id).spec != spec:
+                run.files.write(layout.SPEC, text)
+        except OSError as error:
+            raise StoreError(
+                f"cannot write runs to {root} ({error.strerror or error}): "
+                "choose another folder with --runs"
+            ) from error
+        return cls.open(root, run.id)
+
+    # -- plan and status --------------------------------------------------------------------------
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """A JSON file of the run, or None where there is none."""
+        try:
+            data: dict[str, Any] = json.loads(self.files.read(name))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise StoreError(f"run {self.id}: {name} is damaged ({error}); delete it") from error
+        return data
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Replace a JSON file of the run."""
+        self.files.write(name, json.dumps(value, indent=1).encode())
+
+    # -- arrays -----------------------------------------------------------------------------------
+
+    def create_arrays(self, layouts: Sequence[ArrayLayout]) -> None:
+        """Create the arrays that are not there yet, at full shape and filled with NaN."""
+        group = zarr.open_group(self.files.zarr_store(layout.ARRAYS), mode="a")
+        group.attrs["run"] = self.id
+        for array in layouts:
+            if array.name in group:
+                continue
+            group.create_array(
+                array.name,
+                shape=array.shape,
+                chunks=array.chunks,
+                dtype=array.dtype,
+                fill_value=float("nan"),
+                # Without the checksum a flipped byte reads back as a wrong number, silently.
+                compressors=[
+                    BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle"),
+                    Crc32cCodec(),
+                ],
+                dimension_names=array.dims,
+                attributes={**array.attributes, "row_axis": array.row_axis},
+            )
+
+    @cached_property
+    def _arrays(self) -> dict[str, "zarr.Array[Any]"]:
+        group = zarr.open_group(self.files.zarr_store(layout.ARRAYS), mode="r+")
+        members = sorted(group.members(None))
+        return {name: node for name, node in members if isinstance(node, zarr.Array)}
+
+    def array_names(self) -> list[str]:
+        """Names of all arrays, sorted; none before the run has begun."""
+        return list(self._arrays) if self.read_json(f"{layout.ARRAYS}/zarr.json") else []
+
+    def array(self, name: str) -> "zarr.Array[Any]":
+        """An array, unread.
+
+        Raises:
+            StoreError: The run has no such array.
+        """
+        found = self._arrays.get(name)
+        if found is None:
+            raise StoreError(
+                f"run {self.id} has no array {name!r}; it has {', '.join(self._arrays) or 'none yet'}"
+            )
+        return found
+
+    def write_rows(self, name: str, start: int, values: npt.NDArray[Any]) -> str:
+        """Write rows of an array and return the SHA-256 of their bytes (C order, little endian).
+
+        Rows must be whole chunks: two writers in one chunk lose each other's rows.
+        """
+        array, axis = self.array(name), self.row_axis(name)
+        stop = start + values.shape[axis]
+        rows, total = array.chunks[axis], array.shape[axis]
+        if start % rows or (stop % rows and stop != total):
+            raise StoreError(f"rows {start}..{stop} of {name} are not whole chunks of {rows}")
+        values = np.ascontiguousarray(values, dtype=array.dtype)
+        array[(*(slice(None),) * axis, slice(start, stop))] = values
+        # Zarr does not sync, and the manifest that vouches for these chunks must not outlive them.
+        cells = [range(math.ceil(n / c)) for n, c in zip(array.shape, array.chunks, strict=True)]
+        cells[axis] = range(start // rows, math.ceil(stop / rows))
+        keys = ("/".join(map(str, index)) for index in itertools.product(*cells))
+        self.files.sync(f"{layout.ARRAYS}/{name}/c/{key}" for key in keys)
+        return checksum(values)
+
+    def read_rows(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
+        """Rows of an array along its sample axis."""
+        array, axis = self.array(name), self.row_axis(name)
+        return np.asarray(array[(*(slice(None),) * axis, slice(start, stop))])
+
+    def row_axis(self, name: str) -> int:
+        """Which axis of an array has the samples."""
+        axis = self.array(name).attrs["row_axis"]
+        assert isinstance(axis, int)
+        return axis
+
+    # -- tables and other files -------------------------------------------------------------------
+
+    def write_table(self, name: str, table: pa.Table) -> dict[str, str]:
+        """Replace a Parquet table; returns the SHA-256 of its file, by the file's name."""
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer)
+        file = f"{layout.TABLES}/{name}.parquet"
+        self.files.write(file, buffer.getvalue())
+        return {file: checksum(buffer.getvalue())}
+
+    def read_table(self, name: str) -> pa.Table:
+        """A Parquet table of the run."""
+        return pq.read_table(io.BytesIO(self.files.read(f"{layout.TABLES}/{name}.parquet")))
+
+    def table_names(self) -> list[str]:
+        """Names of all tables, sorted."""
+        return [name.removesuffix(".parquet") for name in self.files.names(layout.TABLES)]
+
+
+def checksum(data: npt.NDArray[Any] | bytes) -> str:
+    """SHA-256 in hex of bytes, or of an array's bytes in C order."""
+    return hashlib.sha256(data if isinstance(data, bytes) else data.tobytes()).hexdigest()
+
+
+def now() -> float:
+    """Seconds since 1970, as all files of a run state times."""
+    return time.time()

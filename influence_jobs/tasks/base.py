@@ -1,0 +1,123 @@
+"""The plug-in: a Task is a model, its training data, and a loss for every sample.
+
+A minimal task has three methods::
+
+    class Iris(Task):
+        def model(self):
+            return nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3))
+
+        def train_data(self):
+            return TensorDataset(features, labels)
+
+        def losses(self, model, batch):
+            x, y = batch
+            return F.cross_entropy(model(x), y, reduction="none")
+
+and is used as `infl submit grad-norms --task my_module:Iris`. Keyword arguments of its constructor are set by
+`--option name=value`.
+"""
+
+import hashlib
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.data import default_collate
+
+Batch = Any  # a pytree of tensors with a leading batch axis
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Move every tensor of a batch."""
+    return pytree.tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's weights lie."""
+    return next(model.parameters()).device
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Which random realisation of a sample: the same (seed, index, sample) gives the same numbers.
+
+    Attributes:
+        seed: The run's seed.
+        index: The epoch in training, the number of the noise draw in attribution.
+    """
+
+    seed: int
+    index: int = 0
+
+
+class Task(ABC):
+    """Model, data and loss of one problem.
+
+    Attributes:
+        batch_size: Samples a pass in attribution, unless the user says otherwise.
+        paths: Arguments of the constructor that say where data lie. They do not name the run; the data's
+            fingerprint does.
+        attribution_options: Arguments of the constructor that training does not look at, so that
+            changing them needs no new training.
+    """
+
+    batch_size: ClassVar[int] = 64
+    paths: ClassVar[frozenset[str]] = frozenset()
+    attribution_options: ClassVar[frozenset[str]] = frozenset()
+
+    @abstractmethod
+    def model(self) -> nn.Module:
+        """The architecture, freshly initialised from torch's global seed; weights come from checkpoints."""
+
+    @abstractmethod
+    def train_data(self) -> Sized:
+        """The training set; `len` gives N and the position of a sample is its id for good."""
+
+    @abstractmethod
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The training loss of every sample of a batch, shape (B,): not averaged."""
+
+    def batch(self, ids: Tensor, draw: Draw) -> Batch:
+        """The samples with these ids, shape (B,), as attribution sees them.
+
+        Randomness must depend on `draw` and the sample's id alone, never on the batch around it.
+        """
+        data: Any = self.train_data()
+        return default_collate([data[int(i)] for i in ids])
+
+    def train_batch(self, ids: Tensor, draw: Draw) -> Batch:
+        """The samples as training sees them: augmented, noised; by default as attribution does."""
+        return self.batch(ids, draw)
+
+    def evaluate(self, model: nn.Module) -> Mapping[str, float]:
+        """Figures of merit on held-out data, e.g. `{"accuracy": .98}`; the model is in eval mode."""
+        return {}
+
+    def describe(self, ids: npt.NDArray[np.int64]) -> Mapping[str, npt.NDArray[Any]]:
+        """Columns that tell a person which samples these are, e.g. label, or file, row and column."""
+        return {}
+
+    def prepare(self, say: Callable[[str], None]) -> None:  # noqa: B027  (many tasks need nothing)
+        """Fetch and check the data, once, when a job is submitted; `say` takes lines for the user.
+
+        Raises:
+            DataError: They cannot be had or are damaged.
+        """
+
+    def fingerprint(self) -> str:
+        """Changes when the data or the task's code do, so that results of others are never reused.
+
+        By default it has the number of samples and the hash of the file that defines the class. Data that can
+        change at the same number need a fingerprint of their own.
+        """
+        source = inspect.getsourcefile(type(self))
+        code = hashlib.sha256(Path(source).read_bytes()).hexdigest() if source else "unknown"
+        return f"{len(self.train_data())} samples, code {code[:16]}"

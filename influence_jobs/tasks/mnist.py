@@ -1,0 +1,84 @@
+"""The report's MNIST classifier: 784-128-64-10, negative log-likelihood, 60,000 images."""
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from influence_jobs.datasets.mnist import Mnist, default_data_dir, fetch_mnist, load_mnist
+from influence_jobs.models.mnist_mlp import MnistMLP
+from influence_jobs.tasks.base import Batch, Draw, Task, device_of, to_device
+
+
+class MnistTask(Task):
+    """MNIST in its canonical order, pixels scaled to [-1, 1].
+
+    Args:
+        data_dir: Folder that `infl data mnist` filled; the user's cache by default.
+        limit: Only the first so many training images.
+    """
+
+    batch_size = 1024
+    paths = frozenset({"data_dir"})
+
+    def __init__(self, *, data_dir: str | None = None, limit: int | None = None):
+        self.data_dir = Path(data_dir) if data_dir else default_data_dir()
+        self.limit = limit
+
+    @cached_property
+    def _mnist(self) -> Mnist:
+        return load_mnist(self.data_dir)
+
+    @cached_property
+    def _images_NP(self) -> Tensor:
+        return _scaled(self._mnist.train_images[: self.limit])
+
+    @cached_property
+    def _labels_N(self) -> Tensor:
+        return self._mnist.train_labels[: self.limit]
+
+    def model(self) -> nn.Module:
+        return MnistMLP()
+
+    def train_data(self) -> Tensor:
+        return self._labels_N
+
+    def batch(self, ids: Tensor, draw: Draw) -> Batch:
+        return self._images_NP[ids], self._labels_N[ids]
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        images, labels = batch
+        return F.nll_loss(model(images), labels, reduction="none")
+
+    def test_images(self) -> Tensor:
+        """The 10,000 test images as the model takes them, (10000, 784)."""
+        return _scaled(self._mnist.test_images)
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module) -> Mapping[str, float]:
+        images, labels = to_device((self.test_images(), self._mnist.test_labels), device_of(model))
+        log_probs = model(images)
+        return {
+            "accuracy": float((log_probs.argmax(1) == labels).double().mean()),
+            "test_loss": float(F.nll_loss(log_probs, labels)),
+        }
+
+    def describe(self, ids: npt.NDArray[np.int64]) -> Mapping[str, npt.NDArray[Any]]:
+        return {"label": self._labels_N.numpy()[ids]}
+
+    def prepare(self, say: Callable[[str], None]) -> None:
+        fetch_mnist(self.data_dir, say=say)
+
+    def fingerprint(self) -> str:
+        # load_mnist has compared the MD5 of every file, so the content is known.
+        return f"MNIST, {len(self._labels_N)} samples"
+
+
+def _scaled(images: Tensor) -> Tensor:
+    return images.flatten(1).float().div_(255).sub_(0.5).div_(0.5)

@@ -1,0 +1,58 @@
+"""Finding a task by name: ours, an installed plug-in's, or `module:Class`."""
+
+import importlib
+import inspect
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from influence_jobs.errors import SpecError
+from influence_jobs.specs import TaskSpec
+from influence_jobs.tasks.base import Task
+
+ENTRY_POINTS = "influence_jobs.tasks"  # group in which packages announce tasks of their own
+BUILT_IN = {
+    "mnist": "influence_jobs.tasks.mnist:MnistTask",
+    "ffdnet": "influence_jobs.tasks.ffdnet:FFDNetTask",
+    "ffdnet-grey": "influence_jobs.tasks.ffdnet:FFDNetGreyTask",
+}
+
+
+def task_class(name: str) -> type[Task]:
+    """The class behind a task's name.
+
+    Raises:
+        SpecError: There is no such task, or what is there is no task.
+    """
+    announced = {point.name: point.value for point in entry_points(group=ENTRY_POINTS)}
+    known = {**announced, **BUILT_IN}
+    target = known.get(name, name)
+    module_name, _, class_name = target.partition(":")
+    if not class_name:
+        raise SpecError(
+            f"unknown task {name!r}: choose {', '.join(sorted(known))}, or name your own as module:Class"
+        )
+    if name not in known and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # one's own task lies where one works; it shadows nothing
+    try:
+        found = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        raise SpecError(f"task {name!r} cannot be imported: {error}") from error
+    if not (inspect.isclass(found) and issubclass(found, Task)):
+        raise SpecError(f"task {name!r} is not a subclass of influence_jobs.Task")
+    return found
+
+
+def make_task(spec: TaskSpec) -> Task:
+    """Build the task a spec describes.
+
+    Raises:
+        SpecError: The task is unknown or does not take one of the options.
+    """
+    found = task_class(spec.name)
+    arguments = {**spec.options, **spec.paths}
+    try:
+        inspect.signature(found).bind(**arguments)
+    except TypeError as error:
+        raise SpecError(f"task {spec.name!r} has no such option: {error}") from error
+    return found(**arguments)
