@@ -1,0 +1,275 @@
+"""The job client: Ray's Jobs REST API with a deadline on every call and a one-line error for every fault.
+
+Ray's own `JobSubmissionClient` speaks the same API, but it waits for ever when the head hangs, obeys
+`RAY_ADDRESS` over the address it is given (and would send our token there), and follows proxies and
+redirects. This client does none of that, and needs no import of ray.
+"""
+
+import http.client
+import ipaddress
+import json
+import os
+import shlex
+import ssl
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+from influence_jobs.errors import RuntimeFault
+
+FINAL_STATUSES = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
+
+
+class UnknownJob(RuntimeFault):
+    """The Ray asked has no job of that id: never submitted there, or the head was started anew."""
+
+
+class JobClient:
+    """Jobs of one Ray cluster, reached through its dashboard address.
+
+    Args:
+        address: `http://HOST:PORT` or `https://HOST[:PORT][/PREFIX]` of the Ray dashboard.
+        token: Ray's authentication token; None for a cluster that asks for none.
+        token_source: Where the token came from, for the error message when it is refused.
+        timeout_s: How long any call may wait for the cluster.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        token: str | None,
+        *,
+        token_source: str = "the token given",
+        timeout_s: float = 30.0,
+    ) -> None:
+        self.address = address.rstrip("/")
+        self._token = token
+        self._token_source = token_source
+        self._timeout_s = timeout_s
+        self._scheme, self._host, self._port, self._prefix = _parse(self.address)
+
+    def version(self) -> dict[str, str]:
+        """Return what `/api/version` says: `ray_version`, `session_name` and more.
+
+        Raises:
+            RuntimeFault: Nothing answers there in time, it is not Ray, or it refuses the token.
+        """
+        answer = self._call("GET", "/api/version")
+        if not isinstance(answer, dict) or "ray_version" not in answer:
+            raise RuntimeFault(
+                f"no Ray answers at {self.address}: something else is listening there"
+            )
+        return answer
+
+    def has_node(self) -> bool:
+        """Return whether a node is up; a head answers some seconds before its own is.
+
+        Raises:
+            RuntimeFault: The cluster could not be asked.
+        """
+        nodes = self._call("GET", "/api/v0/nodes")["data"]["result"]["result"]
+        return any(node["state"] == "ALIVE" for node in nodes)
+
+    def submit(
+        self,
+        entrypoint: Sequence[str],
+        *,
+        submission_id: str,
+        metadata: Mapping[str, str],
+        env: Mapping[str, str],
+    ) -> str:
+        """Start a job and return its submission id.
+
+        The dashboard shows the entry point, the metadata and `env`: put no secret in them.
+
+        Args:
+            entrypoint: argv of the driver; quoted, so no word of it reaches a shell as syntax.
+            submission_id: Our name for the job; a cluster takes each name once.
+            metadata: Shown on the job's page.
+            env: Environment variables set for the driver and its workers.
+
+        Raises:
+            RuntimeFault: The id was used before, or the cluster could not be asked.
+        """
+        body = {
+            "entrypoint": shlex.join(entrypoint),
+            "submission_id": submission_id,
+            "metadata": dict(metadata),
+            "runtime_env": {"env_vars": dict(env)},
+        }
+        answer = self._call("POST", "/api/jobs/", body)
+        return str(answer["submission_id"])
+
+    def status(self, submission_id: str) -> str:
+        """Return PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED.
+
+        Raises:
+            UnknownJob: The cluster has no such job.
+            RuntimeFault: The cluster could not be asked.
+        """
+        return str(self._call("GET", _job_path(submission_id))["status"])
+
+    def stop(self, submission_id: str) -> None:
+        """Ask a job to end: SIGTERM now, SIGKILL some seconds later. A finished job is left as it is.
+
+        Raises:
+            UnknownJob: The cluster has no such job.
+            RuntimeFault: The cluster could not be asked.
+        """
+        self._call("POST", _job_path(submission_id, "/stop"))
+
+    def logs(self, submission_id: str) -> str:
+        """Return all the driver has printed so far.
+
+        Raises:
+            UnknownJob: The cluster has no such job.
+            RuntimeFault: The cluster could not be asked.
+        """
+        return str(self._call("GET", _job_path(submission_id, "/logs"))["logs"])
+
+    def unfinished(self) -> list[str]:
+        """Return the submission ids of the jobs that are waiting or running.
+
+        Raises:
+            RuntimeFault: The cluster could not be asked.
+        """
+        jobs = self._call("GET", "/api/jobs/")
+        return [
+            job["submission_id"]
+            for job in jobs
+            if job.get("submission_id") and job["status"] not in FINAL_STATUSES
+        ]
+
+    def _call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        headers = {"Content-Type": "application/json"} if body is not None else {}
+        if self._token is not None:
+            headers["Authorization"] = f"Bearer {self._token}"
+        connection: http.client.HTTPConnection
+        if self._scheme == "https":
+            connection = http.client.HTTPSConnection(
+                self._host,
+                self._port,
+                timeout=self._timeout_s,
+                context=ssl.create_default_context(),
+            )
+        else:
+            connection = http.client.HTTPConnection(self._host, self._port, timeout=self._timeout_s)
+        try:
+            payload = None if body is None else json.dumps(body)
+            connection.request(method, self._prefix + path, payload, headers)
+            response = connection.getresponse()
+            text = response.read().decode(errors="replace")
+        except TimeoutError:
+            raise RuntimeFault(
+                f"no Ray answers at {self.address}: silence for {self._timeout_s:g} s"
+            ) from None
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "strerror", None) or error or type(error).__name__
+            raise RuntimeFault(f"no Ray answers at {self.address}: {reason}") from None
+        finally:
+            connection.close()
+        if response.status == 200:
+            try:
+                return json.loads(text)
+            except ValueError:
+                raise RuntimeFault(
+                    f"no Ray answers at {self.address}: something else is listening there"
+                ) from None
+        raise self._fault(response.status, path, text, body)
+
+    def _fault(
+        self, status: int, path: str, text: str, body: Mapping[str, Any] | None
+    ) -> RuntimeFault:
+        if status == 401 and self._token is None:
+            return RuntimeFault(
+                f"Ray at {self.address} wants a token: set RAY_AUTH_TOKEN_PATH to its token file"
+            )
+        if status in (401, 403):
+            return RuntimeFault(
+                f"Ray at {self.address} refuses the token from {self._token_source}: "
+                "set RAY_AUTH_TOKEN_PATH to that cluster's token file"
+            )
+        job = path.removeprefix("/api/jobs/").split("/")[0]  # empty for other paths
+        if status == 404 and job:
+            return UnknownJob(
+                f"Ray at {self.address} has no job {job}: it may have been restarted since"
+            )
+        if body is not None and "already exists" in text:
+            return RuntimeFault(
+                f"job {body['submission_id']} was submitted to {self.address} before: "
+                "a submission id can be used once"
+            )
+        last_line = text.strip().rsplit("\n", 1)[-1][:300]
+        return RuntimeFault(f"Ray at {self.address} answered {status} to {path}: {last_line}")
+
+
+def remote_client(address: str, *, timeout_s: float = 30.0) -> JobClient:
+    """Return a client of the cluster the user names with `--address`.
+
+    The token is RAY_AUTH_TOKEN, the content of the file RAY_AUTH_TOKEN_PATH, or that of
+    `~/.ray/auth_token`, in this order; a cluster without one is not used.
+
+    Raises:
+        RuntimeFault: No usable address, no token, or plain http to another machine, where the token
+            could be read on the way.
+    """
+    scheme, host, _, _ = _parse(address)
+    if scheme == "http" and not _is_loopback(host):
+        raise RuntimeFault(
+            f"{address} would carry the token in clear text: use https, or an SSH tunnel "
+            f"(ssh -L 8265:localhost:8265 {host}) and http://localhost:8265"
+        )
+    token, source = _find_token()
+    return JobClient(address, token, token_source=source, timeout_s=timeout_s)
+
+
+def _find_token() -> tuple[str, str]:
+    """Return the token of the environment and the name of its source."""
+    if "RAY_AUTH_TOKEN" in os.environ:
+        source, token = "RAY_AUTH_TOKEN", os.environ["RAY_AUTH_TOKEN"]
+    else:
+        default = Path("~/.ray/auth_token").expanduser()
+        path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or default)
+        source = f"RAY_AUTH_TOKEN_PATH ({path})" if path != default else str(path)
+        try:
+            token = path.read_text()
+        except FileNotFoundError:
+            raise RuntimeFault(
+                f"no Ray token in {source}: set RAY_AUTH_TOKEN_PATH to the cluster's token file"
+            ) from None
+        except OSError as error:
+            raise RuntimeFault(f"cannot read the Ray token in {source}: {error.strerror}") from None
+    token = token.strip()
+    if not token or not token.isascii() or not token.isprintable():
+        raise RuntimeFault(f"{source} holds no Ray token: it must be one line of plain characters")
+    return token, source
+
+
+def _parse(address: str) -> tuple[str, str, int | None, str]:
+    """Split a dashboard address into scheme, host, port and path prefix."""
+    parts = urlsplit(address)
+    if parts.scheme == "ray":
+        raise RuntimeFault(
+            f"{address} is a Ray client address: give the dashboard's, http://{parts.hostname}:8265"
+        )
+    try:
+        port = parts.port
+    except ValueError:
+        port = -1
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == -1:
+        raise RuntimeFault(f"cannot use the address {address}: give http(s)://HOST:PORT")
+    return parts.scheme, parts.hostname, port, parts.path.rstrip("/")
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _job_path(submission_id: str, action: str = "") -> str:
+    return f"/api/jobs/{quote(submission_id, safe='')}{action}"

@@ -1,0 +1,203 @@
+"""Carry out a run: its inputs first, then every shard that is not done yet, then its tables.
+
+The driver is the one writer of a run's plan and status and the one that hands out shards. It holds no state that is not
+in the run folder: killed at any point, the next one goes on where it was.
+"""
+
+import logging
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from types import FrameType
+from typing import Any, Protocol
+
+from infl_cluster.run_log import run_log
+from infl_cluster.status import StatusWriter
+from influence_jobs.errors import RuntimeFault, StoreError
+from influence_jobs.jobs.base import Job, Plan, Receipt, Shard
+from influence_jobs.jobs.registry import open_job
+from influence_jobs.jobs.runner import require_same_data
+from influence_jobs.store import layout
+from influence_jobs.store.lease import Lease, LeaseHeld
+from influence_jobs.store.manifest import Entry
+from influence_jobs.store.run import Run, now
+
+log = logging.getLogger(__name__)
+
+
+class Backend(Protocol):
+    """Where shards are computed."""
+
+    def run(
+        self,
+        run: Run,
+        shards: Sequence[Shard],
+        *,
+        on_receipt: Callable[[Receipt, bool], None],
+        on_idle: Callable[[str | None], None],
+    ) -> None:
+        """Compute the shards, retrying as the retry policy says.
+
+        Args:
+            on_receipt: Called with each receipt and whether the shard will be tried again.
+            on_idle: Called about once a second, also while nothing comes, with what it is waiting for if
+                that is worth telling; may raise to give up.
+
+        Raises:
+            RuntimeFault: No worker can be had, or a shard's error makes all others pointless.
+        """
+
+
+def drive(
+    root: str,
+    run_id: str,
+    backend: Backend,
+    *,
+    shard_rows: int | None = None,
+    batch_size: int | None = None,
+) -> None:
+    """Carry out a run and the runs it needs. Returns at once if it is done.
+
+    Args:
+        root: Folder of all runs.
+        shard_rows: Rows of a shard, if the run has no plan yet.
+        batch_size: Samples a pass, if the run has no plan yet.
+
+    Raises:
+        InflError: The run failed; its status says the same, and finished shards are kept.
+    """
+    run = Run.open(root, run_id)
+    if is_done(run):
+        return
+    with Lease(run.files) as lease, run_log(run), StatusWriter(run) as status:
+        run.files.sweep()
+        for name in run.files.names(layout.PROGRESS):
+            run.files.delete(f"{layout.PROGRESS}/{name}")
+        job = open_job(run, batch_size=batch_size)
+        for spec in job.inputs(run.spec):
+            needed = Run.create(root, spec)
+            status.waits_for(needed.id)
+            log.info("needs %s", needed.id)
+            drive_when_free(root, needed.id, backend)
+        status.waits_for(None)
+        require_same_data(job)
+        plan = _settled_plan(job, shard_rows)
+        if plan.arrays:
+            run.create_arrays(plan.arrays)
+        _work(run, job, plan, backend, status, lease)
+        tables = Entry(layout.FINISH, 0, 0, 1, run.spec.hash, "done", files=job.finish())
+        run.manifest.write(replace(tables, finished_at=now()))
+        log.info("done")
+
+
+def is_done(run: Run) -> bool:
+    """Whether every shard of a run is finished and so are its tables."""
+    status = run.read_json(layout.STATUS)
+    plan = run.read_json(layout.PLAN)
+    if status is None or plan is None or status["state"] != "done":
+        return False
+    done = run.manifest.done()
+    return all(name in done for name in (*(s["id"] for s in plan["shards"]), layout.FINISH))
+
+
+def drive_when_free(
+    root: str,
+    run_id: str,
+    backend: Backend,
+    *,
+    shard_rows: int | None = None,
+    batch_size: int | None = None,
+) -> None:
+    """Like `drive`, but where another driver is at the run, wait until it has ended; it may finish the run."""
+    while True:
+        try:
+            drive(root, run_id, backend, shard_rows=shard_rows, batch_size=batch_size)
+            return
+        except LeaseHeld:
+            time.sleep(1)
+
+
+def _settled_plan(job: Job[Any], shard_rows: int | None) -> Plan:
+    """The plan of the first driver: later ones must not cut shards elsewhere."""
+    run = job.run_store
+    stored = run.read_json(layout.PLAN)
+    digests = job.input_digests()
+    if stored is None:
+        plan = job.plan(shard_rows)
+        run.write_json(
+            layout.PLAN,
+            {
+                "batch_size": plan.batch_size,
+                "units": plan.units,
+                "shards": [asdict(shard) for shard in plan.shards],
+                "inputs": digests,
+            },
+        )
+        return plan
+    if changed := [
+        name for name, digest in digests.items() if stored["inputs"].get(name) != digest
+    ]:
+        raise StoreError(
+            f"run {run.id} has shards computed from other weights of {changed[0]}, which was made anew "
+            "since: delete the run's folder and submit it again"
+        )
+    shards = tuple(Shard(**shard) for shard in stored["shards"])
+    return Plan(job.plan().arrays, shards, stored["units"], stored["batch_size"])
+
+
+def _work(
+    run: Run, job: Job[Any], plan: Plan, backend: Backend, status: StatusWriter, lease: Lease
+) -> None:
+    planned = {shard.id for shard in plan.shards}
+    done = {name: entry for name, entry in run.manifest.done().items() if name in planned}
+    if stale := [entry.shard for entry in done.values() if entry.spec != run.spec.hash]:
+        raise StoreError(
+            f"run {run.id}: shard {stale[0]} was computed for another spec; delete the run"
+        )
+    todo = [shard for shard in plan.shards if shard.id not in done]
+    status.planned(plan, done)
+    log.info("%s: %d of %d shards to do", job.title, len(todo), len(plan.shards))
+    failed: dict[str, str] = {}
+
+    def on_receipt(receipt: Receipt, retried: bool) -> None:
+        status.count(receipt, retried=retried)
+        run.files.delete(f"{layout.PROGRESS}/{receipt.shard}.json")
+        if receipt.status == "done":
+            failed.pop(receipt.shard, None)
+            log.info(
+                "shard %s done in %.2f s, attempt %d",
+                receipt.shard,
+                receipt.seconds,
+                receipt.attempt,
+            )
+        else:
+            failed[receipt.shard] = receipt.error or "unknown error"
+            again = ", tried again" if retried else ""
+            log.warning("shard %s failed%s: %s", receipt.shard, again, receipt.error)
+
+    def on_idle(waiting: str | None) -> None:
+        status.says(waiting)
+        if lease.lost.is_set():
+            raise RuntimeFault(f"another driver has taken over run {run.id}")
+
+    if todo:
+        backend.run(run, todo, on_receipt=on_receipt, on_idle=on_idle)
+    if failed:
+        first = next(iter(failed.values()))
+        count = (
+            f"{len(failed)} of {len(plan.shards)} shards failed, the first: "
+            if len(plan.shards) > 1
+            else ""
+        )
+        raise RuntimeFault(f"{count}{first}")
+
+
+def stop_on_sigterm() -> None:
+    """Turn SIGTERM into SystemExit, so that a stopped driver leaves a true status behind."""
+
+    def leave(_signal: int, _frame: FrameType | None) -> None:
+        sys.exit(143)
+
+    signal.signal(signal.SIGTERM, leave)

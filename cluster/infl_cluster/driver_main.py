@@ -1,0 +1,39 @@
+"""The entry point of a Ray job: `python -m infl_cluster.driver_main ROOT RUN [options]`."""
+
+import argparse
+import sys
+
+from infl_cluster.driver import drive_when_free, stop_on_sigterm
+from infl_cluster.pool import RayBackend
+from influence_jobs.errors import InflError
+
+
+def main() -> int:
+    """Carry out a run with workers on the Ray cluster this process was started in."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("root")
+    parser.add_argument("run_id")
+    parser.add_argument("--workers", type=int)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--num-gpus", type=float)
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--shard-rows", type=int)
+    options = parser.parse_args()
+    stop_on_sigterm()
+    backend = RayBackend(options.workers, device=options.device, num_gpus=options.num_gpus)
+    try:
+        drive_when_free(
+            options.root,
+            options.run_id,
+            backend,
+            shard_rows=options.shard_rows,
+            batch_size=options.batch_size,
+        )
+    except InflError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""The same work in this process, without Ray: `--local`, tests, and debuggers."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from infl_cluster.retry import Decision, RetryPolicy
+from influence_jobs.errors import RuntimeFault
+from influence_jobs.jobs.base import Receipt, Shard
+from influence_jobs.jobs.runner import ShardRunner
+from influence_jobs.store.run import Run
+
+
+class InlineBackend:
+    """Computes shards one after the other, in order."""
+
+    def __init__(self, *, device: str = "cpu", threads: int | None = None):
+        self._device = device
+        self._threads = threads
+
+    def run(
+        self,
+        run: Run,
+        shards: Sequence[Shard],
+        *,
+        on_receipt: Callable[[Receipt, bool], None],
+        on_idle: Callable[[str | None], None],
+    ) -> None:
+        runner = ShardRunner(run.root, run.id, device=self._device, threads=self._threads)
+        policy = RetryPolicy()
+        for shard in shards:
+            for attempt in itertools.count(1):
+                on_idle(None)
+                receipt = runner.run(shard)
+                decision = None
+                if receipt.status == "failed":
+                    # A manifest counts attempts over resumes as well; the limit is for this call.
+                    decision = policy.decide(replace(receipt, attempt=attempt))
+                on_receipt(receipt, decision is Decision.RETRY)
+                if decision is Decision.ABORT:
+                    raise RuntimeFault(receipt.error or "the run cannot go on")
+                if decision is not Decision.RETRY:
+                    break

@@ -1,0 +1,339 @@
+"""Shards on Ray: a pool of worker actors, one shard in flight each, and a loop that decides about failures.
+
+The loop replaces a dead worker itself and leaves no retry to Ray: so every attempt is seen, counted and
+decided by one rule, `RetryPolicy`. Work is done at least once; a shard's bytes are the same each time.
+"""
+
+import logging
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from importlib import import_module
+from typing import Any
+
+import ray
+import ray.exceptions
+import ray.util.state
+
+from infl_cluster.metrics import RunMetrics
+from infl_cluster.retry import Decision, RetryPolicy
+from influence_jobs.errors import InflError, RuntimeFault
+from influence_jobs.jobs.base import Receipt, Shard
+from influence_jobs.store.run import Run
+
+log = logging.getLogger(__name__)
+
+Actor = Any  # Ray makes the methods of an actor's handle at run time
+
+WAIT_S = 0.5
+IDLE_S = 1.0
+START_ATTEMPTS = 3
+TELL_S = 5.0  # a worker placed at once needs a few seconds to start
+# Keep large freed buffers instead of giving them back to the kernel and faulting them in again.
+MALLOC = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "1000000000000",
+    "MALLOC_TOP_PAD_": "67108864",
+}
+
+
+def connect() -> None:
+    """Connect a submitted driver to the cluster that runs it.
+
+    Raises:
+        RuntimeFault: This process is not a submitted job: RAY_ADDRESS is not set.
+    """
+    address = os.environ.get("RAY_ADDRESS")
+    if address is None:
+        raise RuntimeFault("RAY_ADDRESS is not set: a driver is started by submitting a job")
+    ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+
+
+class ShardWorker:
+    """The actor: holds one runner and hands it shards.
+
+    Args:
+        root: Folder of all runs.
+        run_id: The run.
+        kind: Kind of the job, for the metrics.
+        device: A torch device.
+        threads: Threads for one operation.
+        runner: `module:class` of the runner; tests name their own.
+    """
+
+    def __init__(
+        self, root: str, run_id: str, *, kind: str, device: str, threads: int, runner: str
+    ) -> None:
+        module, _, name = runner.partition(":")
+        self._runner: Any = None
+        self._refusal: str | None = None
+        try:
+            make_runner = getattr(import_module(module), name)
+            self._runner = make_runner(root, run_id, device=device, threads=threads)
+        except InflError as error:  # as a value: raised here it would be a death to the driver
+            self._refusal = str(error)
+        except Exception as error:
+            log.exception("the worker cannot be made")
+            self._refusal = f"{type(error).__name__}: {error}"
+        self._metrics = RunMetrics(run_id, kind)
+
+    def __repr__(self) -> str:
+        return f"ShardWorker({self._runner.title if self._runner else self._refusal})"
+
+    def refusal(self) -> str | None:
+        """Return why this worker cannot do anything of its run, or None if it can."""
+        return self._refusal
+
+    def run(self, shard: Shard) -> Receipt:
+        """Do one shard."""
+        receipt: Receipt = self._runner.run(shard)
+        if receipt.status == "done":
+            self._metrics.finished(receipt)
+        return receipt
+
+
+class RayBackend:
+    """Runs shards on actors of the cluster that this driver was submitted to.
+
+    A worker reserves and computes with as many threads as leave no core idle: the CPUs of the cluster, or of
+    its largest node, divided among the workers.
+
+    Args:
+        workers: Actors at most; by default as many as the cluster has GPUs, or CPUs if the device is the CPU.
+            Fewer work where there are fewer shards or no room for all.
+        device: Torch device of a worker.
+        num_gpus: GPUs a worker reserves; by default 1 on cuda.
+        placement_timeout_s: How long to wait for room for the first worker.
+        policy: Which failed shards are tried again.
+        runner: `module:class` of what a worker runs shards with.
+    """
+
+    def __init__(
+        self,
+        workers: int | None = None,
+        *,
+        device: str = "cpu",
+        num_gpus: float | None = None,
+        placement_timeout_s: float = 120.0,
+        policy: RetryPolicy | None = None,
+        runner: str = "influence_jobs.jobs.runner:ShardRunner",
+    ) -> None:
+        self._workers = workers
+        self._device = device
+        self._num_gpus = (device != "cpu") * 1.0 if num_gpus is None else num_gpus
+        self._placement_timeout_s = placement_timeout_s
+        self._policy = policy or RetryPolicy()
+        self._runner = runner
+
+    def run(
+        self,
+        run: Run,
+        shards: Sequence[Shard],
+        *,
+        on_receipt: Callable[[Receipt, bool], None],
+        on_idle: Callable[[str | None], None],
+    ) -> None:
+        """Do all shards; returns when each is done or given up.
+
+        Args:
+            run: The run they belong to.
+            shards: What is left to do.
+            on_receipt: Called with each receipt and whether the shard will be tried again. Where the
+                worker died, the receipt counts the attempts of this call only.
+            on_idle: Called about once a second, with what it waits for if no worker has room; may raise to
+                give up.
+
+        Raises:
+            RuntimeFault: A fatal receipt, no room for any worker, or workers that cannot start.
+        """
+        if not ray.is_initialized():
+            connect()
+        workers, threads = self._sizes(len(shards))
+        options = {
+            "num_cpus": threads,
+            "num_gpus": self._num_gpus,
+            "runtime_env": {"env_vars": _worker_environment(threads)},
+        }
+        metrics = RunMetrics(run.id, run.spec.kind)
+        by_id = {shard.id: shard for shard in shards}
+        todo = deque(shards)
+        tries: Counter[str] = Counter()
+        idle_at = time.monotonic()
+        pool = _Pool(lambda: self._start_worker(run, options, threads), run.spec.kind)
+        try:
+            while todo or pool.busy:
+                pool.grow(min(workers, len(todo) + len(pool.busy)))
+                while todo and pool.idle:
+                    pool.give(todo.popleft())
+                receipt = pool.wait(WAIT_S)
+                if receipt is not None:
+                    tries[receipt.shard] += 1
+                    if self._settle(receipt, tries[receipt.shard], on_receipt):
+                        metrics.retried()
+                        todo.append(by_id[receipt.shard])
+                if time.monotonic() - idle_at >= IDLE_S:
+                    idle_at = time.monotonic()
+                    on_idle(self._lacks_room(pool, threads))
+        finally:
+            pool.close()
+
+    def _settle(
+        self, receipt: Receipt, tries: int, on_receipt: Callable[[Receipt, bool], None]
+    ) -> bool:
+        """Pass a receipt on and say whether its shard is to be tried again."""
+        if receipt.status == "done":
+            on_receipt(receipt, False)
+            return False
+        # A manifest counts attempts over resumes as well; the limit is for this call.
+        decision = self._policy.decide(replace(receipt, attempt=tries))
+        again = decision is Decision.RETRY
+        on_receipt(replace(receipt, attempt=max(tries, receipt.attempt)), again)
+        if decision is Decision.ABORT:
+            raise RuntimeFault(receipt.error or "the run cannot go on")
+        return again
+
+    def _sizes(self, num_shards: int) -> tuple[int, int]:
+        """Workers, and threads of each."""
+        total = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        nodes = ray.nodes()  # type: ignore[no-untyped-call]
+        largest = max(int(n["Resources"].get("CPU", 0)) for n in nodes if n["Alive"])
+        cpus = int(total.get("CPU", 1))
+        default = int(total.get("GPU", 0) / self._num_gpus) if self._num_gpus else cpus
+        workers = max(1, min(self._workers or default, num_shards))
+        return workers, max(1, min(largest, cpus // workers))
+
+    def _start_worker(self, run: Run, options: Mapping[str, Any], threads: int) -> Actor:
+        return (
+            ray.remote(ShardWorker)
+            .options(**options)
+            .remote(
+                run.root,
+                run.id,
+                kind=run.spec.kind,
+                device=self._device,
+                threads=threads,
+                runner=self._runner,
+            )
+        )
+
+    def _lacks_room(self, pool: "_Pool", threads: int) -> str | None:
+        """What the first worker waits for, or None if it has a place.
+
+        Raises:
+            RuntimeFault: No node is large enough for one, and none has joined for too long.
+        """
+        waited = time.monotonic() - pool.opened_at
+        # The second condition: a placed worker may still be loading its model and data.
+        if pool.has_started or waited < TELL_S or any(actor.pid for actor in _live_actors()):
+            return None
+        nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
+        offers = "; ".join(f"CPU {n.get('CPU', 0):g}, GPU {n.get('GPU', 0):g}" for n in nodes)
+        asked = f"CPU {threads}, GPU {self._num_gpus:g}"
+        if any(n.get("CPU", 0) >= threads and n.get("GPU", 0) >= self._num_gpus for n in nodes):
+            return f"waiting until other work on the cluster leaves room for a worker ({asked})"
+        if waited < self._placement_timeout_s:
+            return f"waiting for a node with room for a worker ({asked}; nodes have {offers})"
+        raise RuntimeFault(
+            f"no node has room for a worker: each asks for {asked}, the nodes have {offers}; "
+            "ask for less, or add a node"
+        )
+
+
+class _Pool:
+    """Actors by what they do: starting, idle, or busy with a shard.
+
+    Args:
+        start: Starts one actor.
+        task_name: Name of every task on the dashboard.
+    """
+
+    def __init__(self, start: Callable[[], Actor], task_name: str) -> None:
+        self._start = start
+        self._task_name = task_name
+        self._starting: dict[ray.ObjectRef[Any], Actor] = {}
+        self.idle: list[Actor] = []
+        self.busy: dict[ray.ObjectRef[Any], tuple[Actor, Shard, float]] = {}
+        self._failed_starts = 0
+        self.has_started = False
+        self.opened_at = time.monotonic()
+
+    def grow(self, size: int) -> None:
+        """Start actors until there are `size`."""
+        for _ in range(size - len(self._starting) - len(self.idle) - len(self.busy)):
+            actor = self._start()
+            # Answered once the cluster had room for the actor and its runner is made.
+            self._starting[actor.refusal.remote()] = actor
+
+    def give(self, shard: Shard) -> None:
+        """Give a shard to an idle actor."""
+        actor = self.idle.pop()
+        reference = actor.run.options(name=self._task_name).remote(shard)
+        self.busy[reference] = (actor, shard, time.monotonic())
+
+    def wait(self, timeout_s: float) -> Receipt | None:
+        """Wait for one actor to finish what it does; return the receipt if that was a shard.
+
+        Raises:
+            RuntimeFault: Workers refuse the run or die before they can take a shard.
+        """
+        references = [*self.busy, *self._starting]
+        finished, _ = ray.wait(references, num_returns=1, timeout=timeout_s)
+        if not finished:
+            return None
+        if finished[0] in self._starting:
+            self._welcome(finished[0])
+            return None
+        actor, shard, since = self.busy.pop(finished[0])
+        try:
+            receipt: Receipt = ray.get(finished[0])
+        except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
+            ray.kill(actor)  # it may only be out of reach
+            line = f"worker died: {_cause(error)}"
+            seconds = time.monotonic() - since
+            return Receipt(shard.id, "failed", line, "transient", seconds=seconds)
+        self.idle.append(actor)
+        return receipt
+
+    def close(self) -> None:
+        """End all actors."""
+        for actor in [*self._starting.values(), *self.idle, *(a for a, _, _ in self.busy.values())]:
+            ray.kill(actor)
+
+    def _welcome(self, reference: "ray.ObjectRef[Any]") -> None:
+        actor = self._starting.pop(reference)
+        try:
+            refusal = ray.get(reference)
+        except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
+            self._failed_starts += 1
+            if self._failed_starts == START_ATTEMPTS:
+                raise RuntimeFault(f"workers die while starting: {_cause(error)}") from error
+            return
+        if refusal is not None:
+            raise RuntimeFault(refusal)
+        self._failed_starts = 0
+        self.has_started = True
+        self.idle.append(actor)
+
+
+def _worker_environment(threads: int) -> dict[str, str]:
+    environment = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), **MALLOC}
+    if "PYTHONPATH" in os.environ:  # where a task of the user's own lies
+        environment["PYTHONPATH"] = os.environ["PYTHONPATH"]
+    return environment
+
+
+def _live_actors() -> list[Any]:
+    """Return this job's actors; `pid` is 0 for those that have no place yet."""
+    job = ray.get_runtime_context().get_job_id()
+    return ray.util.state.list_actors(
+        filters=[("job_id", "=", job), ("state", "!=", "DEAD")], detail=True
+    )
+
+
+def _cause(error: Exception) -> str:
+    """Return the gist of Ray's many-line account of a death."""
+    text = " ".join(str(error).split())
+    detail = text.partition("Worker exit detail: ")[2] or text
+    return detail.partition(" Some common causes")[0]
