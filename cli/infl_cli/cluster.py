@@ -1,0 +1,68 @@
+"""`infl cluster`: the local Ray."""
+
+from typing import Annotated
+
+import typer
+
+from infl_cli import options as o
+from infl_cli import render
+from infl_cli.render import say
+from infl_cluster.head import current_head, ensure_head, recorded_head, stop_head
+
+app = typer.Typer(no_args_is_help=True, help="The Ray on this machine that jobs run on.")
+
+NONE = "no Ray of infl is up on this machine; a job starts one, or infl cluster up"
+
+
+@app.command()
+def up(
+    num_cpus: Annotated[
+        int | None, typer.Option(min=1, help="CPUs to offer; all by default.")
+    ] = None,
+    num_gpus: Annotated[
+        int | None, typer.Option(min=0, help="GPUs to offer; all by default.")
+    ] = None,
+) -> None:
+    """Start it and keep it until `infl cluster down`; a job starts one itself if there is none."""
+    if (num_cpus is not None or num_gpus is not None) and current_head() is not None:
+        say("the Ray that is up keeps its CPUs and GPUs; to change them: infl cluster down")
+    head = ensure_head(idle_timeout_s=None, num_cpus=num_cpus, num_gpus=num_gpus)
+    say(f"Ray is up: dashboard {head.dashboard_url}, token in {head.token_path}")
+
+
+@app.command()
+def status(json: o.Json = False) -> None:
+    """Say whether it runs, and where its dashboard and metrics are."""
+    head = current_head()
+    if json:
+        up = (
+            {"dashboard": head.dashboard_url, "metrics": head.metrics_url, "pid": head.pid}
+            if head
+            else {}
+        )
+        render.print_json({"up": head is not None, **up})
+    elif head is None:
+        say(NONE)
+    else:
+        idle = head.idle_timeout_s
+        render.print_fields(
+            [
+                ("dashboard", head.dashboard_url),
+                ("token", head.token_path),
+                ("metrics", head.metrics_url),
+                ("pid", head.pid),
+                ("ends itself", "never" if idle is None else f"after {idle / 60:.0f} idle minutes"),
+                ("jobs", ", ".join(head.client().unfinished()) or "none"),
+            ]
+        )
+
+
+@app.command()
+def down() -> None:
+    """Stop it and everything it started; interrupted runs can be resumed."""
+    head = recorded_head()
+    if head is None:
+        say(NONE)
+        return
+    stop_head(head)
+    say("Ray is down")

@@ -1,0 +1,133 @@
+"""`--dry-run`: what a run would take, from its plan and a short probe."""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import psutil
+import torch
+
+from infl_cli import render
+from infl_cli.how import How
+from infl_cli.options import cores
+from infl_cli.render import duration, size
+from infl_cluster.driver import is_done
+from influence_jobs.errors import StoreError
+from influence_jobs.jobs.base import Plan
+from influence_jobs.jobs.registry import open_job
+from influence_jobs.specs import AnySpec, GradNormsSpec
+from influence_jobs.store.run import Run
+
+PROBE_S = 2.0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What carrying out one run would take, the runs it needs left out.
+
+    Attributes:
+        batch_size: Samples that really go through the model at once.
+        rate: Samples a second of all workers together.
+    """
+
+    plan: Plan
+    batch_size: int
+    workers: int
+    rate: float
+
+    @property
+    def seconds(self) -> float:
+        """Time the run takes."""
+        return self.plan.units / self.rate
+
+
+def print_plan(run: Run, how: How) -> None:
+    """Print the plan of a run and what it and the runs it needs would take; writes nothing."""
+    inputs = [s for s in open_job(run).inputs(run.spec) if not _exists_done(run.root, s)]
+    needs = {spec.run_id: _estimate(Run(run.root, spec), how) for spec in inputs}
+    own = _estimate(run, how)
+    plan = own.plan
+    disk = array_bytes(plan)
+    memory = psutil.Process().memory_info().rss + disk / max(1, len(plan.shards))
+    total = own.seconds + sum(needed.seconds for needed in needs.values())
+    summary = {
+        "run": run.id,
+        "path": run.files.url,
+        "needs_first": [
+            {"run": name, "samples": n.plan.units, "estimated_seconds": n.seconds}
+            for name, n in needs.items()
+        ],
+        "shards": len(plan.shards),
+        "rows_per_shard": max(shard.stop - shard.start for shard in plan.shards),
+        "samples": plan.units,
+        "batch_size": own.batch_size,
+        "workers": own.workers,
+        "disk_bytes": disk,
+        "memory_bytes_per_worker": round(memory),
+        "samples_per_second": own.rate,
+        "estimated_seconds": own.seconds,
+        "total_seconds": total,
+    }
+    if how.json:
+        render.print_json(summary)
+        return
+    rows = [("run", run.id), ("path", run.files.url)]
+    rows += [("done first", f"{name}, {_time(n)}") for name, n in needs.items()] or [
+        ("done first", "nothing")
+    ]
+    rows += [
+        ("shards", f"{summary['shards']} of up to {summary['rows_per_shard']:,} rows"),
+        ("samples", f"{plan.units:,} in batches of {own.batch_size:,}"),
+        ("workers", f"{own.workers} on {how.resolved_device}"),
+        ("disk", f"{size(disk)} before compression"),
+        ("memory", f"about {size(memory)} a worker"),
+        ("time", f"{_time(own)} (probed)"),
+    ]
+    if needs:
+        rows.append(("total", f"about {duration(total)}"))
+    render.print_fields(rows)
+
+
+def array_bytes(plan: Plan) -> int:
+    """Bytes of a plan's arrays before compression."""
+    return sum(np.dtype(array.dtype).itemsize * math.prod(array.shape) for array in plan.arrays)
+
+
+def _time(estimate: Estimate) -> str:
+    return f"about {duration(estimate.seconds)} at {estimate.rate:,.0f} samples/s"
+
+
+def _estimate(run: Run, how: How) -> Estimate:
+    job = open_job(run, device=how.resolved_device, batch_size=how.batch_size)
+    plan = job.plan(how.shard_size)
+    batch_size = plan.batch_size
+    if isinstance(run.spec, GradNormsSpec):
+        array = plan.arrays[0]
+        batch_size = min(batch_size, array.chunks[array.row_axis])  # batches never cross chunks
+        job = open_job(run, device=how.resolved_device, batch_size=batch_size)
+    workers = min(how.num_workers, len(plan.shards))
+    torch.set_num_threads(max(1, cores() // workers))
+    return Estimate(plan, batch_size, workers, _probe(job.probe()) * workers)
+
+
+def _probe(pieces: Iterator[int]) -> float:
+    """Samples a second of one worker."""
+    started = time.monotonic()
+    first, units = next(pieces), 0
+    warm = time.monotonic()
+    for done in pieces:
+        units += done
+        if time.monotonic() - warm > PROBE_S:
+            break
+    if units == 0:
+        return first / (warm - started)
+    return units / (time.monotonic() - warm)  # the first piece paid for allocations and caches
+
+
+def _exists_done(root: str, spec: AnySpec) -> bool:
+    try:
+        return is_done(Run.open(root, spec.run_id))
+    except StoreError:
+        return False

@@ -1,0 +1,52 @@
+"""The command `infl`."""
+
+import sys
+
+import typer
+
+from infl_cli import cluster, data, runs, submit
+from influence_jobs.errors import DISK_ERRORS, InflError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Which training examples did this output of a network come from?",
+    epilog="Start with: infl submit grad-norms --layer 11",
+)
+app.add_typer(submit.app, name="submit")
+app.command("runs")(runs.list_runs)
+for command in (runs.status, runs.logs, runs.stop, runs.resume, runs.verify, runs.top):
+    app.command()(command)
+app.add_typer(cluster.app, name="cluster")
+app.add_typer(data.app, name="data")
+app.command("denoise")(data.denoise_folder)
+
+
+def main() -> None:
+    """Run a command: exit code 0 if it did what was asked, 2 with one line if it could not, 130 on Ctrl-C."""
+    try:
+        code = typer.main.get_command(app).main(prog_name="infl", standalone_mode=False)
+    except InflError as error:
+        _fail(str(error))
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        _fail(f"{error.strerror}{where}; what is finished is kept")
+    except typer.TyperException as error:
+        context = getattr(error, "ctx", None)
+        where = f"; see {context.command_path} --help" if context else ""
+        message = error.format_message().rstrip(".").replace("Value error, ", "")
+        # Without a message it was a bare `infl` or `infl submit`: its help is printed already.
+        _fail(message + where if message else "")
+    except (typer.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    else:
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> None:
+    if message:
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,96 @@
+"""How results look: tables for people, one JSON line for programs."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import typer
+from rich.cells import cell_len
+from rich.console import Console
+
+from influence_jobs.store.run import Run
+
+# Results go to standard output, everything said on the way to standard error. Names of files and runs are
+# printed as they are: no markup, no emoji, never wrapped or cut.
+out = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
+
+
+def say(line: str) -> None:
+    """Tell the user something on the way."""
+    err.print(line)
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """Print one JSON object on one line of standard output; what is not finite becomes null."""
+    strict = json.loads(json.dumps(value), parse_constant=lambda _: None)
+    typer.echo(json.dumps(strict))
+
+
+def print_fields(fields: Sequence[tuple[str, object]]) -> None:
+    """Print names and values, one pair a line."""
+    width = max(len(name) for name, _ in fields)
+    for name, value in fields:
+        out.print(f"{name:<{width}}  {value}")
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print rows under headings, numbers flush right; never narrower than its content."""
+    flushed = []
+    for name, values in zip(columns, zip(*rows, strict=True), strict=True):
+        cells = [name, *_cells(values)]
+        width = max(map(cell_len, cells))
+        numbers = all(isinstance(value, (int, float)) for value in values)
+        for i, cell in enumerate(cells):
+            pad = " " * (width - cell_len(cell))
+            cells[i] = pad + cell if numbers else cell + pad
+        flushed.append(cells)
+    for i, line in enumerate(zip(*flushed, strict=True)):
+        out.print("  ".join(line).rstrip(), style="bold" if i == 0 else None)
+
+
+def _cells(values: Sequence[object]) -> list[str]:
+    """A column as text: of fractions five digits of the largest, with decimal points under each other."""
+    fractions = [value for value in values if isinstance(value, float) and math.isfinite(value)]
+    if not fractions:
+        return [str(value) for value in values]
+    largest = max(map(abs, fractions))
+    decimals = 4 - math.floor(math.log10(largest)) if largest else 0
+    form = f".{decimals}f" if 0 <= decimals <= 8 else ".5g"
+    return [format(value, form) if isinstance(value, float) else str(value) for value in values]
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 1:02:03, or 0:45."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
+
+
+def size(num_bytes: float) -> str:
+    """Bytes as 12.3 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} TB"
+
+
+def run_summary(run: Run, status: str) -> dict[str, Any]:
+    """What `--json` says of a run: run, path, status, arrays and tables."""
+    arrays = {}
+    for name in run.array_names():
+        array = run.array(name)
+        arrays[name] = {
+            "path": f"data.zarr/{name}",
+            "shape": list(array.shape),
+            "dtype": str(array.dtype),
+        }
+    return {
+        "run": run.id,
+        "path": run.files.url,
+        "status": status,
+        "arrays": arrays,
+        "tables": {name: f"tables/{name}.parquet" for name in run.table_names()},
+    }

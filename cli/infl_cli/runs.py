@@ -1,0 +1,278 @@
+"""`infl runs`, `status`, `logs`, `stop`, `resume`, `verify`, `top`: what became of what was submitted."""
+
+import os
+import signal
+import socket
+import time
+from typing import Annotated, Any
+
+import typer
+
+from infl_cli import options as o
+from infl_cli import render
+from infl_cli.render import duration, say
+from infl_cli.watch import rate_and_eta, watch
+from infl_cluster.status import read_status
+from influence_jobs.errors import RuntimeFault, SpecError, StoreError
+from influence_jobs.store import layout
+from influence_jobs.store.find import find_run, run_ids
+from influence_jobs.store.run import Run
+from influence_jobs.store.top import largest_rows
+from influence_jobs.store.verify import find_damage, mark_undone
+
+STOP_DEADLINE_S = 15.0
+
+
+def _find(runs: str, run: str) -> Run:
+    return find_run(o.runs_folder(runs), run)
+
+
+def _command(verb: str, run: Run) -> str:
+    """A command the user may want next, written so that it works where they are."""
+    return f"infl {verb} {run.id}{o.for_runs(run.root)}"
+
+
+def list_runs(runs: o.Runs = o.DEFAULT_RUNS, json: o.Json = False) -> None:
+    """List the runs there are."""
+    root = o.runs_folder(runs)
+    table: list[dict[str, Any]] = []
+    for run_id in run_ids(root):
+        try:
+            found = read_status(Run.open(root, run_id))
+        except StoreError:  # one damaged run must not hide the others
+            found = {"state": "damaged", "units_done": 0, "units_total": None}
+        table.append(
+            {
+                "run": run_id,
+                "status": found["state"],
+                "samples_done": found["units_done"],
+                "samples_total": found["units_total"],
+                "started_at": found.get("started_at"),
+            }
+        )
+    if json:
+        render.print_json({"runs": table})
+    elif table:
+        rows = [(row["run"], row["status"], _percent(row), _when(row)) for row in table]
+        render.print_table(("run", "status", "done", "started"), rows)
+    else:
+        say(f"no runs in {runs} yet: infl submit grad-norms --layer 11 makes one")
+
+
+def _percent(row: dict[str, Any]) -> str:
+    total = row["samples_total"]
+    return f"{100 * row['samples_done'] // total:3} %" if total else "-"
+
+
+def _when(row: dict[str, Any]) -> str:
+    started = row["started_at"]
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(started)) if started else "-"
+
+
+def status(
+    run: o.RunId,
+    runs: o.Runs = o.DEFAULT_RUNS,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Stay and show progress until it ends.")
+    ] = False,
+    json: o.Json = False,
+) -> None:
+    """Say how far a run is."""
+    found = _find(runs, run)
+    now = read_status(found)
+    if follow and now["state"] in ("new", "running"):
+        from infl_cli.ray_job import watcher
+
+        now = watch(found, ended=watcher(found))
+    if json:
+        render.print_json({**render.run_summary(found, now["state"]), "progress": now})
+        return
+    lines: list[tuple[str, Any]] = [
+        ("run", found.id),
+        ("path", found.files.url),
+        ("status", now["state"]),
+    ]
+    if now["units_total"]:
+        lines.append(("samples", f"{now['units_done']:,} of {now['units_total']:,}"))
+        retries = f", {now['retries']} retries" if now["retries"] else ""
+        lines.append(("shards", f"{now['shards_done']} of {now['shards_total']}{retries}"))
+    if now["state"] == "running" and (speed := rate_and_eta(now)):
+        lines.append(("speed", f"{speed[0]:,.0f} samples/s, ETA {duration(speed[1])}"))
+    if now.get("phase"):
+        lines.append(("waits for", now["phase"]))
+    if now.get("message"):
+        lines.append(("message", now["message"]))
+    for shard, error in now["failures"].items():
+        lines.append((f"shard {shard}", error))
+    if now["state"] == "new" and found.read_json(layout.JOB):
+        lines.append(("next", _command("status", found) + " --follow"))
+    elif now["state"] not in ("running", "done"):
+        lines.append(("next", _command("resume", found)))
+    render.print_fields(lines)
+
+
+def logs(run: o.RunId, runs: o.Runs = o.DEFAULT_RUNS) -> None:
+    """Print what a run's drivers and workers said, oldest first."""
+    found = _find(runs, run)
+    names = found.files.names(layout.LOGS)
+    for name in names:
+        typer.echo(found.files.read(f"{layout.LOGS}/{name}").decode(errors="replace"), nl=False)
+    if not names:
+        say(f"{found.id} has no logs yet: no driver has begun it")
+
+
+def stop(run: o.RunId, runs: o.Runs = o.DEFAULT_RUNS) -> None:
+    """Stop a run; what is finished is kept and `infl resume` goes on from there."""
+    from infl_cli.ray_job import client_of, is_unfinished, live_holder
+
+    found = _find(runs, run)
+    job = found.read_json(layout.JOB)
+    asked: set[str] = set()  # drivers and jobs; another driver may be waiting for the first to end
+    deadline = time.monotonic() + STOP_DEADLINE_S
+    while time.monotonic() < deadline:
+        holder = live_holder(found)
+        if holder is not None and holder["host"] == socket.gethostname():
+            if holder["owner"] not in asked:
+                asked.add(holder["owner"])
+                os.kill(holder["pid"], signal.SIGTERM)
+        elif job is not None and is_unfinished(job):
+            if job["submission_id"] not in asked:
+                asked.add(job["submission_id"])
+                client_of(job).stop(job["submission_id"])
+        elif holder is None:
+            end = f"stopped; go on with: {_command('resume', found)}" if asked else "not running"
+            say(f"{found.id} is {end}")
+            return
+        elif not asked:
+            raise RuntimeFault(f"{found.id} runs on {holder['host']}: stop it there")
+        time.sleep(0.2)
+    raise RuntimeFault(f"{found.id} did not stop within {STOP_DEADLINE_S:.0f} s; try again")
+
+
+def resume(
+    run: o.RunId,
+    runs: o.Runs = o.DEFAULT_RUNS,
+    address: o.Address = None,
+    workers: o.Workers = None,
+    device: o.Device = "auto",
+    num_gpus: o.NumGpus = None,
+    local: o.Local = False,
+    detach: o.Detach = False,
+    json: o.Json = False,
+) -> None:
+    """Go on with a run that was stopped, killed or has failed; finished shards are kept."""
+    from infl_cli.how import How
+    from infl_cli.launch import carry_out
+
+    carry_out(
+        _find(runs, run),
+        How(address, workers, device, num_gpus, None, None, local, detach, False, json),
+    )
+
+
+def verify(
+    run: o.RunId,
+    runs: o.Runs = o.DEFAULT_RUNS,
+    repair: Annotated[
+        bool,
+        typer.Option(
+            "--repair", help="Mark damaged shards as not done, so that resuming computes them."
+        ),
+    ] = False,
+    json: o.Json = False,
+) -> None:
+    """Compare every finished shard with the checksums in the manifest."""
+    found = _find(runs, run)
+    report = find_damage(found)
+    if repair:
+        mark_undone(found, report.damaged)
+    if json:
+        render.print_json(
+            {
+                "run": found.id,
+                "shards": report.planned,
+                "good": report.good,
+                "not_done": report.planned - report.good - len(report.damaged),
+                "damaged": report.damaged,
+            }
+        )
+    else:
+        for shard, why in report.damaged.items():
+            say(f"shard {shard}: {why}")
+        render.out.print(f"{found.id}: {report.good} of {report.planned} shards are done and good")
+    count = "1 shard is" if len(report.damaged) == 1 else f"{len(report.damaged)} shards are"
+    if report.damaged and repair:
+        say(f"{count} to be computed again: {_command('resume', found)}")
+    elif report.damaged:
+        raise StoreError(
+            f"{count} damaged: {_command('verify', found)} --repair, then {_command('resume', found)}"
+        )
+
+
+def top(
+    run: o.RunId,
+    k: Annotated[int, typer.Option(min=1, help="How many samples.")] = 10,
+    layer: Annotated[
+        str | None,
+        typer.Option(help="Module name of a layer; all layers of the run by default."),
+    ] = None,
+    channel: Annotated[
+        int | None,
+        typer.Option(min=0, help="Rank by this channel's norm, not by the sum over channels."),
+    ] = None,
+    runs: o.Runs = o.DEFAULT_RUNS,
+    json: o.Json = False,
+) -> None:
+    """Print the samples with the largest gradient norms, with their label or file, row and column."""
+    found = _find(runs, run)
+    if read_status(found)["state"] != "done":
+        raise StoreError(f"{found.id} is not done yet: {_command('resume', found)}")
+    arrays = {str(found.array(name).attrs["layer"]): name for name in found.array_names()}
+    if not arrays:
+        raise SpecError(
+            f"{found.id} has no gradient norms: infl submit grad-norms --layer all "
+            f"--checkpoint {found.id}{o.for_runs(found.root)}"
+        )
+    if layer is not None and layer not in arrays:
+        raise SpecError(f"{found.id} has no norms of layer {layer}; it has {', '.join(arrays)}")
+    try:
+        samples = found.read_table("samples")
+    except (FileNotFoundError, ValueError):  # ArrowInvalid is a ValueError
+        raise StoreError(
+            f"the table of {found.id}'s samples is missing or damaged: {_command('verify', found)}"
+        ) from None
+    tables: dict[str, list[dict[str, Any]]] = {}
+    for name, array in arrays.items():
+        if layer not in (None, name):
+            continue
+        shape = found.array(array).shape[found.row_axis(array) + 1 :]
+        if channel is not None and not (shape and channel < shape[0]):
+            channels = f"channels 0 to {shape[0] - 1}" if shape else "one norm a sample"
+            raise SpecError(f"layer {name} has no channel {channel}; it has {channels}")
+        rows, values = largest_rows(found, array, k, channel=channel)
+        described = samples.take(rows).to_pylist()
+        tables[array] = [{**d, "norm": float(v)} for d, v in zip(described, values, strict=True)]
+    if json:
+        render.print_json({"run": found.id, "top": tables})
+        return
+    meaning = found.array(next(iter(tables))).attrs  # the same for all layers
+    render.out.print(f"norms: {meaning['quantity']}; of {meaning['of']}")
+    for array, table in tables.items():
+        ranked_by = _ranked_by(found.array(array).ndim, found.row_axis(array), channel)
+        render.out.print(f"\nlayer {found.array(array).attrs['layer']}: {ranked_by}")
+        render.print_table(tuple(table[0]), [tuple(row.values()) for row in table])
+
+
+def _ranked_by(ndim: int, row_axis: int, channel: int | None) -> str:
+    trailing = ndim - row_axis - 1
+    summed = {
+        "checkpoints": row_axis > 0,
+        "channels": trailing > 0 and channel is None,
+        "kernel positions": trailing > 1,
+    }
+    over = " and ".join(axis for axis, there in summed.items() if there)
+    return (
+        "largest norms"
+        + ("" if channel is None else f" of channel {channel}")
+        + (f", summed over {over}" if over else "")
+    )

@@ -1,0 +1,216 @@
+"""`infl submit`: one command a kind of job."""
+
+from typing import Annotated, Any, Literal
+
+import typer
+
+from infl_cli import options as o
+from infl_cli.render import say
+from influence_jobs.errors import SpecError
+
+# What loads torch is imported by the commands themselves: help and completion must not wait for it.
+
+app = typer.Typer(
+    no_args_is_help=True, help="Compute something: a run that can be watched, stopped and resumed."
+)
+
+RECIPE = "Training"
+
+
+@app.command()
+def train(
+    task: o.Task = "mnist",
+    preset: o.Preset = None,
+    epochs: o.Epochs = None,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of weights, order and noise.", rich_help_panel=RECIPE)
+    ] = 0,
+    save_epoch: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1,
+            help="Keep the weights of this epoch too. May be repeated.",
+            rich_help_panel=RECIPE,
+        ),
+    ] = None,
+    optimizer: Annotated[
+        Literal["sgd", "adam"] | None,
+        typer.Option(help="The preset's, else sgd, by default.", rich_help_panel=RECIPE),
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.", rich_help_panel=RECIPE)] = None,
+    momentum: Annotated[float | None, typer.Option(help="Of SGD.", rich_help_panel=RECIPE)] = None,
+    weight_decay: Annotated[
+        float | None, typer.Option(help="L2 penalty.", rich_help_panel=RECIPE)
+    ] = None,
+    train_batch_size: Annotated[
+        int | None,
+        typer.Option("--batch-size", min=1, help="Samples a step.", rich_help_panel=RECIPE),
+    ] = None,
+    norms_layer: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Record this layer's batch-gradient norms while training (Algorithm 1). May be repeated.",
+            rich_help_panel=RECIPE,
+        ),
+    ] = None,
+    norms_skip_epochs: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="First epochs not recorded; 1 by default.", rich_help_panel=RECIPE
+        ),
+    ] = None,
+    reduce: o.RecordedReduce = None,
+    images: o.Images = None,
+    test_images: o.TestImages = None,
+    patch_size: o.PatchSize = None,
+    stride: o.Stride = None,
+    limit: o.Limit = None,
+    skip_unreadable: o.SkipUnreadable = False,
+    data_dir: o.DataDir = None,
+    option: o.TaskOptions = None,
+    runs: o.Runs = o.DEFAULT_RUNS,
+    address: o.Address = None,
+    device: o.Device = "auto",
+    num_gpus: o.NumGpus = None,
+    local: o.Local = False,
+    detach: o.Detach = False,
+    dry_run: o.DryRun = False,
+    json: o.Json = False,
+) -> None:
+    """Train a model of a task; keeps weights at chosen epochs, and gradient norms if asked."""
+    from infl_cli.how import How
+    from infl_cli.launch import carry_out
+    from infl_cli.requests import parse_options, task_request, train_request
+    from influence_jobs.store.run import Run
+    from influence_jobs.tasks.layers import resolve_layers
+
+    how = How(address, None, device, num_gpus, None, None, local, detach, dry_run, json)
+    task_spec, built = task_request(
+        task,
+        {
+            "images": images,
+            "test_images": test_images,
+            "patch_size": patch_size,
+            "stride": stride,
+            "limit": limit,
+            "data_dir": data_dir,
+            **parse_options(option),
+        },
+        skip_unreadable=skip_unreadable,
+        say=say,
+    )
+    given: dict[str, Any] = {
+        "epochs": epochs,
+        "seed": seed,
+        "save_epochs": tuple(save_epoch) if save_epoch else None,
+        "optimizer": optimizer,
+        "lr": lr,
+        "momentum": momentum,
+        "weight_decay": weight_decay,
+        "batch_size": train_batch_size,
+    }
+    if norms_layer:
+        given |= {
+            "norm_layers": resolve_layers(norms_layer, built),
+            "norm_reduction": reduce,
+            "norm_skip_epochs": norms_skip_epochs,
+        }
+    else:
+        for name, value in (("norms-skip-epochs", norms_skip_epochs), ("reduce", reduce)):
+            if value is not None:
+                raise SpecError(f"--{name} needs --norms-layer")
+    spec = train_request(task_spec, preset=preset, given=given)
+    carry_out(Run(o.runs_folder(runs), spec), how)
+
+
+@app.command("grad-norms")
+def grad_norms(
+    task: o.TaskOfCheckpoint = None,
+    layer: o.Layers = None,
+    reduce: o.Reduce = "channel",
+    checkpoint: o.Checkpoints = None,
+    combine: o.Combine = "sum",
+    precision: o.Precision = "float32",
+    seed: o.Seed = 0,
+    preset: o.Preset = None,
+    epochs: o.Epochs = None,
+    images: o.Images = None,
+    patch_size: o.PatchSize = None,
+    stride: o.Stride = None,
+    sigma: o.Sigma = None,
+    limit: o.Limit = None,
+    skip_unreadable: o.SkipUnreadable = False,
+    data_dir: o.DataDir = None,
+    option: o.TaskOptions = None,
+    runs: o.Runs = o.DEFAULT_RUNS,
+    address: o.Address = None,
+    workers: o.Workers = None,
+    device: o.Device = "auto",
+    num_gpus: o.NumGpus = None,
+    batch_size: o.BatchSize = None,
+    shard_size: o.ShardSize = None,
+    local: o.Local = False,
+    detach: o.Detach = False,
+    dry_run: o.DryRun = False,
+    json: o.Json = False,
+) -> None:
+    """Per-sample gradient norms of chosen layers, at one or several checkpoints.
+
+    `infl submit grad-norms --layer 11` alone works on a bare machine: it trains FFDNet for a few
+    epochs on sample photographs and writes the norms of its eleventh convolution.
+    """
+    from infl_cli.how import How
+    from infl_cli.launch import carry_out
+    from infl_cli.requests import (
+        as_trained,
+        checkpoint_request,
+        grad_norms_request,
+        parse_options,
+        task_request,
+        task_trained,
+        train_request,
+    )
+    from influence_jobs.specs import TrainedCheckpoint
+    from influence_jobs.store.run import Run
+
+    if not layer:
+        raise SpecError("name at least one layer: --layer 11, --layer main.29, or --layer all")
+    how = How(
+        address, workers, device, num_gpus, batch_size, shard_size, local, detach, dry_run, json
+    )
+    root = o.runs_folder(runs)
+    if checkpoint and (epochs or preset):
+        raise SpecError(
+            "--epochs and --preset say how to train, but --checkpoint names weights that exist"
+        )
+    checkpoints = [c for word in checkpoint or () for c in checkpoint_request(word, root)]
+    given = {
+        "images": images,
+        "patch_size": patch_size,
+        "stride": stride,
+        "sigma": sigma,
+        "limit": limit,
+        "data_dir": data_dir,
+        **parse_options(option),
+    }
+    trained = task_trained(checkpoints, task)
+    if trained is not None:
+        task, given = trained.name, as_trained(trained, given)
+    task_spec, built = task_request(
+        task or "ffdnet", given, skip_unreadable=skip_unreadable, say=say
+    )
+    if not checkpoints:
+        spec = train_request(task_spec, preset=preset, given={"epochs": epochs})
+        checkpoints = [TrainedCheckpoint(train=spec, epoch=spec.epochs)]
+    request = grad_norms_request(
+        task_spec,
+        built,
+        runs=root,
+        checkpoints=checkpoints,
+        layers=layer,
+        reduction=reduce,
+        combine=combine,
+        precision=precision,
+        seed=seed,
+    )
+    carry_out(Run(root, request), how)

@@ -1,0 +1,96 @@
+"""Progress of a run, read from its folder: it shows the same wherever the driver is."""
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from infl_cli.render import duration, err, say
+from infl_cluster.status import read_status
+from influence_jobs.store.run import Run, now
+
+POLL_S = 0.5
+LINE_EVERY_S = 10.0  # where there is no terminal to draw a bar on
+
+
+def rate_and_eta(status: dict[str, Any]) -> tuple[float, float] | None:
+    """Samples a second since this driver's work began, and the seconds left at that rate."""
+    done = status["units_done"] - status.get("units_before", 0)
+    if not status.get("units_total") or done <= 0:
+        return None
+    until = now() if status["state"] == "running" else status["updated_at"]
+    rate = done / max(until - status["work_started_at"], 1e-3)
+    return rate, (status["units_total"] - status["units_done"]) / rate
+
+
+class Progresses:
+    """A bar for each run that is being carried out: the one asked for and those it needs."""
+
+    def __init__(self) -> None:
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%  {task.fields[note]}"),
+            console=err,
+            transient=False,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._drawn = sys.stderr.isatty()
+        self._last_line = time.monotonic()
+        if self._drawn:
+            self._bars.start()
+
+    def close(self) -> None:
+        """Leave the bars as they are."""
+        if self._drawn:
+            self._bars.stop()
+
+    def show(self, run: Run, status: dict[str, Any]) -> None:
+        """Show where a run is."""
+        total, done = status["units_total"], status["units_done"]
+        if not total:
+            return
+        note = f"{done:,}/{total:,} samples"
+        if speed := rate_and_eta(status):
+            note += f"  {speed[0]:,.0f}/s  ETA {duration(speed[1])}"
+        if status["retries"]:
+            note += f"  {status['retries']} retries"
+        if self._drawn:
+            if run.id not in self._tasks:
+                self._tasks[run.id] = self._bars.add_task(run.id, total=total, note="")
+            self._bars.update(self._tasks[run.id], completed=done, total=total, note=note)
+        elif time.monotonic() - self._last_line >= LINE_EVERY_S:
+            self._last_line = time.monotonic()
+            say(f"{run.id} {100 * done // total}%  {note}")
+
+
+def watch(run: Run, *, ended: Callable[[], str | None]) -> dict[str, Any]:
+    """Show progress until the run has ended; returns its last status.
+
+    Args:
+        ended: Asked about once a second whether something other than the run's own status says that its
+            driver is gone; returns why, or None.
+    """
+    bars = Progresses()
+    asked = time.monotonic()
+    try:
+        while True:
+            status = read_status(run)
+            phase = status.get("phase")
+            shown = Run.open(run.root, phase) if phase else run
+            bars.show(shown, read_status(shown) if phase else status)
+            if status["state"] not in ("new", "running"):
+                return status
+            if time.monotonic() - asked > 1:
+                asked = time.monotonic()
+                why = ended()
+                if why is not None:
+                    status = read_status(run)
+                    if status["state"] in ("new", "running"):
+                        status |= {"state": "interrupted", "message": why}
+                    return status
+            time.sleep(POLL_S)
+    finally:
+        bars.close()

@@ -1,0 +1,40 @@
+"""Presets: named defaults as YAML. They are text; the command line turns them into specs."""
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that come with the package."""
+    entries = files(__name__).iterdir()
+    return sorted(e.name.removesuffix(".yaml") for e in entries if e.name.endswith(".yaml"))
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """A preset by name, or from a YAML file of one's own.
+
+    Raises:
+        ValueError: There is no such preset, or it is no mapping; the message is for the user.
+    """
+    if name in preset_names():
+        text = files(__name__).joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    else:
+        try:
+            text = Path(name).read_text(encoding="utf-8")
+        except OSError:
+            known = ", ".join(preset_names())
+            raise ValueError(f"no preset {name!r}: choose {known}, or name a YAML file") from None
+    try:
+        preset = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"preset {name} is not YAML: {getattr(error, 'problem', error)}"
+        ) from error
+    if not isinstance(preset, dict) or not isinstance(preset.get("train"), dict):
+        raise ValueError(  # noqa: TRY004  (the content is wrong, not a caller's type)
+            f"preset {name} must have a mapping `train` of training options"
+        )
+    return preset
