@@ -1,0 +1,44 @@
+# One front door: `make demo` shows it, `make test` proves it.
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+RUNS ?= demo-runs
+
+.PHONY: install test slow lint format demo clean
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable . --group dev
+	touch $@
+
+test: install
+	$(BIN)/python -m pytest
+
+slow: install
+	$(BIN)/python -m pytest -m slow
+
+lint: install
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+# Real work, end to end, on a Ray of its own: MNIST trained for two epochs and its norms for every layer,
+# then FFDNet trained shortly on sample photographs and the norms of its eleventh layer.
+demo: install
+	$(BIN)/infl submit grad-norms --task mnist --layer all --epochs 2 --runs $(RUNS)
+	$(BIN)/infl submit grad-norms --layer 11 --epochs 2 --runs $(RUNS)
+	$(BIN)/infl runs --runs $(RUNS)
+	$(BIN)/infl top grad-norms-ffdnet --k 5 --runs $(RUNS)
+	@$(BIN)/infl cluster status
+	@echo "The Ray above ends itself when idle; end it now with: $(BIN)/infl cluster down"
+
+clean:
+	rm -rf $(VENV) dist

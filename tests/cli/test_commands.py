@@ -1,0 +1,414 @@
+"""What the commands do and print, computed in this process."""
+
+import json
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import zarr
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from infl_cli import watch
+from infl_cluster.inline import InlineBackend
+from influence_jobs.datasets import mnist
+from influence_jobs.errors import DataError
+from influence_jobs.jobs import runner as runner_module
+from influence_jobs.store.run import Run
+from influence_jobs.tasks.ffdnet import FFDNetTask
+
+Infl = Callable[..., Any]
+
+TRAIN = ("submit", "train", "--task", "digits:DigitsTask", "--epochs", "1", "--batch-size", "64")
+NORMS = ("submit", "grad-norms", "--checkpoint", "train-digits")
+
+
+@pytest.fixture
+def planned(infl: Infl) -> Callable[..., dict[str, Any]]:
+    """The plan of a request; run ids can be compared without computing anything."""
+
+    def run(*words: object) -> dict[str, Any]:
+        answer = infl(*words, "--dry-run", "--json")
+        assert answer.code == 0, answer.err
+        plan: dict[str, Any] = answer.json
+        return plan
+
+    return run
+
+
+def test_from_a_training_to_its_norms(
+    infl: Infl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = infl(*TRAIN, "--local")
+    assert trained.code == 0
+    run_id, path, figures, table, hint = trained.out.splitlines()
+    assert re.fullmatch(r"  after epoch 1: train_loss \d\.\d+, accuracy 0\.\d+", figures)
+    assert run_id.endswith(": done")
+    assert Path(path.strip(), table.strip()).is_file()
+    assert hint.startswith("next: infl ")
+    # The command that was suggested works as it stands.
+    words = hint.removeprefix("next: infl ").split()
+    norms = infl(*words, "--local", "--json").json
+    assert list(norms) == ["run", "path", "status", "arrays", "tables"]
+    assert norms["status"] == "done"
+    assert Path(norms["path"]) == tmp_path / "runs" / norms["run"]
+    shapes = {"norms/conv1": [1500, 8], "norms/conv2": [1500, 16], "norms/head": [1500, 10]}
+    assert {name: array["shape"] for name, array in norms["arrays"].items()} == shapes
+    for array in norms["arrays"].values():
+        stored = zarr.open_array(Path(norms["path"], array["path"]), mode="r")
+        assert list(stored.shape) == array["shape"]
+        assert str(stored.dtype) == array["dtype"] == "float32"
+        assert np.isfinite(stored[:]).all()
+    samples = pq.read_table(Path(norms["path"], norms["tables"]["samples"]))
+    assert samples.column_names == ["sample", "label"]
+
+    monkeypatch.setattr(InlineBackend, "run", lambda *_a, **_k: pytest.fail("computed again"))
+    again = infl(*words, "--local", "--json")
+    assert again.json == norms
+    assert again.err == f"{norms['run']} is already done\n"
+
+
+def test_checkpoints_of_chosen_epochs(infl: Infl, runs: Path) -> None:
+    words = ("--layer", "head", "--local", "--json")
+    first, second, both = (
+        infl("submit", "grad-norms", "--checkpoint", f"train-digits@{which}", *more, *words).json
+        for which, *more in (("1",), ("2",), ("all", "--combine", "keep"))
+    )
+    values = [
+        zarr.open_array(Path(norms["path"], "data.zarr/norms/head"), mode="r")[:]
+        for norms in (first, second, both)
+    ]
+    assert both["arrays"]["norms/head"]["shape"] == [2, 1500, 10]
+    np.testing.assert_array_equal(values[2], np.stack(values[:2]))
+
+
+def test_a_state_dict_file_is_a_checkpoint(
+    infl: Infl, runs: Path, tmp_path: Path, finished_run: Run
+) -> None:
+    weights = next(runs.glob("train-*/checkpoints/epoch-0002.pt"))
+    (tmp_path / "mine.pth").write_bytes(weights.read_bytes())
+    words = ("--task", "digits:DigitsTask", "--layer", "head", "--local", "--json")
+    of_file = infl("submit", "grad-norms", "--checkpoint", "mine.pth", *words).json
+    of_run = runs / finished_run.id / "data.zarr/norms/head"
+    assert of_run != Path(of_file["path"], "data.zarr/norms/head")
+    np.testing.assert_array_equal(
+        zarr.open_array(Path(of_file["path"], "data.zarr/norms/head"), mode="r")[:],
+        zarr.open_array(of_run, mode="r")[:],
+    )
+
+
+def test_a_dry_run_writes_nothing_and_adds_up(
+    infl: Infl, planned: Callable[..., dict[str, Any]], runs: Path, tmp_path: Path
+) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    words = (*NORMS, "--layer", "all", "--seed", "1", "--shard-size", "300")
+    plan = planned(*words, "--workers", "2")
+    assert sorted(tmp_path.rglob("*")) == before
+    assert plan["shards"] == 3  # 1,500 rows in shards of two chunks
+    assert plan["rows_per_shard"] == 512
+    assert plan["samples"] == 1500
+    assert plan["workers"] == 2
+    assert plan["disk_bytes"] == 4 * 1500 * (8 + 16 + 10)
+    assert plan["needs_first"] == []
+    assert 1e8 < plan["memory_bytes_per_worker"] < 1e11
+    assert plan["estimated_seconds"] == pytest.approx(1500 / plan["samples_per_second"])
+    text = infl(*words, "--workers", "2", "--dry-run").out
+    assert f"run         {plan['run']}\n" in text
+    assert "shards      3 of up to 512 rows\n" in text
+    done = infl(*words, "--local", "--json").json
+    assert done["run"] == plan["run"]
+
+
+def test_a_dry_run_counts_what_has_to_be_done_first(
+    infl: Infl, planned: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    words = ("submit", "grad-norms", "--task", "digits:DigitsTask", "--layer", "1", "--epochs", "3")
+    plan = planned(*words)
+    (first,) = plan["needs_first"]
+    assert plan["path"] == f"{tmp_path}/runs/{plan['run']}"
+    assert first["run"] == planned(*TRAIN[:4], "--epochs", "3")["run"]
+    assert first["samples"] == 3 * 1500
+    both = first["estimated_seconds"] + plan["estimated_seconds"]
+    assert plan["total_seconds"] == pytest.approx(both)
+    text = infl(*words, "--dry-run").out
+    assert f"done first  {first['run']}, about 0:" in text
+    assert "\ntotal       about 0:" in text
+
+
+def test_a_dry_run_of_one_piece(planned: Callable[..., dict[str, Any]]) -> None:
+    assert planned(*TRAIN[:-1], "2000")["samples_per_second"] > 0
+
+
+def test_a_batch_never_crosses_a_chunk(planned: Callable[..., dict[str, Any]], runs: Path) -> None:
+    words = (*NORMS, "--layer", "1", "--batch-size")
+    assert planned(*words, "1000")["batch_size"] == 256
+    assert planned(*words, "100")["batch_size"] == 100
+
+
+def test_a_run_keeps_its_plan(infl: Infl, runs: Path, finished_run: Run) -> None:
+    words = (*NORMS, "--layer", "all", "--dry-run", "--json")
+    kept = f"{finished_run.id} keeps its plan: shards of 256 rows, batches of 64\n"
+    for more in (("--batch-size", "32"), ("--shard-size", "300")):
+        answer = infl(*words, *more)
+        assert answer.err == kept
+        assert (answer.json["batch_size"], answer.json["shards"]) == (64, 6)
+    assert infl(*words, "--batch-size", "64", "--shard-size", "200").err == ""
+
+
+def test_what_decides_the_id_of_a_run(
+    planned: Callable[..., dict[str, Any]],
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def run(*words: object) -> object:
+        return planned("submit", "train", *words)["run"]
+
+    train = ("--task", "digits:DigitsTask")
+    defaults = ("--option", "width=8", "--seed", "0", "--batch-size", "8", "--lr", "3e-3")
+    assert run(*train) == run(*train, *defaults)
+    assert len({run(*train, *more) for more in ((), ("--seed", "1"), ("--option", "width=4"))}) == 3
+
+    norms = ("submit", "grad-norms", "--images", "images", "--patch-size", "32", "--limit", "4")
+    first = planned(*norms, "--layer", "11")
+    assert planned(*norms, "--layer", "main.29")["run"] == first["run"]
+    assert (
+        planned(*norms, "--layer", "11", "--stride", "25", "--sigma", "25")["run"] == first["run"]
+    )
+    for sigma in ("25", "25e0"):  # an argument of the task like any other
+        written = planned(*norms, "--layer", "11", "--option", f"sigma={sigma}")
+        assert written["run"] == first["run"]
+    other_sigma = planned(*norms, "--layer", "11", "--sigma", "15")
+    assert other_sigma["run"] != first["run"]
+    assert other_sigma["needs_first"][0]["run"] == first["needs_first"][0]["run"]
+    other_stride = planned(*norms, "--layer", "11", "--stride", "8")
+    assert other_stride["run"] != first["run"]
+    assert other_stride["needs_first"][0]["run"] != first["needs_first"][0]["run"]
+    # Where data lie does not name a run, what they are does.
+    images.rename(tmp_path / "samples-of-mine")
+    norms = tuple("samples-of-mine" if word == "images" else word for word in norms)
+    assert planned(*norms, "--layer", "11")["run"] == first["run"]
+    (tmp_path / "samples-of-mine" / "b.png").unlink()
+    fewer = planned(*norms, "--layer", "11")["run"]
+    assert fewer != first["run"]
+    monkeypatch.setenv("INFL_DATA", str(tmp_path))  # of no concern to tasks that download nothing
+    assert planned(*norms, "--layer", "11")["run"] == fewer
+
+
+def test_ffdnet_on_images_of_ones_own(infl: Infl, images: Path, ffdnet_file: Path) -> None:
+    (images / "broken.jpg").write_bytes(b"no picture")
+    words = ("submit", "grad-norms", "--images", "images", "--patch-size", "32", "--stride", "8")
+    words = (*words, "--checkpoint", ffdnet_file, "--layer", "11", "--skip-unreadable", "--local")
+    answer = infl(*words, "--json")
+    assert "left out: broken.jpg cannot be decoded\n" in answer.err
+    assert answer.json["arrays"]["norms/main.29"]["shape"] == [12, 96]
+    spec = json.loads(Path(answer.json["path"], "spec.json").read_text())
+    assert spec["task"]["options"]["skip"] == ["broken.jpg"]
+    assert spec["task"]["paths"] == {"images": str(images)}
+
+    top = infl("top", "grad-norms-ffdnet", "--k", "2", "--json").json["top"]["norms/main.29"]
+    stored = zarr.open_array(Path(answer.json["path"], "data.zarr/norms/main.29"), mode="r")[:]
+    best = np.argsort(-stored.sum(1))[:2]
+    assert [row["sample"] for row in top] == best.tolist()
+    # Patches are numbered by image, then row by row of a grid of 3 x 2.
+    assert [(row["file"], row["row"], row["column"]) for row in top] == [
+        ("ab"[i // 6] + ".png", i % 6 // 2 * 8, i % 2 * 8) for i in best
+    ]
+
+
+def test_the_largest_norms(infl: Infl, runs: Path) -> None:
+    stored = zarr.open_array(next(runs.glob("grad*/data.zarr/norms/conv2")), mode="r")[:]
+    best = np.argsort(-stored[:, 2], kind="stable")[:3]
+    words = ("top", "grad", "--k", "3", "--layer", "conv2", "--channel", "2")
+    top = infl(*words, "--json").json["top"]
+    assert list(top) == ["norms/conv2"]
+    assert [row["sample"] for row in top["norms/conv2"]] == best.tolist()
+    assert [row["norm"] for row in top["norms/conv2"]] == stored[best, 2].tolist()
+
+    meaning, blank, heading, columns, *rows = infl(*words).out.splitlines()
+    assert meaning.startswith("norms: L2 norm over the input axis of the weight gradient")
+    assert meaning.endswith("of each sample's own loss, model in eval mode")
+    assert (blank, heading) == ("", "layer conv2: largest norms of channel 2")
+    assert columns.split() == ["sample", "label", "norm"]
+    assert [int(row.split()[0]) for row in rows] == best.tolist()
+    assert len({row.index(".") for row in rows}) == 1
+    assert infl("top", "grad").out.count("\nlayer ") == 3
+
+
+def test_runs_are_listed(infl: Infl, runs: Path, finished_run: Run) -> None:
+    assert infl("runs", "--runs", "none").err.startswith("no runs in none yet: infl submit")
+    ids = sorted(path.name for path in runs.iterdir())
+    listed = infl("runs", "--json").json["runs"]
+    assert [run["run"] for run in listed] == ids
+    assert {run["status"] for run in listed} == {"done"}
+    assert [run["samples_done"] for run in listed] == [1500, 3000]
+    (runs / finished_run.id / "spec.json").write_text("{")
+    listed = infl("runs", "--json").json["runs"]
+    assert [run["status"] for run in listed] == ["damaged", "done"]
+
+
+def test_tables_are_not_cut_on_narrow_terminals(
+    infl: Infl, runs: Path, finished_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    heading, first, _ = infl("runs").out.splitlines()
+    assert first.startswith(f"{finished_run.id}  done    100 %  20")
+    assert heading.index("started") == first.index("20")
+
+
+def test_status_of_a_finished_run(infl: Infl, runs: Path, finished_run: Run) -> None:
+    assert infl("status", "grad").out == (
+        f"run      {finished_run.id}\n"
+        f"path     {runs / finished_run.id}\n"
+        "status   done\n"
+        "samples  1,500 of 1,500\n"
+        "shards   6 of 6\n"
+    )
+    status = infl("status", finished_run.id.rpartition("-")[2], "--json").json
+    assert status["progress"]["shards_done"] == 6
+    assert status["arrays"]["norms/head"]["shape"] == [1500, 10]
+    assert infl("status", "grad", "--follow").out == infl("status", "grad").out
+    assert "6 of 6 shards to do" in infl("logs", "grad").out
+
+
+def test_a_run_that_was_never_begun(infl: Infl, tmp_path: Path, finished_run: Run) -> None:
+    run = Run.create(str(tmp_path / "elsewhere"), finished_run.spec)
+    where = ("grad", "--runs", "elsewhere")
+    resume = f"infl resume {run.id} --runs {tmp_path}/elsewhere"
+    lines = ("run", run.id), ("path", run.files.url), ("status", "new"), ("next", resume)
+    assert infl("status", *where).out == "".join(f"{name:6}  {value}\n" for name, value in lines)
+    assert "message  it is not running\n" in infl("status", *where, "--follow").out
+    assert infl("logs", *where).err == f"{run.id} has no logs yet: no driver has begun it\n"
+    assert infl("stop", *where).err == f"{run.id} is not running\n"
+    assert infl("verify", *where).err == (
+        f"error: run {run.id} has not begun: infl resume {run.id}\n"
+    )
+    assert f"is not done yet: {resume}\n" in infl("top", *where).err
+
+
+def test_damage_is_found_and_mended(infl: Infl, runs: Path, finished_run: Run) -> None:
+    good = f"{finished_run.id}: 6 of 6 shards are done and good\n"
+    assert infl("verify", "grad").out == good
+    chunk = runs / finished_run.id / "data.zarr/norms/conv2/c/0/0"
+    before = chunk.read_bytes()
+    chunk.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+
+    found = infl("verify", "grad", "--json")
+    assert found.code == 2
+    assert list(found.json["damaged"]) == ["000000000-000000256"]
+    assert (found.json["good"], found.json["not_done"]) == (5, 0)
+    repair = f"infl verify {finished_run.id} --repair, then infl resume {finished_run.id}"
+    assert found.err == f"error: 1 shard is damaged: {repair}\n"
+    mended = infl("verify", "grad", "--repair")
+    assert mended.code == 0
+    assert mended.err.endswith(f"1 shard is to be computed again: infl resume {finished_run.id}\n")
+    assert infl("resume", "grad", "--local").code == 0
+    assert infl("verify", "grad").out == good
+    assert chunk.read_bytes() == before
+
+
+def test_after_ctrl_c_a_run_goes_on_where_it_was(
+    infl: Infl, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = runner_module.ShardRunner.run, []
+
+    def interrupted_at_the_third(self: runner_module.ShardRunner, shard: Any) -> Any:
+        calls.append(shard.id)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return original(self, shard)
+
+    monkeypatch.setattr(runner_module.ShardRunner, "run", interrupted_at_the_third)
+    words = (*NORMS, "--layer", "head", "--precision", "float64", "--local")
+    answer = infl(*words)
+    assert (answer.code, answer.out) == (130, "")
+    run_id = answer.err.split()[-2]
+    assert answer.err.endswith(f"stopped; what is finished is kept: infl resume {run_id} --local\n")
+    stopped = infl("status", run_id, "--json").json["progress"]
+    assert (stopped["state"], stopped["shards_done"]) == ("stopped", 2)
+    assert f"next     infl resume {run_id}\n" in infl("status", run_id).out
+
+    monkeypatch.setattr(watch, "LINE_EVERY_S", 0.0)
+    monkeypatch.setattr(watch, "POLL_S", 0.01)
+    resumed = infl("resume", run_id, "--local", "--json")
+    assert resumed.code == 0
+    assert resumed.json["status"] == "done"
+    assert len(calls) == 3 + 4
+    # Where standard error is no terminal, progress is lines, and only there.
+    assert resumed.out.count("\n") == 1
+    progress = re.compile(r"(grad-norms|train)-digitstask-\w+ \d+%  [\d,]+/[\d,]+ samples.*")
+    assert all(progress.fullmatch(line) for line in resumed.err.splitlines())
+    assert f"{run_id} 100%  1,500/1,500 samples" in resumed.err
+
+
+def test_a_failed_run_tells_why(infl: Infl, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = TensorDataset.__getitem__
+
+    def one_bad_sample(self: TensorDataset, index: int) -> Any:
+        if index == 700:
+            raise DataError("sample 700 is out of order")
+        return original(self, index)
+
+    words = (*NORMS, "--layer", "head", "--precision", "float64", "--local")
+    with monkeypatch.context() as patch:
+        patch.setattr(TensorDataset, "__getitem__", one_bad_sample)
+        failed = infl(*words)
+    assert (failed.code, failed.out) == (2, "")
+    why = "1 of 6 shards failed, the first: sample 700 is out of order"
+    run_id = failed.err.split()[-2]
+    hint = f"infl logs {run_id}; infl resume {run_id} --local"
+    assert failed.err == f"error: {why} ({hint})\n"
+    status = infl("status", run_id).out
+    assert "shards                     5 of 6\n" in status
+    assert f"message                    {why}\n" in status
+    assert "shard 000000512-000000768  sample 700 is out of order\n" in status
+    assert "sample 700" in infl("logs", run_id).out
+    assert infl(*words).code == 0
+
+
+class Same(nn.Module):
+    """A denoiser that changes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, noisy: Tensor, _sigma: Tensor) -> Tensor:
+        return noisy
+
+
+def test_denoised_images_are_written_in_true_colours(
+    infl: Infl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FFDNetTask, "network", Same)
+    torch.save(Same().state_dict(), tmp_path / "same.pth")
+    clean = np.empty((8, 9, 3), dtype=np.uint8)
+    clean[:] = (200, 100, 50)
+    for name in ("a[b].png", "deep/a.jpg"):
+        (tmp_path / "clean" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(clean).save(tmp_path / "clean" / name, quality=100)
+    words = ("denoise", "clean", "--checkpoint", "same.pth", "--out", "out")
+
+    answer = infl(*words, "--sigma", "0", "--json").json
+    assert answer["images"][0] == {"file": "a[b].png", "noisy_psnr": None, "psnr": None}
+    written = np.asarray(Image.open(tmp_path / "out" / "a[b].png"))
+    np.testing.assert_array_equal(written, clean)
+    assert (tmp_path / "out" / "deep" / "a.jpg.png").is_file()
+
+    heading, *rows = infl(*words).out.splitlines()
+    assert heading.split() == ["file", "noisy", "dB", "denoised", "dB"]
+    assert [row.split()[0] for row in rows] == ["a[b].png", "deep/a.jpg", "mean"]
+    assert float(rows[0].split()[1]) == pytest.approx(20 * np.log10(255 / 25), abs=0.5)
+
+
+def test_mnist_is_checked(infl: Infl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mnist, "_all_right", lambda raw: raw == tmp_path / "data/MNIST/raw")
+    answer = infl("data", "mnist", "--data-dir", tmp_path / "data")
+    assert answer.out == f"MNIST is in {tmp_path}/data and its checksums are right\n"

@@ -1,0 +1,82 @@
+"""Commands and options are a promise: taking one away or renaming it must be on purpose."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import typer
+
+from infl_cli.main import app
+
+TASK_DATA = "images patch-size stride limit skip-unreadable data-dir option"
+WHERE = "runs json"
+HOW = f"{WHERE} address device num-gpus local detach"
+
+OPTIONS = {
+    "runs": WHERE,
+    "status": f"{WHERE} follow",
+    "logs": "runs",
+    "stop": "runs",
+    "resume": f"{HOW} workers",
+    "verify": f"{WHERE} repair",
+    "top": f"{WHERE} k layer channel",
+    "denoise": f"{WHERE} checkpoint sigma grey seed out",
+    "submit train": f"{HOW} {TASK_DATA} dry-run task preset epochs seed save-epoch optimizer lr momentum "
+    "weight-decay batch-size norms-layer norms-skip-epochs reduce test-images",
+    "submit grad-norms": f"{HOW} {TASK_DATA} dry-run task layer reduce checkpoint combine precision seed "
+    "preset epochs sigma workers batch-size shard-size",
+    "cluster up": "num-cpus num-gpus",
+    "cluster status": "json",
+    "cluster down": "",
+    "data mnist": "data-dir",
+}
+
+
+def _commands(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _commands(command, (*path, name))
+        else:
+            yield " ".join((*path, name)), command
+
+
+COMMANDS = dict(_commands(typer.main.get_command(app)))
+
+
+def test_there_are_these_commands() -> None:
+    assert set(COMMANDS) == set(OPTIONS)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_command_has_these_options(name: str) -> None:
+    options = [p for p in COMMANDS[name].params if p.param_type_name == "option"]
+    assert sorted(word for option in options for word in option.opts) == sorted(
+        f"--{word}" for word in OPTIONS[name].split()
+    )
+    assert [option.secondary_opts for option in options] == [[]] * len(options)
+    assert [option.name for option in options if not option.help] == []
+
+
+@pytest.mark.parametrize("name", ["", "submit", "cluster", "data", *OPTIONS])
+def test_help_shows_every_option_at_80_columns(infl: Callable[..., Any], name: str) -> None:
+    answer = infl(*name.split(), "--help")
+    assert answer.code == 0
+    assert answer.err == ""
+    for option in OPTIONS.get(name, "").split():
+        assert f"--{option} " in answer.out
+    assert max(map(len, answer.out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("group", ["", "submit", "cluster", "data"])
+def test_a_group_alone_shows_its_help(infl: Callable[..., Any], group: str) -> None:
+    answer = infl(*group.split())
+    assert answer.code == 2
+    assert "Usage: infl" in answer.out
+    assert answer.err == ""
+
+
+def test_help_and_completion_do_not_wait_for_torch() -> None:
+    code = "import infl_cli.main, sys; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

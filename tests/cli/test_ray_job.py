@@ -1,0 +1,166 @@
+"""Runs whose driver is a Ray job, with a cluster that is made up."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+
+from infl_cli import cluster, launch, ray_job
+from infl_cli.watch import watch
+from infl_cluster.client import UnknownJob
+from influence_jobs.errors import RuntimeFault
+from influence_jobs.store import find
+from influence_jobs.store.run import Run
+
+Infl = Callable[..., Any]
+
+TRAIN = ("submit", "train", "--task", "digits:DigitsTask", "--epochs", "1")
+
+
+class FakeCluster:
+    """Takes jobs and lets them wait for ever."""
+
+    def __init__(self) -> None:
+        self.jobs: dict[str, str] = {}
+        self.full = False
+
+    def version(self) -> dict[str, str]:
+        return {}
+
+    def submit(self, _argv: object, *, submission_id: str, metadata: object, env: object) -> str:
+        if self.full:
+            raise RuntimeFault("no room")
+        self.jobs[submission_id] = "PENDING"
+        return submission_id
+
+    def status(self, submission_id: str) -> str:
+        try:
+            return self.jobs[submission_id]
+        except KeyError:
+            raise UnknownJob("no such job") from None
+
+    def stop(self, submission_id: str) -> None:
+        self.jobs[submission_id] = "STOPPED"
+
+    def logs(self, _submission_id: str) -> str:
+        return ""
+
+
+@pytest.fixture
+def ray(monkeypatch: pytest.MonkeyPatch) -> FakeCluster:
+    """A cluster that is the local Ray and any other."""
+    fake = FakeCluster()
+    head = SimpleNamespace(client=lambda: fake, dashboard_url="http://here", token_path="token")
+    monkeypatch.setattr(launch, "ensure_head", lambda **_: head)
+    monkeypatch.setattr(ray_job, "current_head", lambda: head)
+    for module in (launch, ray_job):
+        monkeypatch.setattr(module, "remote_client", lambda _address: fake)
+    return fake
+
+
+def held_by(run: Path, pid: int) -> None:
+    """Write the lease of a driver."""
+    holder = {
+        "owner": f"process {pid}",
+        "host": socket.gethostname(),
+        "pid": pid,
+        "process_started": psutil.Process(pid).create_time(),
+        "beat": time.time(),
+    }
+    (run / "lease.json").write_text(json.dumps(holder))
+
+
+def test_a_job_is_stopped_before_it_drives(infl: Infl, ray: FakeCluster) -> None:
+    run_id = infl(*TRAIN, "--detach", "--json").json["run"]
+    status = infl("status", "train").out
+    assert f"next    infl status {run_id} --follow\n" in status
+    assert "resume" not in status
+    assert infl("stop", "train").err == f"{run_id} is stopped; go on with: infl resume {run_id}\n"
+    assert list(ray.jobs.values()) == ["STOPPED"]
+    assert infl("stop", "train").err == f"{run_id} is not running\n"
+    ray.jobs.clear()  # another head by now
+    assert infl("stop", "train").err == f"{run_id} is not running\n"
+
+
+def test_a_job_that_waits_for_another_driver_is_stopped_too(
+    infl: Infl, ray: FakeCluster, tmp_path: Path
+) -> None:
+    run_id = infl(*TRAIN, "--detach", "--json").json["run"]
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as driver:
+        threading.Thread(target=driver.wait, daemon=True).start()  # no zombie
+        held_by(tmp_path / "runs" / run_id, driver.pid)
+        assert f"{run_id} is stopped" in infl("stop", "train").err
+        assert driver.wait(10) != 0
+    assert list(ray.jobs.values()) == ["STOPPED"]
+
+
+def test_a_job_is_written_down_before_it_is_submitted(
+    infl: Infl, ray: FakeCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray.full = True
+    assert "no room" in infl(*TRAIN, "--detach").err
+    (file,) = (tmp_path / "runs").glob("*/job.json")
+    first = json.loads(file.read_text())
+    assert first["submission_id"].startswith(file.parent.name)
+    assert first["address"] is None
+    ray.full = False
+    assert infl("resume", "train", "--detach").code == 0
+    assert list(ray.jobs) == [json.loads(file.read_text())["submission_id"]]
+
+
+def test_an_earlier_job_says_nothing_of_a_driver_here(
+    infl: Infl, runs: Path, finished_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = runs / finished_run.id
+    (folder / "status.json").unlink()
+    (folder / "job.json").write_text('{"address": null, "submission_id": "earlier"}')
+    monkeypatch.setattr(ray_job, "current_head", lambda: None)
+    monkeypatch.setattr(ray_job, "SILENCE_S", -1.0)
+    held_by(folder, os.getpid())
+    ended = ray_job.watcher(Run.open(str(runs), finished_run.id))
+    answer = infl("resume", "grad", "--detach")
+    assert answer.code == 0
+    assert answer.err.startswith(f"{finished_run.id} is already running\n")
+    assert ended() is None
+    (folder / "lease.json").unlink()
+    assert ended() == "the local Ray that ran it is gone"
+
+    assert infl("resume", "grad", "--local").code == 0
+    assert not (folder / "job.json").exists()
+
+
+def test_runs_on_a_cluster_must_be_shared(infl: Infl, ray: FakeCluster, tmp_path: Path) -> None:
+    said = infl(*TRAIN, "--detach", "--address", "http://localhost:1").err.splitlines()[0]
+    shared = f"{tmp_path}/runs must be on storage that all nodes of http://localhost:1 share"
+    assert said == shared
+
+
+def test_a_ray_that_is_up_keeps_its_size(infl: Infl, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = SimpleNamespace(dashboard_url="http://here", token_path="token")
+    monkeypatch.setattr(cluster, "ensure_head", lambda **_: head)
+    for up in (None, head):
+        monkeypatch.setattr(cluster, "current_head", lambda up=up: up)
+        assert ("keeps its CPUs" in infl("cluster", "up", "--num-cpus", "3").err) == bool(up)
+        assert "keeps its CPUs" not in infl("cluster", "up").err
+
+
+def test_watching_does_not_list_all_runs(
+    runs: Path, finished_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(find, "run_ids", lambda _root: pytest.fail("runs are listed"))
+    run = Run.open(str(runs), finished_run.id)
+    status = run.read_json("status.json")
+    assert status is not None
+    train = next(path.name for path in runs.iterdir() if path.name.startswith("train"))
+    run.write_json("status.json", {**status, "phase": train})
+    assert watch(run, ended=lambda: None)["phase"] == train

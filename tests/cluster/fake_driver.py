@@ -1,0 +1,42 @@
+"""A driver for tests: carries out the requests on its standard input with `RayBackend`.
+
+It has to be a process of its own, as Ray reads its authentication settings once, when it is imported.
+"""
+
+import json
+import sys
+from dataclasses import astuple
+from pathlib import Path
+from types import SimpleNamespace
+
+from infl_cluster.pool import RayBackend
+from influence_jobs.errors import RuntimeFault
+from influence_jobs.jobs.base import Shard
+
+
+def carry_out(request):
+    root, spec = Path(request["root"]), SimpleNamespace(kind="fake-kind")
+    run = SimpleNamespace(root=str(root), id=root.name, spec=spec)
+    shards = [Shard(name, 10 * i, 10 * i + 10) for i, name in enumerate(request["ids"])]
+    backend = RayBackend(
+        device="cpu", runner=f"fake_runner:{request['runner']}", **request["options"]
+    )
+    receipts, fault = [], None
+
+    def on_idle(_waiting):
+        if request["idle_fault"]:
+            raise RuntimeFault(request["idle_fault"])
+
+    def on_receipt(receipt, again):
+        receipts.append((*astuple(receipt), again))
+
+    try:
+        backend.run(run, shards, on_receipt=on_receipt, on_idle=on_idle)
+    except RuntimeFault as error:
+        fault = str(error)
+    return {"receipts": receipts, "fault": fault}
+
+
+if __name__ == "__main__":
+    for line in sys.stdin:
+        print("RESULT", json.dumps(carry_out(json.loads(line))), flush=True)

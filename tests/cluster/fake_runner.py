@@ -1,0 +1,46 @@
+"""Runners whose shards behave as their ids say; imported by Ray's workers.
+
+Every start of a shard leaves a file `<shard>.<attempt>` in the root.
+"""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from influence_jobs.errors import StoreError
+from influence_jobs.jobs.base import Receipt
+
+
+class FakeRunner:
+    def __init__(self, root, run_id, *, device, threads):
+        self._root = Path(root)
+        self.title = f"fake {run_id} on {device}"
+
+    def run(self, shard):
+        attempt = 1
+        while (mark := self._root / f"{shard.id}.{attempt}").exists():
+            attempt += 1
+        mark.write_text(f"{os.environ['OMP_NUM_THREADS']} {os.environ['MALLOC_MMAP_MAX_']}")
+        behaviour = shard.id.split("-")[0]
+        if behaviour == "poison":
+            return Receipt(shard.id, "failed", "bad rows", "user", attempt)
+        if behaviour == "full":
+            return Receipt(shard.id, "failed", "the disk is full", "fatal", attempt)
+        if (behaviour == "hiccup" and attempt < 3) or (behaviour == "late" and attempt < 5):
+            return Receipt(shard.id, "failed", "read error", "transient", attempt)
+        if behaviour == "killer" or (behaviour == "killed" and attempt == 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+        while behaviour == "held" and not (self._root / "release").exists():
+            time.sleep(0.05)
+        return Receipt(shard.id, "done", None, None, attempt, 0.5, shard.stop - shard.start)
+
+
+class Refusing:
+    def __init__(self, *_args, **_kwargs):
+        raise StoreError("the run folder is gone")
+
+
+class Dying:
+    def __init__(self, *_args, **_kwargs):
+        os.kill(os.getpid(), signal.SIGKILL)

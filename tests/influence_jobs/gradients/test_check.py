@@ -1,0 +1,93 @@
+"""The engine's self-check finds the faults that no look at the modules can find."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from influence_jobs.errors import ModelError
+from influence_jobs.gradients import GradNorms, rules
+
+
+class Probe(nn.Module):
+    """Two layers with a planted fault between them."""
+
+    def __init__(self, fault="none"):
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.second = nn.Linear(6, 6)
+        self.fault = fault
+
+    def forward(self, x):
+        h = self.first(x)
+        if self.fault == "functional use":
+            h = h + F.linear(x, self.first.weight.t())
+        if self.fault == "batch statistics":
+            h = h - h.mean(0)
+        if self.fault == "first sample":  # shows in the second sample only
+            h = h * h[:1].detach()
+        if self.fault == "dropout":
+            h = F.dropout(h, 0.5)
+        return self.second(h)
+
+
+def losses(model, x):
+    return model(x).square().sum(1)
+
+
+def check(model, losses=losses, batch=None, layers=("first", "second"), precision="float32"):
+    with GradNorms(
+        model.eval(), layers, losses, reduction="channel", precision=precision
+    ) as engine:
+        engine.check(torch.randn(2, 6) if batch is None else batch)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_sound_model_passes(rows):
+    check(Probe(), batch=torch.randn(rows, 6))
+    check(Probe(), batch=torch.randn(rows, 6), precision="bfloat16")
+
+
+@pytest.mark.parametrize("fault", ["functional use", "batch statistics", "first sample", "dropout"])
+def test_planted_fault_is_found(fault):
+    with pytest.raises(ModelError, match=r"layer 'first': per-sample norms differ .* usual causes"):
+        check(Probe(fault))
+
+
+def test_losses_divided_by_the_batch_size():
+    with pytest.raises(ModelError, match=r"differ from one-sample autograd by 5\.0e-01"):
+        check(Probe(), losses=lambda model, x: losses(model, x) / len(x))
+
+
+def test_wrong_rule(monkeypatch):
+    def forgets_the_input(module, a, g):
+        return g.abs()[..., None, None]
+
+    monkeypatch.setitem(rules._RULES, nn.Linear, forgets_the_input)
+    with pytest.raises(ModelError, match="layer 'first'"):
+        check(Probe())
+
+
+def test_not_finite_is_the_callers_business():
+    check(Probe(), batch=torch.full((2, 6), torch.nan))
+
+
+def test_batch_that_cannot_be_cut():
+    class Opaque:
+        x = torch.randn(2, 6)
+
+    with pytest.raises(ModelError, match="for one sample have length 2: the batch must be a tuple"):
+        check(Probe(), losses=lambda model, batch: losses(model, batch.x), batch=Opaque())
+
+
+def test_weights_stay_frozen_after_a_failure():
+    model = Probe("batch statistics").eval()
+    with GradNorms(model, ["first"], losses, reduction="layer") as engine:
+        with pytest.raises(ModelError):
+            engine.check(torch.randn(2, 6))
+        assert not any(p.requires_grad for p in model.parameters())

@@ -1,0 +1,221 @@
+"""Every refusal: a ModelError of one line that names the module."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune
+
+from influence_jobs.errors import ModelError
+from influence_jobs.gradients import GradNorms, require_supported
+
+
+def sums(model, x):
+    return model(x).flatten(1).sum(1)
+
+
+def refused(message, model, layer, x=None, losses=sums, precision="float32", train=False):
+    model.train(train)
+    flags = [p.requires_grad for p in model.parameters()]
+    with (
+        pytest.raises(ModelError, match=message) as caught,
+        GradNorms(model, [layer], losses, reduction="layer", precision=precision) as engine,
+    ):
+        engine(torch.randn(4, 6) if x is None else x)
+    assert "\n" not in str(caught.value)
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+class SubLinear(nn.Linear):
+    pass
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv1d(1, 1, 1),
+        nn.ConvTranspose2d(1, 1, 1),
+        nn.BatchNorm1d(3),
+        nn.GroupNorm(1, 4),
+        nn.LSTM(3, 3),
+        nn.ReLU(),
+        SubLinear(2, 2),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_unsupported_type(layer):
+    model = nn.Sequential(nn.ModuleDict({"inner": layer}))
+    kind = type(layer).__name__
+    refused(
+        rf"layer '0\.inner' \({kind}\) has no gradient rule; supported: Linear", model, "0.inner"
+    )
+
+
+def test_unknown_name():
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+    refused("no layer 'fc' in Sequential; it has: 0, 2$", model, "fc")
+    deep = nn.Sequential(*[nn.Linear(6, 6) for _ in range(20)])
+    refused(r"it has: 0, 1, .*, 11 and 8 more$", deep, "fc")
+
+
+def test_no_layers():
+    with pytest.raises(ModelError, match="no layer was named"):
+        GradNorms(nn.Sequential(nn.Linear(2, 2)).eval(), [], sums, reduction="layer")
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.BatchNorm2d(3, affine=False), nn.LayerNorm(3, elementwise_affine=False)]
+)
+def test_layer_without_weight(layer):
+    refused(r"layer '0' \(\w+Norm\w*\) has no weight parameter", nn.Sequential(layer), "0")
+
+
+def test_reparametrised_weight():
+    pruned = nn.Linear(6, 6)
+    prune.l1_unstructured(pruned, "weight", amount=0.5)
+    refused(r"layer '0' \(Linear\) has no weight parameter", nn.Sequential(pruned), "0")
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))
+    refused("layer '0' .* has no gradient rule", nn.Sequential(normed), "0")
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}, {"sparse": True}]
+)
+def test_embedding_options(options):
+    (option,) = options
+    model = nn.Sequential(nn.Embedding(5, 3, **options))
+    refused(rf"layer '0' \(Embedding\) uses {option}", model, "0", torch.tensor([[0, 1]]))
+
+
+def test_weight_types():
+    refused(
+        "'0' has float64 weights, .* needs float32",
+        nn.Sequential(nn.Linear(6, 6).double()),
+        "0",
+    )
+    model = nn.Sequential(nn.Linear(6, 6))
+    refused("has float32 weights, .* needs float64", model, "0", precision="float64")
+    refused("has bfloat16 weights, .* needs float32", model.bfloat16(), "0", precision="bfloat16")
+    integer = nn.Linear(6, 6)
+    integer.weight = nn.Parameter(torch.ones(6, 6, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ModelError, match=r"layer 'fc' \(Linear\) has int8 weights"):
+        require_supported("fc", integer)
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(6, 4)
+        self.head = nn.Linear(4, 6, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        return self.head(self.embed(ids))
+
+
+def test_shared_weight():
+    refused("layer 'head' shares its weight with 'embed'", Tied(), "head")
+    refused("layer 'embed' shares its weight with 'head'", Tied(), "embed")
+
+
+def test_train_mode():
+    refused(
+        r"the model \(Sequential\) is in train mode",
+        nn.Sequential(nn.Linear(6, 6)),
+        "0",
+        train=True,
+    )
+    model = nn.Sequential(nn.Linear(6, 6), nn.Dropout())
+    with GradNorms(model.eval(), ["0"], sums, reduction="layer") as engine:
+        engine(torch.randn(2, 6))
+        model[1].train()
+        with pytest.raises(ModelError, match=r"module '1' \(Dropout\) is in train mode"):
+            engine(torch.randn(2, 6))
+
+
+def test_batch_statistics_in_eval_mode():
+    model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6, track_running_stats=False))
+    refused(r"module '1' \(BatchNorm1d\) has no running statistics", model, "0")
+
+
+def test_called_twice():
+    layer = nn.Linear(6, 6)
+    refused("layer '0' is called more than once", nn.Sequential(layer, nn.ReLU(), layer), "0")
+
+
+class Partial(nn.Module):
+    """A layer that is not called, one whose output is dropped, one under no_grad."""
+
+    def __init__(self):
+        super().__init__()
+        self.used = nn.Linear(6, 6)
+        self.idle = nn.Linear(6, 6)
+        self.dropped = nn.Linear(6, 6)
+        self.no_grad = nn.Linear(6, 6)
+
+    def forward(self, x):
+        self.dropped(x)
+        with torch.no_grad():
+            x = self.no_grad(x)
+        return self.used(x)
+
+
+def test_layer_not_reached():
+    refused("layer 'idle' is not called in the forward", Partial(), "idle")
+    for name in ("dropped", "no_grad"):
+        refused(f"the losses do not depend on layer '{name}'", Partial(), name)
+    # The other layer's graph does not hide it.
+    with (
+        GradNorms(Partial().eval(), ["used", "dropped"], sums, reduction="layer") as engine,
+        pytest.raises(ModelError, match="do not depend on layer 'dropped'"),
+    ):
+        engine(torch.randn(4, 6))
+
+
+def test_weight_used_only_as_a_function():
+    attention = nn.MultiheadAttention(6, 1)
+
+    def losses(model, x):
+        return model(x, x, x)[0].flatten(1).sum(1)
+
+    refused(r"'out_proj' \(\w+\) has no gradient rule", attention, "out_proj", losses=losses)
+
+
+@pytest.mark.parametrize(
+    "losses,what",
+    [
+        (lambda model, x: model(x).mean(), r"\(\)"),
+        (lambda model, x: model(x), r"\(4, 6\)"),
+        (lambda model, x: 1.0, "float"),
+    ],
+)
+def test_losses_shape(losses, what):
+    message = rf"losses of Sequential are {what}: one loss per sample"
+    refused(message, nn.Sequential(nn.Linear(6, 6)), "0", losses=losses)
+
+
+def test_losses_without_graph():
+    model = nn.Sequential(nn.Linear(6, 6))
+    refused("do not depend on layer '0'", model, "0", losses=lambda m, x: sums(m, x).detach())
+
+
+def test_first_axis_is_not_the_sample():
+    model = nn.Sequential(nn.Linear(6, 6))
+
+    def folded(model, x):
+        return model(x).view(2, 12).sum(1)
+
+    refused("layer '0' returns 4 rows for a batch of 2", model, "0", losses=folded)
+
+
+@pytest.mark.parametrize(
+    "layer,shape",
+    [(nn.Linear(6, 3), (6,)), (nn.Conv2d(6, 3, 1), (6, 2, 2)), (nn.LayerNorm((4, 6)), (4, 6))],
+)
+def test_no_batch_axis(layer, shape):
+    model = nn.Sequential(layer)
+
+    def one(model, x):
+        return model(x).sum().view(1)
+
+    refused(r"layer '0' returns shape .* no batch axis", model, "0", torch.randn(shape), losses=one)

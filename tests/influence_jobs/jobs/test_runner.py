@@ -1,0 +1,111 @@
+"""What a worker makes of errors."""
+
+import errno
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from obstore.exceptions import GenericError
+
+from infl_cluster.driver import drive
+from infl_cluster.inline import InlineBackend
+from influence_jobs.errors import DataError, ModelError, RuntimeFault, SpecError, StoreError
+from influence_jobs.jobs.base import Shard
+from influence_jobs.jobs.grad_norms import GradNormsJob
+from influence_jobs.jobs.runner import ShardRunner
+from influence_jobs.specs import GradNormsSpec
+from influence_jobs.store import layout
+from influence_jobs.store.run import Run
+
+SHARD = Shard("000000000-000000256", 0, 256)
+
+
+@pytest.fixture
+def run(tmp_path: Path, trained_root: Path, grad_norms_spec: GradNormsSpec) -> Run:
+    shutil.copytree(trained_root, tmp_path / "runs")
+    return Run.create(str(tmp_path / "runs"), grad_norms_spec)
+
+
+def fail_with(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def run(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(GradNormsJob, "run", run)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "line"),
+    [
+        (DataError("sample 7 is not finite"), "user", "sample 7 is not finite"),
+        (ModelError("no such layer"), "fatal", "no such layer"),
+        (SpecError("no such option"), "fatal", "no such option"),
+        (StoreError("the plan is damaged"), "fatal", "the plan is damaged"),
+        (OSError(errno.EIO, "read error"), "transient", "OSError: [Errno 5] read error"),
+        (OSError(errno.ENOSPC, "full"), "fatal", "the disk is full: make room and resume"),
+        (PermissionError(errno.EACCES, "denied"), "fatal", "PermissionError: [Errno 13] denied"),
+        (GenericError("slow down\nDebug source: x"), "transient", "GenericError: slow down"),
+        (
+            torch.AcceleratorError(
+                "CUDA error: an illegal memory access\nCUDA kernel errors might"
+            ),
+            "fatal",
+            "the GPU failed (CUDA error: an illegal memory access): resume the run",
+        ),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"),
+            "fatal",
+            "the GPU failed (CUDA error: CUBLAS_STATUS_EXECUTION_FAILED): resume the run",
+        ),
+        (
+            torch.OutOfMemoryError("CUDA out of memory."),
+            "user",
+            "out of memory: submit with a smaller --batch-size",
+        ),
+        (KeyError("a"), "user", "KeyError: 'a'"),
+    ],
+)
+def test_errors_are_told_in_one_line_and_by_whom_they_meet(
+    run: Run, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: str, line: str
+) -> None:
+    fail_with(monkeypatch, error)
+    receipt = ShardRunner(run.root, run.id).run(SHARD)
+    assert (receipt.status, receipt.kind, receipt.error) == ("failed", kind, line)
+
+
+def test_the_traceback_of_an_unexpected_error_is_kept_in_the_run(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_with(monkeypatch, ZeroDivisionError("one by nought"))
+    ShardRunner(run.root, run.id).run(SHARD)
+    text = run.files.read(f"{layout.LOGS}/shard-{SHARD.id}.log").decode()
+    assert text.startswith("Traceback")
+    assert text.endswith("ZeroDivisionError: one by nought\n")
+
+
+def test_errors_meant_for_the_user_leave_no_traceback(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_with(monkeypatch, DataError("sample 7 is not finite"))
+    ShardRunner(run.root, run.id).run(SHARD)
+    assert run.files.names(layout.LOGS) == []
+
+
+def test_a_model_that_does_not_fit_ends_the_run_at_once(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_with(monkeypatch, ModelError("no such layer"))
+    with pytest.raises(RuntimeFault, match=r"^no such layer$"):
+        drive(run.root, run.id, InlineBackend(), shard_rows=256)
+    assert len(run.manifest.entries()) == 1
+
+
+def test_a_worker_that_finds_other_data_refuses(
+    run: Run, monkeypatch: pytest.MonkeyPatch, grad_norms_spec: GradNormsSpec
+) -> None:
+    task = type(GradNormsJob(run, device=torch.device("cpu")).task)
+    monkeypatch.setattr(task, "fingerprint", lambda _: "n=7")
+    with pytest.raises(
+        SpecError, match=r"the training data of digits:DigitsTask are not those .*\(n=7 instead of"
+    ):
+        ShardRunner(run.root, run.id)

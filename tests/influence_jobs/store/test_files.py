@@ -1,0 +1,160 @@
+"""One contract for all kinds of files: a local folder, and a bucket of a store that speaks S3."""
+
+import errno
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+from influence_jobs.errors import StoreError
+from influence_jobs.store.files import LocalFiles, ObjectFiles, open_files
+
+
+@pytest.fixture(params=["local", "s3"])
+def files(request: pytest.FixtureRequest, tmp_path: Path) -> LocalFiles | ObjectFiles:
+    if request.param == "local":
+        return open_files(str(tmp_path / "root"))
+    return open_files(f"{request.getfixturevalue('bucket')}/{tmp_path.name}")
+
+
+def test_written_files_read_back_and_can_be_replaced(files: LocalFiles | ObjectFiles) -> None:
+    files.write("folder/name.json", b"one")
+    files.write("folder/name.json", b"two")
+    assert files.read("folder/name.json") == b"two"
+    assert files.names("folder") == ["name.json"]
+    assert files.folders() == ["folder"]
+
+
+def test_missing_files(files: LocalFiles | ObjectFiles) -> None:
+    with pytest.raises(FileNotFoundError):
+        files.read("nothing")
+    files.delete("nothing")
+    assert files.names("nowhere") == []
+    assert files.folders() == []
+
+
+def test_create_keeps_what_is_there(files: LocalFiles | ObjectFiles) -> None:
+    assert files.create("lease", b"first")
+    assert not files.create("lease", b"second")
+    assert files.read("lease") == b"first"
+    files.delete("lease")
+    assert files.create("lease", b"third")
+
+
+def test_of_many_creators_one_wins(files: LocalFiles | ObjectFiles) -> None:
+    wins: list[int] = []
+
+    def contend(number: int) -> None:
+        if files.create("lease", str(number).encode()):
+            wins.append(number)
+
+    threads = [threading.Thread(target=contend, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(wins) == 1
+    assert files.read("lease") == str(wins[0]).encode()
+
+
+def test_names_are_of_one_folder_only(files: LocalFiles | ObjectFiles) -> None:
+    for name in ("a/2", "a/1", "a/deeper/3", "b/4"):
+        files.write(name, b"")
+    assert files.names("a") == ["1", "2"]
+    assert files.sub("a").names("deeper") == ["3"]
+
+
+def test_arrays_can_be_kept_there(files: LocalFiles | ObjectFiles) -> None:
+    array = zarr.create_array(
+        files.zarr_store("data.zarr"), shape=(10, 3), chunks=(5, 3), dtype="float32"
+    )
+    array[:5] = np.ones((5, 3))
+    again = zarr.open_array(files.zarr_store("data.zarr"), mode="r")
+    assert float(np.asarray(again[:5]).sum()) == 15
+
+
+def test_a_killed_writer_leaves_no_half_file(tmp_path: Path) -> None:
+    files = LocalFiles(tmp_path)
+    files.write("manifest/a.json", b"whole")
+    (tmp_path / "manifest" / "b.json.0123.partial").write_bytes(b"ha")
+    assert files.names("manifest") == ["a.json"]
+    files.sweep()
+    assert [p.name for p in (tmp_path / "manifest").iterdir()] == ["a.json"]
+
+
+def test_files_can_be_created_where_there_are_no_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_links(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "hardlink_to", no_links)
+    files = LocalFiles(tmp_path)
+    assert files.create("lease", b"first")
+    assert not files.create("lease", b"second")
+    assert files.read("lease") == b"first"
+
+
+def test_folders_that_cannot_be_opened_are_not_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = os.open
+
+    def as_on_windows(path: Path, flags: int, *more: int) -> int:
+        if Path(path).is_dir():
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return original(path, flags, *more)
+
+    monkeypatch.setattr(os, "open", as_on_windows)
+    files = LocalFiles(tmp_path)
+    files.write("name", b"data")
+    assert files.read("name") == b"data"
+
+
+def test_free_space_is_told_without_posix_calls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.delattr(os, "statvfs")  # as on Windows, where shutil has other means
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    assert LocalFiles(tmp_path / "not" / "there").free_bytes() == usage.free
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected", "number"),
+    [
+        ("GenericError", OSError, errno.EIO),
+        ("PermissionDeniedError", PermissionError, errno.EACCES),
+        ("UnauthenticatedError", PermissionError, errno.EACCES),
+    ],
+)
+@pytest.mark.parametrize("operation", ["read", "write", "create", "delete", "names", "folders"])
+def test_errors_of_an_object_store_are_os_errors(
+    bucket: str, kind: str, expected: type[OSError], number: int, operation: str
+) -> None:
+    import obstore.exceptions
+
+    class Broken:
+        def __getattr__(self, _name: str) -> object:
+            raise getattr(obstore.exceptions, kind)("no answer\nDebug source: ...")
+
+    files = ObjectFiles(bucket)
+    files._store = Broken()
+    arguments = {"folders": (), "write": ("name", b""), "create": ("name", b"")}
+    with pytest.raises(expected, match=r"no answer$") as error:
+        getattr(files, operation)(*arguments.get(operation, ("name",)))
+    assert error.value.errno == number
+
+
+def test_a_bucket_that_is_not_there_is_an_os_error(bucket: str) -> None:
+    with pytest.raises(OSError, match="nosuch"):
+        ObjectFiles(f"{bucket}-nosuch/folder").write("name", b"")
+
+
+def test_unknown_places_are_refused() -> None:
+    with pytest.raises(StoreError, match="ftp://host/runs: use a path, s3://"):
+        open_files("ftp://host/runs")

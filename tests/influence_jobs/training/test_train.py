@@ -1,0 +1,170 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from influence_jobs.tasks.base import Batch, Draw, Task
+from influence_jobs.training.recorded_norms import RecordedNorms
+from influence_jobs.training.train import Recipe, Trainer, epoch_order
+
+SGD = Recipe(epochs=2, batch_size=64, optimizer="sgd", lr=0.05, momentum=0.9, weight_decay=1e-3)
+ADAM = Recipe(epochs=2, batch_size=64, optimizer="adam", lr=1e-3)
+
+
+def trainer_of(task: Task, recipe: Recipe, *, seed: int = 0, reduction: str = "channel") -> Trainer:
+    norms = RecordedNorms(
+        task.model(),
+        ["conv2", "head"],
+        len(task.train_data()),
+        reduction=reduction,
+        skip_epochs=1,  # type: ignore[arg-type]
+    )
+    return Trainer(task, recipe, seed=seed, device=torch.device("cpu"), norms=norms)
+
+
+def finish(trainer: Trainer) -> Trainer:
+    while not trainer.finished:
+        trainer.step()
+    return trainer
+
+
+def assert_same(one: Trainer, other: Trainer) -> None:
+    for (name, a), b in zip(
+        one.model.state_dict().items(), other.model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(a, b), name
+    assert one.norms is not None
+    assert other.norms is not None
+    for layer, sums in one.norms.sums.items():
+        assert torch.equal(sums, other.norms.sums[layer]), layer
+
+
+@pytest.mark.parametrize("recipe", [SGD, ADAM], ids=["sgd", "adam"])
+@pytest.mark.parametrize("stop_after", [1, 23, 24, 30])
+def test_training_resumed_from_its_state_gives_the_same_bits(
+    digits_task: Task, recipe: Recipe, stop_after: int
+) -> None:
+    whole = finish(trainer_of(digits_task, recipe))
+    first = trainer_of(digits_task, recipe)
+    for _ in range(stop_after):
+        first.step()
+    state = first.state_dict()
+    torch.manual_seed(1234)  # another process has another global state
+    second = trainer_of(digits_task, recipe)
+    second.load_state_dict(state)
+    assert second.samples_seen == first.samples_seen
+    assert_same(finish(second), whole)
+
+
+def test_it_is_plain_training(digits_task: Task) -> None:
+    """Against a loop written out by hand: same order, mean loss, torch's own SGD."""
+    trained = finish(trainer_of(digits_task, SGD, seed=3))
+    torch.manual_seed(3)
+    model = digits_task.model().train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
+    for epoch in range(2):
+        for ids in epoch_order(1500, 3, epoch).split(64):
+            optimizer.zero_grad()
+            digits_task.losses(model, digits_task.batch(ids, Draw(3, epoch))).mean().backward()
+            optimizer.step()
+    for name, expected in model.state_dict().items():
+        torch.testing.assert_close(trained.model.state_dict()[name], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_every_epoch_has_each_sample_once_in_another_order() -> None:
+    orders = [epoch_order(1000, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    for order in orders:
+        assert torch.equal(order.sort().values, torch.arange(1000))
+    assert not torch.equal(orders[0], orders[1])
+    assert not torch.equal(orders[0], orders[2])
+
+
+@pytest.mark.parametrize("reduction", ["kernel", "channel", "layer"])
+def test_recorded_norms_are_those_of_the_mean_batch_gradient(
+    digits_task: Task, reduction: str
+) -> None:
+    """Algorithm 1: a sample is given the norms of the gradient of its batch's mean loss, once an epoch."""
+    trainer = trainer_of(digits_task, SGD, reduction=reduction)
+    for _ in range(trainer.steps_per_epoch):
+        trainer.step()
+    assert trainer.norms is not None
+    assert all(not sums.any() for sums in trainer.norms.sums.values())  # the first epoch is skipped
+
+    ids = epoch_order(1500, 0, 1)[:64]
+    before = digits_task.model().train()
+    before.load_state_dict(trainer.model.state_dict())
+    digits_task.losses(before, digits_task.batch(ids, Draw(0, 1))).mean().backward()
+    trainer.step()
+    for layer, sums in trainer.norms.sums.items():
+        weight = before.get_submodule(layer).weight
+        assert isinstance(weight, torch.Tensor)
+        assert weight.grad is not None
+        expected = weight.grad.square().reshape(weight.shape[0], weight.shape[1], -1).sum(1).sqrt()
+        if reduction == "kernel":
+            expected = expected.reshape(sums.shape[1:])
+        elif reduction == "channel":
+            expected = expected.sum(1)
+        else:
+            expected = weight.grad.norm()
+        for i in ids.tolist():
+            torch.testing.assert_close(sums[i], expected, rtol=1e-5, atol=1e-7)
+        others = np.setdiff1d(np.arange(1500), ids.numpy())
+        assert not sums[others].any()
+
+
+def test_seeds_differ_and_the_global_generator_is_left_alone(digits_task: Task) -> None:
+    before = torch.get_rng_state()
+    one, other = (
+        Trainer(digits_task, SGD, seed=seed, device=torch.device("cpu")) for seed in (0, 1)
+    )
+    assert torch.equal(before, torch.get_rng_state())
+    assert not torch.equal(one.model.conv1.weight, other.model.conv1.weight)  # type: ignore[union-attr]
+
+
+def test_the_reported_loss_is_the_mean_over_the_epoch(digits_task: Task) -> None:
+    frozen = Recipe(epochs=1, batch_size=64, optimizer="sgd", lr=1e-30)
+    trainer = Trainer(digits_task, frozen, seed=0, device=torch.device("cpu"))
+    loss = None
+    while not trainer.finished:
+        loss = trainer.step()
+    torch.manual_seed(0)
+    model = digits_task.model().train()
+    total = 0.0
+    with torch.no_grad():
+        for ids in epoch_order(1500, 0, 0).split(64):
+            total += float(digits_task.losses(model, digits_task.batch(ids, Draw(0))).sum())
+    assert loss == pytest.approx(total / 1500, rel=1e-6)
+
+
+class DropoutTask(Task):
+    """One whose forward pass draws from torch's global generator."""
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 32), nn.Dropout(0.5), nn.Linear(32, 1))
+
+    def train_data(self) -> TensorDataset:
+        x = torch.linspace(-1, 1, 256).reshape(64, 4)
+        return TensorDataset(x, x.sum(1, keepdim=True))
+
+    def losses(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        x, y = batch
+        return (model(x) - y).square().mean(1)
+
+
+@pytest.mark.parametrize("stop_after", [None, 5])
+def test_the_seed_covers_what_is_random_in_training(stop_after: int | None) -> None:
+    recipe = Recipe(epochs=2, batch_size=8, optimizer="sgd", lr=0.1)
+    weights = []
+    for global_seed in (1, 2):
+        torch.manual_seed(global_seed)
+        trainer = Trainer(DropoutTask(), recipe, seed=0, device=torch.device("cpu"))
+        while not trainer.finished:
+            trainer.step()
+            if global_seed == 2 and trainer.samples_seen == 8 * (stop_after or -1):
+                state = trainer.state_dict()
+                torch.manual_seed(3)
+                trainer = Trainer(DropoutTask(), recipe, seed=0, device=torch.device("cpu"))
+                trainer.load_state_dict(state)
+        weights.append(trainer.model.state_dict()["0.weight"])
+    assert torch.equal(weights[0], weights[1])
