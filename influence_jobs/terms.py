@@ -1,6 +1,8 @@
-"""Words that requests, engine and trainer share."""
+"""Words that requests, engines and trainer share."""
 
 from typing import Literal
 
 Reduction = Literal["kernel", "channel", "layer"]
 Precision = Literal["float32", "float64", "bfloat16"]
+OutputLoss = Literal["cross-entropy", "mse"]
+Region = tuple[int, int, int, int]  # y, x, height, width in pixels

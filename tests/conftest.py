@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,6 +21,8 @@ from influence_jobs.store.run import Run
 from influence_jobs.tasks.base import Task
 from influence_jobs.tasks.registry import make_task
 
+# A suite started in the background of a shell ignores Ctrl-C, and so would what it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits for the first
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

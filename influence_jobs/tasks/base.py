@@ -14,7 +14,8 @@ A minimal task has three methods::
             return F.cross_entropy(model(x), y, reduction="none")
 
 and is used as `infl submit grad-norms --task my_module:Iris`. Keyword arguments of its constructor are set by
-`--option name=value`.
+`--option name=value`. Scores ask for more: `test_data`, whose outputs are explained, and for the Gauss-Newton matrix
+`outputs`, `targets` and `output_loss`.
 """
 
 import hashlib
@@ -31,6 +32,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import default_collate
+
+from influence_jobs.errors import SpecError
+from influence_jobs.terms import OutputLoss, Region
 
 Batch = Any  # a pytree of tensors with a leading batch axis
 
@@ -67,11 +71,16 @@ class Task(ABC):
             fingerprint does.
         attribution_options: Arguments of the constructor that training does not look at, so that
             changing them needs no new training.
+        output_loss: What the loss of a sample is of its outputs: cross-entropy of logits and class, or the mean
+            squared error over a sample's outputs. None where it is neither; then there is no Gauss-Newton matrix.
+        quantities: What `measure` can measure of a test sample, the default first.
     """
 
     batch_size: ClassVar[int] = 64
     paths: ClassVar[frozenset[str]] = frozenset()
     attribution_options: ClassVar[frozenset[str]] = frozenset()
+    output_loss: ClassVar[OutputLoss | None] = None
+    quantities: ClassVar[tuple[str, ...]] = ("loss",)
 
     @abstractmethod
     def model(self) -> nn.Module:
@@ -100,6 +109,52 @@ class Task(ABC):
     def evaluate(self, model: nn.Module) -> Mapping[str, float]:
         """Figures of merit on held-out data, e.g. `{"accuracy": .98}`; the model is in eval mode."""
         return {}
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """What the loss is of, shape (B, ...): logits, pixels. See `output_loss`."""
+        raise SpecError(
+            f"{type(self).__name__} defines no outputs(), targets() and output_loss, which the Gauss-Newton matrix "
+            "needs: define them, or use --operator hessian"
+        )
+
+    def targets(self, batch: Batch) -> Tensor:
+        """What outputs are compared with: classes (B,), or values of the outputs' shape."""
+        raise NotImplementedError
+
+    def test_data(self) -> Sized:
+        """The samples whose outputs can be explained; the position of a sample is its id."""
+        return ()
+
+    def test_batch(self, ids: Tensor, draw: Draw) -> Batch:
+        """The test samples with these ids; tensors of one batch have one shape."""
+        data: Any = self.test_data()
+        return default_collate([data[int(i)] for i in ids])
+
+    def test_size(self, test: int) -> tuple[int, int] | None:
+        """Height and width of a test image whose regions can be measured; None where nothing has regions."""
+        return None
+
+    def measure(
+        self, model: nn.Module, batch: Batch, quantity: str, region: Region | None
+    ) -> Tensor:
+        """The quantity to explain, for every sample of a test batch, shape (B,); one of `quantities`."""
+        return self.losses(model, batch)
+
+    def describe_test(self, ids: npt.NDArray[np.int64]) -> Mapping[str, npt.NDArray[Any]]:
+        """Columns that tell a person which test samples these are."""
+        return {}
+
+    def pictures(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+        """Training samples as a person sees them: (B, H, W) grey or (B, H, W, 3) RGB.
+
+        Raises:
+            SpecError: They have no picture.
+        """
+        raise SpecError(f"{type(self).__name__} defines no pictures()")
+
+    def test_picture(self, test: int) -> npt.NDArray[np.uint8]:
+        """One test sample as a person sees it: (H, W) or (H, W, 3)."""
+        raise SpecError(f"{type(self).__name__} defines no test_picture()")
 
     def describe(self, ids: npt.NDArray[np.int64]) -> Mapping[str, npt.NDArray[Any]]:
         """Columns that tell a person which samples these are, e.g. label, or file, row and column."""
