@@ -1,0 +1,71 @@
+"""The parameters that count, as one vector: what gradients, curvature and scores agree on."""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from influence_jobs.errors import ModelError
+
+
+class ParameterSpace:
+    """The parameters of chosen modules, flattened in the model's order into vectors of length P.
+
+    Args:
+        model: Its parameters are looked up anew at every call, so weights may be loaded later.
+        modules: Names of modules whose own parameters count (children name theirs themselves); all modules if None.
+
+    Raises:
+        ModelError: There is no such module, it has no parameters, or nothing is left.
+    """
+
+    def __init__(self, model: nn.Module, modules: Sequence[str] | None = None):
+        self._model = model
+        known = dict(model.named_modules())
+        for module in modules or ():
+            if module not in known:
+                raise ModelError(f"{type(model).__name__} has no module '{module}'")
+            if not any(True for _ in known[module].parameters(recurse=False)):
+                raise ModelError(f"module '{module}' has no parameters of its own: leave it out")
+        self.shapes: dict[str, torch.Size] = {
+            name: parameter.shape
+            for name, parameter in model.named_parameters()  # a shared one is named once
+            if modules is None or name.rpartition(".")[0] in modules
+        }
+        if not self.shapes:
+            raise ModelError(f"{type(model).__name__} has no parameters")
+
+    @cached_property
+    def size(self) -> int:
+        """P."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The model's parameters that count, by name, in order."""
+        return {name: self._model.get_parameter(name) for name in self.shapes}
+
+    def split(self, vectors: Tensor) -> dict[str, Tensor]:
+        """Views of vectors (..., P) as {name: (..., *shape)}."""
+        pieces = vectors.split([math.prod(shape) for shape in self.shapes.values()], dim=-1)
+        return {
+            name: piece.unflatten(-1, shape) if shape else piece.squeeze(-1)
+            for (name, shape), piece in zip(self.shapes.items(), pieces, strict=True)
+        }
+
+    def join(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """The inverse of `split`: {name: (..., *shape)} to (..., P)."""
+        leading = [
+            parts[name].flatten(parts[name].ndim - len(shape))
+            if shape
+            else parts[name].unsqueeze(-1)
+            for name, shape in self.shapes.items()
+        ]
+        return torch.cat(leading, dim=-1)
+
+    def gradient(self, value: Tensor) -> Tensor:
+        """Gradient of a scalar with a graph, shape (P,); zero where it does not depend on a parameter."""
+        parameters = self.parameters()
+        gradients = torch.autograd.grad(value, list(parameters.values()), materialize_grads=True)
+        return self.join(dict(zip(parameters, gradients, strict=True)))
