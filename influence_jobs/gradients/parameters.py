@@ -48,7 +48,8 @@ class ParameterSpace:
 
     def split(self, vectors: Tensor) -> dict[str, Tensor]:
         """Views of vectors (..., P) as {name: (..., *shape)}."""
-        pieces = vectors.split([math.prod(shape) for shape in self.shapes.values()], dim=-1)
+        sizes = [math.prod(shape) for shape in self.shapes.values()]
+        pieces = torch.split(vectors, sizes, dim=-1)
         return {
             name: piece.unflatten(-1, shape) if shape else piece.squeeze(-1)
             for (name, shape), piece in zip(self.shapes.items(), pieces, strict=True)
