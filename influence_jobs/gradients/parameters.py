@@ -51,7 +51,7 @@ class ParameterSpace:
         sizes = [math.prod(shape) for shape in self.shapes.values()]
         pieces = torch.split(vectors, sizes, dim=-1)
         return {
-            name: piece.unflatten(-1, shape) if shape else piece.squeeze(-1)
+            name: piece.reshape(*piece.shape[:-1], *shape)
             for (name, shape), piece in zip(self.shapes.items(), pieces, strict=True)
         }
 
