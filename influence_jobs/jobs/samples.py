@@ -1,0 +1,136 @@
+"""Jobs whose shards are ranges of training samples, passed through the model in batches."""
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils import _pytree as pytree
+
+from influence_jobs.errors import DataError
+from influence_jobs.jobs.base import Job, Plan, Shard
+from influence_jobs.jobs.checkpoints import load_checkpoint, recorded_digest
+from influence_jobs.specs import Checkpoint, Spec, TrainedCheckpoint
+from influence_jobs.store.layout import ArrayLayout
+from influence_jobs.tasks.base import Batch, Draw, to_device
+
+MAX_SHARDS = 256  # a stop loses at most one shard a worker; more shards only cost overhead
+
+S = TypeVar("S", bound=Spec)
+
+
+class SampleJob(Job[S]):
+    """Base of jobs that compute something for every training sample."""
+
+    _loaded: Checkpoint | None = None  # whose weights the model has
+
+    @abstractmethod
+    def layouts(self) -> tuple[ArrayLayout, ...]:
+        """The arrays, all with chunks of the same number of samples."""
+
+    @property
+    @abstractmethod
+    def passes(self) -> int:
+        """How often every sample goes through the model."""
+
+    @property
+    @abstractmethod
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        """The weights the job reads."""
+
+    def plan(self, shard_rows: int | None = None) -> Plan:
+        n = len(self.task.train_data())
+        arrays = self.layouts()
+        chunk = arrays[0].chunk_rows
+        wanted = shard_rows or math.ceil(n / MAX_SHARDS)
+        rows = math.ceil(wanted / chunk) * chunk
+        shards = tuple(
+            Shard(f"{start:09d}-{min(start + rows, n):09d}", start, min(start + rows, n))
+            for start in range(0, n, rows)
+        )
+        return Plan(arrays, shards, units=n * self.passes, batch_size=self.batch_size)
+
+    def batches(self, shard: Shard) -> Iterator[torch.Tensor]:
+        """Ids by batch; a batch never crosses a chunk, so that shard bounds leave no trace in the bytes."""
+        for first in range(shard.start, shard.stop, self._chunk_rows):
+            last = min(first + self._chunk_rows, shard.stop)
+            yield from _split(first, last, self.batch_size)
+
+    def all_batches(self) -> Iterator[torch.Tensor]:
+        """Ids by batch, over and over: for probes."""
+        while True:
+            yield from _split(0, len(self.task.train_data()), self.batch_size)
+
+    @cached_property
+    def _chunk_rows(self) -> int:
+        return self.plan().arrays[0].chunk_rows
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and samples."""
+        return torch.float32
+
+    @cached_property
+    def model(self) -> torch.nn.Module:
+        """The model in eval mode, with the weights loaded last, or untrained."""
+        model = self.task.model().to(self.device, self.dtype).eval()
+        # Convolutions and the rules for their gradients are faster on it; other layers do not mind.
+        return model.to(memory_format=torch.channels_last)
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Put a checkpoint's weights into the model."""
+        if checkpoint is not self._loaded:
+            load_checkpoint(self.model, self.run_store.root, checkpoint)
+            self._loaded = checkpoint
+
+    def batch(self, ids: torch.Tensor, draw: Draw) -> Batch:
+        """Training samples as attribution sees them, on the device."""
+        batch = to_device(self.task.batch(ids, draw), self.device)
+        if self.dtype is torch.float32:
+            return batch
+        return pytree.tree_map_only(
+            torch.Tensor, lambda t: t.to(self.dtype) if t.is_floating_point() else t, batch
+        )
+
+    def require_finite(
+        self, what: str, values: npt.NDArray[np.floating[Any]], ids: torch.Tensor
+    ) -> None:
+        """Refuse values (B, ...) with a NaN or infinity.
+
+        Raises:
+            DataError: Naming the first sample.
+        """
+        bad = ~np.isfinite(values).reshape(len(values), -1).all(axis=1)
+        if not bad.any():
+            return
+        found = ids.numpy()[bad]
+        columns = self.task.describe(found[:1])
+        which = ", ".join(f"{name} {values[0]}" for name, values in columns.items())
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        raise DataError(
+            f"{what} is not finite for sample {found[0]}"
+            f"{f' ({which})' if which else ''}{more}: check the sample and the checkpoint"
+        )
+
+    def input_digests(self) -> dict[str, str]:
+        root = self.run_store.root
+        trained = [c for c in self.checkpoints if isinstance(c, TrainedCheckpoint)]
+        return {f"{c.train.run_id}@{c.epoch}": recorded_digest(root, c) for c in trained}
+
+    def finish(self) -> dict[str, str]:
+        return self.write_samples()
+
+
+def trained_inputs(checkpoints: tuple[Checkpoint, ...]) -> tuple[Any, ...]:
+    """The train runs that checkpoints are of, each once."""
+    trained = [c.train for c in checkpoints if isinstance(c, TrainedCheckpoint)]
+    return tuple({train.run_id: train for train in trained}.values())
+
+
+def _split(start: int, stop: int, size: int) -> Iterator[torch.Tensor]:
+    for first in range(start, stop, size):
+        yield torch.arange(first, min(first + size, stop))
