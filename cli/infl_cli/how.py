@@ -3,26 +3,25 @@
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
+from infl_cli import options as o
 from infl_cli.options import cores
 from influence_jobs.errors import SpecError
 
 
 @dataclass(frozen=True)
 class How:
-    """The `How to run` options of a command."""
+    """The options of every run."""
 
-    address: str | None = None
+    address: o.Address = None
     workers: int | None = None
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    num_gpus: float | None = None
+    device: o.Device = "auto"
+    num_gpus: o.NumGpus = None
     batch_size: int | None = None
     shard_size: int | None = None
-    local: bool = False
-    detach: bool = False
-    dry_run: bool = False
-    json: bool = False
+    local: o.Local = False
+    detach: o.Detach = False
+    dry_run: o.DryRun = False
+    json: o.Json = False
 
     def __post_init__(self) -> None:
         pool = {
@@ -34,21 +33,38 @@ class How:
         for option, given in pool.items():
             if self.local and given:
                 raise SpecError(f"--local computes in this process: leave out {option}")
-        if self.device == "cuda" and not self.address and not torch.cuda.is_available():
+        if self.device == "cuda" and not self.address and not _has_cuda():
             raise SpecError("--device cuda: torch finds no CUDA device on this machine")
 
     @property
-    def resolved_device(self) -> str:
+    def resolved_device(self) -> Literal["cpu", "cuda"]:
         """`auto` made definite."""
         if self.device != "auto":
             return self.device
-        return "cuda" if torch.cuda.is_available() and not self.address else "cpu"
+        return "cuda" if not self.address and _has_cuda() else "cpu"
 
     @property
     def num_workers(self) -> int:
         """Workers on this machine."""
         if self.local:
             return 1
+        import torch
+
         return self.workers or (
             torch.cuda.device_count() if self.resolved_device != "cpu" else cores()
         )
+
+
+@dataclass(frozen=True)
+class ShardedHow(How):
+    """The options of a run that spreads over workers."""
+
+    workers: o.Workers = None
+    batch_size: o.BatchSize = None
+    shard_size: o.ShardSize = None
+
+
+def _has_cuda() -> bool:
+    import torch  # takes seconds: help and completion must not wait for it
+
+    return torch.cuda.is_available()

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -79,6 +80,17 @@ Epochs = Annotated[
     typer.Option(min=1, help="Epochs to train; the preset's by default.", rich_help_panel=_WHAT),
 ]
 
+
+@dataclass(frozen=True)
+class Weights:
+    """Which task, and which of its trained weights."""
+
+    task: TaskOfCheckpoint = None
+    checkpoint: Checkpoints = None
+    preset: Preset = None
+    epochs: Epochs = None
+
+
 Images = Annotated[
     str | None,
     typer.Option(
@@ -88,7 +100,10 @@ Images = Annotated[
     ),
 ]
 TestImages = Annotated[
-    str | None, typer.Option(help="Folder of images for validation PSNR.", rich_help_panel=_DATA)
+    str | None,
+    typer.Option(
+        help="Folder of test images, for validation and as queries.", rich_help_panel=_DATA
+    ),
 ]
 PatchSize = Annotated[
     int | None,
@@ -134,6 +149,43 @@ TaskOptions = Annotated[
         rich_help_panel=_DATA,
     ),
 ]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Arguments of the task, and where its data lie."""
+
+    images: Images = None
+    patch_size: PatchSize = None
+    stride: Stride = None
+    limit: Limit = None
+    skip_unreadable: SkipUnreadable = False
+    data_dir: DataDir = None
+    option: TaskOptions = None
+    sigma: float | None = None
+    test_images: str | None = None
+
+
+@dataclass(frozen=True)
+class TrainingData(Data):
+    """Of a training, which draws its noise levels itself and validates on test images."""
+
+    test_images: TestImages = None
+
+
+@dataclass(frozen=True)
+class AttributionData(Data):
+    """Of what is measured of training samples, at one noise level."""
+
+    sigma: Sigma = None
+
+
+@dataclass(frozen=True)
+class QueriedData(AttributionData):
+    """Of what explains test samples."""
+
+    test_images: TestImages = None
+
 
 Runs = Annotated[
     str,

@@ -5,10 +5,11 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
+from infl_cli.options import Data, Weights
 from infl_cluster.driver import is_done
 from infl_configs import preset_names, read_preset
 from influence_jobs.datasets.images import ImageFolder
@@ -16,8 +17,8 @@ from influence_jobs.datasets.mnist import default_data_dir
 from influence_jobs.errors import ModelError, SpecError
 from influence_jobs.jobs.checkpoints import file_checkpoint, load_checkpoint
 from influence_jobs.specs import (
+    Checkpoint,
     FileCheckpoint,
-    GradNormsSpec,
     TaskSpec,
     TrainedCheckpoint,
     TrainSpec,
@@ -26,7 +27,6 @@ from influence_jobs.specs import (
 from influence_jobs.store.find import find_run
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.base import Task
-from influence_jobs.tasks.layers import resolve_layers
 from influence_jobs.tasks.registry import task_class
 
 Say = Callable[[str], None]
@@ -156,7 +156,60 @@ def train_request(task: TaskSpec, *, preset: str | None, given: Mapping[str, Any
     return make_spec(TrainSpec, task=task.model_copy(update={"options": options}), **values)
 
 
-def checkpoint_request(word: str, runs: str) -> list[TrainedCheckpoint | FileCheckpoint]:
+class Subject(NamedTuple):
+    """What is looked at: a task, as a spec and as an object, at checkpoints."""
+
+    task: TaskSpec
+    built: Task
+    checkpoints: tuple[Checkpoint, ...]
+
+
+def subject_request(
+    weights: Weights, data: Data, root: str, *, default_task: str, say: Say
+) -> Subject:
+    """The task and checkpoints a user means; without `--checkpoint`, those of a training by the preset.
+
+    Raises:
+        SpecError, ModelError, StoreError, DataError: As `task_request` and `checkpoint_request`.
+    """
+    if weights.checkpoint and (weights.epochs or weights.preset):
+        raise SpecError(
+            "--epochs and --preset say how to train, but --checkpoint names weights that exist"
+        )
+    checkpoints = [c for word in weights.checkpoint or () for c in checkpoint_request(word, root)]
+    name, given = weights.task, task_arguments(data)
+    trained = task_trained(checkpoints, name)
+    if trained is not None:
+        name, given = trained.name, as_trained(trained, given)
+    task, built = task_request(
+        name or default_task, given, skip_unreadable=data.skip_unreadable, say=say
+    )
+    if not checkpoints:
+        spec = train_request(task, preset=weights.preset, given={"epochs": weights.epochs})
+        checkpoints = [TrainedCheckpoint(train=spec, epoch=spec.epochs)]
+    # A wrong file must be refused now, not by every worker.
+    model = built.model()
+    for checkpoint in checkpoints:
+        if isinstance(checkpoint, FileCheckpoint) or is_done(Run(root, checkpoint.train)):
+            load_checkpoint(model, root, checkpoint)
+    return Subject(task, built, tuple(checkpoints))
+
+
+def task_arguments(data: Data) -> dict[str, Any]:
+    """Constructor arguments of a task as the command line has them; None means not given."""
+    return {
+        "images": data.images,
+        "test_images": data.test_images,
+        "patch_size": data.patch_size,
+        "stride": data.stride,
+        "sigma": data.sigma,
+        "limit": data.limit,
+        "data_dir": data.data_dir,
+        **parse_options(data.option),
+    }
+
+
+def checkpoint_request(word: str, runs: str) -> list[Checkpoint]:
     """What `--checkpoint` names: a file, a train run's last epoch, `RUN@EPOCH`, or `RUN@all`.
 
     Raises:
@@ -185,9 +238,7 @@ def checkpoint_request(word: str, runs: str) -> list[TrainedCheckpoint | FileChe
     return [TrainedCheckpoint(train=spec, epoch=epoch) for epoch in epochs]
 
 
-def task_trained(
-    checkpoints: Sequence[TrainedCheckpoint | FileCheckpoint], wanted: str | None
-) -> TaskSpec | None:
+def task_trained(checkpoints: Sequence[Checkpoint], wanted: str | None) -> TaskSpec | None:
     """The task that checkpoints were trained on; None if they are files.
 
     Args:
@@ -207,35 +258,3 @@ def task_trained(
                 "name a checkpoint of this task"
             )
     return trained[0].task
-
-
-def grad_norms_request(
-    task_spec: TaskSpec,
-    task: Task,
-    *,
-    runs: str,
-    checkpoints: Sequence[TrainedCheckpoint | FileCheckpoint],
-    layers: Sequence[str],
-    **fields: Any,
-) -> GradNormsSpec:
-    """A replay of gradient norms.
-
-    Args:
-        runs: Folder of all runs, where train runs lie.
-
-    Raises:
-        SpecError: A layer does not exist or a value is out of range.
-        ModelError: A checkpoint does not fit the task's model.
-        StoreError: A train run's weights are damaged.
-    """
-    model = task.model()
-    for checkpoint in checkpoints:
-        if isinstance(checkpoint, FileCheckpoint) or is_done(Run(runs, checkpoint.train)):
-            load_checkpoint(model, runs, checkpoint)
-    return make_spec(
-        GradNormsSpec,
-        task=task_spec,
-        checkpoints=tuple(checkpoints),
-        layers=resolve_layers(layers, task),
-        **fields,
-    )

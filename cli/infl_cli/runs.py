@@ -166,7 +166,15 @@ def resume(
 
     carry_out(
         _find(runs, run),
-        How(address, workers, device, num_gpus, None, None, local, detach, False, json),
+        How(
+            address=address,
+            workers=workers,
+            device=device,
+            num_gpus=num_gpus,
+            local=local,
+            detach=detach,
+            json=json,
+        ),
     )
 
 

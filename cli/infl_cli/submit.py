@@ -5,6 +5,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 from infl_cli import options as o
+from infl_cli.grouped import grouped
+from infl_cli.how import How, ShardedHow
 from infl_cli.render import say
 from influence_jobs.errors import SpecError
 
@@ -18,7 +20,10 @@ RECIPE = "Training"
 
 
 @app.command()
+@grouped
 def train(
+    data: o.TrainingData,
+    how: How,
     task: o.Task = "mnist",
     preset: o.Preset = None,
     epochs: o.Epochs = None,
@@ -60,44 +65,16 @@ def train(
         ),
     ] = None,
     reduce: o.RecordedReduce = None,
-    images: o.Images = None,
-    test_images: o.TestImages = None,
-    patch_size: o.PatchSize = None,
-    stride: o.Stride = None,
-    limit: o.Limit = None,
-    skip_unreadable: o.SkipUnreadable = False,
-    data_dir: o.DataDir = None,
-    option: o.TaskOptions = None,
     runs: o.Runs = o.DEFAULT_RUNS,
-    address: o.Address = None,
-    device: o.Device = "auto",
-    num_gpus: o.NumGpus = None,
-    local: o.Local = False,
-    detach: o.Detach = False,
-    dry_run: o.DryRun = False,
-    json: o.Json = False,
 ) -> None:
     """Train a model of a task; keeps weights at chosen epochs, and gradient norms if asked."""
-    from infl_cli.how import How
     from infl_cli.launch import carry_out
-    from infl_cli.requests import parse_options, task_request, train_request
+    from infl_cli.requests import task_arguments, task_request, train_request
     from influence_jobs.store.run import Run
     from influence_jobs.tasks.layers import resolve_layers
 
-    how = How(address, None, device, num_gpus, None, None, local, detach, dry_run, json)
     task_spec, built = task_request(
-        task,
-        {
-            "images": images,
-            "test_images": test_images,
-            "patch_size": patch_size,
-            "stride": stride,
-            "limit": limit,
-            "data_dir": data_dir,
-            **parse_options(option),
-        },
-        skip_unreadable=skip_unreadable,
-        say=say,
+        task, task_arguments(data), skip_unreadable=data.skip_unreadable, say=say
     )
     given: dict[str, Any] = {
         "epochs": epochs,
@@ -124,93 +101,41 @@ def train(
 
 
 @app.command("grad-norms")
+@grouped
 def grad_norms(
-    task: o.TaskOfCheckpoint = None,
+    weights: o.Weights,
+    data: o.AttributionData,
+    how: ShardedHow,
     layer: o.Layers = None,
     reduce: o.Reduce = "channel",
-    checkpoint: o.Checkpoints = None,
     combine: o.Combine = "sum",
     precision: o.Precision = "float32",
     seed: o.Seed = 0,
-    preset: o.Preset = None,
-    epochs: o.Epochs = None,
-    images: o.Images = None,
-    patch_size: o.PatchSize = None,
-    stride: o.Stride = None,
-    sigma: o.Sigma = None,
-    limit: o.Limit = None,
-    skip_unreadable: o.SkipUnreadable = False,
-    data_dir: o.DataDir = None,
-    option: o.TaskOptions = None,
     runs: o.Runs = o.DEFAULT_RUNS,
-    address: o.Address = None,
-    workers: o.Workers = None,
-    device: o.Device = "auto",
-    num_gpus: o.NumGpus = None,
-    batch_size: o.BatchSize = None,
-    shard_size: o.ShardSize = None,
-    local: o.Local = False,
-    detach: o.Detach = False,
-    dry_run: o.DryRun = False,
-    json: o.Json = False,
 ) -> None:
     """Per-sample gradient norms of chosen layers, at one or several checkpoints.
 
     `infl submit grad-norms --layer 11` alone works on a bare machine: it trains FFDNet for a few
     epochs on sample photographs and writes the norms of its eleventh convolution.
     """
-    from infl_cli.how import How
     from infl_cli.launch import carry_out
-    from infl_cli.requests import (
-        as_trained,
-        checkpoint_request,
-        grad_norms_request,
-        parse_options,
-        task_request,
-        task_trained,
-        train_request,
-    )
-    from influence_jobs.specs import TrainedCheckpoint
+    from infl_cli.requests import subject_request
+    from influence_jobs.specs import GradNormsSpec, make_spec
     from influence_jobs.store.run import Run
+    from influence_jobs.tasks.layers import resolve_layers
 
     if not layer:
         raise SpecError("name at least one layer: --layer 11, --layer main.29, or --layer all")
-    how = How(
-        address, workers, device, num_gpus, batch_size, shard_size, local, detach, dry_run, json
-    )
     root = o.runs_folder(runs)
-    if checkpoint and (epochs or preset):
-        raise SpecError(
-            "--epochs and --preset say how to train, but --checkpoint names weights that exist"
-        )
-    checkpoints = [c for word in checkpoint or () for c in checkpoint_request(word, root)]
-    given = {
-        "images": images,
-        "patch_size": patch_size,
-        "stride": stride,
-        "sigma": sigma,
-        "limit": limit,
-        "data_dir": data_dir,
-        **parse_options(option),
-    }
-    trained = task_trained(checkpoints, task)
-    if trained is not None:
-        task, given = trained.name, as_trained(trained, given)
-    task_spec, built = task_request(
-        task or "ffdnet", given, skip_unreadable=skip_unreadable, say=say
-    )
-    if not checkpoints:
-        spec = train_request(task_spec, preset=preset, given={"epochs": epochs})
-        checkpoints = [TrainedCheckpoint(train=spec, epoch=spec.epochs)]
-    request = grad_norms_request(
-        task_spec,
-        built,
-        runs=root,
-        checkpoints=checkpoints,
-        layers=layer,
+    subject = subject_request(weights, data, root, default_task="ffdnet", say=say)
+    spec = make_spec(
+        GradNormsSpec,
+        task=subject.task,
+        checkpoints=subject.checkpoints,
+        layers=resolve_layers(layer, subject.built),
         reduction=reduce,
         combine=combine,
         precision=precision,
         seed=seed,
     )
-    carry_out(Run(root, request), how)
+    carry_out(Run(root, spec), how)

@@ -87,8 +87,7 @@ def drive(
         if plan.arrays:
             run.create_arrays(plan.arrays)
         _work(run, job, plan, backend, status, lease)
-        tables = Entry(layout.FINISH, 0, 0, 1, run.spec.hash, "done", files=job.finish())
-        run.manifest.write(replace(tables, finished_at=now()))
+        _finish(run, job)
         log.info("done")
 
 
@@ -192,6 +191,16 @@ def _work(
             else ""
         )
         raise RuntimeFault(f"{count}{first}")
+
+
+def _finish(run: Run, job: Job[Any]) -> None:
+    result = job.finish()
+    sums = {name: run.write_rows(name, 0, values) for name, values in result.arrays.items()}
+    rows = max((run.array(name).shape[run.row_axis(name)] for name in sums), default=0)
+    entry = Entry(
+        layout.FINISH, 0, rows, 1, run.spec.hash, "done", arrays=sums, files=dict(result.files)
+    )
+    run.manifest.write(replace(entry, finished_at=now()))
 
 
 def stop_on_sigterm() -> None:

@@ -26,11 +26,16 @@ S = TypeVar("S", bound=Spec)
 
 @dataclass(frozen=True)
 class Shard:
-    """Rows start..stop of a run, computed as one piece."""
+    """Rows start..stop of a run, computed as one piece.
+
+    Attributes:
+        part: Which repetition of those rows, for a job that has several.
+    """
 
     id: str
     start: int
     stop: int
+    part: int = 0
 
 
 @dataclass(frozen=True)
@@ -139,9 +144,9 @@ class Job(ABC, Generic[S]):
         """SHA-256 of what this run reads of other runs, by name; one run never mixes two versions of it."""
         return {}
 
-    def finish(self) -> dict[str, str]:
-        """Write small tables once all shards are done; returns the SHA-256 of each file written, by name."""
-        return {}
+    def finish(self) -> Result:
+        """What needs all shards: whole small arrays to write, and the tables it has written."""
+        return Result()
 
     def write_samples(self) -> dict[str, str]:
         """Write the table that tells which sample each row is, so that results can be read without the data."""

@@ -12,7 +12,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from influence_jobs.errors import DataError
-from influence_jobs.jobs.base import Job, Plan, Shard
+from influence_jobs.jobs.base import Job, Plan, Result, Shard
 from influence_jobs.jobs.checkpoints import load_checkpoint, recorded_digest
 from influence_jobs.specs import Checkpoint, Spec, TrainedCheckpoint
 from influence_jobs.store.layout import ArrayLayout
@@ -121,8 +121,8 @@ class SampleJob(Job[S]):
         trained = [c for c in self.checkpoints if isinstance(c, TrainedCheckpoint)]
         return {f"{c.train.run_id}@{c.epoch}": recorded_digest(root, c) for c in trained}
 
-    def finish(self) -> dict[str, str]:
-        return self.write_samples()
+    def finish(self) -> Result:
+        return Result(files=self.write_samples())
 
 
 def trained_inputs(checkpoints: tuple[Checkpoint, ...]) -> tuple[Any, ...]:

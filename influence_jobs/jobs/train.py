@@ -134,9 +134,9 @@ class TrainJob(Job[TrainSpec]):
         trainer.model.train()
         return figures
 
-    def finish(self) -> dict[str, str]:
+    def finish(self) -> Result:
         self.run_store.files.delete(TRAINING_STATE)
-        return self.write_samples() if self.spec.norm_layers else {}
+        return Result(files=self.write_samples() if self.spec.norm_layers else {})
 
 
 def _bytes(value: Any) -> bytes:

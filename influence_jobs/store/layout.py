@@ -46,14 +46,30 @@ def norms_name(layer: str) -> str:
     return f"norms/{layer}"
 
 
+S_TEST = "s_test"
+S_TEST_VARIANCE = "variance"
+SCORES = "scores"
+
+
+def repeat_name(repeat: int) -> str:
+    """The array of one repeat's s_test vectors."""
+    return f"repeats/{repeat}"
+
+
+def part_name(module: str) -> str:
+    """The array of one module's part of the scores."""
+    return f"parts/{module}"
+
+
 @dataclass(frozen=True)
 class ArrayLayout:
     """One array of a run.
 
     Attributes:
         shape: Full shape; one of the axes has the N samples.
-        row_axis: Which one that is.
-        chunk_rows: Samples in a chunk. Other axes before it are cut into single entries, after it not at all.
+        row_axis: Which one that is; in s_test vectors, the axis of queries.
+        chunk_rows: Samples in a chunk.
+        chunk_leading: Entries in a chunk along each axis before that one. Axes after it are not cut.
         dims: A name for every axis.
         attributes: Unit, sign and source of the numbers, for whoever opens the array later.
     """
@@ -65,12 +81,14 @@ class ArrayLayout:
     dims: tuple[str, ...]
     attributes: Mapping[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
+    chunk_leading: int = 1
 
     @property
     def chunks(self) -> tuple[int, ...]:
         """Chunk shape."""
         before, after = self.shape[: self.row_axis], self.shape[self.row_axis + 1 :]
-        return (*(1 for _ in before), min(self.chunk_rows, self.shape[self.row_axis]), *after)
+        leading = (min(self.chunk_leading, length) for length in before)
+        return (*leading, min(self.chunk_rows, self.shape[self.row_axis]), *after)
 
 
 def chunk_rows(num_rows: int, row_bytes: int) -> int:

@@ -24,6 +24,7 @@ from influence_jobs.specs import GradNormsSpec
 from influence_jobs.store import layout
 from influence_jobs.store.manifest import Entry
 from influence_jobs.store.run import Run
+from influence_jobs.tasks.base import Draw
 from influence_jobs.store.top import largest_rows
 from influence_jobs.store.verify import find_damage, mark_undone
 
@@ -199,14 +200,14 @@ def test_a_shard_that_cannot_be_computed_does_not_stop_the_others(
 
     shutil.copytree(trained_root, tmp_path / "runs")
     run = Run.create(str(tmp_path / "runs"), grad_norms_spec)
-    original = GradNormsJob._batch
+    original = GradNormsJob.batch
 
-    def one_bad_sample(self: GradNormsJob, ids: torch.Tensor) -> object:
-        images, labels = original(self, ids)
+    def one_bad_sample(self: GradNormsJob, ids: torch.Tensor, draw: Draw) -> object:
+        images, labels = original(self, ids, draw)
         images[ids == 700] = float("nan")
         return images, labels
 
-    monkeypatch.setattr(GradNormsJob, "_batch", one_bad_sample)
+    monkeypatch.setattr(GradNormsJob, "batch", one_bad_sample)
     with pytest.raises(
         RuntimeFault, match=r"1 of 6 shards failed.*not finite for sample 700 \(label \d\)"
     ):
