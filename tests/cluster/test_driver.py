@@ -24,9 +24,9 @@ from influence_jobs.specs import GradNormsSpec
 from influence_jobs.store import layout
 from influence_jobs.store.manifest import Entry
 from influence_jobs.store.run import Run
-from influence_jobs.tasks.base import Draw
 from influence_jobs.store.top import largest_rows
 from influence_jobs.store.verify import find_damage, mark_undone
+from influence_jobs.tasks.base import Draw
 
 
 def shas(run: Run) -> dict[str, bytes]:
