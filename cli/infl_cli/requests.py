@@ -165,9 +165,18 @@ class Subject(NamedTuple):
 
 
 def subject_request(
-    weights: Weights, data: Data, root: str, *, default_task: str, say: Say
+    weights: Weights,
+    data: Data,
+    root: str,
+    *,
+    default_task: str,
+    say: Say,
+    default_checkpoints: Sequence[Checkpoint] = (),
 ) -> Subject:
-    """The task and checkpoints a user means; without `--checkpoint`, those of a training by the preset.
+    """The task and checkpoints a user means.
+
+    Args:
+        default_checkpoints: Those without `--checkpoint`; if empty, a training by the preset.
 
     Raises:
         SpecError, ModelError, StoreError, DataError: As `task_request` and `checkpoint_request`.
@@ -177,6 +186,7 @@ def subject_request(
             "--epochs and --preset say how to train, but --checkpoint names weights that exist"
         )
     checkpoints = [c for word in weights.checkpoint or () for c in checkpoint_request(word, root)]
+    checkpoints = checkpoints or [*default_checkpoints]
     name, given = weights.task, task_arguments(data)
     trained = task_trained(checkpoints, name)
     if trained is not None:

@@ -13,11 +13,10 @@ from infl_cli import render
 from infl_cli.render import duration, say
 from infl_cli.watch import rate_and_eta, watch
 from infl_cluster.status import read_status
-from influence_jobs.errors import RuntimeFault, SpecError, StoreError
+from influence_jobs.errors import RuntimeFault, StoreError
 from influence_jobs.store import layout
 from influence_jobs.store.find import find_run, run_ids
 from influence_jobs.store.run import Run
-from influence_jobs.store.top import largest_rows
 from influence_jobs.store.verify import find_damage, mark_undone
 
 STOP_DEADLINE_S = 15.0
@@ -215,72 +214,3 @@ def verify(
         raise StoreError(
             f"{count} damaged: {_command('verify', found)} --repair, then {_command('resume', found)}"
         )
-
-
-def top(
-    run: o.RunId,
-    k: Annotated[int, typer.Option(min=1, help="How many samples.")] = 10,
-    layer: Annotated[
-        str | None,
-        typer.Option(help="Module name of a layer; all layers of the run by default."),
-    ] = None,
-    channel: Annotated[
-        int | None,
-        typer.Option(min=0, help="Rank by this channel's norm, not by the sum over channels."),
-    ] = None,
-    runs: o.Runs = o.DEFAULT_RUNS,
-    json: o.Json = False,
-) -> None:
-    """Print the samples with the largest gradient norms, with their label or file, row and column."""
-    found = _find(runs, run)
-    if read_status(found)["state"] != "done":
-        raise StoreError(f"{found.id} is not done yet: {_command('resume', found)}")
-    arrays = {str(found.array(name).attrs["layer"]): name for name in found.array_names()}
-    if not arrays:
-        raise SpecError(
-            f"{found.id} has no gradient norms: infl submit grad-norms --layer all "
-            f"--checkpoint {found.id}{o.for_runs(found.root)}"
-        )
-    if layer is not None and layer not in arrays:
-        raise SpecError(f"{found.id} has no norms of layer {layer}; it has {', '.join(arrays)}")
-    try:
-        samples = found.read_table("samples")
-    except (FileNotFoundError, ValueError):  # ArrowInvalid is a ValueError
-        raise StoreError(
-            f"the table of {found.id}'s samples is missing or damaged: {_command('verify', found)}"
-        ) from None
-    tables: dict[str, list[dict[str, Any]]] = {}
-    for name, array in arrays.items():
-        if layer not in (None, name):
-            continue
-        shape = found.array(array).shape[found.row_axis(array) + 1 :]
-        if channel is not None and not (shape and channel < shape[0]):
-            channels = f"channels 0 to {shape[0] - 1}" if shape else "one norm a sample"
-            raise SpecError(f"layer {name} has no channel {channel}; it has {channels}")
-        rows, values = largest_rows(found, array, k, channel=channel)
-        described = samples.take(rows).to_pylist()
-        tables[array] = [{**d, "norm": float(v)} for d, v in zip(described, values, strict=True)]
-    if json:
-        render.print_json({"run": found.id, "top": tables})
-        return
-    meaning = found.array(next(iter(tables))).attrs  # the same for all layers
-    render.out.print(f"norms: {meaning['quantity']}; of {meaning['of']}")
-    for array, table in tables.items():
-        ranked_by = _ranked_by(found.array(array).ndim, found.row_axis(array), channel)
-        render.out.print(f"\nlayer {found.array(array).attrs['layer']}: {ranked_by}")
-        render.print_table(tuple(table[0]), [tuple(row.values()) for row in table])
-
-
-def _ranked_by(ndim: int, row_axis: int, channel: int | None) -> str:
-    trailing = ndim - row_axis - 1
-    summed = {
-        "checkpoints": row_axis > 0,
-        "channels": trailing > 0 and channel is None,
-        "kernel positions": trailing > 1,
-    }
-    over = " and ".join(axis for axis, there in summed.items() if there)
-    return (
-        "largest norms"
-        + ("" if channel is None else f" of channel {channel}")
-        + (f", summed over {over}" if over else "")
-    )

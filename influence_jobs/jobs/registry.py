@@ -4,13 +4,17 @@ from typing import Any
 
 import torch
 
+from influence_jobs.jobs.attribution import AttributionJob
 from influence_jobs.jobs.base import Job
+from influence_jobs.jobs.baseline import BaselineJob
 from influence_jobs.jobs.grad_norms import GradNormsJob
 from influence_jobs.jobs.train import TrainJob
 from influence_jobs.specs import Spec
 from influence_jobs.store.run import Run
 
-JOBS: dict[type[Spec], type[Job[Any]]] = {job.spec_type: job for job in (TrainJob, GradNormsJob)}
+JOBS: dict[type[Spec], type[Job[Any]]] = {
+    job.spec_type: job for job in (TrainJob, GradNormsJob, AttributionJob, BaselineJob)
+}
 
 
 def open_job(run: Run, *, device: str = "cpu", batch_size: int | None = None) -> Job[Any]:

@@ -84,11 +84,11 @@ class Spec(Model):
         return f"{self.kind}-{self.task.slug}-{self.hash[:12]}"
 
 
-S = TypeVar("S", bound=Spec)
+M = TypeVar("M", bound=Model)
 
 
-def make_spec(kind: type[S], **fields: Any) -> S:
-    """Build a spec from a user's values.
+def make_spec(kind: type[M], **fields: Any) -> M:
+    """Build a spec, or a part of one, from a user's values.
 
     Raises:
         SpecError: A value is out of range; the message names the field.
@@ -96,9 +96,8 @@ def make_spec(kind: type[S], **fields: Any) -> S:
     try:
         return kind(**fields)
     except ValidationError as error:
-        raise SpecError(
-            f"cannot {kind.model_fields['kind'].default}: {first_error(error)}"
-        ) from error
+        what = f"cannot {kind.model_fields['kind'].default}: " if issubclass(kind, Spec) else ""
+        raise SpecError(f"{what}{first_error(error)}") from error
 
 
 def first_error(error: ValidationError) -> str:

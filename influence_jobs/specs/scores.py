@@ -216,6 +216,8 @@ class AttributionSpec(ScoresSpec):
             if layer not in recorded:
                 has = ", ".join(recorded) or "no norms"
                 raise ValueError(f"{self.norms.run_id} has no norms of layer {layer}; it has {has}")
+        if self.norms.task.data != self.task.data:
+            raise ValueError(f"{self.norms.run_id} has the norms of other data")
         return self
 
     @property

@@ -176,6 +176,14 @@ class Run:
         assert isinstance(axis, int)
         return axis
 
+    def digest(self) -> str:
+        """What the finished shards hold, as one SHA-256: equal if and only if the manifest's checksums are."""
+        sums = {
+            name: [dict(sorted(entry.arrays.items())), dict(sorted(entry.files.items()))]
+            for name, entry in sorted(self.manifest.done().items())
+        }
+        return checksum(json.dumps(sums).encode())
+
     # -- tables and other files -------------------------------------------------------------------
 
     def write_table(self, name: str, table: pa.Table) -> dict[str, str]:

@@ -1,5 +1,6 @@
-"""The largest rows of an array, without reading it whole."""
+"""The largest rows of an array, and the best samples of a query, without reading an array whole."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -37,3 +38,33 @@ def largest_rows(
         best = np.argsort(-totals, kind="stable")[:k]
         ids, totals = ids[best], totals[best]
     return ids, totals
+
+
+def top_scores(
+    run: Run, name: str, queries: Sequence[int], k: int, *, largest: bool = True
+) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]]:
+    """The samples with the largest or smallest scores of some queries, ties in the order of their ids.
+
+    Args:
+        run: The run.
+        name: One of its arrays, (Q, N).
+        queries: Rows of it.
+        k: How many samples for each.
+        largest: Largest scores first, else smallest first.
+
+    Returns:
+        Ids and scores for each query, shape (k,) or fewer: samples left out (NaN) do not count.
+    """
+    array, axis = run.array(name), run.row_axis(name)
+    num_rows, step = array.shape[axis], array.chunks[axis]
+    sign = -1.0 if largest else 1.0
+    best = [(np.empty(0, dtype=np.int64), np.empty(0)) for _ in queries]
+    for start in range(0, num_rows, step):
+        block = run.read_rows(name, start, min(start + step, num_rows)).astype(np.float64)
+        for i, query in enumerate(queries):
+            found = np.flatnonzero(~np.isnan(block[query]))
+            ids = np.concatenate([best[i][0], found + start])
+            scores = np.concatenate([best[i][1], block[query][found]])
+            kept = np.argsort(sign * scores, kind="stable")[:k]
+            best[i] = ids[kept], scores[kept]
+    return best

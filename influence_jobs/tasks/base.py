@@ -74,6 +74,7 @@ class Task(ABC):
         output_loss: What the loss of a sample is of its outputs: cross-entropy of logits and class, or the mean
             squared error over a sample's outputs. None where it is neither; then there is no Gauss-Newton matrix.
         quantities: What `measure` can measure of a test sample, the default first.
+        query_sets: Test ids that belong together, by name.
     """
 
     batch_size: ClassVar[int] = 64
@@ -81,6 +82,7 @@ class Task(ABC):
     attribution_options: ClassVar[frozenset[str]] = frozenset()
     output_loss: ClassVar[OutputLoss | None] = None
     quantities: ClassVar[tuple[str, ...]] = ("loss",)
+    query_sets: ClassVar[Mapping[str, tuple[int, ...]]] = {}
 
     @abstractmethod
     def model(self) -> nn.Module:

@@ -1,0 +1,76 @@
+"""Scores that know less than influence or attribution: what a method must beat."""
+
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from influence_jobs.jobs.samples import trained_inputs
+from influence_jobs.jobs.scores import Scores, ScoresJob
+from influence_jobs.methods.baselines import (
+    loss_scores,
+    nearest_scores,
+    query_pixels,
+    random_scores,
+)
+from influence_jobs.specs import AnySpec, BaselineSpec, Checkpoint
+from influence_jobs.store.layout import SCORES
+from influence_jobs.tasks.base import Draw
+
+MEANING = {
+    "random": ("a uniform random number", "none", "none"),
+    "loss": ("the sample's own training loss", "positive = fits badly", "loss"),
+    "nearest": ("minus the Euclidean distance of the pixels", "larger = more alike", "grey levels"),
+}
+
+
+class BaselineJob(ScoresJob[BaselineSpec]):
+    """Random numbers, the sample's loss, or minus the distance of the pixels."""
+
+    spec_type = BaselineSpec
+
+    @property
+    def title(self) -> str:
+        return f"baseline {self.spec.method} {self.spec.task.slug}"
+
+    @staticmethod
+    def inputs(spec: BaselineSpec) -> tuple[AnySpec, ...]:
+        return trained_inputs((spec.checkpoint,) if spec.checkpoint else ())
+
+    @property
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        return (self.spec.checkpoint,) if self.spec.checkpoint else ()
+
+    @property
+    def meaning(self) -> dict[str, str]:
+        return dict(zip(("quantity", "sign", "unit"), MEANING[self.spec.method], strict=True))
+
+    def score(self, term: int, ids: torch.Tensor) -> Scores:
+        return {SCORES: self._score(ids)}
+
+    def _score(self, ids: torch.Tensor) -> npt.NDArray[np.float32]:
+        items = self.spec.queries.items
+        if self.spec.method == "random":
+            tests = np.array([query.test for query in items])
+            return random_scores(tests, ids.numpy(), seed=self.spec.seed)
+        if self.spec.method == "nearest":
+            pictures = self.task.pictures(ids.numpy())
+            return nearest_scores(self._query_pixels, pictures.reshape(len(ids), -1))
+        if self._loaded is None and self.spec.checkpoint is not None:
+            self.load(self.spec.checkpoint)
+        with torch.no_grad():
+            losses = self.task.losses(self.model, self.batch(ids, Draw(self.spec.seed)))
+        found = losses.cpu().numpy()
+        self.require_finite("the loss", found, ids)
+        return loss_scores(found, len(items))
+
+    @cached_property
+    def _query_pixels(self) -> npt.NDArray[np.uint8]:
+        shape = self.task.pictures(np.array([0])).shape[1:]
+        return np.stack(
+            [
+                query_pixels(self.task.test_picture(query.test), query.region, shape)
+                for query in self.spec.queries.items
+            ]
+        )

@@ -1,0 +1,93 @@
+"""Queries of a spec: are they there, what is their gradient, how are they named in tables."""
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+
+from influence_jobs.errors import DataError, SpecError
+from influence_jobs.gradients.parameters import ParameterSpace
+from influence_jobs.specs import Queries, Query
+from influence_jobs.store.run import Run
+from influence_jobs.tasks.base import Draw, Task, device_of, to_device
+
+
+def require_queries(task: Task, queries: Queries) -> None:
+    """Refuse queries that the task's test samples do not have.
+
+    Raises:
+        SpecError: A test id, a region or the quantity is not there.
+    """
+    name = type(task).__name__
+    if queries.quantity not in task.quantities:
+        raise SpecError(
+            f"{name} cannot measure {queries.quantity!r}: it has {', '.join(task.quantities)}"
+        )
+    count = len(task.test_data())
+    if count == 0:
+        raise SpecError(f"{name} has no test samples to explain: define test_data()")
+    for query in queries.items:
+        if query.test >= count:
+            raise SpecError(
+                f"there is no test sample {query.test}: {name} has {count:,}, 0 to {count - 1}"
+            )
+        if query.region is None:
+            continue
+        size = task.test_size(query.test)
+        if size is None:
+            raise SpecError(f"{name} has no image regions: leave --point and --region out")
+        y, x, height, width = query.region
+        if y + height > size[0] or x + width > size[1]:
+            what = f"point {y},{x}" if (height, width) == (1, 1) else f"region {_comma(query)}"
+            raise SpecError(
+                f"{what} is outside test image {query.test}, which is {size[0]} high and {size[1]} wide"
+            )
+
+
+def query_gradients(
+    task: Task, model: nn.Module, space: ParameterSpace, queries: Queries, start: int, stop: int
+) -> Tensor:
+    """Gradients of the measured quantity for queries start..stop, mean over noise draws, shape (Q, P).
+
+    Raises:
+        DataError: A gradient is not finite.
+    """
+    device = device_of(model)
+    rows = []
+    for query in queries.items[start:stop]:
+        # In float64: with many draws a running float32 mean would lose digits.
+        total = torch.zeros(space.size, dtype=torch.float64, device=device)
+        for draw in range(queries.noise_draws):
+            batch = task.test_batch(torch.tensor([query.test]), Draw(queries.seed, draw))
+            value = task.measure(model, to_device(batch, device), queries.quantity, query.region)
+            total += space.gradient(value.sum())
+        if not total.isfinite().all():
+            raise DataError(
+                f"the gradient of the {queries.quantity} of test sample {query.test} is not finite: "
+                "check the sample and the checkpoint"
+            )
+        rows.append((total / queries.noise_draws).to(next(model.parameters()).dtype))
+    return torch.stack(rows)
+
+
+def queries_table(task: Task, queries: Queries) -> pa.Table:
+    """One row a query: its test id, region, and what the task says of the test sample."""
+    ids = np.array([query.test for query in queries.items])
+    return pa.table(
+        {
+            "query": np.arange(len(ids)),
+            "test": ids,
+            "region": [_comma(query) if query.region else None for query in queries.items],
+            "quantity": [queries.quantity] * len(ids),
+            **task.describe_test(ids),
+        }
+    )
+
+
+def write_queries(run: Run, task: Task, queries: Queries) -> dict[str, str]:
+    """Keep the table of a run's queries; returns the SHA-256 of its file, by name."""
+    return run.write_table("queries", queries_table(task, queries))
+
+
+def _comma(query: Query) -> str:
+    return ",".join(map(str, query.region or ()))

@@ -1,0 +1,96 @@
+"""What all methods share: scores (Q, N), filled in ranges of training samples."""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from influence_jobs.jobs.base import Report, Result, Shard
+from influence_jobs.jobs.queries import require_queries, write_queries
+from influence_jobs.jobs.samples import SampleJob
+from influence_jobs.specs import ScoresSpec
+from influence_jobs.store.layout import SCORES, ArrayLayout, chunk_rows, part_name
+
+QUERIES_PER_CHUNK = 64
+
+S = TypeVar("S", bound=ScoresSpec)
+
+# By array: scores of every query for the samples of a batch, (Q, B).
+Scores = Mapping[str, npt.NDArray[np.floating[Any]]]
+
+
+class ScoresJob(SampleJob[S]):
+    """Base of the jobs whose result is one score for every (query, training sample)."""
+
+    @property
+    def terms(self) -> int:
+        """Scores are a sum over so many terms: checkpoints, noise draws."""
+        return 1
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Modules whose part of the scores is kept too."""
+        return ()
+
+    @property
+    @abstractmethod
+    def meaning(self) -> dict[str, str]:
+        """Quantity, sign and unit of the scores, kept as attributes of the arrays."""
+
+    @abstractmethod
+    def score(self, term: int, ids: torch.Tensor) -> Scores:
+        """One term of the scores of training samples, by array name."""
+
+    @property
+    def title(self) -> str:
+        return f"{self.spec.kind} {self.spec.task.slug} {len(self.spec.asked.items)} queries"
+
+    @property
+    def passes(self) -> int:
+        return self.terms
+
+    def layouts(self) -> tuple[ArrayLayout, ...]:
+        n, q = len(self.task.train_data()), len(self.spec.asked.items)
+        rows = chunk_rows(n, 4 * min(q, QUERIES_PER_CHUNK))
+        names = {SCORES: "all", **{part_name(module): module for module in self.parts}}
+        return tuple(
+            ArrayLayout(
+                name=name,
+                shape=(q, n),
+                row_axis=1,
+                chunk_rows=rows,
+                chunk_leading=QUERIES_PER_CHUNK,
+                dims=("query", "sample"),
+                attributes={**self.meaning, "of": of},
+            )
+            for name, of in names.items()
+        )
+
+    def run(self, shard: Shard, report: Report) -> Result:
+        require_queries(self.task, self.spec.asked)
+        report(done := 0)
+        total: dict[str, npt.NDArray[np.float64]] = {}
+        for term in range(self.terms):
+            pieces: dict[str, list[npt.NDArray[Any]]] = {}
+            for ids in self.batches(shard):
+                for name, values in self.score(term, ids).items():
+                    pieces.setdefault(name, []).append(values)
+                done += len(ids)
+                report(done)
+            for name, blocks in pieces.items():
+                # In float64: terms of either sign may all but cancel.
+                values: npt.NDArray[np.float64] = np.concatenate(blocks, axis=1, dtype=np.float64)
+                total[name] = total.get(name, 0.0) + values
+        return Result(total)
+
+    def probe(self) -> Iterator[int]:
+        for ids in self.all_batches():
+            self.score(0, ids)
+            yield len(ids)
+
+    def finish(self) -> Result:
+        queries = write_queries(self.run_store, self.task, self.spec.asked)
+        return Result(files={**queries, **self.write_samples()})

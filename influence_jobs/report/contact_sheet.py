@@ -1,0 +1,85 @@
+"""Pictures of queries and of the training samples that explain them, side by side."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle, Rectangle
+
+from influence_jobs.terms import Region
+
+_CELL, _CAPTION, _MARGIN = 1.15, 0.5, 0.35  # inches
+_MATCH, _MARK = "#2e8b57", "#e4572e"
+Picture = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A picture and the lines under it; one that matches the query has a green frame."""
+
+    picture: Picture
+    caption: str
+    matches: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """A query, what its samples are, and those samples, best first."""
+
+    query: Cell
+    region: Region | None
+    title: str
+    samples: Sequence[Cell]
+
+
+def contact_sheet(rows: Sequence[Row]) -> Figure:
+    """Draw one line of pictures a row: the query, then its samples. Points and regions are marked."""
+    columns = 1 + max(len(row.samples) for row in rows)
+    height = _CELL + _CAPTION + _MARGIN
+    figure = Figure(figsize=(columns * (_CELL + 0.25) + 0.3, len(rows) * height + 0.1), dpi=150)
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    figure.subplots_adjust(
+        left=0.01, right=0.99, top=1 - _MARGIN / figure.get_figheight(), bottom=0.01
+    )
+    for axes, row in zip(grid, rows, strict=True):
+        for axis in axes:
+            axis.set_axis_off()
+        _draw(axes[0], row.query)
+        _mark(axes[0], row.region)
+        axes[0].set_title("query", fontsize=7, loc="left", color="0.4")
+        for axis, cell in zip(axes[1:], row.samples, strict=False):
+            _draw(axis, cell)
+        axes[1].set_title(row.title, fontsize=7, loc="left", color="0.4")
+    return figure
+
+
+def _draw(axis: Axes, cell: Cell) -> None:
+    options: dict[str, Any] = {"vmin": 0, "vmax": 255, "interpolation": "nearest"}
+    axis.imshow(cell.picture, cmap="gray" if cell.picture.ndim == 2 else None, **options)
+    axis.text(
+        0.5, -0.04, cell.caption, transform=axis.transAxes, ha="center", va="top", fontsize=5.5
+    )
+    if cell.matches:
+        height, width = cell.picture.shape[:2]
+        axis.add_patch(
+            Rectangle((-0.5, -0.5), width, height, fill=False, edgecolor=_MATCH, linewidth=2)
+        )
+
+
+def _mark(axis: Axes, region: Region | None) -> None:
+    if region is None:
+        return
+    y, x, height, width = region
+    if (height, width) == (1, 1):  # a pixel would not be seen
+        axis.add_patch(Circle((x, y), 8, fill=False, edgecolor=_MARK, linewidth=1.2))
+        axis.plot(x, y, marker="+", color=_MARK, markersize=4, markeredgewidth=0.8)
+    else:
+        axis.add_patch(
+            Rectangle((x - 0.5, y - 0.5), width, height, fill=False, edgecolor=_MARK, linewidth=1.2)
+        )
