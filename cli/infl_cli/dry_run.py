@@ -17,7 +17,7 @@ from infl_cluster.driver import is_done
 from influence_jobs.errors import StoreError
 from influence_jobs.jobs.base import Plan
 from influence_jobs.jobs.registry import open_job
-from influence_jobs.specs import AnySpec, GradNormsSpec
+from influence_jobs.jobs.samples import SampleJob
 from influence_jobs.store.run import Run
 
 PROBE_S = 2.0
@@ -45,8 +45,7 @@ class Estimate:
 
 def print_plan(run: Run, how: How) -> None:
     """Print the plan of a run and what it and the runs it needs would take; writes nothing."""
-    inputs = [s for s in open_job(run).inputs(run.spec) if not _exists_done(run.root, s)]
-    needs = {spec.run_id: _estimate(Run(run.root, spec), how) for spec in inputs}
+    needs = {needed.id: _estimate(needed, how) for needed in _missing(run)}
     own = _estimate(run, how)
     plan = own.plan
     disk = array_bytes(plan)
@@ -103,7 +102,7 @@ def _estimate(run: Run, how: How) -> Estimate:
     job = open_job(run, device=how.resolved_device, batch_size=how.batch_size)
     plan = job.plan(how.shard_size)
     batch_size = plan.batch_size
-    if isinstance(run.spec, GradNormsSpec):
+    if isinstance(job, SampleJob):
         array = plan.arrays[0]
         batch_size = min(batch_size, array.chunks[array.row_axis])  # batches never cross chunks
         job = open_job(run, device=how.resolved_device, batch_size=batch_size)
@@ -126,8 +125,18 @@ def _probe(pieces: Iterator[int]) -> float:
     return units / (time.monotonic() - warm)  # the first piece paid for allocations and caches
 
 
-def _exists_done(root: str, spec: AnySpec) -> bool:
+def _missing(run: Run) -> list[Run]:
+    """The runs that have to be done before a run, each after those it needs itself."""
+    missing: dict[str, Run] = {}
+    for spec in open_job(run).inputs(run.spec):
+        needed = Run(run.root, spec)
+        if not _exists_done(needed):
+            missing |= {other.id: other for other in (*_missing(needed), needed)}
+    return list(missing.values())
+
+
+def _exists_done(run: Run) -> bool:
     try:
-        return is_done(Run.open(root, spec.run_id))
+        return is_done(Run.open(run.root, run.id))
     except StoreError:
         return False

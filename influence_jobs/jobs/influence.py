@@ -1,0 +1,113 @@
+"""Influence: s_test vectors times the loss gradient of every training sample."""
+
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from influence_jobs.curvature import EkFac
+from influence_jobs.errors import StoreError
+from influence_jobs.gradients import GradDots, GradQuadratics, Metric
+from influence_jobs.gradients.parameters import ParameterSpace
+from influence_jobs.jobs.s_test import STestJob
+from influence_jobs.jobs.scores import Scores, ScoresJob
+from influence_jobs.methods.relative import relative_scores
+from influence_jobs.specs import AnySpec, Checkpoint, Identity, InfluenceSpec, STestSpec
+from influence_jobs.store.layout import S_TEST, SCORES, part_name
+from influence_jobs.store.run import Run
+from influence_jobs.tasks.base import Draw
+
+
+class InfluenceJob(ScoresJob[InfluenceSpec]):
+    """One term for every s_test run and noise draw."""
+
+    spec_type = InfluenceSpec
+    _engines: tuple[int, GradDots, GradQuadratics | None] | None = None
+
+    @staticmethod
+    def inputs(spec: InfluenceSpec) -> tuple[AnySpec, ...]:
+        return spec.s_tests
+
+    @property
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        return tuple(s_test.checkpoint for s_test in self.spec.s_tests)
+
+    def input_digests(self) -> dict[str, str]:
+        runs = [Run(self.run_store.root, s_test) for s_test in self.spec.s_tests]
+        return super().input_digests() | {run.id: run.digest() for run in runs}
+
+    @property
+    def terms(self) -> int:
+        return len(self.spec.s_tests) * self.spec.noise_draws
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return self.spec.s_tests[0].modules if self.spec.keep_modules else ()
+
+    @property
+    def meaning(self) -> dict[str, str]:
+        quantity = self.spec.asked.quantity
+        rise = f"N x the predicted rise of the query's {quantity} when the sample is removed"
+        ends = "helpful" if quantity == "loss" else f"it lowers the {quantity}"
+        other = "harmful" if quantity == "loss" else f"it raises the {quantity}"
+        size = {
+            None: "",
+            "theta": ", per unit of the sample's effect on the parameters",
+            "loss": ", per unit of the sample's effect on the training losses",
+        }[self.spec.relative]
+        return {
+            "quantity": f"s_test . gradient of the sample's loss: {rise}{size}",
+            "sign": f"positive = {ends}, negative = {other}",
+            "unit": quantity if self.spec.relative is None else f"relative {quantity}",
+        }
+
+    def score(self, term: int, ids: torch.Tensor) -> Scores:
+        which, draw = divmod(term, self.spec.noise_draws)
+        dots, sizes = self._engines_of(which)
+        batch = self.batch(ids, Draw(self.spec.seed, draw))
+        found: dict[str, Tensor] = {}
+        if self.parts:
+            found = {part_name(module): part for module, part in dots(batch).items()}
+            found[SCORES] = torch.stack([*found.values()]).sum(dim=0)
+        else:
+            found[SCORES] = dots.total(batch)
+        scores = {name: part_BQ.t().cpu().numpy() for name, part_BQ in found.items()}
+        for values in scores.values():
+            self.require_finite("the gradient", values.T, ids)
+        if sizes is not None:
+            squared_B = torch.stack([*sizes(batch).values()]).sum(dim=0).double().cpu().numpy()
+            scores = {name: relative_scores(part, squared_B) for name, part in scores.items()}
+        terms = self.spec.noise_draws
+        if self.spec.combine == "mean":
+            terms *= len(self.spec.s_tests)
+        return {name: part / terms for name, part in scores.items()}
+
+    def _engines_of(self, which: int) -> tuple[GradDots, GradQuadratics | None]:
+        """The engines of one s_test run, with its checkpoint's weights in the model."""
+        if self._engines is None or self._engines[0] != which:
+            if self._engines is not None:
+                for engine in self._engines[1:]:
+                    if engine is not None:
+                        engine.close()
+            s_test = self.spec.s_tests[which]
+            self.load(s_test.checkpoint)
+            vectors_QP = torch.from_numpy(self._vectors(s_test))
+            space = ParameterSpace(self.model, s_test.modules)
+            metrics = self._metrics(s_test)
+            dots = GradDots(self.model, space, self.task.losses, vectors_QP)
+            self._check(dots)
+            sizes = GradQuadratics(self.model, metrics, self.task.losses) if metrics else None
+            self._engines = which, dots, sizes
+        return self._engines[1:]
+
+    def _check(self, dots: GradDots) -> None:
+        # Once a checkpoint: hooks cannot see every way a model may use its weights.
+        first = torch.arange(min(2, len(self.task.train_data())))
+        dots.check(self.batch(first, Draw(self.spec.seed)))
+
+    def _vectors(self, s_test: STestSpec) -> npt.NDArray[np.float32]:
+        run = Run(self.run_store.root, s_test)
+        return run.read_rows(S_TEST, 0, len(s_test.queries.items))

@@ -1,0 +1,49 @@
+"""Rankings read block by block, against sorting the whole array."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from influence_jobs.specs import BaselineSpec, Queries, Query, TaskSpec
+from influence_jobs.store.layout import SCORES, ArrayLayout
+from influence_jobs.store.run import Run
+from influence_jobs.store.top import top_scores
+
+Q, N, CHUNK = 3, 1000, 256
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    items = tuple(Query(test=test) for test in range(Q))
+    task = TaskSpec(name="mnist", data="")
+    spec = BaselineSpec(task=task, method="random", queries=Queries(items=items))
+    run = Run.create(str(tmp_path), spec)
+    run.create_arrays(
+        [ArrayLayout(SCORES, (Q, N), 1, CHUNK, ("query", "sample"), {}, "float32", 2)]
+    )
+    scores = np.random.default_rng(0).integers(0, 50, (Q, N)).astype(np.float32)  # with many ties
+    scores[0, ::7] = np.nan
+    for start in range(0, N, CHUNK):
+        run.write_rows(SCORES, start, scores[:, start : start + CHUNK])
+    return run
+
+
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize("k", [1, 10, N])
+def test_the_best_samples_are_those_of_a_sort_and_left_out_ones_do_not_count(
+    run: Run, k: int, largest: bool
+) -> None:
+    scores = run.read_rows(SCORES, 0, N)
+    for query, (ids, values) in zip(
+        (2, 0), top_scores(run, SCORES, (2, 0), k, largest=largest), strict=True
+    ):
+        row = scores[query]
+        sign = -1 if largest else 1
+        expected = sorted((sign * value, i) for i, value in enumerate(row) if value == value)[:k]
+        assert ids.tolist() == [i for _, i in expected]
+        assert values.tolist() == [sign * value for value, _ in expected]
+
+
+def test_score_chunks_hold_several_queries(run: Run) -> None:
+    assert run.array(SCORES).chunks == (2, CHUNK)
