@@ -188,6 +188,8 @@ def attribution(
         at, layers = (), ()
     else:
         raise SpecError(f"{source.run_id} has no gradient norms: name a grad-norms or train run")
+    if source is not None and not layers:
+        raise SpecError(f"{source.run_id} recorded no gradient norms: leave --norms out")
     subject = subject_request(
         weights, data, root, default_task="mnist", say=say, default_checkpoints=at
     )

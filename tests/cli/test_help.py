@@ -14,6 +14,12 @@ TASK_DATA = "images patch-size stride limit skip-unreadable data-dir option"
 WHERE = "runs json"
 HOW = f"{WHERE} address device num-gpus local detach"
 
+SCORES = (
+    f"{HOW} {TASK_DATA} dry-run task checkpoint preset epochs seed sigma test-images workers batch-size "
+    "shard-size test test-set point region quantity noise-draws"
+)
+CURVATURE = "layer solver damping operator product curvature-samples tolerance max-iterations scale depth batch repeats"
+
 OPTIONS = {
     "runs": WHERE,
     "status": f"{WHERE} follow",
@@ -21,12 +27,16 @@ OPTIONS = {
     "stop": "runs",
     "resume": f"{HOW} workers",
     "verify": f"{WHERE} repair",
-    "top": f"{WHERE} k layer channel",
+    "top": f"{WHERE} k layer channel test side png parquet",
     "denoise": f"{WHERE} checkpoint sigma grey seed out",
     "submit train": f"{HOW} {TASK_DATA} dry-run task preset epochs seed save-epoch optimizer lr momentum "
     "weight-decay batch-size norms-layer norms-skip-epochs reduce test-images",
     "submit grad-norms": f"{HOW} {TASK_DATA} dry-run task layer reduce checkpoint combine precision seed "
     "preset epochs sigma workers batch-size shard-size",
+    "submit s-test": f"{SCORES} {CURVATURE}",
+    "submit influence": f"{SCORES} {CURVATURE} s-test combine relative keep-layers",
+    "submit attribution": f"{SCORES} layer norms exclude-norm-above normalize keep-layers",
+    "submit baseline": f"{SCORES} method",
     "cluster up": "num-cpus num-gpus",
     "cluster status": "json",
     "cluster down": "",

@@ -1,0 +1,77 @@
+"""Whatever is wrong with a request for scores: one line, exit code 2, and nothing is written."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Refused = Callable[..., str]
+
+DIGITS = ("--checkpoint", "train-digits", "--local")
+S_TEST = ("submit", "s-test", *DIGITS)
+INFLUENCE = ("submit", "influence", *DIGITS)
+ATTRIBUTION = ("submit", "attribution", *DIGITS)
+ONE = ("--test", "3")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (S_TEST, "say what to explain: --test ID"),
+        ((*S_TEST, "--test", "-1"), "'--test'"),
+        ((*S_TEST, "--test", "297"), "there is no test sample 297: DigitsTask has 297, 0 to 296"),
+        ((*S_TEST, *ONE, *ONE), "test 3 is asked for twice"),
+        (
+            (*S_TEST, "--test-set", "paper"),
+            "it is no readable file, and DigitsTask has no named sets",
+        ),
+        ((*S_TEST, *ONE, "--point", "1,1"), "has no image regions: leave --point and --region out"),
+        ((*S_TEST, *ONE, "--point", "1"), "--point 1: write Y,X, in whole pixels"),
+        ((*S_TEST, *ONE, "--region", "1,1,a,2"), "--region 1,1,a,2: write Y,X,H,W"),
+        ((*S_TEST, *ONE, "--region", "1,1,0,2"), "region 1,1,0,2 is empty or outside the image"),
+        ((*S_TEST, *ONE, "--quantity", "change"), "cannot measure 'change': it has loss"),
+        ((*S_TEST, *ONE, "--damping", "0"), "damping: Input should be greater than 0"),
+        ((*S_TEST, *ONE, "--damping", "-1"), "damping: Input should be greater than 0"),
+        ((*S_TEST, *ONE, "--depth", "100"), "--depth has no meaning for --solver cg"),
+        ((*S_TEST, *ONE, "--batch", "8"), "--batch has no meaning for --solver cg"),
+        (
+            (*S_TEST, *ONE, "--solver", "lu"),
+            "'lu' is not one of 'cg', 'lissa', 'ek-fac', 'identity'",
+        ),
+        (
+            (*S_TEST, *ONE, "--product", "finite-difference"),
+            "finite differences are of the Hessian",
+        ),
+        ((*S_TEST, *ONE, "--solver", "ek-fac", "--operator", "hessian"), "leave --operator out"),
+        ((*S_TEST, *ONE, "--curvature-samples", "few"), "write a number of samples, or all"),
+        ((*S_TEST, *ONE, "--layer", "9"), "layer 9 does not exist"),
+        ((*S_TEST, *ONE, "--noise-draws", "0"), "'--noise-draws'"),
+        ((*INFLUENCE, "--s-test", "train-digits"), "is no s-test run"),
+        ((*INFLUENCE, "--s-test", "s-test-nix"), "there is no run s-test-nix"),
+        ((*INFLUENCE, *ONE, "--s-test", "s-test-nix"), "leave those options out"),
+        ((*INFLUENCE, *ONE, "--combine", "max"), "'max' is not one of 'sum', 'mean'"),
+        ((*ATTRIBUTION, *ONE, "--norms", "nix"), "there is no run nix"),
+        (
+            (*ATTRIBUTION, *ONE, "--norms", "train-digits"),
+            "recorded no gradient norms: leave --norms out",
+        ),
+        ((*ATTRIBUTION, *ONE, "--norms", "grad", "--layer", "norm"), "has no norms of layer norm"),
+        ((*ATTRIBUTION, *ONE, "--exclude-norm-above", "0"), "exclude_norm_above: Input should be"),
+        (("submit", "baseline", *DIGITS, *ONE), "Missing option '--method'"),
+        (
+            ("submit", "baseline", *DIGITS, *ONE, "--method", "luck"),
+            "'luck' is not one of 'random'",
+        ),
+        (("top", "grad", "--test", "3"), "--test has no meaning for grad-norms-digitstask"),
+        (("top", "grad", "--png", "x.png"), "--png has no meaning for grad-norms-digitstask"),
+    ],
+)
+def test_what_is_typed(refused: Refused, runs: Path, words: tuple[str, ...], expected: str) -> None:
+    assert expected in refused(*words)
+
+
+def test_a_file_of_ids_that_holds_something_else(
+    refused: Refused, runs: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "ids.txt").write_text("3\nfour\n")
+    assert "--test-set ids.txt: 'four' is no test id" in refused(*S_TEST, "--test-set", "ids.txt")
