@@ -63,15 +63,32 @@ class DigitsTask(Task):
         return TensorDataset(*(values[:-TEST_SAMPLES] for values in self._all))
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        images, labels = batch
-        return F.cross_entropy(model(images), labels, reduction="none")
+        return F.cross_entropy(self.outputs(model, batch), self.targets(batch), reduction="none")
+
+    # Scores ask for what the loss is of, and for test samples whose outputs they explain.
+
+    output_loss = "cross-entropy"
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        images, _ = batch
+        return model(images)
+
+    def targets(self, batch: Batch) -> Tensor:
+        _, labels = batch
+        return labels
+
+    def test_data(self) -> TensorDataset:
+        return TensorDataset(*(values[-TEST_SAMPLES:] for values in self._all))
 
     # Everything below is optional.
 
     def evaluate(self, model: nn.Module) -> Mapping[str, float]:
-        images, labels = (values[-TEST_SAMPLES:] for values in self._all)
+        images, labels = self.test_data().tensors
         with torch.no_grad():
             return {"accuracy": float((model(images).argmax(1) == labels).float().mean())}
 
     def describe(self, ids: npt.NDArray[np.int64]) -> Mapping[str, npt.NDArray[Any]]:
         return {"label": self._all[1].numpy()[ids]}
+
+    def describe_test(self, ids: npt.NDArray[np.int64]) -> Mapping[str, npt.NDArray[Any]]:
+        return {"label": self._all[1][-TEST_SAMPLES:].numpy()[ids]}

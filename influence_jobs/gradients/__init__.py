@@ -1,6 +1,9 @@
-"""Per-sample weight-gradient norms: one forward, one truncated backward, a rule per layer type."""
+"""Per-sample gradients that are never formed: their norms, dot products and quadratic forms."""
 
+from influence_jobs.gradients.dots import GradDots
 from influence_jobs.gradients.engine import GradNorms
+from influence_jobs.gradients.parameters import ParameterSpace
+from influence_jobs.gradients.quadratics import GradQuadratics, Metric
 from influence_jobs.gradients.requirements import require_supported
 from influence_jobs.gradients.rules import (
     norm_shape,
@@ -9,7 +12,11 @@ from influence_jobs.gradients.rules import (
 )
 
 __all__ = [
+    "GradDots",
     "GradNorms",
+    "GradQuadratics",
+    "Metric",
+    "ParameterSpace",
     "norm_shape",
     "reduce_gradient",
     "require_supported",

@@ -10,6 +10,18 @@ from torch.func import functional_call, grad, vmap
 from torch.utils import _pytree as pytree
 
 
+class LossModule(nn.Module):
+    """A model and its losses as one module, from batch to (B,), for `functional_call`."""
+
+    def __init__(self, model: nn.Module, losses: Callable[[nn.Module, Any], Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self._losses = losses
+
+    def forward(self, batch: Any) -> Tensor:
+        return self._losses(self.model, batch)
+
+
 def per_sample_gradients(
     model: nn.Module,
     layers: Sequence[str],
@@ -31,19 +43,8 @@ def per_sample_gradients(
         size = len(losses(model, batch))
     model = copy.deepcopy(model).double().requires_grad_(False)
     weights = {name: model.get_submodule(name).weight for name in layers}
-    batch = pytree.tree_map_only(
-        Tensor, lambda t: t.double() if t.is_floating_point() else t, batch
-    )
-    leaves, structure = pytree.tree_flatten(batch)
+    leaves, structure = pytree.tree_flatten(_double(batch))
     axes = [0 if _per_sample(leaf, size) else None for leaf in leaves]
-
-    class Losses(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, batch: Any) -> Tensor:
-            return losses(self.model, batch)
 
     def loss(weights: dict[str, Any], *leaves: Any) -> Tensor:
         sample = [
@@ -52,12 +53,42 @@ def per_sample_gradients(
         ]
         parameters = {f"model.{name}.weight": weight for name, weight in weights.items()}
         result: Tensor = functional_call(
-            Losses(), parameters, (pytree.tree_unflatten(sample, structure),)
+            LossModule(model, losses), parameters, (pytree.tree_unflatten(sample, structure),)
         )
         return result.squeeze(0)
 
     gradients: dict[str, Tensor] = vmap(grad(loss), in_dims=(None, *axes))(weights, *leaves)
     return gradients
+
+
+def gradients_one_by_one(
+    model: nn.Module,
+    parameters: Sequence[str],
+    losses: Callable[[nn.Module, Any], Tensor],
+    batch: Any,
+) -> dict[str, Tensor]:
+    """Gradient of every sample's loss by any parameters, in float64, a batch of one at a time.
+
+    Args:
+        model: Any model in eval mode; it is copied, not changed.
+        parameters: Their names.
+        losses: (model, batch) to one loss per sample (B,).
+        batch: As for `per_sample_gradients`.
+
+    Returns:
+        {parameter: (B, *shape)}, zero where the loss does not depend on it.
+    """
+    with torch.no_grad():
+        size = len(losses(model, batch))
+    model = copy.deepcopy(model).double().requires_grad_(False)
+    chosen = [model.get_parameter(name).requires_grad_(True) for name in parameters]
+    rows = []
+    for i in range(size):
+        loss = losses(model, one_sample(_double(batch), i, size)).squeeze(0)
+        rows.append(torch.autograd.grad(loss, chosen, materialize_grads=True))
+    return {
+        name: torch.stack(of) for name, of in zip(parameters, zip(*rows, strict=True), strict=True)
+    }
 
 
 def one_sample(batch: Any, index: int, size: int) -> Any:
@@ -69,3 +100,7 @@ def one_sample(batch: Any, index: int, size: int) -> Any:
 
 def _per_sample(leaf: Any, size: int) -> bool:
     return isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == size
+
+
+def _double(batch: Any) -> Any:
+    return pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, batch)

@@ -1,11 +1,13 @@
 """What a model and its layers must be for the engine to get their per-sample gradients right."""
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from influence_jobs.errors import ModelError
-from influence_jobs.gradients.rules import SUPPORTED, supported
+from influence_jobs.gradients.rules import SUPPORTED
 
 
 def require_independent_samples(model: nn.Module) -> None:
@@ -27,34 +29,54 @@ def require_independent_samples(model: nn.Module) -> None:
             )
 
 
-def require_supported(name: str, module: nn.Module) -> None:
+def require_supported(
+    name: str, module: nn.Module, kinds: Collection[type[nn.Module]] = SUPPORTED
+) -> None:
     """Refuse a layer that has no rule, no weight parameter, or options its rule cannot follow.
 
     Args:
         name: The module's path in its model, for the message.
         module: The layer.
+        kinds: The types that have a rule, by default for norms.
 
     Raises:
         ModelError: Naming the layer and its type.
     """
     where = f"layer '{name}' ({type(module).__name__})"
-    if not supported(module):
-        raise ModelError(f"{where} has no gradient rule; supported: {SUPPORTED} (no subclasses)")
+    if type(module) not in kinds:
+        listed = ", ".join(kind.__name__ for kind in kinds)
+        raise ModelError(f"{where} has no gradient rule; supported: {listed} (no subclasses)")
     # A re-parametrised weight (weight_norm, pruning) is an attribute but no parameter.
     weight = module._parameters.get("weight")
     if weight is None:
         raise ModelError(f"{where} has no weight parameter to differentiate: leave it out")
     if not weight.is_floating_point():
         raise ModelError(f"{where} has {_name(weight.dtype)} weights: gradients need floats")
-    if isinstance(module, nn.Embedding):
-        for option in ("max_norm", "scale_grad_by_freq", "sparse"):
-            if getattr(module, option) not in (None, False):
-                raise ModelError(
-                    f"{where} uses {option}, which has no per-sample rule: build it without"
-                )
+    require_plain_embedding(name, module)
 
 
-def find_layer(model: nn.Module, name: str, dtype: torch.dtype) -> nn.Module:
+def require_plain_embedding(name: str, module: nn.Module) -> None:
+    """Refuse an Embedding with options that change weights in the forward, or gradients by batch.
+
+    Raises:
+        ModelError: Naming the layer and the option.
+    """
+    if not isinstance(module, nn.Embedding):
+        return
+    for option in ("max_norm", "scale_grad_by_freq", "sparse"):
+        if getattr(module, option) not in (None, False):
+            raise ModelError(
+                f"layer '{name}' ({type(module).__name__}) uses {option}, which has no per-sample "
+                "rule: build it without"
+            )
+
+
+def find_layer(
+    model: nn.Module,
+    name: str,
+    dtype: torch.dtype,
+    kinds: Collection[type[nn.Module]] = SUPPORTED,
+) -> nn.Module:
     """The layer of that name, if the engine can work on it with weights of type `dtype`.
 
     Raises:
@@ -63,20 +85,16 @@ def find_layer(model: nn.Module, name: str, dtype: torch.dtype) -> nn.Module:
     """
     modules: dict[str, nn.Module] = dict(model.named_modules())
     if name not in modules:
-        known = [other for other, module in modules.items() if supported(module)]
+        known = [other for other, module in modules.items() if type(module) in kinds]
         more = f" and {len(known) - 12} more" if len(known) > 12 else ""
         raise ModelError(
             f"no layer '{name}' in {type(model).__name__}; it has: {', '.join(known[:12])}{more}"
         )
     module = modules[name]
-    require_supported(name, module)
+    require_supported(name, module, kinds)
     weight = module.weight
     assert isinstance(weight, Tensor)
-    if weight.dtype != dtype:
-        raise ModelError(
-            f"layer '{name}' has {_name(weight.dtype)} weights, but the precision asked for needs "
-            f"{_name(dtype)}: convert model and batch"
-        )
+    require_dtype(name, weight, dtype)
     for other, owner in modules.items():
         shares = any(parameter is weight for parameter in owner._parameters.values())
         if shares and owner is not module:
@@ -85,6 +103,19 @@ def find_layer(model: nn.Module, name: str, dtype: torch.dtype) -> nn.Module:
                 "gradient would mix both uses; untie them"
             )
     return module
+
+
+def require_dtype(name: str, weight: Tensor, dtype: torch.dtype) -> None:
+    """Refuse weights of another type than the engine works in.
+
+    Raises:
+        ModelError: Naming the layer and both types.
+    """
+    if weight.dtype != dtype:
+        raise ModelError(
+            f"layer '{name}' has {_name(weight.dtype)} weights, but the precision asked for needs "
+            f"{_name(dtype)}: convert model and batch"
+        )
 
 
 def _name(dtype: torch.dtype) -> str:

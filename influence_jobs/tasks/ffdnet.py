@@ -1,6 +1,7 @@
 """The report's denoiser: FFDNet on patches of photographs with Gaussian noise."""
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -12,20 +13,29 @@ from influence_jobs.datasets.images import ImageFolder
 from influence_jobs.datasets.noise import gaussian_noise, uniform
 from influence_jobs.datasets.patches import Patches
 from influence_jobs.datasets.quality import psnr
+from influence_jobs.errors import SpecError
 from influence_jobs.models.ffdnet import FFDNet
 from influence_jobs.tasks.base import Batch, Draw, Task, device_of
+from influence_jobs.terms import OutputLoss, Region
 
 MAX_TRAIN_SIGMA = 75.0
 EVAL_SIGMA = 25.0
-TRAINING_DRAWS = 2**32  # number of the first epoch's noise draw
+# Numbers of the first noise draw in training and of test images; attribution of training patches begins at 0.
+TRAINING_DRAWS = 2**32
+TEST_DRAWS = 2**33
 
 
 class FFDNetTask(Task):
     """Patches cut lazily from a folder of images; noise fixed by (seed, patch, draw).
 
+    Test samples are whole images. What is measured of one, or of a region of it, is a mean of squares over pixels
+    and channels: of the error to the clean image (`loss`), of the output itself (`output`), or of the
+    output minus the noisy input (`change`). The error's gradient vanishes where the network fits well; the
+    other two are for that.
+
     Args:
         images: Folder of training images, or `samples`.
-        test_images: Folder of images for validation, or `samples-test`.
+        test_images: Folder of test images, or `samples-test`.
         patch_size: Side of a patch, in pixels.
         stride: Step between patches, in pixels.
         sigma: Noise level in attribution, in grey levels of 255. Training draws it from [0, 75].
@@ -36,6 +46,8 @@ class FFDNetTask(Task):
     batch_size = 32
     paths = frozenset({"images", "test_images"})
     attribution_options = frozenset({"sigma"})
+    output_loss: ClassVar[OutputLoss] = "mse"
+    quantities = ("loss", "output", "change")
     color: ClassVar[bool] = True  # the 12-layer colour network
 
     def __init__(
@@ -55,6 +67,11 @@ class FFDNetTask(Task):
         self.sigma = sigma
         self.limit = limit
 
+    @cached_property
+    def test_folder(self) -> ImageFolder:
+        """The test images; a folder that is not there is found out when it is needed."""
+        return ImageFolder(self._test_images, color=self.color)
+
     @classmethod
     def network(cls) -> FFDNet:
         """The untrained denoiser, which needs no data."""
@@ -66,43 +83,115 @@ class FFDNetTask(Task):
     def train_data(self) -> range:
         return range(len(self.patches))[: self.limit]
 
+    def test_data(self) -> tuple[str, ...]:
+        return self.test_folder.names
+
     def batch(self, ids: Tensor, draw: Draw) -> Batch:
         sigma_B = torch.full((len(ids),), self.sigma / 255)
-        return self._noised(ids, sigma_B, draw)
+        return _noised(self.patches.get(ids), ids, sigma_B, draw)
 
     def train_batch(self, ids: Tensor, draw: Draw) -> Batch:
         # Attribution must not meet the very noise that was trained on.
         draw = Draw(draw.seed, TRAINING_DRAWS + draw.index)
         sigma_B = uniform(ids, seed=draw.seed, draw=draw.index) * (MAX_TRAIN_SIGMA / 255)
-        return self._noised(ids, sigma_B, draw)
+        return _noised(self.patches.get(ids), ids, sigma_B, draw)
 
-    def _noised(self, ids: Tensor, sigma_B: Tensor, draw: Draw) -> Batch:
-        clean = self.patches.get(ids).float().div_(255)
-        noise = gaussian_noise(ids, clean.shape[1:], seed=draw.seed, draw=draw.index)
-        noisy = noise.mul_(sigma_B[:, None, None, None]).add_(clean)
-        return noisy, sigma_B, clean
+    def test_batch(self, ids: Tensor, draw: Draw) -> Batch:
+        draw = Draw(draw.seed, TEST_DRAWS + draw.index)
+        sigma_B = torch.full((len(ids),), self.sigma / 255)
+        images = torch.stack([self.test_folder.load(i) for i in ids.tolist()])
+        return _noised(images, ids, sigma_B, draw)
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        return _mean_square(self.outputs(model, batch) - self.targets(batch))
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        noisy, sigma_B, _ = batch
+        denoised: Tensor = model(noisy, sigma_B)
+        return denoised
+
+    def targets(self, batch: Batch) -> Tensor:
+        clean: Tensor = batch[2]
+        return clean
+
+    def test_size(self, test: int) -> tuple[int, int]:
+        return self.test_folder.sizes[test]
+
+    def measure(
+        self, model: nn.Module, batch: Batch, quantity: str, region: Region | None
+    ) -> Tensor:
+        """A mean square over the region; the model, in eval mode, sees only what that depends on."""
         noisy, sigma_B, clean = batch
-        losses_B: Tensor = (model(noisy, sigma_B) - clean).square().mean(dim=(1, 2, 3))
-        return losses_B
+        y, x, height, width = region or (0, 0, *noisy.shape[-2:])
+        reach = sum(isinstance(module, nn.Conv2d) for module in model.modules())
+        rows = _seen(y, height, noisy.shape[-2], reach)
+        columns = _seen(x, width, noisy.shape[-1], reach)
+        top, left = y - rows.start, x - columns.start
+        inner = (..., slice(top, top + height), slice(left, left + width))
+        noisy, clean = noisy[..., rows, columns], clean[..., rows, columns]
+        output = model(noisy, sigma_B)[inner]
+        if quantity == "loss":
+            return _mean_square(output - clean[inner])
+        if quantity == "output":
+            return _mean_square(output)
+        if quantity == "change":
+            return _mean_square(output - noisy[inner])
+        raise SpecError(f"FFDNet measures {', '.join(self.quantities)}, not {quantity!r}")
 
     def evaluate(self, model: nn.Module) -> Mapping[str, float]:
-        folder = ImageFolder(self._test_images, color=self.color)
-        results = list(denoise(model, folder, sigma=EVAL_SIGMA))
+        results = list(denoise(model, self.test_folder, sigma=EVAL_SIGMA))
         return {"psnr": float(np.mean([result.psnr for result in results]))}
 
     def describe(self, ids: npt.NDArray[np.int64]) -> Mapping[str, npt.NDArray[Any]]:
         image, row, column = self.patches.index.locate(ids)
         return {"file": np.array(self.folder.names)[image], "row": row, "column": column}
 
+    def describe_test(self, ids: npt.NDArray[np.int64]) -> Mapping[str, npt.NDArray[Any]]:
+        return {"file": np.array(self.test_folder.names)[ids]}
+
+    def pictures(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+        return _picture(self.patches.get(torch.from_numpy(ids)))
+
+    def test_picture(self, test: int) -> npt.NDArray[np.uint8]:
+        return _picture(self.test_folder.load(test))
+
     def prepare(self, say: Callable[[str], None]) -> None:
         self.folder.check(skip_unreadable=False)
 
     def fingerprint(self) -> str:
         # The test images too: they decide the PSNR that a train run records.
-        test = ImageFolder(self._test_images, color=self.color)
-        return f"images {self.folder.digest()} test {test.digest()}"
+        return f"images {self.folder.digest()} test {self.test_folder.digest()}"
+
+
+def _noised(pixels: Tensor, ids: Tensor, sigma_B: Tensor, draw: Draw) -> Batch:
+    """Bytes (B, C, H, W) as (noisy, sigma, clean), white = 1."""
+    clean = pixels.float().div_(255)
+    noise = gaussian_noise(ids, clean.shape[1:], seed=draw.seed, draw=draw.index)
+    noisy = noise.mul_(sigma_B[:, None, None, None]).add_(clean)
+    return noisy, sigma_B, clean
+
+
+def _mean_square(values_BCHW: Tensor) -> Tensor:
+    means_B: Tensor = values_BCHW.square().mean(dim=(1, 2, 3))
+    return means_B
+
+
+def _seen(start: int, length: int, size: int, reach: int) -> slice:
+    """What the network must see along one axis, in pixels, to compute outputs `start` to `start + length`.
+
+    It works on cells of 2 x 2 pixels and each 3x3 convolution reaches one cell further. The slice keeps to whole
+    cells, and ends where the image ends, so that padding is met there and nowhere else.
+    """
+    first = start // 2 - reach
+    last = (start + length - 1) // 2 + reach
+    return slice(max(0, 2 * first), min(size, 2 * (last + 1)))
+
+
+def _picture(pixels: Tensor) -> npt.NDArray[np.uint8]:
+    """(..., C, H, W) BGR or grey bytes to (..., H, W, 3) RGB or (..., H, W)."""
+    picture = pixels.flip(-3).movedim(-3, -1) if pixels.shape[-3] == 3 else pixels.squeeze(-3)
+    array: npt.NDArray[np.uint8] = picture.contiguous().numpy()
+    return array
 
 
 class Denoised(NamedTuple):

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from influence_jobs.datasets.mnist import Mnist, default_data_dir, fetch_mnist, load_mnist
 from influence_jobs.models.mnist_mlp import MnistMLP
 from influence_jobs.tasks.base import Batch, Draw, Task, device_of, to_device
+from influence_jobs.terms import OutputLoss
 
 
 class MnistTask(Task):
@@ -26,6 +27,11 @@ class MnistTask(Task):
 
     batch_size = 1024
     paths = frozenset({"data_dir"})
+    output_loss: ClassVar[OutputLoss] = "cross-entropy"
+    # "Inner workings of a denoising network", section 4.1.
+    query_sets: ClassVar[Mapping[str, tuple[int, ...]]] = {
+        "paper": (3520, 3879, 597, 2667, 5673, 8616, 5570, 9489, 3714, 7362)
+    }
 
     def __init__(self, *, data_dir: str | None = None, limit: int | None = None):
         self.data_dir = Path(data_dir) if data_dir else default_data_dir()
@@ -53,8 +59,23 @@ class MnistTask(Task):
         return self._images_NP[ids], self._labels_N[ids]
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        images, labels = batch
-        return F.nll_loss(model(images), labels, reduction="none")
+        # Of log-probabilities this is the cross-entropy; its curvature in them is not, being zero.
+        return F.nll_loss(self.outputs(model, batch), self.targets(batch), reduction="none")
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Log-probabilities (B, 10), which are logits too: softmax gives the probabilities."""
+        log_probs_BC: Tensor = model(batch[0])
+        return log_probs_BC
+
+    def targets(self, batch: Batch) -> Tensor:
+        labels_B: Tensor = batch[1]
+        return labels_B
+
+    def test_data(self) -> Tensor:
+        return self._mnist.test_labels
+
+    def test_batch(self, ids: Tensor, draw: Draw) -> Batch:
+        return _scaled(self._mnist.test_images[ids]), self._mnist.test_labels[ids]
 
     def test_images(self) -> Tensor:
         """The 10,000 test images as the model takes them, (10000, 784)."""
@@ -71,6 +92,17 @@ class MnistTask(Task):
 
     def describe(self, ids: npt.NDArray[np.int64]) -> Mapping[str, npt.NDArray[Any]]:
         return {"label": self._labels_N.numpy()[ids]}
+
+    def describe_test(self, ids: npt.NDArray[np.int64]) -> Mapping[str, npt.NDArray[Any]]:
+        return {"label": self._mnist.test_labels.numpy()[ids]}
+
+    def pictures(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+        images_BHW: npt.NDArray[np.uint8] = self._mnist.train_images.numpy()[ids]
+        return images_BHW
+
+    def test_picture(self, test: int) -> npt.NDArray[np.uint8]:
+        image_HW: npt.NDArray[np.uint8] = self._mnist.test_images.numpy()[test]
+        return image_HW
 
     def prepare(self, say: Callable[[str], None]) -> None:
         fetch_mnist(self.data_dir, say=say)

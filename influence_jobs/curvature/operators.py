@@ -1,0 +1,288 @@
+"""Curvature of the mean training loss as a linear map, v -> Gv or v -> Hv, without the matrix.
+
+`curvlinops` has such operators of a fixed data set, and what it has we use (`ek_fac`). These differ in what LiSSA asks
+of them: the mini-batch is another one at every step, and right-hand sides lead, so that one forward pass serves all.
+"""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jvp, vjp, vmap
+from torch.utils import _pytree as pytree
+
+from influence_jobs.curvature.output_loss import OUTPUT_HESSIANS
+from influence_jobs.curvature.requirements import (
+    require_deterministic,
+    require_output_loss,
+    saved_bytes,
+)
+from influence_jobs.errors import DataError, SpecError
+from influence_jobs.gradients.parameters import ParameterSpace
+from influence_jobs.gradients.requirements import require_independent_samples
+from influence_jobs.tasks.base import Batch, Draw, Task, device_of, to_device
+
+MAX_BYTES = 2**30  # of activations times vectors in a pass
+MIN_ROWS = 8  # every vector is read once a pass, so fewer vectors are better than fewer samples
+LOOKED_AT = 8  # samples that the first look at a model takes
+
+Parameters = dict[str, Tensor]
+
+
+class Operator(ABC):
+    """A symmetric P x P matrix that is the mean over samples of one such matrix a sample.
+
+    Args:
+        model: In eval mode; its weights are looked up anew at every product.
+        space: The parameters that count.
+        task: Where samples and losses come from.
+        ids: Samples the mean is over, shape (n,), on the CPU.
+        draw: Realisation of the samples' noise.
+        batch_size: Samples of a pass, at most; fewer where many vectors would take more than `MAX_BYTES`.
+
+    Attributes:
+        positive_semidefinite: Whether it is for every model.
+        cost: Of a product, in gradients of the same samples. What is counted are matrix products of a linear layer
+            of which forward and backward have three; the forward pass that all vectors share is left out.
+        work: Cost of all products so far, in gradients of one sample.
+    """
+
+    positive_semidefinite: ClassVar[bool]
+    cost: ClassVar[float]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        space: ParameterSpace,
+        task: Task,
+        ids: Tensor,
+        draw: Draw = Draw(0),  # noqa: B008  (frozen)
+        batch_size: int | None = None,
+    ):
+        if len(ids) == 0:
+            raise SpecError("curvature needs at least one sample")
+        self.model, self.space, self.task, self.ids, self.draw = model, space, task, ids, draw
+        self.batch_size = batch_size or task.batch_size
+        self.work = 0.0
+        self._sample_bytes: int | None = None  # of activations; known after the first look
+
+    @property
+    def size(self) -> int:
+        """P."""
+        return self.space.size
+
+    @property
+    def num_samples(self) -> int:
+        """n."""
+        return len(self.ids)
+
+    @property
+    def gradient_equivalents(self) -> float:
+        """`work` in passes of forward and backward over all n samples, each for one vector."""
+        return self.work / self.num_samples
+
+    def over(self, ids: Tensor) -> Self:
+        """The operator of other samples (n,), its work counted from zero."""
+        other = copy.copy(self)
+        other.ids, other.work = ids, 0.0
+        return other
+
+    def product(self, v_QP: Tensor, ids: Tensor) -> Tensor:
+        """The matrix of a mini-batch, ids (B,), times every row of v_QP: (Q, P); finite or not.
+
+        Raises:
+            ModelError: The model is in train mode, uses batch statistics or is not deterministic, or the task's
+                losses are not what it declares.
+        """
+        pieces = ids.split(self._samples_at_once(len(v_QP)))
+        if len(pieces) == 1:
+            return self._mean(v_QP, ids)
+        total_QP = torch.zeros_like(v_QP)
+        for piece in pieces:
+            total_QP.add_(self._mean(v_QP, piece), alpha=len(piece) / len(ids))
+        return total_QP
+
+    def __matmul__(self, v_QP: Tensor) -> Tensor:
+        """The matrix of all n samples times every row of v_QP: (Q, P).
+
+        Raises:
+            ModelError: As `product`.
+            DataError: A product is not finite.
+        """
+        # Float64: a float32 sum over thousands of batches loses the digits that conjugate gradients live on, and
+        # depends on the size of the batches.
+        total_QP = torch.zeros_like(v_QP, dtype=torch.float64)
+        for piece in self.ids.split(self._samples_at_once(len(v_QP))):
+            part_QP = self._mean(v_QP, piece)
+            if not part_QP.isfinite().all():
+                raise DataError(
+                    f"the curvature of samples {int(piece.min())} to {int(piece.max())} is not "
+                    "finite: check these samples and the checkpoint"
+                )
+            total_QP.add_(part_QP, alpha=len(piece) / self.num_samples)
+        return total_QP.to(v_QP.dtype)
+
+    @abstractmethod
+    def _multiply(
+        self, parameters: Parameters, vectors: Parameters, batch: Batch, at_once: int
+    ) -> Parameters:
+        """The mean over a batch times {name: (Q, *shape)}, so many vectors at once."""
+
+    def _mean(self, v_QP: Tensor, ids: Tensor) -> Tensor:
+        self.work += self.cost * len(v_QP) * len(ids)
+        parameters = {name: p.detach() for name, p in self.space.parameters().items()}
+        assert self._sample_bytes is not None
+        at_once = max(1, MAX_BYTES // (len(ids) * self._sample_bytes))
+        # The transforms keep their own graphs; autograd would keep one more, of the parameters that do not count.
+        with torch.no_grad():
+            products = self._multiply(
+                parameters, self.space.split(v_QP), self._batch(ids), min(at_once, len(v_QP))
+            )
+        return self.space.join(products)
+
+    def _batch(self, ids: Tensor) -> Batch:
+        dtype = next(self.model.parameters()).dtype
+        return pytree.tree_map_only(
+            Tensor,
+            lambda t: t.to(dtype) if t.is_floating_point() else t,
+            to_device(self.task.batch(ids, self.draw), device_of(self.model)),
+        )
+
+    def _samples_at_once(self, num_vectors: int) -> int:
+        if self._sample_bytes is None:
+            ids = self.ids[:LOOKED_AT]
+            self._look(self._batch(ids), self._batch(ids))
+            self._sample_bytes = saved_bytes(self.task, self.model, self._batch(ids)) // len(ids)
+        fitting = MAX_BYTES // (num_vectors * self._sample_bytes)
+        return min(self.batch_size, max(MIN_ROWS, fitting))
+
+    def _look(self, batch: Batch, again: Batch) -> None:
+        """Refuse a model or task that would give wrong products, given a few samples fetched twice."""
+        require_independent_samples(self.model)
+        require_deterministic(self.task, self.model, batch, again)
+
+
+class GaussNewton(Operator):
+    """G = mean of J^T H_out J: J the Jacobian of a sample's outputs, H_out the Hessian of its loss in them.
+
+    The Hessian without the curvature of the network itself, so positive semidefinite where the loss is convex in the
+    outputs (Schraudolph 2002, "Fast curvature matrix-vector products"). `Task.output_loss` says which H_out it is.
+    """
+
+    positive_semidefinite = True
+    cost = 4 / 3  # two matrix products in Jv, two in J^T u
+
+    def _look(self, batch: Batch, again: Batch) -> None:
+        super()._look(batch, again)
+        require_output_loss(self.task, self.model, batch)
+
+    def _multiply(
+        self, parameters: Parameters, vectors: Parameters, batch: Batch, at_once: int
+    ) -> Parameters:
+        assert self.task.output_loss is not None
+        output_hessian = OUTPUT_HESSIANS[self.task.output_loss]
+        outputs = _function_of_parameters(self.model, self.task.outputs, batch)
+        _, transposed_jacobian = vjp(outputs, parameters)
+
+        def product(vector: Parameters) -> Parameters:
+            # The primals carry no vector axis, so vmap goes forward once for all vectors.
+            outputs_BC, tangents_BC = jvp(outputs, (parameters,), (vector,))
+            result: Parameters
+            (result,) = transposed_jacobian(output_hessian(outputs_BC, tangents_BC))
+            return result
+
+        products: Parameters = vmap(product, chunk_size=at_once)(vectors)
+        return products
+
+
+class Hessian(Operator):
+    """H, the second derivative of the mean loss; indefinite for networks, before and after training.
+
+    Args:
+        finite_difference: Differences of gradients instead of exact products; see `_difference`.
+    """
+
+    positive_semidefinite = False
+    cost = 2.0  # a gradient has three matrix products, its derivative along a vector six
+
+    def __init__(
+        self,
+        model: nn.Module,
+        space: ParameterSpace,
+        task: Task,
+        ids: Tensor,
+        draw: Draw = Draw(0),  # noqa: B008  (frozen)
+        batch_size: int | None = None,
+        *,
+        finite_difference: bool = False,
+    ):
+        super().__init__(model, space, task, ids, draw, batch_size)
+        self.finite_difference = finite_difference
+
+    def _multiply(
+        self, parameters: Parameters, vectors: Parameters, batch: Batch, at_once: int
+    ) -> Parameters:
+        losses = _function_of_parameters(self.model, self.task.losses, batch)
+        gradient = grad(lambda parameters: losses(parameters).mean())
+        if self.finite_difference:
+            return _difference(gradient, parameters, vectors, at_once)
+        # Pearlmutter (1994), "Fast exact multiplication by the Hessian". H is symmetric, so the gradient's vjp is its
+        # jvp; and it goes forward and backward once, whatever the number of vectors and chunks.
+        _, transposed_hessian = vjp(gradient, parameters)
+        products: Parameters
+        (products,) = vmap(transposed_hessian, chunk_size=at_once)(vectors)
+        return products
+
+
+def _difference(
+    gradient: Callable[[Parameters], Parameters],
+    parameters: Parameters,
+    vectors: Parameters,
+    at_once: int,
+) -> Parameters:
+    """Central differences: (g(theta + eps v) - g(theta - eps v)) / 2 eps for every vector.
+
+    The error is eps^2/6 |D^3 g [v, v, v]| by truncation and u |g| / eps by rounding, u the unit roundoff. Their sum is
+    least for a step eps |v| = u^(1/3) times the scale on which g bends, for which |theta| stands (Nocedal and Wright,
+    "Numerical Optimization", section 8.1): .004 |theta| in float32, with a relative error about 1e-4 where the
+    network is smooth. Where the step moves a ReLU over its kink it is larger, by the jump of the gradient there.
+    """
+    scale = torch.stack([p.square().sum() for p in parameters.values()]).sum().sqrt()
+    unit = torch.finfo(scale.dtype).eps / 2
+
+    def product(vector: Parameters) -> Parameters:
+        length = torch.stack([v.square().sum() for v in vector.values()]).sum().sqrt()
+        eps = unit ** (1 / 3) * scale / length.clamp_min(torch.finfo(length.dtype).tiny)
+        ahead = gradient({name: p + eps * vector[name] for name, p in parameters.items()})
+        behind = gradient({name: p - eps * vector[name] for name, p in parameters.items()})
+        return {name: (ahead[name] - behind[name]) / (2 * eps) for name in parameters}
+
+    products: Parameters = vmap(product, chunk_size=at_once)(vectors)
+    return products
+
+
+class _Applied(nn.Module):
+    """function(model, batch) as a module, so that `functional_call` can put parameters into the model."""
+
+    def __init__(self, model: nn.Module, function: Callable[[nn.Module, Batch], Tensor]):
+        super().__init__()
+        self.model, self.function = model, function
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.function(self.model, batch)
+
+
+def _function_of_parameters(
+    model: nn.Module, function: Callable[[nn.Module, Batch], Tensor], batch: Batch
+) -> Callable[[Parameters], Tensor]:
+    applied = _Applied(model, function)
+
+    def of(parameters: Parameters) -> Tensor:
+        named = {f"model.{name}": p for name, p in parameters.items()}
+        result: Tensor = functional_call(applied, named, (batch,))
+        return result
+
+    return of

@@ -1,0 +1,316 @@
+"""What every per-sample engine stands on: taps on layers, one forward and one truncated backward.
+
+A forward hook keeps the input of each tapped layer and passes its output through `_Tap`, whose
+backward hands the output gradient to the engine's rule. With all parameters frozen the taps are the
+only reason for a graph: it starts at the first tapped layer, no weight gradient is computed, and as
+the backward reaches a layer its rule runs and its input is freed.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from influence_jobs.errors import ModelError
+from influence_jobs.gradients.reference import one_sample
+from influence_jobs.gradients.requirements import require_independent_samples
+from influence_jobs.gradients.rules import has_batch_axis
+from influence_jobs.terms import Precision
+
+#: Of a layer's name, the layer, its input and its output gradient, both of the weights' type.
+Rule = Callable[[str, Any, Tensor, Tensor], None]
+
+# Largest difference to plain autograd that `check` accepts, as a part of what it is compared with.
+_TOLERANCE: dict[Precision, float] = {"float32": 1e-3, "float64": 1e-6, "bfloat16": 5e-2}
+
+
+@dataclass
+class _Call:
+    """What one pass has seen so far."""
+
+    rule: Rule
+    reached: set[str] = field(default_factory=set)
+    done: set[str] = field(default_factory=set)
+    batch_size: int = 0
+
+
+class _Tap(torch.autograd.Function):
+    """Identity on a layer's output whose backward shows the output gradient to `on_gradient`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, anchor: Tensor, on_gradient: Callable[[Tensor], None]
+    ) -> Tensor:
+        # Marked dirty, the output itself goes on: no copy, and no view, which in-place ops refuse.
+        ctx.mark_dirty(output)
+        ctx.on_gradient = on_gradient
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, None, None]:
+        ctx.on_gradient(gradients[0])
+        ctx.on_gradient = None  # frees the layer's input
+        return gradients[0] if ctx.needs_input_grad[0] else None, None, None
+
+
+class TappedModel(ABC):
+    """Base of the engines: from a batch to something of every sample's gradient, layer by layer.
+
+    The model's parameters have `requires_grad` off until `close`. The engine leaves global settings
+    alone; on CUDA, convolutions run in TF32 unless `torch.backends.cudnn.allow_tf32` is False.
+
+    Args:
+        model: In eval mode, with weights of float32, or of float64 for `precision="float64"`.
+        losses: (model, batch) to one loss per sample (B,). A batch is any pytree.
+        precision: `bfloat16` runs forward and backward in mixed precision (autocast); the results
+            are always accumulated in the type of the weights.
+
+    Raises:
+        ModelError: The model is in train mode or uses batch statistics.
+    """
+
+    #: What the engine computes of a sample, and what its errors are relative to, in messages.
+    _result: str
+    _relative_to: str
+
+    def __init__(
+        self, model: nn.Module, losses: Callable[[nn.Module, Any], Tensor], precision: Precision
+    ) -> None:
+        require_independent_samples(model)
+        self._model = model
+        self._losses = losses
+        self._precision: Precision = precision
+        self._dtype = torch.float64 if precision == "float64" else torch.float32
+        self._layers: dict[str, nn.Module] = {}
+        self._hooks: list[Any] = []
+        self._call: _Call | None = None
+        self._anchor = torch.zeros((), requires_grad=True)
+        self._flags = [(p, p.requires_grad) for p in model.parameters()]
+
+    @abstractmethod
+    def __call__(self, batch: Any) -> dict[str, Tensor]:
+        """{module: results with the batch as first axis}."""
+
+    def check(self, batch: Any) -> None:
+        """Compare the first two samples' results with plain autograd of each sample alone.
+
+        Catches what no look at the modules can: a weight also used outside its module, samples that
+        influence each other, losses averaged over the batch, dropout called as a function.
+
+        Args:
+            batch: Best of two samples. Its tensors with a first axis of length B are cut to one
+                sample; all else is shared.
+
+        Raises:
+            ModelError: The results of a layer differ; or as the call itself.
+        """
+        results = self(batch)
+        size = len(next(iter(results.values())))
+        alone = [
+            self._of_gradients(self._plain_gradients(one_sample(batch, i, size)))
+            for i in range(min(size, 2))
+        ]
+        for name, found in results.items():
+            expected = torch.cat([one[name][0] for one in alone])
+            scale = torch.cat([one[name][1] for one in alone]).nan_to_num(nan=0, posinf=0).amax(0)
+            self._require_equal(name, found[: len(expected)], expected, scale)
+
+    def close(self) -> None:
+        """Remove the hooks and restore every parameter's `requires_grad`. May be called again."""
+        for hook in self._hooks:
+            hook.remove()
+        for parameter, flag in self._flags:
+            parameter.requires_grad_(flag)
+        self._hooks, self._flags = [], []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @abstractmethod
+    def _parameters(self) -> dict[str, Tensor]:
+        """The parameters whose gradients the results are of, by name."""
+
+    @abstractmethod
+    def _of_gradients(self, gradients: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Results (1, ...) of one sample's explicit gradients, and the size that errors are relative to."""
+
+    def _freeze(self) -> None:
+        for parameter, _ in self._flags:
+            parameter.requires_grad_(False)
+
+    def _attach(self, layers: Mapping[str, nn.Module]) -> None:
+        """Tap these layers from now on."""
+        self._layers = dict(layers)
+        # First in line: the tap must see the layer's own output, not what another hook makes of it.
+        self._hooks = [
+            module.register_forward_hook(partial(self._tap, name), prepend=True, with_kwargs=True)
+            for name, module in self._layers.items()
+        ]
+
+    def _run(self, batch: Any, rule: Rule) -> None:
+        """One forward and one truncated backward, during which `rule` sees every tapped layer once.
+
+        Raises:
+            ModelError: A layer is not called exactly once, is not reached by the gradient, or its
+                input was overwritten; the losses are not (B,); the model went into train mode.
+        """
+        require_independent_samples(self._model)
+        call = self._call = _Call(rule)
+        try:
+            # The outer context shields the backward from an autocast of the caller's.
+            with torch.enable_grad(), torch.autocast(self._device.type, enabled=False):
+                losses = self._forward(batch)
+                self._refuse_unreached(call, losses)
+                call.batch_size = len(losses)
+                torch.autograd.grad(
+                    losses, self._anchor, torch.ones_like(losses), allow_unused=True
+                )
+        finally:
+            self._call = None
+        for name in self._layers:
+            if name not in call.done:
+                raise _unused(name)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self._model.parameters()).device
+
+    def _forward(self, batch: Any) -> Tensor:
+        mixed = self._precision == "bfloat16"
+        with (
+            # Frozen weights are never cached; thawed ones must show each of their uses in the graph.
+            torch.autocast(
+                self._device.type, dtype=torch.bfloat16, enabled=mixed, cache_enabled=False
+            ),
+            _transformers_in_the_open(),
+        ):
+            losses = self._losses(self._model, batch)
+        if not isinstance(losses, Tensor) or losses.ndim != 1:
+            what = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            raise ModelError(
+                f"losses of {type(self._model).__name__} are {what}: one loss per sample, shape "
+                "(B,), is needed; do not average over the batch (reduction='none')"
+            )
+        return losses
+
+    def _tap(
+        self, name: str, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
+        call = self._call
+        if call is None:  # a forward that is not ours
+            return None
+        if name in call.reached:
+            raise ModelError(
+                f"layer '{name}' is called more than once in a forward: its {self._result} would "
+                "mix the uses; give each use its own module, or leave the layer out"
+            )
+        call.reached.add(name)
+        if not has_batch_axis(module, output):
+            raise ModelError(
+                f"layer '{name}' returns shape {tuple(output.shape)}, which has no batch axis: "
+                "its first axis must be the sample"
+            )
+        a = (args[0] if args else kwargs["input"]).detach()  # shares the version counter
+        version = a._version
+
+        def on_gradient(g: Tensor) -> None:
+            if a._version != version:
+                raise ModelError(
+                    f"layer '{name}': its input was overwritten after the layer ran (an in-place "
+                    "activation or +=), so its gradient is lost; make that operation out of place"
+                )
+            if len(g) != call.batch_size:
+                raise ModelError(
+                    f"layer '{name}' returns {len(g)} rows for a batch of {call.batch_size}: "
+                    "its first axis must be the sample"
+                )
+            inputs = a.to(self._dtype) if a.is_floating_point() else a
+            call.rule(name, module, inputs, g.to(self._dtype))
+            call.done.add(name)
+
+        tapped: Tensor = _Tap.apply(output, self._anchor, on_gradient)
+        return tapped
+
+    def _refuse_unreached(self, call: _Call, losses: Tensor) -> None:
+        for name in self._layers:
+            if name not in call.reached:
+                raise ModelError(
+                    f"layer '{name}' is not called in the forward, or only its weight is used "
+                    "there: leave it out"
+                )
+        if not losses.requires_grad:
+            raise _unused(next(iter(self._layers)))
+
+    def _plain_gradients(self, sample: Any) -> dict[str, Tensor]:
+        """Gradients of one sample's loss by `_parameters`, by autograd and nothing else."""
+        parameters = self._parameters()
+        with thawed(parameters.values()), torch.enable_grad():
+            loss = self._forward(sample)
+            if len(loss) != 1:
+                raise ModelError(
+                    f"losses of {type(self._model).__name__} for one sample have length "
+                    f"{len(loss)}: the batch must be a tuple, list or dict of tensors (or a "
+                    "registered pytree) to be cut into samples"
+                )
+            gradients = torch.autograd.grad(
+                loss.sum(), list(parameters.values()), materialize_grads=True
+            )
+        return dict(zip(parameters, gradients, strict=True))
+
+    def _require_equal(self, name: str, found: Tensor, expected: Tensor, scale: Tensor) -> None:
+        limit = _TOLERANCE[self._precision]
+        error = (found - expected).abs()
+        wrong = (error > limit * scale) | (found.isnan() != expected.isnan())
+        if wrong.any():
+            worst = (error / scale)[wrong].max().item()
+            raise ModelError(
+                f"layer '{name}': per-sample {self._result} differ from one-sample autograd by "
+                f"{worst:.1e} of {self._relative_to} (allowed {limit:g}); usual causes: the weight "
+                "is used outside its module too, samples influence each other (batch statistics), "
+                "losses divided by the batch size, random operations in the forward"
+            )
+
+
+@contextmanager
+def thawed(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Frozen parameters that require gradients for a while."""
+    parameters = list(parameters)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+
+
+@contextmanager
+def _transformers_in_the_open() -> Iterator[None]:
+    """Without the fused kernels of frozen transformers, which call no layer and no derivative."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def _unused(name: str) -> ModelError:
+    return ModelError(
+        f"the losses do not depend on layer '{name}' (its output is unused, detached or computed "
+        "under no_grad): leave it out"
+    )

@@ -1,0 +1,89 @@
+"""Scores that know less than gradients do. A method that does not beat them has found nothing."""
+
+import numpy as np
+import numpy.typing as npt
+from numpy.random import Philox
+
+from influence_jobs.errors import SpecError
+from influence_jobs.terms import Region
+
+_WORDS = 4  # that Philox makes from one value of its counter
+
+
+def random_scores(
+    query_ids: npt.NDArray[np.int64], sample_ids: npt.NDArray[np.int64], *, seed: int
+) -> npt.NDArray[np.float32]:
+    """Uniform numbers in [0, 1); each depends on (seed, query, sample) alone.
+
+    A query owns a stream of the counter-based generator Philox, in which a sample's number is the word at its id.
+
+    Salmon et al.: "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+
+    Args:
+        query_ids: (Q,), >= 0. Queries of one id get the same scores.
+        sample_ids: (B,), >= 0. All words between the smallest and the largest are drawn.
+        seed: 0 to 2**64 - 1.
+
+    Returns:
+        (Q, B).
+    """
+    scores = np.empty((len(query_ids), len(sample_ids)), dtype=np.float32)
+    if not scores.size:
+        return scores
+    block = int(sample_ids.min()) // _WORDS
+    first = block * _WORDS
+    count = int(sample_ids.max()) - first + 1
+    for row, query in enumerate(query_ids):
+        # Noise (`datasets.noise`) has a 0 where this counter has its 1: the two share no number.
+        counter = np.array([block, 0, 1, 0], dtype=np.uint64)
+        stream = Philox(key=np.array([seed, query], dtype=np.uint64), counter=counter)
+        words = stream.random_raw(count)[sample_ids - first]
+        scores[row] = (words >> np.uint64(40)) * 2.0**-24  # the 24 bits that a float32 holds
+    return scores
+
+
+def loss_scores(losses_B: npt.NDArray[np.floating], num_queries: int) -> npt.NDArray[np.float32]:
+    """A sample's own training loss, whatever the query: (Q, B), hardest samples first."""
+    return np.tile(losses_B.astype(np.float32), (num_queries, 1))
+
+
+def nearest_scores(
+    query_pixels_QD: npt.NDArray[np.uint8], pixels_BD: npt.NDArray[np.uint8]
+) -> npt.NDArray[np.float32]:
+    """Minus the Euclidean distance of the pixels, in grey levels of 255, (Q, B): 0 is the same picture."""
+    # Not at the top: none of the other methods needs more than numpy and torch.
+    from sklearn.metrics.pairwise import euclidean_distances
+
+    # scikit-learn works on float32 in float64 blocks, where sums of squared bytes are exact.
+    distances = euclidean_distances(
+        query_pixels_QD.astype(np.float32), pixels_BD.astype(np.float32)
+    )
+    return -np.asarray(distances, dtype=np.float32)
+
+
+def query_pixels(
+    picture: npt.NDArray[np.uint8], region: Region | None, shape: tuple[int, ...]
+) -> npt.NDArray[np.uint8]:
+    """The part of a test picture to compare with training pictures: of their size, around the region's centre.
+
+    Args:
+        picture: (H, W) or (H, W, 3).
+        region: (y, x, height, width); None for the whole picture. Near an edge the part is moved inside.
+        shape: Of one training picture.
+
+    Returns:
+        (D,), D the size of a training picture.
+
+    Raises:
+        SpecError: The test picture is smaller than training pictures, or grey where they are not.
+    """
+    sides, size = picture.shape[:2], shape[:2]
+    if picture.shape[2:] != shape[2:] or sides[0] < size[0] or sides[1] < size[1]:
+        raise SpecError(
+            f"a test picture of {picture.shape} cannot be compared with training pictures of {shape}: "
+            "choose a larger test image or smaller patches"
+        )
+    y, x, height, width = region or (0, 0, *sides)
+    top = min(max(y + height // 2 - size[0] // 2, 0), sides[0] - size[0])
+    left = min(max(x + width // 2 - size[1] // 2, 0), sides[1] - size[1])
+    return picture[top : top + size[0], left : left + size[1]].ravel()
