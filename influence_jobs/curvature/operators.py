@@ -76,7 +76,7 @@ class Operator(ABC):
 
     @property
     def num_samples(self) -> int:
-        """n."""
+        """Samples the mean is over."""
         return len(self.ids)
 
     @property
@@ -139,11 +139,12 @@ class Operator(ABC):
         # The transforms keep their own graphs; autograd would keep one more, of the parameters that do not count.
         with torch.no_grad():
             products = self._multiply(
-                parameters, self.space.split(v_QP), self._batch(ids), min(at_once, len(v_QP))
+                parameters, self.space.split(v_QP), self.batch(ids), min(at_once, len(v_QP))
             )
         return self.space.join(products)
 
-    def _batch(self, ids: Tensor) -> Batch:
+    def batch(self, ids: Tensor) -> Batch:
+        """Samples on the model's device, in the type of its weights."""
         dtype = next(self.model.parameters()).dtype
         return pytree.tree_map_only(
             Tensor,
@@ -154,8 +155,8 @@ class Operator(ABC):
     def _samples_at_once(self, num_vectors: int) -> int:
         if self._sample_bytes is None:
             ids = self.ids[:LOOKED_AT]
-            self._look(self._batch(ids), self._batch(ids))
-            self._sample_bytes = saved_bytes(self.task, self.model, self._batch(ids)) // len(ids)
+            self._look(self.batch(ids), self.batch(ids))
+            self._sample_bytes = saved_bytes(self.task, self.model, self.batch(ids)) // len(ids)
         fitting = MAX_BYTES // (num_vectors * self._sample_bytes)
         return min(self.batch_size, max(MIN_ROWS, fitting))
 

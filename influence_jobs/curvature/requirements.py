@@ -21,7 +21,9 @@ def require_deterministic(task: Task, model: nn.Module, batch: Batch, again: Bat
     """
     losses_B, again_B = task.losses(model, batch), task.losses(model, again)
     if not losses_B.isfinite().all():
-        raise DataError("the training loss of the first samples is not finite: check the checkpoint")
+        raise DataError(
+            "the training loss of the first samples is not finite: check the checkpoint"
+        )
     if not _close(losses_B, again_B):
         raise ModelError(
             f"two passes over the same samples of {type(task).__name__} give other losses: switch "

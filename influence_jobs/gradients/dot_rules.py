@@ -48,10 +48,9 @@ def _linear(module: nn.Linear, vectors: Mapping[str, Tensor], a: Tensor, g: Tens
         return layers.linear_weight(a_BTI, g_BTC).flatten(1) @ weight_QCI.flatten(1).t()
 
     def direct(a_BTI: Tensor, g_BTC: Tensor) -> Tensor:
-        rows = a_BTI.flatten(0, 1) @ weight_QCI.flatten(0, 1).t()
-        dots_NQ = torch.bmm(rows.view(-1, queries, outputs), g_BTC.reshape(-1, outputs, 1)).squeeze(
-            2
-        )
+        rows_NQC = (a_BTI.flatten(0, 1) @ weight_QCI.flatten(0, 1).t()).view(-1, queries, outputs)
+        # A row vector times a matrix: faster than the matrix times a column.
+        dots_NQ = (g_BTC.reshape(-1, 1, outputs) @ rows_NQC.transpose(1, 2)).squeeze(1)
         return dots_NQ.view(-1, positions, queries).sum(1) if positions > 1 else dots_NQ
 
     if through_gradient(positions, queries):

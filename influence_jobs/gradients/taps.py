@@ -287,15 +287,15 @@ class TappedModel(ABC):
 
 @contextmanager
 def thawed(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Frozen parameters that require gradients for a while."""
-    parameters = list(parameters)
-    for parameter in parameters:
+    """Parameters that require gradients for a while, whether or not they did before."""
+    flags = [(parameter, parameter.requires_grad) for parameter in parameters]
+    for parameter, _ in flags:
         parameter.requires_grad_(True)
     try:
         yield
     finally:
-        for parameter in parameters:
-            parameter.requires_grad_(False)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 @contextmanager

@@ -1,0 +1,20 @@
+"""Curvature of the training loss as a linear map, and solvers of (curvature + lambda I) x = v."""
+
+from influence_jobs.curvature.cg import ConjugateGradient
+from influence_jobs.curvature.ek_fac import EkFac
+from influence_jobs.curvature.identity import Identity
+from influence_jobs.curvature.lissa import Lissa
+from influence_jobs.curvature.operators import GaussNewton, Hessian, Operator
+from influence_jobs.curvature.solver import Solution, Solver
+
+__all__ = [
+    "ConjugateGradient",
+    "EkFac",
+    "GaussNewton",
+    "Hessian",
+    "Identity",
+    "Lissa",
+    "Operator",
+    "Solution",
+    "Solver",
+]

@@ -1,0 +1,90 @@
+"""Conjugate gradients for many right-hand sides at once."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from influence_jobs.curvature.operators import Operator
+from influence_jobs.curvature.solver import (
+    Progress,
+    Solution,
+    Solver,
+    no_progress,
+    relative_residual,
+)
+from influence_jobs.errors import SpecError
+
+
+class ConjugateGradient(Solver):
+    """Batched conjugate gradients: all right-hand sides share each pass over the samples.
+
+    Each has its own step lengths, and stands still once it has converged or can get no better in its precision.
+    Hestenes and Stiefel: "Methods of conjugate gradients for solving linear systems", 1952.
+
+    Args:
+        damping: Lambda.
+        tolerance: Relative residual at which a right-hand side is done.
+        max_iterations: Passes, at most; what is reached by then is returned, with its residual.
+    """
+
+    def __init__(
+        self, damping: float | None = None, tolerance: float = 1e-4, max_iterations: int = 200
+    ):
+        super().__init__(damping)
+        self.tolerance, self.max_iterations = tolerance, max_iterations
+
+    def solve(
+        self, operator: Operator, rhs_QP: Tensor, progress: Progress = no_progress
+    ) -> Solution:
+        damping = self.damping_for(operator)
+        before = operator.gradient_equivalents
+        x_QP = torch.zeros_like(rhs_QP)
+        residual_QP, direction_QP = rhs_QP.clone(), rhs_QP.clone()
+        squared_Q = _dot(residual_QP, residual_QP)
+        target_Q = self.tolerance**2 * squared_Q
+        iterations_Q = torch.zeros(len(rhs_QP), dtype=torch.int64)
+        going = (squared_Q > 0).nonzero()[:, 0]  # rows that have not converged
+        started = squared_Q.clone()
+        while len(going) and int(iterations_Q.max()) < self.max_iterations:
+            p_QP = direction_QP[going]
+            product_QP = operator @ p_QP + damping * p_QP
+            curvature_Q = _dot(p_QP, product_QP)
+            if (curvature_Q <= 0).any():
+                lowest = float((curvature_Q / _dot(p_QP, p_QP)).min()) - damping
+                raise SpecError(
+                    f"the curvature has an eigenvalue of {lowest:.3g} or less, which lambda = {damping:.3g} does "
+                    f"not cover: use --operator gauss-newton, or --damping above {-lowest:.3g}"
+                )
+            step_Q = squared_Q[going] / curvature_Q
+            x_QP[going] += step_Q[:, None].to(p_QP.dtype) * p_QP
+            residual_QP[going] -= step_Q[:, None].to(p_QP.dtype) * product_QP
+            new_Q = _dot(residual_QP[going], residual_QP[going])
+            direction_QP[going] = (
+                residual_QP[going] + (new_Q / squared_Q[going])[:, None].to(p_QP.dtype) * p_QP
+            )
+            squared_Q[going] = new_Q
+            iterations_Q[going.cpu()] += 1
+            going = (squared_Q > target_Q).nonzero()[:, 0]
+            progress(self._fraction(squared_Q, started, int(iterations_Q.max())))
+        cost = operator.gradient_equivalents - before
+        _, relative_Q = relative_residual(operator, x_QP, rhs_QP, damping)
+        messages = []
+        if len(going):
+            messages.append(
+                f"{len(going)} of {len(rhs_QP)} had not reached a residual of {self.tolerance:g} after "
+                f"{self.max_iterations} iterations"
+            )
+        record = {"tolerance": self.tolerance, "messages": messages}
+        return Solution(x_QP, relative_Q.cpu(), iterations_Q, damping, cost, record)
+
+    def _fraction(self, squared_Q: Tensor, started_Q: Tensor, iterations: int) -> float:
+        """How far the slowest has come: residuals fall about geometrically."""
+        fallen = (squared_Q / started_Q).nan_to_num(nan=0).clamp(self.tolerance**2, 1)
+        by_residual = float(fallen.log().max()) / (2 * math.log(self.tolerance))
+        return max(by_residual, iterations / self.max_iterations)
+
+
+def _dot(a_QP: Tensor, b_QP: Tensor) -> Tensor:
+    # In float64: steps are quotients of these sums, and P is large.
+    return torch.stack([(a.double() * b.double()).sum() for a, b in zip(a_QP, b_QP, strict=True)])

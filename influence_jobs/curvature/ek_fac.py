@@ -1,0 +1,140 @@
+"""EK-FAC: the Gauss-Newton matrix, layer by layer, diagonal in a Kronecker-factored eigenbasis."""
+
+from collections import UserDict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from curvlinops import EKFACLinearOperator, KFACInverseLinearOperator
+from torch import Tensor, nn
+
+from influence_jobs.curvature.operators import Operator
+from influence_jobs.curvature.solver import (
+    Progress,
+    Solution,
+    Solver,
+    no_progress,
+    relative_residual,
+)
+from influence_jobs.errors import ModelError
+from influence_jobs.gradients import Metric
+from influence_jobs.gradients.taps import thawed
+from influence_jobs.tasks.base import Task
+
+LOSSES = {"cross-entropy": nn.CrossEntropyLoss, "mse": nn.MSELoss}
+
+
+class EkFac(Solver):
+    """Inverts the EK-FAC approximation of the Gauss-Newton matrix, as curvlinops makes it.
+
+    Two passes over the operator's samples, then nothing iterates. Outputs are sampled from the model, once a sample.
+    George, Laurent, Bouthillier, Ballas, Vincent: "Fast Approximate Natural Gradient Descent in a Kronecker-factored
+    Eigenbasis", NeurIPS 2018; for influence Grosse et al.: "Studying Large Language Model Generalization with
+    Influence Functions", 2023.
+
+    Args:
+        damping: Lambda, added to the corrected eigenvalues.
+        seed: Of the sampled outputs.
+    """
+
+    def __init__(self, damping: float | None = None, seed: int = 0):
+        super().__init__(damping)
+        self.seed = seed
+
+    def solve(
+        self, operator: Operator, rhs_QP: Tensor, progress: Progress = no_progress
+    ) -> Solution:
+        """Solve for all right-hand sides together.
+
+        Raises:
+            ModelError: A parameter is of neither a Linear nor a Conv2d layer, or the task declares no output loss.
+        """
+        damping = self.damping_for(operator)
+        factors = self._fitted(operator)
+        progress(0.9)
+        inverse = KFACInverseLinearOperator(factors, damping=damping, use_exact_damping=True)
+        columns = [
+            part.movedim(0, -1).contiguous() for part in operator.space.split(rhs_QP).values()
+        ]
+        solved = [part.movedim(-1, 0) for part in inverse @ columns]
+        x_QP = operator.space.join(dict(zip(operator.space.shapes, solved, strict=True)))
+        _, relative_Q = relative_residual(operator, x_QP, rhs_QP, damping)
+        steps_Q = torch.ones(len(rhs_QP), dtype=torch.int64)
+        # Forward and backward over all samples, for the factors and again for the eigenvalues.
+        return Solution(x_QP, relative_Q.cpu(), steps_Q, damping, 2.0, {"seed": self.seed})
+
+    def metrics(self, operator: Operator, *, power: int) -> dict[str, Metric]:
+        """The quadratic form g^T (G + lambda I)^-power g of each layer, for relative influence.
+
+        Raises:
+            ModelError: As `solve`.
+        """
+        damping = self.damping_for(operator)
+        state = self._fitted(operator).state_dict()
+        prefix = len("model.")
+        return {
+            name[prefix:]: Metric(
+                state["gradient_covariances_eigenvectors"][name],
+                state["input_covariances_eigenvectors"][name],
+                (eigenvalues + damping) ** -power,
+            )
+            for name, eigenvalues in state["corrected_eigenvalues"].items()
+        }
+
+    def _fitted(self, operator: Operator) -> EKFACLinearOperator:
+        model, task, space = operator.model, operator.task, operator.space
+        for name in space.shapes:
+            module = model.get_submodule(name.rpartition(".")[0])
+            if not isinstance(module, nn.Linear | nn.Conv2d):
+                raise ModelError(
+                    f"EK-FAC is of Linear and Conv2d layers, and parameter {name} is of {type(module).__name__}: "
+                    "leave its layer out with --layer all, or use --solver cg"
+                )
+        if task.output_loss is None:
+            raise ModelError(
+                f"EK-FAC needs to know what the loss of {type(task).__name__} is of its outputs: declare output_loss"
+            )
+        parameters = list(space.parameters().values())
+        with thawed(parameters), torch.enable_grad():
+            factors = EKFACLinearOperator(
+                _Outputs(model, task),
+                LOSSES[task.output_loss](),
+                parameters,
+                _Batches(operator),
+                check_deterministic=False,
+                seed=self.seed,
+                separate_weight_and_bias=False,
+                num_per_example_loss_terms=1,
+                num_data=operator.num_samples,
+                batch_size_fn=lambda X: X["size"],
+            )
+            factors.compute_kronecker_factors()
+            factors.compute_eigenvalue_correction()
+        return factors
+
+
+class _Outputs(nn.Module):
+    """The task's outputs (B, D) of a batch that is wrapped as curvlinops wants it."""
+
+    def __init__(self, model: nn.Module, task: Task):
+        super().__init__()
+        self.model, self.task = model, task
+
+    def forward(self, X: UserDict[str, Any]) -> Tensor:
+        return self.task.outputs(self.model, X["batch"]).flatten(1)
+
+
+class _Batches:
+    """The operator's samples, batch by batch, as often as it is gone through."""
+
+    def __init__(self, operator: Operator):
+        self._operator = operator
+
+    def __iter__(self) -> Iterator[tuple[UserDict[str, Any], Tensor]]:
+        operator = self._operator
+        for ids in torch.split(operator.ids, operator.batch_size):
+            batch = operator.batch(ids)
+            targets = operator.task.targets(batch)
+            if operator.task.output_loss == "mse":
+                targets = targets.flatten(1)
+            yield UserDict(batch=batch, size=len(ids)), targets

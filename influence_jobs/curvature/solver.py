@@ -1,0 +1,97 @@
+"""What every solver of (A + lambda I) x = v takes and gives."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from influence_jobs.curvature.operators import Operator
+from influence_jobs.curvature.spectrum import largest_eigenvalue
+from influence_jobs.errors import SpecError
+
+# Of the largest eigenvalue: keeps the directions that the data pin down, damps the thousands they do not.
+AUTOMATIC_DAMPING = 0.04
+
+Progress = Callable[[float], None]  # takes the fraction done
+
+
+def no_progress(fraction: float) -> None:
+    """Tell nobody."""
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a solver found for Q right-hand sides.
+
+    Attributes:
+        x_QP: About (A + lambda I)^-1 v.
+        residual_Q: ||v - (A + lambda I) x|| / ||v||, with A over all samples of the operator; 0 where v is zero.
+        iterations_Q: Steps taken for each.
+        damping: Lambda, the effective damping.
+        gradient_equivalents: Cost of all right-hand sides together, in passes of forward and backward over all samples
+            of the operator; measuring the residual is not counted.
+        record: What was chosen, measured and what happened on the way; plain JSON data.
+    """
+
+    x_QP: Tensor
+    residual_Q: Tensor
+    iterations_Q: Tensor
+    damping: float
+    gradient_equivalents: float
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+class Solver(ABC):
+    """Solves (A + lambda I) x = v for a symmetric operator A.
+
+    Args:
+        damping: Lambda; None for `AUTOMATIC_DAMPING` of A's largest eigenvalue.
+
+    Raises:
+        SpecError: Lambda is not positive.
+    """
+
+    def __init__(self, damping: float | None = None):
+        if damping is not None and not damping > 0:
+            raise SpecError(f"damping is {damping}: it must be larger than 0")
+        self._damping = damping
+
+    @abstractmethod
+    def solve(
+        self, operator: Operator, rhs_QP: Tensor, progress: Progress = no_progress
+    ) -> Solution:
+        """Solve for all right-hand sides together.
+
+        Args:
+            operator: A.
+            rhs_QP: v, on the operator's device.
+            progress: Told about the fraction of the work done.
+
+        Raises:
+            SpecError: A + lambda I is not positive definite.
+            RuntimeFault: No solution was found.
+        """
+
+    def damping_for(self, operator: Operator) -> float:
+        """Lambda, chosen if it was not given."""
+        if self._damping is not None:
+            return self._damping
+        chosen = AUTOMATIC_DAMPING * largest_eigenvalue(operator)
+        if not chosen > 0:
+            raise SpecError(
+                "the curvature has no positive eigenvalue to choose a damping by: give --damping"
+            )
+        return chosen
+
+
+def relative_residual(
+    operator: Operator, x_QP: Tensor, rhs_QP: Tensor, damping: float
+) -> tuple[Tensor, Tensor]:
+    """The residual v - (A + lambda I) x, (Q, P), and its length in parts of that of v, (Q,)."""
+    residual_QP = rhs_QP - operator @ x_QP - damping * x_QP
+    length_Q = torch.linalg.vector_norm(rhs_QP, dim=1)
+    relative_Q = torch.linalg.vector_norm(residual_QP, dim=1) / length_Q
+    return residual_QP, relative_Q.where(length_Q > 0, 0.0)
