@@ -97,7 +97,7 @@ class Operator(ABC):
             ModelError: The model is in train mode, uses batch statistics or is not deterministic, or the task's
                 losses are not what it declares.
         """
-        pieces = ids.split(self._samples_at_once(len(v_QP)))
+        pieces = torch.split(ids, self._samples_at_once(len(v_QP)))
         if len(pieces) == 1:
             return self._mean(v_QP, ids)
         total_QP = torch.zeros_like(v_QP)
@@ -115,7 +115,7 @@ class Operator(ABC):
         # Float64: a float32 sum over thousands of batches loses the digits that conjugate gradients live on, and
         # depends on the size of the batches.
         total_QP = torch.zeros_like(v_QP, dtype=torch.float64)
-        for piece in self.ids.split(self._samples_at_once(len(v_QP))):
+        for piece in torch.split(self.ids, self._samples_at_once(len(v_QP))):
             part_QP = self._mean(v_QP, piece)
             if not part_QP.isfinite().all():
                 raise DataError(
@@ -186,11 +186,11 @@ class GaussNewton(Operator):
         assert self.task.output_loss is not None
         output_hessian = OUTPUT_HESSIANS[self.task.output_loss]
         outputs = _function_of_parameters(self.model, self.task.outputs, batch)
-        _, transposed_jacobian = vjp(outputs, parameters)
+        transposed_jacobian = vjp(outputs, parameters)[1]
 
         def product(vector: Parameters) -> Parameters:
             # The primals carry no vector axis, so vmap goes forward once for all vectors.
-            outputs_BC, tangents_BC = jvp(outputs, (parameters,), (vector,))
+            outputs_BC, tangents_BC = jvp(outputs, (parameters,), (vector,))[:2]
             result: Parameters
             (result,) = transposed_jacobian(output_hessian(outputs_BC, tangents_BC))
             return result
@@ -232,7 +232,7 @@ class Hessian(Operator):
             return _difference(gradient, parameters, vectors, at_once)
         # Pearlmutter (1994), "Fast exact multiplication by the Hessian". H is symmetric, so the gradient's vjp is its
         # jvp; and it goes forward and backward once, whatever the number of vectors and chunks.
-        _, transposed_hessian = vjp(gradient, parameters)
+        transposed_hessian = vjp(gradient, parameters)[1]
         products: Parameters
         (products,) = vmap(transposed_hessian, chunk_size=at_once)(vectors)
         return products

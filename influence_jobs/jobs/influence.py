@@ -1,24 +1,24 @@
 """Influence: s_test vectors times the loss gradient of every training sample."""
 
-from functools import cached_property
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from influence_jobs.curvature import EkFac
-from influence_jobs.errors import StoreError
+from influence_jobs.curvature import EkFac, GaussNewton
 from influence_jobs.gradients import GradDots, GradQuadratics, Metric
 from influence_jobs.gradients.parameters import ParameterSpace
-from influence_jobs.jobs.s_test import STestJob
+from influence_jobs.jobs.s_test import curvature_samples
 from influence_jobs.jobs.scores import Scores, ScoresJob
 from influence_jobs.methods.relative import relative_scores
 from influence_jobs.specs import AnySpec, Checkpoint, Identity, InfluenceSpec, STestSpec
 from influence_jobs.store.layout import S_TEST, SCORES, part_name
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.base import Draw
+
+KRONECKER = (torch.nn.Linear, torch.nn.Conv2d)  # layers whose gradients relative scores measure
 
 
 class InfluenceJob(ScoresJob[InfluenceSpec]):
@@ -96,10 +96,11 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
             self.load(s_test.checkpoint)
             vectors_QP = torch.from_numpy(self._vectors(s_test))
             space = ParameterSpace(self.model, s_test.modules)
-            metrics = self._metrics(s_test)
+            sizes = None
+            if self.spec.relative is not None:
+                sizes = GradQuadratics(self.model, self._metrics(s_test), self.task.losses)
             dots = GradDots(self.model, space, self.task.losses, vectors_QP)
             self._check(dots)
-            sizes = GradQuadratics(self.model, metrics, self.task.losses) if metrics else None
             self._engines = which, dots, sizes
         return self._engines[1:]
 
@@ -111,3 +112,35 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
     def _vectors(self, s_test: STestSpec) -> npt.NDArray[np.float32]:
         run = Run(self.run_store.root, s_test)
         return run.read_rows(S_TEST, 0, len(s_test.queries.items))
+
+    def _metrics(self, s_test: STestSpec) -> dict[str, Metric | None]:
+        """The quadratic form of each layer's gradient that a relative score is divided by the root of."""
+        solver = s_test.solver
+        layers = [m for m in s_test.modules if isinstance(self.model.get_submodule(m), KRONECKER)]
+        if isinstance(solver, Identity):
+            return dict.fromkeys(layers)
+        operator = GaussNewton(
+            self.model,
+            ParameterSpace(self.model, layers),
+            self.task,
+            curvature_samples(self.task, s_test.curvature),
+            Draw(s_test.curvature.seed),
+            self.batch_size,
+        )
+        fitted = EkFac(self._damping(s_test), seed=s_test.curvature.seed)
+        return {**fitted.metrics(operator, power=1 if self.spec.relative == "loss" else 2)}
+
+    def _damping(self, s_test: STestSpec) -> float:
+        """The effective damping that the s_test vectors were made with."""
+        table = Run(self.run_store.root, s_test).read_table("solutions")
+        return float(table.column("damping")[0].as_py())
+
+    def probe(self) -> Iterator[int]:
+        # The s_test vectors may not exist yet, and the time is the same with any.
+        s_test = self.spec.s_tests[0]
+        space = ParameterSpace(self.model, s_test.modules)
+        vectors_QP = torch.randn(len(s_test.queries.items), space.size)
+        dots = GradDots(self.model, space, self.task.losses, vectors_QP)
+        for ids in self.all_batches():
+            dots.total(self.batch(ids, Draw(self.spec.seed)))
+            yield len(ids)

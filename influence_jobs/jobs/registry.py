@@ -8,12 +8,15 @@ from influence_jobs.jobs.attribution import AttributionJob
 from influence_jobs.jobs.base import Job
 from influence_jobs.jobs.baseline import BaselineJob
 from influence_jobs.jobs.grad_norms import GradNormsJob
+from influence_jobs.jobs.influence import InfluenceJob
+from influence_jobs.jobs.s_test import STestJob
 from influence_jobs.jobs.train import TrainJob
 from influence_jobs.specs import Spec
 from influence_jobs.store.run import Run
 
 JOBS: dict[type[Spec], type[Job[Any]]] = {
-    job.spec_type: job for job in (TrainJob, GradNormsJob, AttributionJob, BaselineJob)
+    job.spec_type: job
+    for job in (TrainJob, GradNormsJob, STestJob, InfluenceJob, AttributionJob, BaselineJob)
 }
 
 

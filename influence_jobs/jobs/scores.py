@@ -76,14 +76,14 @@ class ScoresJob(SampleJob[S]):
         for term in range(self.terms):
             pieces: dict[str, list[npt.NDArray[Any]]] = {}
             for ids in self.batches(shard):
-                for name, values in self.score(term, ids).items():
-                    pieces.setdefault(name, []).append(values)
+                for name, part in self.score(term, ids).items():
+                    pieces.setdefault(name, []).append(part)
                 done += len(ids)
                 report(done)
             for name, blocks in pieces.items():
                 # In float64: terms of either sign may all but cancel.
                 values: npt.NDArray[np.float64] = np.concatenate(blocks, axis=1, dtype=np.float64)
-                total[name] = total.get(name, 0.0) + values
+                total[name] = total[name] + values if name in total else values
         return Result(total)
 
     def probe(self) -> Iterator[int]:

@@ -10,7 +10,7 @@ query uses, not in which direction.
 the feature position above it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from influence_jobs.errors import DataError, ModelError, SpecError
-from influence_jobs.tasks.base import Draw, Task, device_of, to_device
+from influence_jobs.tasks.base import Batch, Draw, Task, device_of, to_device
 from influence_jobs.terms import Region
 
 FloatArray = npt.NDArray[np.floating[Any]]
@@ -60,12 +60,7 @@ def query_activations(
         size = task.test_size(test)
         for draw in draws:
             batch = to_device(task.test_batch(torch.tensor([test]), draw), device_of(model))
-            outputs = _clamped_outputs(
-                model,
-                layers,
-                lambda batch=batch: task.measure(model, batch, task.quantities[0], None),
-            )
-            for layer, output in outputs.items():
+            for layer, output in _clamped_outputs(task, model, layers, batch).items():
                 if not output.isfinite().all():
                     raise DataError(
                         f"activations of layer {layer} are not finite for test {test}: "
@@ -82,7 +77,7 @@ def query_activations(
 
 
 def _clamped_outputs(
-    model: nn.Module, layers: Sequence[str], forward: Callable[[], object]
+    task: Task, model: nn.Module, layers: Sequence[str], batch: Batch
 ) -> dict[str, Tensor]:
     """What layers return for a batch of one, clamped at zero at once: later in-place operations must not show."""
     calls: dict[str, list[Tensor]] = {layer: [] for layer in layers}
@@ -102,7 +97,7 @@ def _clamped_outputs(
         for layer in layers
     ]
     try:
-        forward()
+        task.measure(model, batch, task.quantities[0], None)  # sees the whole sample
     finally:
         for hook in hooks:
             hook.remove()
