@@ -92,3 +92,13 @@ class DigitsTask(Task):
 
     def describe_test(self, ids: npt.NDArray[np.int64]) -> Mapping[str, npt.NDArray[Any]]:
         return {"label": self._all[1][-TEST_SAMPLES:].numpy()[ids]}
+
+    @cached_property
+    def _pictures(self) -> npt.NDArray[np.uint8]:
+        return (self._all[0] * 255).byte().squeeze(1).numpy()
+
+    def pictures(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+        return self._pictures[ids]
+
+    def test_picture(self, test: int) -> npt.NDArray[np.uint8]:
+        return self._pictures[-TEST_SAMPLES:][test]

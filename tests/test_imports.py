@@ -5,7 +5,11 @@ import sys
 
 MODULES = (
     "influence_jobs",
+    "influence_jobs.curvature",
     "influence_jobs.gradients",
+    "influence_jobs.methods.attribution",
+    "influence_jobs.methods.baselines",
+    "influence_jobs.methods.relative",
     "influence_jobs.models.checkpoints",
     "influence_jobs.tasks.ffdnet",
     "influence_jobs.tasks.mnist",

@@ -84,7 +84,7 @@ def influence(
     relative: Annotated[
         Literal["theta", "loss"] | None,
         typer.Option(
-            help="Divide by each sample's effect on the parameters (theta) or on its own loss (RelatIF).",
+            help="Divide by each sample's effect on the parameters (theta) or on the training losses (RelatIF).",
             rich_help_panel=_SCORES,
         ),
     ] = None,

@@ -10,7 +10,6 @@ from influence_jobs.curvature.solver import (
     Progress,
     Solution,
     Solver,
-    no_progress,
     relative_residual,
 )
 from influence_jobs.errors import SpecError
@@ -19,7 +18,7 @@ from influence_jobs.errors import SpecError
 class ConjugateGradient(Solver):
     """Batched conjugate gradients: all right-hand sides share each pass over the samples.
 
-    Each has its own step lengths, and stands still once it has converged or can get no better in its precision.
+    Each has its own step lengths, and stands still once it has converged.
     Hestenes and Stiefel: "Methods of conjugate gradients for solving linear systems", 1952.
 
     Args:
@@ -34,9 +33,7 @@ class ConjugateGradient(Solver):
         super().__init__(damping)
         self.tolerance, self.max_iterations = tolerance, max_iterations
 
-    def solve(
-        self, operator: Operator, rhs_QP: Tensor, progress: Progress = no_progress
-    ) -> Solution:
+    def _solve(self, operator: Operator, rhs_QP: Tensor, progress: Progress) -> Solution:
         damping = self.damping_for(operator)
         before = operator.gradient_equivalents
         x_QP = torch.zeros_like(rhs_QP)

@@ -1,11 +1,11 @@
 """EK-FAC: the Gauss-Newton matrix, layer by layer, diagonal in a Kronecker-factored eigenbasis."""
 
+import math
 from collections import UserDict
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from curvlinops import EKFACLinearOperator, KFACInverseLinearOperator
 from torch import Tensor, nn
 
 from influence_jobs.curvature.operators import Operator
@@ -13,7 +13,6 @@ from influence_jobs.curvature.solver import (
     Progress,
     Solution,
     Solver,
-    no_progress,
     relative_residual,
 )
 from influence_jobs.errors import ModelError
@@ -21,13 +20,18 @@ from influence_jobs.gradients import Metric
 from influence_jobs.gradients.taps import thawed
 from influence_jobs.tasks.base import Task
 
+if TYPE_CHECKING:
+    from curvlinops import EKFACLinearOperator
+
+SAMPLED_OUTPUTS = 4096  # in all, at least: with few samples each is drawn for several times
 LOSSES = {"cross-entropy": nn.CrossEntropyLoss, "mse": nn.MSELoss}
 
 
 class EkFac(Solver):
     """Inverts the EK-FAC approximation of the Gauss-Newton matrix, as curvlinops makes it.
 
-    Two passes over the operator's samples, then nothing iterates. Outputs are sampled from the model, once a sample.
+    Two passes over the operator's samples, then nothing iterates. Outputs are sampled from the model. A layer that is
+    called more than once in a forward pass is not for it.
     George, Laurent, Bouthillier, Ballas, Vincent: "Fast Approximate Natural Gradient Descent in a Kronecker-factored
     Eigenbasis", NeurIPS 2018; for influence Grosse et al.: "Studying Large Language Model Generalization with
     Influence Functions", 2023.
@@ -41,14 +45,9 @@ class EkFac(Solver):
         super().__init__(damping)
         self.seed = seed
 
-    def solve(
-        self, operator: Operator, rhs_QP: Tensor, progress: Progress = no_progress
-    ) -> Solution:
-        """Solve for all right-hand sides together.
+    def _solve(self, operator: Operator, rhs_QP: Tensor, progress: Progress) -> Solution:
+        from curvlinops import KFACInverseLinearOperator  # takes a second to import
 
-        Raises:
-            ModelError: A parameter is of neither a Linear nor a Conv2d layer, or the task declares no output loss.
-        """
         damping = self.damping_for(operator)
         factors = self._fitted(operator)
         progress(0.9)
@@ -81,15 +80,12 @@ class EkFac(Solver):
             for name, eigenvalues in state["corrected_eigenvalues"].items()
         }
 
-    def _fitted(self, operator: Operator) -> EKFACLinearOperator:
+    def _fitted(self, operator: Operator) -> "EKFACLinearOperator":
+        from curvlinops import EKFACLinearOperator
+
         model, task, space = operator.model, operator.task, operator.space
         for name in space.shapes:
-            module = model.get_submodule(name.rpartition(".")[0])
-            if not isinstance(module, nn.Linear | nn.Conv2d):
-                raise ModelError(
-                    f"EK-FAC is of Linear and Conv2d layers, and parameter {name} is of {type(module).__name__}: "
-                    "leave its layer out with --layer all, or use --solver cg"
-                )
+            _require_factored(name, model.get_submodule(name.rpartition(".")[0]))
         if task.output_loss is None:
             raise ModelError(
                 f"EK-FAC needs to know what the loss of {type(task).__name__} is of its outputs: declare output_loss"
@@ -103,6 +99,7 @@ class EkFac(Solver):
                 _Batches(operator),
                 check_deterministic=False,
                 seed=self.seed,
+                mc_samples=math.ceil(SAMPLED_OUTPUTS / operator.num_samples),
                 separate_weight_and_bias=False,
                 num_per_example_loss_terms=1,
                 num_data=operator.num_samples,
@@ -111,6 +108,19 @@ class EkFac(Solver):
             factors.compute_kronecker_factors()
             factors.compute_eigenvalue_correction()
         return factors
+
+
+def _require_factored(name: str, module: nn.Module) -> None:
+    cure = "leave its layer out (--layer), or use --solver cg"
+    if not isinstance(module, nn.Linear | nn.Conv2d):
+        raise ModelError(
+            f"EK-FAC is of Linear and Conv2d layers, and parameter {name} is of {type(module).__name__}: {cure}"
+        )
+    if isinstance(module, nn.Conv2d) and (module.groups > 1 or module.padding_mode != "zeros"):
+        raise ModelError(
+            f"EK-FAC cannot factor the convolution of {name}, which has groups or pads otherwise than with "
+            f"zeros: {cure}"
+        )
 
 
 class _Outputs(nn.Module):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from influence_jobs.curvature.operators import Operator
-from influence_jobs.curvature.solver import Progress, Solution, Solver, no_progress
+from influence_jobs.curvature.solver import Progress, Solution, Solver
 
 
 class Identity(Solver):
@@ -13,9 +13,7 @@ class Identity(Solver):
     def __init__(self) -> None:
         super().__init__(1.0)
 
-    def solve(
-        self, operator: Operator, rhs_QP: Tensor, progress: Progress = no_progress
-    ) -> Solution:
+    def _solve(self, operator: Operator, rhs_QP: Tensor, progress: Progress) -> Solution:
         count = len(rhs_QP)
         steps_Q = torch.zeros(count, dtype=torch.int64)
         return Solution(rhs_QP.clone(), torch.zeros(count), steps_Q, 1.0, 0.0)

@@ -14,7 +14,6 @@ from influence_jobs.curvature.solver import (
     Progress,
     Solution,
     Solver,
-    no_progress,
     relative_residual,
 )
 from influence_jobs.curvature.spectrum import leading_eigenpair, smallest_eigenvalue, trace
@@ -25,7 +24,9 @@ BLOCKS = 8  # averages that a standard error is taken from, at least
 MAX_RELAXATIONS = 400  # depth, at most, in times that an error takes to fall to 1/e
 BURN_IN = 5  # of them before averaging begins: what is left of the start is under 1 %
 MIN_BATCH = 32  # smaller products waste the machine
-PROBED = 64  # single samples whose curvature is measured to see how they scatter
+PROBED = (
+    1024  # single samples whose curvature is measured to see how they scatter: it has a heavy tail
+)
 CHECK_EVERY = 16  # steps
 MAX_RESTARTS = 8
 
@@ -56,7 +57,7 @@ class Lissa(Solver):
         damping: Lambda, the effective damping.
         scale: s; the recursion's own damping d is lambda / s.
         depth: Steps.
-        batch_size: Samples of a mini-batch, drawn with replacement.
+        batch_size: Samples of a mini-batch, drawn with replacement: then the mean of averages is the inverse.
         seed: Of the mini-batches, which depend on (seed, repeat, step) alone.
         repeat: Number of this chain; the mean of several has less noise.
 
@@ -81,9 +82,7 @@ class Lissa(Solver):
         self._scale, self._depth, self._batch_size = scale, depth, batch_size
         self._seed, self._repeat = seed, repeat
 
-    def solve(
-        self, operator: Operator, rhs_QP: Tensor, progress: Progress = no_progress
-    ) -> Solution:
+    def _solve(self, operator: Operator, rhs_QP: Tensor, progress: Progress) -> Solution:
         before = operator.gradient_equivalents
         damping = self.damping_for(operator)
         settings, record = self._settings(operator, damping)
@@ -145,9 +144,8 @@ class Lissa(Solver):
     def _batches(self, operator: Operator, size: int) -> Iterator[Tensor]:
         generator = np.random.Generator(np.random.Philox(key=[self._seed, self._repeat]))
         while True:
-            yield operator.ids[
-                torch.from_numpy(generator.integers(operator.num_samples, size=size))
-            ]
+            chosen = generator.integers(operator.num_samples, size=size)
+            yield operator.ids[torch.from_numpy(chosen)]
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from influence_jobs.curvature.operators import Operator
-from influence_jobs.curvature.spectrum import largest_eigenvalue
-from influence_jobs.errors import SpecError
+from influence_jobs.curvature.spectrum import largest_eigenvalue, smallest_eigenvalue
+from influence_jobs.errors import DataError, SpecError
 
 # Of the largest eigenvalue: keeps the directions that the data pin down, damps the thousands they do not.
 AUTOMATIC_DAMPING = 0.04
@@ -32,7 +32,7 @@ class Solution:
         iterations_Q: Steps taken for each.
         damping: Lambda, the effective damping.
         gradient_equivalents: Cost of all right-hand sides together, in passes of forward and backward over all samples
-            of the operator; measuring the residual is not counted.
+            of the operator; measuring the spectrum and the residual is not counted.
         record: What was chosen, measured and what happened on the way; plain JSON data.
     """
 
@@ -48,7 +48,8 @@ class Solver(ABC):
     """Solves (A + lambda I) x = v for a symmetric operator A.
 
     Args:
-        damping: Lambda; None for `AUTOMATIC_DAMPING` of A's largest eigenvalue.
+        damping: Lambda; None for `AUTOMATIC_DAMPING` of A's largest eigenvalue, and for a Hessian as much more as its
+            smallest is below zero.
 
     Raises:
         SpecError: Lambda is not positive.
@@ -59,7 +60,6 @@ class Solver(ABC):
             raise SpecError(f"damping is {damping}: it must be larger than 0")
         self._damping = damping
 
-    @abstractmethod
     def solve(
         self, operator: Operator, rhs_QP: Tensor, progress: Progress = no_progress
     ) -> Solution:
@@ -71,15 +71,30 @@ class Solver(ABC):
             progress: Told about the fraction of the work done.
 
         Raises:
+            DataError: A right-hand side is not finite.
+            ModelError: The model or task does not fit the solver.
             SpecError: A + lambda I is not positive definite.
             RuntimeFault: No solution was found.
         """
+        finite_Q = rhs_QP.isfinite().all(dim=1)
+        if not finite_Q.all():
+            row = int((~finite_Q).nonzero()[0])
+            raise DataError(
+                f"right-hand side {row} is not finite: check the query and the checkpoint"
+            )
+        return self._solve(operator, rhs_QP, progress)
+
+    @abstractmethod
+    def _solve(self, operator: Operator, rhs_QP: Tensor, progress: Progress) -> Solution:
+        """Solve for finite right-hand sides."""
 
     def damping_for(self, operator: Operator) -> float:
         """Lambda, chosen if it was not given."""
         if self._damping is not None:
             return self._damping
         chosen = AUTOMATIC_DAMPING * largest_eigenvalue(operator)
+        if not operator.positive_semidefinite:
+            chosen = abs(chosen) + max(0.0, -smallest_eigenvalue(operator))
         if not chosen > 0:
             raise SpecError(
                 "the curvature has no positive eigenvalue to choose a damping by: give --damping"

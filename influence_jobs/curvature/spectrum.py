@@ -7,6 +7,7 @@ from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor
 
 from influence_jobs.curvature.operators import Operator
+from influence_jobs.errors import RuntimeFault
 from influence_jobs.tasks.base import device_of
 
 SAMPLES = 2048  # settings need two digits, which so many samples give
@@ -67,11 +68,15 @@ def smallest_eigenvalue(operator: Operator) -> float:
             which="SA",
             v0=start,
             tol=TOLERANCE,
-            maxiter=MAX_ITERATIONS,
+            maxiter=10 * MAX_ITERATIONS,
             return_eigenvectors=False,
         )
-    except ArpackNoConvergence as error:  # what it has is an upper bound
-        values = error.eigenvalues if len(error.eigenvalues) else np.zeros(1)
+    except ArpackNoConvergence as error:
+        if not len(error.eigenvalues):
+            raise RuntimeFault(
+                "the smallest eigenvalue of the Hessian could not be found: use --operator gauss-newton"
+            ) from None
+        values = error.eigenvalues
     return float(values[0])
 
 

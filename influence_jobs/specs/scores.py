@@ -155,8 +155,8 @@ class InfluenceSpec(ScoresSpec):
     Attributes:
         s_tests: One; or several checkpoints of a training or several trainings, of the same queries.
         combine: Over several s_tests, the sum (TracIn, over checkpoints) or mean (ensemble, over seeds).
-        relative: Divide by the size of the sample's own influence on the parameters (theta-relative) or on its
-            own loss (loss-relative; Barshan et al. 2020), both by the EK-FAC or identity approximation.
+        relative: Divide by the size of the sample's own effect on the parameters (theta-relative) or on the training
+            losses (loss-relative; Barshan et al. 2020), both by the EK-FAC or identity approximation.
         keep_modules: Keep each module's part of the scores too.
         noise_draws: Draws of the training samples' noise, averaged, where a task has noise.
     """

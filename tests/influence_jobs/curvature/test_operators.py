@@ -16,7 +16,7 @@ from influence_jobs.errors import DataError, ModelError, SpecError
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.tasks.base import Draw
 
-from .conftest import N, Classes, randoms
+from .conftest import Classes, N, randoms
 
 
 def test_gauss_newton_is_the_dense_matrix(case):

@@ -40,7 +40,9 @@ def test_the_best_samples_are_those_of_a_sort_and_left_out_ones_do_not_count(
     ):
         row = scores[query]
         sign = -1 if largest else 1
-        expected = sorted((sign * value, i) for i, value in enumerate(row) if value == value)[:k]
+        expected = sorted((sign * value, i) for i, value in enumerate(row) if not np.isnan(value))[
+            :k
+        ]
         assert ids.tolist() == [i for _, i in expected]
         assert values.tolist() == [sign * value for value, _ in expected]
 

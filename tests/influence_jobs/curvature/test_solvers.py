@@ -1,0 +1,239 @@
+"""Solvers of (A + lambda I) x = v, against dense float64 inverses."""
+
+import math
+
+import pytest
+import torch
+
+from influence_jobs.curvature import ConjugateGradient, EkFac, GaussNewton, Identity, Lissa
+from influence_jobs.curvature import lissa as lissa_module
+from influence_jobs.errors import DataError, ModelError, RuntimeFault, SpecError
+from influence_jobs.gradients.parameters import ParameterSpace
+
+from .conftest import Classes, N, Values, randoms
+
+LAMBDA = 0.1
+
+
+def inverse(dense, v_QP, damping=LAMBDA):
+    return torch.linalg.solve(dense + damping * torch.eye(len(dense)).to(dense), v_QP.T).T
+
+
+def relative(found, expected):
+    return (found - expected).norm(dim=1) / expected.norm(dim=1)
+
+
+# -- conjugate gradients ---------------------------------------------------------------------------
+
+
+def test_conjugate_gradients_invert_gauss_newton(case):
+    v_QP = randoms(4, case.space.size)
+    solution = ConjugateGradient(LAMBDA, tolerance=1e-9).solve(case.gauss_newton(), v_QP)
+    expected = inverse(case.dense_gauss_newton(), v_QP)
+    assert relative(solution.x_QP, expected).max() < 1e-7
+    assert solution.residual_Q.max() < 1e-8
+    assert solution.damping == LAMBDA
+    assert (solution.iterations_Q > 0).all()
+
+
+def test_conjugate_gradients_in_float32_are_within_1e_5(case):
+    v_QP = randoms(4, case.space.size)
+    expected = inverse(case.dense_gauss_newton(), v_QP)
+    case.model.float()
+    solution = ConjugateGradient(LAMBDA, tolerance=1e-6).solve(case.gauss_newton(), v_QP.float())
+    assert relative(solution.x_QP, expected).max() < 1e-5
+
+
+def test_each_right_hand_side_is_solved_as_if_alone_and_zero_is_zero(case):
+    v_QP = randoms(3, case.space.size) * torch.tensor([[1e-6], [0.0], [1e3]])
+    together = ConjugateGradient(LAMBDA, tolerance=1e-8).solve(case.gauss_newton(), v_QP)
+    for row in (0, 2):
+        alone = ConjugateGradient(LAMBDA, tolerance=1e-8).solve(
+            case.gauss_newton(), v_QP[row : row + 1]
+        )
+        torch.testing.assert_close(together.x_QP[row], alone.x_QP[0], rtol=1e-6, atol=0)
+    assert together.x_QP[1].abs().max() == 0
+    assert together.residual_Q[1] == 0
+    assert together.iterations_Q[1] == 0
+
+
+def test_a_residual_that_is_not_reached_is_told(case):
+    solution = ConjugateGradient(1e-3, tolerance=1e-9, max_iterations=2).solve(
+        case.gauss_newton(), randoms(2, case.space.size)
+    )
+    assert solution.iterations_Q.tolist() == [2, 2]
+    assert "2 of 2 had not reached a residual of 1e-09 after 2" in solution.record["messages"][0]
+    assert solution.residual_Q.min() > 1e-9
+
+
+def test_negative_curvature_is_refused_with_the_lambda_that_would_do(case):
+    values = torch.linalg.eigvalsh(case.dense_hessian())
+    assert values[0] < -1e-3
+    v_QP = randoms(2, case.space.size)
+    with pytest.raises(SpecError, match="use --operator gauss-newton, or --damping above"):
+        ConjugateGradient(-float(values[0]) / 2, tolerance=1e-10).solve(case.hessian(), v_QP)
+    damping = -2 * float(values[0])
+    solution = ConjugateGradient(damping, tolerance=1e-9).solve(case.hessian(), v_QP)
+    assert relative(solution.x_QP, inverse(case.dense_hessian(), v_QP, damping)).max() < 1e-6
+
+
+# -- LiSSA -----------------------------------------------------------------------------------------
+
+
+def test_the_mean_of_lissa_is_the_inverse_within_its_standard_error(case):
+    v_QP, damping = randoms(3, case.space.size), 5 * LAMBDA
+    chains = [Lissa(damping, repeat=r).solve(case.gauss_newton(), v_QP) for r in range(4)]
+    x_RQP = torch.stack([chain.x_QP for chain in chains])
+    expected = inverse(case.dense_gauss_newton(), v_QP, damping)
+    error_Q = (x_RQP.mean(0) - expected).norm(dim=1)
+    standard_error_Q = (x_RQP.var(0).sum(1) / len(chains)).sqrt()
+    assert (error_Q < 2 * standard_error_Q).all()
+    assert (error_Q / expected.norm(dim=1)).max() < 0.06
+    assert (
+        max(chain.record["relative_standard_error"] for chain in chains) <= lissa_module.TOLERANCE
+    )
+    assert all(chain.damping == damping for chain in chains)
+
+
+@pytest.mark.parametrize("scale", [4.0, 9.0])
+def test_the_fixed_point_of_the_recursion_has_damping_d_times_s(case, scale):
+    # With every sample in every step there is no noise: the recursion itself is seen.
+    operator, v_QP = case.gauss_newton(), randoms(2, case.space.size)
+    dense = case.dense_gauss_newton()
+    operator.product = lambda h_QP, ids: h_QP @ dense  # type: ignore[method-assign]
+    depth = math.ceil(25 * scale / LAMBDA)
+    solution = Lissa(LAMBDA, scale=scale, depth=depth, batch_size=1).solve(operator, v_QP)
+    assert solution.record["recursion_damping"] == LAMBDA / scale
+    expected = inverse(case.dense_gauss_newton(), v_QP, damping=LAMBDA)
+    assert relative(solution.x_QP, expected).max() < 1e-6
+    wrong = inverse(case.dense_gauss_newton(), v_QP, damping=LAMBDA / scale)
+    assert relative(solution.x_QP, wrong).min() > 0.1
+
+
+def test_a_chain_depends_on_seed_and_repeat_alone(case):
+    v_QP = randoms(3, case.space.size)
+
+    def chain(rows=slice(None), **options):
+        settings = {"scale": 5.0, "depth": 40, "batch_size": 4} | options
+        return Lissa(LAMBDA, **settings).solve(case.gauss_newton(), v_QP[rows]).x_QP
+
+    torch.testing.assert_close(chain()[:1], chain(slice(0, 1)))
+    assert not torch.allclose(chain(), chain(repeat=1))
+    assert not torch.allclose(chain(), chain(seed=1))
+
+
+def test_a_diverging_chain_starts_anew_with_a_larger_scale_and_says_so(case):
+    v_QP = randoms(2, case.space.size)
+    largest = float(torch.linalg.eigvalsh(case.dense_gauss_newton())[-1])
+    scale = largest / 8
+    solution = Lissa(LAMBDA, scale=scale, depth=300, batch_size=N).solve(case.gauss_newton(), v_QP)
+    messages = solution.record["messages"]
+    assert messages[0].startswith(f"diverged by step 16 at scale {scale:.4g}")
+    assert solution.record["scale"] == scale * 2 ** len(messages)
+    assert relative(solution.x_QP, inverse(case.dense_gauss_newton(), v_QP)).max() < 0.5
+
+
+def test_a_matrix_that_no_scale_helps_is_an_error(case):
+    operator = case.hessian()
+    operator.product = lambda h_QP, ids: -1e9 * h_QP  # type: ignore[method-assign]
+    with pytest.raises(RuntimeFault, match="LiSSA diverges even at scale"):
+        Lissa(LAMBDA, scale=1.0, depth=100, batch_size=2).solve(
+            operator, randoms(1, case.space.size)
+        )
+
+
+def test_a_hessian_that_lambda_does_not_cover_is_told(case):
+    smallest = float(torch.linalg.eigvalsh(case.dense_hessian())[0])
+    v_QP = randoms(1, case.space.size)
+    uncovered = Lissa(-smallest / 2, scale=20.0, depth=5, batch_size=4)
+    (message,) = uncovered.solve(case.hessian(), v_QP).record["messages"]
+    assert "does not cover the smallest eigenvalue -" in message
+    covered = Lissa(-smallest * 2, scale=20.0, depth=5, batch_size=4)
+    assert covered.solve(case.hessian(), v_QP).record["messages"] == []
+
+
+# -- EK-FAC, identity ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [Values], indirect=True)
+def test_ek_fac_is_exact_where_it_must_be(case):
+    # The last layer under a squared error: G is E[a a^T] x 2/d I, a Kronecker product.
+    space = ParameterSpace(case.model, ["head"])
+    operator = GaussNewton(case.model, space, case.task, torch.arange(N).repeat(400))
+    v_QP = randoms(3, space.size)
+    expected = inverse(case.dense_gauss_newton()[-space.size :, -space.size :], v_QP)
+    assert relative(EkFac(LAMBDA).solve(operator, v_QP).x_QP, expected).max() < 0.03
+
+
+def test_the_trace_of_ek_fac_is_that_of_the_gauss_newton_matrix(case):
+    # The 1/N and 1/B factors: the corrected eigenvalues are mean squares of sampled gradients.
+    space = ParameterSpace(case.model, ["conv", "head"])
+    ids = torch.arange(N).repeat(100)
+    operator = GaussNewton(case.model, space, case.task, ids, batch_size=300)
+    metrics = EkFac(LAMBDA).metrics(operator, power=-1)
+    total = sum(float((m.weights_CJ - LAMBDA).sum()) for m in metrics.values())
+    dense = case.dense_gauss_newton().diagonal()
+    in_space = torch.cat(
+        [
+            torch.full((p.numel(),), not name.startswith("norm"))
+            for name, p in case.model.named_parameters()
+        ]
+    )
+    assert total == pytest.approx(float(dense[in_space].sum()), rel=0.1)
+
+
+@pytest.mark.parametrize("case", [Classes], indirect=True)
+def test_ek_fac_comes_closer_than_no_curvature(case):
+    space = ParameterSpace(case.model, ["conv", "head"])
+    operator = GaussNewton(case.model, space, case.task, torch.arange(N).repeat(20))
+    v_QP = randoms(4, space.size)
+    exact = ConjugateGradient(LAMBDA, tolerance=1e-9).solve(operator, v_QP).x_QP
+    cosines = {
+        solver: torch.cosine_similarity(solver.solve(operator, v_QP).x_QP, exact).min()
+        for solver in (EkFac(LAMBDA), Identity())
+    }
+    ek_fac, identity = cosines.values()
+    assert ek_fac > identity + 0.02
+    assert all(p.requires_grad for p in case.model.parameters())
+
+
+def test_ek_fac_refuses_what_it_cannot_factor(case):
+    with pytest.raises(
+        ModelError, match=r"parameter norm.weight is of BatchNorm2d: leave its layer"
+    ):
+        EkFac(LAMBDA).solve(case.gauss_newton(), randoms(1, case.space.size))
+
+
+def test_identity_gives_the_vectors_back(case):
+    v_QP = randoms(2, case.space.size)
+    assert torch.equal(Identity().solve(case.gauss_newton(), v_QP).x_QP, v_QP)
+
+
+@pytest.mark.parametrize("solver", [ConjugateGradient(), Lissa(), EkFac(), Identity()])
+def test_right_hand_sides_must_be_finite(case, solver):
+    v_QP = randoms(2, case.space.size)
+    v_QP[1, 0] = math.nan
+    with pytest.raises(DataError, match="right-hand side 1 is not finite"):
+        solver.solve(case.gauss_newton(), v_QP)
+
+
+def test_ek_fac_refuses_grouped_convolutions(case):
+    case.model.conv = torch.nn.Conv2d(1, 3, 3, stride=2, padding=1, padding_mode="reflect").double()
+    operator = GaussNewton(
+        case.model.eval(), ParameterSpace(case.model, ["conv"]), case.task, torch.arange(N)
+    )
+    with pytest.raises(ModelError, match=r"convolution of conv.weight, which has groups or pads"):
+        EkFac(LAMBDA).solve(operator, randoms(1, operator.size))
+
+
+@pytest.mark.parametrize("solver", [ConjugateGradient, Lissa, EkFac])
+@pytest.mark.parametrize("damping", [0.0, -1.0, math.nan])
+def test_lambda_must_be_positive(solver, damping):
+    with pytest.raises(SpecError, match="it must be larger than 0"):
+        solver(damping)
+
+
+def test_the_automatic_lambda_is_a_part_of_the_largest_eigenvalue(case):
+    largest = float(torch.linalg.eigvalsh(case.dense_gauss_newton())[-1])
+    solution = ConjugateGradient().solve(case.gauss_newton(), randoms(1, case.space.size))
+    assert solution.damping == pytest.approx(0.04 * largest, rel=0.05)
