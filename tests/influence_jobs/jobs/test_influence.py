@@ -1,0 +1,176 @@
+"""s-test and influence runs, against explicit gradients and dense solutions."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from influence_jobs.curvature import ConjugateGradient, GaussNewton
+from influence_jobs.gradients.parameters import ParameterSpace
+from influence_jobs.gradients.reference import gradients_one_by_one
+from influence_jobs.jobs.checkpoints import load_checkpoint
+from influence_jobs.jobs.queries import query_gradients
+from influence_jobs.jobs.s_test import curvature_samples
+from influence_jobs.specs import ConjugateGradient as Cg
+from influence_jobs.specs import (
+    Curvature,
+    EkFac,
+    Identity,
+    InfluenceSpec,
+    Lissa,
+    STestSpec,
+    TrainedCheckpoint,
+    make_spec,
+)
+from influence_jobs.store.layout import S_TEST, S_TEST_VARIANCE, SCORES, part_name, repeat_name
+from influence_jobs.store.verify import find_damage
+from influence_jobs.tasks.base import Draw
+
+MODULES = ("conv1", "norm", "conv2", "head")
+N = 1500
+
+
+@pytest.fixture(scope="module")
+def network(digits_task, checkpoint, scores_root):
+    model = digits_task.model()
+    load_checkpoint(model, str(scores_root), checkpoint)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def make_s_test(grad_norms_spec, checkpoint, queries):
+    def make(**fields):
+        chosen = {
+            "task": grad_norms_spec.task,
+            "checkpoint": checkpoint,
+            "modules": MODULES,
+            "queries": queries,
+            "curvature": Curvature(samples=200),
+            "solver": Cg(damping=0.1),
+        }
+        return make_spec(STestSpec, **(chosen | fields))
+
+    return make
+
+
+def influence(*s_tests, **fields):
+    return make_spec(InfluenceSpec, task=s_tests[0].task, s_tests=s_tests, **fields)
+
+
+def test_s_test_is_the_solution_of_its_queries_gradients(
+    carry_out, make_s_test, network, digits_task, queries
+):
+    spec = make_s_test()
+    run = carry_out(spec)
+    space = ParameterSpace(network)
+    rows = []
+    for query in queries.items:
+        batch = digits_task.test_batch(torch.tensor([query.test]), Draw(0))
+        loss = digits_task.losses(network, batch).sum()
+        rows.append(
+            torch.cat([g.flatten() for g in torch.autograd.grad(loss, network.parameters())])
+        )
+    rhs_QP = torch.stack(rows)
+    found = query_gradients(digits_task, network, space, queries, 0, 3)
+    torch.testing.assert_close(found, rhs_QP, rtol=1e-4, atol=1e-7)
+    ids = curvature_samples(digits_task, spec.curvature)
+    assert len(set(ids.tolist())) == 200
+    operator = GaussNewton(network, space, digits_task, ids)
+    expected = ConjugateGradient(0.1, tolerance=1e-6).solve(operator, rhs_QP).x_QP
+    stored = torch.from_numpy(run.read_rows(S_TEST, 0, 3))
+    assert torch.cosine_similarity(stored, expected).min() > 0.99999
+    assert ((stored - expected).norm(dim=1) / expected.norm(dim=1)).max() < 1e-3
+    table = run.read_table("solutions").to_pylist()
+    assert [row["query"] for row in table] == [0, 1, 2]
+    assert all(row["damping"] == 0.1 and row["residual"] <= 1.1e-4 for row in table)
+    named = run.array(S_TEST).attrs["parameters"]
+    assert [name for name, _ in named] == list(space.shapes)
+    assert find_damage(run).damaged == {}
+
+
+def test_repeats_are_shards_and_their_mean_and_variance_are_stored(carry_out, make_s_test):
+    solver = Lissa(damping=0.5, scale=30.0, depth=60, batch_size=16, repeats=3)
+    run = carry_out(make_s_test(solver=solver))
+    repeats = np.stack([run.read_rows(repeat_name(r), 0, 3) for r in range(3)])
+    assert not np.allclose(repeats[0], repeats[1])
+    np.testing.assert_allclose(run.read_rows(S_TEST, 0, 3), repeats.mean(0), rtol=1e-4, atol=1e-7)
+    variance = run.read_rows(S_TEST_VARIANCE, 0, 3)
+    np.testing.assert_allclose(variance, repeats.var(0, ddof=1), rtol=1e-3, atol=1e-10)
+    plan = run.read_json("plan.json")
+    assert [(s["part"], s["start"], s["stop"]) for s in plan["shards"]] == [
+        (r, 0, 3) for r in range(3)
+    ]
+    rows = run.read_table("solutions").to_pylist()
+    assert [(row["query"], row["repeat"]) for row in rows] == [
+        (q, r) for q in range(3) for r in range(3)
+    ]
+    assert json.loads(rows[0]["record"])["recursion_damping"] == pytest.approx(0.5 / 30)
+    assert find_damage(run).damaged == {}
+
+
+def test_scores_are_the_dot_products_with_explicit_gradients(
+    carry_out, make_s_test, network, digits_task
+):
+    spec = make_s_test()
+    run = carry_out(influence(spec, keep_modules=True))
+    s_test_QP = type(run)(run.root, spec).read_rows(S_TEST, 0, 3)
+    ids = torch.arange(0, N, 97)
+    space = ParameterSpace(network)
+    batch = digits_task.batch(ids, Draw(0))
+    gradients = gradients_one_by_one(network, list(space.shapes), digits_task.losses, batch)
+    g_BP = space.join(gradients).numpy()
+    expected = s_test_QP.astype(np.float64) @ g_BP.T
+    scores = run.read_rows(SCORES, 0, N)
+    # A well-fitted sample's gradient is a small difference: rounding is relative to the large ones.
+    assert np.abs(scores[:, ids] - expected).max() < 1e-5 * np.abs(expected).max()
+    parts = [run.read_rows(part_name(module), 0, N) for module in MODULES]
+    np.testing.assert_allclose(np.sum(parts, axis=0), scores, rtol=1e-4, atol=1e-5)
+    attributes = run.array(SCORES).attrs
+    assert attributes["sign"] == "positive = helpful, negative = harmful"
+    assert find_damage(run).damaged == {}
+
+
+def test_shards_leave_no_trace_in_the_bytes(carry_out, make_s_test, fresh_root):
+    spec = influence(make_s_test())
+    whole = carry_out(spec).read_rows(SCORES, 0, N)
+    cut = carry_out(spec, shard_rows=256, root=fresh_root()).read_rows(SCORES, 0, N)
+    assert np.array_equal(whole, cut)
+
+
+def test_checkpoints_add_up_and_seeds_are_averaged(carry_out, make_s_test, checkpoint):
+    first = TrainedCheckpoint(train=checkpoint.train, epoch=1)
+    both = [make_s_test(checkpoint=at, solver=Identity()) for at in (first, checkpoint)]
+    alone = [carry_out(influence(s_test)).read_rows(SCORES, 0, N) for s_test in both]
+    total = carry_out(influence(*both)).read_rows(SCORES, 0, N)
+    np.testing.assert_allclose(total, alone[0] + alone[1], rtol=1e-4, atol=1e-5)
+    mean = carry_out(influence(*both, combine="mean")).read_rows(SCORES, 0, N)
+    np.testing.assert_allclose(mean, total / 2, rtol=1e-5, atol=1e-6)
+
+
+def test_relative_to_the_identity_is_the_gradients_length(
+    carry_out, make_s_test, network, digits_task
+):
+    spec = make_s_test(solver=Identity(), modules=("conv2", "head"))
+    plain = carry_out(influence(spec)).read_rows(SCORES, 0, N)
+    divided = carry_out(influence(spec, relative="theta")).read_rows(SCORES, 0, N)
+    ids = torch.arange(0, N, 31)
+    space = ParameterSpace(network, ["conv2", "head"])
+    batch = digits_task.batch(ids, Draw(0))
+    gradients = gradients_one_by_one(network, list(space.shapes), digits_task.losses, batch)
+    length_B = space.join(gradients).norm(dim=1).numpy()
+    clear = length_B > 0.01 * length_B.max()  # of others float32 has no two digits left
+    assert clear.sum() > 5
+    expected = plain[:, ids] / length_B
+    np.testing.assert_allclose(divided[:, ids][:, clear], expected[:, clear], rtol=1e-3, atol=1e-6)
+
+
+def test_the_two_relative_forms_divide_by_two_sizes(carry_out, make_s_test):
+    spec = make_s_test(modules=("conv2", "head"), solver=EkFac(damping=0.1))
+    plain = carry_out(influence(spec)).read_rows(SCORES, 0, N)
+    theta = plain / carry_out(influence(spec, relative="theta")).read_rows(SCORES, 0, N)
+    loss = plain / carry_out(influence(spec, relative="loss")).read_rows(SCORES, 0, N)
+    # A sample has one size, whatever the query; and g^T H^-2 g <= g^T H^-1 g / lambda.
+    np.testing.assert_allclose(theta[0], theta[1], rtol=1e-2)
+    assert (theta[0] <= loss[0] / np.sqrt(0.1) * 1.001).all()
+    assert not np.allclose(theta[0] / loss[0], (theta[0] / loss[0])[0], rtol=1e-2)
