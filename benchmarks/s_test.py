@@ -36,12 +36,12 @@ def trained(task: MnistTask, weights: Path | None, epochs: int) -> torch.nn.Modu
         model = task.model()
         load_weights(model, weights)
         return model.eval()
-    recipe = Recipe(optimizer="sgd", lr=0.003, momentum=0.9, weight_decay=0.001, batch_size=8)
+    recipe = Recipe(
+        epochs=epochs, optimizer="sgd", lr=0.003, momentum=0.9, weight_decay=0.001, batch_size=8
+    )
     trainer = Trainer(task, recipe, seed=0, device=torch.device("cpu"))
-    while trainer.epoch < epochs:
+    while not trainer.finished:
         trainer.step()
-        if trainer.step_in_epoch == trainer.steps_per_epoch:
-            trainer.end_epoch()
     return trainer.model.eval()
 
 

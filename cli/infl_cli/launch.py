@@ -1,5 +1,6 @@
 """Carry out a run, here or on Ray, and stay with it until it ends."""
 
+import json
 import os
 import secrets
 import sys
@@ -24,6 +25,7 @@ from infl_cluster.inline import InlineBackend
 from infl_cluster.status import read_status
 from influence_jobs.errors import RuntimeFault, StoreError
 from influence_jobs.jobs.registry import open_job
+from influence_jobs.specs import STestSpec
 from influence_jobs.store import layout
 from influence_jobs.store.run import Run
 
@@ -200,12 +202,37 @@ def _print_result(run: Run, how: How) -> None:
         last = run.read_table("metrics").to_pylist()[-1]
         figures = ", ".join(f"{k} {v:.4g}" for k, v in last.items() if k != "epoch")
         render.out.print(f"  after epoch {last['epoch']}: {figures}")
+    if "solutions" in summary["tables"]:
+        for line in _solved(run):
+            render.out.print(f"  {line}")
     for path in summary["tables"].values():
         render.out.print(f"  {path}")
-    if summary["arrays"]:
+    if isinstance(run.spec, STestSpec):
+        render.out.print(f"next: infl submit influence --s-test {run.id}{for_runs(run.root)}")
+    elif summary["arrays"]:
         render.out.print(f"next: infl top {run.id}{for_runs(run.root)}")
     else:
         render.out.print(
             f"next: infl submit grad-norms --layer all --checkpoint {run.id}{for_runs(run.root)}",
             markup=False,
         )
+
+
+def _solved(run: Run) -> list[str]:
+    """How s_test vectors were found: effective damping, residual, and what happened on the way."""
+    rows = run.read_table("solutions").to_pylist()
+    damping, record = rows[0]["damping"], json.loads(rows[0]["record"])
+    residual = max(row["residual"] for row in rows)
+    steps = max(row["iterations"] for row in rows)
+    lines = [
+        f"effective damping lambda = {damping:.4g}; residual up to {residual:.2g}, {steps} steps"
+    ]
+    if "recursion_damping" in record:
+        lines[0] += (
+            f"; the recursion's own damping {record['recursion_damping']:.4g} x scale {record['scale']:.4g}"
+            f", batches of {record['batch_size']}"
+        )
+    messages = [
+        message for row in rows for message in json.loads(row["record"]).get("messages", ())
+    ]
+    return lines + list(dict.fromkeys(messages))

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from infl_cli.render import say
 from infl_cli.requests import Subject
 from infl_cli.score_options import CurvatureOptions, QueryOptions
 from influence_jobs.errors import SpecError
@@ -132,6 +133,7 @@ def _solver(options: CurvatureOptions) -> Solver:
     damping = options.damping
     if damping is not None and options.scale is not None:
         damping *= options.scale  # the fixed point of the published recursion
+        say(f"effective damping lambda = {options.damping:g} x {options.scale:g} = {damping:g}")
     given: Mapping[str, Any] = {
         "damping": damping,
         "tolerance": options.tolerance,

@@ -1,8 +1,11 @@
 """EK-FAC: the Gauss-Newton matrix, layer by layer, diagonal in a Kronecker-factored eigenbasis."""
 
+import importlib
 import math
+import warnings
 from collections import UserDict
 from collections.abc import Iterator
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,12 +49,12 @@ class EkFac(Solver):
         self.seed = seed
 
     def _solve(self, operator: Operator, rhs_QP: Tensor, progress: Progress) -> Solution:
-        from curvlinops import KFACInverseLinearOperator  # takes a second to import
-
         damping = self.damping_for(operator)
         factors = self._fitted(operator)
         progress(0.9)
-        inverse = KFACInverseLinearOperator(factors, damping=damping, use_exact_damping=True)
+        inverse = _curvlinops().KFACInverseLinearOperator(
+            factors, damping=damping, use_exact_damping=True
+        )
         columns = [
             part.movedim(0, -1).contiguous() for part in operator.space.split(rhs_QP).values()
         ]
@@ -75,14 +78,13 @@ class EkFac(Solver):
             name[prefix:]: Metric(
                 state["gradient_covariances_eigenvectors"][name],
                 state["input_covariances_eigenvectors"][name],
-                (eigenvalues + damping) ** -power,
+                # Without a bias they are listed by the parameter's position, which is the weight's.
+                (_only(eigenvalues) + damping) ** -power,
             )
             for name, eigenvalues in state["corrected_eigenvalues"].items()
         }
 
     def _fitted(self, operator: Operator) -> "EKFACLinearOperator":
-        from curvlinops import EKFACLinearOperator
-
         model, task, space = operator.model, operator.task, operator.space
         for name in space.shapes:
             _require_factored(name, model.get_submodule(name.rpartition(".")[0]))
@@ -92,7 +94,7 @@ class EkFac(Solver):
             )
         parameters = list(space.parameters().values())
         with thawed(parameters), torch.enable_grad():
-            factors = EKFACLinearOperator(
+            factors = _curvlinops().EKFACLinearOperator(
                 _Outputs(model, task),
                 LOSSES[task.output_loss](),
                 parameters,
@@ -108,6 +110,20 @@ class EkFac(Solver):
             factors.compute_kronecker_factors()
             factors.compute_eigenvalue_correction()
         return factors
+
+
+def _curvlinops() -> ModuleType:
+    """The library, on demand: importing it takes a second, and warns of what it uses in torch."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return importlib.import_module("curvlinops")
+
+
+def _only(eigenvalues: Tensor | dict[int, Tensor]) -> Tensor:
+    if isinstance(eigenvalues, Tensor):
+        return eigenvalues
+    (weight,) = eigenvalues.values()
+    return weight
 
 
 def _require_factored(name: str, module: nn.Module) -> None:

@@ -34,6 +34,7 @@ from influence_jobs.tasks.base import Draw, Task
 
 # All queries of a block advance in one product; a block is a chunk.
 MAX_QUERIES, MAX_BLOCK_BYTES = 64, 64 * 2**20
+SHARD_TABLES = "solutions"  # folder of one table a shard
 SAMPLES_DRAW = 2**32  # Philox key of the subset, apart from those of the solvers
 
 
@@ -118,7 +119,7 @@ class STestJob(Job[STestSpec]):
             rows += _rows(solution, start, shard.part)
         name = repeat_name(shard.part) if self._repeats > 1 else S_TEST
         # A table of its own: shards must not write one file together.
-        files = self.run_store.write_table(f"solutions-{shard.id}", pa.Table.from_pylist(rows))
+        files = self.run_store.write_table(f"{SHARD_TABLES}/{shard.id}", pa.Table.from_pylist(rows))
         return Result({name: np.concatenate(vectors)}, files)
 
     def probe(self) -> Iterator[int]:
@@ -163,7 +164,7 @@ class STestJob(Job[STestSpec]):
     def finish(self) -> Result:
         run, spec = self.run_store, self.spec
         plan = run.read_json("plan.json") or {"shards": []}
-        names = [f"solutions-{shard['id']}" for shard in plan["shards"]]
+        names = [f"{SHARD_TABLES}/{shard['id']}" for shard in plan["shards"]]
         tables = pa.concat_tables([run.read_table(name) for name in names])
         files = run.write_table(
             "solutions", tables.sort_by([("query", "ascending"), ("repeat", "ascending")])

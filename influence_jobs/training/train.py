@@ -2,16 +2,17 @@
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from influence_jobs.tasks.base import Draw, Task, to_device
+from influence_jobs.training.changes import Changes, changed_losses
 from influence_jobs.training.recorded_norms import RecordedNorms
 
 
@@ -61,6 +62,14 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> Tensor:
     return torch.from_numpy(np.random.Generator(bits).permutation(num_samples))
 
 
+def initial_model(task: Task, seed: int, device: torch.device) -> nn.Module:
+    """The task's model with the initial weights of a seed, in training mode."""
+    with seeded(seed, device):
+        # Convolutions are faster on channels_last; other layers do not mind.
+        model = task.model().to(device).to(memory_format=torch.channels_last)
+    return model.train()
+
+
 class Trainer:
     """A model in training.
 
@@ -72,6 +81,10 @@ class Trainer:
         seed: Of initial weights, order of samples, and noise.
         device: Where.
         norms: Takes the batch gradient after every step, if in-training norms are wanted.
+        changes: Samples to leave out or to label otherwise.
+
+    Raises:
+        SpecError: The task's training set cannot be changed so.
     """
 
     def __init__(
@@ -82,19 +95,20 @@ class Trainer:
         seed: int,
         device: torch.device,
         norms: RecordedNorms | None = None,
+        changes: Changes | None = None,
     ):
         self.task, self.recipe, self.seed, self.device = task, recipe, seed, device
-        with seeded(seed, device):
-            # Convolutions are faster on channels_last; other layers do not mind.
-            model = task.model().to(device).to(memory_format=torch.channels_last)
-        self.model = model.train()
-        self.optimizer = _optimizer(recipe, self.model)
+        self.model = initial_model(task, seed, device)
+        self.optimizer = make_optimizer(recipe, self.model.parameters())
         self.norms = norms
-        self.num_samples = len(task.train_data())
+        self._changes = changes or Changes()
+        self._changes.check(task)
+        self._new_labels_N = self._changes.new_labels(len(task.train_data()))
+        self.num_samples = len(task.train_data()) - len(self._changes.removed)
         self.steps_per_epoch = math.ceil(self.num_samples / recipe.batch_size)
         self.epoch, self.step_in_epoch = 0, 0  # finished epochs, steps of the one under way
         self._loss_sum = torch.zeros((), device=device, dtype=torch.float64)
-        self._order = epoch_order(self.num_samples, seed, 0)
+        self._order = self._epoch_order()
 
     @property
     def finished(self) -> bool:
@@ -113,9 +127,12 @@ class Trainer:
         ids = self._order[first : first + self.recipe.batch_size]
         draw = Draw(self.seed, self.epoch)
         batch = to_device(self.task.train_batch(ids, draw), self.device)
+        new_labels_B = None
+        if self._new_labels_N is not None:
+            new_labels_B = self._new_labels_N[ids].to(self.device)
         self.optimizer.zero_grad(set_to_none=True)
         with seeded(step_seed(self.seed, self.epoch, self.step_in_epoch), self.device):
-            losses_B = self.task.losses(self.model, batch)
+            losses_B = changed_losses(self.task, self.model, batch, new_labels_B)
             losses_B.mean().backward()  # type: ignore[no-untyped-call]
         if self.norms is not None:
             self.norms.add(self.model, ids, self.epoch)
@@ -127,8 +144,12 @@ class Trainer:
         mean_loss = float(self._loss_sum) / self.num_samples
         self.epoch, self.step_in_epoch = self.epoch + 1, 0
         self._loss_sum.zero_()
-        self._order = epoch_order(self.num_samples, self.seed, self.epoch)
+        self._order = self._epoch_order()
         return mean_loss
+
+    def _epoch_order(self) -> Tensor:
+        everything = epoch_order(len(self.task.train_data()), self.seed, self.epoch)
+        return self._changes.order(everything)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on from here; plain tensors and numbers."""
@@ -149,11 +170,11 @@ class Trainer:
         self._loss_sum = state["loss_sum"].to(self.device)
         if self.norms is not None:
             self.norms.load_state_dict(state["norms"])
-        self._order = epoch_order(self.num_samples, self.seed, self.epoch)
+        self._order = self._epoch_order()
 
 
-def _optimizer(recipe: Recipe, model: torch.nn.Module) -> torch.optim.Optimizer:
-    parameters = model.parameters()
+def make_optimizer(recipe: Recipe, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+    """SGD or Adam of torch, as a recipe asks for it."""
     if recipe.optimizer == "adam":
         return torch.optim.Adam(
             parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True

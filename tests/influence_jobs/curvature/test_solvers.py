@@ -197,6 +197,16 @@ def test_ek_fac_comes_closer_than_no_curvature(case):
     assert all(p.requires_grad for p in case.model.parameters())
 
 
+def test_ek_fac_takes_layers_without_bias(case):
+    case.model.conv.bias = None
+    space = ParameterSpace(case.model, ["conv", "head"])
+    operator = GaussNewton(case.model, space, case.task, torch.arange(N))
+    assert EkFac(LAMBDA).solve(operator, randoms(1, space.size)).residual_Q[0] < 1
+    metrics = EkFac(LAMBDA).metrics(operator, power=2)
+    assert metrics["conv"].weights_CJ.shape == (3, 9)
+    assert metrics["head"].weights_CJ.shape[1] == 13
+
+
 def test_ek_fac_refuses_what_it_cannot_factor(case):
     with pytest.raises(
         ModelError, match=r"parameter norm.weight is of BatchNorm2d: leave its layer"
