@@ -2,7 +2,7 @@
 
 Of MNIST and its MLP three things are timed, interleaved in one process: forward and backward of the mean loss; the
 engine; and the bare matrix products without which no exact method gets on - the forward, the gradient of each layer's
-output, the vectors' products - on arrays of the same shapes. Of FFDNet, scores of all parameters, and forward and
+output, the vectors' products - of the same images and of arrays of the same shapes. Of FFDNet, scores of all parameters, and forward and
 backward. Before anything is timed the engine's answer is compared with float64 gradients, one sample at a time.
 Run from the project's folder with nothing else going on:
 
@@ -18,7 +18,7 @@ from typing import Annotated
 
 import torch
 import typer
-from torch import Tensor, nn
+from torch import nn
 
 from influence_jobs.gradients import GradDots, ParameterSpace
 from influence_jobs.gradients.reference import gradients_one_by_one
@@ -54,11 +54,12 @@ class Contest:
     def bare_products(self) -> None:
         size = len(self.ids[0])
         layers = [module for module in self.model.children() if isinstance(module, nn.Linear)]
-        inputs = [torch.randn(size, layer.in_features) for layer in layers]
+        hidden = [torch.randn(size, layer.in_features) for layer in layers[1:]]
         outputs = [torch.randn(size, layer.out_features) for layer in layers]
         stacked = [layer.weight.detach().repeat(VECTORS, 1) for layer in layers]
         with torch.no_grad():
             for ids in self.ids:
+                inputs = [self.task.batch(ids, Draw(0))[0], *hidden]
                 for i, (layer, a, g) in enumerate(zip(layers, inputs, outputs, strict=True)):
                     a[: len(ids)] @ layer.weight.t()
                     a[: len(ids)] @ stacked[i].t()
@@ -119,8 +120,8 @@ def main(
     """Print one JSON object a network and batch size; a speed ratio of 1 is as fast."""
     torch.set_num_threads(threads)
     mnist = MnistTask()
-    torch.manual_seed(0)
     for size in batch:
+        torch.manual_seed(0)
         contest = Contest(mnist, mnist.model(), len(mnist.train_data()), size)
         report(contest, size, rounds, CHECKED, bare=True)
     if ffdnet:

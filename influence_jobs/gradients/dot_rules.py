@@ -20,17 +20,20 @@ from influence_jobs.gradients import layers
 
 # Numbers in one temporary: 8 MB stay in a CPU's cache; a GPU wants fewer and larger kernels.
 _BLOCK_CPU, _BLOCK_GPU = 2**21, 2**26
+# Multiplications that take as long as writing and reading a number (measured on a CPU: 30 to 150).
+_MEMORY = 32
 # Fewer samples in a block would read the vectors too often.
 _FEWEST_SAMPLES = 16
 
 
 def through_gradient(positions: int, vectors: int) -> bool:
-    """Whether forming each sample's weight gradient first takes fewer FLOPs.
+    """Whether forming each sample's weight gradient first is cheaper.
 
-    Per number of the weight and sample: T multiplications for the gradient and Q for the products
-    with it, against T Q for the direct order. One position, or one vector, is always direct.
+    Per number of the weight and sample: T multiplications for the gradient, Q for the products with
+    it and its way to memory and back, against T Q for the direct order. One position, or one
+    vector, is always direct.
     """
-    return positions + vectors < positions * vectors
+    return positions + vectors + _MEMORY < positions * vectors
 
 
 def _linear(module: nn.Linear, vectors: Mapping[str, Tensor], a: Tensor, g: Tensor) -> Tensor:

@@ -134,7 +134,7 @@ class GradDots(TappedModel):
         for module, owned in self._names.items():
             dots = square = torch.zeros((), dtype=self._dtype, device=self._device)
             for name in _full(module, owned):
-                terms_QP = vectors[name].flatten(1) * gradients[name].flatten()
+                terms_QP = _flat(vectors[name]) * gradients[name].flatten()
                 dots = dots + terms_QP.sum(1)
                 square = square + terms_QP.square().sum(1)
             # Terms cancel: rounding is relative to their root sum of squares.
@@ -170,12 +170,12 @@ class GradDots(TappedModel):
                 self._in_forward_mode = False
                 warnings.warn(
                     f"parameters of '{names[0]}' and the like are differentiated sample by sample, "
-                    f"which is slow: {str(error).splitlines()[0]}",
+                    f"which is slow: {str(error).partition(chr(10))[0]}",
                     stacklevel=3,
                 )
         with torch.no_grad():
             size = len(self._forward(batch))
-        flat_QP = torch.cat([part.flatten(1) for part in vectors.values()], dim=1)
+        flat_QP = torch.cat([_flat(part) for part in vectors.values()], dim=1)
         rows = []
         for i in range(size):
             gradients = self._plain_gradients(one_sample(batch, i, size))
@@ -229,6 +229,10 @@ class GradDots(TappedModel):
 
 def _has_rule(module: nn.Module, parameters: int) -> bool:
     return has_dot_rule(module) and parameters == sum(1 for _ in module.parameters())
+
+
+def _flat(vectors: Tensor) -> Tensor:
+    return vectors.reshape(len(vectors), -1)  # a scalar's are (Q,)
 
 
 def _full(module: str, names: Iterable[str]) -> list[str]:

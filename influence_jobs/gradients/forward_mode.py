@@ -1,8 +1,11 @@
 """Directional derivatives of the losses by any parameters: the dot products no rule is needed for."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -49,6 +52,31 @@ def directional_derivatives(
         derivatives: Tensor = jvp(forward, primals, tangents)[1]
         return derivatives
 
-    with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels know no forward mode
+    with (
+        sdpa_kernel(SDPBackend.MATH),  # the fused attention kernels know no forward mode
+        _constant_padding(model),
+    ):
         dots_QB: Tensor = vmap(along, chunk_size=_CHUNK)(*vectors.values())
     return dots_QB.t()
+
+
+@contextmanager
+def _constant_padding(model: nn.Module) -> Iterator[None]:
+    """Embeddings whose padding row passes no derivative on, as in autograd but not in forward mode."""
+
+    def put_back(
+        row_D: Tensor, module: nn.Embedding, args: Any, kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor:
+        ids = args[0] if args else kwargs["input"]
+        return torch.where((ids == module.padding_idx).unsqueeze(-1), row_D, output)
+
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                hook = module.register_forward_hook(
+                    partial(put_back, module.weight[module.padding_idx].detach()),
+                    prepend=True,
+                    with_kwargs=True,
+                )
+                stack.callback(hook.remove)
+        yield

@@ -27,8 +27,9 @@ def conv2d_weight(module: nn.Conv2d, a: Tensor, g: Tensor) -> Iterator[tuple[int
 
     Sums g x input over positions, on views of the padded input: in a flattened image of the input's
     width the pixels under one offset are one slice, if g is spread to that width with zeros. A
-    stride is undone by splitting the input into its (row, column) phases. Only this split and the
-    padding copy; both memory formats flatten without a copy, so the layout is the model's own.
+    stride is undone by splitting the input into its (row, column) phases, so offsets do not come in
+    their order. Only this split and the padding copy; both memory formats flatten without a copy,
+    so the layout is the model's own.
     """
     batch, channels, out_h, out_w = g.shape
     (kernel_h, kernel_w), groups = module.kernel_size, module.groups

@@ -97,7 +97,7 @@ class GradQuadratics(TappedModel):
             name: self._fitting(name, found[name], metric) if metric else None
             for name, metric in metrics.items()
         }
-        # The pieces of a convolution's gradient come offset by offset, so V's rows do, too.
+        # A convolution's gradient is put together offset by offset, so V's rows are, too.
         self._ordered = {
             name: _offsets_first(found[name], metric) if metric else None
             for name, metric in self._metrics.items()
@@ -184,7 +184,8 @@ def _linear(module: nn.Linear, metric: Metric, a: Tensor, g: Tensor) -> Tensor:
 
 def _conv2d(module: nn.Conv2d, metric: Metric, a: Tensor, g: Tensor) -> Tensor:
     def forms(a: Tensor, g: Tensor) -> Tensor:
-        columns = [piece.flatten(1, 2) for _, _, piece in layers.conv2d_weight(module, a, g)]
+        pieces = {(y, x): piece for y, x, piece in layers.conv2d_weight(module, a, g)}
+        columns = [pieces[offset].flatten(1, 2) for offset in sorted(pieces)]
         if module.bias is not None:
             columns.append(layers.channel_sums(module, g).unsqueeze(2))
         rotated_BCJ = metric.outputs_CC.t() @ (torch.cat(columns, dim=2) @ metric.inputs_JJ)
