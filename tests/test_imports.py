@@ -13,6 +13,8 @@ MODULES = (
     "influence_jobs.models.checkpoints",
     "influence_jobs.tasks.ffdnet",
     "influence_jobs.tasks.mnist",
+    "influence_jobs.training.ensemble",
+    "influence_jobs.training.ensemble_width",
     "influence_jobs.training.recorded_norms",
     "influence_jobs.training.train",
 )

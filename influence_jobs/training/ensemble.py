@@ -1,0 +1,235 @@
+"""Train many variants of one model side by side: other seeds, other orders, samples removed or relabelled."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from influence_jobs.errors import SpecError
+from influence_jobs.tasks.base import Batch, Task, to_device
+from influence_jobs.training.changes import UNCHANGED, Changes
+from influence_jobs.training.ensemble_data import Members, stretches
+from influence_jobs.training.ensemble_mlp import MlpSteps, mlp_steps
+from influence_jobs.training.ensemble_norms import EnsembleNorms, NormsWanted
+from influence_jobs.training.ensemble_stacked import StackedSteps
+from influence_jobs.training.train import Recipe, Trainer, epoch_order, initial_model
+
+AGREEMENT = 1e-3  # relative difference of the updates of one block; rounding makes 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """One training of an ensemble.
+
+    Attributes:
+        seed: Of initial weights, order of samples, and noise, as for `Trainer`.
+        changes: Samples to leave out or to label otherwise.
+    """
+
+    seed: int
+    changes: Changes = field(default_factory=Changes)
+
+
+class Steps(Protocol):
+    """Models that step together: `StackedSteps` for any model, `MlpSteps` for perceptrons.
+
+    Attributes:
+        longest: As many steps can be taken at once.
+    """
+
+    longest: int
+
+    def take(self, rows: slice, ids_MSB: Tensor, epoch: int, first_step: int) -> Tensor:
+        """S steps of the variants `rows` on these samples; the sums (M,) of their losses, float64."""
+
+    def weights(self, row: int) -> dict[str, Tensor]:
+        """Parameters and buffers of one variant."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on from here."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state."""
+
+
+class EnsembleTrainer:
+    """M variants of a model in training; each ends up as `Trainer` would train it alone, up to rounding.
+
+    Perceptrons trained by SGD on cross-entropy take a fast path (`mlp_steps` has the rule), if its first block of steps
+    agrees with `Trainer`'s; everything else takes `StackedSteps`. Variants of unequal size share steps by the rule of
+    `stretches`. Results are given in the order of `variants`.
+
+    Args:
+        task: What to train.
+        recipe: How.
+        variants: The M variants.
+        device: Where.
+        norms: In-training norms to record, if any.
+
+    Attributes:
+        epoch: Finished epochs, of all variants.
+        steps: The path taken.
+
+    Raises:
+        SpecError: There are no variants, or the task's training set cannot be changed as one of them asks.
+        ModelError: The model cannot be trained as an ensemble.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        recipe: Recipe,
+        variants: Sequence[Variant],
+        *,
+        device: torch.device,
+        norms: NormsWanted | None = None,
+    ):
+        if not variants:
+            raise SpecError("an ensemble needs variants: give at least one")
+        for variant in variants:
+            variant.changes.check(task)
+        self.task, self.recipe, self._device = task, recipe, device
+        n = len(task.train_data())
+        # Inside, variants are sorted by size, largest first; `_rows` finds them again.
+        by_size = sorted(range(len(variants)), key=lambda i: len(variants[i].changes.removed))
+        self._rows = [by_size.index(i) for i in range(len(variants))]
+        self._variants = [variants[i] for i in by_size]
+        members = Members(
+            models=[initial_model(task, variant.seed, device) for variant in self._variants],
+            seeds=[variant.seed for variant in self._variants],
+            sizes=[n - len(variant.changes.removed) for variant in self._variants],
+            new_labels_MN=_new_labels(self._variants, n, device),
+        )
+        self._sizes = members.sizes
+        self._template = copy.deepcopy(members.models[0]).eval()
+        self._norms = None
+        if norms is not None:
+            self._norms = EnsembleNorms(
+                norms, self._template, num_variants=len(variants), num_samples=n, device=device
+            )
+        self.steps = self._choose_steps(members)
+        self._plan = list(stretches(self._sizes, recipe.batch_size, self.steps.longest))
+        self.epoch, self._stretch = 0, 0  # finished epochs, stretches of the one under way
+        self._loss_sums_M = torch.zeros(len(variants), dtype=torch.float64, device=device)
+        self._order_MN = self._epoch_order()
+
+    def _choose_steps(self, members: Members) -> Steps:
+        fast = mlp_steps(self.task, self.recipe, members, self._norms)
+        if fast is not None and self._agrees(fast.alone(members.first())):
+            return fast
+        return StackedSteps(self.task, self.recipe, members, self._norms)
+
+    def _agrees(self, steps: MlpSteps) -> bool:
+        """Whether the first variant's first block, taken by itself, is what `Trainer` makes of it."""
+        variant, batch = self._variants[0], self.recipe.batch_size
+        trainer = Trainer(
+            self.task, self.recipe, seed=variant.seed, device=self._device, changes=variant.changes
+        )
+        before = copy.deepcopy(dict(trainer.model.named_parameters()))
+        block = next(stretches(self._sizes[:1], batch, steps.longest))
+        for _ in range(block.steps):
+            trainer.step()
+        order = variant.changes.order(epoch_order(len(self.task.train_data()), variant.seed, 0))
+        ids = order[: block.steps * block.batch_size].view(1, block.steps, block.batch_size)
+        steps.take(slice(0, 1), ids, 0, 0)
+        after = steps.weights(0)
+        moved = sum(
+            (p - before[name]).square().sum() for name, p in trainer.model.named_parameters()
+        )
+        apart = sum(
+            (p - after[name]).square().sum() for name, p in trainer.model.named_parameters()
+        )
+        return bool(apart <= AGREEMENT**2 * moved)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done."""
+        return self.epoch >= self.recipe.epochs
+
+    @property
+    def samples_seen(self) -> int:
+        """Samples trained on so far by all variants together, each counted once an epoch and variant."""
+        in_epoch = sum(stretch.samples for stretch in self._plan[: self._stretch])
+        return self.epoch * sum(self._sizes) + in_epoch
+
+    def step(self) -> Tensor | None:
+        """Take one stretch of steps; at the end of an epoch return its mean training losses (M,), float64.
+
+        A variant that diverges makes its own loss NaN or infinite, and no other's.
+        """
+        stretch = self._plan[self._stretch]
+        first = stretch.first_step * self.recipe.batch_size
+        ids_MK = self._order_MN[stretch.rows, first : first + stretch.steps * stretch.batch_size]
+        ids_MSB = torch.unflatten(ids_MK, 1, (stretch.steps, stretch.batch_size))
+        losses_M = self.steps.take(stretch.rows, ids_MSB, self.epoch, stretch.first_step)
+        self._loss_sums_M[stretch.rows] += losses_M
+        self._stretch += 1
+        if self._stretch < len(self._plan):
+            return None
+        means_M = self._loss_sums_M.cpu() / torch.tensor(self._sizes)
+        self._loss_sums_M.zero_()
+        self.epoch, self._stretch = self.epoch + 1, 0
+        self._order_MN = self._epoch_order()
+        return means_M[self._rows]
+
+    def _epoch_order(self) -> Tensor:
+        """The order of every variant, shape (M, largest size); shorter ones are padded."""
+        n = len(self.task.train_data())
+        orders = [v.changes.order(epoch_order(n, v.seed, self.epoch)) for v in self._variants]
+        return nn.utils.rnn.pad_sequence(orders, batch_first=True)
+
+    @torch.no_grad()
+    def model(self, variant: int) -> nn.Module:
+        """A copy of one variant's model, in eval mode."""
+        model = copy.deepcopy(self._template)
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        for name, value in self.steps.weights(self._rows[variant]).items():
+            tensors[name].copy_(value)
+        return model
+
+    @torch.no_grad()
+    def evaluate(self, measure: Callable[[nn.Module, Batch], Tensor], batch: Batch) -> Tensor:
+        """What a function, such as `task.losses` or `task.outputs`, makes of a batch with every model: (M, B, ...)."""
+        batch = to_device(batch, self._device)
+        return torch.stack([measure(self.model(i), batch) for i in range(len(self._rows))])
+
+    def norms(self, variant: int) -> dict[str, Tensor]:
+        """The norms recorded for one variant so far, by layer, as `RecordedNorms.sums`; empty if none are."""
+        if self._norms is None:
+            return {}
+        row = self._rows[variant]
+        return {layer: sums_MN[row].cpu() for layer, sums_MN in self._norms.sums.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on from here; plain tensors and numbers."""
+        return {
+            "steps": self.steps.state_dict(),
+            "epoch": self.epoch,
+            "stretch": self._stretch,
+            "loss_sums": self._loss_sums_M,
+            "norms": self._norms.state_dict() if self._norms is not None else {},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from the saved state of a trainer that was made with the same arguments."""
+        self.steps.load_state_dict(state["steps"])
+        self.epoch, self._stretch = state["epoch"], state["stretch"]
+        self._loss_sums_M.copy_(state["loss_sums"])
+        if self._norms is not None:
+            self._norms.load_state_dict(state["norms"])
+        self._order_MN = self._epoch_order()
+
+
+def _new_labels(
+    variants: Sequence[Variant], num_samples: int, device: torch.device
+) -> Tensor | None:
+    """The new labels of every variant, shape (M, N); None where no variant has any."""
+    labels = [variant.changes.new_labels(num_samples) for variant in variants]
+    if all(labels_N is None for labels_N in labels):
+        return None
+    unchanged_N = torch.full((num_samples,), UNCHANGED)
+    stacked_MN = torch.stack([unchanged_N if labels_N is None else labels_N for labels_N in labels])
+    return stacked_MN.to(device)

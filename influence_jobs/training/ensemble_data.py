@@ -1,0 +1,150 @@
+"""The variants of an ensemble: their batches, and how unequal ones share steps."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+from typing import NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from influence_jobs.tasks.base import Batch, Draw, Task, device_of, to_device
+
+RESIDENT_BYTES = 4 * 2**30  # a training set up to this size is kept on the device, as batches
+
+
+@dataclass(frozen=True, eq=False)
+class Members:
+    """M variants before their first step, sorted by size, largest first.
+
+    Attributes:
+        models: With initial weights, on their device.
+        seeds: Of their augmentation, noise and dropout.
+        sizes: Samples each is trained on.
+        new_labels_MN: New class of every sample, or None where no variant has any; see `Changes.new_labels`.
+    """
+
+    models: Sequence[nn.Module]
+    seeds: Sequence[int]
+    sizes: Sequence[int]
+    new_labels_MN: Tensor | None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models are."""
+        return device_of(self.models[0])
+
+    def first(self) -> "Members":
+        """The first variant alone."""
+        labels = None if self.new_labels_MN is None else self.new_labels_MN[:1]
+        return Members(self.models[:1], self.seeds[:1], self.sizes[:1], labels)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Steps that some variants take together, with batches of one size.
+
+    Attributes:
+        rows: The variants, which are sorted by size.
+        first_step: Counted in the epoch.
+        steps: How many.
+        batch_size: B of every one of them.
+    """
+
+    rows: slice
+    first_step: int
+    steps: int
+    batch_size: int
+
+    @property
+    def samples(self) -> int:
+        """Samples trained on, by all variants together."""
+        variants: int = self.rows.stop - self.rows.start
+        return variants * self.steps * self.batch_size
+
+
+def stretches(sizes: Sequence[int], batch_size: int, longest: int) -> Iterator[Stretch]:
+    """Cut one epoch of variants of unequal size into steps that can be taken together.
+
+    The rule: step t of an epoch gives a variant of n samples a batch of min(B, n - tB) of them, and nothing once that is
+    no longer positive; it then waits, unchanged, until the largest variant has finished the epoch. Variants with batches
+    of the same size step together. So each takes the very steps that it would take alone.
+
+    Args:
+        sizes: Samples n of each variant, largest first.
+        batch_size: B.
+        longest: At most so many steps in a stretch.
+
+    Yields:
+        Stretches that hold each variant's steps once and in order.
+    """
+    changes = {n // batch_size for n in sizes} | {math.ceil(n / batch_size) for n in sizes}
+    for start, stop in pairwise(sorted({0} | changes)):
+        left = [min(batch_size, n - start * batch_size) for n in sizes]
+        for batch, group in groupby(range(len(sizes)), key=left.__getitem__):
+            if batch <= 0:
+                break
+            members = list(group)
+            rows = slice(members[0], members[-1] + 1)
+            for first in range(start, stop, longest):
+                yield Stretch(rows, first, min(longest, stop - first), batch)
+
+
+class _DrawRead(Exception):
+    """A task looked at its draw."""
+
+
+class _UnreadableDraw(Draw):
+    """A draw that must not be looked at."""
+
+    def __getattribute__(self, name: str) -> NoReturn:
+        raise _DrawRead
+
+
+def fixed_samples(task: Task, device: torch.device) -> Batch | None:
+    """All training samples as one batch on the device, if they are the same in every epoch and fit there.
+
+    What a task makes of a sample may depend on the draw and the sample's id alone (`Task.batch`): one that never looks
+    at its draw gives the same sample every time.
+    """
+    unread = _UnreadableDraw(0)
+    try:
+        one = task.train_batch(torch.tensor([0]), unread)
+        n = len(task.train_data())
+        if n * sum(t.nbytes for t in pytree.tree_leaves(one)) > RESIDENT_BYTES:
+            return None
+        return to_device(task.train_batch(torch.arange(n), unread), device)
+    except _DrawRead:
+        return None
+
+
+class Feed:
+    """Training batches of M variants.
+
+    Args:
+        task: Whose samples.
+        seeds: Of each variant; they decide augmentation and noise.
+        device: Where batches go.
+    """
+
+    def __init__(self, task: Task, seeds: Sequence[int], device: torch.device):
+        self._task, self._seeds, self._device = task, seeds, device
+        self._fixed = fixed_samples(task, device)
+
+    def batch(self, rows: slice, ids_MB: Tensor, epoch: int) -> Batch:
+        """The samples `ids_MB` of the variants `rows` in an epoch; every tensor gets the axes M, B in front."""
+        if self._fixed is not None:
+            ids = ids_MB.to(self._device)
+            return pytree.tree_map_only(Tensor, lambda t: gather(t, ids), self._fixed)
+        batches = [
+            self._task.train_batch(ids_B, Draw(seed, epoch))
+            for ids_B, seed in zip(ids_MB, self._seeds[rows], strict=True)
+        ]
+        return to_device(pytree.tree_map(lambda *t: torch.stack(t), *batches), self._device)
+
+
+def gather(values_N: Tensor, ids: Tensor) -> Tensor:
+    """Rows of `values_N` (N, ...) by ids of any shape: (*ids.shape, ...)."""
+    return torch.unflatten(values_N.index_select(0, ids.flatten()), 0, ids.shape)

@@ -1,0 +1,241 @@
+"""Steps of an ensemble of perceptrons: batched matrix products written out, the first layer in blocks.
+
+A layer's weight has its bias as last column, so a layer's input has a last column of ones. Letters: M models, S steps,
+B batch, K = S B samples, C outputs of a layer, I its inputs with the ones, P weights.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from influence_jobs.gradients.rules import reduce_norms
+from influence_jobs.tasks.base import Task
+from influence_jobs.training.changes import replaced
+from influence_jobs.training.ensemble_blocked import BlockedLayer, Modes, flush_, sgd_modes
+from influence_jobs.training.ensemble_chain import Chain, ChainData, chain_data, find_chain
+from influence_jobs.training.ensemble_data import Members, gather
+from influence_jobs.training.ensemble_norms import EnsembleNorms
+from influence_jobs.training.train import Recipe, seeded, step_seed
+
+BLOCK_SAMPLES = 128  # K, by measurement: with more, the Gram matrix costs more than it saves
+
+
+def mlp_steps(
+    task: Task, recipe: Recipe, members: Members, norms: EnsembleNorms | None
+) -> "MlpSteps | None":
+    """The fast path, where there is one.
+
+    The rule: the task's `output_loss` is cross-entropy, its model a `Chain`, its samples the same in every epoch and small
+    enough to keep, and the recipe SGD with two `sgd_modes`.
+    """
+    if task.output_loss != "cross-entropy":
+        return None
+    modes, chain = sgd_modes(recipe), find_chain(members.models[0])
+    if modes is None or chain is None:
+        return None
+    data = chain_data(task, members.models[0], chain)
+    return None if data is None else MlpSteps(chain, data, modes, recipe, members, norms)
+
+
+class MlpSteps:
+    """M perceptrons trained by SGD on the cross-entropy.
+
+    Args:
+        chain: The layers.
+        data: The training set.
+        modes: Of the recipe.
+        recipe: SGD.
+        members: The M variants.
+        norms: Takes norms of the batch gradients.
+    """
+
+    def __init__(
+        self,
+        chain: Chain,
+        data: ChainData,
+        modes: Modes,
+        recipe: Recipe,
+        members: Members,
+        norms: EnsembleNorms | None = None,
+    ):
+        self._chain, self._data, self._modes, self._recipe = chain, data, modes, recipe
+        self._seeds, self._new_labels_MN = members.seeds, members.new_labels_MN
+        self._device, self._norms = members.device, norms
+        self.longest = max(1, BLOCK_SAMPLES // recipe.batch_size)
+        first_MCI, *others = (_stacked(members.models, name) for name in chain.linears)
+        self._first = BlockedLayer(first_MCI, modes)
+        self._shapes = [weight_MCI.shape[1:] for weight_MCI in others]
+        # In one row, so that decay and momentum are one operation for all these layers.
+        nothing = first_MCI.new_empty(len(members.models), 0)
+        self._others_MP = torch.cat([nothing, *(w_MCI.flatten(1) for w_MCI in others)], dim=1)
+        self._momentum_MP = torch.zeros_like(self._others_MP)
+
+    def alone(self, members: Members) -> "MlpSteps":
+        """The same for other variants, without norms."""
+        return MlpSteps(self._chain, self._data, self._modes, self._recipe, members)
+
+    def take(self, rows: slice, ids_MSB: Tensor, epoch: int, first_step: int) -> Tensor:
+        """S steps of the variants `rows` on these samples; the sums (M,) of their losses, float64."""
+        ids_MSB = ids_MSB.to(self._device)
+        steps, batch = ids_MSB.shape[1:]
+        x_MKI = gather(self._data.inputs_NI, ids_MSB.flatten(1))
+        targets_MK = self._targets(rows, ids_MSB.flatten(1))
+        targets_MSB = torch.unflatten(targets_MK, 1, (steps, batch))
+        masks = self._dropout_masks(rows, steps, batch, epoch, first_step)
+        block = self._first.block(rows, x_MKI, steps)
+        hidden = _Hidden(self._others_MP[rows], self._momentum_MP[rows], self._shapes, self._recipe)
+        norms_wanted = self._norms is not None and self._norms.counts(epoch)
+        logits, seen = [], []
+        for step in range(steps):
+            logits_MBC = hidden.forward(block.outputs(step), [mask[:, step] for mask in masks])
+            logits.append(logits_MBC)
+            deltas = hidden.backward(logits_MBC, targets_MSB[:, step], self._chain.dropouts)
+            block.d_MSBC[:, step] = deltas[0]
+            if norms_wanted:
+                inputs = [a_MBI.clone() for a_MBI in hidden.inputs]
+                seen.append(list(zip(inputs, deltas[1:], strict=True)))
+            hidden.update(deltas[1:])
+        block.finish()
+        flush_(hidden.momentum_MP)
+        if norms_wanted:
+            x_MSBI = torch.unflatten(x_MKI, 1, (steps, batch))
+            others = [
+                tuple(torch.stack(t, dim=1) for t in zip(*pairs, strict=True))
+                for pairs in zip(*seen, strict=True)
+            ]
+            self._record(rows, ids_MSB, [(x_MSBI, block.d_MSBC), *others])
+        logits_MKC = torch.stack(logits, dim=1).flatten(1, 2)
+        losses_MK = F.cross_entropy(logits_MKC.transpose(1, 2), targets_MK, reduction="none")
+        return losses_MK.sum(1, dtype=torch.float64)
+
+    def _targets(self, rows: slice, ids_MK: Tensor) -> Tensor:
+        targets_MK = gather(self._data.targets_N, ids_MK)
+        if self._new_labels_MN is None:
+            return targets_MK
+        return replaced(targets_MK, self._new_labels_MN[rows].gather(1, ids_MK))
+
+    def _dropout_masks(
+        self, rows: slice, steps: int, batch: int, epoch: int, first_step: int
+    ) -> list[Tensor]:
+        """By hidden layer the factors (M, S, B, C) that dropout would draw alone; empty without dropout."""
+        if not any(self._chain.dropouts):
+            return []
+        masks = []
+        for seed in self._seeds[rows]:
+            for step in range(first_step, first_step + steps):
+                with seeded(step_seed(seed, epoch, step), self._device):
+                    masks.append(
+                        [
+                            F.dropout(self._others_MP.new_ones(batch, shape[1] - 1), p)
+                            for shape, p in zip(self._shapes, self._chain.dropouts, strict=True)
+                        ]
+                    )
+        return [
+            torch.unflatten(torch.stack(layer), 0, (-1, steps))
+            for layer in zip(*masks, strict=True)
+        ]
+
+    def _record(self, rows: slice, ids_MSB: Tensor, layers: Sequence[tuple[Tensor, ...]]) -> None:
+        """Norms of the rows of each batch's mean gradient D^T X / B, from X X^T: the gradient is not formed."""
+        assert self._norms is not None
+        for name, (a_MSBI, d_MSBC) in zip(self._chain.linears, layers, strict=True):
+            if name in self._norms.sums:
+                a_MSBI = a_MSBI[..., :-1]  # the weight's, not the bias's
+                gram_MSBB = a_MSBI @ a_MSBI.transpose(-1, -2)
+                squares_MSC = ((gram_MSBB @ d_MSBC) * d_MSBC).sum(2).clamp_min(0)
+                norms_MSC = squares_MSC.sqrt() / d_MSBC.shape[2]
+                kernels = norms_MSC.flatten(0, 1)[..., None, None]
+                norms = reduce_norms(kernels, self._norms.reduction)
+                self._norms.add(name, rows, ids_MSB, torch.unflatten(norms, 0, norms_MSC.shape[:2]))
+
+    def weights(self, row: int) -> dict[str, Tensor]:
+        """Parameters of one variant."""
+        others = _views(self._others_MP[row : row + 1], self._shapes)
+        layers = [self._first.weights(row), *(w_MCI[0] for w_MCI in others)]
+        named: dict[str, Tensor] = {}
+        for name, weight_CI in zip(self._chain.linears, layers, strict=True):
+            named |= {f"{name}.weight": weight_CI[:, :-1], f"{name}.bias": weight_CI[:, -1]}
+        return named
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on from here."""
+        return {
+            "first": self._first.modes_MCI,
+            "others": self._others_MP,
+            "momentum": self._momentum_MP,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state."""
+        for name, tensor in self.state_dict().items():
+            tensor.copy_(state[name])
+
+
+class _Hidden:
+    """The layers after the first, for some variants and one block: plain steps on views of their weights."""
+
+    def __init__(
+        self, weights_MP: Tensor, momentum_MP: Tensor, shapes: Sequence[torch.Size], recipe: Recipe
+    ):
+        self._weights_MP, self.momentum_MP, self._recipe = weights_MP, momentum_MP, recipe
+        self._weights = _views(weights_MP, shapes)
+        self._momenta = _views(momentum_MP, shapes)
+        self.inputs: list[Tensor] = []
+
+    def forward(self, z_MBC: Tensor, masks: Sequence[Tensor]) -> Tensor:
+        """Logits, from the first layer's outputs; `inputs` become those (M, B, I) of every later layer."""
+        if not self.inputs:  # once a block; their ones stay
+            self.inputs = [
+                w_MCI.new_ones(*z_MBC.shape[:2], w_MCI.shape[2]) for w_MCI in self._weights
+            ]
+        for layer, (a_MBI, w_MCI) in enumerate(zip(self.inputs, self._weights, strict=True)):
+            torch.clamp_min(z_MBC, 0, out=a_MBI[..., :-1])
+            if masks:
+                a_MBI[..., :-1] *= masks[layer]
+            z_MBC = a_MBI @ w_MCI.transpose(1, 2)
+        return z_MBC
+
+    def backward(
+        self, logits_MBC: Tensor, targets_MB: Tensor, dropouts: Sequence[float]
+    ) -> list[Tensor]:
+        """Gradients (M, B, C) of the summed losses by the outputs of every layer, the first's first."""
+        d_MBC = torch.softmax(logits_MBC, dim=2)
+        d_MBC.scatter_add_(
+            2, targets_MB[..., None], torch.full_like(targets_MB[..., None], -1, dtype=d_MBC.dtype)
+        )
+        deltas = [d_MBC]
+        for a_MBI, w_MCI, p in zip(
+            reversed(self.inputs), reversed(self._weights), reversed(dropouts), strict=True
+        ):
+            # The sign of a ReLU's output is its derivative; dropout zeroes it and scales what is left.
+            d_MBC = (d_MBC @ w_MCI[..., :-1]).mul_(a_MBI[..., :-1].sign())
+            deltas.append(d_MBC.div_(1 - p) if p else d_MBC)
+        return deltas[::-1]
+
+    def update(self, deltas: Sequence[Tensor]) -> None:
+        """SGD: v <- m v + w W + D^T A / B, written straight into v, and W <- W - h v."""
+        self.momentum_MP.mul_(self._recipe.momentum)
+        self.momentum_MP.add_(self._weights_MP, alpha=self._recipe.weight_decay)
+        for v_MCI, d_MBC, a_MBI in zip(self._momenta, deltas, self.inputs, strict=True):
+            v_MCI.baddbmm_(d_MBC.transpose(1, 2), a_MBI, alpha=1 / a_MBI.shape[1])
+        self._weights_MP.add_(self.momentum_MP, alpha=-self._recipe.lr)
+
+
+def _stacked(models: Sequence[nn.Module], name: str) -> Tensor:
+    """Weight and bias of one layer of every model, side by side: (M, C, I)."""
+    layers = [model.get_submodule(name) for model in models]
+    return torch.stack(
+        [
+            torch.cat((layer.weight, layer.bias[:, None]), dim=1).detach()  # type: ignore[arg-type,index]
+            for layer in layers
+        ]
+    )
+
+
+def _views(flat_MP: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """The layers' weights (M, C, I) in rows of P."""
+    pieces = torch.split(flat_MP, [shape.numel() for shape in shapes], dim=1)
+    return [torch.unflatten(piece, 1, shape) for piece, shape in zip(pieces, shapes, strict=True)]

@@ -1,0 +1,162 @@
+"""Steps of an ensemble of any model: one vmapped forward, one backward, one optimiser."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from influence_jobs.errors import ModelError
+from influence_jobs.gradients import reduce_gradient
+from influence_jobs.tasks.base import Batch, Task
+from influence_jobs.training.changes import changed_losses
+from influence_jobs.training.ensemble_data import Feed, Members
+from influence_jobs.training.ensemble_norms import EnsembleNorms
+from influence_jobs.training.train import Recipe, make_optimizer
+
+
+class _Losses(nn.Module):
+    """The task's losses as a module, so that `functional_call` can put the weights in."""
+
+    def __init__(self, task: Task, model: nn.Module):
+        super().__init__()
+        self._task = task
+        self.model = model
+
+    def forward(self, batch: Batch, new_labels_B: Tensor | None) -> Tensor:
+        return changed_losses(self._task, self.model, batch, new_labels_B)
+
+
+class StackedSteps:
+    """M models as one stack of parameters and buffers.
+
+    Losses of different variants have no parameter in common, so the gradient of their sum is the gradient of each.
+    Statistics of batch normalisation are written to the stack under `vmap`, each variant's to its own row. The optimiser
+    is torch's own, on slices of the stack: one a *cohort*, the variants of one size, which always step together, so that
+    Adam's count of steps is right for each and those that wait are left alone.
+
+    Args:
+        task: What is trained.
+        recipe: How.
+        members: The M variants.
+        norms: Takes norms of the batch gradients.
+
+    Raises:
+        ModelError: The model draws random numbers (dropout), or `vmap` cannot follow it.
+    """
+
+    longest = 1
+
+    def __init__(
+        self, task: Task, recipe: Recipe, members: Members, norms: EnsembleNorms | None = None
+    ):
+        models, sizes = members.models, members.sizes
+        _refuse_dropout(models[0])
+        self._device = members.device
+        self._losses = _Losses(task, models[0])
+        self._feed = Feed(task, members.seeds, members.device)
+        self._new_labels_MN = members.new_labels_MN
+        self._norms = norms
+        parameters = [dict(model.named_parameters()) for model in models]
+        trained = [name for name, p in parameters[0].items() if p.requires_grad]
+        tensors = [
+            {**p, **dict(m.named_buffers())} for p, m in zip(parameters, models, strict=True)
+        ]
+        # One tensor (M, ...) a name; copies, so that the caller's models stay as they are.
+        self._stack = {
+            name: torch.stack([t[name].detach() for t in tensors]).contiguous()
+            for name in tensors[0]
+        }
+        cohorts = [0] + [i for i in range(1, len(sizes)) if sizes[i] != sizes[i - 1]]
+        self._cohorts = [
+            (slice(start, stop), {name: self._stack[name][start:stop] for name in trained})
+            for start, stop in zip(cohorts, [*cohorts[1:], len(sizes)], strict=True)
+        ]
+        leaves = [leaf for _, cohort in self._cohorts for leaf in cohort.values()]
+        self._optimizer = make_optimizer(recipe, leaves)
+
+    def take(self, rows: slice, ids_MSB: Tensor, epoch: int, first_step: int) -> Tensor:
+        """One step (S is 1) of the variants `rows`, whole cohorts; the sums (M,) of their batches' losses."""
+        ids_MB = ids_MSB[:, 0]
+        batch = self._feed.batch(rows, ids_MB, epoch)
+        new_labels_MB = None
+        if self._new_labels_MN is not None:
+            new_labels_MB = self._new_labels_MN[rows].gather(1, ids_MB.to(self._device))
+        trained = self._cohorts[0][1]
+        stack = {name: tensor[rows] for name, tensor in self._stack.items()}
+        leaves = {name: stack[name].detach().requires_grad_() for name in trained}
+        losses_MB = self._forward({**stack, **leaves}, batch, new_labels_MB)
+        gradients = dict(
+            zip(
+                leaves,
+                torch.autograd.grad(
+                    losses_MB.mean(1).sum(), list(leaves.values()), allow_unused=True
+                ),
+                strict=True,
+            )
+        )
+        self._optimizer.zero_grad(set_to_none=True)
+        for members, cohort in self._cohorts:
+            if rows.start <= members.start < rows.stop:
+                inside = slice(members.start - rows.start, members.stop - rows.start)
+                for name, leaf in cohort.items():
+                    gradient = gradients[name]
+                    # Contiguous: fused optimisers read memory in order, whatever the strides.
+                    leaf.grad = None if gradient is None else gradient[inside].contiguous()
+        self._optimizer.step()
+        if self._norms is not None and self._norms.counts(epoch):
+            self._record(rows, ids_MSB, gradients)
+        return losses_MB.detach().sum(1, dtype=torch.float64)
+
+    def _forward(
+        self, stack: Mapping[str, Tensor], batch: Batch, new_labels_MB: Tensor | None
+    ) -> Tensor:
+        def losses(tensors: dict[str, Tensor], batch: Batch, new_labels_B: Tensor | None) -> Tensor:
+            out: Tensor = functional_call(self._losses, tensors, (batch, new_labels_B))
+            return out
+
+        named = {f"model.{name}": tensor for name, tensor in stack.items()}
+        axes = (0, 0, None if new_labels_MB is None else 0)
+        try:
+            losses_MB: Tensor = vmap(losses, in_dims=axes)(named, batch, new_labels_MB)
+        except RuntimeError as error:
+            if "vmap" not in str(error):
+                raise
+            raise ModelError(
+                f"{type(self._losses.model).__name__} cannot be trained as an ensemble, one at a time it can: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
+        return losses_MB
+
+    def _record(self, rows: slice, ids_MSB: Tensor, gradients: Mapping[str, Tensor | None]) -> None:
+        assert self._norms is not None
+        for layer in self._norms.sums:
+            gradient = gradients[f"{layer}.weight"]
+            assert gradient is not None
+            module = self._losses.model.get_submodule(layer)
+            norms_M = reduce_gradient(module, gradient, self._norms.reduction)
+            self._norms.add(layer, rows, ids_MSB, norms_M[:, None])
+
+    def weights(self, row: int) -> dict[str, Tensor]:
+        """Parameters and buffers of one variant."""
+        return {name: tensor[row] for name, tensor in self._stack.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on from here."""
+        return {"stack": dict(self._stack), "optimizer": self._optimizer.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state."""
+        for name, tensor in self._stack.items():
+            tensor.copy_(state["stack"][name])
+        self._optimizer.load_state_dict(state["optimizer"])
+
+
+def _refuse_dropout(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            raise ModelError(
+                f"{type(model).__name__} cannot be trained as an ensemble: dropout {name!r} (p = {module.p}) would draw "
+                "other numbers than alone; train its variants one at a time, or set p to 0"
+            )

@@ -1,0 +1,95 @@
+"""How many variants to train side by side: what one takes in memory, and which number is fastest."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from influence_jobs.tasks.base import Draw, Task, to_device
+from influence_jobs.training.ensemble import EnsembleTrainer, Variant
+from influence_jobs.training.ensemble_norms import EnsembleNorms, NormsWanted
+from influence_jobs.training.train import Recipe, initial_model
+
+WIDTHS = (1, 2, 4, 8, 16, 32)
+
+
+def bytes_per_variant(
+    task: Task, recipe: Recipe, *, device: torch.device, norms: NormsWanted | None = None
+) -> int:
+    """Memory that one more variant takes at most: weights, gradients, optimiser, activations, norms, new labels.
+
+    Activations are those that autograd keeps of one training step, which is taken to count them.
+    """
+    n = len(task.train_data())
+    model = initial_model(task, 0, device)
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.arange(min(recipe.batch_size, n))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        task.losses(model, to_device(task.train_batch(ids, Draw(0)), device)).mean()
+    weights = sum(p.nbytes for p in model.parameters())
+    copies = 4 if recipe.optimizer == "adam" else 3  # weights, gradients, momentum; Adam has two
+    recorded = 0
+    if norms is not None:
+        sums = EnsembleNorms(
+            norms, model, num_variants=1, num_samples=n, device=torch.device("meta")
+        )
+        recorded = sum(t.nbytes for t in sums.sums.values())
+    buffers = sum(b.nbytes for b in model.buffers())
+    new_labels = n * torch.int64.itemsize
+    return copies * weights + buffers + sum(kept.values()) + recorded + new_labels
+
+
+def measure_widths(
+    task: Task,
+    recipe: Recipe,
+    *,
+    device: torch.device,
+    widths: Sequence[int] = WIDTHS,
+    seconds: float = 1.0,
+    memory: int | None = None,
+) -> dict[int, float]:
+    """Steps a second of all models together, by number of models; the fastest number is a good M.
+
+    Args:
+        task: What will be trained.
+        recipe: How.
+        device: Where.
+        widths: Numbers of models to try.
+        seconds: To train each for, after a first stretch of steps that is not counted.
+        memory: Bytes there are; numbers that need more are left out, all but the smallest.
+    """
+    fits = len(widths) * [True]
+    if memory is not None:
+        each = bytes_per_variant(task, recipe, device=device)
+        fits = [width * each <= memory or width == min(widths) for width in widths]
+    rates = {}
+    for width in (width for width, fit in zip(widths, fits, strict=True) if fit):
+        trainer = EnsembleTrainer(
+            task,
+            replace(recipe, epochs=10**9),
+            [Variant(seed) for seed in range(width)],
+            device=device,
+        )
+        trainer.step()
+        _wait(device)
+        first, started = trainer.samples_seen, time.perf_counter()
+        while time.perf_counter() - started < seconds:
+            trainer.step()
+        _wait(device)
+        samples = trainer.samples_seen - first
+        rates[width] = samples / recipe.batch_size / (time.perf_counter() - started)
+    return rates
+
+
+def _wait(device: torch.device) -> None:
+    """Let queued work finish, so that a clock means something."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,76 @@
+"""Training with samples removed or relabelled, against a loop written out by hand."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from influence_jobs.errors import SpecError
+from influence_jobs.tasks.base import Draw, Task
+from influence_jobs.tasks.ffdnet import FFDNetGreyTask
+from influence_jobs.training.changes import Changes
+from influence_jobs.training.train import Recipe, Trainer, epoch_order
+
+RECIPE = Recipe(epochs=2, batch_size=64, optimizer="sgd", lr=0.05, momentum=0.9)
+CPU = torch.device("cpu")
+
+
+def ids(*values: int) -> np.ndarray:
+    return np.array(values, dtype=np.int64)
+
+
+def test_removed_samples_are_struck_from_the_order_and_relabelled_ones_learnt_as_such(
+    digits_task: Task,
+) -> None:
+    removed = np.arange(100, 237)
+    changes = Changes(removed, relabelled=np.arange(300, 500), labels=np.arange(200) % 10)
+    trainer = Trainer(digits_task, RECIPE, seed=3, device=CPU, changes=changes)
+    losses = []
+    while not trainer.finished:
+        losses.append(trainer.step())
+    assert trainer.samples_seen == 2 * (1500 - 137)
+
+    torch.manual_seed(3)
+    model = digits_task.model().train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    images, labels = digits_task.batch(torch.arange(1500), Draw(0))
+    labels[300:500] = torch.arange(200) % 10
+    for epoch in range(2):
+        total = 0.0
+        order = [i for i in epoch_order(1500, 3, epoch).tolist() if not 100 <= i < 237]
+        for chunk in torch.tensor(order).split(64):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(images[chunk]), labels[chunk])
+            loss.backward()
+            optimizer.step()
+            total += float(loss.detach()) * len(chunk)
+    for name, expected in model.state_dict().items():
+        torch.testing.assert_close(trainer.model.state_dict()[name], expected, rtol=1e-4, atol=1e-5)
+    assert losses[-1] == pytest.approx(total / 1363, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (Changes(removed=ids(0, 1500)), "from 0 to 1499"),
+        (Changes(removed=ids(-1)), "from 0 to 1499"),
+        (Changes(removed=ids(3, 3)), "removed twice"),
+        (Changes(removed=np.arange(1500)), "all 1500"),
+        (Changes(relabelled=ids(1500), labels=ids(0)), "from 0 to 1499"),
+        (Changes(relabelled=ids(1, 2), labels=ids(0)), "2 ids are relabelled with 1 labels"),
+        (Changes(relabelled=ids(1), labels=ids(-1)), "from 0 to 9"),
+        (Changes(relabelled=ids(1), labels=ids(10)), "from 0 to 9"),
+    ],
+)
+def test_changes_that_cannot_be_are_refused(
+    digits_task: Task, changes: Changes, message: str
+) -> None:
+    with pytest.raises(SpecError, match=message):
+        Trainer(digits_task, RECIPE, seed=0, device=CPU, changes=changes)
+
+
+def test_a_regression_has_nothing_to_relabel() -> None:
+    task = FFDNetGreyTask(patch_size=16, stride=16, limit=4)
+    with pytest.raises(SpecError, match="no classes"):
+        Changes(relabelled=ids(1), labels=ids(0)).check(task)
+    Changes(removed=ids(1)).check(task)

@@ -1,0 +1,41 @@
+import pytest
+import torch
+
+from influence_jobs.tasks.base import Task
+from influence_jobs.training.ensemble_norms import NormsWanted
+from influence_jobs.training.ensemble_width import bytes_per_variant, measure_widths
+from influence_jobs.training.train import Recipe
+
+CPU = torch.device("cpu")
+ADAM = Recipe(epochs=1, batch_size=16, optimizer="adam", lr=1e-3)
+SGD = Recipe(epochs=1, batch_size=16, optimizer="sgd", lr=1e-3)
+
+
+def test_a_variant_takes_weights_optimizer_activations_and_norms(digits_task: Task) -> None:
+    weights = 4 * sum(p.numel() for p in digits_task.model().parameters())
+    adam = bytes_per_variant(digits_task, ADAM, device=CPU)
+    sgd = bytes_per_variant(digits_task, SGD, device=CPU)
+    assert adam - sgd == weights
+    wide = Recipe(epochs=1, batch_size=32, optimizer="sgd", lr=1e-3)
+    # Of 8 x 8 pixels, 8 channels: the convolution's output, the normalised one, what ReLU passes; more below.
+    assert bytes_per_variant(digits_task, wide, device=CPU) - sgd > 16 * 3 * 4 * 8 * 64
+    norms = NormsWanted(("conv2",), "channel", 0)
+    assert bytes_per_variant(digits_task, SGD, device=CPU, norms=norms) - sgd == 1500 * 16 * 4
+
+
+def test_widths_are_tried_as_memory_allows(digits_task: Task) -> None:
+    each = bytes_per_variant(digits_task, SGD, device=CPU)
+    rates = measure_widths(
+        digits_task, SGD, device=CPU, widths=(1, 2, 4), seconds=0.05, memory=3 * each
+    )
+    assert list(rates) == [1, 2]
+    assert all(rate > 0 for rate in rates.values())
+    assert list(
+        measure_widths(digits_task, SGD, device=CPU, widths=(2, 4), seconds=0.01, memory=1)
+    ) == [2]
+
+
+@pytest.mark.gpu
+def test_it_counts_what_a_gpu_takes(digits_task: Task) -> None:
+    rates = measure_widths(digits_task, SGD, device=torch.device("cuda"), widths=(2,), seconds=0.1)
+    assert rates[2] > 0
