@@ -1,7 +1,6 @@
 """EK-FAC: the Gauss-Newton matrix, layer by layer, diagonal in a Kronecker-factored eigenbasis."""
 
 import importlib
-import math
 import warnings
 from collections import UserDict
 from collections.abc import Iterator
@@ -13,9 +12,11 @@ from torch import Tensor, nn
 
 from influence_jobs.curvature.operators import Operator
 from influence_jobs.curvature.solver import (
+    AUTOMATIC_DAMPING,
     Progress,
     Solution,
     Solver,
+    no_progress,
     relative_residual,
 )
 from influence_jobs.errors import ModelError
@@ -26,21 +27,21 @@ from influence_jobs.tasks.base import Task
 if TYPE_CHECKING:
     from curvlinops import EKFACLinearOperator
 
-SAMPLED_OUTPUTS = 4096  # in all, at least: with few samples each is drawn for several times
 LOSSES = {"cross-entropy": nn.CrossEntropyLoss, "mse": nn.MSELoss}
 
 
 class EkFac(Solver):
     """Inverts the EK-FAC approximation of the Gauss-Newton matrix, as curvlinops makes it.
 
-    Two passes over the operator's samples, then nothing iterates. Outputs are sampled from the model. A layer that is
+    Two passes over the operator's samples, then nothing iterates. One output is sampled
+    from the model for each. A layer that is
     called more than once in a forward pass is not for it.
     George, Laurent, Bouthillier, Ballas, Vincent: "Fast Approximate Natural Gradient Descent in a Kronecker-factored
     Eigenbasis", NeurIPS 2018; for influence Grosse et al.: "Studying Large Language Model Generalization with
     Influence Functions", 2023.
 
     Args:
-        damping: Lambda, added to the corrected eigenvalues.
+        damping: Lambda, added to the corrected eigenvalues; None for a part of the largest of them.
         seed: Of the sampled outputs.
     """
 
@@ -49,9 +50,8 @@ class EkFac(Solver):
         self.seed = seed
 
     def _solve(self, operator: Operator, rhs_QP: Tensor, progress: Progress) -> Solution:
-        damping = self.damping_for(operator)
-        factors = self._fitted(operator)
-        progress(0.9)
+        factors = self._fitted(operator, progress)
+        damping = self._damping_of(factors)
         inverse = _curvlinops().KFACInverseLinearOperator(
             factors, damping=damping, use_exact_damping=True
         )
@@ -71,8 +71,8 @@ class EkFac(Solver):
         Raises:
             ModelError: As `solve`.
         """
-        damping = self.damping_for(operator)
-        state = self._fitted(operator).state_dict()
+        factors = self._fitted(operator, no_progress)
+        damping, state = self._damping_of(factors), factors.state_dict()
         prefix = len("model.")
         return {
             name[prefix:]: Metric(
@@ -84,7 +84,13 @@ class EkFac(Solver):
             for name, eigenvalues in state["corrected_eigenvalues"].items()
         }
 
-    def _fitted(self, operator: Operator) -> "EKFACLinearOperator":
+    def _damping_of(self, factors: "EKFACLinearOperator") -> float:
+        if self._damping is not None:
+            return self._damping
+        eigenvalues = factors.state_dict()["corrected_eigenvalues"].values()
+        return AUTOMATIC_DAMPING * max(float(_only(layer).max()) for layer in eigenvalues)
+
+    def _fitted(self, operator: Operator, progress: Progress) -> "EKFACLinearOperator":
         model, task, space = operator.model, operator.task, operator.space
         for name in space.shapes:
             _require_factored(name, model.get_submodule(name.rpartition(".")[0]))
@@ -98,10 +104,9 @@ class EkFac(Solver):
                 _Outputs(model, task),
                 LOSSES[task.output_loss](),
                 parameters,
-                _Batches(operator),
+                _Batches(operator, progress),
                 check_deterministic=False,
                 seed=self.seed,
-                mc_samples=math.ceil(SAMPLED_OUTPUTS / operator.num_samples),
                 separate_weight_and_bias=False,
                 num_per_example_loss_terms=1,
                 num_data=operator.num_samples,
@@ -151,14 +156,17 @@ class _Outputs(nn.Module):
 
 
 class _Batches:
-    """The operator's samples, batch by batch, as often as it is gone through."""
+    """The operator's samples, batch by batch; they are gone through twice."""
 
-    def __init__(self, operator: Operator):
-        self._operator = operator
+    def __init__(self, operator: Operator, progress: Progress):
+        self._operator, self._progress = operator, progress
+        self._done = 0
 
     def __iter__(self) -> Iterator[tuple[UserDict[str, Any], Tensor]]:
         operator = self._operator
         for ids in torch.split(operator.ids, operator.batch_size):
+            self._progress(min(1.0, self._done / (2 * operator.num_samples)))
+            self._done += len(ids)
             batch = operator.batch(ids)
             targets = operator.task.targets(batch)
             if operator.task.output_loss == "mse":
