@@ -25,7 +25,7 @@ from infl_cluster.inline import InlineBackend
 from infl_cluster.status import read_status
 from influence_jobs.errors import RuntimeFault, StoreError
 from influence_jobs.jobs.registry import open_job
-from influence_jobs.specs import STestSpec
+from influence_jobs.specs import Identity, STestSpec
 from influence_jobs.store import layout
 from influence_jobs.store.run import Run
 
@@ -221,6 +221,8 @@ def _print_result(run: Run, how: How) -> None:
 def _solved(run: Run) -> list[str]:
     """How s_test vectors were found: effective damping, residual, and what happened on the way."""
     rows = run.read_table("solutions").to_pylist()
+    if isinstance(run.spec, STestSpec) and isinstance(run.spec.solver, Identity):
+        return ["no curvature: the gradients themselves"]
     damping, record = rows[0]["damping"], json.loads(rows[0]["record"])
     residual = max(row["residual"] for row in rows)
     steps = max(row["iterations"] for row in rows)

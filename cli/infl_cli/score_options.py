@@ -63,13 +63,13 @@ class CurvatureOptions:
     """What s_test vectors are made by."""
 
     solver: Annotated[
-        Literal["cg", "lissa", "ek-fac", "identity"],
+        Literal["cg", "lissa", "ek-fac", "identity"] | None,
         typer.Option(
-            help="cg: batched conjugate gradients; lissa: stochastic recursion; ek-fac: Kronecker factors; "
-            "identity: no curvature.",
+            help="cg: batched conjugate gradients, the default; lissa: stochastic recursion, the default if one "
+            "of its settings is given; ek-fac: Kronecker factors; identity: no curvature.",
             rich_help_panel=_CURVATURE,
         ),
-    ] = "cg"
+    ] = None
     damping: Annotated[
         float | None,
         typer.Option(

@@ -133,7 +133,6 @@ def _solver(options: CurvatureOptions) -> Solver:
     damping = options.damping
     if damping is not None and options.scale is not None:
         damping *= options.scale  # the fixed point of the published recursion
-        say(f"effective damping lambda = {options.damping:g} x {options.scale:g} = {damping:g}")
     given: Mapping[str, Any] = {
         "damping": damping,
         "tolerance": options.tolerance,
@@ -143,13 +142,22 @@ def _solver(options: CurvatureOptions) -> Solver:
         "batch_size": options.batch,
         "repeats": options.repeats,
     }
-    kind = SOLVERS[options.solver]
     chosen = {name: value for name, value in given.items() if value is not None}
+    of_lissa = chosen.keys() & {"scale", "depth", "batch_size", "repeats"}
+    name_of_solver = options.solver or ("lissa" if of_lissa else "cg")
+    kind = SOLVERS[name_of_solver]
     for name in chosen:
         if name not in kind.model_fields:
             option = "--batch" if name == "batch_size" else f"--{name.replace('_', '-')}"
-            raise SpecError(f"{option} has no meaning for --solver {options.solver}: leave it out")
+            raise SpecError(f"{option} has no meaning for --solver {name_of_solver}: leave it out")
+    default = CurvatureOptions()
+    for option in ("operator", "product", "curvature_samples"):
+        if kind is Identity and getattr(options, option) != getattr(default, option):
+            word = option.replace("_", "-")
+            raise SpecError(f"--{word} has no meaning for --solver identity: leave it out")
     solver: Solver = make_spec(kind, **chosen)  # type: ignore[assignment]
+    if damping is not None and options.scale is not None:
+        say(f"effective damping lambda = {options.damping:g} x {options.scale:g} = {damping:g}")
     return solver
 
 

@@ -1,6 +1,8 @@
 """`infl submit s-test | influence | attribution | baseline`: from outputs to the samples they came from."""
 
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -10,6 +12,9 @@ from infl_cli.how import ShardedHow
 from infl_cli.render import say
 from infl_cli.score_options import CurvatureOptions, QueryOptions
 from influence_jobs.errors import SpecError
+
+if TYPE_CHECKING:
+    from influence_jobs.specs import Checkpoint
 
 app = typer.Typer()
 
@@ -102,8 +107,11 @@ def influence(
 
     root = o.runs_folder(runs)
     if s_test:
-        if (queries, curvature, layer) != (QueryOptions(), CurvatureOptions(), None):
-            raise SpecError("--s-test RUN says what is explained and how: leave those options out")
+        given = (queries, curvature, data, replace(weights, checkpoint=None), layer)
+        if given != (QueryOptions(), CurvatureOptions(), o.QueriedData(), o.Weights(), None):
+            raise SpecError(
+                "--s-test RUN says what is explained, how and of which task: leave those options out"
+            )
         specs = tuple(found_spec(root, word, STestSpec, "s-test run") for word in s_test)
         for word in weights.checkpoint or ():
             for checkpoint in checkpoint_request(word, root):
@@ -181,7 +189,7 @@ def attribution(
     root = o.runs_folder(runs)
     source = find_run(root, norms).spec if norms else None
     if isinstance(source, GradNormsSpec):
-        at, layers = source.checkpoints[-1:], source.layers
+        at, layers = _last(source.checkpoints), source.layers
     elif isinstance(source, TrainSpec):
         at, layers = (TrainedCheckpoint(train=source, epoch=source.epochs),), source.norm_layers
     elif source is None:
@@ -193,6 +201,7 @@ def attribution(
     subject = subject_request(
         weights, data, root, default_task="mnist", say=say, default_checkpoints=at
     )
+    _refuse_quantity(queries)
     if len(subject.checkpoints) != 1:
         raise SpecError("activations are those of one checkpoint: name one with --checkpoint")
     asked = queries_request(queries, subject.built, seed=seed)
@@ -249,6 +258,8 @@ def baseline(
     root = o.runs_folder(runs)
     subject = subject_request(weights, data, root, default_task="mnist", say=say)
     asked = queries_request(queries, subject.built, seed=seed)
+    if method != "dot-product":
+        _refuse_quantity(queries)
     if method == "dot-product":
         identity = CurvatureOptions(solver="identity")
         s_tests = s_test_requests(subject, asked, identity, layers=None, seed=seed)
@@ -269,3 +280,20 @@ def baseline(
             seed=seed,
         )
     carry_out(Run(root, spec), how)
+
+
+def _refuse_quantity(queries: QueryOptions) -> None:
+    if queries.quantity != QueryOptions().quantity:
+        raise SpecError("--quantity is what influence explains: leave it out")
+
+
+def _last(checkpoints: "Sequence[Checkpoint]") -> "tuple[Checkpoint, ...]":
+    """The last epoch of a training; the order in which a sum names checkpoints is none."""
+    from influence_jobs.specs import TrainedCheckpoint
+
+    trained = [c for c in checkpoints if isinstance(c, TrainedCheckpoint)]
+    if len(checkpoints) == 1:
+        return tuple(checkpoints)
+    if len(trained) < len(checkpoints) or len({c.train.run_id for c in trained}) > 1:
+        raise SpecError("the norms are of several trainings: name one with --checkpoint")
+    return (max(trained, key=lambda checkpoint: checkpoint.epoch),)

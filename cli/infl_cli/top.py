@@ -14,7 +14,7 @@ from infl_cli import render
 from infl_cli.render import say
 from infl_cluster.status import read_status
 from influence_jobs.errors import SpecError, StoreError
-from influence_jobs.specs import InfluenceSpec, ScoresSpec
+from influence_jobs.specs import InfluenceSpec, ScoresSpec, STestSpec
 from influence_jobs.store.find import find_run
 from influence_jobs.store.layout import SCORES, part_name
 from influence_jobs.store.run import Run
@@ -122,7 +122,11 @@ def _ranked_scores(
     array = SCORES if layer is None else part_name(layer)
     if array not in run.array_names():
         kept = [name.partition("/")[2] for name in run.array_names() if name != SCORES]
-        there = f"it has {', '.join(kept)}" if kept else "submit it with --keep-layers"
+        there = (
+            f"it has {', '.join(kept)}"
+            if kept
+            else "leave --layer out, or submit with --keep-layers"
+        )
         raise SpecError(f"{run.id} keeps no scores of layer {layer}: {there}")
     queries = _table(run, "queries").to_pylist()
     chosen = [row for row in queries if tests is None or row["test"] in tests]
@@ -137,6 +141,10 @@ def _ranked_scores(
         for name, largest in sides(run).items()
         if side == "both" or (side == "helpful") == largest
     }
+    if not any(len(ids) for found in ranked.values() for ids, _ in found):
+        raise SpecError(
+            f"{run.id} leaves all samples out: submit it with another --exclude-norm-above"
+        )
     for i, query in enumerate(chosen):
         for name, found in ranked.items():
             ids, values = found[i]
@@ -183,6 +191,10 @@ def _ranked_norms(
         for name in run.array_names()
         if "layer" in run.array(name).attrs
     }
+    if isinstance(run.spec, STestSpec):
+        raise SpecError(
+            f"{run.id} has no scores yet: infl submit influence --s-test {run.id}{o.for_runs(run.root)}"
+        )
     if not arrays:
         raise SpecError(
             f"{run.id} has no gradient norms and no scores: infl submit grad-norms --layer all "

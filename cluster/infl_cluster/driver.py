@@ -81,6 +81,7 @@ def drive(
             status.waits_for(needed.id)
             log.info("needs %s", needed.id)
             drive_when_free(root, needed.id, backend)
+            _require_current(needed)
         status.waits_for(None)
         require_same_data(job)
         plan = _settled_plan(job, shard_rows)
@@ -99,6 +100,22 @@ def is_done(run: Run) -> bool:
         return False
     done = run.manifest.done()
     return all(name in done for name in (*(s["id"] for s in plan["shards"]), layout.FINISH))
+
+
+def _require_current(run: Run) -> None:
+    """Refuse a finished run whose inputs were made anew since: what is made from both would be of neither.
+
+    Raises:
+        StoreError: Naming the run and its input.
+    """
+    plan = run.read_json(layout.PLAN)
+    stored = plan["inputs"] if plan else {}
+    for name, digest in open_job(run).input_digests().items():
+        if stored.get(name) != digest:
+            raise StoreError(
+                f"run {run.id} was computed from other weights of {name}, which was made anew since: "
+                "delete the folder of the former and submit again"
+            )
 
 
 def drive_when_free(

@@ -34,6 +34,7 @@ class ConjugateGradient(Solver):
         self.tolerance, self.max_iterations = tolerance, max_iterations
 
     def _solve(self, operator: Operator, rhs_QP: Tensor, progress: Progress) -> Solution:
+        operator.require_finite()
         damping = self.damping_for(operator)
         before = operator.gradient_equivalents
         x_QP = torch.zeros_like(rhs_QP)

@@ -50,6 +50,7 @@ class EkFac(Solver):
         self.seed = seed
 
     def _solve(self, operator: Operator, rhs_QP: Tensor, progress: Progress) -> Solution:
+        operator.require_finite()
         factors = self._fitted(operator, progress)
         damping = self._damping_of(factors)
         inverse = _curvlinops().KFACInverseLinearOperator(

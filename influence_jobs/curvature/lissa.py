@@ -24,11 +24,10 @@ BLOCKS = 8  # averages that a standard error is taken from, at least
 MAX_RELAXATIONS = 400  # depth, at most, in times that an error takes to fall to 1/e
 BURN_IN = 5  # of them before averaging begins: what is left of the start is under 1 %
 MIN_BATCH = 32  # smaller products waste the machine
-PROBED = (
-    1024  # single samples whose curvature is measured to see how they scatter: it has a heavy tail
-)
+PROBED = 256  # single samples whose curvature is measured to see how they scatter
 CHECK_EVERY = 16  # steps
 MAX_RESTARTS = 8
+MAX_DEPTH = 1_000_000  # steps that a chain which chooses its own depth may need before it can end
 
 
 class Lissa(Solver):
@@ -83,6 +82,7 @@ class Lissa(Solver):
         self._seed, self._repeat = seed, repeat
 
     def _solve(self, operator: Operator, rhs_QP: Tensor, progress: Progress) -> Solution:
+        operator.require_finite()
         before = operator.gradient_equivalents
         damping = self.damping_for(operator)
         settings, record = self._settings(operator, damping)
@@ -178,6 +178,11 @@ class _Chain:
 
     def run(self, batches: Iterator[Tensor], depth: int | None) -> Tensor | None:
         """The solution (Q, P); None if the chain diverges."""
+        if depth is None and (BURN_IN + BLOCKS) * self._relaxation > MAX_DEPTH:
+            raise SpecError(
+                f"LiSSA needs {(BURN_IN + BLOCKS) * self._relaxation:,} steps at so small a damping: use "
+                "--solver cg, a larger --damping, or say --depth"
+            )
         if depth is not None:
             if not self._advance(batches, depth, planned=depth):
                 return None

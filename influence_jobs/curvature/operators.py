@@ -90,6 +90,21 @@ class Operator(ABC):
         other.ids, other.work = ids, 0.0
         return other
 
+    @torch.no_grad()
+    def require_finite(self) -> None:
+        """Pass all samples through the model, once.
+
+        Raises:
+            DataError: The loss of a sample is not finite; the message names it.
+        """
+        for ids in torch.split(self.ids, self.batch_size):
+            bad_B = ~self.task.losses(self.model, self.batch(ids)).isfinite().cpu()
+            if bad_B.any():
+                raise DataError(
+                    f"the training loss of sample {int(ids[bad_B][0])} is not finite: check the sample "
+                    "and the checkpoint"
+                )
+
     def product(self, v_QP: Tensor, ids: Tensor) -> Tensor:
         """The matrix of a mini-batch, ids (B,), times every row of v_QP: (Q, P); finite or not.
 

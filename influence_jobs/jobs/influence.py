@@ -1,6 +1,7 @@
 """Influence: s_test vectors times the loss gradient of every training sample."""
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -8,9 +9,11 @@ import torch
 from torch import Tensor
 
 from influence_jobs.curvature import EkFac, GaussNewton
+from influence_jobs.errors import SpecError
 from influence_jobs.gradients import GradDots, GradQuadratics, Metric
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.jobs.s_test import curvature_samples
+from influence_jobs.jobs.samples import trained_inputs
 from influence_jobs.jobs.scores import Scores, ScoresJob
 from influence_jobs.methods.relative import relative_scores
 from influence_jobs.specs import AnySpec, Checkpoint, Identity, InfluenceSpec, STestSpec
@@ -27,9 +30,15 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
     spec_type = InfluenceSpec
     _engines: tuple[int, GradDots, GradQuadratics | None] | None = None
 
+    @cached_property
+    def _fitted(self) -> dict[int, dict[str, Metric | None]]:
+        """Metrics by s_test run, as far as they were needed."""
+        return {}
+
     @staticmethod
     def inputs(spec: InfluenceSpec) -> tuple[AnySpec, ...]:
-        return spec.s_tests
+        trained = trained_inputs(tuple(s_test.checkpoint for s_test in spec.s_tests))
+        return (*trained, *spec.s_tests)
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
@@ -51,12 +60,17 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
     def meaning(self) -> dict[str, str]:
         quantity = self.spec.asked.quantity
         rise = f"N x the predicted rise of the query's {quantity} when the sample is removed"
+        if all(isinstance(s_test.solver, Identity) for s_test in self.spec.s_tests):
+            rise = "the dot product of the two gradients, no curvature divided out"
+        if len(self.spec.s_tests) > 1:
+            over = {"sum": "summed", "mean": "averaged"}[self.spec.combine]
+            rise += f", {over} over {len(self.spec.s_tests)} s_test runs"
         ends = "helpful" if quantity == "loss" else f"it lowers the {quantity}"
         other = "harmful" if quantity == "loss" else f"it raises the {quantity}"
         size = {
             None: "",
-            "theta": ", per unit of the sample's effect on the parameters",
-            "loss": ", per unit of the sample's effect on the training losses",
+            "theta": ", per unit of the sample's effect on the parameters of Linear and Conv2d layers",
+            "loss": ", per unit of the sample's effect on the losses through Linear and Conv2d layers",
         }[self.spec.relative]
         return {
             "quantity": f"s_test . gradient of the sample's loss: {rise}{size}",
@@ -98,7 +112,9 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
             space = ParameterSpace(self.model, s_test.modules)
             sizes = None
             if self.spec.relative is not None:
-                sizes = GradQuadratics(self.model, self._metrics(s_test), self.task.losses)
+                if which not in self._fitted:  # which is dear, and the same for every shard
+                    self._fitted[which] = self._metrics(s_test)
+                sizes = GradQuadratics(self.model, self._fitted[which], self.task.losses)
             dots = GradDots(self.model, space, self.task.losses, vectors_QP)
             self._check(dots)
             self._engines = which, dots, sizes
@@ -117,6 +133,10 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
         """The quadratic form of each layer's gradient that a relative score is divided by the root of."""
         solver = s_test.solver
         layers = [m for m in s_test.modules if isinstance(self.model.get_submodule(m), KRONECKER)]
+        if not layers:
+            raise SpecError(
+                "relative influence measures Linear and Conv2d layers, and none was chosen: leave --relative out"
+            )
         if isinstance(solver, Identity):
             return dict.fromkeys(layers)
         operator = GaussNewton(

@@ -171,7 +171,7 @@ def _by_channel(layer: str, norms: FloatArray, channels: int) -> FloatArray:
     if norms.ndim == 1:
         raise SpecError(
             f"the norms of layer {layer} are of the whole layer, attribution needs one a channel: "
-            "record them with --reduction channel or kernel"
+            "record them with --reduce channel or kernel"
         )
     if norms.shape[1] != channels:
         raise SpecError(

@@ -1,5 +1,6 @@
 """Requests for scores: what a query is, how curvature is inverted, and which method scores the training samples."""
 
+import itertools
 from abc import abstractmethod
 from typing import Annotated, Literal, Self
 
@@ -47,9 +48,11 @@ class Queries(Model):
 
     @model_validator(mode="after")
     def _no_query_twice(self) -> Self:
-        for i, query in enumerate(self.items):
-            if query in self.items[:i]:
+        seen: set[Query] = set()
+        for query in self.items:
+            if query in seen:
                 raise ValueError(f"test {query.test} is asked for twice")
+            seen.add(query)
         return self
 
 
@@ -171,12 +174,17 @@ class InfluenceSpec(ScoresSpec):
 
     @model_validator(mode="after")
     def _normalise(self) -> Self:
-        first = self.s_tests[0]
-        for other in self.s_tests[1:]:
+        # Neither a sum nor a mean has an order.
+        ordered = sorted(self.s_tests, key=lambda s_test: s_test.run_id)
+        object.__setattr__(self, "s_tests", tuple(ordered))
+        first = ordered[0]
+        for before, other in itertools.pairwise(ordered):
+            if other.run_id == before.run_id:
+                raise ValueError(f"{other.run_id} is named twice")
             if (other.queries, other.modules) != (first.queries, first.modules):
                 raise ValueError(f"{other.run_id} has other queries or layers than {first.run_id}")
-            if other.task.data != first.task.data:
-                raise ValueError(f"{other.run_id} is of other data than {first.run_id}")
+            if other.task.identity() != first.task.identity():
+                raise ValueError(f"{other.run_id} is of another task or data than {first.run_id}")
         if len(self.s_tests) == 1:
             object.__setattr__(self, "combine", "sum")
         return self
@@ -216,6 +224,13 @@ class AttributionSpec(ScoresSpec):
             if layer not in recorded:
                 has = ", ".join(recorded) or "no norms"
                 raise ValueError(f"{self.norms.run_id} has no norms of layer {layer}; it has {has}")
+        kept = self.norms
+        reduction = kept.reduction if isinstance(kept, GradNormsSpec) else kept.norm_reduction
+        if reduction == "layer":
+            raise ValueError(
+                f"{kept.run_id} has one norm a layer, and attribution needs one a channel: record them "
+                "with --reduce channel or kernel"
+            )
         if self.norms.task.data != self.task.data:
             raise ValueError(f"{self.norms.run_id} has the norms of other data")
         return self

@@ -1,7 +1,7 @@
 """Every name in a run folder, and what its arrays look like.
 
 <runs>/<run id>/
-    spec.json           what was asked (specs.py); written first; only its paths may change
+    spec.json           what was asked (specs/); written first; only its paths may change
     plan.json           how it is cut up: shards, batch size; written once
     status.json         what the driver is doing; rewritten about once a second
     lease.json          which driver may write; lease.json.OWNER, who succeeds a dead OWNER
@@ -10,7 +10,7 @@
     progress/ID.json    how far a shard in work has come
     data.zarr/          the arrays
     checkpoints/        weights of a train run, and the state it resumes from
-    tables/NAME.parquet small tables
+    tables/NAME.parquet small tables; tables/solutions/ID.parquet, one an s-test shard
     logs/               what drivers said; shard-ID.log, the traceback of an unexpected error
 """
 

@@ -32,8 +32,16 @@ ONE = ("--test", "3")
         ((*S_TEST, *ONE, "--quantity", "change"), "cannot measure 'change': it has loss"),
         ((*S_TEST, *ONE, "--damping", "0"), "damping: Input should be greater than 0"),
         ((*S_TEST, *ONE, "--damping", "-1"), "damping: Input should be greater than 0"),
-        ((*S_TEST, *ONE, "--depth", "100"), "--depth has no meaning for --solver cg"),
-        ((*S_TEST, *ONE, "--batch", "8"), "--batch has no meaning for --solver cg"),
+        (
+            (*S_TEST, *ONE, "--depth", "9", "--solver", "cg"),
+            "--depth has no meaning for --solver cg",
+        ),
+        ((*S_TEST, *ONE, "--batch", "8", "--solver", "ek-fac"), "--batch has no meaning"),
+        (
+            (*S_TEST, *ONE, "--solver", "identity", "--operator", "hessian"),
+            "--operator has no meaning",
+        ),
+        ((*S_TEST, *ONE, "--scale", "5", "--tolerance", ".1"), "for --solver lissa: leave it out"),
         (
             (*S_TEST, *ONE, "--solver", "lu"),
             "'lu' is not one of 'cg', 'lissa', 'ek-fac', 'identity'",
@@ -49,6 +57,9 @@ ONE = ("--test", "3")
         ((*INFLUENCE, "--s-test", "train-digits"), "is no s-test run"),
         ((*INFLUENCE, "--s-test", "s-test-nix"), "there is no run s-test-nix"),
         ((*INFLUENCE, *ONE, "--s-test", "s-test-nix"), "leave those options out"),
+        ((*INFLUENCE, "--s-test", "s-test-nix", "--limit", "3"), "leave those options out"),
+        ((*INFLUENCE, "--s-test", "s-test-nix", "--task", "mnist"), "leave those options out"),
+        ((*ATTRIBUTION, *ONE, "--quantity", "output"), "--quantity is what influence explains"),
         ((*INFLUENCE, *ONE, "--combine", "max"), "'max' is not one of 'sum', 'mean'"),
         ((*ATTRIBUTION, *ONE, "--norms", "nix"), "there is no run nix"),
         (

@@ -58,7 +58,7 @@ def test_the_published_setting_says_its_effective_damping(infl: Infl, runs: Path
         "--batch",
         "8",
     )
-    words = ("submit", "s-test", *DIGITS, "--test", 5, "--solver", "lissa", *published)
+    words = ("submit", "s-test", *DIGITS, "--test", 5, *published)
     answer = infl(*words, "--curvature-samples", 200)
     assert "effective damping lambda = 0.01 x 25 = 0.25" in answer.err
     assert "lambda = 0.25; residual" in answer.out
@@ -102,6 +102,51 @@ def test_attribution_ranks_by_stored_norms(infl: Infl, runs: Path) -> None:
     refused = infl("top", run, "--side", "harmful")
     assert refused.code == 2
     assert "--side has no meaning for attribution-digitstask" in refused.err
+
+
+def test_a_run_that_leaves_all_samples_out_says_so(infl: Infl, runs: Path) -> None:
+    words = ("submit", "attribution", *DIGITS, "--norms", "grad", "--layer", "2", "--test", 5)
+    run = infl(*words, "--exclude-norm-above", "1e-9", "--json").json["run"]
+    refused = infl("top", run, "--png", "x.png")
+    assert refused.code == 2
+    assert "leaves all samples out" in refused.err
+
+
+def test_s_test_runs_have_no_scores_yet(infl: Infl, runs: Path) -> None:
+    run = infl("submit", "s-test", *DIGITS, *CHEAP, "--test", 5, "--json").json["run"]
+    refused = infl("top", run)
+    assert refused.code == 2
+    assert f"infl submit influence --s-test {run}" in refused.err
+    twice = infl("submit", "influence", "--local", "--s-test", run, "--s-test", run)
+    assert f"{run} is named twice" in twice.err
+
+
+def test_vectors_of_weights_that_were_made_anew_are_refused(infl: Infl, runs: Path) -> None:
+    run = infl("submit", "s-test", *DIGITS, *CHEAP, "--test", 5, "--json").json["run"]
+    plan = runs / run / "plan.json"
+    stored = json.loads(plan.read_text())
+    (name,) = stored["inputs"]
+    stored["inputs"][name] = "0" * 64  # as if the training had been done anew since
+    plan.write_text(json.dumps(stored))
+    refused = infl("submit", "influence", "--local", "--s-test", run)
+    assert refused.code == 2
+    assert f"run {run} was computed from other weights of {name}" in refused.err
+
+
+def test_attribution_takes_the_last_epoch_of_norms_over_several(infl: Infl, runs: Path) -> None:
+    norms = infl(
+        "submit",
+        "grad-norms",
+        "--checkpoint",
+        "train-digits@all",
+        "--layer",
+        "2",
+        "--local",
+        "--json",
+    ).json["run"]
+    words = ("submit", "attribution", "--local", "--norms", norms, "--test", 5, "--json")
+    spec = Run.open(str(runs), infl(*words).json["run"]).spec
+    assert spec.checkpoint.epoch == 2
 
 
 def test_a_dry_run_of_influence_counts_all_it_needs(infl: Infl, runs: Path) -> None:

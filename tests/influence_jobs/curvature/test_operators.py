@@ -5,7 +5,7 @@ import torch
 from curvlinops import GGNLinearOperator, HessianLinearOperator
 from torch import nn
 
-from influence_jobs.curvature import GaussNewton, Hessian
+from influence_jobs.curvature import ConjugateGradient, GaussNewton, Hessian
 from influence_jobs.curvature import operators as operators_module
 from influence_jobs.curvature.spectrum import (
     largest_eigenvalue,
@@ -158,5 +158,7 @@ def test_samples_that_are_not_finite_are_named():
     operator = Hessian(model, ParameterSpace(model), task, torch.arange(N), Draw(0), 8)
     with pytest.raises(DataError, match="samples 16 to 23 is not finite"):
         operator @ randoms(1, operator.size, torch.float32)
+    with pytest.raises(DataError, match="the training loss of sample 20 is not finite"):
+        ConjugateGradient(1.0).solve(operator, randoms(1, operator.size, torch.float32))
     with pytest.raises(SpecError, match="at least one sample"):
         operator.__class__(model, ParameterSpace(model), task, torch.arange(0))

@@ -142,6 +142,11 @@ def test_a_matrix_that_no_scale_helps_is_an_error(case):
         )
 
 
+def test_a_damping_that_would_take_for_ever_is_refused(case):
+    with pytest.raises(SpecError, match="steps at so small a damping: use --solver cg"):
+        Lissa(1e-6).solve(case.gauss_newton(), randoms(1, case.space.size))
+
+
 def test_a_hessian_that_lambda_does_not_cover_is_told(case):
     smallest = float(torch.linalg.eigvalsh(case.dense_hessian())[0])
     v_QP = randoms(1, case.space.size)
