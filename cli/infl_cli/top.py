@@ -197,7 +197,7 @@ def _ranked_norms(
         )
     if not arrays:
         raise SpecError(
-            f"{run.id} has no gradient norms and no scores: infl submit grad-norms --layer all "
+            f"{run.id} has no gradient norms: infl submit grad-norms --layer all "
             f"--checkpoint {run.id}{o.for_runs(run.root)}"
         )
     if layer is not None and layer not in arrays:
