@@ -25,7 +25,7 @@ from infl_cluster.inline import InlineBackend
 from infl_cluster.status import read_status
 from influence_jobs.errors import RuntimeFault, StoreError
 from influence_jobs.jobs.registry import open_job
-from influence_jobs.specs import Identity, STestSpec
+from influence_jobs.specs import Identity, InfluenceSpec, STestSpec
 from influence_jobs.store import layout
 from influence_jobs.store.run import Run
 
@@ -202,9 +202,8 @@ def _print_result(run: Run, how: How) -> None:
         last = run.read_table("metrics").to_pylist()[-1]
         figures = ", ".join(f"{k} {v:.4g}" for k, v in last.items() if k != "epoch")
         render.out.print(f"  after epoch {last['epoch']}: {figures}")
-    if "solutions" in summary["tables"]:
-        for line in _solved(run):
-            render.out.print(f"  {line}")
+    for line in _solved(run):
+        render.out.print(f"  {line}")
     for path in summary["tables"].values():
         render.out.print(f"  {path}")
     if isinstance(run.spec, STestSpec):
@@ -219,10 +218,14 @@ def _print_result(run: Run, how: How) -> None:
 
 
 def _solved(run: Run) -> list[str]:
-    """How s_test vectors were found: effective damping, residual, and what happened on the way."""
+    """How the s_test vectors of a run were found: effective damping, residual, and what happened on the way."""
+    if isinstance(run.spec, InfluenceSpec):
+        return [line for s_test in run.spec.s_tests for line in _solved(Run(run.root, s_test))]
+    if not isinstance(run.spec, STestSpec):
+        return []
+    if isinstance(run.spec.solver, Identity):
+        return ["no curvature: s_test is the query's gradient"]
     rows = run.read_table("solutions").to_pylist()
-    if isinstance(run.spec, STestSpec) and isinstance(run.spec.solver, Identity):
-        return ["no curvature: the gradients themselves"]
     damping, record = rows[0]["damping"], json.loads(rows[0]["record"])
     residual = max(row["residual"] for row in rows)
     steps = max(row["iterations"] for row in rows)

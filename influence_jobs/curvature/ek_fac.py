@@ -1,10 +1,7 @@
 """EK-FAC: the Gauss-Newton matrix, layer by layer, diagonal in a Kronecker-factored eigenbasis."""
 
-import importlib
-import warnings
 from collections import UserDict
 from collections.abc import Iterator
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,12 +47,12 @@ class EkFac(Solver):
         self.seed = seed
 
     def _solve(self, operator: Operator, rhs_QP: Tensor, progress: Progress) -> Solution:
+        from curvlinops import KFACInverseLinearOperator  # takes a second to import
+
         operator.require_finite()
         factors = self._fitted(operator, progress)
         damping = self._damping_of(factors)
-        inverse = _curvlinops().KFACInverseLinearOperator(
-            factors, damping=damping, use_exact_damping=True
-        )
+        inverse = KFACInverseLinearOperator(factors, damping=damping, use_exact_damping=True)
         columns = [
             part.movedim(0, -1).contiguous() for part in operator.space.split(rhs_QP).values()
         ]
@@ -92,6 +89,8 @@ class EkFac(Solver):
         return AUTOMATIC_DAMPING * max(float(_only(layer).max()) for layer in eigenvalues)
 
     def _fitted(self, operator: Operator, progress: Progress) -> "EKFACLinearOperator":
+        from curvlinops import EKFACLinearOperator
+
         model, task, space = operator.model, operator.task, operator.space
         for name in space.shapes:
             _require_factored(name, model.get_submodule(name.rpartition(".")[0]))
@@ -101,7 +100,7 @@ class EkFac(Solver):
             )
         parameters = list(space.parameters().values())
         with thawed(parameters), torch.enable_grad():
-            factors = _curvlinops().EKFACLinearOperator(
+            factors = EKFACLinearOperator(
                 _Outputs(model, task),
                 LOSSES[task.output_loss](),
                 parameters,
@@ -116,13 +115,6 @@ class EkFac(Solver):
             factors.compute_kronecker_factors()
             factors.compute_eigenvalue_correction()
         return factors
-
-
-def _curvlinops() -> ModuleType:
-    """The library, on demand: importing it takes a second, and warns of what it uses in torch."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        return importlib.import_module("curvlinops")
 
 
 def _only(eigenvalues: Tensor | dict[int, Tensor]) -> Tensor:

@@ -4,6 +4,7 @@ A shard owns whole chunks of the run's arrays and gives the same bytes whoever c
 company. That is what makes work safe to interrupt, repeat and spread.
 """
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -103,6 +104,8 @@ class Job(ABC, Generic[S]):
     spec_type: ClassVar[type[Spec]]
 
     def __init__(self, run: Run, *, device: torch.device, batch_size: int | None = None):
+        # Torch warns of itself when it first differentiates in forward mode.
+        warnings.filterwarnings("ignore", "`torch.jit.script", FutureWarning)
         self.run_store = run
         self.spec: S = run.spec  # type: ignore[assignment]
         self.device = device
