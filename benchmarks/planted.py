@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--quantity", action="append")
     parser.add_argument("--draws", type=int, default=8, help="of the test images' noise")
     parser.add_argument("--train-draws", type=int, default=2, help="of the patches' noise")
+    parser.add_argument("--damping", type=float)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--every", type=int, default=37)
     options = parser.parse_args()
@@ -76,7 +77,7 @@ def study(task: FFDNetTask, options: argparse.Namespace) -> None:
     everyone = len(task.train_data())
     ids = torch.randperm(everyone, generator=torch.Generator().manual_seed(0))[:samples]
     operator = GaussNewton(model, space, task, ids.sort().values)
-    solver = EkFac()
+    solver = EkFac(options.damping)
     solution = solver.solve(operator, g_QP)
     print(
         f"{everyone} patches, lambda {solution.damping:.3g}, residual {solution.residual_Q.mean():.2f}"

@@ -25,7 +25,7 @@ TaskOfCheckpoint = Annotated[
     typer.Option(
         "--task",
         help="mnist, ffdnet, ffdnet-grey, or your own as module:Class; "
-        "by default that of --checkpoint RUN, else ffdnet.",
+        "by default that of --checkpoint RUN, else ffdnet for norms and mnist for scores.",
         rich_help_panel=_WHAT,
     ),
 ]
