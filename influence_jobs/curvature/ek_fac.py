@@ -30,9 +30,8 @@ LOSSES = {"cross-entropy": nn.CrossEntropyLoss, "mse": nn.MSELoss}
 class EkFac(Solver):
     """Inverts the EK-FAC approximation of the Gauss-Newton matrix, as curvlinops makes it.
 
-    Two passes over the operator's samples, then nothing iterates. One output is sampled
-    from the model for each. A layer that is
-    called more than once in a forward pass is not for it.
+    Two passes over the operator's samples, with one output sampled from the model for each; then nothing iterates. A
+    layer that is called more than once in a forward pass is not for it.
     George, Laurent, Bouthillier, Ballas, Vincent: "Fast Approximate Natural Gradient Descent in a Kronecker-factored
     Eigenbasis", NeurIPS 2018; for influence Grosse et al.: "Studying Large Language Model Generalization with
     Influence Functions", 2023.

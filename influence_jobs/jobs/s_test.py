@@ -145,6 +145,7 @@ class STestJob(Job[STestSpec]):
     @cached_property
     def _operator(self) -> Operator:
         curvature, draw = self.spec.curvature, Draw(self.spec.curvature.seed)
+        # Identity multiplies with neither; the Hessian asks nothing of a task but its losses.
         if curvature.operator == "gauss-newton" and not isinstance(
             self.spec.solver, specs.Identity
         ):
