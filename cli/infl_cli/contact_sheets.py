@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from infl_cli.top import by_query
 from influence_jobs.report.contact_sheet import Cell, Row, contact_sheet
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.registry import make_task
@@ -21,11 +22,8 @@ def write_sheet(run: Run, ranked: Sequence[Mapping[str, Any]], path: Path) -> No
         DataError: Its data are not there.
     """
     task = make_task(run.spec.task)
-    lines: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-    for row in ranked:
-        lines.setdefault((row["test"], row.get("region"), row["side"]), []).append(row)
     rows = []
-    for (test, region, side), line in lines.items():
+    for (test, region, side), line in by_query(ranked).items():
         known = {k: v[0] for k, v in task.describe_test(np.array([test])).items()}
         pictures = task.pictures(np.array([row["sample"] for row in line]))
         query = Cell(task.test_picture(test), _caption(f"test {test}", known))
@@ -38,7 +36,7 @@ def write_sheet(run: Run, ranked: Sequence[Mapping[str, Any]], path: Path) -> No
             for picture, row in zip(pictures, line, strict=True)
         ]
         marked = tuple(map(int, region.split(","))) if region else None
-        rows.append(Row(query, marked, str(side), cells))  # type: ignore[arg-type]
+        rows.append(Row(query, marked, side, cells))  # type: ignore[arg-type]
     contact_sheet(rows).savefig(path, format="png")
 
 

@@ -71,6 +71,9 @@ def top(
         raise StoreError(
             f"{found.id} is not done yet: infl resume {found.id}{o.for_runs(found.root)}"
         )
+    for file in (png, parquet):
+        if file is not None and not file.parent.is_dir():
+            raise SpecError(f"cannot write {file}: there is no folder {file.parent}")
     scored = isinstance(found.spec, ScoresSpec)
     for name, given, fits in (
         ("--test", test is not None, scored),
@@ -157,15 +160,22 @@ def _ranked_scores(
     return rows
 
 
+def by_query(
+    rows: Sequence[Mapping[str, Any]],
+) -> dict[tuple[int, str | None, str], list[Mapping[str, Any]]]:
+    """Ranked rows by (test, region, side), in their order."""
+    blocks: dict[tuple[int, str | None, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        blocks.setdefault((row["test"], row.get("region"), row["side"]), []).append(row)
+    return blocks
+
+
 def _print_scores(run: Run, array: str, rows: Sequence[Mapping[str, Any]]) -> None:
     meaning = run.array(array).attrs
     render.out.print(f"scores: {meaning['quantity']}")
     render.out.print(f"sign: {meaning['sign']}; unit: {meaning['unit']}")
     queries = {row["query"]: row for row in _table(run, "queries").to_pylist()}
-    blocks: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        blocks.setdefault((row["test"], row.get("region"), row["side"]), []).append(row)
-    for (test, region, side), block in blocks.items():
+    for (test, region, side), block in by_query(rows).items():
         query = next(q for q in queries.values() if (q["test"], q["region"]) == (test, region))
         known = {
             name: value

@@ -12,11 +12,10 @@ from influence_jobs.jobs.norm_arrays import norm_layouts
 from influence_jobs.jobs.samples import trained_inputs
 from influence_jobs.jobs.scores import Scores, ScoresJob
 from influence_jobs.methods.attribution import attribution_scores, query_activations
-from influence_jobs.specs import AnySpec, AttributionSpec, Checkpoint, GradNormsSpec
+from influence_jobs.specs import AnySpec, AttributionSpec, Checkpoint
 from influence_jobs.store.layout import SCORES, norms_name, part_name
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.base import Draw
-from influence_jobs.terms import Reduction
 
 
 class AttributionJob(ScoresJob[AttributionSpec]):
@@ -88,7 +87,7 @@ class AttributionJob(ScoresJob[AttributionSpec]):
             self.task.model(),
             self.spec.layers,
             num_samples=self.batch_size,
-            reduction=self._reduction,
+            reduction=self.spec.reduction,
             checkpoints=None,
             source="",
         )
@@ -101,8 +100,3 @@ class AttributionJob(ScoresJob[AttributionSpec]):
         while True:
             attribution_scores(activations, norms, normalize=self.spec.normalize)
             yield self.batch_size
-
-    @property
-    def _reduction(self) -> Reduction:
-        norms = self.spec.norms
-        return norms.reduction if isinstance(norms, GradNormsSpec) else norms.norm_reduction

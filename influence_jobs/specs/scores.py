@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from influence_jobs.specs.base import Model, Spec
 from influence_jobs.specs.training import Checkpoint, GradNormsSpec, TrainSpec
-from influence_jobs.terms import Region
+from influence_jobs.terms import Reduction, Region
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Count = Annotated[int, Field(ge=1)]
@@ -224,11 +224,9 @@ class AttributionSpec(ScoresSpec):
             if layer not in recorded:
                 has = ", ".join(recorded) or "no norms"
                 raise ValueError(f"{self.norms.run_id} has no norms of layer {layer}; it has {has}")
-        kept = self.norms
-        reduction = kept.reduction if isinstance(kept, GradNormsSpec) else kept.norm_reduction
-        if reduction == "layer":
+        if self.reduction == "layer":
             raise ValueError(
-                f"{kept.run_id} has one norm a layer, and attribution needs one a channel: record them "
+                f"{self.norms.run_id} has one norm a layer, and attribution needs one a channel: record them "
                 "with --reduce channel or kernel"
             )
         if self.norms.task.data != self.task.data:
@@ -238,6 +236,12 @@ class AttributionSpec(ScoresSpec):
     @property
     def asked(self) -> Queries:
         return self.queries
+
+    @property
+    def reduction(self) -> Reduction:
+        """What the norms are kept as."""
+        norms = self.norms
+        return norms.reduction if isinstance(norms, GradNormsSpec) else norms.norm_reduction
 
 
 class BaselineSpec(ScoresSpec):

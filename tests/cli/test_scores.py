@@ -99,6 +99,8 @@ def test_attribution_ranks_by_stored_norms(infl: Infl, runs: Path) -> None:
     top = infl("top", run, "--k", 2, "--layer", "conv2", "--json").json["top"]["parts/conv2"]
     assert [row["rank"] for row in top] == [1, 2]
     assert {row["side"] for row in top} == {"attribution"}
+    nowhere = infl("top", run, "--parquet", "none/x.parquet")
+    assert (nowhere.code, "there is no folder none" in nowhere.err) == (2, True)
     refused = infl("top", run, "--side", "harmful")
     assert refused.code == 2
     assert "--side has no meaning for attribution-digitstask" in refused.err
