@@ -81,7 +81,7 @@ class MlpSteps:
         """S steps of the variants `rows` on these samples; the sums (M,) of their losses, float64."""
         ids_MSB = ids_MSB.to(self._device)
         steps, batch = ids_MSB.shape[1:]
-        x_MKI = gather(self._data.inputs_NI, ids_MSB.flatten(1))
+        x_MKI = self._inputs(ids_MSB.flatten(1))
         targets_MK = self._targets(rows, ids_MSB.flatten(1))
         targets_MSB = torch.unflatten(targets_MK, 1, (steps, batch))
         masks = self._dropout_masks(rows, steps, batch, epoch, first_step)
@@ -110,6 +110,12 @@ class MlpSteps:
         logits_MKC = torch.stack(logits, dim=1).flatten(1, 2)
         losses_MK = F.cross_entropy(logits_MKC.transpose(1, 2), targets_MK, reduction="none")
         return losses_MK.sum(1, dtype=torch.float64)
+
+    def _inputs(self, ids_MK: Tensor) -> Tensor:
+        """The first layer's inputs (M, K, I); variants of one order, such as relabelled ones, share one copy."""
+        if (ids_MK == ids_MK[:1]).all():
+            return gather(self._data.inputs_NI, ids_MK[:1]).expand(len(ids_MK), -1, -1)
+        return gather(self._data.inputs_NI, ids_MK)
 
     def _targets(self, rows: slice, ids_MK: Tensor) -> Tensor:
         targets_MK = gather(self._data.targets_N, ids_MK)
