@@ -59,7 +59,7 @@ def print_plan(run: Run, how: How) -> None:
             for name, n in needs.items()
         ],
         "shards": len(plan.shards),
-        "rows_per_shard": max(shard.stop - shard.start for shard in plan.shards),
+        "rows_per_shard": max((shard.stop - shard.start for shard in plan.shards), default=0),
         "samples": plan.units,
         "batch_size": own.batch_size,
         "workers": own.workers,
@@ -106,6 +106,8 @@ def _estimate(run: Run, how: How) -> Estimate:
         array = plan.arrays[0]
         batch_size = min(batch_size, array.chunks[array.row_axis])  # batches never cross chunks
         job = open_job(run, device=how.resolved_device, batch_size=batch_size)
+    if not plan.shards:  # a run that only puts others together
+        return Estimate(plan, batch_size, workers=1, rate=1.0)
     workers = min(how.num_workers, len(plan.shards))
     torch.set_num_threads(max(1, cores() // workers))
     return Estimate(plan, batch_size, workers, _probe(job.probe()) * workers)

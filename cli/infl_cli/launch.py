@@ -65,7 +65,7 @@ def carry_out(run: Run, how: How) -> None:
 def _keep_plan(run: Run, how: How) -> How:
     """The plan of a run's first driver stays: what else is asked for has no effect, and that is said."""
     plan = run.read_json(layout.PLAN)
-    if plan is None:
+    if plan is None or not plan["shards"]:
         return how
     rows = plan["shards"][0]["stop"] - plan["shards"][0]["start"]
     wanted = how.shard_size and open_job(run).plan(how.shard_size).shards[0].stop

@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from infl_cli import cluster, data, runs, submit, submit_scores, top
+from infl_cli import cluster, data, runs, submit, submit_experiments, submit_scores, top
 from influence_jobs.errors import DISK_ERRORS, InflError
 
 app = typer.Typer(
@@ -14,7 +14,8 @@ app = typer.Typer(
     help="Which training examples did this output of a network come from?",
     epilog="Start with: infl submit grad-norms --layer 11",
 )
-submit.app.add_typer(submit_scores.app)  # nameless: its commands join the others
+for more in (submit_scores.app, submit_experiments.app):
+    submit.app.add_typer(more)  # nameless: its commands join the others
 app.add_typer(submit.app, name="submit")
 app.command("runs")(runs.list_runs)
 for command in (runs.status, runs.logs, runs.stop, runs.resume, runs.verify):

@@ -1,25 +1,19 @@
 """Train one model; a run of a single shard that saves its state as it goes."""
 
-import io
 import math
-import time
 from collections.abc import Iterator
-from typing import Any
 
 import pyarrow as pa
-import torch
 
 from influence_jobs.errors import SpecError
 from influence_jobs.jobs.base import Job, Plan, Report, Result, Shard
 from influence_jobs.jobs.norm_arrays import norm_layouts
+from influence_jobs.jobs.saved_state import SavedState, saved_bytes
 from influence_jobs.specs import AnySpec, TrainSpec
 from influence_jobs.store.layout import TRAINING_STATE, ArrayLayout, checkpoint_name, norms_name
 from influence_jobs.store.run import checksum
 from influence_jobs.training.recorded_norms import RecordedNorms
 from influence_jobs.training.train import Recipe, Trainer
-
-SAVE_EVERY_S = 30.0
-SAVE_SHARE = 0.03  # at most this part of the time goes into saving state
 
 
 class TrainJob(Job[TrainSpec]):
@@ -57,10 +51,12 @@ class TrainJob(Job[TrainSpec]):
 
     def run(self, shard: Shard, report: Report) -> Result:
         files, saved_files = self.run_store.files, {}
-        trainer = self._trainer()
-        metrics = self._resume(trainer)
+        trainer, metrics = self._trainer(), []
+        saved = SavedState(files, TRAINING_STATE)
+        if (state := saved.read()) is not None:
+            trainer.load_state_dict(state["trainer"])
+            metrics = state["metrics"]
         report(trainer.samples_seen)
-        last_saved, saving_s = time.monotonic(), 0.0
         while not trainer.finished:
             mean_loss = trainer.step()
             report(trainer.samples_seen)
@@ -74,14 +70,11 @@ class TrainJob(Job[TrainSpec]):
                     {"epoch": trainer.epoch, "train_loss": mean_loss, **self._evaluate(trainer)}
                 )
                 if trainer.epoch in self.spec.save_epochs:
-                    files.write(checkpoint_name(trainer.epoch), _bytes(trainer.model.state_dict()))
-            since = time.monotonic() - last_saved
-            if since > max(SAVE_EVERY_S, saving_s / SAVE_SHARE) and not trainer.finished:
-                started = time.monotonic()
-                state = {"trainer": trainer.state_dict(), "metrics": metrics}
-                files.write(TRAINING_STATE, _bytes(state))
-                last_saved = time.monotonic()
-                saving_s = last_saved - started
+                    files.write(
+                        checkpoint_name(trainer.epoch), saved_bytes(trainer.model.state_dict())
+                    )
+            if not trainer.finished:
+                saved.keep(lambda: {"trainer": trainer.state_dict(), "metrics": metrics})
         for epoch in self.spec.save_epochs:
             saved_files[checkpoint_name(epoch)] = checksum(files.read(checkpoint_name(epoch)))
         saved_files |= self.run_store.write_table("metrics", pa.Table.from_pylist(metrics))
@@ -91,14 +84,6 @@ class TrainJob(Job[TrainSpec]):
 
     def _trainer(self) -> Trainer:
         spec = self.spec
-        recipe = Recipe(
-            epochs=spec.epochs,
-            batch_size=spec.batch_size,
-            optimizer=spec.optimizer,
-            lr=spec.lr,
-            momentum=spec.momentum,
-            weight_decay=spec.weight_decay,
-        )
         norms = None
         if spec.norm_layers:
             norms = RecordedNorms(
@@ -108,18 +93,7 @@ class TrainJob(Job[TrainSpec]):
                 reduction=spec.norm_reduction,
                 skip_epochs=spec.norm_skip_epochs,
             )
-        return Trainer(self.task, recipe, seed=spec.seed, device=self.device, norms=norms)
-
-    def _resume(self, trainer: Trainer) -> list[dict[str, Any]]:
-        """Put the trainer where an earlier attempt was; returns the metrics so far."""
-        try:
-            data = self.run_store.files.read(TRAINING_STATE)
-        except FileNotFoundError:
-            return []
-        state = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
-        trainer.load_state_dict(state["trainer"])
-        metrics: list[dict[str, Any]] = state["metrics"]
-        return metrics
+        return Trainer(self.task, recipe_of(spec), seed=spec.seed, device=self.device, norms=norms)
 
     def probe(self) -> Iterator[int]:
         trainer = self._trainer()
@@ -139,7 +113,13 @@ class TrainJob(Job[TrainSpec]):
         return Result(files=self.write_samples() if self.spec.norm_layers else {})
 
 
-def _bytes(value: Any) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
+def recipe_of(spec: TrainSpec) -> Recipe:
+    """What a trainer needs to know of a training."""
+    return Recipe(
+        epochs=spec.epochs,
+        batch_size=spec.batch_size,
+        optimizer=spec.optimizer,
+        lr=spec.lr,
+        momentum=spec.momentum,
+        weight_decay=spec.weight_decay,
+    )

@@ -6,6 +6,16 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from influence_jobs.errors import StoreError
 from influence_jobs.specs.base import Model, Spec, TaskSpec, first_error, make_spec
+from influence_jobs.specs.experiments import (
+    AblationSpec,
+    AnyScores,
+    LdsSpec,
+    PaperSpec,
+    Ranking,
+    RelabelRule,
+    RetrainingSpec,
+    StabilitySpec,
+)
 from influence_jobs.specs.scores import (
     AttributionSpec,
     BaselineSpec,
@@ -30,6 +40,8 @@ from influence_jobs.specs.training import (
 )
 
 __all__ = [
+    "AblationSpec",
+    "AnyScores",
     "AnySpec",
     "AttributionSpec",
     "BaselineSpec",
@@ -41,14 +53,20 @@ __all__ = [
     "GradNormsSpec",
     "Identity",
     "InfluenceSpec",
+    "LdsSpec",
     "Lissa",
     "Model",
+    "PaperSpec",
     "Queries",
     "Query",
+    "Ranking",
+    "RelabelRule",
+    "RetrainingSpec",
     "STestSpec",
     "ScoresSpec",
     "Solver",
     "Spec",
+    "StabilitySpec",
     "TaskSpec",
     "TrainSpec",
     "TrainedCheckpoint",
@@ -56,7 +74,18 @@ __all__ = [
     "parse_spec",
 ]
 
-AnySpec = TrainSpec | GradNormsSpec | STestSpec | InfluenceSpec | AttributionSpec | BaselineSpec
+AnySpec = (
+    TrainSpec
+    | GradNormsSpec
+    | STestSpec
+    | InfluenceSpec
+    | AttributionSpec
+    | BaselineSpec
+    | AblationSpec
+    | LdsSpec
+    | StabilitySpec
+    | PaperSpec
+)
 _ANY_SPEC: TypeAdapter[AnySpec] = TypeAdapter(Annotated[AnySpec, Field(discriminator="kind")])
 
 

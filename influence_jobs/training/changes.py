@@ -60,7 +60,7 @@ class Changes:
                 f"{type(task).__name__} cannot be relabelled: its samples have no classes (output_loss is "
                 f"{task.output_loss!r}, not 'cross-entropy'); remove them instead"
             )
-        classes = _num_classes(task)
+        classes = num_classes(task)
         if self.labels.min() < 0 or self.labels.max() >= classes:
             raise SpecError(f"new labels must be classes, from 0 to {classes - 1}")
 
@@ -82,7 +82,8 @@ class Changes:
 
 
 @torch.no_grad()
-def _num_classes(task: Task) -> int:
+def num_classes(task: Task) -> int:
+    """Classes of a task whose loss is the cross-entropy."""
     with torch.random.fork_rng(devices=[]):  # the weights do not matter
         model = task.model().eval()
     return task.outputs(model, task.batch(torch.tensor([0]), Draw(0))).shape[1]

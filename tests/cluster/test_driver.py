@@ -17,7 +17,7 @@ from infl_cluster.inline import InlineBackend
 from infl_cluster.status import StatusWriter, read_status
 from influence_jobs.errors import InflError, RuntimeFault, SpecError, StoreError
 from influence_jobs.jobs import runner as runner_module
-from influence_jobs.jobs import train as train_module
+from influence_jobs.jobs import saved_state
 from influence_jobs.jobs.base import Plan, Shard
 from influence_jobs.jobs.registry import open_job
 from influence_jobs.specs import GradNormsSpec
@@ -364,8 +364,8 @@ def test_the_rate_does_not_count_what_earlier_attempts_did(
 def test_a_resumed_training_tells_where_it_starts(
     tmp_path: Path, grad_norms_spec: GradNormsSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train_module, "SAVE_EVERY_S", 0.0)
-    monkeypatch.setattr(train_module, "SAVE_SHARE", 1e9)
+    monkeypatch.setattr(saved_state, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(saved_state, "SAVE_SHARE", 1e9)
     train = grad_norms_spec.checkpoints[0].train  # type: ignore[union-attr]
     whole = Run.create(str(tmp_path / "whole"), train)
     drive(whole.root, whole.id, InlineBackend())

@@ -1,0 +1,265 @@
+"""From what the user typed to specs of experiments."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from infl_cli.requests import Subject
+from infl_cli.score_options import CurvatureOptions
+from infl_cli.score_requests import s_test_requests
+from influence_jobs.errors import SpecError
+from influence_jobs.jobs.ablation import require_ablation
+from influence_jobs.jobs.queries import require_queries
+from influence_jobs.specs import (
+    AblationSpec,
+    AnyScores,
+    AttributionSpec,
+    BaselineSpec,
+    GradNormsSpec,
+    InfluenceSpec,
+    Queries,
+    Ranking,
+    RelabelRule,
+    ScoresSpec,
+    TrainedCheckpoint,
+    TrainSpec,
+    make_spec,
+)
+from influence_jobs.store.find import find_run
+from influence_jobs.tasks.layers import weight_layers
+
+METHODS = ("attribution", "helpful", "harmful", "random", "loss", "nearest", "dot-product")
+REPORT_SIZES = (200, 500, 1000, 2000, 5000, 10_000)
+SEEDED = ("attribution", "helpful", "harmful", "loss", "dot-product")  # that depend on a training
+
+
+class Trained(NamedTuple):
+    """What scores are of: a subject with one training, which has the norms that attribution needs."""
+
+    subject: Subject
+    train: TrainSpec
+
+
+def trained_request(subject: Subject, *, given: bool) -> Trained:
+    """The training that scores and retrainings are of.
+
+    Args:
+        subject: With one checkpoint.
+        given: Whether the user named the checkpoint; else it records norms of the hidden layers (Algorithm 1).
+
+    Raises:
+        SpecError: The checkpoint is a file, which does not say how to train.
+    """
+    if len(subject.checkpoints) != 1:
+        raise SpecError("experiments are of one checkpoint: name one with --checkpoint")
+    checkpoint = subject.checkpoints[0]
+    if not isinstance(checkpoint, TrainedCheckpoint):
+        raise SpecError(
+            "a file of weights does not say how it was trained: name a train run with --checkpoint, or leave it out"
+        )
+    if given:
+        return Trained(subject, checkpoint.train)
+    return _at(subject, with_norms(subject, checkpoint.train))
+
+
+def with_norms(subject: Subject, train: TrainSpec) -> TrainSpec:
+    """A training that records the norms of its hidden layers, if it is long enough to skip the first epoch."""
+    if train.epochs == 1:
+        return train
+    hidden = tuple(weight_layers(subject.built, subject.built.model())[:-1])
+    return _changed(train, norm_layers=hidden)
+
+
+def of_seed(trained: Trained, seed: int) -> Trained:
+    """The same training from another seed."""
+    return _at(trained.subject, _changed(trained.train, seed=seed))
+
+
+def _at(subject: Subject, train: TrainSpec) -> Trained:
+    checkpoint = TrainedCheckpoint(train=train, epoch=train.epochs)
+    return Trained(subject._replace(checkpoints=(checkpoint,)), train)
+
+
+def _changed(train: TrainSpec, **values: Any) -> TrainSpec:
+    kept = {n: getattr(train, n) for n in TrainSpec.model_fields if n != "kind"}
+    return make_spec(TrainSpec, **{**kept, **values})
+
+
+def ranking_request(
+    word: str,
+    trained: Trained,
+    queries: Queries,
+    curvature: CurvatureOptions,
+    *,
+    root: str,
+    seed: int,
+) -> Ranking:
+    """A method by its name, or the scores of a run by its id.
+
+    Raises:
+        SpecError: There is no such method.
+        StoreError: There is no such run.
+    """
+    if word in METHODS:
+        scores = scores_request(word, trained, queries, curvature, seed=seed)
+        return make_spec(Ranking, name=word, scores=(scores,), largest=word != "harmful")
+    if "-" not in word:
+        raise SpecError(
+            f"unknown method {word!r}: choose {', '.join(METHODS)}, or the id of a run with scores"
+        )
+    specs = tuple(found_scores(root, part) for part in word.split("+"))
+    return make_spec(Ranking, name=word, scores=specs)
+
+
+def found_scores(root: str, word: str) -> AnyScores:
+    """The spec of a run with scores.
+
+    Raises:
+        StoreError: There is no such run.
+        SpecError: It has no scores.
+    """
+    spec = find_run(root, word).spec
+    if not isinstance(spec, ScoresSpec):
+        raise SpecError(
+            f"{spec.run_id} has no scores: name an influence, attribution or baseline run"
+        )
+    return spec
+
+
+def scores_request(
+    method: str, trained: Trained, queries: Queries, curvature: CurvatureOptions, *, seed: int
+) -> AnyScores:
+    """The scores of a method, as `infl submit influence | attribution | baseline` would make them.
+
+    Attribution takes the norms recorded in training where there are any, else a replay of them.
+    """
+    subject, task = trained.subject, trained.subject.task
+    if method in ("helpful", "harmful", "dot-product"):
+        chosen = CurvatureOptions(solver="identity") if method == "dot-product" else curvature
+        s_tests = s_test_requests(subject, queries, chosen, layers=None, seed=seed)
+        return make_spec(
+            InfluenceSpec, task=task, s_tests=s_tests, noise_draws=queries.noise_draws, seed=seed
+        )
+    if method == "attribution":
+        return _attribution(trained, queries, seed=seed)
+    return make_spec(
+        BaselineSpec,
+        task=task,
+        method=method,
+        queries=queries,
+        checkpoint=subject.checkpoints[0],
+        seed=seed,
+    )
+
+
+def _attribution(trained: Trained, queries: Queries, *, seed: int) -> AttributionSpec:
+    subject, norms = trained.subject, trained.train
+    layers = trained.train.norm_layers
+    source: TrainSpec | GradNormsSpec = norms
+    if not layers:
+        layers = tuple(weight_layers(subject.built, subject.built.model())[:-1])
+        source = make_spec(
+            GradNormsSpec,
+            task=subject.task,
+            checkpoints=subject.checkpoints,
+            layers=layers,
+            seed=seed,
+        )
+    return make_spec(
+        AttributionSpec,
+        task=subject.task,
+        norms=source,
+        checkpoint=subject.checkpoints[0],
+        layers=layers,
+        queries=queries,
+    )
+
+
+def stability_rankings(
+    words: Sequence[str],
+    trained: Trained,
+    queries: Queries,
+    curvature: CurvatureOptions,
+    *,
+    retrainings: int,
+    ensemble: int,
+    seed: int,
+) -> tuple[tuple[Ranking, ...], ...]:
+    """For each method its rankings from the training and from others, each the mean over `ensemble` seeds.
+
+    The first is of seeds 0 to `ensemble` - 1 counted from the training's own, the next of those after them.
+
+    Raises:
+        SpecError: There is no such method, or it does not depend on the training.
+    """
+    for word in words:
+        if word not in SEEDED:
+            raise SpecError(
+                f"stability of {word!r}: choose {', '.join(SEEDED)}, whose scores depend on the training"
+            )
+    first = trained.train.seed
+    by_seed = [of_seed(trained, first + i) for i in range(ensemble * (retrainings + 1))]
+    require_queries(trained.subject.built, queries)
+    methods = []
+    for word in words:
+        scores = [scores_request(word, one, queries, curvature, seed=seed) for one in by_seed]
+        groups = [scores[i : i + ensemble] for i in range(0, len(scores), ensemble)]
+        methods.append(
+            tuple(
+                make_spec(Ranking, name=word, scores=tuple(group), largest=word != "harmful")
+                for group in groups
+            )
+        )
+    return tuple(methods)
+
+
+def ensemble_ranking(
+    word: str,
+    trained: Trained,
+    queries: Queries,
+    curvature: CurvatureOptions,
+    *,
+    root: str,
+    seed: int,
+    ensemble: int,
+) -> Ranking:
+    """Like `ranking_request`, of a method that depends on the training the mean over `ensemble` seeds."""
+    if word not in SEEDED or ensemble == 1:
+        return ranking_request(word, trained, queries, curvature, root=root, seed=seed)
+    members = [of_seed(trained, trained.train.seed + i) for i in range(ensemble)]
+    scores = [scores_request(word, one, queries, curvature, seed=seed) for one in members]
+    return make_spec(
+        Ranking, name=f"{word} x{ensemble}", scores=tuple(scores), largest=word != "harmful"
+    )
+
+
+def ablation_request(
+    trained: Trained,
+    rankings: Sequence[Ranking],
+    *,
+    sizes: Sequence[int] | None,
+    modes: Sequence[str],
+    relabel: RelabelRule,
+    seeds: Sequence[int],
+) -> AblationSpec:
+    """An ablation grid, refused at once if the task cannot have it.
+
+    Args:
+        sizes: The numbers k; by default the report's, as far as there are so many samples.
+
+    Raises:
+        SpecError: As `require_ablation` says.
+    """
+    built = trained.subject.built
+    n = len(built.train_data())
+    spec = make_spec(
+        AblationSpec,
+        task=trained.subject.task,
+        recipe=trained.train,
+        rankings=tuple(rankings),
+        seeds=tuple(seeds),
+        sizes=tuple(sizes or (k for k in REPORT_SIZES if k < n)),
+        modes=tuple(modes),
+        relabel=relabel,
+    )
+    require_ablation(spec, n, built.output_loss)
+    return spec

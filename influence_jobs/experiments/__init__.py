@@ -1,0 +1,1 @@
+"""Experiments that put scores to the test: designs and statistics, arrays in, numbers out."""

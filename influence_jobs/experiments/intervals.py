@@ -1,0 +1,36 @@
+"""Means with bootstrap intervals."""
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+LEVEL = 0.95
+
+
+class Interval(NamedTuple):
+    """A mean and its 95 % bootstrap interval; the bounds are NaN where there is one value only."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def mean_interval(values: npt.NDArray[np.floating]) -> Interval:
+    """The mean of independent values, with the percentile bootstrap's interval (Efron 1979).
+
+    Args:
+        values: (n,), finite. One a query, say: values of one query are averaged before.
+    """
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return Interval(mean, np.nan, np.nan)
+    found = stats.bootstrap(
+        (values,),
+        np.mean,
+        confidence_level=LEVEL,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return Interval(mean, float(found.low), float(found.high))

@@ -1,0 +1,37 @@
+"""Stored scores, as experiments read them."""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from influence_jobs.specs import AnySpec, Ranking
+from influence_jobs.store.layout import SCORES
+from influence_jobs.store.run import Run
+
+
+def needed_runs(rankings: Iterable[Ranking]) -> tuple[AnySpec, ...]:
+    """The score runs of some rankings, each once."""
+    runs = [scores for ranking in rankings for scores in ranking.scores]
+    return tuple({scores.run_id: scores for scores in runs}.values())
+
+
+def digests(root: str, rankings: Iterable[Ranking]) -> dict[str, str]:
+    """What the runs of some rankings hold, by run."""
+    return {spec.run_id: Run(root, spec).digest() for spec in needed_runs(rankings)}
+
+
+def score_blocks(root: str, ranking: Ranking) -> Iterator[tuple[int, npt.NDArray[np.float64]]]:
+    """A ranking's scores in blocks of samples: the first one's id, and scores (Q, B), NaN for samples left out."""
+    runs = [Run(root, spec) for spec in ranking.scores]
+    array = runs[0].array(SCORES)
+    axis = runs[0].row_axis(SCORES)
+    for start in range(0, array.shape[axis], array.chunks[axis]):
+        stop = min(start + array.chunks[axis], array.shape[axis])
+        blocks = [run.read_rows(SCORES, start, stop).astype(np.float64) for run in runs]
+        yield start, np.mean(blocks, axis=0)
+
+
+def all_scores(root: str, ranking: Ranking) -> npt.NDArray[np.float64]:
+    """A ranking's scores, (Q, N)."""
+    return np.concatenate([block for _, block in score_blocks(root, ranking)], axis=1)

@@ -1,0 +1,84 @@
+"""Weights of retrained variants: shared by all experiments in a folder of runs, so that none is trained twice.
+
+<runs>/retrained-<task>-<hash of the recipe>/
+    recipe.json         how all of them were trained
+    manifest/KEY.json   one a variant: the checksum of its weights, written after them
+    checkpoints/KEY.pt  its weights
+KEY is the hash of what distinguishes a variant: seed, samples removed, samples relabelled.
+"""
+
+import io
+import json
+import logging
+
+import torch
+from torch import Tensor
+
+from influence_jobs.specs import TrainSpec
+from influence_jobs.store.files import open_files
+from influence_jobs.store.layout import CHECKPOINTS
+from influence_jobs.store.manifest import Entry, Manifest
+from influence_jobs.store.run import checksum, now
+
+log = logging.getLogger(__name__)
+
+
+class Retrained:
+    """The variants of one recipe. Several may write the same variant: to each reader it is whole.
+
+    Args:
+        root: Folder of all runs.
+        recipe: How the variants are trained; its seed does not count.
+    """
+
+    def __init__(self, root: str, recipe: TrainSpec):
+        self._recipe = recipe
+        name = f"retrained-{recipe.run_id.removeprefix(f'{recipe.kind}-')}"
+        self._files = open_files(root).sub(name)
+        self._manifest = Manifest(self._files)
+
+    def read(self, key: str) -> dict[str, Tensor] | None:
+        """Weights of a variant, on the CPU; None if it is not there, or damaged."""
+        entry = self._manifest.read(key)
+        if entry is None:
+            return None
+        name = _weights_name(key)
+        try:
+            data = self._files.read(name)
+        except FileNotFoundError:
+            data = b""
+        if checksum(data) != entry.files[name]:
+            log.warning("variant %s is damaged: it is trained again", key)
+            return None
+        weights: dict[str, Tensor] = torch.load(
+            io.BytesIO(data), weights_only=True, map_location="cpu"
+        )
+        return weights
+
+    def write(self, key: str, weights: dict[str, Tensor]) -> None:
+        """Keep the weights of a variant."""
+        self._files.create("recipe.json", self._recipe.model_dump_json(indent=2).encode())
+        buffer = io.BytesIO()
+        # Copies: a row of a stack would be saved with the whole stack.
+        torch.save(
+            {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}, buffer
+        )
+        name, data = _weights_name(key), buffer.getvalue()
+        self._files.write(name, data)
+        entry = Entry(key, 0, 0, 1, self._recipe.hash, "done", files={name: checksum(data)})
+        self._manifest.write(Entry(**{**entry.__dict__, "finished_at": now()}))
+
+
+def _weights_name(key: str) -> str:
+    return f"{CHECKPOINTS}/{key}.pt"
+
+
+def variant_key(seed: int, removed: bytes, relabelled: bytes, labels: bytes) -> str:
+    """The key of a variant, from its seed and the bytes of its sorted ids and their labels (int64)."""
+    parts = {
+        "seed": seed,
+        "removed": checksum(removed),
+        "relabelled": checksum(relabelled),
+        "labels": checksum(labels),
+    }
+    return checksum(json.dumps(parts).encode())[:24]
