@@ -1,10 +1,10 @@
 """`infl top --png`: the ranked samples of a run as pictures."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from infl_cli.top import by_query
 from influence_jobs.report.contact_sheet import Cell, Row, contact_sheet
@@ -14,7 +14,7 @@ from influence_jobs.tasks.registry import make_task
 _RANKING = {"test", "region", "side", "rank", "score", "sample"}
 
 
-def write_sheet(run: Run, ranked: Sequence[Mapping[str, Any]], path: Path) -> None:
+def sheet(run: Run, ranked: Sequence[Mapping[str, Any]]) -> Figure:
     """Draw the rows that `infl top` prints, a line for every query and side.
 
     Raises:
@@ -37,7 +37,7 @@ def write_sheet(run: Run, ranked: Sequence[Mapping[str, Any]], path: Path) -> No
         ]
         marked = tuple(map(int, region.split(","))) if region else None
         rows.append(Row(query, marked, side, cells))  # type: ignore[arg-type]
-    contact_sheet(rows).savefig(path, format="png")
+    return contact_sheet(rows)
 
 
 def _described(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def trained_request(subject: Subject, *, given: bool) -> Trained:
         )
     if given:
         return Trained(subject, checkpoint.train)
-    return _at(subject, with_norms(subject, checkpoint.train))
+    return trained_at(subject, with_norms(subject, checkpoint.train))
 
 
 def with_norms(subject: Subject, train: TrainSpec) -> TrainSpec:
@@ -66,20 +66,22 @@ def with_norms(subject: Subject, train: TrainSpec) -> TrainSpec:
     if train.epochs == 1:
         return train
     hidden = tuple(weight_layers(subject.built, subject.built.model())[:-1])
-    return _changed(train, norm_layers=hidden)
+    return changed(train, norm_layers=hidden)
 
 
 def of_seed(trained: Trained, seed: int) -> Trained:
     """The same training from another seed."""
-    return _at(trained.subject, _changed(trained.train, seed=seed))
+    return trained_at(trained.subject, changed(trained.train, seed=seed))
 
 
-def _at(subject: Subject, train: TrainSpec) -> Trained:
+def trained_at(subject: Subject, train: TrainSpec) -> Trained:
+    """A subject as another training leaves it."""
     checkpoint = TrainedCheckpoint(train=train, epoch=train.epochs)
     return Trained(subject._replace(checkpoints=(checkpoint,)), train)
 
 
-def _changed(train: TrainSpec, **values: Any) -> TrainSpec:
+def changed(train: TrainSpec, **values: Any) -> TrainSpec:
+    """A training with some fields set otherwise."""
     kept = {n: getattr(train, n) for n in TrainSpec.model_fields if n != "kind"}
     return make_spec(TrainSpec, **{**kept, **values})
 
@@ -93,7 +95,7 @@ def ranking_request(
     root: str,
     seed: int,
 ) -> Ranking:
-    """A method by its name, or the scores of a run by its id.
+    """A method by its name, or the scores of runs as RUN, RUN+RUN (their mean), or NAME=RUN.
 
     Raises:
         SpecError: There is no such method.
@@ -102,12 +104,13 @@ def ranking_request(
     if word in METHODS:
         scores = scores_request(word, trained, queries, curvature, seed=seed)
         return make_spec(Ranking, name=word, scores=(scores,), largest=word != "harmful")
-    if "-" not in word:
+    name, _, runs = word.rpartition("=")
+    if "-" not in runs:
         raise SpecError(
             f"unknown method {word!r}: choose {', '.join(METHODS)}, or the id of a run with scores"
         )
-    specs = tuple(found_scores(root, part) for part in word.split("+"))
-    return make_spec(Ranking, name=word, scores=specs)
+    specs = tuple(found_scores(root, part) for part in runs.split("+"))
+    return make_spec(Ranking, name=name or runs, scores=specs)
 
 
 def found_scores(root: str, word: str) -> AnyScores:

@@ -25,7 +25,16 @@ from infl_cluster.inline import InlineBackend
 from infl_cluster.status import read_status
 from influence_jobs.errors import RuntimeFault, StoreError
 from influence_jobs.jobs.registry import open_job
-from influence_jobs.specs import Identity, InfluenceSpec, STestSpec
+from influence_jobs.report.tables import tables_of
+from influence_jobs.specs import (
+    AblationSpec,
+    Identity,
+    InfluenceSpec,
+    LdsSpec,
+    PaperSpec,
+    StabilitySpec,
+    STestSpec,
+)
 from influence_jobs.store import layout
 from influence_jobs.store.run import Run
 
@@ -206,7 +215,14 @@ def _print_result(run: Run, how: How) -> None:
         render.out.print(f"  {line}")
     for path in summary["tables"].values():
         render.out.print(f"  {path}")
-    if isinstance(run.spec, STestSpec):
+    for table in tables_of(run):
+        render.out.print(f"\n{table.title}")
+        render.print_table(table.columns, table.rows)
+        if table.note:
+            render.out.print(table.note)
+    if isinstance(run.spec, (AblationSpec, LdsSpec, StabilitySpec, PaperSpec)):
+        render.out.print(f"\nnext: infl figures {run.id}{for_runs(run.root)}")
+    elif isinstance(run.spec, STestSpec):
         render.out.print(f"next: infl submit influence --s-test {run.id}{for_runs(run.root)}")
     elif summary["arrays"]:
         render.out.print(f"next: infl top {run.id}{for_runs(run.root)}")

@@ -17,14 +17,15 @@ _DATA = "Data"
 Task = Annotated[
     str,
     typer.Option(
-        help="mnist, ffdnet, ffdnet-grey, or your own as module:Class.", rich_help_panel=_WHAT
+        help="mnist, mnist-dropout, ffdnet, ffdnet-grey, or your own as module:Class.",
+        rich_help_panel=_WHAT,
     ),
 ]
 TaskOfCheckpoint = Annotated[
     str | None,
     typer.Option(
         "--task",
-        help="mnist, ffdnet, ffdnet-grey, or your own as module:Class; "
+        help="mnist, mnist-dropout, ffdnet, ffdnet-grey, or your own as module:Class; "
         "by default that of --checkpoint RUN, else ffdnet for norms and mnist for scores.",
         rich_help_panel=_WHAT,
     ),

@@ -24,7 +24,7 @@ By = Annotated[
     typer.Option(
         metavar="METHOD",
         help="attribution, helpful, harmful, random, loss, nearest, dot-product, or a run with scores "
-        "(RUN+RUN: their mean). May be repeated.",
+        "(RUN+RUN: their mean; NAME=RUN: as tables shall call it). May be repeated.",
         rich_help_panel=_EXPERIMENT,
     ),
 ]
@@ -194,6 +194,32 @@ def lds(
         fraction=fraction,
     )
     carry_out(Run(root, spec), how)
+
+
+@app.command()
+@grouped
+def paper(
+    weights: o.Weights,
+    data: o.QueriedData,
+    how: ShardedHow,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick",
+            help="Short trainings and a small grid: minutes instead of hours.",
+            rich_help_panel=_EXPERIMENT,
+        ),
+    ] = False,
+    runs: o.Runs = o.DEFAULT_RUNS,
+) -> None:
+    """The report's experiments in one run: of section 4.1 (MNIST), or with --task ffdnet of section 4.2."""
+    from infl_cli.launch import carry_out
+    from infl_cli.paper import paper_request
+    from influence_jobs.store.run import Run
+
+    root = o.runs_folder(runs)
+    run = Run(root, paper_request(weights, data, root, quick=quick))
+    carry_out(run, how)
 
 
 def _subject(

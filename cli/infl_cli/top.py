@@ -84,7 +84,7 @@ def top(
         if given and not fits:
             raise SpecError(f"{name} has no meaning for {found.id}: leave it out")
     if scored:
-        rows = _ranked_scores(found, k, layer, test, side)
+        rows = ranked_scores(found, k, layer, test, side)
         tables = {SCORES if layer is None else part_name(layer): rows}
     else:
         tables = _ranked_norms(found, k, layer, channel)
@@ -95,9 +95,9 @@ def top(
         parquet.write_bytes(buffer.getvalue())
         say(f"wrote {parquet}")
     if png:
-        from infl_cli.contact_sheets import write_sheet
+        from infl_cli.contact_sheets import sheet
 
-        write_sheet(found, tables[next(iter(tables))], png)
+        sheet(found, tables[next(iter(tables))]).savefig(png, format="png")
         say(f"wrote {png}")
     if json:
         render.print_json({"run": found.id, "top": tables})
@@ -119,9 +119,19 @@ def sides(run: Run) -> dict[str, bool]:
     return {"lowers it": True, "raises it": False}
 
 
-def _ranked_scores(
+def ranked_scores(
     run: Run, k: int, layer: str | None, tests: Sequence[int] | None, side: str
 ) -> list[dict[str, Any]]:
+    """The first k samples of each query and side: test, region if any, side, rank, score, and what the sample is.
+
+    Args:
+        layer: Of this layer's part only.
+        tests: Only queries of these test samples.
+        side: helpful, harmful or both.
+
+    Raises:
+        SpecError: The run keeps no such part, has no such query, or scores nothing.
+    """
     array = SCORES if layer is None else part_name(layer)
     if array not in run.array_names():
         kept = [name.partition("/")[2] for name in run.array_names() if name != SCORES]

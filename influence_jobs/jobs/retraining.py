@@ -70,8 +70,6 @@ class RetrainJob(Job[S]):
         require_queries(self.task, self.spec.queries)
         count, num_queries = len(self.sizes), len(self.spec.queries.items)
         rows = shard_rows or min(max(count // AIM_SHARDS, MIN_SHARD), MAX_SHARD)
-        pieces = math.ceil(count / rows)
-        bounds = [count * i // pieces for i in range(pieces + 1)]
         arrays = tuple(
             ArrayLayout(
                 name=name,
@@ -87,8 +85,7 @@ class RetrainJob(Job[S]):
             )
         )
         shards = tuple(
-            Shard(f"{start:06d}-{stop:06d}", start, stop)
-            for start, stop in itertools.pairwise(bounds)
+            Shard(f"{start:06d}-{stop:06d}", start, stop) for start, stop in _pieces(count, rows)
         )
         units = sum(self.sizes) * self.spec.recipe.epochs
         return Plan(arrays, shards, units=units, batch_size=self.batch_size)
@@ -175,8 +172,9 @@ class RetrainJob(Job[S]):
         """Cut variants into ensembles of about one size, no larger than is fastest and fits."""
         if not keys:
             return []
-        pieces = math.ceil(len(keys) / self._width(len(keys)))
-        return [list(part) for part in np.array_split(np.array(keys), pieces)]
+        return [
+            list(keys[start:stop]) for start, stop in _pieces(len(keys), self._width(len(keys)))
+        ]
 
     def _width(self, wanted: int) -> int:
         """How many variants to train side by side, of those wanted."""
@@ -282,6 +280,12 @@ class RetrainJob(Job[S]):
             self.run_store.read_rows(name, 0, count) for name in (LOSSES, DECISIONS)
         )
         return losses, decisions
+
+
+def _pieces(count: int, largest: int) -> Iterator[tuple[int, int]]:
+    """Bounds of as few pieces as can be, of about one size and none too large."""
+    pieces = math.ceil(count / largest)
+    return itertools.pairwise(count * i // pieces for i in range(pieces + 1))
 
 
 def _key(variant: Variant) -> str:

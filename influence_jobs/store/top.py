@@ -12,32 +12,24 @@ from influence_jobs.store.run import Run
 def largest_rows(
     run: Run, name: str, k: int, *, channel: int | None = None
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """Rows with the largest totals, ties in the order of their ids.
+    """Rows with the largest `row_totals`, ties in the order of their ids: ids and totals, largest first."""
+    totals = row_totals(run, name, channel=channel)
+    best = np.argsort(-totals, kind="stable")[:k]
+    return best, totals[best]
 
-    Args:
-        run: The run.
-        name: One of its arrays.
-        k: How many.
-        channel: Total over this channel only, not over all.
 
-    Returns:
-        Ids and totals, shape (k,) or fewer, largest first. A total is the sum over all axes but the sample axis.
-    """
+def row_totals(run: Run, name: str, *, channel: int | None = None) -> npt.NDArray[np.float64]:
+    """The sum of each row of an array over all axes but the sample axis, shape (N,), or over one channel only."""
     array, axis = run.array(name), run.row_axis(name)
     num_rows, step = array.shape[axis], array.chunks[axis]
-    ids = np.empty(0, dtype=np.int64)
-    totals = np.empty(0)
+    totals = []
     for start in range(0, num_rows, step):
         block: npt.NDArray[Any] = run.read_rows(name, start, min(start + step, num_rows))
         by_row = np.moveaxis(block, axis, 0).astype(np.float64)
         if channel is not None:
             by_row = np.take(by_row, channel, axis=axis + 1)
-        found = by_row.reshape(len(by_row), -1).sum(1)
-        ids = np.concatenate([ids, np.arange(start, start + len(found))])
-        totals = np.concatenate([totals, found])
-        best = np.argsort(-totals, kind="stable")[:k]
-        ids, totals = ids[best], totals[best]
-    return ids, totals
+        totals.append(by_row.reshape(len(by_row), -1).sum(1))
+    return np.concatenate(totals)
 
 
 def top_scores(

@@ -112,5 +112,12 @@ class MnistTask(Task):
         return f"MNIST, {len(self._labels_N)} samples"
 
 
+class MnistDropoutTask(MnistTask):
+    """The same network with dropout of .1, which published linear datamodeling scores are of (dattri, 2024)."""
+
+    def model(self) -> nn.Module:
+        return MnistMLP(dropout=0.1)
+
+
 def _scaled(images: Tensor) -> Tensor:
     return images.flatten(1).float().div_(255).sub_(0.5).div_(0.5)

@@ -13,6 +13,7 @@ from influence_jobs.tasks.base import Task
 ENTRY_POINTS = "influence_jobs.tasks"  # group in which packages announce tasks of their own
 BUILT_IN = {
     "mnist": "influence_jobs.tasks.mnist:MnistTask",
+    "mnist-dropout": "influence_jobs.tasks.mnist:MnistDropoutTask",
     "ffdnet": "influence_jobs.tasks.ffdnet:FFDNetTask",
     "ffdnet-grey": "influence_jobs.tasks.ffdnet:FFDNetGreyTask",
 }

@@ -1,0 +1,151 @@
+"""The tables of an experiment, from its run alone."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from influence_jobs.report import published
+from influence_jobs.specs import AblationSpec, LdsSpec, PaperSpec, StabilitySpec
+from influence_jobs.store.run import Run
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as a person reads it; `note` says what to know about it."""
+
+    name: str
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[object]]
+    note: str = ""
+
+    def markdown(self) -> str:
+        """The table in Markdown."""
+        lines = [f"**{self.title}**", "", f"| {' | '.join(self.columns)} |"]
+        lines.append(f"|{'---|' * len(self.columns)}")
+        lines += [f"| {' | '.join(map(_cell, row))} |" for row in self.rows]
+        return "\n".join([*lines, *(["", self.note] if self.note else []), ""])
+
+
+def _cell(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def tables_of(run: Run) -> list[Table]:
+    """The tables that a finished run has to show; none where it is no experiment."""
+    spec = run.spec
+    if isinstance(spec, PaperSpec):
+        return [table for part in spec.parts for table in tables_of(Run(run.root, part))]
+    if isinstance(spec, AblationSpec):
+        return _ablation(run)
+    if isinstance(spec, StabilitySpec):
+        return [_stability(run, rankings[0].name) for rankings in spec.methods] + [_summary(run)]
+    if isinstance(spec, LdsSpec):
+        return [_lds(run, spec)]
+    return []
+
+
+def _ablation(run: Run) -> list[Table]:
+    summary = run.read_table("summary").to_pylist()
+    changes = Table(
+        name="ablation",
+        title="Change of the query's loss when its top k samples are relabelled or removed: mean over queries",
+        columns=(
+            "mode",
+            "by",
+            "k",
+            "change",
+            "95 % from",
+            "to",
+            "loss",
+            "before",
+            "changed decisions",
+        ),
+        rows=[
+            (
+                row["mode"],
+                row["by"],
+                row["k"],
+                row["mean_change"],
+                row["low"],
+                row["high"],
+                row["mean_loss"],
+                row["mean_loss_before"],
+                f"{row['changed_decisions']} of {row['decisions']}" if row["decisions"] else "-",
+            )
+            for row in summary
+        ],
+        note="Intervals: percentile bootstrap over queries.",
+    )
+    groups: dict[tuple[str, str, int], list[str]] = {}
+    for row in run.read_table("results").to_pylist():
+        if row["decision"] != row["decision_before"]:
+            text = f"{row['test']}: {row['decision_before']} to {row['decision']}"
+            groups.setdefault((row["mode"], row["by"], row["k"]), []).append(text)
+    if not groups:
+        return [changes]
+    decisions = Table(
+        name="decisions",
+        title="Decisions that changed, by test id",
+        columns=("mode", "by", "k", "changed"),
+        rows=[(*group, "; ".join(texts)) for group, texts in groups.items()],
+    )
+    return [changes, decisions]
+
+
+def _stability(run: Run, method: str) -> Table:
+    rows = [row for row in run.read_table("results").to_pylist() if row["method"] == method]
+    tests = list(dict.fromkeys(row["test"] for row in rows))
+    queries = list(dict.fromkeys(row["query"] for row in rows))
+    retrainings = list(dict.fromkeys(row["retraining"] for row in rows))
+    found = {(row["retraining"], row["query"]): row["overlap"] for row in rows}
+    shares = np.array([[found[r, q] for q in queries] for r in retrainings])
+    top = rows[0]["top"]
+    lines: list[tuple[object, ...]] = [
+        (f"retraining {r}", *map(_percent, line))
+        for r, line in zip(retrainings, shares, strict=True)
+    ]
+    lines.append(("mean", *map(_percent, shares.mean(0))))
+    title = (
+        f"Stability of {method}: share of the top {top} also found by retrainings from other seeds"
+    )
+    note = ""
+    if tuple(tests) == published.TESTS and top == published.TOP and method in published.STABILITY:
+        lines.append(("the report's mean", *map(_percent, published.STABILITY[method].mean(0))))
+        title = f"Table {published.TABLES[method]}. {title}"
+        note = published.EXPLAINED[method]
+    names = [str(test) for test in tests] if len(tests) == len(queries) else map(str, queries)
+    return Table(f"stability-{method}", title, ("test", *names), lines, note)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f}%"
+
+
+def _summary(run: Run) -> Table:
+    return Table(
+        name="stability",
+        title="Stability: mean over queries",
+        columns=("method", "overlap", "95 % from", "to", "least", "most", "rank correlation"),
+        rows=[tuple(row.values()) for row in run.read_table("summary").to_pylist()],
+    )
+
+
+def _lds(run: Run, spec: LdsSpec) -> Table:
+    rows = sorted(run.read_table("summary").to_pylist(), key=_by_mean)
+    seeds = len(spec.seeds)
+    return Table(
+        name="lds",
+        title=f"Linear datamodeling score: {spec.subsets} subsets of {spec.fraction:g} of the samples, "
+        f"{seeds} training{'s' * (seeds > 1)} each",
+        columns=("method", "mean LDS", "95 % from", "to", "queries"),
+        rows=[tuple(row.values()) for row in rows],
+        note="Spearman's correlation of summed scores and losses over subsets, mean over queries; intervals: "
+        "percentile bootstrap over queries. Positive: samples that a method ranks first lower the loss.",
+    )
+
+
+def _by_mean(row: Mapping[str, Any]) -> tuple[bool, float]:
+    return bool(np.isnan(row["mean_lds"])), -row["mean_lds"]

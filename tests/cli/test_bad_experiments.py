@@ -1,0 +1,69 @@
+"""Whatever is wrong with a request for an experiment: one line, exit code 2, and nothing is written."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Refused = Callable[..., str]
+
+DIGITS = ("--checkpoint", "train-digits", "--local", "--test", "3")
+ABLATION = ("submit", "ablation", *DIGITS)
+STABILITY = ("submit", "stability", *DIGITS)
+LDS = ("submit", "lds", *DIGITS)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ((*ABLATION, "--k", "1501"), "--k 1501: there are 1,500 training samples"),
+        ((*ABLATION, "--k", "1500"), "removal must leave some: choose a smaller --k"),
+        ((*ABLATION, "--k", "0"), "'--k'"),
+        ((*ABLATION, "--mode", "flip"), "'flip' is not one of 'relabel', 'remove', 'both'"),
+        ((*ABLATION, "--by", "helpfull"), "unknown method 'helpfull': choose attribution, helpful"),
+        ((*ABLATION, "--by", "random", "--by", "random"), "method random is named twice"),
+        ((*ABLATION, "--by", "influence-nothing"), "there is no run influence-nothing"),
+        ((*ABLATION, "--by", "grad-norms-digits"), "has no scores: name an influence, attribution"),
+        ((*ABLATION, "--test-set", "paper"), "it is no readable file, and DigitsTask has no named"),
+        ((*ABLATION, "--test", "297"), "there is no test sample 297"),
+        ((*ABLATION, "--relabel-to", "7"), "'7' is not one of 'report', 'next', 'random'"),
+        (
+            ("submit", "ablation", "--checkpoint", "train-digits", "--local"),
+            "say what to explain: --test ID",
+        ),
+        ((*ABLATION, "--task", "mnist"), "is a training of digits:DigitsTask, not of mnist"),
+        ((*STABILITY, "--by", "random"), "stability of 'random': choose attribution, helpful"),
+        ((*STABILITY, "--top", "1501"), "--top 1501: there are 1,500 training samples"),
+        ((*LDS, "--fraction", "1.5"), "fraction: Input should be less than 1"),
+        ((*LDS, "--subsets", "2"), "'--subsets'"),
+        (("submit", "paper", "--task", "digits:DigitsTask"), "the report has no experiments with"),
+        (("figures", "grad-norms-nothing"), "there is no run grad-norms-nothing"),
+    ],
+)
+def test_an_experiment_that_cannot_be_done_is_refused(
+    refused: Refused, runs: Path, words: tuple[str, ...], expected: str
+) -> None:
+    assert expected in refused(*words)
+
+
+def test_samples_without_classes_cannot_be_relabelled(refused: Refused, images: Path) -> None:
+    words = ("submit", "ablation", "--task", "ffdnet", "--images", images, "--patch-size", 20)
+    line = refused(*words, "--local", "--test", 0, "--k", 2, "--by", "random")
+    assert "its samples have no classes (its loss is mse, not cross-entropy)" in line
+    assert "use --mode remove" in line
+
+
+def test_a_file_of_weights_does_not_say_how_to_train(
+    refused: Refused, images: Path, ffdnet_file: Path
+) -> None:
+    words = ("submit", "lds", "--task", "ffdnet", "--images", images, "--patch-size", 20)
+    line = refused(*words, "--local", "--test", 0, "--checkpoint", ffdnet_file)
+    assert "a file of weights does not say how it was trained" in line
+
+
+def test_scores_of_other_queries_are_not_compared(
+    infl: Callable[..., object], refused: Refused, runs: Path
+) -> None:
+    infl("submit", "baseline", "--method", "random", *DIGITS[:3], "--test", 5)
+    line = refused(*ABLATION, "--by", "loss", "--by", "baseline-digits")
+    assert "has other queries than baseline-digitstask-" in line

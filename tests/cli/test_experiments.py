@@ -1,0 +1,111 @@
+"""Experiments from the command line to tables and pictures, as a user goes."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+Infl = Callable[..., Any]
+DIGITS = ("--checkpoint", "train-digits", "--local")
+CHEAP = ("--curvature-samples", "200", "--damping", ".1")
+TESTS = ("--test", 5, "--test", 111, "--test", 200)
+
+
+def drawn(path: Path) -> bool:
+    with Image.open(path) as image:
+        return min(image.size) > 200 and len(image.convert("L").getcolors(256) or ()) > 16
+
+
+def test_an_ablation_from_request_to_figures(infl: Infl, runs: Path, tmp_path: Path) -> None:
+    words = ("submit", "ablation", *DIGITS, *CHEAP, *TESTS, "--k", 50, "--k", 300)
+    found = infl(*words, "--by", "helpful", "--by", "random")
+    assert found.code == 0, found.err
+    assert (
+        "Change of the query's loss when its top k samples are relabelled or removed" in found.out
+    )
+    assert "next: infl figures ablation-digitstask-" in found.out
+    (folder,) = runs.glob("ablation-*")
+    results = pq.read_table(folder / "tables/results.parquet").to_pylist()
+    assert len(results) == 2 * 2 * 2 * 3
+    assert {row["k"] for row in results} == {50, 300}
+    # What scores are for: the samples that helped most are missed more than any others.
+    by = {
+        (row["mode"], row["by"], row["k"]): row["mean_change"]
+        for row in pq.read_table(folder / "tables/summary.parquet").to_pylist()
+    }
+    assert by["relabel", "helpful", 300] > by["relabel", "random", 300] > -1
+    assert by["remove", "helpful", 300] > by["remove", "random", 300]
+
+    shown = infl("figures", "ablation", "--out", "drawn")
+    assert shown.code == 0, shown.err
+    assert drawn(tmp_path / "drawn/ablation-helpful.png")
+    text = (tmp_path / "drawn/tables.md").read_text()
+    assert folder.name in text
+    assert "| relabel | helpful | 300 |" in text
+    assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == [
+        "ablation-helpful.png",
+        "tables.md",
+    ]
+
+
+def test_stability_trains_other_seeds_and_compares(infl: Infl, runs: Path) -> None:
+    words = ("submit", "stability", *DIGITS, *CHEAP, *TESTS, "--top", 20, "--retrainings", 2)
+    found = infl(*words)
+    assert found.code == 0, found.err
+    assert "Stability of harmful: share of the top 20" in found.out
+    assert "the report's" not in found.out  # its numbers are of other queries
+    (folder,) = runs.glob("stability-*")
+    rows = pq.read_table(folder / "tables/results.parquet").to_pylist()
+    assert len(rows) == 3 * 2 * 3
+    assert all(0 <= row["overlap"] <= 1 for row in rows)
+    assert len(list(runs.glob("train-*"))) == 3
+    first = min(runs.glob("train-*"), key=lambda path: path.stat().st_mtime).name
+    assert infl(*words[:2], "--checkpoint", first, *words[4:], "--json").json["run"] == folder.name
+
+
+def test_lds_of_methods_runs_and_ensembles(infl: Infl, runs: Path) -> None:
+    random = infl("submit", "baseline", "--method", "random", *DIGITS, *TESTS, "--json").json["run"]
+    other = infl(
+        "submit", "baseline", "--method", "random", "--seed", 1, *DIGITS, *TESTS, "--json"
+    ).json["run"]
+    words = ("submit", "lds", *DIGITS, *CHEAP, *TESTS, "--subsets", 8, "--ensemble", 2)
+    found = infl(*words, "--by", "dot-product", "--by", "loss", "--by", f"chance={random}+{other}")
+    assert found.code == 2, found.out  # noise of another seed is another query
+    assert "has other queries" in found.err
+    found = infl(*words, "--by", "dot-product", "--by", "loss", "--by", f"chance={random}")
+    assert found.code == 0, found.err
+    assert (
+        "Linear datamodeling score: 8 subsets of 0.5 of the samples, 1 training each" in found.out
+    )
+    (folder,) = runs.glob("lds-*")
+    methods = pq.read_table(folder / "tables/summary.parquet").column("method").to_pylist()
+    assert methods == ["dot-product x2", "loss x2", "chance"]
+    assert infl("figures", "lds", "--out", "drawn").code == 0
+    assert drawn(Path("drawn/lds.png"))
+
+
+def test_figures_of_a_run_without_any_are_refused(infl: Infl, runs: Path) -> None:
+    assert infl("figures", "train-digits").code == 2
+
+
+@pytest.mark.ray
+def test_an_ablation_on_ray_is_the_same_as_in_process(
+    infl: Infl, runs: Path, ray_head: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2] / "examples"))
+    words = ("submit", "ablation", "--checkpoint", "train-digits", *TESTS, "--k", 50)
+    words = (*words, "--by", "random", "--mode", "remove", "--shard-size", 2, "--json")
+    found = infl(*words)
+    assert found.code == 0, found.err
+    rows = pq.read_table(runs / found.json["run"] / "tables/results.parquet").to_pylist()
+    for folder in (*runs.glob("retrained-*"), *runs.glob("ablation-*"), *runs.glob("baseline-*")):
+        folder.rename(folder.with_name(f"was-{folder.name}"))
+    again = infl(*words, "--local")
+    assert again.code == 0, again.err
+    expected = pq.read_table(runs / again.json["run"] / "tables/results.parquet").to_pylist()
+    for a, b in zip(rows, expected, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.02, abs=2e-3)
+        assert a["test"] == b["test"]

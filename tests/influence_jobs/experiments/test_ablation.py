@@ -1,0 +1,65 @@
+"""New labels and the summary of an ablation, against what is worked out by hand."""
+
+import numpy as np
+import pytest
+
+from influence_jobs.experiments.ablation import new_labels, summary
+from influence_jobs.experiments.intervals import mean_interval
+
+IDS = np.array([7, 2, 11])
+LABELS = np.array([0, 9, 4])
+
+
+def labels(rule: str, query_label: int = 3, seed: int = 0, ids=IDS, own=LABELS) -> list[int]:
+    return new_labels(rule, ids, own, query_label, num_classes=10, seed=seed).tolist()
+
+
+def test_the_reports_rule_is_class_0_or_1_where_the_query_is_of_class_0() -> None:
+    assert labels("report", query_label=3) == [0, 0, 0]
+    assert labels("report", query_label=0) == [1, 1, 1]
+
+
+def test_the_next_class_follows_the_last_with_the_first() -> None:
+    assert labels("next") == [1, 0, 5]
+
+
+def test_random_labels_are_other_classes_and_depend_on_seed_and_id_alone() -> None:
+    ids, own = np.arange(5000), np.arange(5000) % 10
+    found = np.array(labels("random", ids=ids, own=own))
+    assert (found != own).all()
+    assert np.bincount((found - own) % 10, minlength=10)[1:].min() > 450
+    assert labels("random", ids=ids, own=own, seed=1) != found.tolist()
+    few = np.array([4000, 3, 17])
+    assert labels("random", ids=few, own=own[few]) == found[few].tolist()
+
+
+def row(query: int, loss: float, before: float, decision: int | None = 1, **more) -> dict:
+    return {
+        "mode": "remove", "by": "helpful", "k": 5, "query": query, "loss": loss, "decision": decision,
+        "loss_before": before, "decision_before": None if decision is None else 1, **more,
+    }  # fmt: skip
+
+
+def test_seeds_are_averaged_before_queries_are_resampled() -> None:
+    rows = [row(0, 3, 1), row(0, 5, 1, decision=2), row(1, 1, 2), row(1, 1, 0), row(0, 9, 1, k=6)]
+    first, second = summary(rows)
+    assert (first["mode"], first["by"], first["k"]) == ("remove", "helpful", 5)
+    assert first["mean_change"] == pytest.approx((3 + 0) / 2)
+    # Two queries: every resample has the mean 0, 1.5 or 3.
+    assert (first["low"], first["high"]) == (0, 3)
+    assert first["mean_loss"] == pytest.approx(2.5)
+    assert first["mean_loss_before"] == pytest.approx(1)
+    assert (first["changed_decisions"], first["decisions"]) == (1, 4)
+    assert second["k"] == 6
+    assert np.isnan(second["low"])
+
+
+def test_a_task_without_decisions_has_none_changed() -> None:
+    (only,) = summary([row(0, 2, 1, decision=None)])
+    assert (only["changed_decisions"], only["decisions"]) == (0, 0)
+
+
+def test_an_interval_covers_the_mean_as_often_as_it_says() -> None:
+    draws = np.random.default_rng(1).exponential(size=(200, 40))
+    covered = [mean_interval(values).low < 1 < mean_interval(values).high for values in draws]
+    assert 0.86 < np.mean(covered) < 0.99  # 95 %, less a little for skewed values

@@ -1,0 +1,353 @@
+"""Ablation and LDS runs, against trainings made one at a time by `Trainer`."""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+
+from infl_cluster.driver import drive
+from infl_cluster.inline import InlineBackend
+from influence_jobs.errors import RuntimeFault
+from influence_jobs.experiments.lds import subset
+from influence_jobs.jobs import retraining
+from influence_jobs.jobs.train import recipe_of
+from influence_jobs.specs import (
+    AblationSpec,
+    BaselineSpec,
+    LdsSpec,
+    Ranking,
+    TrainSpec,
+    make_spec,
+)
+from influence_jobs.store.retrained import Retrained
+from influence_jobs.store.run import Run
+from influence_jobs.store.verify import find_damage
+from influence_jobs.tasks.base import Draw
+from influence_jobs.training.changes import Changes
+from influence_jobs.training.train import Trainer
+
+N = 1500
+
+
+@pytest.fixture(scope="module")
+def recipe(grad_norms_spec) -> TrainSpec:
+    return make_spec(TrainSpec, task=grad_norms_spec.task, epochs=1, batch_size=64, lr=0.05)
+
+
+@pytest.fixture(scope="module")
+def random(grad_norms_spec, queries) -> Ranking:
+    spec = make_spec(BaselineSpec, task=grad_norms_spec.task, method="random", queries=queries)
+    return Ranking(name="random", scores=(spec,))
+
+
+@pytest.fixture(scope="module")
+def loss(grad_norms_spec, checkpoint, queries) -> Ranking:
+    spec = make_spec(
+        BaselineSpec,
+        task=grad_norms_spec.task,
+        method="loss",
+        queries=queries,
+        checkpoint=checkpoint,
+    )
+    return Ranking(name="loss", scores=(spec,))
+
+
+@pytest.fixture(scope="module")
+def grid(grad_norms_spec, recipe, random, loss):
+    def make(**fields: Any) -> AblationSpec:
+        chosen = {
+            "task": grad_norms_spec.task,
+            "recipe": recipe,
+            "rankings": (random, loss),
+            "sizes": (100,),
+            "modes": ("relabel", "remove"),
+        }
+        return make_spec(AblationSpec, **(chosen | fields))
+
+    return make
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Counts the variants whose weights are written."""
+    written: Counter[str] = Counter()
+    write = Retrained.write
+
+    def count(self: Retrained, key: str, weights: Any) -> None:
+        written[key] += 1
+        write(self, key, weights)
+
+    monkeypatch.setattr(Retrained, "write", count)
+    return written
+
+
+def alone(task, recipe: TrainSpec, seed: int, changes: Changes) -> torch.nn.Module:
+    trainer = Trainer(
+        task, recipe_of(recipe), seed=seed, device=torch.device("cpu"), changes=changes
+    )
+    while not trainer.finished:
+        trainer.step()
+    return trainer.model.eval()
+
+
+def table(run: Run, name: str) -> list[dict[str, Any]]:
+    return run.read_table(name).to_pylist()
+
+
+def test_each_row_is_what_a_training_of_its_own_gives(
+    carry_out, grid, digits_task, recipe, queries
+) -> None:
+    run = carry_out(grid(seeds=(3, 4)))
+    rows = table(run, "results")
+    assert len(rows) == 2 * 2 * 2 * 3
+    assert find_damage(run).damaged == {}
+    labels = digits_task.targets(digits_task.batch(torch.arange(N), Draw(0))).numpy()
+    scores = {
+        ranking.name: Run(run.root, ranking.scores[0]).read_rows("scores", 0, N)
+        for ranking in run.spec.rankings
+    }
+    tests = [query.test for query in queries.items]
+    batch = digits_task.test_batch(torch.tensor(tests), Draw(0))
+    for row in (rows[1], rows[5], rows[8], rows[-1]):
+        ids = np.argsort(-scores[row["by"]][row["query"]], kind="stable")[:100]
+        query_label = int(digits_task.targets(batch)[row["query"]])
+        new = np.full(100, 1 if query_label == 0 else 0)
+        changes = {
+            "remove": Changes(removed=ids),
+            "relabel": Changes(relabelled=ids, labels=new),
+        }[row["mode"]]
+        for found, made in (("", changes), ("_before", Changes())):
+            model = alone(digits_task, recipe, row["seed"], made)
+            with torch.no_grad():
+                expected = digits_task.losses(model, batch)[row["query"]]
+                decision = digits_task.outputs(model, batch)[row["query"]].argmax()
+            assert row[f"loss{found}"] == pytest.approx(float(expected), rel=1e-3)
+            assert row[f"decision{found}"] == int(decision)
+    assert {row["mode"] for row in rows} == {"relabel", "remove"}
+    assert labels.shape == (N,)
+
+
+def test_a_larger_grid_trains_only_what_is_new(carry_out, grid, fresh_root, trained) -> None:
+    root = fresh_root()
+    small = carry_out(grid(), root=root)
+    # One unmanipulated model; `loss` ranks alike for all queries, so its removals are one model.
+    first = set(trained)
+    assert set(trained.values()) == {1}
+    large = carry_out(grid(sizes=(100, 200), modes=("remove",)), root=root)
+    assert set(trained.values()) == {1}
+    assert len(trained) == len(first) + 3 + 1
+    kept = [row for row in table(large, "results") if row["k"] == 100]
+    assert kept == [row for row in table(small, "results") if row["mode"] == "remove"]
+
+
+def test_shards_of_any_size_give_the_same_table(carry_out, grid, fresh_root) -> None:
+    runs = [carry_out(grid(), root=fresh_root(), shard_rows=rows) for rows in (1, 5, 100)]
+    whole, *others = (table(run, "results") for run in runs)
+    for other in others:
+        for a, b in zip(whole, other, strict=True):
+            # Other ensembles round otherwise, and a network with kinks may amplify it.
+            assert a["loss"] == pytest.approx(b["loss"], rel=0.02, abs=2e-3)
+            assert a.keys() == b.keys()
+            assert all(a[name] == b[name] for name in ("query", "k", "mode", "by", "seed"))
+
+
+def test_killed_in_the_middle_nothing_finished_is_trained_again_and_the_table_is_identical(
+    carry_out, grid, fresh_root, trained, monkeypatch
+) -> None:
+    straight = carry_out(grid(), root=fresh_root(), shard_rows=4)
+    expected = set(trained)
+    trained.clear()
+
+    class Killed(BaseException):
+        pass
+
+    root = fresh_root()
+    run = Run.create(str(root), grid())
+    counting = Retrained.write
+
+    def killed_after_six(self: Retrained, key: str, weights: Any) -> None:
+        if len(trained) == 6:
+            raise Killed
+        counting(self, key, weights)
+
+    monkeypatch.setattr(Retrained, "write", killed_after_six)
+    with pytest.raises(Killed):
+        drive(run.root, run.id, InlineBackend(), shard_rows=4)
+    assert len(trained) == 6
+    monkeypatch.setattr(Retrained, "write", counting)
+    drive(run.root, run.id, InlineBackend())
+    assert set(trained) == expected
+    assert set(trained.values()) == {1}
+    found, wanted = table(run, "results"), table(straight, "results")
+    for a, b in zip(found, wanted, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.02, abs=2e-3)
+    assert [row["decision"] for row in found] == [row["decision"] for row in wanted]
+
+
+def test_an_ensemble_cut_off_goes_on_from_its_saved_state(
+    carry_out, grid, fresh_root, monkeypatch
+) -> None:
+    monkeypatch.setattr("influence_jobs.jobs.saved_state.SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr("influence_jobs.jobs.saved_state.SAVE_SHARE", 1e9)
+    root = fresh_root()
+    run = Run.create(str(root), grid(seeds=(0, 1)))
+    started: list[int] = []
+    make = retraining.RetrainJob._trainer
+
+    class Killed(BaseException):
+        pass
+
+    def dies(self, variants):
+        trainer = make(self, variants)
+        step, steps = trainer.step, iter(range(9))
+
+        def limited():
+            if next(steps, None) is None:
+                raise Killed
+            return step()
+
+        trainer.step = limited
+        return trainer
+
+    monkeypatch.setattr(retraining.RetrainJob, "_trainer", dies)
+    with pytest.raises(Killed):
+        drive(run.root, run.id, InlineBackend(), shard_rows=8)
+
+    def watched(self, variants):
+        trainer = make(self, variants)
+        load = trainer.load_state_dict
+
+        def loaded(state):
+            load(state)
+            started.append(trainer.samples_seen)
+
+        trainer.load_state_dict = loaded
+        return trainer
+
+    monkeypatch.setattr(retraining.RetrainJob, "_trainer", watched)
+    drive(run.root, run.id, InlineBackend())
+    assert started[0] > 0
+    assert not [name for name in run.files.names("checkpoints") if name.startswith("state")]
+    straight = carry_out(grid(seeds=(0, 1)), root=fresh_root(), shard_rows=8)
+    for a, b in zip(table(run, "results"), table(straight, "results"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.02, abs=2e-3)
+
+
+def test_damaged_weights_are_trained_again(carry_out, grid, fresh_root, trained) -> None:
+    root = fresh_root()
+    carry_out(grid(modes=("remove",)), root=root)
+    damaged = next(root.glob("retrained-*/checkpoints/*.pt"))
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    carry_out(grid(modes=("remove",), sizes=(100, 150)), root=root)
+    assert trained[damaged.stem] == 2
+    assert Counter(trained.values())[2] == 1
+
+
+def test_a_diverged_training_is_an_error_not_a_result(carry_out, grid, recipe, fresh_root) -> None:
+    wild = recipe.model_copy(update={"lr": 1e6})
+    with pytest.raises(RuntimeFault, match=r"diverged.*lower the learning rate"):
+        carry_out(grid(recipe=wild), root=fresh_root())
+
+
+def test_more_samples_than_are_scored_cannot_be_taken(
+    carry_out, grid, grad_norms_spec, queries, checkpoint, fresh_root
+) -> None:
+    from influence_jobs.specs import AttributionSpec
+
+    few = make_spec(
+        AttributionSpec,
+        task=grad_norms_spec.task,
+        norms=grad_norms_spec,
+        checkpoint=checkpoint,
+        layers=("conv1",),
+        queries=queries,
+        exclude_norm_above=1e-9,
+    )
+    ranking = Ranking(name="attribution", scores=(few,))
+    with pytest.raises(RuntimeFault, match="scores 0 samples only"):
+        carry_out(grid(rankings=(ranking,)), root=fresh_root())
+
+
+@pytest.fixture(scope="module")
+def lds_spec(grad_norms_spec, recipe, random, loss):
+    def make(**fields: Any) -> LdsSpec:
+        chosen = {
+            "task": grad_norms_spec.task,
+            "recipe": recipe,
+            "rankings": (random, loss),
+            "seeds": (0, 1),
+            "subsets": 6,
+        }
+        return make_spec(LdsSpec, **(chosen | fields))
+
+    return make
+
+
+def expected_lds(run: Run, task, recipe: TrainSpec, tests: list[int]) -> Iterator[float]:
+    """Spearman's correlation of minus the summed scores and the losses of models trained one by one."""
+    batch = task.test_batch(torch.tensor(tests), Draw(0))
+    losses, sums = [], []
+    scores_QN = Run(run.root, run.spec.rankings[0].scores[0]).read_rows("scores", 0, N)
+    for index in range(6):
+        kept = subset(N, 0.5, seed=0, index=index)
+        removed = np.setdiff1d(np.arange(N), kept)
+        models = [alone(task, recipe, 2 * index + s, Changes(removed=removed)) for s in (0, 1)]
+        with torch.no_grad():
+            losses.append(np.mean([task.losses(m, batch).numpy() for m in models], axis=0))
+        sums.append(scores_QN[:, kept].sum(1))
+    for query in range(len(tests)):
+        yield spearmanr(-np.array(sums)[:, query], np.array(losses)[:, query]).statistic
+
+
+def test_lds_is_the_correlation_of_summed_scores_with_losses_of_retrained_models(
+    carry_out, lds_spec, digits_task, recipe, queries, trained, fresh_root
+) -> None:
+    root = fresh_root()
+    run = carry_out(lds_spec(), root=root)
+    tests = [query.test for query in queries.items]
+    found = [row["lds"] for row in table(run, "results") if row["method"] == "random"]
+    assert found == pytest.approx(list(expected_lds(run, digits_task, recipe, tests)), abs=1e-6)
+    assert len(trained) == 12
+    # Another method, another ensemble, and the same trainings.
+    both = Ranking(name="both", scores=tuple(r.scores[0] for r in run.spec.rankings))
+    again = carry_out(lds_spec(rankings=(both,), subsets=8), root=root)
+    assert len(trained) == 16
+    assert {row["method"] for row in table(again, "summary")} == {"both"}
+    before = {(r["subset"], r["query"]): r["loss"] for r in table(run, "losses")}
+    after = {(r["subset"], r["query"]): r["loss"] for r in table(again, "losses")}
+    assert before.items() <= after.items()
+
+
+def test_smallest_first_turns_the_sign_of_lds(carry_out, lds_spec, random) -> None:
+    turned = random.model_copy(update={"largest": False, "name": "turned"})
+    run = carry_out(lds_spec(rankings=(random, turned)))
+    by_method: dict[str, list[float]] = {}
+    for row in table(run, "results"):
+        by_method.setdefault(row["method"], []).append(row["lds"])
+    assert by_method["turned"] == pytest.approx([-value for value in by_method["random"]])
+
+
+def test_a_wide_shard_is_cut_into_ensembles_of_the_fastest_width(
+    grid, fresh_root, trained, monkeypatch
+) -> None:
+    monkeypatch.setattr(retraining, "MEASURED_STEPS", 0)
+    monkeypatch.setattr(retraining, "measure_widths", lambda *_a, **_k: {1: 5.0, 4: 9.0, 8: 7.0})
+    widths = []
+    make = retraining.RetrainJob._trainer
+
+    def noted(self, variants):
+        widths.append(len(variants))
+        return make(self, variants)
+
+    monkeypatch.setattr(retraining.RetrainJob, "_trainer", noted)
+    root: Path = fresh_root()
+    run = Run.create(str(root), grid(modes=("remove",)))
+    drive(run.root, run.id, InlineBackend(), shard_rows=100)
+    # 1 unmanipulated, 3 without random samples, 1 without those of the largest loss.
+    assert widths == [2, 3]
+    assert len(trained) == 5

@@ -1,0 +1,56 @@
+"""Weights of retrained variants: there once whole, gone when damaged."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from influence_jobs.specs import TaskSpec, TrainSpec
+from influence_jobs.store.find import run_ids
+from influence_jobs.store.retrained import Retrained, variant_key
+
+RECIPE = TrainSpec(task=TaskSpec(name="some:Task", data="9 samples"))
+KEY = variant_key(0, b"", b"", b"")
+
+
+def retrained(root: Path, **fields) -> Retrained:
+    return Retrained(str(root), RECIPE.model_copy(update=fields))
+
+
+def test_what_was_written_is_read_by_all_of_the_same_recipe_alone(tmp_path: Path) -> None:
+    stack = torch.randn(1000, 3)
+    retrained(tmp_path).write(KEY, {"weight": stack[7]})
+    found = retrained(tmp_path).read(KEY)
+    assert found is not None
+    torch.testing.assert_close(found["weight"], stack[7], rtol=0, atol=0)
+    assert retrained(tmp_path, lr=0.5).read(KEY) is None
+    assert retrained(tmp_path).read(variant_key(1, b"", b"", b"")) is None
+    assert run_ids(str(tmp_path)) == []
+    (file,) = tmp_path.glob("*/checkpoints/*.pt")
+    assert file.stat().st_size < 4000  # one row, not the stack
+
+
+@pytest.mark.parametrize("damage", [lambda f: f.unlink(), lambda f: f.write_bytes(b"x")])
+def test_damaged_weights_are_as_good_as_none(tmp_path: Path, damage) -> None:
+    retrained(tmp_path).write(KEY, {"weight": torch.zeros(3)})
+    (file,) = tmp_path.glob("*/checkpoints/*.pt")
+    damage(file)
+    assert retrained(tmp_path).read(KEY) is None
+
+
+def test_weights_without_their_manifest_entry_are_not_believed(tmp_path: Path) -> None:
+    retrained(tmp_path).write(KEY, {"weight": torch.zeros(3)})
+    (entry,) = tmp_path.glob("*/manifest/*.json")
+    entry.unlink()
+    assert retrained(tmp_path).read(KEY) is None
+
+
+def test_whatever_makes_another_training_makes_another_key() -> None:
+    keys = {
+        variant_key(seed, removed, relabelled, labels)
+        for seed in (0, 1)
+        for removed in (b"", b"a")
+        for relabelled in (b"", b"a")
+        for labels in (b"", b"a")
+    }
+    assert len(keys) == 16
