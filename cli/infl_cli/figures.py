@@ -45,8 +45,13 @@ def figures(
         )
     if out is None and "://" in found.root:
         raise SpecError(f"name a folder on this machine: infl figures {found.id} --out DIR")
-    for path in write_figures(found, out or Path(found.root) / found.id / "figures"):
+    for path in write_figures(found, out or figures_folder(found)):
         say(f"wrote {path}")
+
+
+def figures_folder(run: Run) -> Path:
+    """Where the figures of a run on this machine lie by default."""
+    return Path(run.root) / run.id / "figures"
 
 
 def write_figures(run: Run, folder: Path) -> list[Path]:

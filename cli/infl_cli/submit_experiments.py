@@ -212,7 +212,11 @@ def paper(
     ] = False,
     runs: o.Runs = o.DEFAULT_RUNS,
 ) -> None:
-    """The report's experiments in one run: of section 4.1 (MNIST), or with --task ffdnet of section 4.2."""
+    """The report's experiments in one run: of section 4.1 (MNIST), or with --task ffdnet of section 4.2.
+
+    It ends in the tables, and in the figures as PNG in the run's folder.
+    """
+    from infl_cli.figures import figures_folder, write_figures
     from infl_cli.launch import carry_out
     from infl_cli.paper import paper_request
     from influence_jobs.store.run import Run
@@ -220,6 +224,9 @@ def paper(
     root = o.runs_folder(runs)
     run = Run(root, paper_request(weights, data, root, quick=quick))
     carry_out(run, how)
+    if not (how.dry_run or how.detach or "://" in root):
+        for path in write_figures(run, figures_folder(run)):
+            say(f"wrote {path}")
 
 
 def _subject(

@@ -13,7 +13,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from influence_jobs.errors import SpecError
+from influence_jobs.errors import ModelError, SpecError
 from influence_jobs.jobs.base import Job, Plan, Report, Result, Shard
 from influence_jobs.jobs.queries import require_queries, write_queries
 from influence_jobs.jobs.rankings import digests, needed_runs
@@ -178,7 +178,7 @@ class RetrainJob(Job[S]):
 
     def _width(self, wanted: int) -> int:
         """How many variants to train side by side, of those wanted."""
-        if wanted == 1:
+        if wanted == 1 or not self._stacks:
             return 1
         recipe = recipe_of(self.spec.recipe)
         memory = int(self._free_bytes() * MEMORY_SHARE)
@@ -187,6 +187,16 @@ class RetrainJob(Job[S]):
             each = bytes_per_variant(self.task, recipe, device=self.device)
             return min(wanted, max(1, memory // each))
         return min(wanted, self._fastest_width(memory))
+
+    @cached_property
+    def _stacks(self) -> bool:
+        """Whether the model can be trained as an ensemble; one with dropout between convolutions cannot."""
+        pair = [Variant(0), Variant(1)]
+        try:
+            EnsembleTrainer(self.task, recipe_of(self.spec.recipe), pair, device=self.device).step()
+        except ModelError:
+            return False
+        return True
 
     @cached_property
     def _widths(self) -> dict[int, float]:
@@ -262,7 +272,7 @@ class RetrainJob(Job[S]):
 
     def probe(self) -> Iterator[int]:
         # Nothing is removed: what will be is not known before the scores are.
-        count = min(len(self.sizes), WIDTHS[-1])
+        count = min(len(self.sizes), WIDTHS[-1]) if self._stacks else 1
         trainer = self._trainer([Variant(seed) for seed in range(count)])
         while not trainer.finished:
             before = trainer.samples_seen

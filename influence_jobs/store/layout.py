@@ -9,9 +9,11 @@
     manifest/ID.json    one file a shard: its attempts, and its checksums once its data are written
     progress/ID.json    how far a shard in work has come
     data.zarr/          the arrays
-    checkpoints/        weights of a train run, and the state it resumes from
+    checkpoints/        weights of a train run, and the states that long shards resume from
     tables/NAME.parquet small tables; tables/solutions/ID.parquet, one an s-test shard
     logs/               what drivers said; shard-ID.log, the traceback of an unexpected error
+    figures/            what `infl figures` drew; no part of the run
+<runs>/retrained-*/     weights of retrained variants, shared by all runs: see store/retrained.py
 """
 
 from collections.abc import Mapping

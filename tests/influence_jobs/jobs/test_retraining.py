@@ -351,3 +351,28 @@ def test_a_wide_shard_is_cut_into_ensembles_of_the_fastest_width(
     # 1 unmanipulated, 3 without random samples, 1 without those of the largest loss.
     assert widths == [2, 3]
     assert len(trained) == 5
+
+
+def test_a_network_that_cannot_be_stacked_is_trained_one_variant_at_a_time(
+    grid, random, fresh_root, trained, monkeypatch
+) -> None:
+    import digits
+
+    plain = digits.DigitsTask.model
+    monkeypatch.setattr(
+        digits.DigitsTask,
+        "model",
+        lambda self: torch.nn.Sequential(plain(self), torch.nn.Dropout(0.1)),
+    )
+    widths = []
+    make = retraining.RetrainJob._trainer
+
+    def noted(self, variants):
+        widths.append(len(variants))
+        return make(self, variants)
+
+    monkeypatch.setattr(retraining.RetrainJob, "_trainer", noted)
+    run = Run.create(str(fresh_root()), grid(modes=("remove",), rankings=(random,)))
+    drive(run.root, run.id, InlineBackend())
+    assert widths == [1, 1, 1, 1]
+    assert len(trained) == 4

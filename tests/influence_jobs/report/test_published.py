@@ -1,0 +1,19 @@
+"""The report's tables as we copied them, against the means it prints itself."""
+
+import pytest
+
+from influence_jobs.report.published import STABILITY, TESTS
+
+# The last rows of tables 4.1 to 4.3, in per cent.
+MEANS = {
+    "attribution": [62, 64, 55, 52, 57, 58, 51, 64, 62, 66],
+    "helpful": [14, 7, 15, 12, 5, 8, 6, 9, 13, 24],
+    "harmful": [25, 10, 15, 14, 5, 13, 16, 18, 8, 15],
+}
+
+
+@pytest.mark.parametrize("method", MEANS)
+def test_the_means_of_the_copied_numbers_are_those_it_prints(method: str) -> None:
+    shares = STABILITY[method]
+    assert shares.shape == (5, len(TESTS))
+    assert (100 * shares.mean(axis=0)).round().tolist() == MEANS[method]
