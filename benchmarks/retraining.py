@@ -4,8 +4,10 @@ Steps of one model, of batch 8, a second, over all models (the report's recipe: 
 
 - `plain`: a loop over preloaded tensors, `nn.Module`, `torch.optim.SGD`; what everything is compared with;
 - `trainer`: this project's `Trainer`, one model;
-- `torch.func` and `mlp`: an `EnsembleTrainer` of M models, by its general and its fast path;
-- two processes of one thread each, as two workers have them: `mlp` with M models each, and `plain`.
+- `torch.func` and `mlp`: an `EnsembleTrainer` of M models, by its general and its fast path, each model with an order of
+  its own, as after removals;
+- `relabelled`: the fast path with models of one seed that differ in labels only, and so share inputs;
+- two processes of one thread each, as two workers have them: `mlp` and `relabelled` with M models each, and `plain`.
 
 First each answer is compared with a float64 loop on the same batches. Contestants take turns in every round, so that what else
 the machine does meets all of them; ratios within a round are to be trusted, rates less. Run from the project's folder:
@@ -24,6 +26,7 @@ from dataclasses import replace
 from multiprocessing.synchronize import Barrier
 from typing import Annotated
 
+import numpy as np
 import torch
 import typer
 from torch import nn
@@ -32,10 +35,12 @@ from torch.nn import functional as F
 from influence_jobs.models.mnist_mlp import MnistMLP
 from influence_jobs.tasks.base import Draw
 from influence_jobs.tasks.mnist import MnistTask
+from influence_jobs.training.changes import Changes
 from influence_jobs.training.ensemble import EnsembleTrainer, Variant
 from influence_jobs.training.train import Recipe, Trainer, epoch_order, initial_model
 
 BATCH = 8
+PATHS = ("torch.func", "mlp", "relabelled")
 RECIPE = Recipe(1, BATCH, "sgd", lr=0.003, momentum=0.9, weight_decay=0.001)
 CHECKED_STEPS = 320
 # Forward and weight gradient of each layer, and the gradient by its input but for the first.
@@ -70,6 +75,11 @@ def plain_loop(
     return advance
 
 
+def relabelled(i: int) -> Changes:
+    """Another thousand samples for each model."""
+    return Changes(relabelled=np.arange(1000 * i, 1000 * (i + 1)), labels=np.zeros(1000, np.int64))
+
+
 def contestant(name: str, models: int, device: torch.device) -> Callable[[], int]:
     """A function that takes some steps and returns how many model-steps they were."""
     endless = replace(RECIPE, epochs=10**9)
@@ -81,9 +91,12 @@ def contestant(name: str, models: int, device: torch.device) -> Callable[[], int
         trainer = Trainer(MnistTask(), endless, seed=0, device=device)
         return lambda: 1 + 0 * (trainer.step() is None)
     variants = [Variant(seed) for seed in range(models)]
-    task = MnistTask() if name == "mlp" else GeneralMnistTask()
+    if name == "relabelled":
+        variants = [Variant(0, relabelled(i)) for i in range(models)]
+    task = GeneralMnistTask() if name == "torch.func" else MnistTask()
     ensemble = EnsembleTrainer(task, endless, variants, device=device)
-    assert type(ensemble.steps).__name__ == {"mlp": "MlpSteps"}.get(name, "StackedSteps")
+    path = "StackedSteps" if name == "torch.func" else "MlpSteps"
+    assert type(ensemble.steps).__name__ == path
 
     def advance() -> int:
         before = ensemble.samples_seen
@@ -185,7 +198,7 @@ def main(
     """
     where = torch.device(device)
     print(json.dumps({"relative error": check(where), "steps": CHECKED_STEPS}), flush=True)
-    names = ["plain", "trainer", *(f"{path} {m}" for path in ("torch.func", "mlp") for m in models)]
+    names = ["plain", "trainer", *(f"{path} {m}" for path in PATHS for m in models)]
     steppers = {
         name: contestant(name.split()[0], int(name.split()[-1]) if " " in name else 1, where)
         for name in names
@@ -207,7 +220,7 @@ def main(
                 ratios.setdefault(f"{name}, threads {count}", []).append(found / reference)
         if device == "cpu":
             plain = max(rates[f"plain, threads {count}"][-1] for count in threads)
-            for name, m in [("plain", 1), *(("mlp", m) for m in models if m <= 32)]:
+            for name, m in [("plain", 1), *((p, m) for p in PATHS[1:] for m in models if m <= 32)]:
                 key = f"{name} {m}, two processes of one thread"
                 rates.setdefault(key, []).append(two_processes(name, m, seconds))
                 ratios.setdefault(key, []).append(rates[key][-1] / plain)

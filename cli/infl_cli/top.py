@@ -14,7 +14,7 @@ from infl_cli import render
 from infl_cli.render import say
 from infl_cluster.status import read_status
 from influence_jobs.errors import SpecError, StoreError
-from influence_jobs.specs import InfluenceSpec, ScoresSpec, STestSpec
+from influence_jobs.specs import GradNormsSpec, InfluenceSpec, ScoresSpec, STestSpec, TrainSpec
 from influence_jobs.store.find import find_run
 from influence_jobs.store.layout import SCORES, part_name
 from influence_jobs.store.run import Run
@@ -74,6 +74,10 @@ def top(
     for file in (png, parquet):
         if file is not None and not file.parent.is_dir():
             raise SpecError(f"cannot write {file}: there is no folder {file.parent}")
+    if not isinstance(found.spec, (ScoresSpec, STestSpec, GradNormsSpec, TrainSpec)):
+        raise SpecError(
+            f"{found.id} ranks no samples: infl figures {found.id}{o.for_runs(found.root)}"
+        )
     scored = isinstance(found.spec, ScoresSpec)
     for name, given, fits in (
         ("--test", test is not None, scored),

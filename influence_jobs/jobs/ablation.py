@@ -59,7 +59,7 @@ class AblationJob(RetrainJob[AblationSpec]):
         return super().plan(shard_rows)
 
     @cached_property
-    def _scores(self) -> dict[int, npt.NDArray[np.float64]]:
+    def _scores(self) -> dict[int, npt.NDArray[np.float32]]:
         """Scores (Q, N) by ranking, as far as they were needed."""
         return {}
 

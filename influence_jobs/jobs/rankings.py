@@ -32,6 +32,7 @@ def score_blocks(root: str, ranking: Ranking) -> Iterator[tuple[int, npt.NDArray
         yield start, np.mean(blocks, axis=0)
 
 
-def all_scores(root: str, ranking: Ranking) -> npt.NDArray[np.float64]:
+def all_scores(root: str, ranking: Ranking) -> npt.NDArray[np.float32]:
     """A ranking's scores, (Q, N)."""
-    return np.concatenate([block for _, block in score_blocks(root, ranking)], axis=1)
+    blocks = [block.astype(np.float32) for _, block in score_blocks(root, ranking)]
+    return np.concatenate(blocks, axis=1)

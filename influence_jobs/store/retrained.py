@@ -3,8 +3,9 @@
 <runs>/retrained-<task>-<hash of the recipe>/
     recipe.json         how all of them were trained
     manifest/KEY.json   one a variant: the checksum of its weights, written after them
-    checkpoints/KEY.pt  its weights
-KEY is the hash of what distinguishes a variant: seed, samples removed, samples relabelled.
+    checkpoints/KEY-SUM.pt  its weights; SUM is the beginning of their checksum
+KEY is the hash of what distinguishes a variant: seed, samples removed, samples relabelled. Two workers that train the same
+variant at the same time write two files, equal up to rounding, and the manifest names one of them.
 """
 
 import io
@@ -24,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class Retrained:
-    """The variants of one recipe. Several may write the same variant: to each reader it is whole.
+    """The variants of one recipe.
 
     Args:
         root: Folder of all runs.
@@ -42,12 +43,12 @@ class Retrained:
         entry = self._manifest.read(key)
         if entry is None:
             return None
-        name = _weights_name(key)
+        ((name, expected),) = entry.files.items()
         try:
             data = self._files.read(name)
         except FileNotFoundError:
             data = b""
-        if checksum(data) != entry.files[name]:
+        if checksum(data) != expected:
             log.warning("variant %s is damaged: it is trained again", key)
             return None
         weights: dict[str, Tensor] = torch.load(
@@ -63,14 +64,14 @@ class Retrained:
         torch.save(
             {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}, buffer
         )
-        name, data = _weights_name(key), buffer.getvalue()
+        data = buffer.getvalue()
+        found = checksum(data)
+        name = f"{CHECKPOINTS}/{key}-{found[:8]}.pt"
         self._files.write(name, data)
-        entry = Entry(key, 0, 0, 1, self._recipe.hash, "done", files={name: checksum(data)})
-        self._manifest.write(Entry(**{**entry.__dict__, "finished_at": now()}))
-
-
-def _weights_name(key: str) -> str:
-    return f"{CHECKPOINTS}/{key}.pt"
+        entry = Entry(
+            key, 0, 0, 1, self._recipe.hash, "done", files={name: found}, finished_at=now()
+        )
+        self._manifest.write(entry)
 
 
 def variant_key(seed: int, removed: bytes, relabelled: bytes, labels: bytes) -> str:

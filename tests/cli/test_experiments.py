@@ -39,6 +39,7 @@ def test_an_ablation_from_request_to_figures(infl: Infl, runs: Path, tmp_path: P
     assert by["relabel", "helpful", 300] > by["relabel", "random", 300] > -1
     assert by["remove", "helpful", 300] > by["remove", "random", 300]
 
+    assert "ranks no samples: infl figures ablation-" in infl("top", "ablation").err
     shown = infl("figures", "ablation", "--out", "drawn")
     assert shown.code == 0, shown.err
     assert drawn(tmp_path / "drawn/ablation-helpful.png")

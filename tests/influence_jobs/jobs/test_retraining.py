@@ -244,7 +244,7 @@ def test_damaged_weights_are_trained_again(carry_out, grid, fresh_root, trained)
     damaged = next(root.glob("retrained-*/checkpoints/*.pt"))
     damaged.write_bytes(damaged.read_bytes()[:-9])
     carry_out(grid(modes=("remove",), sizes=(100, 150)), root=root)
-    assert trained[damaged.stem] == 2
+    assert trained[damaged.stem.partition("-")[0]] == 2
     assert Counter(trained.values())[2] == 1
 
 

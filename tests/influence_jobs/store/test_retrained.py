@@ -7,6 +7,7 @@ import torch
 
 from influence_jobs.specs import TaskSpec, TrainSpec
 from influence_jobs.store.find import run_ids
+from influence_jobs.store.manifest import Entry, Manifest
 from influence_jobs.store.retrained import Retrained, variant_key
 
 RECIPE = TrainSpec(task=TaskSpec(name="some:Task", data="9 samples"))
@@ -36,6 +37,24 @@ def test_damaged_weights_are_as_good_as_none(tmp_path: Path, damage) -> None:
     (file,) = tmp_path.glob("*/checkpoints/*.pt")
     damage(file)
     assert retrained(tmp_path).read(KEY) is None
+
+
+def test_two_that_write_the_same_variant_at_once_leave_a_whole_one(
+    tmp_path: Path, monkeypatch
+) -> None:
+    one, other = retrained(tmp_path), retrained(tmp_path)
+    write = Manifest.write
+
+    def late(self: Manifest, entry: Entry) -> None:
+        monkeypatch.setattr(Manifest, "write", write)
+        other.write(KEY, {"weight": torch.ones(3)})  # between the first one's weights and its entry
+        write(self, entry)
+
+    monkeypatch.setattr(Manifest, "write", late)
+    one.write(KEY, {"weight": torch.zeros(3)})
+    found = retrained(tmp_path).read(KEY)
+    assert found is not None
+    assert found["weight"].tolist() in ([0, 0, 0], [1, 1, 1])
 
 
 def test_weights_without_their_manifest_entry_are_not_believed(tmp_path: Path) -> None:
