@@ -17,6 +17,7 @@ from influence_jobs.specs import (
     LdsSpec,
     PaperSpec,
     ScoresSpec,
+    Spec,
     TrainSpec,
 )
 from influence_jobs.store.find import find_run
@@ -98,7 +99,7 @@ def figures_of(run: Run) -> "Iterator[tuple[str, Figure]]":
 
             yield "lds", lds_figure(part.read_table("summary").to_pylist())
         elif isinstance(spec, ScoresSpec):
-            yield f"top-{_title(spec)}", _of_scores(part)
+            yield from _of_scores(part)
         elif isinstance(spec, (GradNormsSpec, TrainSpec)):
             yield from _of_norms(part)
 
@@ -112,7 +113,7 @@ def _of_ablation(run: Run) -> "Iterator[tuple[str, Figure]]":
             yield f"ablation-{by}", ablation_figure(summary, by)
 
 
-def _title(spec: ScoresSpec) -> str:
+def _title(spec: Spec) -> str:
     """A name for a file that tells one set of scores from another."""
     words = [spec.kind]
     if isinstance(spec, AttributionSpec):
@@ -123,11 +124,16 @@ def _title(spec: ScoresSpec) -> str:
     return "-".join([*words, spec.hash[:6]])
 
 
-def _of_scores(run: Run) -> "Figure":
+def _of_scores(run: Run) -> "Iterator[tuple[str, Figure]]":
     from infl_cli.contact_sheets import sheet
     from infl_cli.top import ranked_scores
 
-    return sheet(run, ranked_scores(run, PER_QUERY, None, None, "both"))
+    try:
+        ranked = ranked_scores(run, PER_QUERY, None, None, "both")
+    except SpecError as error:  # such as all samples being beyond the limit of norms
+        say(f"no picture: {error}")
+        return
+    yield f"top-{_title(run.spec)}", sheet(run, ranked)
 
 
 def _of_norms(run: Run) -> "Iterator[tuple[str, Figure]]":

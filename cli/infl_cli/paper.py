@@ -31,7 +31,8 @@ from influence_jobs.tasks.layers import weight_layers
 
 # The effective damping of the report's LiSSA: .01 x 25.
 MNIST_CURVATURE = CurvatureOptions(damping=0.25)
-QUICK_EPOCHS, QUICK_SIZES = 2, (1000, 5000)
+QUICK_EPOCHS = {"mnist": 2, "ffdnet": 3, "ffdnet-grey": 3}
+QUICK_SIZES = (1000, 5000)
 QUICK_PATCHES, QUICK_CURVATURE_SAMPLES = 1000, "200"
 NORM_LIMIT = 5.0  # section 4.2.2
 
@@ -49,8 +50,7 @@ def paper_request(weights: Weights, data: QueriedData, root: str, *, quick: bool
             "infl submit stability, ablation or lds"
         )
     if quick and not weights.checkpoint:
-        short = QUICK_EPOCHS if task == "mnist" else 1
-        weights = replace(weights, epochs=weights.epochs or short)
+        weights = replace(weights, epochs=weights.epochs or QUICK_EPOCHS[task])
         if task != "mnist":
             data = replace(data, limit=data.limit or QUICK_PATCHES)
     subject = subject_request(weights, data, root, default_task=task, say=say)
