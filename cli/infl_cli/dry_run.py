@@ -48,8 +48,10 @@ def print_plan(run: Run, how: How) -> None:
     needs = {needed.id: _estimate(needed, how) for needed in _missing(run)}
     own = _estimate(run, how)
     plan = own.plan
-    disk = array_bytes(plan)
-    memory = psutil.Process().memory_info().rss + disk / max(1, len(plan.shards))
+    disk = disk_bytes(plan)
+    memory = psutil.Process().memory_info().rss + (disk - plan.file_bytes) / max(
+        1, len(plan.shards)
+    )
     total = own.seconds + sum(needed.seconds for needed in needs.values())
     summary = {
         "run": run.id,
@@ -89,12 +91,15 @@ def print_plan(run: Run, how: How) -> None:
     render.print_fields(rows)
 
 
-def array_bytes(plan: Plan) -> int:
-    """Bytes of a plan's arrays before compression."""
-    return sum(np.dtype(array.dtype).itemsize * math.prod(array.shape) for array in plan.arrays)
+def disk_bytes(plan: Plan) -> int:
+    """Bytes of what a plan writes, before compression."""
+    sizes = (np.dtype(array.dtype).itemsize * math.prod(array.shape) for array in plan.arrays)
+    return plan.file_bytes + sum(sizes)
 
 
 def _time(estimate: Estimate) -> str:
+    if not estimate.plan.shards:
+        return "nothing of its own"
     return f"about {duration(estimate.seconds)} at {estimate.rate:,.0f} samples/s"
 
 

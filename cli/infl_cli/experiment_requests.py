@@ -1,6 +1,6 @@
 """From what the user typed to specs of experiments."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from infl_cli.requests import Subject
@@ -25,6 +25,7 @@ from influence_jobs.specs import (
     make_spec,
 )
 from influence_jobs.store.find import find_run
+from influence_jobs.tasks.base import Task
 from influence_jobs.tasks.layers import weight_layers
 
 METHODS = ("attribution", "helpful", "harmful", "random", "loss", "nearest", "dot-product")
@@ -39,15 +40,16 @@ class Trained(NamedTuple):
     train: TrainSpec
 
 
-def trained_request(subject: Subject, *, given: bool) -> Trained:
+def trained_request(subject: Subject, *, given: bool, methods: Collection[str]) -> Trained:
     """The training that scores and retrainings are of.
 
     Args:
         subject: With one checkpoint.
-        given: Whether the user named the checkpoint; else it records norms of the hidden layers (Algorithm 1).
+        given: Whether the user named the checkpoint; else it records norms if a method needs them (Algorithm 1).
+        methods: What will be looked at.
 
     Raises:
-        SpecError: The checkpoint is a file, which does not say how to train.
+        SpecError: The checkpoint is a file, which does not say how to train, or not the end of its training.
     """
     if len(subject.checkpoints) != 1:
         raise SpecError("experiments are of one checkpoint: name one with --checkpoint")
@@ -56,17 +58,33 @@ def trained_request(subject: Subject, *, given: bool) -> Trained:
         raise SpecError(
             "a file of weights does not say how it was trained: name a train run with --checkpoint, or leave it out"
         )
-    if given:
-        return Trained(subject, checkpoint.train)
-    return trained_at(subject, with_norms(subject, checkpoint.train))
+    train = checkpoint.train
+    if checkpoint.epoch != train.epochs:
+        raise SpecError(
+            f"retrainings end after epoch {train.epochs}, as {train.run_id} does, and scores must be of the same: "
+            f"leave @{checkpoint.epoch} out, or train for {checkpoint.epoch} epochs"
+        )
+    if given or "attribution" not in methods or train.epochs == 1:
+        return Trained(subject, train)
+    return trained_at(subject, changed(train, norm_layers=hidden_layers(subject.built)))
 
 
-def with_norms(subject: Subject, train: TrainSpec) -> TrainSpec:
-    """A training that records the norms of its hidden layers, if it is long enough to skip the first epoch."""
-    if train.epochs == 1:
-        return train
-    hidden = tuple(weight_layers(subject.built, subject.built.model())[:-1])
-    return changed(train, norm_layers=hidden)
+def hidden_layers(task: Task) -> tuple[str, ...]:
+    """The layers whose activations attribution looks at: all trained weight layers but the last.
+
+    Raises:
+        SpecError: There is none.
+    """
+    model = task.model()
+    modules = dict(model.named_modules())
+    found = tuple(
+        layer
+        for layer in weight_layers(task, model)[:-1]
+        if all(p.requires_grad for p in modules[layer].parameters())
+    )
+    if not found:
+        raise SpecError("attribution needs a hidden layer that is trained: leave it out of --by")
+    return found
 
 
 def of_seed(trained: Trained, seed: int) -> Trained:
@@ -97,6 +115,8 @@ def ranking_request(
 ) -> Ranking:
     """A method by its name, or the scores of runs as RUN, RUN+RUN (their mean), or NAME=RUN.
 
+    Of a run the largest scores come first, under the name `harmful` the smallest.
+
     Raises:
         SpecError: There is no such method.
         StoreError: There is no such run.
@@ -110,7 +130,7 @@ def ranking_request(
             f"unknown method {word!r}: choose {', '.join(METHODS)}, or the id of a run with scores"
         )
     specs = tuple(found_scores(root, part) for part in runs.split("+"))
-    return make_spec(Ranking, name=name or runs, scores=specs)
+    return make_spec(Ranking, name=name or runs, scores=specs, largest=name != "harmful")
 
 
 def found_scores(root: str, word: str) -> AnyScores:
@@ -143,7 +163,7 @@ def scores_request(
             InfluenceSpec, task=task, s_tests=s_tests, noise_draws=queries.noise_draws, seed=seed
         )
     if method == "attribution":
-        return _attribution(trained, queries, seed=seed)
+        return attribution_request(trained, queries)
     return make_spec(
         BaselineSpec,
         task=task,
@@ -154,18 +174,20 @@ def scores_request(
     )
 
 
-def _attribution(trained: Trained, queries: Queries, *, seed: int) -> AttributionSpec:
-    subject, norms = trained.subject, trained.train
-    layers = trained.train.norm_layers
-    source: TrainSpec | GradNormsSpec = norms
-    if not layers:
-        layers = tuple(weight_layers(subject.built, subject.built.model())[:-1])
+def attribution_request(
+    trained: Trained, queries: Queries, layers: tuple[str, ...] | None = None, **fields: Any
+) -> AttributionSpec:
+    """Attribution over hidden layers, by norms recorded in training where there are any, else by a replay."""
+    subject = trained.subject
+    layers = layers or hidden_layers(subject.built)
+    source: TrainSpec | GradNormsSpec = trained.train
+    if not set(layers) <= set(trained.train.norm_layers):
         source = make_spec(
             GradNormsSpec,
             task=subject.task,
             checkpoints=subject.checkpoints,
             layers=layers,
-            seed=seed,
+            seed=queries.seed,
         )
     return make_spec(
         AttributionSpec,
@@ -174,6 +196,7 @@ def _attribution(trained: Trained, queries: Queries, *, seed: int) -> Attributio
         checkpoint=subject.checkpoints[0],
         layers=layers,
         queries=queries,
+        **fields,
     )
 
 
@@ -208,7 +231,12 @@ def stability_rankings(
         groups = [scores[i : i + ensemble] for i in range(0, len(scores), ensemble)]
         methods.append(
             tuple(
-                make_spec(Ranking, name=word, scores=tuple(group), largest=word != "harmful")
+                make_spec(
+                    Ranking,
+                    name=word if ensemble == 1 else f"{word} x{ensemble}",
+                    scores=tuple(group),
+                    largest=word != "harmful",
+                )
                 for group in groups
             )
         )
@@ -242,25 +270,31 @@ def ablation_request(
     sizes: Sequence[int] | None,
     modes: Sequence[str],
     relabel: RelabelRule,
-    seeds: Sequence[int],
+    seeds: int,
 ) -> AblationSpec:
     """An ablation grid, refused at once if the task cannot have it.
 
     Args:
         sizes: The numbers k; by default the report's, as far as there are so many samples.
+        seeds: How many, counted from the training's own.
 
     Raises:
         SpecError: As `require_ablation` says.
     """
     built = trained.subject.built
     n = len(built.train_data())
+    if "relabel" not in modes and relabel != "report":
+        raise SpecError("--relabel-to has no meaning for --mode remove: leave it out")
+    sizes = sizes or [k for k in REPORT_SIZES if k < n]
+    if not sizes:
+        raise SpecError(f"--k: say how many of the {n:,} training samples")
     spec = make_spec(
         AblationSpec,
         task=trained.subject.task,
         recipe=trained.train,
         rankings=tuple(rankings),
-        seeds=tuple(seeds),
-        sizes=tuple(sizes or (k for k in REPORT_SIZES if k < n)),
+        seeds=tuple(trained.train.seed + i for i in range(seeds)),
+        sizes=tuple(sizes),
         modes=tuple(modes),
         relabel=relabel,
     )

@@ -1,5 +1,6 @@
 """`infl figures`: what a run has to show, as PNG pictures and Markdown tables."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -67,6 +68,8 @@ def write_figures(run: Run, folder: Path) -> list[Path]:
     tables = tables_of(run)
     if not drawn and not tables:
         raise SpecError(f"{run.id} has no figures: infl top {run.id}{o.for_runs(run.root)}")
+    if folder.exists() and not folder.is_dir():
+        raise SpecError(f"cannot write figures to {folder}: it is a file, name a folder")
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, figure in drawn.items():
@@ -93,7 +96,7 @@ def figures_of(run: Run) -> "Iterator[tuple[str, Figure]]":
     for part in _parts(run):
         spec = part.spec
         if isinstance(spec, AblationSpec):
-            yield from _of_ablation(part)
+            yield from _of_ablation(part, spec)
         elif isinstance(spec, LdsSpec):
             from influence_jobs.report.curves import lds_figure
 
@@ -104,13 +107,14 @@ def figures_of(run: Run) -> "Iterator[tuple[str, Figure]]":
             yield from _of_norms(part)
 
 
-def _of_ablation(run: Run) -> "Iterator[tuple[str, Figure]]":
+def _of_ablation(run: Run, spec: AblationSpec) -> "Iterator[tuple[str, Figure]]":
     from influence_jobs.report.curves import ablation_figure
 
     summary = run.read_table("summary").to_pylist()
     for by in dict.fromkeys(row["by"] for row in summary):
         if by != "random":
-            yield f"ablation-{by}", ablation_figure(summary, by)
+            name = re.sub(r"[^\w.+-]+", "-", by)
+            yield f"ablation-{name}", ablation_figure(summary, by, spec.queries.quantity)
 
 
 def _title(spec: Spec) -> str:

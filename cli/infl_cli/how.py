@@ -56,10 +56,23 @@ class How:
 
 
 @dataclass(frozen=True)
-class ShardedHow(How):
-    """The options of a run that spreads over workers."""
+class WorkersHow(How):
+    """The options of a run whose inputs spread over workers."""
 
     workers: o.Workers = None
+
+
+@dataclass(frozen=True)
+class RetrainingHow(WorkersHow):
+    """The options of a run that retrains: how many models make a shard."""
+
+    shard_size: o.ModelsOfShard = None
+
+
+@dataclass(frozen=True)
+class ShardedHow(WorkersHow):
+    """The options of a run that passes samples through a model."""
+
     batch_size: o.BatchSize = None
     shard_size: o.ShardSize = None
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import typer
 
 from infl_cli import render
-from infl_cli.dry_run import array_bytes, print_plan
+from infl_cli.dry_run import disk_bytes, print_plan
 from infl_cli.how import How
 from infl_cli.options import cores, for_runs
 from infl_cli.ray_job import job_watcher, live_holder, watcher
@@ -95,7 +95,7 @@ def _check_space(run: Run) -> None:
     free = run.files.free_bytes()
     if free is None or run.read_json(layout.PLAN) is not None:
         return
-    need = array_bytes(open_job(run).plan())
+    need = disk_bytes(open_job(run).plan())
     if need > free:
         raise StoreError(
             f"the disk of {run.root} is too full: the run takes up to {size(need)} and {size(free)} are free; "
@@ -220,7 +220,9 @@ def _print_result(run: Run, how: How) -> None:
         render.print_table(table.columns, table.rows)
         if table.note:
             render.out.print(table.note)
-    if isinstance(run.spec, (AblationSpec, LdsSpec, StabilitySpec, PaperSpec)):
+    if isinstance(run.spec, PaperSpec):
+        return
+    if isinstance(run.spec, (AblationSpec, LdsSpec, StabilitySpec)):
         render.out.print(f"\nnext: infl figures {run.id}{for_runs(run.root)}")
     elif isinstance(run.spec, STestSpec):
         render.out.print(f"next: infl submit influence --s-test {run.id}{for_runs(run.root)}")

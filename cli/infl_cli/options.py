@@ -227,6 +227,10 @@ ShardSize = Annotated[
     int | None,
     typer.Option(min=1, help="Samples a shard, rounded up to whole chunks.", rich_help_panel=_HOW),
 ]
+ModelsOfShard = Annotated[
+    int | None,
+    typer.Option("--shard-size", min=1, help="Retrained models a shard.", rich_help_panel=_HOW),
+]
 Local = Annotated[
     bool,
     typer.Option("--local", help="Compute in this process, without Ray.", rich_help_panel=_HOW),

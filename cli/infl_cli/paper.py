@@ -6,6 +6,7 @@ from infl_cli.experiment_requests import (
     REPORT_SIZES,
     Trained,
     ablation_request,
+    attribution_request,
     changed,
     ranking_request,
     scores_request,
@@ -20,7 +21,6 @@ from infl_cli.score_options import CurvatureOptions, QueryOptions
 from infl_cli.score_requests import queries_request
 from influence_jobs.errors import SpecError
 from influence_jobs.specs import (
-    AttributionSpec,
     PaperSpec,
     Queries,
     Query,
@@ -43,26 +43,34 @@ def paper_request(weights: Weights, data: QueriedData, root: str, *, quick: bool
     Raises:
         SpecError: The task is not one of the report's.
     """
-    task = weights.task or "mnist"
-    if task not in ("mnist", "ffdnet", "ffdnet-grey"):
-        raise SpecError(
-            f"the report has no experiments with task {task}: choose mnist or ffdnet, or run "
-            "infl submit stability, ablation or lds"
-        )
     if quick and not weights.checkpoint:
-        weights = replace(weights, epochs=weights.epochs or QUICK_EPOCHS[task])
+        task = weights.task or "mnist"
+        weights = replace(weights, epochs=weights.epochs or QUICK_EPOCHS.get(task))
         if task != "mnist":
             data = replace(data, limit=data.limit or QUICK_PATCHES)
-    subject = subject_request(weights, data, root, default_task=task, say=say)
-    trained = trained_request(subject, given=bool(weights.checkpoint))
-    if task == "mnist":
+    if weights.task not in (None, *QUICK_EPOCHS):
+        raise _unknown(str(weights.task))
+    subject = subject_request(weights, data, root, default_task="mnist", say=say)
+    if subject.task.name not in QUICK_EPOCHS:
+        raise _unknown(subject.task.name)
+    given = bool(weights.checkpoint)
+    trained = trained_request(subject, given=given, methods=("attribution",))
+    if subject.task.name == "mnist":
         return _section_4_1(trained, quick=quick)
-    return _section_4_2(trained, quick=quick, given=bool(weights.checkpoint))
+    return _section_4_2(trained, quick=quick, given=given)
+
+
+def _unknown(task: str) -> SpecError:
+    return SpecError(
+        f"the report has no experiments with task {task}: choose mnist or ffdnet, or run "
+        "infl submit stability, ablation or lds"
+    )
 
 
 def _section_4_1(trained: Trained, *, quick: bool) -> PaperSpec:
     """Top samples of ten test images, stability over seeds, ablation."""
     subject = trained.subject
+    n = len(subject.built.train_data())
     queries = queries_request(QueryOptions(test_set="paper"), subject.built, seed=0)
     methods = ("attribution", "helpful", "harmful")
     stability = make_spec(
@@ -79,10 +87,10 @@ def _section_4_1(trained: Trained, *, quick: bool) -> PaperSpec:
     ablation = ablation_request(
         trained,
         rankings,
-        sizes=QUICK_SIZES if quick else REPORT_SIZES,
+        sizes=[k for k in (QUICK_SIZES if quick else REPORT_SIZES) if k < n],
         modes=("relabel", "remove"),
         relabel="report",
-        seeds=(0,),
+        seeds=1,
     )
     scores = [rankings[0].scores[0], rankings[1].scores[0]]
     return make_spec(PaperSpec, task=subject.task, parts=(*scores, stability, ablation))
@@ -110,11 +118,11 @@ def _section_4_2(trained: Trained, *, quick: bool, given: bool) -> PaperSpec:
     images = make_spec(Queries, items=tuple(Query(test=test) for test in tests))
     settled = (numbered[count - 2],)
     attributions = [
-        _attribution(trained, points, settled),
-        _attribution(trained, points, settled, limit=NORM_LIMIT),
-        _attribution(trained, points, settled, normalize=True),
+        attribution_request(trained, points, settled),
+        attribution_request(trained, points, settled, exclude_norm_above=NORM_LIMIT),
+        attribution_request(trained, points, settled, normalize=True),
         *(
-            _attribution(trained, points, (layer,), normalize=True)
+            attribution_request(trained, points, (layer,), normalize=True)
             for layer in layers
             if layer not in settled
         ),
@@ -134,23 +142,3 @@ def _points(trained: Trained, tests: tuple[int, ...]) -> list[Query]:
         for part in (1, 2):
             found.append(Query(test=test, region=(part * height // 3, part * width // 3, 1, 1)))
     return found
-
-
-def _attribution(
-    trained: Trained,
-    queries: Queries,
-    layers: tuple[str, ...],
-    *,
-    limit: float | None = None,
-    normalize: bool = False,
-) -> AttributionSpec:
-    return make_spec(
-        AttributionSpec,
-        task=trained.subject.task,
-        norms=trained.train,
-        checkpoint=trained.subject.checkpoints[0],
-        layers=layers,
-        queries=queries,
-        exclude_norm_above=limit,
-        normalize=normalize,
-    )

@@ -1,5 +1,6 @@
 """`infl submit ablation | stability | lds | paper`: is a score right? Retrain, and look."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -7,7 +8,7 @@ import typer
 
 from infl_cli import options as o
 from infl_cli.grouped import grouped
-from infl_cli.how import How, ShardedHow
+from infl_cli.how import RetrainingHow, WorkersHow
 from infl_cli.render import say
 from infl_cli.score_options import CurvatureOptions, QueryOptions
 
@@ -31,7 +32,9 @@ By = Annotated[
 Seeds = Annotated[
     int,
     typer.Option(
-        min=1, help="Trainings of each variant, from seeds 0, 1, ...", rich_help_panel=_EXPERIMENT
+        min=1,
+        help="Trainings of each variant, each from another seed.",
+        rich_help_panel=_EXPERIMENT,
     ),
 ]
 Ensemble = Annotated[
@@ -58,7 +61,7 @@ K = Annotated[
 ]
 ABLATED = ("attribution", "helpful", "harmful", "random")
 COMPARED = ("helpful", "dot-product", "attribution", "nearest", "loss", "random")
-SEEDED = ("attribution", "helpful", "harmful")
+RETRAINED = ("attribution", "helpful", "harmful")
 
 
 @app.command()
@@ -68,7 +71,7 @@ def ablation(
     queries: QueryOptions,
     curvature: CurvatureOptions,
     data: o.QueriedData,
-    how: ShardedHow,
+    how: RetrainingHow,
     k: K = None,
     mode: Annotated[
         Literal["relabel", "remove", "both"],
@@ -95,14 +98,14 @@ def ablation(
     from influence_jobs.store.run import Run
 
     root = o.runs_folder(runs)
-    trained, asked = _subject(weights, queries, data, root, seed=seed)
+    methods = by or ABLATED
+    trained, asked = _subject(weights, queries, data, root, methods, seed=seed)
     rankings = tuple(
-        ranking_request(word, trained, asked, curvature, root=root, seed=seed)
-        for word in by or ABLATED
+        ranking_request(word, trained, asked, curvature, root=root, seed=seed) for word in methods
     )
     modes = ("relabel", "remove") if mode == "both" else (mode,)
     spec = ablation_request(
-        trained, rankings, sizes=k, modes=modes, relabel=relabel_to, seeds=range(seeds)
+        trained, rankings, sizes=k, modes=modes, relabel=relabel_to, seeds=seeds
     )
     carry_out(Run(root, spec), how)
 
@@ -114,7 +117,7 @@ def stability(
     queries: QueryOptions,
     curvature: CurvatureOptions,
     data: o.QueriedData,
-    how: How,
+    how: WorkersHow,
     by: By = None,
     retrainings: Annotated[
         int,
@@ -134,9 +137,9 @@ def stability(
     from influence_jobs.store.run import Run
 
     root = o.runs_folder(runs)
-    trained, asked = _subject(weights, queries, data, root, seed=seed)
+    trained, asked = _subject(weights, queries, data, root, by or RETRAINED, seed=seed)
     methods = stability_rankings(
-        by or SEEDED,
+        by or RETRAINED,
         trained,
         asked,
         curvature,
@@ -155,7 +158,7 @@ def lds(
     queries: QueryOptions,
     curvature: CurvatureOptions,
     data: o.QueriedData,
-    how: ShardedHow,
+    how: RetrainingHow,
     by: By = None,
     subsets: Annotated[
         int, typer.Option(min=3, help="Random subsets.", rich_help_panel=_EXPERIMENT)
@@ -179,10 +182,11 @@ def lds(
     from influence_jobs.store.run import Run
 
     root = o.runs_folder(runs)
-    trained, asked = _subject(weights, queries, data, root, seed=seed)
+    methods = by or COMPARED
+    trained, asked = _subject(weights, queries, data, root, methods, seed=seed)
     rankings = tuple(
         ensemble_ranking(word, trained, asked, curvature, root=root, seed=seed, ensemble=ensemble)
-        for word in by or COMPARED
+        for word in methods
     )
     spec = make_spec(
         LdsSpec,
@@ -201,7 +205,7 @@ def lds(
 def paper(
     weights: o.Weights,
     data: o.QueriedData,
-    how: ShardedHow,
+    how: WorkersHow,
     quick: Annotated[
         bool,
         typer.Option(
@@ -230,7 +234,13 @@ def paper(
 
 
 def _subject(
-    weights: o.Weights, queries: QueryOptions, data: o.QueriedData, root: str, *, seed: int
+    weights: o.Weights,
+    queries: QueryOptions,
+    data: o.QueriedData,
+    root: str,
+    methods: Sequence[str],
+    *,
+    seed: int,
 ) -> "tuple[Trained, Queries]":
     """The training that is looked at, and the queries: the task's first named set if the user named none."""
     from infl_cli.experiment_requests import trained_request
@@ -238,7 +248,7 @@ def _subject(
     from infl_cli.score_requests import queries_request
 
     subject = subject_request(weights, data, root, default_task="mnist", say=say)
-    trained = trained_request(subject, given=bool(weights.checkpoint))
+    trained = trained_request(subject, given=bool(weights.checkpoint), methods=methods)
     if not queries.test and not queries.test_set and subject.built.query_sets:
         queries = replace(queries, test_set=next(iter(subject.built.query_sets)))
     return trained, queries_request(queries, subject.built, seed=seed)

@@ -8,8 +8,6 @@ import numpy.typing as npt
 
 from influence_jobs.experiments.intervals import mean_interval
 
-RANDOM_LABELS = 2**33  # Philox key, apart from those of other draws
-
 
 def new_labels(
     rule: str,
@@ -33,7 +31,8 @@ def new_labels(
         return np.full_like(labels, 1 if query_label == 0 else 0)
     if rule == "next":
         return (labels + 1) % num_classes
-    draws = np.random.Generator(np.random.Philox(key=[seed, RANDOM_LABELS]))
+    # The third counter word keeps it off the streams of other draws.
+    draws = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 3, 0]))
     shift_N = draws.integers(1, num_classes, size=int(ids.max()) + 1)  # a stream read up to the id
     return (labels + shift_N[ids]) % num_classes
 

@@ -18,7 +18,9 @@ class Interval(NamedTuple):
 
 
 def mean_interval(values: npt.NDArray[np.floating]) -> Interval:
-    """The mean of independent values, with the percentile bootstrap's interval (Efron 1979).
+    """The mean of independent values, with the interval of the BCa bootstrap (Efron 1987).
+
+    Of ten values or so an interval covers less than it says where they are skewed.
 
     Args:
         values: (n,), finite. One a query, say: values of one query are averaged before.
@@ -26,11 +28,13 @@ def mean_interval(values: npt.NDArray[np.floating]) -> Interval:
     mean = float(np.mean(values))
     if len(values) < 2:
         return Interval(mean, np.nan, np.nan)
+    if np.ptp(values) == 0:
+        return Interval(mean, mean, mean)
     found = stats.bootstrap(
         (values,),
         np.mean,
         confidence_level=LEVEL,
-        method="percentile",
+        method="BCa",
         rng=np.random.default_rng(0),
     ).confidence_interval
     return Interval(mean, float(found.low), float(found.high))

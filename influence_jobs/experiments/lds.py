@@ -9,12 +9,15 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-SUBSETS = 2**34  # Philox key, apart from those of other draws
+from influence_jobs.experiments.intervals import LEVEL, Interval
+
+RESAMPLES = 499  # of the mean over queries: each ranks all of them anew
 
 
-def subset(num_samples: int, fraction: float, *, seed: int, index: int) -> npt.NDArray[np.int64]:
-    """Ids of one random subset, ascending; a function of (seed, index) alone, so that more subsets keep the first ones."""
-    draws = np.random.Generator(np.random.Philox(key=[seed, SUBSETS + index]))
+def subset(num_samples: int, fraction: float, index: int) -> npt.NDArray[np.int64]:
+    """Ids of one random subset, ascending; a function of its index alone, so that more subsets keep the first ones."""
+    # The third counter word keeps it off the streams of other draws.
+    draws = np.random.Generator(np.random.Philox(key=index, counter=[0, 0, 2, 0]))
     size = min(max(round(fraction * num_samples), 1), num_samples - 1)
     return np.sort(draws.choice(num_samples, size, replace=False))
 
@@ -25,6 +28,37 @@ class Correlation(NamedTuple):
     value: float
     low: float
     high: float
+
+
+def mean_lds(
+    predicted_QM: npt.NDArray[np.floating], found_QM: npt.NDArray[np.floating]
+) -> Interval:
+    """The mean LDS of several queries, with the percentile bootstrap's interval over subsets.
+
+    Queries share subsets and trainings, so what is left to chance are those. Queries without a correlation do not count.
+    """
+
+    def mean(subsets: npt.NDArray[np.int64]) -> float:
+        # Spearman's correlations of all queries at once: Pearson's of the ranks.
+        ranks = [stats.rankdata(x[:, subsets], axis=1) for x in (predicted_QM, found_QM)]
+        a, b = (r - r.mean(axis=1, keepdims=True) for r in ranks)
+        sizes = np.sqrt((a * a).sum(axis=1) * (b * b).sum(axis=1))
+        there = sizes > 0
+        return float(np.mean((a * b).sum(axis=1)[there] / sizes[there])) if there.any() else np.nan
+
+    subsets = np.arange(predicted_QM.shape[1])
+    if np.isnan(value := mean(subsets)):
+        return Interval(np.nan, np.nan, np.nan)
+    found = stats.bootstrap(
+        (subsets,),
+        mean,
+        vectorized=False,
+        n_resamples=RESAMPLES,
+        confidence_level=LEVEL,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return Interval(value, float(found.low), float(found.high))
 
 
 def lds(predicted_M: npt.NDArray[np.floating], found_M: npt.NDArray[np.floating]) -> Correlation:

@@ -14,7 +14,7 @@ from influence_jobs.errors import SpecError
 from influence_jobs.experiments.ablation import new_labels, summary
 from influence_jobs.experiments.stability import head
 from influence_jobs.jobs.base import Plan, Result
-from influence_jobs.jobs.rankings import all_scores
+from influence_jobs.jobs.rankings import query_scores
 from influence_jobs.jobs.retraining import RetrainJob
 from influence_jobs.specs import AblationSpec
 from influence_jobs.tasks.base import Draw
@@ -58,19 +58,12 @@ class AblationJob(RetrainJob[AblationSpec]):
         require_ablation(self.spec, len(self.task.train_data()), self.task.output_loss)
         return super().plan(shard_rows)
 
-    @cached_property
-    def _scores(self) -> dict[int, npt.NDArray[np.float32]]:
-        """Scores (Q, N) by ranking, as far as they were needed."""
-        return {}
-
     def variant(self, row: int) -> Variant:
         cell = self._cells[row]
         if cell.mode is None:
             return Variant(cell.seed)
         ranking = self.spec.rankings[cell.ranking]
-        if cell.ranking not in self._scores:
-            self._scores[cell.ranking] = all_scores(self.run_store.root, ranking)
-        scores_N = self._scores[cell.ranking][cell.query]
+        scores_N = query_scores(self.run_store.root, ranking, cell.query)
         ids = head(scores_N, cell.k, largest=ranking.largest)
         if len(ids) < cell.k:
             raise SpecError(

@@ -46,12 +46,14 @@ class Plan:
     Attributes:
         units: Work of the whole job in samples, each counted as often as it is passed through the model.
         batch_size: Samples a pass.
+        file_bytes: Size of files that it writes besides the arrays, where that is much.
     """
 
     arrays: tuple[ArrayLayout, ...]
     shards: tuple[Shard, ...]
     units: int
     batch_size: int
+    file_bytes: int = 0
 
 
 @dataclass(frozen=True)

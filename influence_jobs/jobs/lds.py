@@ -8,14 +8,15 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from influence_jobs.experiments.intervals import mean_interval
-from influence_jobs.experiments.lds import lds, subset
+from influence_jobs.experiments.lds import lds, mean_lds, subset
 from influence_jobs.jobs.base import Result
 from influence_jobs.jobs.rankings import score_blocks
 from influence_jobs.jobs.retraining import RetrainJob
 from influence_jobs.specs import LdsSpec, Ranking
 from influence_jobs.training.changes import Changes
 from influence_jobs.training.ensemble import Variant
+
+SEED_STEP = 2**32  # between the seeds of one subset
 
 
 class LdsJob(RetrainJob[LdsSpec]):
@@ -36,15 +37,14 @@ class LdsJob(RetrainJob[LdsSpec]):
 
     def _subset(self, index: int) -> npt.NDArray[np.int64]:
         n = len(self.task.train_data())
-        return subset(n, self.spec.fraction, seed=self.spec.subset_seed, index=index)
+        return subset(n, self.spec.fraction, index)
 
     def variant(self, row: int) -> Variant:
         index, which = divmod(row, len(self.spec.seeds))
         everything = np.arange(len(self.task.train_data()))
         removed = np.setdiff1d(everything, self._subset(index), assume_unique=True)
         # Seeds of its own for each subset: noise of the training must not be common to all.
-        seed = self.spec.seeds[which] + index * (max(self.spec.seeds) + 1)
-        return Variant(seed, Changes(removed=removed))
+        return Variant(index + SEED_STEP * self.spec.seeds[which], Changes(removed=removed))
 
     def finish(self) -> Result:
         losses_VQ = self.measured()[0].astype(np.float64)
@@ -57,13 +57,24 @@ class LdsJob(RetrainJob[LdsSpec]):
         ]
         files |= self.run_store.write_table("losses", pa.Table.from_pylist(losses))
         members_NM = self._members()
-        rows = [
-            row
-            for ranking in self.spec.rankings
-            for row in self._by_query(ranking, members_NM, found_MQ)
-        ]
+        rows, summary = [], []
+        for ranking in self.spec.rankings:
+            predicted_QM = self._predicted(ranking, members_NM)
+            rows += self._by_query(ranking.name, predicted_QM, found_MQ.T)
+            mean = mean_lds(predicted_QM, found_MQ.T)
+            summary.append(
+                {
+                    "method": ranking.name,
+                    "mean_lds": mean.mean,
+                    "low": mean.low,
+                    "high": mean.high,
+                    "queries": sum(
+                        not np.isnan(r["lds"]) for r in rows if r["method"] == ranking.name
+                    ),
+                }
+            )
         files |= self.run_store.write_table("results", pa.Table.from_pylist(rows))
-        files |= self.run_store.write_table("summary", pa.Table.from_pylist(_summary(rows)))
+        files |= self.run_store.write_table("summary", pa.Table.from_pylist(summary))
         return Result(files=files)
 
     def _members(self) -> npt.NDArray[np.bool_]:
@@ -73,23 +84,28 @@ class LdsJob(RetrainJob[LdsSpec]):
             members_NM[self._subset(index), index] = True
         return members_NM
 
-    def _by_query(
-        self,
-        ranking: Ranking,
-        members_NM: npt.NDArray[np.bool_],
-        found_MQ: npt.NDArray[np.float64],
-    ) -> list[dict[str, Any]]:
-        sums_QM = np.zeros(found_MQ.T.shape)
+    def _predicted(
+        self, ranking: Ranking, members_NM: npt.NDArray[np.bool_]
+    ) -> npt.NDArray[np.float64]:
+        """Minus the sum of each subset's scores, (Q, M): large scores are of samples that lower the loss."""
+        sums_QM = np.zeros((len(self.spec.queries.items), self.spec.subsets))
         for start, block in score_blocks(self.run_store.root, ranking):
             members = members_NM[start : start + block.shape[1]].astype(np.float64)
             sums_QM += np.nan_to_num(block, nan=0.0) @ members  # samples left out score nothing
-        sign = -1.0 if ranking.largest else 1.0  # what ranks first lowers the loss
+        return -sums_QM
+
+    def _by_query(
+        self,
+        method: str,
+        predicted_QM: npt.NDArray[np.float64],
+        found_QM: npt.NDArray[np.float64],
+    ) -> list[dict[str, Any]]:
         rows = []
         for query, item in enumerate(self.spec.queries.items):
-            found = lds(sign * sums_QM[query], found_MQ[:, query])
+            found = lds(predicted_QM[query], found_QM[query])
             rows.append(
                 {
-                    "method": ranking.name,
+                    "method": method,
                     "query": query,
                     "test": item.test,
                     "lds": found.value,
@@ -98,22 +114,3 @@ class LdsJob(RetrainJob[LdsSpec]):
                 }
             )
         return rows
-
-
-def _summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The mean over queries with its interval, by method; queries without a correlation do not count."""
-    found = []
-    for method in dict.fromkeys(row["method"] for row in rows):
-        values = np.array([row["lds"] for row in rows if row["method"] == method])
-        there = values[~np.isnan(values)]
-        mean = mean_interval(there) if len(there) else (float("nan"),) * 3
-        found.append(
-            {
-                "method": method,
-                "mean_lds": mean[0],
-                "low": mean[1],
-                "high": mean[2],
-                "queries": len(there),
-            }
-        )
-    return found

@@ -32,7 +32,9 @@ def score_blocks(root: str, ranking: Ranking) -> Iterator[tuple[int, npt.NDArray
         yield start, np.mean(blocks, axis=0)
 
 
-def all_scores(root: str, ranking: Ranking) -> npt.NDArray[np.float32]:
-    """A ranking's scores, (Q, N)."""
-    blocks = [block.astype(np.float32) for _, block in score_blocks(root, ranking)]
-    return np.concatenate(blocks, axis=1)
+def query_scores(root: str, ranking: Ranking, query: int) -> npt.NDArray[np.float64]:
+    """A ranking's scores of one query, (N,)."""
+    runs = [Run(root, spec) for spec in ranking.scores]
+    rows = np.stack([np.asarray(run.array(SCORES)[query], dtype=np.float64) for run in runs])
+    mean_N: npt.NDArray[np.float64] = rows.mean(axis=0)
+    return mean_N

@@ -1,6 +1,7 @@
 """Experiments that retrain: many variants of one model, trained side by side, each kept for all experiments."""
 
 import itertools
+import json
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,9 +31,10 @@ from influence_jobs.training.ensemble_width import WIDTHS, bytes_per_variant, me
 from influence_jobs.training.train import Trainer
 
 MAX_SHARD, MIN_SHARD, AIM_SHARDS = 128, 8, 16
-MEASURED_STEPS = 200_000  # a shard of fewer model-steps is over before measuring pays
+MEASURED_STEPS = 200_000  # a run of fewer model-steps is over before measuring pays
 MEMORY_SHARE = 0.5  # of what is free, for the models of one ensemble
 LOSSES, DECISIONS = "losses", "decisions"
+WIDTH = "width.json"
 
 S = TypeVar("S", bound=RetrainingSpec)
 # Rows of queries, their test batch, and the region measured of it.
@@ -88,30 +90,31 @@ class RetrainJob(Job[S]):
             Shard(f"{start:06d}-{stop:06d}", start, stop) for start, stop in _pieces(count, rows)
         )
         units = sum(self.sizes) * self.spec.recipe.epochs
-        return Plan(arrays, shards, units=units, batch_size=self.batch_size)
+        weights = sum(t.nbytes for t in self._model.state_dict().values())
+        return Plan(
+            arrays,
+            shards,
+            units=units,
+            batch_size=self.batch_size,
+            file_bytes=weights * count,
+        )
 
     def run(self, shard: Shard, report: Report) -> Result:
         require_queries(self.task, self.spec.queries)
         rows = range(shard.start, shard.stop)
-        variants = [self.variant(row) for row in rows]
-        keys = [_key(variant) for variant in variants]
-        missing = {
-            key: variant
-            for key, variant in zip(keys, variants, strict=True)
-            if self._retrained.read(key) is None
-        }
-        epochs = self.spec.recipe.epochs
-        done = sum(
-            self.sizes[row] * epochs
-            for row, key in zip(rows, keys, strict=True)
-            if key not in missing
-        )
-        self._train(shard, missing, done, report)
+        in_rows = [self.variant(row) for row in rows]
+        keys = [_key(variant) for variant in in_rows]
+        variants = dict(zip(keys, in_rows, strict=True))
+        weights = {key: self._retrained.read(key) for key in variants}
+        missing = {key for key in variants if weights[key] is None}
+        done = sum(self._samples(variants[key]) for key in keys if key not in missing)
+        report(done)
+        weights |= self._train(shard, variants, missing, done, report)
         measured = []
         for key in keys:
-            weights = self._retrained.read(key)
-            assert weights is not None
-            self._model.load_state_dict(weights)
+            trained = weights[key]
+            assert trained is not None
+            self._model.load_state_dict(trained)
             measured.append(self._measure())
         losses, decisions = (np.stack(values) for values in zip(*measured, strict=True))
         return Result({LOSSES: losses, DECISIONS: decisions})
@@ -122,71 +125,80 @@ class RetrainJob(Job[S]):
     def _retrained(self) -> Retrained:
         return Retrained(self.run_store.root, self.spec.recipe)
 
+    def _samples(self, variant: Variant) -> int:
+        """Samples that a variant is trained on, each counted once an epoch."""
+        n = len(self.task.train_data()) - len(variant.changes.removed)
+        return n * self.spec.recipe.epochs
+
     def _train(
-        self, shard: Shard, missing: Mapping[str, Variant], done: int, report: Report
-    ) -> None:
-        """Train what is missing, in ensembles, and keep it."""
-        report(done)
+        self,
+        shard: Shard,
+        variants: Mapping[str, Variant],
+        missing: set[str],
+        done: int,
+        report: Report,
+    ) -> dict[str, dict[str, Tensor]]:
+        """Train those variants of a shard that are missing, ensemble by ensemble, and keep them; returns their weights."""
+        found: dict[str, dict[str, Tensor]] = {}
+        if not missing:
+            return found
         saved = SavedState(self.run_store.files, f"{CHECKPOINTS}/state-{shard.id}.pt")
         state = saved.read()
-        todo = list(missing)
-        if state is not None and set(state["keys"]) <= set(todo):
-            # The ensemble that was cut off goes on as it was, and comes first.
-            first = list(state["keys"])
-            groups = [first, *self._groups([key for key in todo if key not in first])]
-        else:
-            state, groups = None, self._groups(todo)
-        for keys in groups:
-            trainer = self._trainer([missing[key] for key in keys])
-            if state is not None:
+        for group in self._groups(variants):
+            keys = [key for key in group if key in missing]
+            if not keys:
+                continue
+            if resumed := state is not None and set(keys) <= set(state["keys"]) <= set(group):
+                # The ensemble that was cut off, some of its members perhaps kept already.
+                keys = state["keys"]
+                done -= sum(self._samples(variants[key]) for key in set(keys) - missing)
+            trainer = self._trainer([variants[key] for key in keys])
+            if resumed:
                 trainer.load_state_dict(state["trainer"])
-                state = None
-            before = done
-            report(before + trainer.samples_seen)
+            report(done + trainer.samples_seen)
+            healthy = np.ones(len(keys), dtype=bool)
             while not trainer.finished:
                 means = trainer.step()
-                report(before + trainer.samples_seen)
-                if means is not None and not np.isfinite(np.asarray(means)).all():
-                    raise SpecError(
-                        f"a training diverged: its mean loss in epoch {trainer.epoch} is not finite; "
-                        "lower the learning rate"
-                    )
+                report(done + trainer.samples_seen)
+                if means is not None:
+                    healthy &= np.isfinite(np.atleast_1d(np.asarray(means)))
                 if not trainer.finished:
                     saved.keep(lambda: {"keys": keys, "trainer": trainer.state_dict()})  # noqa: B023
             for i, key in enumerate(keys):
                 model = trainer.model if isinstance(trainer, Trainer) else trainer.model(i)
-                self._retrained.write(key, model.state_dict())
-            done = before + trainer.samples_seen
+                if healthy[i] and key in missing:
+                    found[key] = dict(model.state_dict())
+                    self._retrained.write(key, found[key])
+            if not healthy.all():
+                raise SpecError(
+                    f"{len(keys) - healthy.sum()} of {len(keys)} trainings diverged: their losses are not finite; "
+                    "lower the learning rate"
+                )
+            done += trainer.samples_seen
         saved.delete()
+        return found
 
     def _trainer(self, variants: Sequence[Variant]) -> Trainer | EnsembleTrainer:
         recipe = recipe_of(self.spec.recipe)
-        if len(variants) > 1:
+        if self._stacks:
             return EnsembleTrainer(self.task, recipe, variants, device=self.device)
-        alone = variants[0]
+        (alone,) = variants
         return Trainer(
             self.task, recipe, seed=alone.seed, device=self.device, changes=alone.changes
         )
 
-    def _groups(self, keys: Sequence[str]) -> list[list[str]]:
-        """Cut variants into ensembles of about one size, no larger than is fastest and fits."""
-        if not keys:
-            return []
-        return [
-            list(keys[start:stop]) for start, stop in _pieces(len(keys), self._width(len(keys)))
-        ]
+    def _groups(self, variants: Mapping[str, Variant]) -> list[list[str]]:
+        """Cut a shard's variants into ensembles of about one size, no larger than is fastest and fits.
 
-    def _width(self, wanted: int) -> int:
-        """How many variants to train side by side, of those wanted."""
-        if wanted == 1 or not self._stacks:
-            return 1
-        recipe = recipe_of(self.spec.recipe)
-        memory = int(self._free_bytes() * MEMORY_SHARE)
-        steps = wanted * recipe.epochs * max(self.sizes) / recipe.batch_size
-        if steps < MEASURED_STEPS:
-            each = bytes_per_variant(self.task, recipe, device=self.device)
-            return min(wanted, max(1, memory // each))
-        return min(wanted, self._fastest_width(memory))
+        They are the same whatever is trained already. Variants without removals are not mixed with others: they share
+        batches, and are rounded alike whatever else is in their ensemble.
+        """
+        sizes = {key: len(variant.changes.removed) for key, variant in variants.items()}
+        kinds = [[k for k, n in sizes.items() if n], [k for k, n in sizes.items() if not n]]
+        width = self._width()
+        return [
+            kind[start:stop] for kind in kinds if kind for start, stop in _pieces(len(kind), width)
+        ]
 
     @cached_property
     def _stacks(self) -> bool:
@@ -198,29 +210,35 @@ class RetrainJob(Job[S]):
             return False
         return True
 
-    @cached_property
-    def _widths(self) -> dict[int, float]:
-        return {}
+    def _width(self) -> int:
+        """How many variants to train side by side: as the run's first worker found it, so that ensembles stay the same."""
+        if not self._stacks:
+            return 1
+        stored = self.run_store.read_json(WIDTH)
+        if stored is None:
+            found = {"variants_side_by_side": self._fastest_width()}
+            self.run_store.files.create(WIDTH, json.dumps(found).encode())
+            stored = self.run_store.read_json(WIDTH) or found
+        width: int = stored["variants_side_by_side"]
+        return width
 
-    def _fastest_width(self, memory: int) -> int:
-        if not self._widths:  # the same for every shard of this worker
-            self._widths.update(
-                measure_widths(
-                    self.task,
-                    recipe_of(self.spec.recipe),
-                    device=self.device,
-                    widths=WIDTHS,
-                    seconds=0.5,
-                    memory=memory,
-                )
-            )
-        return max(self._widths, key=self._widths.__getitem__)
+    def _fastest_width(self) -> int:
+        recipe, memory = recipe_of(self.spec.recipe), int(self._free_bytes() * MEMORY_SHARE)
+        steps = sum(self.sizes) * recipe.epochs / recipe.batch_size
+        if steps < MEASURED_STEPS:
+            each = bytes_per_variant(self.task, recipe, device=self.device)
+            return min(WIDTHS[-1], max(1, memory // each))
+        rates = measure_widths(
+            self.task, recipe, device=self.device, widths=WIDTHS, seconds=0.5, memory=memory
+        )
+        return max(rates, key=rates.__getitem__)
 
     def _free_bytes(self) -> int:
         """Memory that this worker may count on."""
         if self.device.type == "cuda":
             return torch.cuda.mem_get_info(self.device)[0]
-        workers = max(1, (psutil.cpu_count() or 1) // torch.get_num_threads())
+        cores = len(psutil.Process().cpu_affinity())
+        workers = max(1, cores // torch.get_num_threads())
         available: int = psutil.virtual_memory().available
         return available // workers
 

@@ -11,7 +11,7 @@ from influence_jobs.experiments.intervals import mean_interval
 from influence_jobs.experiments.stability import overlap, rank_correlation
 from influence_jobs.jobs.base import Job, Plan, Report, Result, Shard
 from influence_jobs.jobs.queries import require_queries, write_queries
-from influence_jobs.jobs.rankings import all_scores, digests, needed_runs
+from influence_jobs.jobs.rankings import digests, needed_runs, query_scores
 from influence_jobs.specs import AnySpec, Ranking, StabilitySpec
 
 
@@ -52,21 +52,22 @@ class StabilityJob(Job[StabilitySpec]):
         return Result(files=files)
 
     def _compared(self, rankings: tuple[Ranking, ...]) -> list[dict[str, Any]]:
-        first, *others = (all_scores(self.run_store.root, ranking) for ranking in rankings)
-        largest = rankings[0].largest
-        return [
-            {
-                "method": rankings[0].name,
-                "retraining": i,
-                "query": query,
-                "test": item.test,
-                "top": self.spec.top,
-                "overlap": overlap(first[query], other[query], self.spec.top, largest=largest),
-                "rank_correlation": rank_correlation(first[query], other[query]),
-            }
-            for i, other in enumerate(others, start=1)
-            for query, item in enumerate(self.spec.queries.items)
-        ]
+        rows = []
+        for query, item in enumerate(self.spec.queries.items):
+            first, *others = (query_scores(self.run_store.root, r, query) for r in rankings)
+            rows += [
+                {
+                    "method": rankings[0].name,
+                    "retraining": i,
+                    "query": query,
+                    "test": item.test,
+                    "top": self.spec.top,
+                    "overlap": overlap(first, other, self.spec.top, largest=rankings[0].largest),
+                    "rank_correlation": rank_correlation(first, other),
+                }
+                for i, other in enumerate(others, start=1)
+            ]
+        return rows
 
 
 def _all(spec: StabilitySpec) -> list[Ranking]:
@@ -84,6 +85,8 @@ def _summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             for query in queries
         ]
         mean = mean_interval(np.array(by_query))
+        correlations = np.array([row["rank_correlation"] for row in of_method])
+        there = correlations[~np.isnan(correlations)]
         found.append(
             {
                 "method": method,
@@ -92,9 +95,7 @@ def _summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "high": mean.high,
                 "least": float(min(by_query)),
                 "most": float(max(by_query)),
-                "mean_rank_correlation": float(
-                    np.mean([row["rank_correlation"] for row in of_method])
-                ),
+                "mean_rank_correlation": float(there.mean()) if len(there) else float("nan"),
             }
         )
     return found

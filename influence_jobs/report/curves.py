@@ -22,12 +22,15 @@ def _figure(columns: int) -> tuple[Figure, Sequence[Axes]]:
     return figure, axes
 
 
-def ablation_figure(summary: Sequence[Mapping[str, Any]], by: str) -> Figure:
+def ablation_figure(
+    summary: Sequence[Mapping[str, Any]], by: str, quantity: str = "loss"
+) -> Figure:
     """Mean change of the loss against k, one method and random samples, a panel for each mode.
 
     Args:
         summary: Rows of an ablation run's table `summary`.
         by: The method.
+        quantity: What was measured of the queries.
     """
     modes = [mode for mode in _PANELS if any(row["mode"] == mode for row in summary)]
     figure, axes = _figure(len(modes))
@@ -48,7 +51,7 @@ def ablation_figure(summary: Sequence[Mapping[str, Any]], by: str) -> Figure:
         axis.axhline(0, color=_OTHER, linewidth=0.6)
         axis.set_title(f"({'ab'[i]}) {_PANELS[mode]}", fontsize=9, loc="left")
         axis.set_xlabel("samples k", fontsize=8)
-    axes[0].set_ylabel("mean change of the queries' loss", fontsize=8)
+    axes[0].set_ylabel(f"mean change of the queries' {quantity}", fontsize=8)
     axes[0].legend(frameon=False, fontsize=8)
     return figure
 

@@ -6,7 +6,6 @@ import numpy.typing as npt
 TESTS = (3520, 3879, 597, 2667, 5673, 8616, 5570, 9489, 3714, 7362)
 TOP = 100
 TABLES = {"attribution": "4.1", "helpful": "4.2", "harmful": "4.3"}
-FIGURES = {"attribution": "4.8", "helpful": "4.9", "harmful": "4.10"}
 
 # Per cent of the top 100 shared with seed 0: five retrainings (rows), ten test images (columns).
 _ATTRIBUTION = """
@@ -46,8 +45,3 @@ OTHER_QUANTITY = (
     "The report's numbers are of something else: its code differentiated the test gradient's graph where the "
     "Hessian of the training loss was meant, and joined its repeats where it meant their mean."
 )
-EXPLAINED = {
-    "attribution": "",
-    "helpful": OTHER_QUANTITY,
-    "harmful": OTHER_QUANTITY,
-}

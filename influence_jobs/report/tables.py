@@ -15,7 +15,6 @@ from influence_jobs.store.run import Run
 class Table:
     """A table as a person reads it; `note` says what to know about it."""
 
-    name: str
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[object]]
@@ -39,7 +38,7 @@ def tables_of(run: Run) -> list[Table]:
     if isinstance(spec, PaperSpec):
         return [table for part in spec.parts for table in tables_of(Run(run.root, part))]
     if isinstance(spec, AblationSpec):
-        return _ablation(run)
+        return _ablation(run, spec)
     if isinstance(spec, StabilitySpec):
         return [_stability(run, rankings[0].name) for rankings in spec.methods] + [_summary(run)]
     if isinstance(spec, LdsSpec):
@@ -47,11 +46,10 @@ def tables_of(run: Run) -> list[Table]:
     return []
 
 
-def _ablation(run: Run) -> list[Table]:
-    summary = run.read_table("summary").to_pylist()
+def _ablation(run: Run, spec: AblationSpec) -> list[Table]:
+    summary, quantity = run.read_table("summary").to_pylist(), spec.queries.quantity
     changes = Table(
-        name="ablation",
-        title="Change of the query's loss when its top k samples are relabelled or removed: mean over queries",
+        title=f"Change of the query's {quantity} when its top k samples are relabelled or removed: mean over queries",
         columns=(
             "mode",
             "by",
@@ -59,7 +57,7 @@ def _ablation(run: Run) -> list[Table]:
             "change",
             "95 % from",
             "to",
-            "loss",
+            quantity,
             "before",
             "changed decisions",
         ),
@@ -77,17 +75,17 @@ def _ablation(run: Run) -> list[Table]:
             )
             for row in summary
         ],
-        note="Intervals: percentile bootstrap over queries.",
+        note="Intervals: BCa bootstrap over queries; of few and skewed values they cover less than they say.",
     )
     groups: dict[tuple[str, str, int], list[str]] = {}
     for row in run.read_table("results").to_pylist():
         if row["decision"] != row["decision_before"]:
-            text = f"{row['test']}: {row['decision_before']} to {row['decision']}"
+            seed = f" (seed {row['seed']})" if len(spec.seeds) > 1 else ""
+            text = f"{row['test']}: {row['decision_before']} to {row['decision']}{seed}"
             groups.setdefault((row["mode"], row["by"], row["k"]), []).append(text)
     if not groups:
         return [changes]
     decisions = Table(
-        name="decisions",
         title="Decisions that changed, by test id",
         columns=("mode", "by", "k", "changed"),
         rows=[(*group, "; ".join(texts)) for group, texts in groups.items()],
@@ -112,12 +110,24 @@ def _stability(run: Run, method: str) -> Table:
         f"Stability of {method}: share of the top {top} also found by retrainings from other seeds"
     )
     note = ""
-    if tuple(tests) == published.TESTS and top == published.TOP and method in published.STABILITY:
+    if _is_the_reports(run) and method in published.STABILITY and top == published.TOP:
         lines.append(("the report's mean", *map(_percent, published.STABILITY[method].mean(0))))
         title = f"Table {published.TABLES[method]}. {title}"
-        note = published.EXPLAINED[method]
+        note = published.OTHER_QUANTITY if method != "attribution" else ""
     names = [str(test) for test in tests] if len(tests) == len(queries) else map(str, queries)
-    return Table(f"stability-{method}", title, ("test", *names), lines, note)
+    return Table(title, ("test", *names), lines, note)
+
+
+def _is_the_reports(run: Run) -> bool:
+    """Whether a run is of the report's test images, classifier and training set."""
+    spec = run.spec
+    assert isinstance(spec, StabilitySpec)
+    tests = tuple(query.test for query in spec.queries.items)
+    return (
+        tests == published.TESTS
+        and spec.task.name == "mnist"
+        and spec.task.options.get("limit") is None
+    )
 
 
 def _percent(share: float) -> str:
@@ -126,7 +136,6 @@ def _percent(share: float) -> str:
 
 def _summary(run: Run) -> Table:
     return Table(
-        name="stability",
         title="Stability: mean over queries",
         columns=("method", "overlap", "95 % from", "to", "least", "most", "rank correlation"),
         rows=[tuple(row.values()) for row in run.read_table("summary").to_pylist()],
@@ -137,13 +146,12 @@ def _lds(run: Run, spec: LdsSpec) -> Table:
     rows = sorted(run.read_table("summary").to_pylist(), key=_by_mean)
     seeds = len(spec.seeds)
     return Table(
-        name="lds",
         title=f"Linear datamodeling score: {spec.subsets} subsets of {spec.fraction:g} of the samples, "
         f"{seeds} training{'s' * (seeds > 1)} each",
         columns=("method", "mean LDS", "95 % from", "to", "queries"),
         rows=[tuple(row.values()) for row in rows],
         note="Spearman's correlation of summed scores and losses over subsets, mean over queries; intervals: "
-        "percentile bootstrap over queries. Positive: samples that a method ranks first lower the loss.",
+        "percentile bootstrap over subsets. Positive: samples that a method ranks first lower the loss.",
     )
 
 

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from influence_jobs.specs.base import Model, Spec
+from influence_jobs.specs.base import Model, Spec, TaskSpec
 from influence_jobs.specs.scores import (
     AttributionSpec,
     BaselineSpec,
@@ -48,19 +48,28 @@ class Ranking(Model):
         return self.scores[0].asked
 
 
-def _require_alike(rankings: tuple[Ranking, ...], task_data: str) -> None:
+def _require_same_samples(run_id: str, task: TaskSpec, trained: TaskSpec) -> None:
+    """Refuse a task whose sample ids do not mean what they mean in a training."""
+    same = task.name == trained.name and task.data == trained.data
+    # A training's task has no options but those that it looks at.
+    other = [k for k, v in trained.options.items() if task.options.get(k) != v]
+    if not same or other:
+        what = f"option {other[0]}" if same else "task or data"
+        raise ValueError(f"{run_id} is of another {what}: ids mean other samples there")
+
+
+def _require_alike(rankings: tuple[Ranking, ...], trained: TaskSpec) -> None:
     names = [ranking.name for ranking in rankings]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"method {name} is named twice")
     for ranking in rankings:
         for scores in ranking.scores:
-            if scores.task.data != task_data:
-                raise ValueError(f"{scores.run_id} is of another task or data")
+            _require_same_samples(scores.run_id, scores.task, trained)
             if scores.asked != rankings[0].queries:
                 raise ValueError(
                     f"{scores.run_id} has other queries than {rankings[0].scores[0].run_id}: "
-                    "methods are compared on the same queries"
+                    "methods are compared on the same queries, with the same noise (--seed, --noise-draws)"
                 )
 
 
@@ -82,9 +91,8 @@ class RetrainingSpec(Spec):
         given = self.recipe
         plain = given.model_copy(update={"seed": 0, "save_epochs": (), "norm_layers": ()})
         object.__setattr__(self, "recipe", TrainSpec.model_validate(plain.model_dump()))
-        if given.task.data != self.task.data:
-            raise ValueError(f"{given.run_id} is a training on other data")
-        _require_alike(self.rankings, self.task.data)
+        _require_same_samples("the experiment", self.task, given.task)
+        _require_alike(self.rankings, given.task)
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("a seed is named twice")
         return self
@@ -127,13 +135,20 @@ class LdsSpec(RetrainingSpec):
     Attributes:
         subsets: How many.
         fraction: Of the training set in each.
-        subset_seed: Which subsets.
     """
 
     kind: Literal["lds"] = "lds"
     subsets: Annotated[int, Field(ge=3)] = 100
     fraction: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    subset_seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _scores_are_taken_as_they_are(self) -> Self:
+        for ranking in self.rankings:
+            if not ranking.largest:
+                raise ValueError(
+                    f"sums of scores have no other end: leave method {ranking.name} out"
+                )
+        return self
 
 
 class StabilitySpec(Spec):
@@ -152,13 +167,12 @@ class StabilitySpec(Spec):
 
     @model_validator(mode="after")
     def _rankings_are_alike(self) -> Self:
-        _require_alike(tuple(rankings[0] for rankings in self.methods), self.task.data)
+        _require_alike(tuple(rankings[0] for rankings in self.methods), self.task)
         for rankings in self.methods:
             for ranking in rankings:
                 if ranking.name != rankings[0].name or ranking.largest != rankings[0].largest:
                     raise ValueError(f"{ranking.name} is compared with {rankings[0].name}")
-                if ranking.queries != self.queries:
-                    raise ValueError(f"{ranking.scores[0].run_id} has other queries than the first")
+                _require_alike((rankings[0].model_copy(update={"name": ""}), ranking), self.task)
         return self
 
     @property

@@ -3,6 +3,7 @@
 <runs>/<run id>/
     spec.json           what was asked (specs/); written first; only its paths may change
     plan.json           how it is cut up: shards, batch size; written once
+    width.json          how many variants a retraining run trains side by side; measured once
     status.json         what the driver is doing; rewritten about once a second
     lease.json          which driver may write; lease.json.OWNER, who succeeds a dead OWNER
     job.json            the Ray job that runs the driver

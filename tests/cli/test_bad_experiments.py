@@ -32,6 +32,18 @@ LDS = ("submit", "lds", *DIGITS)
             "say what to explain: --test ID",
         ),
         ((*ABLATION, "--task", "mnist"), "is a training of digits:DigitsTask, not of mnist"),
+        (
+            (*ABLATION, "--mode", "remove", "--relabel-to", "next"),
+            "--relabel-to has no meaning for",
+        ),
+        ((*ABLATION, "--option", "width=9", "--by", "random"), "is of another option width"),
+        (
+            ("submit", "lds", "--checkpoint", "train-digits@1", "--local", "--test", "3"),
+            "retrainings end after epoch 2, as train-digitstask-",
+        ),
+        ((*LDS, "--by", "harmful"), "leave method harmful out"),
+        ((*LDS, "--batch-size", "8"), "No such option: --batch-size"),
+        (("submit", "paper", "--checkpoint", "train-digits"), "the report has no experiments with"),
         ((*STABILITY, "--by", "random"), "stability of 'random': choose attribution, helpful"),
         ((*STABILITY, "--top", "1501"), "--top 1501: there are 1,500 training samples"),
         ((*LDS, "--fraction", "1.5"), "fraction: Input should be less than 1"),

@@ -6,7 +6,13 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
+
+from influence_jobs.models.checkpoints import load_weights
+from influence_jobs.specs import TaskSpec
+from influence_jobs.tasks.base import Draw
+from influence_jobs.tasks.registry import make_task
 
 Infl = Callable[..., Any]
 DIGITS = ("--checkpoint", "train-digits", "--local")
@@ -74,8 +80,8 @@ def test_lds_of_methods_runs_and_ensembles(infl: Infl, runs: Path) -> None:
     ).json["run"]
     words = ("submit", "lds", *DIGITS, *CHEAP, *TESTS, "--subsets", 8, "--ensemble", 2)
     found = infl(*words, "--by", "dot-product", "--by", "loss", "--by", f"chance={random}+{other}")
-    assert found.code == 2, found.out  # noise of another seed is another query
-    assert "has other queries" in found.err
+    assert found.code == 2, found.out
+    assert "on the same queries, with the same noise (--seed, --noise-draws)" in found.err
     found = infl(*words, "--by", "dot-product", "--by", "loss", "--by", f"chance={random}")
     assert found.code == 0, found.err
     assert (
@@ -88,8 +94,46 @@ def test_lds_of_methods_runs_and_ensembles(infl: Infl, runs: Path) -> None:
     assert drawn(Path("drawn/lds.png"))
 
 
+def test_retrainings_are_of_the_seed_that_was_scored(infl: Infl, runs: Path) -> None:
+    words = ("--task", "digits:DigitsTask", "--local", "--json")
+    train = infl("submit", "train", *words, "--seed", 7, "--epochs", 1, "--lr", 0.05).json["run"]
+    found = infl(
+        "submit", "ablation", "--checkpoint", train, "--local", *TESTS, "--k", 9, "--by", "random"
+    )
+    assert found.code == 0, found.err
+    (folder,) = runs.glob("ablation-*")
+    rows = pq.read_table(folder / "tables/results.parquet").to_pylist()
+    assert {row["seed"] for row in rows} == {7}
+    # The unmanipulated model is the scored one, trained anew.
+    scored = infl(
+        "submit", "baseline", "--method", "loss", "--checkpoint", train, *TESTS, "--local"
+    )
+    assert scored.code == 0, scored.err
+    task = make_task(TaskSpec(name="digits:DigitsTask", options={"width": 8}, data=""))
+    model = task.model()
+    load_weights(model, next(runs.glob(f"{train}/checkpoints/*.pt")))
+    batch = task.test_batch(torch.tensor([row["test"] for row in rows[:3]]), Draw(0))
+    with torch.no_grad():
+        losses = task.losses(model.eval(), batch).tolist()
+    assert [row["loss_before"] for row in rows[:3]] == pytest.approx(losses, rel=0.02, abs=2e-3)
+
+
+def test_the_smallest_scores_of_a_run_are_its_harmful_samples(infl: Infl, runs: Path) -> None:
+    words = (*DIGITS, *CHEAP, "--test", 5)
+    run = infl("submit", "influence", *words, "--json").json["run"]
+    ablation = ("submit", "ablation", *DIGITS, "--test", 5, "--k", 40, "--mode", "remove")
+    assert infl(*ablation, *CHEAP, "--by", "harmful").code == 0
+    trained = set(runs.glob("retrained-*/manifest/*"))
+    assert infl(*ablation, "--by", f"harmful={run}").code == 0
+    assert set(runs.glob("retrained-*/manifest/*")) == trained
+
+
 def test_figures_of_a_run_without_any_are_refused(infl: Infl, runs: Path) -> None:
     assert infl("figures", "train-digits").code == 2
+    Path("file").touch()
+    assert infl("figures", "grad-norms", "--out", "file").err.startswith("error: cannot write")
+    assert infl("figures", "grad-norms", "--out", "drawn").code == 0
+    assert drawn(Path("drawn/norms-conv2.png"))
 
 
 @pytest.mark.ray

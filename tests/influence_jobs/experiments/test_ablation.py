@@ -45,8 +45,7 @@ def test_seeds_are_averaged_before_queries_are_resampled() -> None:
     first, second = summary(rows)
     assert (first["mode"], first["by"], first["k"]) == ("remove", "helpful", 5)
     assert first["mean_change"] == pytest.approx((3 + 0) / 2)
-    # Two queries: every resample has the mean 0, 1.5 or 3.
-    assert (first["low"], first["high"]) == (0, 3)
+    assert 0 <= first["low"] < 1.5 < first["high"] <= 3
     assert first["mean_loss"] == pytest.approx(2.5)
     assert first["mean_loss_before"] == pytest.approx(1)
     assert (first["changed_decisions"], first["decisions"]) == (1, 4)
@@ -62,4 +61,5 @@ def test_a_task_without_decisions_has_none_changed() -> None:
 def test_an_interval_covers_the_mean_as_often_as_it_says() -> None:
     draws = np.random.default_rng(1).exponential(size=(200, 40))
     covered = [mean_interval(values).low < 1 < mean_interval(values).high for values in draws]
-    assert 0.86 < np.mean(covered) < 0.99  # 95 %, less a little for skewed values
+    assert 0.89 < np.mean(covered) < 0.99
+    assert mean_interval(np.full(5, 3.0)) == (3, 3, 3)
