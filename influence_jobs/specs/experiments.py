@@ -38,7 +38,7 @@ class Ranking(Model):
             if other.asked != self.queries:
                 raise ValueError(
                     f"{other.run_id} has other queries than {self.scores[0].run_id}: "
-                    "an ensemble is of the same queries"
+                    "an ensemble is of the same queries, with the same noise (--seed, --noise-draws)"
                 )
         return self
 

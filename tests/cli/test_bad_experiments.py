@@ -36,7 +36,6 @@ LDS = ("submit", "lds", *DIGITS)
             (*ABLATION, "--mode", "remove", "--relabel-to", "next"),
             "--relabel-to has no meaning for",
         ),
-        ((*ABLATION, "--option", "width=9", "--by", "random"), "is of another option width"),
         (
             ("submit", "lds", "--checkpoint", "train-digits@1", "--local", "--test", "3"),
             "retrainings end after epoch 2, as train-digitstask-",
