@@ -14,11 +14,12 @@ TASK_DATA = "images patch-size stride limit skip-unreadable data-dir option"
 WHERE = "runs json"
 HOW = f"{WHERE} address device num-gpus local detach"
 
-SCORES = (
-    f"{HOW} {TASK_DATA} dry-run task checkpoint preset epochs seed sigma test-images workers batch-size "
-    "shard-size test test-set point region quantity noise-draws"
-)
-CURVATURE = "layer solver damping operator product curvature-samples tolerance max-iterations scale depth batch repeats"
+TRAINED = f"{HOW} {TASK_DATA} dry-run task checkpoint preset epochs sigma test-images workers"
+QUERIES = "test test-set point region quantity noise-draws seed"
+SCORES = f"{TRAINED} {QUERIES} batch-size shard-size"
+SOLVER = "solver damping operator product curvature-samples tolerance max-iterations scale depth batch repeats"
+CURVATURE = f"layer {SOLVER}"
+EXPERIMENT = f"{TRAINED} {QUERIES} {SOLVER} by"
 
 OPTIONS = {
     "runs": WHERE,
@@ -37,6 +38,11 @@ OPTIONS = {
     "submit influence": f"{SCORES} {CURVATURE} s-test combine relative keep-layers",
     "submit attribution": f"{SCORES} layer norms exclude-norm-above normalize keep-layers",
     "submit baseline": f"{SCORES} method",
+    "submit ablation": f"{EXPERIMENT} k mode relabel-to seeds shard-size",
+    "submit stability": f"{EXPERIMENT} retrainings top ensemble",
+    "submit lds": f"{EXPERIMENT} subsets fraction seeds ensemble shard-size",
+    "submit paper": f"{TRAINED} quick",
+    "figures": "runs out",
     "cluster up": "num-cpus num-gpus",
     "cluster status": "json",
     "cluster down": "",
