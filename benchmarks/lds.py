@@ -21,9 +21,29 @@ INFL = str(Path(sys.executable).with_name("infl"))
 TASK = ("--task", "mnist-dropout", "--limit", "5000")
 CURVATURE = ("--damping", ".001", "--curvature-samples", "1000")
 # 500 queries at a residual of 1e-4 take hours on two cores.
-CHEAP = ["--damping", ".01", "--curvature-samples", "1000", "--tolerance", ".05", "--max-iterations", "30"]
+CHEAP = [
+    "--damping",
+    ".01",
+    "--curvature-samples",
+    "1000",
+    "--tolerance",
+    ".05",
+    "--max-iterations",
+    "30",
+]
 # Of LiSSA: its effective damping is .01 x 25. More accurate settings take hours for 500 queries.
-PUBLISHED = ["--damping", ".01", "--scale", "25", "--depth", "1000", "--batch", "8", "--repeats", "1"]
+PUBLISHED = [
+    "--damping",
+    ".01",
+    "--scale",
+    "25",
+    "--depth",
+    "1000",
+    "--batch",
+    "8",
+    "--repeats",
+    "1",
+]
 METHODS = {
     "influence, EK-FAC": ("influence", "--solver", "ek-fac", *CURVATURE),
     "influence, CG": ("influence", "--solver", "cg", *CHEAP),

@@ -66,6 +66,14 @@ class Progresses:
             say(f"{run.id} {100 * done // total}%  {note}")
 
 
+def _under_way(run: Run, status: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
+    """The run that work is done for: this one, or one that it needs, or that one needs."""
+    while phase := status.get("phase"):
+        run = Run.open(run.root, phase)
+        status = read_status(run)
+    return run, status
+
+
 def watch(run: Run, *, ended: Callable[[], str | None]) -> dict[str, Any]:
     """Show progress until the run has ended; returns its last status.
 
@@ -78,9 +86,7 @@ def watch(run: Run, *, ended: Callable[[], str | None]) -> dict[str, Any]:
     try:
         while True:
             status = read_status(run)
-            phase = status.get("phase")
-            shown = Run.open(run.root, phase) if phase else run
-            bars.show(shown, read_status(shown) if phase else status)
+            bars.show(*_under_way(run, status))
             if status["state"] not in ("new", "running"):
                 return status
             if time.monotonic() - asked > 1:

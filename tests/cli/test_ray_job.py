@@ -16,11 +16,13 @@ import psutil
 import pytest
 
 from infl_cli import cluster, launch, ray_job
+from infl_cli import watch as watch_module
 from infl_cli.watch import watch
 from infl_cluster.client import UnknownJob
+from infl_cluster.status import read_status
 from influence_jobs.errors import RuntimeFault
 from influence_jobs.store import find
-from influence_jobs.store.run import Run
+from influence_jobs.store.run import Run, now
 
 Infl = Callable[..., Any]
 
@@ -164,3 +166,20 @@ def test_watching_does_not_list_all_runs(
     train = next(path.name for path in runs.iterdir() if path.name.startswith("train"))
     run.write_json("status.json", {**status, "phase": train})
     assert watch(run, ended=lambda: None)["phase"] == train
+
+
+def test_the_progress_shown_is_of_the_run_that_is_worked_at(
+    tmp_path: Path, finished_run: Run
+) -> None:
+    """A run may wait for one that waits for another itself."""
+    spec = finished_run.spec
+    train = spec.checkpoints[0].train
+    specs = (spec, train.model_copy(update={"seed": 1}), train.model_copy(update={"seed": 2}))
+    asked, needed, under_way = (Run.create(str(tmp_path), spec) for spec in specs)
+    states = ((asked, needed.id, None), (needed, under_way.id, None), (under_way, None, 9))
+    for run, phase, total in states:
+        status = {"state": "running", "phase": phase, "units_total": total, "updated_at": now()}
+        run.write_json("status.json", status)
+    found, status = watch_module._under_way(asked, read_status(asked))
+    assert found.id == under_way.id
+    assert status["units_total"] == 9
