@@ -20,7 +20,6 @@ import typer
 INFL = str(Path(sys.executable).with_name("infl"))
 TASK = ("--task", "mnist-dropout", "--limit", "5000")
 CURVATURE = ("--damping", ".001", "--curvature-samples", "1000")
-EARLY_CURVATURE = ("--damping", ".01", "--curvature-samples", "1000")
 # 500 queries at a residual of 1e-4 take hours on two cores.
 CHEAP = [
     "--damping",
@@ -46,7 +45,7 @@ PUBLISHED = [
     "1",
 ]
 METHODS = {
-    "influence, EK-FAC, epoch 3": ("influence", "--solver", "ek-fac", *EARLY_CURVATURE),
+    "influence, EK-FAC, epoch 3": ("influence", "--solver", "ek-fac", *CURVATURE),
     "influence, EK-FAC": ("influence", "--solver", "ek-fac", *CURVATURE),
     "influence, CG": ("influence", "--solver", "cg", *CHEAP),
     "influence, LiSSA as published": ("influence", "--solver", "lissa", *PUBLISHED),
