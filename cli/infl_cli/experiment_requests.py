@@ -158,12 +158,13 @@ def scores_request(
     subject, task = trained.subject, trained.subject.task
     if method in ("helpful", "harmful", "dot-product"):
         chosen = CurvatureOptions(solver="identity") if method == "dot-product" else curvature
-        s_tests = s_test_requests(subject, queries, chosen, layers=None, seed=seed)
-        return make_spec(
-            InfluenceSpec, task=task, s_tests=s_tests, noise_draws=queries.noise_draws, seed=seed
-        )
+        return influence_of(subject, queries, chosen, seed=seed)
     if method == "attribution":
-        return attribution_request(trained, queries)
+        layers = hidden_layers(subject.built)
+        norms: TrainSpec | GradNormsSpec = trained.train
+        if not set(layers) <= set(trained.train.norm_layers):
+            norms = replayed_norms(subject, layers, seed=queries.seed)
+        return attribution_of(subject, norms, queries, layers)
     return make_spec(
         BaselineSpec,
         task=task,
@@ -174,25 +175,42 @@ def scores_request(
     )
 
 
-def attribution_request(
-    trained: Trained, queries: Queries, layers: tuple[str, ...] | None = None, **fields: Any
+def influence_of(
+    subject: Subject, queries: Queries, curvature: CurvatureOptions, *, seed: int
+) -> InfluenceSpec:
+    """Influence through all layers."""
+    return make_spec(
+        InfluenceSpec,
+        task=subject.task,
+        s_tests=s_test_requests(subject, queries, curvature, layers=None, seed=seed),
+        noise_draws=queries.noise_draws,
+        seed=seed,
+    )
+
+
+def replayed_norms(subject: Subject, layers: tuple[str, ...], *, seed: int) -> GradNormsSpec:
+    """Norms of some layers at the subject's checkpoint."""
+    return make_spec(
+        GradNormsSpec,
+        task=subject.task,
+        checkpoints=subject.checkpoints,
+        layers=layers,
+        seed=seed,
+    )
+
+
+def attribution_of(
+    subject: Subject,
+    norms: TrainSpec | GradNormsSpec,
+    queries: Queries,
+    layers: tuple[str, ...],
+    **fields: Any,
 ) -> AttributionSpec:
-    """Attribution over hidden layers, by norms recorded in training where there are any, else by a replay."""
-    subject = trained.subject
-    layers = layers or hidden_layers(subject.built)
-    source: TrainSpec | GradNormsSpec = trained.train
-    if not set(layers) <= set(trained.train.norm_layers):
-        source = make_spec(
-            GradNormsSpec,
-            task=subject.task,
-            checkpoints=subject.checkpoints,
-            layers=layers,
-            seed=queries.seed,
-        )
+    """Attribution by the norms of some layers."""
     return make_spec(
         AttributionSpec,
         task=subject.task,
-        norms=source,
+        norms=norms,
         checkpoint=subject.checkpoints[0],
         layers=layers,
         queries=queries,

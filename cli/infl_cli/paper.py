@@ -4,27 +4,30 @@ from dataclasses import replace
 
 from infl_cli.experiment_requests import (
     REPORT_SIZES,
-    Trained,
     ablation_request,
-    attribution_request,
+    attribution_of,
     changed,
+    influence_of,
     ranking_request,
-    scores_request,
+    replayed_norms,
     stability_rankings,
     trained_at,
     trained_request,
 )
 from infl_cli.options import QueriedData, Weights
 from infl_cli.render import say
-from infl_cli.requests import subject_request
+from infl_cli.requests import Subject, subject_request
 from infl_cli.score_options import CurvatureOptions, QueryOptions
 from infl_cli.score_requests import queries_request
 from influence_jobs.errors import SpecError
 from influence_jobs.specs import (
+    GradNormsSpec,
     PaperSpec,
     Queries,
     Query,
     StabilitySpec,
+    TrainedCheckpoint,
+    TrainSpec,
     make_spec,
 )
 from influence_jobs.tasks.layers import weight_layers
@@ -54,10 +57,9 @@ def paper_request(weights: Weights, data: QueriedData, root: str, *, quick: bool
     if subject.task.name not in QUICK_EPOCHS:
         raise _unknown(subject.task.name)
     given = bool(weights.checkpoint)
-    trained = trained_request(subject, given=given, methods=("attribution",))
     if subject.task.name == "mnist":
-        return _section_4_1(trained, quick=quick)
-    return _section_4_2(trained, quick=quick, given=given)
+        return _section_4_1(subject, given=given, quick=quick)
+    return _section_4_2(subject, given=given, quick=quick)
 
 
 def _unknown(task: str) -> SpecError:
@@ -67,8 +69,15 @@ def _unknown(task: str) -> SpecError:
     )
 
 
-def _section_4_1(trained: Trained, *, quick: bool) -> PaperSpec:
-    """Top samples of ten test images, stability over seeds, ablation."""
+def _section_4_1(subject: Subject, *, given: bool, quick: bool) -> PaperSpec:
+    """Top samples of the output nodes and of ten test images, stability over seeds, ablation."""
+    trained = trained_request(subject, given=given, methods=())
+    if not given:
+        # Those of the last layer too: figure 4.1 is of its nodes.
+        layers = weight_layers(subject.built, subject.built.model())
+        skipped = int(trained.train.epochs > 1)
+        train = changed(trained.train, norm_layers=layers, norm_skip_epochs=skipped)
+        trained = trained_at(subject, train)
     subject = trained.subject
     n = len(subject.built.train_data())
     queries = queries_request(QueryOptions(test_set="paper"), subject.built, seed=0)
@@ -93,36 +102,38 @@ def _section_4_1(trained: Trained, *, quick: bool) -> PaperSpec:
         seeds=1,
     )
     scores = [rankings[0].scores[0], rankings[1].scores[0]]
-    return make_spec(PaperSpec, task=subject.task, parts=(*scores, stability, ablation))
+    return make_spec(PaperSpec, task=subject.task, parts=(trained.train, *scores, stability, ablation))
 
 
-def _section_4_2(trained: Trained, *, quick: bool, given: bool) -> PaperSpec:
-    """Points of two test images by attribution and its modifications, whole images by influence, the norms."""
-    subject = trained.subject
+def _section_4_2(subject: Subject, *, given: bool, quick: bool) -> PaperSpec:
+    """Points of two test images by attribution and its modifications, whole images by influence, the norms.
+
+    Norms are recorded in training; of a checkpoint that the user named they are replayed, unless its training has them.
+    """
     numbered = weight_layers(subject.built, subject.built.model())
     count = len(numbered)
     # The one before the last, on which the report settled, and others to compare with.
     layers = tuple(numbered[i - 1] for i in (count // 3, 2 * count // 3, count - 1, count))
-    if given:
-        if missing := [layer for layer in layers if layer not in trained.train.norm_layers]:
-            raise SpecError(
-                f"{trained.train.run_id} has no norms of layer {missing[0]}: leave --checkpoint out"
-            )
+    norms: TrainSpec | GradNormsSpec
+    checkpoint = subject.checkpoints[0]
+    if not given:
+        plain = trained_request(subject, given=False, methods=()).train
+        train = changed(plain, norm_layers=layers, norm_skip_epochs=int(plain.epochs > 1))
+        subject, norms = trained_at(subject, train)
+    elif isinstance(checkpoint, TrainedCheckpoint) and {*layers} <= {*checkpoint.train.norm_layers}:
+        norms = checkpoint.train
     else:
-        train = changed(
-            trained.train, norm_layers=layers, norm_skip_epochs=int(trained.train.epochs > 1)
-        )
-        trained = trained_at(subject, train)
+        norms = replayed_norms(subject, layers, seed=0)
     tests = tuple(range(min(2, len(subject.built.test_data()))))
-    points = make_spec(Queries, items=tuple(_points(trained, tests)))
+    points = make_spec(Queries, items=tuple(_points(subject, tests)))
     images = make_spec(Queries, items=tuple(Query(test=test) for test in tests))
     settled = (numbered[count - 2],)
     attributions = [
-        attribution_request(trained, points, settled),
-        attribution_request(trained, points, settled, exclude_norm_above=NORM_LIMIT),
-        attribution_request(trained, points, settled, normalize=True),
+        attribution_of(subject, norms, points, settled),
+        attribution_of(subject, norms, points, settled, exclude_norm_above=NORM_LIMIT),
+        attribution_of(subject, norms, points, settled, normalize=True),
         *(
-            attribution_request(trained, points, (layer,), normalize=True)
+            attribution_of(subject, norms, points, (layer,), normalize=True)
             for layer in layers
             if layer not in settled
         ),
@@ -130,15 +141,15 @@ def _section_4_2(trained: Trained, *, quick: bool, given: bool) -> PaperSpec:
     curvature = CurvatureOptions(
         solver="ek-fac", curvature_samples=QUICK_CURVATURE_SAMPLES if quick else "2000"
     )
-    influence = scores_request("helpful", trained, images, curvature, seed=0)
-    return make_spec(PaperSpec, task=subject.task, parts=(trained.train, *attributions, influence))
+    influence = influence_of(subject, images, curvature, seed=0)
+    return make_spec(PaperSpec, task=subject.task, parts=(norms, *attributions, influence))
 
 
-def _points(trained: Trained, tests: tuple[int, ...]) -> list[Query]:
+def _points(subject: Subject, tests: tuple[int, ...]) -> list[Query]:
     """Two points of each test image, a third from either corner."""
     found = []
     for test in tests:
-        height, width = trained.subject.built.test_size(test) or (1, 1)
+        height, width = subject.built.test_size(test) or (1, 1)
         for part in (1, 2):
             found.append(Query(test=test, region=(part * height // 3, part * width // 3, 1, 1)))
     return found

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from types import FrameType
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ from influence_jobs.store import layout
 from influence_jobs.store.lease import Lease, LeaseHeld
 from influence_jobs.store.manifest import Entry
 from influence_jobs.store.run import Run, now
+from influence_jobs.store.software import software
 
 log = logging.getLogger(__name__)
 
@@ -214,10 +215,20 @@ def _finish(run: Run, job: Job[Any]) -> None:
     result = job.finish()
     sums = {name: run.write_rows(name, 0, values) for name, values in result.arrays.items()}
     rows = max((run.array(name).shape[run.row_axis(name)] for name in sums), default=0)
-    entry = Entry(
-        layout.FINISH, 0, rows, 1, run.spec.hash, "done", arrays=sums, files=dict(result.files)
+    run.manifest.write(
+        Entry(
+            layout.FINISH,
+            0,
+            rows,
+            attempt=1,
+            spec=run.spec.hash,
+            state="done",
+            arrays=sums,
+            files=dict(result.files),
+            software=software(),
+            finished_at=now(),
+        )
     )
-    run.manifest.write(replace(entry, finished_at=now()))
 
 
 def stop_on_sigterm() -> None:

@@ -17,6 +17,7 @@ from influence_jobs.jobs.registry import open_job
 from influence_jobs.store import layout
 from influence_jobs.store.manifest import Entry
 from influence_jobs.store.run import Run, now
+from influence_jobs.store.software import software
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ class ShardRunner:
                 "files": dict(result.files),
                 "seconds": time.monotonic() - started,
                 "worker": f"{socket.gethostname()}:{os.getpid()}",
+                "software": software(),
                 "finished_at": now(),
             }
         )

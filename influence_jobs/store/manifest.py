@@ -28,6 +28,7 @@ class Entry:
         files: SHA-256 of the files written, by name.
         seconds: Time taken, writing included.
         worker: Host and process that did it.
+        software: Versions and revision that did it; empty in runs that are older than this field.
     """
 
     shard: str
@@ -40,6 +41,7 @@ class Entry:
     files: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     worker: str = ""
+    software: Mapping[str, str] = field(default_factory=dict)
     finished_at: float | None = None
 
 

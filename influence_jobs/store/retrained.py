@@ -20,6 +20,7 @@ from influence_jobs.store.files import open_files
 from influence_jobs.store.layout import CHECKPOINTS
 from influence_jobs.store.manifest import Entry, Manifest
 from influence_jobs.store.run import checksum, now
+from influence_jobs.store.software import software
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,15 @@ class Retrained:
         name = f"{CHECKPOINTS}/{key}-{found[:8]}.pt"
         self._files.write(name, data)
         entry = Entry(
-            key, 0, 0, 1, self._recipe.hash, "done", files={name: found}, finished_at=now()
+            key,
+            0,
+            0,
+            attempt=1,
+            spec=self._recipe.hash,
+            state="done",
+            files={name: found},
+            software=software(),
+            finished_at=now(),
         )
         self._manifest.write(entry)
 
