@@ -22,9 +22,9 @@ import typer
 
 from infl_cluster.head import current_head, ensure_head, stop_head
 from influence_jobs.gradients import GradNorms
-from influence_jobs.jobs.checkpoints import file_checkpoint, load_checkpoint
 from influence_jobs.models.mnist_mlp import MnistMLP
 from influence_jobs.store import layout
+from influence_jobs.store.checkpoints import file_checkpoint, load_checkpoint
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.base import Draw
 from influence_jobs.tasks.mnist import MnistTask

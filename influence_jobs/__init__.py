@@ -6,18 +6,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from influence_jobs.errors import InflError
     from influence_jobs.gradients import GradNorms
+    from influence_jobs.report.results import Results, open_run
     from influence_jobs.store.run import Run
     from influence_jobs.tasks.base import Batch, Draw, Task
 
-__all__ = ["Batch", "Draw", "GradNorms", "InflError", "Run", "Task"]
+__all__ = ["Batch", "Draw", "GradNorms", "InflError", "Results", "Run", "Task", "open_run"]
 
 _HOMES = {
     "Batch": "tasks.base",
     "Draw": "tasks.base",
     "GradNorms": "gradients",
     "InflError": "errors",
+    "Results": "report.results",
     "Run": "store.run",
     "Task": "tasks.base",
+    "open_run": "report.results",
 }
 
 

@@ -43,7 +43,7 @@ def denoise_folder(
 
     from infl_cli.requests import checkpoint_request
     from influence_jobs.datasets.images import ImageFolder
-    from influence_jobs.jobs.checkpoints import load_checkpoint
+    from influence_jobs.store.checkpoints import load_checkpoint
     from influence_jobs.tasks.ffdnet import FFDNetGreyTask, FFDNetTask, denoise
 
     root = o.runs_folder(runs)

@@ -1,6 +1,5 @@
 """Carry out a run, here or on Ray, and stay with it until it ends."""
 
-import json
 import os
 import secrets
 import sys
@@ -22,13 +21,12 @@ from infl_cluster.client import remote_client
 from infl_cluster.driver import drive, is_done, stop_on_sigterm
 from infl_cluster.head import ensure_head
 from infl_cluster.inline import InlineBackend
-from infl_cluster.status import read_status
 from influence_jobs.errors import RuntimeFault, StoreError
 from influence_jobs.jobs.registry import open_job
+from influence_jobs.report.made import certainty
 from influence_jobs.report.tables import tables_of
 from influence_jobs.specs import (
     AblationSpec,
-    Identity,
     InfluenceSpec,
     LdsSpec,
     PaperSpec,
@@ -37,6 +35,7 @@ from influence_jobs.specs import (
 )
 from influence_jobs.store import layout
 from influence_jobs.store.run import Run
+from influence_jobs.store.status import read_status
 
 IDLE_TIMEOUT_S = 600.0  # a head nobody asked for ends itself after so long without a job
 
@@ -211,8 +210,9 @@ def _print_result(run: Run, how: How) -> None:
         last = run.read_table("metrics").to_pylist()[-1]
         figures = ", ".join(f"{k} {v:.4g}" for k, v in last.items() if k != "epoch")
         render.out.print(f"  after epoch {last['epoch']}: {figures}")
-    for line in _solved(run):
-        render.out.print(f"  {line}")
+    if isinstance(run.spec, (InfluenceSpec, STestSpec)):
+        for line in certainty(run):
+            render.out.print(f"  {line}")
     for path in summary["tables"].values():
         render.out.print(f"  {path}")
     for table in tables_of(run):
@@ -223,7 +223,7 @@ def _print_result(run: Run, how: How) -> None:
     if isinstance(run.spec, PaperSpec):
         return
     if isinstance(run.spec, (AblationSpec, LdsSpec, StabilitySpec)):
-        render.out.print(f"\nnext: infl figures {run.id}{for_runs(run.root)}")
+        render.out.print(f"\nnext: infl report {run.id}{for_runs(run.root)}")
     elif isinstance(run.spec, STestSpec):
         render.out.print(f"next: infl submit influence --s-test {run.id}{for_runs(run.root)}")
     elif summary["arrays"]:
@@ -233,29 +233,3 @@ def _print_result(run: Run, how: How) -> None:
             f"next: infl submit grad-norms --layer all --checkpoint {run.id}{for_runs(run.root)}",
             markup=False,
         )
-
-
-def _solved(run: Run) -> list[str]:
-    """How the s_test vectors of a run were found: effective damping, residual, and what happened on the way."""
-    if isinstance(run.spec, InfluenceSpec):
-        return [line for s_test in run.spec.s_tests for line in _solved(Run(run.root, s_test))]
-    if not isinstance(run.spec, STestSpec):
-        return []
-    if isinstance(run.spec.solver, Identity):
-        return ["no curvature: s_test is the query's gradient"]
-    rows = run.read_table("solutions").to_pylist()
-    damping, record = rows[0]["damping"], json.loads(rows[0]["record"])
-    residual = max(row["residual"] for row in rows)
-    steps = max(row["iterations"] for row in rows)
-    lines = [
-        f"effective damping lambda = {damping:.4g}; residual up to {residual:.2g}, {steps} steps"
-    ]
-    if "recursion_damping" in record:
-        lines[0] += (
-            f"; the recursion's own damping {record['recursion_damping']:.4g} x scale {record['scale']:.4g}"
-            f", batches of {record['batch_size']}"
-        )
-    messages = [
-        message for row in rows for message in json.loads(row["record"]).get("messages", ())
-    ]
-    return lines + list(dict.fromkeys(messages))

@@ -4,7 +4,17 @@ import sys
 
 import typer
 
-from infl_cli import cluster, data, figures, runs, submit, submit_experiments, submit_scores, top
+from infl_cli import (
+    cluster,
+    data,
+    report,
+    runs,
+    submit,
+    submit_experiments,
+    submit_scores,
+    top,
+    view,
+)
 from influence_jobs.errors import DISK_ERRORS, InflError
 
 app = typer.Typer(
@@ -21,7 +31,8 @@ app.command("runs")(runs.list_runs)
 for command in (runs.status, runs.logs, runs.stop, runs.resume, runs.verify):
     app.command()(command)
 app.command("top")(top.top)
-app.command("figures")(figures.figures)
+app.command("report")(report.report)
+app.command("view")(view.view)
 app.add_typer(cluster.app, name="cluster")
 app.add_typer(data.app, name="data")
 app.command("denoise")(data.denoise_folder)

@@ -20,6 +20,7 @@ from infl_cli.requests import Subject, subject_request
 from infl_cli.score_options import CurvatureOptions, QueryOptions
 from infl_cli.score_requests import queries_request
 from influence_jobs.errors import SpecError
+from influence_jobs.report import published
 from influence_jobs.specs import (
     GradNormsSpec,
     PaperSpec,
@@ -37,7 +38,6 @@ MNIST_CURVATURE = CurvatureOptions(damping=0.25)
 QUICK_EPOCHS = {"mnist": 2, "ffdnet": 3, "ffdnet-grey": 3}
 QUICK_SIZES = (1000, 5000)
 QUICK_PATCHES, QUICK_CURVATURE_SAMPLES = 1000, "200"
-NORM_LIMIT = 5.0  # section 4.2.2
 
 
 def paper_request(weights: Weights, data: QueriedData, root: str, *, quick: bool) -> PaperSpec:
@@ -102,7 +102,9 @@ def _section_4_1(subject: Subject, *, given: bool, quick: bool) -> PaperSpec:
         seeds=1,
     )
     scores = [rankings[0].scores[0], rankings[1].scores[0]]
-    return make_spec(PaperSpec, task=subject.task, parts=(trained.train, *scores, stability, ablation))
+    return make_spec(
+        PaperSpec, task=subject.task, parts=(trained.train, *scores, stability, ablation)
+    )
 
 
 def _section_4_2(subject: Subject, *, given: bool, quick: bool) -> PaperSpec:
@@ -130,7 +132,7 @@ def _section_4_2(subject: Subject, *, given: bool, quick: bool) -> PaperSpec:
     settled = (numbered[count - 2],)
     attributions = [
         attribution_of(subject, norms, points, settled),
-        attribution_of(subject, norms, points, settled, exclude_norm_above=NORM_LIMIT),
+        attribution_of(subject, norms, points, settled, exclude_norm_above=published.NORM_LIMIT),
         attribution_of(subject, norms, points, settled, normalize=True),
         *(
             attribution_of(subject, norms, points, (layer,), normalize=True)

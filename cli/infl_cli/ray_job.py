@@ -35,6 +35,18 @@ def client_of(job: dict[str, Any]) -> JobClient:
     return head.client()
 
 
+def dashboard_of(run: Run) -> str | None:
+    """The page of a run's job in its Ray dashboard; None where it has no job, or that Ray is gone."""
+    job = run.read_json(layout.JOB)
+    if job is None:
+        return None
+    address = job["address"]
+    if not address:
+        head = current_head()
+        address = head.dashboard_url if head is not None else None
+    return f"{address.rstrip('/')}/#/jobs/{job['submission_id']}" if address else None
+
+
 def is_unfinished(job: dict[str, Any]) -> bool:
     """Whether a run's job waits or runs at its cluster.
 

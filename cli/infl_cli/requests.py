@@ -15,7 +15,6 @@ from infl_configs import preset_names, read_preset
 from influence_jobs.datasets.images import ImageFolder
 from influence_jobs.datasets.mnist import default_data_dir
 from influence_jobs.errors import ModelError, SpecError
-from influence_jobs.jobs.checkpoints import file_checkpoint, load_checkpoint
 from influence_jobs.specs import (
     Checkpoint,
     FileCheckpoint,
@@ -24,6 +23,7 @@ from influence_jobs.specs import (
     TrainSpec,
     make_spec,
 )
+from influence_jobs.store.checkpoints import file_checkpoint, load_checkpoint
 from influence_jobs.store.find import find_run
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.base import Task

@@ -11,12 +11,12 @@ import typer
 from infl_cli import options as o
 from infl_cli import render
 from infl_cli.render import duration, say
-from infl_cli.watch import rate_and_eta, watch
-from infl_cluster.status import read_status
+from infl_cli.watch import watch
 from influence_jobs.errors import RuntimeFault, StoreError
 from influence_jobs.store import layout
 from influence_jobs.store.find import find_run, run_ids
 from influence_jobs.store.run import Run
+from influence_jobs.store.status import rate_and_eta, read_status
 from influence_jobs.store.verify import find_damage, mark_undone
 
 STOP_DEADLINE_S = 15.0

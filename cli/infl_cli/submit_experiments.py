@@ -218,19 +218,18 @@ def paper(
 ) -> None:
     """The report's experiments in one run: of section 4.1 (MNIST), or with --task ffdnet of section 4.2.
 
-    It ends in the tables, and in the figures as PNG in the run's folder.
+    It ends in the tables, and in a page with all figures in the run's folder.
     """
-    from infl_cli.figures import figures_folder, write_figures
     from infl_cli.launch import carry_out
     from infl_cli.paper import paper_request
+    from infl_cli.report import report_folder, write_report_of
     from influence_jobs.store.run import Run
 
     root = o.runs_folder(runs)
     run = Run(root, paper_request(weights, data, root, quick=quick))
     carry_out(run, how)
     if not (how.dry_run or how.detach or "://" in root):
-        for path in write_figures(run, figures_folder(run)):
-            say(f"wrote {path}")
+        write_report_of([run], report_folder(run))
 
 
 def _subject(

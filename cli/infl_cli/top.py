@@ -12,13 +12,19 @@ import typer
 from infl_cli import options as o
 from infl_cli import render
 from infl_cli.render import say
-from infl_cluster.status import read_status
 from influence_jobs.errors import SpecError, StoreError
-from influence_jobs.specs import GradNormsSpec, InfluenceSpec, ScoresSpec, STestSpec, TrainSpec
+from influence_jobs.report.ranking import (
+    by_query,
+    ranked_norms,
+    ranked_scores,
+    read_table,
+    require_ranked,
+)
+from influence_jobs.specs import InfluenceSpec, ScoresSpec
 from influence_jobs.store.find import find_run
 from influence_jobs.store.layout import SCORES, part_name
 from influence_jobs.store.run import Run
-from influence_jobs.store.top import largest_rows, top_scores
+from influence_jobs.store.status import read_status
 
 _OF_SCORES, _OF_NORMS = "Of scores", "Of gradient norms"
 
@@ -74,10 +80,7 @@ def top(
     for file in (png, parquet):
         if file is not None and not file.parent.is_dir():
             raise SpecError(f"cannot write {file}: there is no folder {file.parent}")
-    if not isinstance(found.spec, (ScoresSpec, STestSpec, GradNormsSpec, TrainSpec)):
-        raise SpecError(
-            f"{found.id} ranks no samples: infl figures {found.id}{o.for_runs(found.root)}"
-        )
+    require_ranked(found)
     scored = isinstance(found.spec, ScoresSpec)
     for name, given, fits in (
         ("--test", test is not None, scored),
@@ -88,10 +91,10 @@ def top(
         if given and not fits:
             raise SpecError(f"{name} has no meaning for {found.id}: leave it out")
     if scored:
-        rows = ranked_scores(found, k, layer, test, side)
+        rows = ranked_scores(found, k, layer=layer, tests=test, side=side)
         tables = {SCORES if layer is None else part_name(layer): rows}
     else:
-        tables = _ranked_norms(found, k, layer, channel)
+        tables = ranked_norms(found, k, layer=layer, channel=channel)
     if parquet:
         flat = [{"array": name, **row} for name, table in tables.items() for row in table]
         buffer = io.BytesIO()
@@ -99,9 +102,12 @@ def top(
         parquet.write_bytes(buffer.getvalue())
         say(f"wrote {parquet}")
     if png:
-        from infl_cli.contact_sheets import sheet
+        from influence_jobs.report.contact_sheet import contact_sheet
+        from influence_jobs.report.sheets import score_rows
+        from influence_jobs.tasks.registry import make_task
 
-        sheet(found, tables[next(iter(tables))]).savefig(png, format="png")
+        rows_drawn = score_rows(make_task(found.spec.task), tables[next(iter(tables))])
+        contact_sheet(rows_drawn).savefig(png, format="png")
         say(f"wrote {png}")
     if json:
         render.print_json({"run": found.id, "top": tables})
@@ -111,84 +117,11 @@ def top(
         _print_norms(found, tables, channel)
 
 
-# -- scores ---------------------------------------------------------------------------------------
-
-
-def sides(run: Run) -> dict[str, bool]:
-    """What the ends of a run's ranking are called, and whether that end is the largest scores."""
-    if not isinstance(run.spec, InfluenceSpec):
-        return {run.spec.kind: True}
-    if run.spec.asked.quantity == "loss":
-        return {"helpful": True, "harmful": False}
-    return {"lowers it": True, "raises it": False}
-
-
-def ranked_scores(
-    run: Run, k: int, layer: str | None, tests: Sequence[int] | None, side: str
-) -> list[dict[str, Any]]:
-    """The first k samples of each query and side: test, region if any, side, rank, score, and what the sample is.
-
-    Args:
-        layer: Of this layer's part only.
-        tests: Only queries of these test samples.
-        side: helpful, harmful or both.
-
-    Raises:
-        SpecError: The run keeps no such part, has no such query, or scores nothing.
-    """
-    array = SCORES if layer is None else part_name(layer)
-    if array not in run.array_names():
-        kept = [name.partition("/")[2] for name in run.array_names() if name != SCORES]
-        there = (
-            f"it has {', '.join(kept)}"
-            if kept
-            else "leave --layer out, or submit with --keep-layers"
-        )
-        raise SpecError(f"{run.id} keeps no scores of layer {layer}: {there}")
-    queries = _table(run, "queries").to_pylist()
-    chosen = [row for row in queries if tests is None or row["test"] in tests]
-    for test in tests or ():
-        if test not in [row["test"] for row in queries]:
-            has = ", ".join(dict.fromkeys(str(row["test"]) for row in queries))
-            raise SpecError(f"{run.id} has no query of test sample {test}; it has {has}")
-    samples = _table(run, "samples")
-    rows = []
-    ranked = {
-        name: top_scores(run, array, [row["query"] for row in chosen], k, largest=largest)
-        for name, largest in sides(run).items()
-        if side == "both" or (side == "helpful") == largest
-    }
-    if not any(len(ids) for found in ranked.values() for ids, _ in found):
-        raise SpecError(
-            f"{run.id} leaves all samples out: submit it with another --exclude-norm-above"
-        )
-    for i, query in enumerate(chosen):
-        for name, found in ranked.items():
-            ids, values = found[i]
-            described = samples.take(ids).to_pylist()
-            for rank, (sample, score) in enumerate(zip(described, values, strict=True), start=1):
-                where = {"test": query["test"]}
-                if query["region"]:
-                    where["region"] = query["region"]
-                rows.append({**where, "side": name, "rank": rank, "score": float(score), **sample})
-    return rows
-
-
-def by_query(
-    rows: Sequence[Mapping[str, Any]],
-) -> dict[tuple[int, str | None, str], list[Mapping[str, Any]]]:
-    """Ranked rows by (test, region, side), in their order."""
-    blocks: dict[tuple[int, str | None, str], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        blocks.setdefault((row["test"], row.get("region"), row["side"]), []).append(row)
-    return blocks
-
-
 def _print_scores(run: Run, array: str, rows: Sequence[Mapping[str, Any]]) -> None:
     meaning = run.array(array).attrs
     render.out.print(f"scores: {meaning['quantity']}")
     render.out.print(f"sign: {meaning['sign']}; unit: {meaning['unit']}")
-    queries = {row["query"]: row for row in _table(run, "queries").to_pylist()}
+    queries = {row["query"]: row for row in read_table(run, "queries").to_pylist()}
     for (test, region, side), block in by_query(rows).items():
         query = next(q for q in queries.values() if (q["test"], q["region"]) == (test, region))
         known = {
@@ -202,43 +135,6 @@ def _print_scores(run: Run, array: str, rows: Sequence[Mapping[str, Any]]) -> No
             {k: v for k, v in row.items() if k not in ("test", "region", "side")} for row in block
         ]
         render.print_table(tuple(shown[0]), [tuple(row.values()) for row in shown])
-
-
-# -- gradient norms -------------------------------------------------------------------------------
-
-
-def _ranked_norms(
-    run: Run, k: int, layer: str | None, channel: int | None
-) -> dict[str, list[dict[str, Any]]]:
-    arrays = {
-        str(run.array(name).attrs["layer"]): name
-        for name in run.array_names()
-        if "layer" in run.array(name).attrs
-    }
-    if isinstance(run.spec, STestSpec):
-        raise SpecError(
-            f"{run.id} has no scores yet: infl submit influence --s-test {run.id}{o.for_runs(run.root)}"
-        )
-    if not arrays:
-        raise SpecError(
-            f"{run.id} has no gradient norms: infl submit grad-norms --layer all "
-            f"--checkpoint {run.id}{o.for_runs(run.root)}"
-        )
-    if layer is not None and layer not in arrays:
-        raise SpecError(f"{run.id} has no norms of layer {layer}; it has {', '.join(arrays)}")
-    samples = _table(run, "samples")
-    tables: dict[str, list[dict[str, Any]]] = {}
-    for name, array in arrays.items():
-        if layer not in (None, name):
-            continue
-        shape = run.array(array).shape[run.row_axis(array) + 1 :]
-        if channel is not None and not (shape and channel < shape[0]):
-            channels = f"channels 0 to {shape[0] - 1}" if shape else "one norm a sample"
-            raise SpecError(f"layer {name} has no channel {channel}; it has {channels}")
-        rows, values = largest_rows(run, array, k, channel=channel)
-        described = samples.take(rows).to_pylist()
-        tables[array] = [{**d, "norm": float(v)} for d, v in zip(described, values, strict=True)]
-    return tables
 
 
 def _print_norms(
@@ -265,12 +161,3 @@ def _ranked_by(ndim: int, row_axis: int, channel: int | None) -> str:
         + ("" if channel is None else f" of channel {channel}")
         + (f", summed over {over}" if over else "")
     )
-
-
-def _table(run: Run, name: str) -> pa.Table:
-    try:
-        return run.read_table(name)
-    except (FileNotFoundError, ValueError):  # ArrowInvalid is a ValueError
-        raise StoreError(
-            f"the table of {run.id}'s {name} is missing or damaged: infl verify {run.id}{o.for_runs(run.root)}"
-        ) from None

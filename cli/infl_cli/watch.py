@@ -8,21 +8,11 @@ from typing import Any
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from infl_cli.render import duration, err, say
-from infl_cluster.status import read_status
-from influence_jobs.store.run import Run, now
+from influence_jobs.store.run import Run
+from influence_jobs.store.status import rate_and_eta, read_status, under_way
 
 POLL_S = 0.5
 LINE_EVERY_S = 10.0  # where there is no terminal to draw a bar on
-
-
-def rate_and_eta(status: dict[str, Any]) -> tuple[float, float] | None:
-    """Samples a second since this driver's work began, and the seconds left at that rate."""
-    done = status["units_done"] - status.get("units_before", 0)
-    if not status.get("units_total") or done <= 0:
-        return None
-    until = now() if status["state"] == "running" else status["updated_at"]
-    rate = done / max(until - status["work_started_at"], 1e-3)
-    return rate, (status["units_total"] - status["units_done"]) / rate
 
 
 class Progresses:
@@ -66,14 +56,6 @@ class Progresses:
             say(f"{run.id} {100 * done // total}%  {note}")
 
 
-def _under_way(run: Run, status: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
-    """The run that work is done for: this one, or one that it needs, or that one needs."""
-    while phase := status.get("phase"):
-        run = Run.open(run.root, phase)
-        status = read_status(run)
-    return run, status
-
-
 def watch(run: Run, *, ended: Callable[[], str | None]) -> dict[str, Any]:
     """Show progress until the run has ended; returns its last status.
 
@@ -86,7 +68,7 @@ def watch(run: Run, *, ended: Callable[[], str | None]) -> dict[str, Any]:
     try:
         while True:
             status = read_status(run)
-            bars.show(*_under_way(run, status))
+            bars.show(*under_way(run, status))
             if status["state"] not in ("new", "running"):
                 return status
             if time.monotonic() - asked > 1:

@@ -17,7 +17,6 @@ if TYPE_CHECKING:  # whoever only reads a status must not load torch
 
 BEAT_S = 1.0
 QUIET_S = 300.0  # a run that makes no progress for so long says so
-STALE_S = 20.0  # a driver silent for so long is taken for dead
 
 
 class StatusWriter:
@@ -143,13 +142,3 @@ class StatusWriter:
             if status["state"] == "running" and not status["message"] and quiet > QUIET_S:
                 status["message"] = f"no progress for {quiet / 60:.0f} minutes"
             self._run.write_json(layout.STATUS, status)
-
-
-def read_status(run: Run) -> dict[str, Any]:
-    """A run's status, with `state` corrected to `interrupted` if its driver has gone silent, or `new`."""
-    status = run.read_json(layout.STATUS)
-    if status is None:
-        return {"state": "new", "units_done": 0, "units_total": None, "failures": {}}
-    if status["state"] == "running" and now() - status["updated_at"] > STALE_S:
-        status["state"] = "interrupted"
-    return status

@@ -14,9 +14,9 @@ from influence_jobs.errors import SpecError
 from influence_jobs.experiments.ablation import new_labels, summary
 from influence_jobs.experiments.stability import head
 from influence_jobs.jobs.base import Plan, Result
-from influence_jobs.jobs.rankings import query_scores
 from influence_jobs.jobs.retraining import RetrainJob
 from influence_jobs.specs import AblationSpec
+from influence_jobs.store.rankings import query_scores
 from influence_jobs.tasks.base import Draw
 from influence_jobs.training.changes import Changes, num_classes
 from influence_jobs.training.ensemble import Variant

@@ -10,9 +10,9 @@ import pyarrow as pa
 
 from influence_jobs.experiments.lds import lds, mean_lds, subset
 from influence_jobs.jobs.base import Result
-from influence_jobs.jobs.rankings import score_blocks
 from influence_jobs.jobs.retraining import RetrainJob
 from influence_jobs.specs import LdsSpec, Ranking
+from influence_jobs.store.rankings import score_blocks
 from influence_jobs.training.changes import Changes
 from influence_jobs.training.ensemble import Variant
 

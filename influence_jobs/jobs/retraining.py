@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from influence_jobs.errors import ModelError, SpecError
 from influence_jobs.jobs.base import Job, Plan, Report, Result, Shard
 from influence_jobs.jobs.queries import require_queries, write_queries
-from influence_jobs.jobs.rankings import digests, needed_runs
 from influence_jobs.jobs.saved_state import SavedState
 from influence_jobs.jobs.train import recipe_of
 from influence_jobs.specs import AnySpec, RetrainingSpec
 from influence_jobs.store.layout import CHECKPOINTS, ArrayLayout
+from influence_jobs.store.rankings import digests, needed_runs
 from influence_jobs.store.retrained import Retrained, variant_key
 from influence_jobs.tasks.base import Batch, Draw, to_device
 from influence_jobs.terms import Region

@@ -22,12 +22,12 @@ from influence_jobs.curvature import (
 )
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.jobs.base import Job, Plan, Report, Result, Shard
-from influence_jobs.jobs.checkpoints import load_checkpoint, recorded_digest
 from influence_jobs.jobs.queries import query_gradients, require_queries, write_queries
 from influence_jobs.jobs.samples import trained_inputs
 from influence_jobs.specs import AnySpec, Curvature, STestSpec, TrainedCheckpoint
 from influence_jobs.specs import scores as specs
 from influence_jobs.store import layout
+from influence_jobs.store.checkpoints import load_checkpoint, recorded_digest
 from influence_jobs.store.layout import S_TEST, S_TEST_VARIANCE, ArrayLayout, repeat_name
 from influence_jobs.tasks.base import Draw, Task
 

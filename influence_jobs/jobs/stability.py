@@ -11,8 +11,8 @@ from influence_jobs.experiments.intervals import mean_interval
 from influence_jobs.experiments.stability import overlap, rank_correlation
 from influence_jobs.jobs.base import Job, Plan, Report, Result, Shard
 from influence_jobs.jobs.queries import require_queries, write_queries
-from influence_jobs.jobs.rankings import digests, needed_runs, query_scores
 from influence_jobs.specs import AnySpec, Ranking, StabilitySpec
+from influence_jobs.store.rankings import digests, needed_runs, query_scores
 
 
 class StabilityJob(Job[StabilitySpec]):

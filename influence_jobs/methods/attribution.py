@@ -60,14 +60,14 @@ def query_activations(
         size = task.test_size(test)
         for draw in draws:
             batch = to_device(task.test_batch(torch.tensor([test]), draw), device_of(model))
-            for layer, output in _clamped_outputs(task, model, layers, batch).items():
+            for layer, output in clamped_outputs(task, model, layers, batch).items():
                 if not output.isfinite().all():
                     raise DataError(
                         f"activations of layer {layer} are not finite for test {test}: "
                         "check the sample and the checkpoint"
                     )
                 for row in rows:
-                    a_C = _pool(layer, output[0], queries[row][1], size)
+                    a_C = pool(layer, output[0], queries[row][1], size)
                     share = a_C.double().cpu().numpy() / len(draws)
                     means[layer][row] = means[layer].get(row, 0.0) + share
     return {
@@ -76,10 +76,17 @@ def query_activations(
     }
 
 
-def _clamped_outputs(
+def clamped_outputs(
     task: Task, model: nn.Module, layers: Sequence[str], batch: Batch
 ) -> dict[str, Tensor]:
-    """What layers return for a batch of one, clamped at zero at once: later in-place operations must not show."""
+    """What layers return for a test batch of one, clamped at zero at once: later in-place operations must not show.
+
+    Returns:
+        {layer: (1, C) or (1, C, h, w)}.
+
+    Raises:
+        ModelError: A layer is not called once, or returns something else.
+    """
     calls: dict[str, list[Tensor]] = {layer: [] for layer in layers}
 
     def keep(layer: str, output: object) -> None:
@@ -109,10 +116,14 @@ def _clamped_outputs(
     return {layer: outputs[0] for layer, outputs in calls.items()}
 
 
-def _pool(
+def pool(
     layer: str, activation: Tensor, region: Region | None, size: tuple[int, int] | None
 ) -> Tensor:
-    """(C,) or (C, h, w) to (C,)."""
+    """The activation of a region of an image of `size`: (C,) or (C, h, w) to (C,).
+
+    Raises:
+        ModelError: The layer has no positions for the region.
+    """
     if region is None:
         return activation if activation.ndim == 1 else activation.mean(dim=(1, 2))
     if activation.ndim == 1 or size is None:

@@ -20,18 +20,30 @@ Picture = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Cell:
-    """A picture and the lines under it; one that matches the query has a green frame."""
+    """A picture and what it is, a line each.
+
+    Attributes:
+        sample: The training sample it shows; None for a query.
+        matches: It has the query's label.
+    """
 
     picture: Picture
-    caption: str
+    lines: Sequence[str]
+    sample: int | None = None
     matches: bool = False
 
 
 @dataclass(frozen=True)
 class Row:
-    """A query, what its samples are, and those samples, best first."""
+    """A query, or what else is explained, and samples, best first.
 
-    query: Cell
+    Attributes:
+        query: None where what is explained has no picture.
+        region: What is explained of it (y, x, height, width), if not all.
+        title: What the samples are.
+    """
+
+    query: Cell | None
     region: Region | None
     title: str
     samples: Sequence[Cell]
@@ -50,9 +62,10 @@ def contact_sheet(rows: Sequence[Row]) -> Figure:
     for axes, row in zip(grid, rows, strict=True):
         for axis in axes:
             axis.set_axis_off()
-        _draw(axes[0], row.query)
-        _mark(axes[0], row.region)
-        axes[0].set_title("query", fontsize=7, loc="left", color="0.4")
+        if row.query is not None:
+            _draw(axes[0], row.query)
+            _mark(axes[0], row.region)
+            axes[0].set_title("query", fontsize=7, loc="left", color="0.4")
         for axis, cell in zip(axes[1:], row.samples, strict=False):
             _draw(axis, cell)
         axes[1].set_title(row.title, fontsize=7, loc="left", color="0.4")
@@ -63,7 +76,13 @@ def _draw(axis: Axes, cell: Cell) -> None:
     options: dict[str, Any] = {"vmin": 0, "vmax": 255, "interpolation": "nearest"}
     axis.imshow(cell.picture, cmap="gray" if cell.picture.ndim == 2 else None, **options)
     axis.text(
-        0.5, -0.04, cell.caption, transform=axis.transAxes, ha="center", va="top", fontsize=5.5
+        0.5,
+        -0.04,
+        "\n".join(cell.lines),
+        transform=axis.transAxes,
+        ha="center",
+        va="top",
+        fontsize=5.5,
     )
     if cell.matches:
         height, width = cell.picture.shape[:2]

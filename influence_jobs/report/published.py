@@ -1,4 +1,4 @@
-"""What the report found: "Inner workings of a denoising network", section 4.1.3, to print beside what we find."""
+"""What the report found and how it numbers it: "Inner workings of a denoising network", to print beside what we find."""
 
 import numpy as np
 import numpy.typing as npt
@@ -6,6 +6,20 @@ import numpy.typing as npt
 TESTS = (3520, 3879, 597, 2667, 5673, 8616, 5570, 9489, 3714, 7362)
 TOP = 100
 TABLES = {"attribution": "4.1", "helpful": "4.2", "harmful": "4.3"}
+FIGURES = {
+    "nodes": "4.1",
+    "top-attribution": "4.2",
+    "top-helpful": "4.3",
+    "top-harmful": "4.4",
+    "seeds-attribution": "4.5",
+    "seeds-helpful": "4.6",
+    "seeds-harmful": "4.7",
+    "ablation-attribution": "4.8",
+    "ablation-helpful": "4.9",
+    "ablation-harmful": "4.10",
+}
+NORM_LIMIT = 5.0  # section 4.2.2: samples of a larger norm count as outliers
+SETTLED_LAYER = {"ffdnet": "main.29", "ffdnet-grey": "main.38"}  # the one before the last
 
 # Per cent of the top 100 shared with seed 0: five retrainings (rows), ten test images (columns).
 _ATTRIBUTION = """

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from influence_jobs.report import published
 from influence_jobs.specs import AblationSpec, LdsSpec, PaperSpec, StabilitySpec
@@ -24,12 +25,15 @@ class Table:
         """The table in Markdown."""
         lines = [f"**{self.title}**", "", f"| {' | '.join(self.columns)} |"]
         lines.append(f"|{'---|' * len(self.columns)}")
-        lines += [f"| {' | '.join(map(_cell, row))} |" for row in self.rows]
+        lines += [f"| {' | '.join(map(cell_text, row))} |" for row in self.rows]
         return "\n".join([*lines, *(["", self.note] if self.note else []), ""])
 
 
-def _cell(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+def cell_text(value: object) -> str:
+    """A value as people read it: three digits of a fraction, thousands apart."""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.3g}"
+    return str(value)
 
 
 def tables_of(run: Run) -> list[Table]:
@@ -101,19 +105,22 @@ def _stability(run: Run, method: str) -> Table:
     found = {(row["retraining"], row["query"]): row["overlap"] for row in rows}
     shares = np.array([[found[r, q] for q in queries] for r in retrainings])
     top = rows[0]["top"]
-    lines: list[tuple[object, ...]] = [
-        (f"retraining {r}", *map(_percent, line))
-        for r, line in zip(retrainings, shares, strict=True)
-    ]
-    lines.append(("mean", *map(_percent, shares.mean(0))))
     title = (
         f"Stability of {method}: share of the top {top} also found by retrainings from other seeds"
     )
-    note = ""
+    theirs, note = None, ""
     if _is_the_reports(run) and method in published.STABILITY and top == published.TOP:
-        lines.append(("the report's mean", *map(_percent, published.STABILITY[method].mean(0))))
+        theirs = published.STABILITY[method]
         title = f"Table {published.TABLES[method]}. {title}"
-        note = published.OTHER_QUANTITY if method != "attribution" else ""
+        note = "In brackets: the report's."
+        if method != "attribution":
+            note += f" {published.OTHER_QUANTITY}"
+    lines: list[tuple[object, ...]] = []
+    for i, retraining in enumerate(retrainings):
+        beside = theirs[i] if theirs is not None and i < len(theirs) else None
+        lines.append((f"retraining {retraining}", *_percents(shares[i], beside)))
+    beside = theirs.mean(0) if theirs is not None else None
+    lines.append(("mean", *_percents(shares.mean(0), beside)))
     names = [str(test) for test in tests] if len(tests) == len(queries) else map(str, queries)
     return Table(title, ("test", *names), lines, note)
 
@@ -130,8 +137,11 @@ def _is_the_reports(run: Run) -> bool:
     )
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f}%"
+def _percents(ours: npt.NDArray[np.float64], theirs: npt.NDArray[np.float64] | None) -> list[str]:
+    """Shares in per cent, the report's in brackets."""
+    if theirs is None:
+        return [f"{100 * share:.0f}%" for share in ours]
+    return [f"{100 * a:.0f}% ({100 * b:.0f}%)" for a, b in zip(ours, theirs, strict=True)]
 
 
 def _summary(run: Run) -> Table:

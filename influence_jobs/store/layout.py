@@ -13,7 +13,7 @@
     checkpoints/        weights of a train run, and the states that long shards resume from
     tables/NAME.parquet small tables; tables/solutions/ID.parquet, one an s-test shard
     logs/               what drivers said; shard-ID.log, the traceback of an unexpected error
-    figures/            what `infl figures` drew; no part of the run
+    report/             what `infl report` wrote; no part of the run
 <runs>/retrained-*/     weights of retrained variants, shared by all runs: see store/retrained.py
 """
 

@@ -42,7 +42,7 @@ OPTIONS = {
     "submit stability": f"{EXPERIMENT} retrainings top ensemble",
     "submit lds": f"{EXPERIMENT} subsets fraction seeds ensemble shard-size",
     "submit paper": f"{TRAINED} quick",
-    "figures": "runs out",
+    "report": "runs out",
     "cluster up": "num-cpus num-gpus",
     "cluster status": "json",
     "cluster down": "",

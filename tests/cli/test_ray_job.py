@@ -16,13 +16,12 @@ import psutil
 import pytest
 
 from infl_cli import cluster, launch, ray_job
-from infl_cli import watch as watch_module
 from infl_cli.watch import watch
 from infl_cluster.client import UnknownJob
-from infl_cluster.status import read_status
 from influence_jobs.errors import RuntimeFault
 from influence_jobs.store import find
 from influence_jobs.store.run import Run, now
+from influence_jobs.store.status import read_status, under_way
 
 Infl = Callable[..., Any]
 
@@ -175,11 +174,11 @@ def test_the_progress_shown_is_of_the_run_that_is_worked_at(
     spec = finished_run.spec
     train = spec.checkpoints[0].train
     specs = (spec, train.model_copy(update={"seed": 1}), train.model_copy(update={"seed": 2}))
-    asked, needed, under_way = (Run.create(str(tmp_path), spec) for spec in specs)
-    states = ((asked, needed.id, None), (needed, under_way.id, None), (under_way, None, 9))
+    asked, needed, worked_at = (Run.create(str(tmp_path), spec) for spec in specs)
+    states = ((asked, needed.id, None), (needed, worked_at.id, None), (worked_at, None, 9))
     for run, phase, total in states:
         status = {"state": "running", "phase": phase, "units_total": total, "updated_at": now()}
         run.write_json("status.json", status)
-    found, status = watch_module._under_way(asked, read_status(asked))
-    assert found.id == under_way.id
+    found, status = under_way(asked, read_status(asked))
+    assert found.id == worked_at.id
     assert status["units_total"] == 9

@@ -14,7 +14,7 @@ from infl_cli.watch import rate_and_eta
 from infl_cluster import status as status_module
 from infl_cluster.driver import drive, is_done
 from infl_cluster.inline import InlineBackend
-from infl_cluster.status import StatusWriter, read_status
+from infl_cluster.status import StatusWriter
 from influence_jobs.errors import InflError, RuntimeFault, SpecError, StoreError
 from influence_jobs.jobs import runner as runner_module
 from influence_jobs.jobs import saved_state
@@ -24,6 +24,7 @@ from influence_jobs.specs import GradNormsSpec
 from influence_jobs.store import layout
 from influence_jobs.store.manifest import Entry
 from influence_jobs.store.run import Run
+from influence_jobs.store.status import read_status
 from influence_jobs.store.top import largest_rows
 from influence_jobs.store.verify import find_damage, mark_undone
 from influence_jobs.tasks.base import Draw
@@ -77,7 +78,7 @@ def test_batches_change_the_numbers_by_rounding_only(
 
 def test_norms_are_those_of_each_sample_alone(finished_run: Run, digits_task: object) -> None:
     from influence_jobs.gradients.reference import per_sample_gradients
-    from influence_jobs.jobs.checkpoints import load_checkpoint
+    from influence_jobs.store.checkpoints import load_checkpoint
     from influence_jobs.tasks.base import Draw, Task
 
     task = digits_task

@@ -9,7 +9,6 @@ import torch
 from influence_jobs.curvature import ConjugateGradient, GaussNewton
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.gradients.reference import gradients_one_by_one
-from influence_jobs.jobs.checkpoints import load_checkpoint
 from influence_jobs.jobs.queries import query_gradients
 from influence_jobs.jobs.s_test import curvature_samples
 from influence_jobs.specs import ConjugateGradient as Cg
@@ -23,6 +22,7 @@ from influence_jobs.specs import (
     TrainedCheckpoint,
     make_spec,
 )
+from influence_jobs.store.checkpoints import load_checkpoint
 from influence_jobs.store.layout import S_TEST, S_TEST_VARIANCE, SCORES, part_name, repeat_name
 from influence_jobs.store.verify import find_damage
 from influence_jobs.tasks.base import Draw

@@ -1,0 +1,52 @@
+"""`infl report`: one HTML page that explains runs, and their figures as PNG and Parquet."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from infl_cli import options as o
+from infl_cli.render import say
+from influence_jobs.errors import SpecError
+from influence_jobs.store.find import find_run
+from influence_jobs.store.run import Run
+
+
+def report(
+    run: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN...", help="Ids of runs, or their first characters."),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder to write to; by default `report` in the first run's own folder."),
+    ] = None,
+    runs: o.Runs = o.DEFAULT_RUNS,
+) -> None:
+    """Explain runs on one page: what was asked, what came out, how sure it is, how it was made.
+
+    The page needs no network. Beside it lie its figures as PNG, their data as Parquet, and its tables as Markdown.
+    """
+    found = [find_run(o.runs_folder(runs), word) for word in run]
+    if out is None and "://" in found[0].root:
+        raise SpecError(f"name a folder on this machine: infl report {found[0].id} --out DIR")
+    write_report_of(found, out or report_folder(found[0]))
+
+
+def report_folder(run: Run) -> Path:
+    """Where the report of a run on this machine lies by default."""
+    return Path(run.root) / run.id / "report"
+
+
+def write_report_of(runs: list[Run], folder: Path) -> None:
+    """Write the report of finished runs, and say where."""
+    from influence_jobs.report.html import sections_of, title_of, write_report
+
+    sections = sections_of(runs)
+    for section in sections:
+        for note in section.notes:
+            say(note)
+    title = "; ".join(title_of(run.spec) for run in runs)
+    first, *others = write_report(title, sections, folder)
+    typer.echo(first)
+    say(f"and {len(others)} files of figures and tables beside it")

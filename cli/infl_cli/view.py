@@ -1,0 +1,52 @@
+"""`infl view`: runs in a browser."""
+
+import secrets
+import socket
+from typing import Annotated
+
+import typer
+
+from infl_cli import options as o
+from infl_cli.render import say
+from influence_jobs.errors import SpecError
+from influence_jobs.store.find import find_run
+
+LOOPBACK = "127.0.0.1"
+
+
+def view(
+    run: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN...", help="Ids of runs, or their first characters."),
+    ],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 0,
+    open_browser: Annotated[bool, typer.Option("--open", help="Open a browser there.")] = False,
+    runs: o.Runs = o.DEFAULT_RUNS,
+) -> None:
+    """Look at runs in a browser: queries, the samples that explain them, points of images, progress.
+
+    It listens on this machine alone, to whoever has the address with its token, reads and never writes. Ctrl-C ends it.
+    """
+    import uvicorn
+
+    from infl_cli.ray_job import dashboard_of
+    from influence_jobs.report.viewer import make_viewer
+
+    found = [find_run(o.runs_folder(runs), word) for word in run]
+    token = secrets.token_urlsafe(24)
+    app = make_viewer(found, token, dashboard_of)
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind((LOOPBACK, port))
+        except OSError as error:
+            raise SpecError(
+                f"cannot listen on port {port} ({error.strerror}): choose another"
+            ) from error
+        url = f"http://{LOOPBACK}:{listening.getsockname()[1]}/?token={token}"
+        typer.echo(url)
+        say("Ctrl-C ends it")
+        if open_browser:
+            typer.launch(url)
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
+        server.run(sockets=[listening])

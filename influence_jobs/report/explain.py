@@ -1,0 +1,152 @@
+"""The samples that explain one point of a test image, from stored norms, at once."""
+
+import threading
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from influence_jobs.errors import SpecError
+from influence_jobs.experiments.stability import head
+from influence_jobs.methods.attribution import attribution_scores, clamped_outputs, pool
+from influence_jobs.specs import (
+    AttributionSpec,
+    Checkpoint,
+    GradNormsSpec,
+    TrainedCheckpoint,
+    TrainSpec,
+)
+from influence_jobs.store.checkpoints import load_checkpoint
+from influence_jobs.store.layout import norms_name
+from influence_jobs.store.run import Run
+from influence_jobs.tasks.base import Draw, Task
+from influence_jobs.tasks.registry import make_task
+
+MAPS = 8  # images whose activations are kept
+BLOCK = 16  # chunks of norms that are read together
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Stored norms, and the weights that a query's activations are taken at.
+
+    Attributes:
+        layers: The layers that have norms a channel.
+        chosen: The one that is looked at first.
+    """
+
+    run: Run
+    checkpoint: Checkpoint
+    layers: tuple[str, ...]
+    chosen: str
+
+
+def norms_of(run: Run) -> Norms | None:
+    """The norms that a run has or was made of; None if there are none, or none a channel."""
+    spec = run.spec
+    if isinstance(spec, AttributionSpec):
+        source = norms_of(Run(run.root, spec.norms))
+        if source is None:
+            return None
+        return Norms(source.run, spec.checkpoint, source.layers, spec.layers[-1])
+    if isinstance(spec, GradNormsSpec) and spec.reduction != "layer":
+        return Norms(run, spec.checkpoints[-1], spec.layers, spec.layers[-1])
+    if isinstance(spec, TrainSpec) and spec.norm_layers and spec.norm_reduction != "layer":
+        last = TrainedCheckpoint(train=spec, epoch=spec.epochs)
+        return Norms(run, last, spec.norm_layers, spec.norm_layers[-1])
+    return None
+
+
+class Explainer:
+    """Explains points by activations times norms; threads may share one.
+
+    Args:
+        norms: Stored norms; their run is finished.
+    """
+
+    def __init__(self, norms: Norms):
+        self.norms = norms
+        self.task: Task = make_task(norms.run.spec.task)
+        self._lock = threading.Lock()  # hooks of two forward passes must not meet
+        self._maps = lru_cache(maxsize=MAPS)(self._activations)
+        self._model: nn.Module | None = None
+
+    def top(
+        self,
+        test: int,
+        point: tuple[int, int],
+        k: int,
+        *,
+        layer: str,
+        normalize: bool = False,
+        exclude_norm_above: float | None = None,
+    ) -> list[tuple[int, float]]:
+        """The k samples that explain a point, and their scores, largest first.
+
+        Args:
+            test: A test image.
+            point: y and x in pixels.
+            k: How many.
+            layer: One of `norms.layers`.
+            normalize: Divide a sample's norms by their sum.
+            exclude_norm_above: Leave out samples whose norms sum to more.
+
+        Raises:
+            SpecError: There is no such layer, image or point.
+        """
+        scores_N = self._scores(test, point, layer, normalize, exclude_norm_above)
+        ids = head(scores_N, k, largest=True)
+        return [(int(i), float(scores_N[i])) for i in ids]
+
+    def prepare(self, test: int, layer: str) -> None:
+        """Compute an image's activations, which is most of what the first of its points takes."""
+        with self._lock:
+            self._maps(test, layer)
+
+    def _scores(
+        self,
+        test: int,
+        point: tuple[int, int],
+        layer: str,
+        normalize: bool,
+        exclude_norm_above: float | None,
+    ) -> npt.NDArray[np.float32]:
+        if layer not in self.norms.layers:
+            raise SpecError(f"there are no norms of layer {layer}")
+        if not 0 <= test < len(self.task.test_data()):
+            raise SpecError(f"there is no test image {test}")
+        size = self.task.test_size(test)
+        if size is None or not (0 <= point[0] < size[0] and 0 <= point[1] < size[1]):
+            raise SpecError(f"point {point[0]},{point[1]} is outside of test image {test}")
+        with self._lock:
+            activation = self._maps(test, layer)
+        a_C = pool(layer, activation, (*point, 1, 1), size)
+        activations = {layer: a_C[None].numpy()}
+        array, name = self.norms.run.array(norms_name(layer)), norms_name(layer)
+        axis = self.norms.run.row_axis(name)
+        step = BLOCK * array.chunks[axis]
+        pieces = []
+        for start in range(0, array.shape[axis], step):
+            rows = self.norms.run.read_rows(name, start, min(start + step, array.shape[axis]))
+            if axis:  # a leading checkpoint axis
+                rows = rows.sum(axis=0)
+            found = attribution_scores(
+                activations,
+                {layer: rows},
+                exclude_norm_above=exclude_norm_above,
+                normalize=normalize,
+            )
+            pieces.append(found[layer][0])
+        return np.concatenate(pieces)
+
+    @torch.no_grad()
+    def _activations(self, test: int, layer: str) -> Tensor:
+        """A test image's activations (C, h, w), by the first draw of its noise."""
+        if self._model is None:
+            self._model = self.task.model().eval()
+            load_checkpoint(self._model, self.norms.run.root, self.norms.checkpoint)
+        batch = self.task.test_batch(torch.tensor([test]), Draw(0))
+        return clamped_outputs(self.task, self._model, [layer], batch)[layer][0]

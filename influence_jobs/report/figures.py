@@ -1,0 +1,398 @@
+"""The figures of a run: what is drawn, what to see in it, and its data; from the store and the task's pictures alone."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from matplotlib.figure import Figure
+
+from influence_jobs.errors import DataError, SpecError
+from influence_jobs.experiments.stability import head
+from influence_jobs.report import published
+from influence_jobs.report.contact_sheet import Row, contact_sheet
+from influence_jobs.report.curves import (
+    Panel,
+    ablation_panels,
+    chart,
+    epoch_panels,
+    histogram_panels,
+    lds_panels,
+)
+from influence_jobs.report.ranking import by_query, norm_arrays, ranked_norms, ranked_scores, sides
+from influence_jobs.report.sheets import node_rows, sample_cells, score_rows, seed_rows
+from influence_jobs.specs import (
+    AblationSpec,
+    AttributionSpec,
+    BaselineSpec,
+    GradNormsSpec,
+    InfluenceSpec,
+    LdsSpec,
+    PaperSpec,
+    Ranking,
+    ScoresSpec,
+    Spec,
+    StabilitySpec,
+    TrainSpec,
+)
+from influence_jobs.store.rankings import query_scores
+from influence_jobs.store.run import Run
+from influence_jobs.store.top import row_totals
+from influence_jobs.tasks.base import Task
+from influence_jobs.tasks.layers import weight_layers
+from influence_jobs.tasks.registry import make_task
+
+PER_ROW = 5  # samples in a row of pictures
+MAX_ROWS = 30  # rows of pictures in a figure; its data have all
+MAX_NODES = 20  # of a layer that counts as one of classes
+SEED_QUERIES = 3  # queries that are shown after each training
+BINS = 80
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One figure.
+
+    Attributes:
+        name: Of its files, unique in its run.
+        title: What it is.
+        caption: What to see.
+        data: What is drawn, and more of the same kind where not all is.
+        content: Rows of pictures, or the panels of a chart.
+        number: Of the report's figure that it corresponds to.
+    """
+
+    name: str
+    title: str
+    caption: str
+    data: pa.Table
+    content: Sequence[Row] | Sequence[Panel]
+    number: str | None = None
+
+    @property
+    def heading(self) -> str:
+        """Number and title."""
+        return f"Figure {self.number}. {self.title}" if self.number else self.title
+
+    @cached_property
+    def rows(self) -> Sequence[Row]:
+        """Its rows of pictures; none for a chart."""
+        return [part for part in self.content if isinstance(part, Row)]
+
+    @cached_property
+    def panels(self) -> Sequence[Panel]:
+        """The panels of a chart; none for pictures."""
+        return [part for part in self.content if isinstance(part, Panel)]
+
+    def draw(self) -> Figure:
+        """The whole figure, for print."""
+        return contact_sheet(self.rows) if self.rows else chart(self.panels)
+
+
+def figures_of(run: Run, say: Callable[[str], None], *, numbered: bool = False) -> list[Shown]:
+    """The figures of a finished run; none of a paper run itself, whose parts have them.
+
+    Args:
+        run: Any run.
+        say: Told in a line what cannot be shown, and why.
+        numbered: The run is part of a paper run: its figures bear the report's numbers.
+    """
+    found = list(_Figures(run, say).all())
+    if not numbered:
+        return found
+    return [replace(shown, number=_number(run.spec, shown)) for shown in found]
+
+
+def parts_of(run: Run) -> list[Run]:
+    """The parts of a paper run, else the run itself."""
+    if isinstance(run.spec, PaperSpec):
+        return [Run(run.root, part) for part in run.spec.parts]
+    return [run]
+
+
+class _Figures:
+    """Makes the figures of one run."""
+
+    def __init__(self, run: Run, say: Callable[[str], None]):
+        self.run, self.say = run, say
+
+    @cached_property
+    def task(self) -> Task:
+        return make_task(self.run.spec.task)
+
+    def all(self) -> Iterator[Shown]:
+        spec = self.run.spec
+        if isinstance(spec, TrainSpec):
+            yield self._epochs()
+        if isinstance(spec, (TrainSpec, GradNormsSpec)):
+            yield from self._norms()
+        elif isinstance(spec, ScoresSpec):
+            yield from self._scores(spec)
+        elif isinstance(spec, StabilitySpec):
+            yield from self._stability(spec)
+        elif isinstance(spec, AblationSpec):
+            yield from self._ablation(spec)
+        elif isinstance(spec, LdsSpec):
+            summary = self.run.read_table("summary")
+            yield Shown(
+                "lds",
+                "Linear datamodeling scores",
+                "A method is as good as its bar is long: 1 would predict every retrained model's loss. Lines: "
+                "95 % intervals over subsets.",
+                summary,
+                lds_panels(summary.to_pylist()),
+            )
+
+    def _pictures(self, make: Callable[[], Sequence[Row]]) -> Sequence[Row]:
+        """Rows of pictures, or none where the task has no pictures or its data are not here."""
+        try:
+            return make()
+        except (SpecError, DataError) as error:
+            self.say(f"{self.run.id}: no pictures: {error}")
+            return ()
+
+    # -- training and norms -----------------------------------------------------------------------
+
+    def _epochs(self) -> Shown:
+        metrics = self.run.read_table("metrics")
+        last = metrics.to_pylist()[-1]
+        said = ", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in last.items() if k != "epoch")
+        return Shown(
+            "training",
+            "What the training measured after each epoch",
+            f"After epoch {last['epoch']}: {said}.",
+            metrics,
+            epoch_panels(metrics.to_pylist()),
+        )
+
+    def _norms(self) -> Iterator[Shown]:
+        arrays = norm_arrays(self.run)
+        for layer, array in arrays.items():
+            yield self._histogram(layer, array)
+        if isinstance(self.run.spec, GradNormsSpec):
+            yield from self._largest(arrays)
+        if arrays:
+            yield from self._nodes(arrays)
+
+    def _histogram(self, layer: str, array: str) -> Shown:
+        totals_N = row_totals(self.run, array)
+        ours = self.run.spec.task.name.startswith("ffdnet")
+        limit = published.NORM_LIMIT if ours else float(np.percentile(totals_N, 99))
+        counts, edges = np.histogram(totals_N, bins=BINS)
+        beyond = int((totals_N > limit).sum())
+        return Shown(
+            f"norms-{_file_name(layer)}",
+            f"Gradient norms at layer {layer}",
+            f"{beyond:,} of {len(totals_N):,} samples lie beyond {limit:.3g}, the broken line"
+            f"{', where the report drew it' if ours else ' (the last hundredth)'}; the largest is "
+            f"{totals_N.max():.3g}, the median {np.median(totals_N):.3g}.",
+            pa.table({"from": edges[:-1], "to": edges[1:], "samples": counts}),
+            histogram_panels(
+                counts, edges, limit, f"gradient norm at {layer}, summed over its channels"
+            ),
+        )
+
+    def _largest(self, arrays: Mapping[str, str]) -> Iterator[Shown]:
+        ranked = ranked_norms(self.run, PER_ROW)
+        data = [{"layer": layer, **row} for layer, array in arrays.items() for row in ranked[array]]
+
+        def rows() -> list[Row]:
+            return [
+                Row(None, None, f"layer {layer}", sample_cells(self.task, ranked[array], {}))
+                for layer, array in arrays.items()
+            ][:MAX_ROWS]
+
+        if pictures := self._pictures(rows):
+            yield Shown(
+                "largest-norms",
+                f"The {PER_ROW} samples with the largest norms",
+                "Whatever is asked of them, plain attribution scores of these samples are large.",
+                pa.Table.from_pylist(data),
+                pictures,
+            )
+
+    def _nodes(self, arrays: Mapping[str, str]) -> Iterator[Shown]:
+        """The top samples of every node of the last layer, if its norms are there and its nodes are few: classes."""
+        try:
+            layer = weight_layers(self.task, self.task.model())[-1]
+        except DataError:  # told where pictures were wanted
+            return
+        if layer not in arrays:
+            return
+        array = arrays[layer]
+        shape = self.run.array(array).shape[self.run.row_axis(array) + 1 :]
+        if not shape or shape[0] > MAX_NODES or "label" not in self.task.describe(np.array([0])):
+            return
+        ranked = [
+            {"channel": channel, **row}
+            for channel in range(shape[0])
+            for row in ranked_norms(self.run, PER_ROW, layer=layer, channel=channel)[array]
+        ]
+        matching = sum(row["label"] == row["channel"] for row in ranked)
+        if pictures := self._pictures(lambda: node_rows(self.task, ranked)):
+            yield Shown(
+                "nodes",
+                f"Top {PER_ROW} samples of each output node, by gradient norm",
+                f"{matching} of {len(ranked)} have the node's own label (green frame).",
+                pa.Table.from_pylist(ranked),
+                pictures,
+            )
+
+    # -- scores -----------------------------------------------------------------------------------
+
+    def _scores(self, spec: ScoresSpec) -> Iterator[Shown]:
+        try:
+            ranked = ranked_scores(self.run, PER_ROW)
+        except SpecError as error:  # such as all samples being beyond the limit of norms
+            self.say(f"{self.run.id}: nothing to show: {error}")
+            return
+        for side in sides(self.run):
+            of_side = [row for row in ranked if row["side"] == side]
+            pictures = self._pictures(lambda of_side=of_side: score_rows(self.task, of_side))  # type: ignore[misc]
+            if pictures:
+                yield Shown(
+                    f"top-{_file_name(side)}",
+                    f"Top {PER_ROW} by {method_of(spec)}{f': {side}' if len(sides(self.run)) > 1 else ''}",
+                    _seen(of_side, pictures),
+                    pa.Table.from_pylist(of_side),
+                    pictures[:MAX_ROWS],
+                )
+
+    # -- experiments ------------------------------------------------------------------------------
+
+    def _stability(self, spec: StabilitySpec) -> Iterator[Shown]:
+        for rankings in spec.methods:
+            ranked = self._after_each_training(rankings)
+            queries = list(by_query(ranked))
+            shown = [
+                row
+                for row in ranked
+                if (row["test"], row.get("region"), row["side"]) in queries[:SEED_QUERIES]
+            ]
+            pictures = self._pictures(lambda shown=shown: seed_rows(self.task, shown))  # type: ignore[misc]
+            if not pictures:
+                continue
+            times: dict[tuple[object, ...], int] = {}
+            for row in ranked:
+                key = row["test"], row.get("region"), row["sample"]
+                times[key] = times.get(key, 0) + 1
+            once = sum(count == 1 for count in times.values())
+            yield Shown(
+                f"seeds-{_file_name(rankings[0].name)}",
+                f"Top {PER_ROW} by {rankings[0].name} after each of {len(rankings)} trainings",
+                f"The first {min(SEED_QUERIES, len(queries))} of {len(queries)} queries. Of the {len(times)} samples "
+                f"found in all, {once} come first after one training only.",
+                pa.Table.from_pylist(ranked),
+                pictures,
+            )
+
+    def _after_each_training(self, rankings: Sequence[Ranking]) -> list[dict[str, Any]]:
+        samples = Run(self.run.root, rankings[0].scores[0]).read_table("samples")
+        rows = []
+        for query in self.run.read_table("queries").to_pylist():
+            for i, ranking in enumerate(rankings):
+                scores_N = query_scores(self.run.root, ranking, query["query"])
+                ids = head(scores_N, PER_ROW, largest=ranking.largest)
+                where = {"test": query["test"]}
+                if query["region"]:
+                    where["region"] = query["region"]
+                for rank, (sample, score) in enumerate(
+                    zip(samples.take(ids).to_pylist(), scores_N[ids], strict=True), start=1
+                ):
+                    rows.append(
+                        {
+                            **where,
+                            "side": ranking.name,
+                            "training": "first training" if i == 0 else f"retraining {i}",
+                            "rank": rank,
+                            "score": float(score),
+                            **sample,
+                        }
+                    )
+        return rows
+
+    def _ablation(self, spec: AblationSpec) -> Iterator[Shown]:
+        summary, quantity = self.run.read_table("summary"), spec.queries.quantity
+        rows = summary.to_pylist()
+        for by in dict.fromkeys(row["by"] for row in rows):
+            if by == "random":
+                continue
+            mine = [row for row in rows if row["by"] in (by, "random")]
+            yield Shown(
+                f"ablation-{_file_name(by)}",
+                f"Change of the queries' {quantity} when their top k by {by} are manipulated",
+                _ablation_seen(mine, by),
+                pa.Table.from_pylist(mine),
+                ablation_panels(rows, by, quantity),
+            )
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^\w+-]+", "-", text).strip("-")
+
+
+def method_of(spec: ScoresSpec) -> str:
+    """What scores, in words."""
+    if isinstance(spec, InfluenceSpec):
+        solvers = ", ".join(dict.fromkeys(s_test.solver.name for s_test in spec.s_tests))
+        over = f", {spec.combine} of {len(spec.s_tests)}" if len(spec.s_tests) > 1 else ""
+        divided = f", {spec.relative}-relative" if spec.relative else ""
+        return f"influence by {solvers}{over}{divided}"
+    if isinstance(spec, AttributionSpec):
+        words = f"attribution at {', '.join(spec.layers)}"
+        if spec.normalize:
+            words += ", norms divided by their sum"
+        if spec.exclude_norm_above is not None:
+            words += f", without samples of a norm above {spec.exclude_norm_above:g}"
+        return words
+    assert isinstance(spec, BaselineSpec)
+    return spec.method
+
+
+def _seen(ranked: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> str:
+    """What to see in the top samples of some queries."""
+    different = len({row["sample"] for row in ranked})
+    said = f"{different} different samples in {len(ranked)} places."
+    if any("label" in row for row in ranked):
+        matching = sum(cell.matches for row in rows for cell in row.samples)
+        said += f" {matching} have the label of their query (green frame)."
+    if any(row.region for row in rows):
+        said += " The circle marks the point that is explained."
+    if len(rows) > MAX_ROWS:
+        said += f" The first {MAX_ROWS} of {len(rows)} queries; the data have all."
+    return said
+
+
+def _ablation_seen(rows: Sequence[Mapping[str, Any]], by: str) -> str:
+    said = []
+    for mode in dict.fromkeys(row["mode"] for row in rows):
+        largest = max(row["k"] for row in rows if row["mode"] == mode)
+        found = {row["by"]: row for row in rows if row["mode"] == mode and row["k"] == largest}
+        verb = {"relabel": "relabelled", "remove": "removed"}[mode]
+        text = f"With {largest:,} samples {verb} the mean changes by {found[by]['mean_change']:.3g}"
+        if "random" in found and by != "random":
+            text += f", with random ones by {found['random']['mean_change']:.3g}"
+        said.append(f"{text}.")
+    return (
+        " ".join(said)
+        + " Bands: 95 % intervals over queries. Numbers at points: changed decisions."
+    )
+
+
+def _number(spec: object, shown: Shown) -> str | None:
+    """The report's number of a figure of one of its experiments."""
+    if not isinstance(spec, Spec) or spec.task.name not in published.SETTLED_LAYER:
+        return published.FIGURES.get(shown.name)
+    layer = published.SETTLED_LAYER[spec.task.name]
+    if isinstance(spec, AttributionSpec):
+        if spec.exclude_norm_above is not None:
+            return "4.14"
+        if not spec.normalize:
+            return "4.11"
+        return "4.15" if spec.layers == (layer,) else "4.16"
+    if isinstance(spec, InfluenceSpec):
+        return "4.12"
+    return "4.13" if shown.name == f"norms-{_file_name(layer)}" else None

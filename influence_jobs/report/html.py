@@ -1,0 +1,231 @@
+"""The report: one HTML file that explains runs, and the same figures as PNG and Parquet beside it."""
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import zarr
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image
+
+from influence_jobs.errors import SpecError, StoreError
+from influence_jobs.report.contact_sheet import Picture
+from influence_jobs.report.curves import Panel, chart
+from influence_jobs.report.figures import Shown, figures_of, method_of, parts_of
+from influence_jobs.report.made import Made, asked, certainty, made, needed
+from influence_jobs.report.tables import Table, cell_text, tables_of
+from influence_jobs.specs import (
+    AnySpec,
+    AttributionSpec,
+    BaselineSpec,
+    GradNormsSpec,
+    InfluenceSpec,
+    PaperSpec,
+    TrainSpec,
+)
+from influence_jobs.store import layout
+from influence_jobs.store.run import Run
+from influence_jobs.store.status import read_status
+
+THUMBNAIL = 320  # pixels; larger pictures are made smaller
+KINDS = {
+    "train": "Training",
+    "grad-norms": "Gradient norms",
+    "s-test": "s_test vectors",
+    "influence": "Influence",
+    "attribution": "Attribution",
+    "baseline": "Baseline",
+    "ablation": "Ablation",
+    "lds": "Linear datamodeling scores",
+    "stability": "Stability",
+    "paper": "The report's experiments",
+}
+
+
+@dataclass(frozen=True)
+class Section:
+    """What the report says of one run.
+
+    Attributes:
+        asked: The request in words.
+        notes: What cannot be shown, and why.
+        certainty: How sure the result is, a sentence each.
+        made: How it and the runs it stands on were made, the nearest first.
+    """
+
+    run: str
+    title: str
+    asked: list[tuple[str, str]]
+    figures: list[Shown]
+    tables: list[Table]
+    notes: list[str]
+    certainty: list[str]
+    made: list[Made]
+
+
+def sections_of(runs: Sequence[Run]) -> list[Section]:
+    """A section for each run, and for each part of a paper run.
+
+    Raises:
+        StoreError: A run is not finished.
+    """
+    found: dict[str, Section] = {}
+    for run in runs:
+        if (state := read_status(run)["state"]) != "done":
+            raise StoreError(f"{run.id} is not finished ({state}): infl resume {run.id}")
+        for part in parts_of(run):
+            if part.id not in found:
+                found[part.id] = _section(part, numbered=isinstance(run.spec, PaperSpec))
+    return list(found.values())
+
+
+def _section(run: Run, *, numbered: bool) -> Section:
+    notes: list[str] = []
+    figures = figures_of(run, notes.append, numbered=numbered)
+    return Section(
+        run=run.id,
+        title=title_of(run.spec),
+        asked=asked(run.spec),
+        figures=figures,
+        tables=tables_of(run),
+        notes=notes,
+        certainty=certainty(run),
+        made=[made(Run(run.root, spec)) for spec in needed(run.spec) if _is_there(run.root, spec)],
+    )
+
+
+def _is_there(root: str, spec: AnySpec) -> bool:
+    """Recipes of retrainings are specs of no run."""
+    return Run(root, spec).read_json(layout.SPEC) is not None
+
+
+def title_of(spec: AnySpec) -> str:
+    """What a run is, in a few words."""
+    words = f"{KINDS[spec.kind]} ({spec.task.slug})"
+    if isinstance(spec, (InfluenceSpec, AttributionSpec, BaselineSpec)):
+        method = method_of(spec)
+        return f"{method[0].upper()}{method[1:]} ({spec.task.slug})"
+    if isinstance(spec, (GradNormsSpec, TrainSpec)) and (seed := spec.seed):
+        return f"{words}: seed {seed}"
+    return words
+
+
+def render_report(title: str, sections: Sequence[Section]) -> str:
+    """One HTML page that needs nothing but itself."""
+    template = environment().get_template("report.html.j2")
+    return template.render(title=title, sections=sections)
+
+
+def write_report(title: str, sections: Sequence[Section], folder: Path) -> list[Path]:
+    """Write `report.html`, `tables.md` if there are tables, and of each figure a PNG and a Parquet file.
+
+    Returns:
+        The files.
+
+    Raises:
+        SpecError: The folder is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise SpecError(f"cannot write a report to {folder}: it is a file, name a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    written = [folder / "report.html"]
+    written[0].write_text(render_report(title, sections), encoding="utf-8")
+    if tables := [table for section in sections for table in section.tables]:
+        ids = ", ".join(f"`{section.run}`" for section in sections if section.tables)
+        written.append(folder / "tables.md")
+        text = "\n".join([f"Runs: {ids}\n", *(table.markdown() for table in tables)])
+        written[-1].write_text(text, encoding="utf-8")
+    for section in sections:
+        for shown in section.figures:
+            path = folder / "figures" / section.run / shown.name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shown.draw().savefig(f"{path}.png", format="png", facecolor="white")
+            pq.write_table(shown.data, f"{path}.parquet")
+            written += [Path(f"{path}.png"), Path(f"{path}.parquet")]
+    return written
+
+
+@cache
+def environment() -> Environment:
+    """Jinja2 with our templates; what is not known to a template is an error, what is no markup is escaped."""
+    made_of = Environment(
+        loader=PackageLoader("influence_jobs.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made_of.filters |= {
+        "picture": picture_uri,
+        "chart": chart_uri,
+        "parquet": parquet_uri,
+        "cell": cell_text,
+    }
+    return made_of
+
+
+def picture_uri(picture: Picture) -> str:
+    """A picture as a data URI: small ones exactly, as PNG, photographs as JPEG of at most 320 pixels."""
+    image, buffer = Image.fromarray(picture), io.BytesIO()
+    if max(image.size) <= THUMBNAIL // 2:
+        image.save(buffer, "PNG", optimize=True)
+        return _data_uri("image/png", buffer)
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    image.save(buffer, "JPEG", quality=85)
+    return _data_uri("image/jpeg", buffer)
+
+
+def chart_uri(panel: Panel, dark: bool) -> str:
+    """A panel as a data URI of a PNG, in the ink of a light or a dark page."""
+    buffer = io.BytesIO()
+    chart([panel], dark=dark).savefig(buffer, format="png", dpi=190)
+    return _data_uri("image/png", buffer)
+
+
+def parquet_uri(table: pa.Table) -> str:
+    """A table as a data URI of a Parquet file."""
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    return _data_uri("application/vnd.apache.parquet", buffer)
+
+
+def _data_uri(kind: str, buffer: io.BytesIO) -> str:
+    return f"data:{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _dimensions(array: zarr.Array[Any]) -> Sequence[str]:
+    names = array.metadata.to_dict()["dimension_names"]
+    assert isinstance(names, (list, tuple))
+    return [str(name) for name in names]
+
+
+def results_html(run: Run) -> str:
+    """What a notebook shows of a run: what was asked, its state, arrays and tables."""
+    arrays = {name: run.array(name) for name in run.array_names()}
+    rows = [
+        (
+            name,
+            " x ".join(
+                f"{length:,} {dim}"
+                for length, dim in zip(array.shape, _dimensions(array), strict=True)
+            ),
+            str(array.dtype),
+            str(array.attrs.get("unit", "")),
+        )
+        for name, array in arrays.items()
+    ]
+    template = environment().get_template("results.html.j2")
+    return template.render(
+        title=title_of(run.spec),
+        run=run.id,
+        state=read_status(run)["state"],
+        asked=asked(run.spec),
+        arrays=Table("Arrays", ("name", "shape", "dtype", "unit"), rows),
+        tables=run.table_names(),
+    )

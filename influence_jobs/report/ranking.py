@@ -1,0 +1,156 @@
+"""The samples that come first, by score or by gradient norm, with what they are."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import pyarrow as pa
+
+from influence_jobs.errors import SpecError, StoreError
+from influence_jobs.specs import GradNormsSpec, InfluenceSpec, ScoresSpec, STestSpec, TrainSpec
+from influence_jobs.store.layout import SCORES, part_name
+from influence_jobs.store.run import Run
+from influence_jobs.store.top import largest_rows, top_scores
+
+Side = Literal["helpful", "harmful", "both"]
+RankedRow = Mapping[str, Any]
+
+
+def require_ranked(run: Run) -> None:
+    """Refuse a run that ranks no samples.
+
+    Raises:
+        SpecError: It has neither scores nor norms.
+    """
+    if not isinstance(run.spec, (ScoresSpec, STestSpec, GradNormsSpec, TrainSpec)):
+        raise SpecError(f"{run.id} ranks no samples: infl report {run.id}")
+
+
+def sides(run: Run) -> dict[str, bool]:
+    """What the ends of a run's ranking are called, and whether that end is the largest scores."""
+    if not isinstance(run.spec, InfluenceSpec):
+        return {run.spec.kind: True}
+    if run.spec.asked.quantity == "loss":
+        return {"helpful": True, "harmful": False}
+    return {"lowers it": True, "raises it": False}
+
+
+def ranked_scores(
+    run: Run,
+    k: int,
+    *,
+    layer: str | None = None,
+    tests: Sequence[int] | None = None,
+    side: Side = "both",
+) -> list[dict[str, Any]]:
+    """The first k samples of each query and side: test, region if any, side, rank, score, and what the sample is.
+
+    Args:
+        layer: Of this layer's part only.
+        tests: Only queries of these test samples.
+        side: Of influence, the largest scores, the smallest, or both.
+
+    Raises:
+        SpecError: The run keeps no such part, has no such query, or scores nothing.
+    """
+    array = SCORES if layer is None else part_name(layer)
+    if array not in run.array_names():
+        kept = [name.partition("/")[2] for name in run.array_names() if name != SCORES]
+        there = (
+            f"it has {', '.join(kept)}"
+            if kept
+            else "leave --layer out, or submit with --keep-layers"
+        )
+        raise SpecError(f"{run.id} keeps no scores of layer {layer}: {there}")
+    queries = read_table(run, "queries").to_pylist()
+    chosen = [row for row in queries if tests is None or row["test"] in tests]
+    for test in tests or ():
+        if test not in [row["test"] for row in queries]:
+            has = ", ".join(dict.fromkeys(str(row["test"]) for row in queries))
+            raise SpecError(f"{run.id} has no query of test sample {test}; it has {has}")
+    samples = read_table(run, "samples")
+    rows = []
+    ranked = {
+        name: top_scores(run, array, [row["query"] for row in chosen], k, largest=largest)
+        for name, largest in sides(run).items()
+        if side == "both" or (side == "helpful") == largest
+    }
+    if not any(len(ids) for found in ranked.values() for ids, _ in found):
+        raise SpecError(
+            f"{run.id} leaves all samples out: submit it with another --exclude-norm-above"
+        )
+    for i, query in enumerate(chosen):
+        for name, found in ranked.items():
+            ids, values = found[i]
+            described = samples.take(ids).to_pylist()
+            for rank, (sample, score) in enumerate(zip(described, values, strict=True), start=1):
+                where = {"test": query["test"]}
+                if query["region"]:
+                    where["region"] = query["region"]
+                rows.append({**where, "side": name, "rank": rank, "score": float(score), **sample})
+    return rows
+
+
+def by_query(rows: Sequence[RankedRow]) -> dict[tuple[int, str | None, str], list[RankedRow]]:
+    """Ranked rows by (test, region, side), in their order."""
+    blocks: dict[tuple[int, str | None, str], list[RankedRow]] = {}
+    for row in rows:
+        blocks.setdefault((row["test"], row.get("region"), row["side"]), []).append(row)
+    return blocks
+
+
+def ranked_norms(
+    run: Run, k: int, *, layer: str | None = None, channel: int | None = None
+) -> dict[str, list[dict[str, Any]]]:
+    """The k samples with the largest norms, by array: what the sample is, and its norm.
+
+    Args:
+        layer: Of this layer only.
+        channel: By this channel's norm, not by the sum over channels.
+
+    Raises:
+        SpecError: The run has no norms, or no such layer or channel.
+    """
+    arrays = norm_arrays(run)
+    if isinstance(run.spec, STestSpec):
+        raise SpecError(
+            f"{run.id} has no scores yet: infl submit influence --s-test {run.id} makes them"
+        )
+    if not arrays:
+        raise SpecError(
+            f"{run.id} has no gradient norms: infl submit grad-norms --layer all --checkpoint {run.id}"
+        )
+    if layer is not None and layer not in arrays:
+        raise SpecError(f"{run.id} has no norms of layer {layer}; it has {', '.join(arrays)}")
+    samples = read_table(run, "samples")
+    tables: dict[str, list[dict[str, Any]]] = {}
+    for name, array in arrays.items():
+        if layer not in (None, name):
+            continue
+        shape = run.array(array).shape[run.row_axis(array) + 1 :]
+        if channel is not None and not (shape and channel < shape[0]):
+            channels = f"channels 0 to {shape[0] - 1}" if shape else "one norm a sample"
+            raise SpecError(f"layer {name} has no channel {channel}; it has {channels}")
+        rows, values = largest_rows(run, array, k, channel=channel)
+        described = samples.take(rows).to_pylist()
+        tables[array] = [{**d, "norm": float(v)} for d, v in zip(described, values, strict=True)]
+    return tables
+
+
+def norm_arrays(run: Run) -> dict[str, str]:
+    """The arrays of gradient norms, by layer; none where the run has none."""
+    layers = {name: run.array(name).attrs.get("layer") for name in run.array_names()}
+    return {str(layer): name for name, layer in layers.items() if layer is not None}
+
+
+def read_table(run: Run, name: str) -> pa.Table:
+    """A table of a finished run.
+
+    Raises:
+        StoreError: It is missing or damaged.
+    """
+    try:
+        return run.read_table(name)
+    except (FileNotFoundError, ValueError):  # ArrowInvalid is a ValueError
+        raise StoreError(
+            f"the table of {run.id}'s {name} is missing or damaged: infl verify {run.id}"
+        ) from None

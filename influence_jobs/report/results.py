@@ -1,0 +1,188 @@
+"""Results in Python: `influence_jobs.open_run`."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import xarray as xr
+from matplotlib.figure import Figure
+
+from influence_jobs.errors import SpecError, StoreError
+from influence_jobs.report.ranking import (
+    Side,
+    ranked_norms,
+    ranked_scores,
+    read_table,
+    require_ranked,
+)
+from influence_jobs.specs import AnySpec, ScoresSpec
+from influence_jobs.store import layout
+from influence_jobs.store.find import find_run
+from influence_jobs.store.status import read_status
+
+if TYPE_CHECKING:
+    from influence_jobs.report.figures import Shown
+
+
+class Results:
+    """A run, to look at from Python; nothing is read before it is asked for.
+
+    Args:
+        root: Folder of all runs.
+        run_id: The run, or the first characters of its id.
+
+    Attributes:
+        run: The run in the store.
+    """
+
+    def __init__(self, root: str, run_id: str):
+        self.run = find_run(root, run_id)
+
+    def __repr__(self) -> str:
+        return f"<Results of {self.run.id}, {self.state}>"
+
+    @property
+    def spec(self) -> AnySpec:
+        """What was asked."""
+        return self.run.spec
+
+    @property
+    def state(self) -> str:
+        """`new`, `running`, `stopped`, `interrupted`, `failed` or `done`."""
+        return str(read_status(self.run)["state"])
+
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """Names of the arrays."""
+        return tuple(self.run.array_names())
+
+    def __getitem__(self, name: str) -> xr.DataArray:
+        """An array with named dimensions, read piece by piece as it is indexed.
+
+        Meaning, sign and unit of the numbers are its `attrs`; queries have their test ids as coordinate `test`. What
+        is not computed yet is NaN.
+
+        Raises:
+            StoreError: The run has no such array.
+        """
+        self.run.array(name)  # which says what there is
+        group, _, own = name.rpartition("/")
+        folder = f"{layout.ARRAYS}/{group}" if group else layout.ARRAYS
+        siblings = [n.removeprefix(f"{group}/") for n in self.arrays if n != name]
+        # Opened on their own: arrays of one group may have dimensions of one name and different lengths.
+        dataset = xr.open_zarr(
+            self.run.files.zarr_store(folder),
+            consolidated=False,
+            chunks=None,
+            drop_variables=siblings,
+            mask_and_scale=False,
+        )
+        found: xr.DataArray = dataset[own].rename(name)
+        if "query" in found.dims and "queries" in self.tables:
+            tests = self.table("queries").column("test").to_numpy()
+            found = found.assign_coords(test=("query", tests))
+        return found
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """Names of the tables."""
+        return tuple(self.run.table_names())
+
+    def table(self, name: str) -> pa.Table:
+        """A table.
+
+        Raises:
+            StoreError: It is missing or damaged.
+        """
+        if name not in self.tables:
+            has = ", ".join(self.tables) or "none yet"
+            raise StoreError(f"run {self.run.id} has no table {name!r}; it has {has}")
+        return read_table(self.run, name)
+
+    def top_k(
+        self,
+        k: int = 10,
+        *,
+        test: int | Sequence[int] | None = None,
+        side: Side = "both",
+        layer: str | None = None,
+        channel: int | None = None,
+    ) -> pa.Table:
+        """The samples that come first, with what they are: as `infl top`.
+
+        Args:
+            k: How many, of each query and side or of each layer.
+            test: Of scores, only queries of these test samples.
+            side: Of influence, the largest scores (helpful), the smallest (harmful), or both.
+            layer: Of this layer only; of scores, the layer's part.
+            channel: Of norms, by this channel's norm rather than by the sum over channels.
+
+        Returns:
+            Of scores, columns `test`, `side`, `rank`, `score`, `sample` and what the task says of it; of norms
+            `layer`, `norm` instead of the first four.
+
+        Raises:
+            SpecError: The run ranks nothing, or has no such query, layer or channel.
+            StoreError: The run is not done.
+        """
+        require_ranked(self.run)
+        if self.state != "done":
+            raise StoreError(f"{self.run.id} is not done yet: infl resume {self.run.id}")
+        if isinstance(self.spec, ScoresSpec):
+            if channel is not None:
+                raise SpecError(f"{self.run.id} has scores, which have no channels")
+            tests = [test] if isinstance(test, int) else test
+            return pa.Table.from_pylist(
+                ranked_scores(self.run, k, layer=layer, tests=tests, side=side)
+            )
+        if test is not None or side != "both":
+            raise SpecError(f"{self.run.id} has norms, which are of no query")
+        ranked = ranked_norms(self.run, k, layer=layer, channel=channel)
+        rows: list[dict[str, Any]] = []
+        for array, found in ranked.items():
+            rows += [{"layer": self.run.array(array).attrs["layer"], **row} for row in found]
+        return pa.Table.from_pylist(rows)
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """Names of the figures."""
+        return tuple(self._figures())
+
+    def figure(self, name: str) -> Figure:
+        """A figure, as `infl report` draws it.
+
+        Raises:
+            SpecError: The run has no such figure.
+        """
+        found = self._figures()
+        if name not in found:
+            raise SpecError(
+                f"{self.run.id} has no figure {name!r}; it has {', '.join(found) or 'none'}"
+            )
+        return found[name].draw()
+
+    def _figures(self) -> "dict[str, Shown]":
+        from influence_jobs.report.figures import figures_of, parts_of
+
+        parts = parts_of(self.run)
+        several = len(parts) > 1
+        return {
+            f"{part.id}/{shown.name}" if several else shown.name: shown
+            for part in parts
+            for shown in figures_of(part, lambda _: None, numbered=several)
+        }
+
+    def _repr_html_(self) -> str:
+        from influence_jobs.report.html import results_html
+
+        return results_html(self.run)
+
+
+def open_run(path: str) -> Results:
+    """Open a run by the path of its folder, on a disk, s3:// or gs://; the first characters of its id suffice.
+
+    Raises:
+        StoreError: There is no such run.
+    """
+    root, _, run_id = str(path).rstrip("/").rpartition("/")
+    return Results(root or ".", run_id)

@@ -1,0 +1,49 @@
+"use strict";
+
+// While a run is at work, its progress; when it ends, its results.
+const progress = document.getElementById("progress");
+if (progress && progress.dataset.running === "yes") {
+  const timer = setInterval(async () => {
+    const answer = await fetch("/progress");
+    if (!answer.ok) return;
+    progress.innerHTML = await answer.text();
+    if (!progress.querySelector("progress") && progress.textContent.includes(": done")) {
+      clearInterval(timer);
+      location.reload();
+    }
+  }, 2000);
+}
+
+// A click on the image fills in the form; the answer comes without a new page.
+const form = document.getElementById("point");
+if (form) {
+  const image = document.querySelector("#image img");
+  const mark = document.querySelector("#image .mark");
+  const answer = document.getElementById("answer");
+  let asked = 0;
+
+  async function explain() {
+    const mine = ++asked;
+    const words = new URLSearchParams(new FormData(form));
+    mark.style.left = `${(100 * (Number(form.x.value) + 0.5)) / image.naturalWidth}%`;
+    mark.style.top = `${(100 * (Number(form.y.value) + 0.5)) / image.naturalHeight}%`;
+    mark.hidden = false;
+    const reply = await fetch(`${form.dataset.answer}?${words}`);
+    const text = await reply.text();
+    if (mine !== asked) return; // a later click is on its way
+    if (reply.ok) answer.innerHTML = text;
+    else answer.textContent = new DOMParser().parseFromString(text, "text/html").querySelector("main p")?.textContent ?? "no answer";
+  }
+
+  image.addEventListener("click", (event) => {
+    const box = image.getBoundingClientRect();
+    form.x.value = Math.min(image.naturalWidth - 1, Math.floor(((event.clientX - box.left) / box.width) * image.naturalWidth));
+    form.y.value = Math.min(image.naturalHeight - 1, Math.floor(((event.clientY - box.top) / box.height) * image.naturalHeight));
+    explain();
+  });
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    explain();
+  });
+  if (form.x.value && form.y.value && image.complete) explain();
+}

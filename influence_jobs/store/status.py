@@ -1,0 +1,36 @@
+"""How far a run is, from what its driver writes into the run's folder."""
+
+from typing import Any
+
+from influence_jobs.store import layout
+from influence_jobs.store.run import Run, now
+
+STALE_S = 20.0  # a driver silent for so long is taken for dead
+
+
+def read_status(run: Run) -> dict[str, Any]:
+    """A run's status, with `state` corrected to `interrupted` if its driver has gone silent, or `new`."""
+    status = run.read_json(layout.STATUS)
+    if status is None:
+        return {"state": "new", "units_done": 0, "units_total": None, "failures": {}}
+    if status["state"] == "running" and now() - status["updated_at"] > STALE_S:
+        status["state"] = "interrupted"
+    return status
+
+
+def under_way(run: Run, status: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
+    """The run that work is done for: this one, or one that it needs, or that one needs; and its status."""
+    while phase := status.get("phase"):
+        run = Run.open(run.root, phase)
+        status = read_status(run)
+    return run, status
+
+
+def rate_and_eta(status: dict[str, Any]) -> tuple[float, float] | None:
+    """Samples a second since this driver's work began, and the seconds left at that rate."""
+    done = status["units_done"] - status.get("units_before", 0)
+    if not status.get("units_total") or done <= 0:
+        return None
+    until = now() if status["state"] == "running" else status["updated_at"]
+    rate = done / max(until - status["work_started_at"], 1e-3)
+    return rate, (status["units_total"] - status["units_done"]) / rate
