@@ -29,14 +29,13 @@ class Panel:
 
 
 def chart(panels: Sequence[Panel], *, dark: bool = False) -> Figure:
-    """Draw panels side by side, on a transparent ground with the ink of a light or dark page."""
+    """Draw panels side by side, in the ink of a light or a dark page; to be saved on its ground or transparent."""
     ink = _INK[dark]
     colors = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
     style: Any = {**dict.fromkeys(colors, ink), "font.size": 8, "axes.titlesize": 9}
     with mpl.rc_context(style):
         figure = Figure(figsize=(_SIZE[0] * len(panels), _SIZE[1]), dpi=150, layout="constrained")
         FigureCanvasAgg(figure)
-        figure.patch.set_alpha(0)
         for axis, panel in zip(
             figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
         ):

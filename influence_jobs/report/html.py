@@ -145,7 +145,7 @@ def write_report(title: str, sections: Sequence[Section], folder: Path) -> list[
         for shown in section.figures:
             path = folder / "figures" / section.run / shown.name
             path.parent.mkdir(parents=True, exist_ok=True)
-            shown.draw().savefig(f"{path}.png", format="png", facecolor="white")
+            shown.draw().savefig(f"{path}.png", format="png")
             pq.write_table(shown.data, f"{path}.parquet")
             written += [Path(f"{path}.png"), Path(f"{path}.parquet")]
     return written
@@ -184,7 +184,7 @@ def picture_uri(picture: Picture) -> str:
 def chart_uri(panel: Panel, dark: bool) -> str:
     """A panel as a data URI of a PNG, in the ink of a light or a dark page."""
     buffer = io.BytesIO()
-    chart([panel], dark=dark).savefig(buffer, format="png", dpi=190)
+    chart([panel], dark=dark).savefig(buffer, format="png", dpi=190, transparent=True)
     return _data_uri("image/png", buffer)
 
 

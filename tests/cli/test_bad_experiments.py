@@ -48,7 +48,10 @@ LDS = ("submit", "lds", *DIGITS)
         ((*LDS, "--fraction", "1.5"), "fraction: Input should be less than 1"),
         ((*LDS, "--subsets", "2"), "'--subsets'"),
         (("submit", "paper", "--task", "digits:DigitsTask"), "the report has no experiments with"),
-        (("figures", "grad-norms-nothing"), "there is no run grad-norms-nothing"),
+        (("report", "grad-norms-nothing"), "there is no run grad-norms-nothing"),
+        (("report", "train-digits", "nothing"), "there is no run nothing"),
+        (("view", "nothing"), "there is no run nothing"),
+        (("view", "train-digits", "--port", "99999"), "'--port'"),
     ],
 )
 def test_an_experiment_that_cannot_be_done_is_refused(

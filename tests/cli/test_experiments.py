@@ -25,14 +25,14 @@ def drawn(path: Path) -> bool:
         return min(image.size) > 200 and len(image.convert("L").getcolors(256) or ()) > 16
 
 
-def test_an_ablation_from_request_to_figures(infl: Infl, runs: Path, tmp_path: Path) -> None:
+def test_an_ablation_from_request_to_report(infl: Infl, runs: Path, tmp_path: Path) -> None:
     words = ("submit", "ablation", *DIGITS, *CHEAP, *TESTS, "--k", 50, "--k", 300)
     found = infl(*words, "--by", "helpful", "--by", "random")
     assert found.code == 0, found.err
     assert (
         "Change of the query's loss when its top k samples are relabelled or removed" in found.out
     )
-    assert "next: infl figures ablation-digitstask-" in found.out
+    assert "next: infl report ablation-digitstask-" in found.out
     (folder,) = runs.glob("ablation-*")
     results = pq.read_table(folder / "tables/results.parquet").to_pylist()
     assert len(results) == 2 * 2 * 2 * 3
@@ -45,15 +45,17 @@ def test_an_ablation_from_request_to_figures(infl: Infl, runs: Path, tmp_path: P
     assert by["relabel", "helpful", 300] > by["relabel", "random", 300] > -1
     assert by["remove", "helpful", 300] > by["remove", "random", 300]
 
-    assert "ranks no samples: infl figures ablation-" in infl("top", "ablation").err
-    shown = infl("figures", "ablation", "--out", "drawn")
+    assert "ranks no samples: infl report ablation-" in infl("top", "ablation").err
+    shown = infl("report", "ablation", "--out", "drawn")
     assert shown.code == 0, shown.err
-    assert drawn(tmp_path / "drawn/ablation-helpful.png")
+    assert shown.out == "drawn/report.html\n"
+    assert drawn(tmp_path / f"drawn/figures/{folder.name}/ablation-helpful.png")
     text = (tmp_path / "drawn/tables.md").read_text()
     assert folder.name in text
     assert "| relabel | helpful | 300 |" in text
     assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == [
-        "ablation-helpful.png",
+        "figures",
+        "report.html",
         "tables.md",
     ]
 
@@ -90,8 +92,8 @@ def test_lds_of_methods_runs_and_ensembles(infl: Infl, runs: Path) -> None:
     (folder,) = runs.glob("lds-*")
     methods = pq.read_table(folder / "tables/summary.parquet").column("method").to_pylist()
     assert methods == ["dot-product x2", "loss x2", "chance"]
-    assert infl("figures", "lds", "--out", "drawn").code == 0
-    assert drawn(Path("drawn/lds.png"))
+    assert infl("report", "lds", "--out", "drawn").code == 0
+    assert drawn(Path(f"drawn/figures/{folder.name}/lds.png"))
 
 
 def test_retrainings_are_of_the_seed_that_was_scored(infl: Infl, runs: Path) -> None:
@@ -128,12 +130,19 @@ def test_the_smallest_scores_of_a_run_are_its_harmful_samples(infl: Infl, runs: 
     assert set(runs.glob("retrained-*/manifest/*")) == trained
 
 
-def test_figures_of_a_run_without_any_are_refused(infl: Infl, runs: Path) -> None:
-    assert infl("figures", "train-digits").code == 2
+def test_the_report_of_several_runs_lies_in_the_first_ones_folder(infl: Infl, runs: Path) -> None:
     Path("file").touch()
-    assert infl("figures", "grad-norms", "--out", "file").err.startswith("error: cannot write")
-    assert infl("figures", "grad-norms", "--out", "drawn").code == 0
-    assert drawn(Path("drawn/norms-conv2.png"))
+    assert infl("report", "grad-norms", "--out", "file").err.startswith("error: cannot write")
+    shown = infl("report", "grad-norms", "train-digits")
+    assert shown.code == 0, shown.err
+    (norms,), (train,) = runs.glob("grad-norms-*"), runs.glob("train-digits*")
+    assert shown.out.strip() == str(norms / "report/report.html")
+    text = (norms / "report/report.html").read_text()
+    assert norms.name in text
+    assert train.name in text
+    assert drawn(norms / f"report/figures/{norms.name}/norms-conv2.png")
+    # What it wrote is no part of the run.
+    assert infl("verify", "grad-norms").code == 0
 
 
 @pytest.mark.ray

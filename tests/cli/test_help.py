@@ -43,6 +43,7 @@ OPTIONS = {
     "submit lds": f"{EXPERIMENT} subsets fraction seeds ensemble shard-size",
     "submit paper": f"{TRAINED} quick",
     "report": "runs out",
+    "view": "runs port open",
     "cluster up": "num-cpus num-gpus",
     "cluster status": "json",
     "cluster down": "",

@@ -1,0 +1,302 @@
+"""The viewer: who may see it, what it answers, and that it writes nothing."""
+
+import shutil
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import uvicorn
+from playwright.sync_api import expect
+
+from influence_jobs.errors import SpecError
+from influence_jobs.report.explain import Explainer, norms_of
+from influence_jobs.report.results import Results
+from influence_jobs.report.viewer import make_viewer
+from influence_jobs.store.run import Run, now
+
+TOKEN = "right-token"
+
+
+@contextmanager
+def served(runs: Sequence[Run], dashboard: Callable[[Run], str | None]) -> Iterator[str]:
+    """The viewer's address while it runs in a thread."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        app = make_viewer(runs, TOKEN, dashboard)
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        server.should_exit = True
+        thread.join(timeout=10)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def digits(runs_of_all_kinds) -> Iterator[str]:
+    with served([runs_of_all_kinds.paper], lambda _: "http://127.0.0.1:1/#/jobs/x") as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def denoiser(denoiser_runs) -> Iterator[str]:
+    with served([denoiser_runs[1]], lambda _: None) as address:
+        yield address
+
+
+@pytest.fixture
+def get(digits) -> Iterator[httpx.Client]:
+    """Asks the digits' viewer with its token."""
+    with httpx.Client(base_url=digits, follow_redirects=True) as client:
+        assert client.get(f"/?token={TOKEN}").status_code == 200
+        yield client
+
+
+def files_of(root: str) -> dict[Path, tuple[int, float]]:
+    return {
+        path: (path.stat().st_size, path.stat().st_mtime)
+        for path in Path(root).rglob("*")
+        if path.is_file()
+    }
+
+
+def test_nobody_comes_in_without_the_token(digits) -> None:
+    addresses = (
+        "/",
+        "/progress",
+        "/query?test=5",
+        "/sample/1",
+        "/picture/0.png",
+        "/static/viewer.js",
+    )
+    for address in (*addresses, "/tables/x/samples.parquet", "/nowhere"):
+        assert httpx.get(digits + address).status_code == 401
+        assert httpx.get(digits + address, params={"token": "wrong"}).status_code == 401
+        port = digits.rpartition(":")[2]
+        cookies = {f"infl-{port}": "wrong"}
+        assert httpx.get(digits + address, cookies=cookies).status_code == 401
+    first = httpx.get(f"{digits}/query?test=5&token={TOKEN}")
+    assert (first.status_code, first.headers["location"]) == (303, "/query?test=5")
+    assert "httponly" in first.headers["set-cookie"].lower()
+    assert "samesite=strict" in first.headers["set-cookie"].lower()
+
+
+def test_another_sites_name_for_this_machine_is_refused(digits) -> None:
+    answer = httpx.get(f"{digits}/?token={TOKEN}", headers={"host": "evil.example"})
+    assert answer.status_code == 400
+    assert "set-cookie" not in answer.headers
+
+
+def test_it_only_reads(get, runs_of_all_kinds) -> None:
+    root = runs_of_all_kinds.paper.root
+    before = files_of(root)
+    for address in ("/", "/progress", "/query?test=5", "/sample/7"):
+        for method in ("POST", "PUT", "DELETE", "PATCH"):
+            assert get.request(method, address).status_code == 405
+        answer = get.get(address)
+        assert answer.status_code == 200
+        assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
+        assert answer.headers["cache-control"] == "no-store"
+    assert files_of(root) == before
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "/tables/{run}/../../spec.json",
+        "/tables/{run}/..%2Fspec.parquet",
+        "/tables/{run}/%2e%2e%2f%2e%2e%2fspec.parquet",
+        "/tables/..%2F{run}/samples.parquet",
+        "/tables/{other}/samples.parquet",
+        "/tables/{run}/nothing.parquet",
+        "/static/../viewer.py",
+        "/static/..%2Fviewer.py",
+        "/static/pieces.html.j2",
+        "/picture/99999.png",
+        "/sample/99999",
+        "/query?test=6",
+        "/query?test=99999",
+        "/image/0",
+    ],
+)
+def test_what_is_outside_of_the_runs_is_not_there(get, runs_of_all_kinds, address) -> None:
+    kinds = runs_of_all_kinds
+    # A run of the same folder that was not asked for.
+    answer = get.get(address.format(run=kinds.influence.id, other=kinds.lds.id))
+    assert answer.status_code == 404
+    assert "Traceback" not in answer.text
+
+
+def test_tables_come_as_they_are(get, runs_of_all_kinds, tmp_path) -> None:
+    run = runs_of_all_kinds.influence
+    (tmp_path / "found").write_bytes(get.get(f"/tables/{run.id}/samples.parquet").content)
+    assert pq.read_table(tmp_path / "found").equals(run.read_table("samples"))
+
+
+def test_a_query_shows_all_methods_beside_each_other(
+    digits, runs_of_all_kinds, watched, serious
+) -> None:
+    shown = watched()
+    shown.page.goto(f"{digits}/?token={TOKEN}")
+    assert TOKEN not in shown.page.url
+    assert shown.page.get_by_role("link", name="Ray dashboard").get_attribute("href").endswith("/x")
+    assert serious(shown.page) == []
+    shown.page.locator(".gallery a").nth(2).click()
+    expect(shown.page.get_by_role("heading", level=1)).to_contain_text("test 111")
+    for run, side, heading in (
+        (runs_of_all_kinds.influence, "helpful", "influence by identity: helpful"),
+        (runs_of_all_kinds.influence, "harmful", "influence by identity: harmful"),
+        (runs_of_all_kinds.attribution, "both", "attribution at conv2"),
+    ):
+        samples = shown.page.get_by_role("region", name=heading).locator("a.cell")
+        expected = Results(run.root, run.id).top_k(10, test=111, side=side).column("sample")
+        found = samples.evaluate_all("all => all.map(one => one.getAttribute('href'))")
+        assert found == [f"/sample/{i}" for i in expected.to_pylist()]
+    boxes = [one.bounding_box() for one in shown.page.locator(".sides > section").all()]
+    assert len({box["x"] for box in boxes}) == 3  # side by side
+    assert len({box["y"] for box in boxes}) == 1
+    assert serious(shown.page) == []
+    assert shown.complaints == []
+
+    shown.page.get_by_label("samples of label").select_option("3")
+    shown.page.get_by_role("button", name="Filter").click()
+    captions = shown.page.locator("a.cell").all_inner_texts()
+    assert len(captions) == 30
+    assert all("label 3" in caption for caption in captions)
+
+    shown.page.locator("a.cell").first.click()
+    expect(shown.page.get_by_role("heading", level=1)).to_contain_text("training sample")
+    assert serious(shown.page) == []
+    assert shown.complaints == []
+
+
+def test_a_sample_leads_to_the_queries_it_influences(get, runs_of_all_kinds) -> None:
+    scores = np.asarray(runs_of_all_kinds.influence.array("scores")[:])
+    sample = int(np.argmax(scores[1]))
+    text = get.get(f"/sample/{sample}").text
+    assert "/query?test=0" in text
+    helped = int((scores[:, sample] > 0).sum())
+    helpful = text.partition("influence by identity: helpful")[2]
+    helpful, _, harmful = helpful.partition("influence by identity: harmful")
+    harmful = harmful.partition("attribution at")[0]
+    assert helpful.count("rank ") == helped
+    assert harmful.count("rank ") == 3 - helped
+    assert "rank 1 of 1,500" in helpful
+
+
+def test_queries_are_filtered(get) -> None:
+    assert get.get("/?test=5").text.count('<a href="/query') == 1
+    assert get.get("/").text.count('<a href="/query') == 3
+    assert "0 queries" in get.get("/?label=99").text
+    for address in ("/?page=1", "/?page=x", "/query?test=-1", "/query?test=²"):
+        answer = get.get(address)
+        assert answer.status_code == 400
+        assert "a whole number" in answer.text
+
+
+def test_a_click_on_a_pixel_is_answered_with_patches(
+    denoiser, denoiser_runs, watched, serious
+) -> None:
+    _, attribution = denoiser_runs
+    shown = watched()
+    shown.page.goto(f"{denoiser}/image/1?token={TOKEN}")
+    assert shown.page.get_by_label("layer").input_value() == "main.29"
+    image = shown.page.locator("#image img")
+    box = image.bounding_box()
+    # The pixel at row 40, column 30 of 80 x 96, which the attribution run explains.
+    at = {"x": (30 + 0.5) / 96 * box["width"], "y": (40 + 0.5) / 80 * box["height"]}
+    image.click(position=at)
+    expect(shown.page.locator("#answer h2")).to_contain_text("row 40, column 30")
+    cells = shown.page.locator("#answer a.cell")
+    expected = Results(attribution.root, attribution.id).top_k(10, test=1).to_pylist()
+    found = cells.all_inner_texts()
+    assert len(found) == len(expected) == 10
+    for text, row in zip(found, expected, strict=True):
+        first, score, file, place = text.strip().split("\n")
+        assert first == str(row["sample"])
+        assert float(score.removeprefix("score ")) == pytest.approx(row["score"], rel=1e-2)
+        assert file == row["file"]
+        assert place == f"row {row['row']}, column {row['column']}"
+    assert shown.page.locator("#image .mark").is_visible()
+    assert serious(shown.page) == []
+
+    # By the keyboard, with another layer.
+    shown.page.get_by_label("layer").select_option("main.26")
+    shown.page.locator("[name=x]").fill("95")
+    shown.page.locator("[name=x]").press("Enter")
+    expect(shown.page.locator("#answer h2")).to_contain_text("row 40, column 95")
+    expect(shown.page.locator("#answer p").first).to_contain_text("main.26")
+    shown.page.locator("[name=x]").fill("96")
+    shown.page.get_by_role("button", name="Explain").click()
+    expect(shown.page.locator("#answer")).to_have_text("x=96: a whole number below 96 is wanted")
+    assert [text for text in shown.complaints if "400" not in text] == []
+    assert all(asked.startswith(denoiser) for asked in shown.requests)
+
+
+def test_it_fits_a_phone(denoiser, digits, watched, serious) -> None:
+    for address in (f"{digits}/?token={TOKEN}", f"{digits}/query?test=5", f"{digits}/sample/3",
+                    f"{denoiser}/?token={TOKEN}", f"{denoiser}/image/0?y=3&x=4"):  # fmt: skip
+        shown = watched(390, "dark")
+        start = denoiser if address.startswith(denoiser) else digits
+        shown.page.goto(f"{start}/?token={TOKEN}")
+        shown.page.goto(address)
+        assert shown.page.evaluate("document.documentElement.scrollWidth") <= 390
+        assert serious(shown.page) == []
+
+
+def test_explained_points_are_those_of_an_attribution_run(denoiser_runs) -> None:
+    norms, attribution = denoiser_runs
+    for run in (norms, attribution):
+        explainer = Explainer(norms_of(run))
+        found = explainer.top(1, (40, 30), 12, layer="main.29")
+        expected = Results(attribution.root, attribution.id).top_k(12, test=1).to_pylist()
+        assert [sample for sample, _ in found] == [row["sample"] for row in expected]
+        scores = [score for _, score in found]
+        assert scores == pytest.approx([row["score"] for row in expected], rel=1e-5)
+    # Dividing and leaving out, as the method itself does.
+    totals = np.asarray(norms.array("norms/main.29")[:]).sum(axis=1)
+    limit = float(np.median(totals))
+    kept = explainer.top(1, (40, 30), 500, layer="main.29", exclude_norm_above=limit)
+    assert {sample for sample, _ in kept} == set(np.flatnonzero(totals <= limit).tolist())
+    divided = dict(explainer.top(1, (40, 30), 500, layer="main.29", normalize=True))
+    plain = dict(explainer.top(1, (40, 30), 500, layer="main.29"))
+    assert divided[7] == pytest.approx(plain[7] / totals[7], rel=1e-5)
+    for bad in ({"test": 2}, {"point": (80, 0)}, {"point": (0, -1)}, {"layer": "main.2"}):
+        with pytest.raises(SpecError):
+            explainer.top(**{"test": 1, "point": (4, 4), "k": 1, "layer": "main.29", **bad})
+
+
+def test_a_run_at_work_shows_its_progress_and_then_its_results(
+    runs_of_all_kinds, tmp_path, watched
+) -> None:
+    shutil.copytree(runs_of_all_kinds.influence.root, tmp_path / "runs")
+    run = Run.open(str(tmp_path / "runs"), runs_of_all_kinds.influence.id)
+    status = run.read_json("status.json")
+    moment = {"state": "running", "units_done": 450, "units_before": 0, "units_total": 1500}
+    moment |= {"work_started_at": now() - 10, "updated_at": now() + 60}
+    run.write_json("status.json", {**status, **moment})
+    with served([run], lambda _: None) as address:
+        shown = watched()
+        shown.page.goto(f"{address}/?token={TOKEN}")
+        bar = shown.page.get_by_role("progressbar")
+        assert bar.get_attribute("value") == "450"
+        expect(shown.page.locator("#progress")).to_contain_text("450 of 1,500 samples")
+        assert shown.page.locator(".gallery a").count() == 0
+        run.write_json("status.json", {**status, **moment, "units_done": 900})
+        expect(shown.page.locator("#progress")).to_contain_text(
+            "900 of 1,500 samples", timeout=8000
+        )
+        run.write_json("status.json", status)
+        expect(shown.page.locator(".gallery a")).to_have_count(3, timeout=8000)
+        assert shown.complaints == []
+
+
+def test_runs_of_other_data_are_not_mixed(runs_of_all_kinds, denoiser_runs) -> None:
+    with pytest.raises(SpecError, match="is of another task or data than"):
+        make_viewer([runs_of_all_kinds.influence, denoiser_runs[1]], TOKEN)
