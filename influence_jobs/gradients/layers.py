@@ -54,6 +54,20 @@ def conv2d_weight(module: nn.Conv2d, a: Tensor, g: Tensor) -> Iterator[tuple[int
             yield y, x, g_BGCT @ a_BGIT[..., start : start + length].transpose(2, 3)
 
 
+def conv2d_weight_of_one(module: nn.Conv2d, a_1: Tensor, g_1: Tensor) -> Tensor:
+    """Weight gradient (C, I/G, kh, kw) of a convolution, of one sample with its batch axis."""
+    padded_1 = conv2d_pad(module, a_1)
+    return torch.nn.grad.conv2d_weight(
+        padded_1,
+        module.weight.shape,
+        g_1,
+        module.stride,
+        0,
+        module.dilation,
+        module.groups,
+    )
+
+
 def conv2d_pad(module: nn.Conv2d, a: Tensor) -> Tensor:
     """The input as the kernel sees it."""
     padding: list[int] = []  # in the order of `F.pad`: left, right, top, bottom

@@ -17,6 +17,11 @@ from influence_jobs.errors import ModelError
 from influence_jobs.gradients import layers
 from influence_jobs.terms import Reduction
 
+# Multiplications for a sample's gradient above which torch's own convolution, sample by sample, beats matrix products
+# over the batch (measured on a CPU: by 1.3 on 96 x 96 channels of 25 x 25, by 6 to 39 on a 7 x 7 kernel with stride; half
+# as fast on small layers). A GPU wants few and large kernels.
+_LARGE_CONVOLUTION = 2**22
+
 
 def _linear(module: nn.Linear, a: Tensor, g: Tensor) -> Tensor:
     norms_BC: Tensor
@@ -29,6 +34,12 @@ def _linear(module: nn.Linear, a: Tensor, g: Tensor) -> Tensor:
 
 def _conv2d(module: nn.Conv2d, a: Tensor, g: Tensor) -> Tensor:
     norms = g.new_empty(len(g), module.out_channels, *module.kernel_size)
+    multiplications = module.weight.numel() * g.shape[2] * g.shape[3]
+    if multiplications >= _LARGE_CONVOLUTION and not g.is_cuda:
+        for b in range(len(g)):
+            gradient_CIhw = layers.conv2d_weight_of_one(module, a[b : b + 1], g[b : b + 1])
+            torch.linalg.vector_norm(gradient_CIhw, dim=1, out=norms[b])
+        return norms
     for y, x, gradient_BGCI in layers.conv2d_weight(module, a, g):
         norms[:, :, y, x] = torch.linalg.vector_norm(gradient_BGCI, dim=3).flatten(1)
     return norms

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from influence_jobs.errors import ModelError
-from influence_jobs.gradients import GradNorms, norm_shape, reduce_gradient, supported
+from influence_jobs.gradients import GradNorms, norm_shape, reduce_gradient, rules, supported
 from influence_jobs.gradients.reference import per_sample_gradients
 
 
@@ -60,17 +60,31 @@ def convolutions(draw):
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("large_from", [0, rules._LARGE_CONVOLUTION])
 @settings(max_examples=150, deadline=None)
 @given(
     made=convolutions(),
     reduction=st.sampled_from(["kernel", "channel", "layer"]),
     channels_last=st.booleans(),
 )
-def test_conv2d_geometry(made, reduction, channels_last):
+def test_conv2d_geometry(large_from, made, reduction, channels_last):
     conv, x = made
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
-    check_layer(conv, x, reduction)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rules, "_LARGE_CONVOLUTION", large_from)
+        check_layer(conv, x, reduction)
+
+
+def test_a_large_convolution_is_the_same_whatever_the_batch():
+    conv = nn.Conv2d(32, 64, 3, padding=1).eval()
+    x = torch.randn(5, 32, 20, 20)
+    assert conv.weight.numel() * 400 >= rules._LARGE_CONVOLUTION
+    weights = torch.randn(5, 64, 20, 20)
+    with GradNorms(nn.Sequential(conv).eval(), ["0"], weighted_sum, reduction="kernel") as engine:
+        together = engine((x, weights))["0"]
+        apart = [engine(part)["0"] for part in zip(x.split(2), weights.split(2), strict=True)]
+    torch.testing.assert_close(together, torch.cat(apart))
 
 
 def test_linear_with_tiny_gradients_does_not_underflow():
