@@ -134,16 +134,17 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.median(values):.3g} ({min(values):.3g}-{max(values):.3g})"
 
 
-def print_race(contestants: Sequence[Contestant], rounds: int, unit: str, reference: str) -> None:
-    """Race, and print a row for each contestant with its ratio to the reference's speed."""
+def print_race(contestants: Sequence[Contestant], rounds: int, unit: str, *references: str) -> None:
+    """Race, and print a row for each contestant with its ratios to the references' speeds."""
     seconds = race(contestants, rounds)
     rows = []
     for contestant in contestants:
         rate = 1 / statistics.median(seconds[contestant.name])
-        ratio = spread(ratios(seconds, contestant.name, reference))
+        speeds = [spread(ratios(seconds, contestant.name, other)) for other in references]
         error = "" if contestant.error is None else f"{contestant.error:.0e}"
-        rows.append([contestant.name, f"{contestant.samples:,}", f"{rate:,.0f}", ratio, error])
-    print_table(["", unit, f"{unit}/s", f"x {reference}", "error"], rows)
+        rows.append([contestant.name, f"{contestant.samples:,}", f"{rate:,.0f}", *speeds, error])
+    columns = ["", unit, f"{unit}/s", *(f"x {other}" for other in references), "error"]
+    print_table(columns, rows)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     print(f"\n{rounds} rounds; median (least-most); peak memory of the process {peak:,} MB.")
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import grad
 
 #: Layers with one scale and one shift per channel or feature.
 Affine = nn.BatchNorm1d | nn.BatchNorm2d | nn.LayerNorm | nn.GroupNorm
@@ -57,15 +58,10 @@ def conv2d_weight(module: nn.Conv2d, a: Tensor, g: Tensor) -> Iterator[tuple[int
 def conv2d_weight_of_one(module: nn.Conv2d, a_1: Tensor, g_1: Tensor) -> Tensor:
     """Weight gradient (C, I/G, kh, kw) of a convolution, of one sample with its batch axis."""
     padded_1 = conv2d_pad(module, a_1)
-    return torch.nn.grad.conv2d_weight(
-        padded_1,
-        module.weight.shape,
-        g_1,
-        module.stride,
-        0,
-        module.dilation,
-        module.groups,
+    gradient_CIhw: Tensor = grad.conv2d_weight(  # type: ignore[no-untyped-call]
+        padded_1, module.weight.shape, g_1, module.stride, 0, module.dilation, module.groups
     )
+    return gradient_CIhw
 
 
 def conv2d_pad(module: nn.Conv2d, a: Tensor) -> Tensor:
