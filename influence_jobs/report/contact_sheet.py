@@ -14,6 +14,7 @@ from matplotlib.patches import Circle, Rectangle
 from influence_jobs.terms import Region
 
 _CELL, _CAPTION, _MARGIN = 1.15, 0.5, 0.35  # inches
+_PHOTO = 64  # pixels: larger pictures are photographs
 _MATCH, _MARK = "#2e8b57", "#e4572e"
 Picture = npt.NDArray[np.uint8]
 
@@ -23,14 +24,20 @@ class Cell:
     """A picture and what it is, a line each.
 
     Attributes:
+        picture: None where the task has none.
         sample: The training sample it shows; None for a query.
         matches: It has the query's label.
     """
 
-    picture: Picture
+    picture: Picture | None
     lines: Sequence[str]
     sample: int | None = None
     matches: bool = False
+
+    @property
+    def is_photo(self) -> bool:
+        """Whether the picture wants room, rather than to be magnified."""
+        return self.picture is not None and self.picture.shape[0] > _PHOTO
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,8 @@ def contact_sheet(rows: Sequence[Row]) -> Figure:
             axis.set_axis_off()
         if row.query is not None:
             _draw(axes[0], row.query)
-            _mark(axes[0], row.region)
+            if row.query.picture is not None:
+                _mark(axes[0], row.region)
             axes[0].set_title("query", fontsize=7, loc="left", color="0.4")
         for axis, cell in zip(axes[1:], row.samples, strict=False):
             _draw(axis, cell)
@@ -73,17 +81,12 @@ def contact_sheet(rows: Sequence[Row]) -> Figure:
 
 
 def _draw(axis: Axes, cell: Cell) -> None:
+    text: dict[str, Any] = {"ha": "center", "va": "top", "fontsize": 5.5}
+    axis.text(0.5, -0.04, "\n".join(cell.lines), transform=axis.transAxes, **text)
+    if cell.picture is None:
+        return
     options: dict[str, Any] = {"vmin": 0, "vmax": 255, "interpolation": "nearest"}
     axis.imshow(cell.picture, cmap="gray" if cell.picture.ndim == 2 else None, **options)
-    axis.text(
-        0.5,
-        -0.04,
-        "\n".join(cell.lines),
-        transform=axis.transAxes,
-        ha="center",
-        va="top",
-        fontsize=5.5,
-    )
     if cell.matches:
         height, width = cell.picture.shape[:2]
         axis.add_patch(

@@ -147,10 +147,10 @@ class _Figures:
             )
 
     def _pictures(self, make: Callable[[], Sequence[Row]]) -> Sequence[Row]:
-        """Rows of pictures, or none where the task has no pictures or its data are not here."""
+        """Rows of pictures, or none where the task's data are not here."""
         try:
             return make()
-        except (SpecError, DataError) as error:
+        except DataError as error:
             self.say(f"{self.run.id}: no pictures: {error}")
             return ()
 

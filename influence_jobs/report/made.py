@@ -89,7 +89,8 @@ def certainty(run: Run) -> list[str]:
             f"Computed in {spec.precision} and compared with plain autograd on the first samples before the first batch."
         ]
     if isinstance(spec, InfluenceSpec):
-        return [line for s_test in spec.s_tests for line in certainty(Run(run.root, s_test))]
+        said = [line for s_test in spec.s_tests for line in certainty(Run(run.root, s_test))]
+        return list(dict.fromkeys(said))
     if isinstance(spec, STestSpec):
         return list(solved(run))
     if isinstance(spec, AblationSpec):

@@ -1,6 +1,7 @@
 """Results in Python: `influence_jobs.open_run`."""
 
 from collections.abc import Sequence
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -178,7 +179,7 @@ class Results:
         return results_html(self.run)
 
 
-def open_run(path: str) -> Results:
+def open_run(path: str | PathLike[str]) -> Results:
     """Open a run by the path of its folder, on a disk, s3:// or gs://; the first characters of its id suffice.
 
     Raises:

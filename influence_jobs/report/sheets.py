@@ -1,12 +1,14 @@
 """Rows of pictures: the samples that explain a query, a node of a layer, or a query after other trainings."""
 
+import contextlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from influence_jobs.report.contact_sheet import Cell, Row
+from influence_jobs.errors import SpecError
+from influence_jobs.report.contact_sheet import Cell, Picture, Row
 from influence_jobs.report.ranking import RankedRow, by_query
 from influence_jobs.report.tables import cell_text
 from influence_jobs.tasks.base import Task
@@ -20,8 +22,7 @@ def score_rows(task: Task, ranked: Sequence[RankedRow]) -> list[Row]:
     """A row for every query and side of `ranked_scores`.
 
     Raises:
-        SpecError: The task has no pictures.
-        DataError: Its data are not there.
+        DataError: The task's data are not there.
     """
     rows = []
     for (test, region, side), line in by_query(ranked).items():
@@ -66,7 +67,10 @@ def node_rows(task: Task, ranked: Sequence[RankedRow]) -> list[Row]:
 def query_cell(task: Task, test: int) -> tuple[Cell, dict[str, Any]]:
     """A test sample's picture, and what the task says of it."""
     known = _known(task, test)
-    return Cell(task.test_picture(test), [f"test {test}", *_described(known)]), known
+    picture: Picture | None = None
+    with contextlib.suppress(SpecError):  # a task need not have pictures
+        picture = task.test_picture(test)
+    return Cell(picture, [f"test {test}", *_described(known)]), known
 
 
 def query_words(task: Task, test: int) -> str:
@@ -93,7 +97,9 @@ def sample_cells(
     if not ranked:
         return []
     cells = []
-    pictures = task.pictures(np.array([row["sample"] for row in ranked]))
+    pictures: Sequence[Picture | None] = [None] * len(ranked)
+    with contextlib.suppress(SpecError):  # a task need not have pictures
+        pictures = list(task.pictures(np.array([row["sample"] for row in ranked])))
     for i, (picture, row) in enumerate(zip(pictures, ranked, strict=True)):
         measure = "score" if "score" in row else "norm"
         lines = [

@@ -13,6 +13,7 @@ from influence_jobs.report.figures import figures_of
 from influence_jobs.report.html import render_report, sections_of, title_of, write_report
 from influence_jobs.specs import AttributionSpec
 from influence_jobs.store.run import Run
+from influence_jobs.tasks.base import Task
 
 
 @pytest.fixture(scope="module")
@@ -174,3 +175,22 @@ def test_unfinished_runs_are_refused(finished_run, tmp_path) -> None:
 def test_titles_tell_runs_apart(runs_of_all_kinds) -> None:
     kinds = vars(runs_of_all_kinds).values()
     assert len({title_of(run.spec) for run in kinds}) == len(list(kinds))
+
+
+def test_a_task_without_pictures_is_told_in_words(
+    runs_of_all_kinds, tmp_path, monkeypatch, watched, serious
+) -> None:
+    from digits import DigitsTask
+
+    monkeypatch.setattr(DigitsTask, "pictures", Task.pictures)
+    monkeypatch.setattr(DigitsTask, "test_picture", Task.test_picture)
+    sections = sections_of([runs_of_all_kinds.influence, runs_of_all_kinds.norms])
+    assert all(section.notes == [] for section in sections)
+    write_report("words", sections, tmp_path)
+    shown = watched(390)
+    shown.page.goto((tmp_path / "report.html").as_uri())
+    expected = runs_of_all_kinds.influence.array("scores")[0].argmax()
+    first = shown.page.locator(".row").first
+    assert "test 5, label" in first.inner_text()
+    assert first.locator(".cell").nth(1).inner_text().startswith(f"{expected}\nscore ")
+    assert serious(shown.page) == []

@@ -1,0 +1,411 @@
+"""The viewer's pages: what each address answers with."""
+
+import io
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+from urllib.parse import urlencode
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from PIL import Image
+from starlette.background import BackgroundTask
+from starlette.datastructures import QueryParams
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+
+from influence_jobs.errors import SpecError
+from influence_jobs.experiments.stability import head
+from influence_jobs.report.contact_sheet import Row
+from influence_jobs.report.explain import Explainer, norms_of
+from influence_jobs.report.figures import method_of, parts_of
+from influence_jobs.report.html import environment, title_of
+from influence_jobs.report.ranking import norm_arrays, read_table, sides
+from influence_jobs.report.sheets import query_cell, query_words, region_of, sample_cells
+from influence_jobs.specs import AttributionSpec, ScoresSpec
+from influence_jobs.store.layout import SCORES
+from influence_jobs.store.run import Run
+from influence_jobs.store.status import rate_and_eta, read_status, under_way
+from influence_jobs.tasks.base import Task
+from influence_jobs.tasks.registry import make_task, task_class
+
+TOP = 10  # samples in a row
+PER_PAGE = 24  # queries on a page
+INFLUENCED = 20  # queries that a sample's page shows
+IMAGES = 200  # test images that are listed
+
+
+class Pages:
+    """Answers requests; Starlette calls it from several threads."""
+
+    def __init__(self, runs: Sequence[Run], dashboard: Callable[[Run], str | None]):
+        self.asked = runs
+        self.dashboard = dashboard
+        parts = [part for run in runs for part in parts_of(run)]
+        self.runs = {part.id: part for part in parts}
+        _require_one_task(parts)
+        self.task: Task = make_task(parts[0].spec.task)
+        self.explainer = lru_cache(maxsize=4)(self._explainer)
+        self.samples = lru_cache(maxsize=1)(self._samples)
+
+    def render(self, template: str, **values: Any) -> Response:
+        page = environment().get_template(template)
+        title = "; ".join(title_of(run.spec) for run in self.asked)
+        return HTMLResponse(page.render(title=title, link=lambda i: f"/sample/{i}", **values))
+
+    def refused(self, _request: Request, error: Exception) -> Response:
+        status, message = 400, str(error)
+        if isinstance(error, HTTPException):
+            status, message = error.status_code, error.detail
+        answer = self.render("viewer-refused.html.j2", message=message)
+        answer.status_code = status
+        return answer
+
+    # -- what there is ----------------------------------------------------------------------------
+
+    @property
+    def finished(self) -> list[Run]:
+        """Those of the runs that are done."""
+        return [run for run in self.runs.values() if read_status(run)["state"] == "done"]
+
+    @property
+    def scored(self) -> list[Run]:
+        """Finished runs with scores."""
+        return [run for run in self.finished if isinstance(run.spec, ScoresSpec)]
+
+    def queries(self) -> list[dict[str, Any]]:
+        """Queries of all scored runs, each once, as their tables have them."""
+        found: dict[tuple[int, str | None], dict[str, Any]] = {}
+        for run in self.scored:
+            for row in read_table(run, "queries").to_pylist():
+                found.setdefault((row["test"], row["region"]), row)
+        return list(found.values())
+
+    def _samples(self, run_id: str) -> pa.Table:
+        return read_table(self.runs[run_id], "samples")
+
+    def _explainer(self, run_id: str) -> Explainer | None:
+        norms = norms_of(self.runs[run_id])
+        return Explainer(norms) if norms is not None else None
+
+    def explaining(self) -> Explainer | None:
+        """By the first finished run that has norms a channel, if test samples have points."""
+        if len(self.task.test_data()) == 0 or self.task.test_size(0) is None:
+            return None
+        # An attribution run knows the layer that was chosen.
+        for run in sorted(self.finished, key=lambda run: not isinstance(run.spec, AttributionSpec)):
+            if (found := self.explainer(run.id)) is not None:
+                return found
+        return None
+
+    # -- pages ------------------------------------------------------------------------------------
+
+    def overview(self, request: Request) -> Response:
+        queries = self.queries()
+        choices = {
+            name: sorted({str(row[name]) for row in queries})
+            for name in ("label", "file", "test")
+            if queries and name in queries[0]
+        }
+        wanted = {name: request.query_params.get(name, "") for name in choices}
+        shown = [
+            row
+            for row in queries
+            if all(not value or str(row[name]) == value for name, value in wanted.items())
+        ]
+        page = _number(
+            request.query_params, "page", 0, below=1 + max(0, len(shown) - 1) // PER_PAGE
+        )
+        cells = [
+            (self._query_link(row), query_cell(self.task, row["test"])[0], region_of(row["region"]))
+            for row in shown[page * PER_PAGE :][:PER_PAGE]
+        ]
+        images = range(min(IMAGES, len(self.task.test_data()) if self.explaining() else 0))
+        rest = {k: v for k, v in request.query_params.items() if k != "page"}
+        return self.render(
+            "viewer-overview.html.j2",
+            states=self._states(),
+            choices=choices,
+            wanted=wanted,
+            cells=cells,
+            total=len(shown),
+            pages=[
+                (i, f"/?{urlencode({**rest, 'page': i})}")
+                for i in range(1 + max(0, len(shown) - 1) // PER_PAGE)
+            ],
+            page=page,
+            images=[query_words(self.task, test) for test in images],
+            tables=[(run.id, title_of(run.spec), run.table_names()) for run in self.runs.values()],
+        )
+
+    def progress(self, _request: Request) -> Response:
+        return self.render("viewer-progress.html.j2", states=self._states())
+
+    def _states(self) -> list[dict[str, Any]]:
+        found = []
+        for run in self.asked:
+            status = read_status(run)
+            at, now_at = under_way(run, status)
+            found.append(
+                {
+                    "run": run.id,
+                    "state": status["state"],
+                    "message": status.get("message"),
+                    "at": at.id,
+                    "done": now_at["units_done"],
+                    "total": now_at["units_total"],
+                    "speed": rate_and_eta(now_at) if status["state"] == "running" else None,
+                    "dashboard": self.dashboard(run),
+                }
+            )
+        return found
+
+    def query(self, request: Request) -> Response:
+        test = _number(request.query_params, "test", 0)
+        region = request.query_params.get("region") or None
+        wanted = {
+            name: value
+            for name in ("label", "file")
+            if (value := request.query_params.get(name, ""))
+        }
+        rows: list[Row] = []
+        choices: dict[str, list[str]] = {}
+        query, known = self._query_cell(test)
+        for run in self.scored:
+            table = read_table(run, "queries")
+            index = [
+                row["query"]
+                for row in table.to_pylist()
+                if (row["test"], row["region"]) == (test, region)
+            ]
+            if not index:
+                continue
+            samples = self.samples(run.id)
+            for name in ("label", "file"):
+                if name in samples.column_names and name not in choices:
+                    values = pc.unique(samples.column(name)).to_pylist()
+                    choices[name] = [str(value) for value in sorted(values)]
+            scores_N = np.array(run.array(SCORES)[index[0]], dtype=np.float64)
+            for name, value in wanted.items():
+                if name in samples.column_names:
+                    texts = pc.cast(samples.column(name), pa.string())
+                    scores_N[~pc.equal(texts, value).to_numpy(zero_copy_only=False)] = np.nan
+            for side, largest in sides(run).items():
+                ids = head(scores_N, TOP, largest=largest)
+                found = [
+                    {"score": float(scores_N[i]), **row}
+                    for i, row in zip(ids, samples.take(ids).to_pylist(), strict=True)
+                ]
+                assert isinstance(run.spec, ScoresSpec)
+                several = f": {side}" if len(sides(run)) > 1 else ""
+                rows.append(
+                    Row(
+                        None,
+                        None,
+                        f"{method_of(run.spec)}{several}",
+                        sample_cells(self.task, found, known),
+                    )
+                )
+        if not rows:
+            raise HTTPException(404, f"no run here explains test sample {test}")
+        return self.render(
+            "viewer-query.html.j2",
+            query=query,
+            region=region_of(region),
+            region_text=region or "",
+            test=test,
+            rows=rows,
+            choices=choices,
+            wanted=wanted,
+            points=self.explaining() is not None,
+        )
+
+    def _query_cell(self, test: int) -> tuple[Any, dict[str, Any]]:
+        if not 0 <= test < len(self.task.test_data()):
+            raise HTTPException(404, f"there is no test sample {test}")
+        return query_cell(self.task, test)
+
+    @staticmethod
+    def _query_link(row: dict[str, Any]) -> str:
+        where = {"test": row["test"], **({"region": row["region"]} if row["region"] else {})}
+        return f"/query?{urlencode(where)}"
+
+    def sample(self, request: Request) -> Response:
+        sample = request.path_params["sample"]
+        if sample >= len(self.task.train_data()):
+            raise HTTPException(404, f"there is no training sample {sample}")
+        blocks = []
+        described: dict[str, Any] = {"sample": sample, "score": 0.0}
+        for run in self.scored:
+            described |= self.samples(run.id).slice(sample, 1).to_pylist()[0]
+            scores_Q, ranks = _ranks(run, sample)
+            queries = read_table(run, "queries").to_pylist()
+            for side, largest in sides(run).items():
+                lines = []
+                for i in head(scores_Q, INFLUENCED, largest=largest):
+                    if len(sides(run)) > 1 and (scores_Q[i] > 0) != largest:
+                        break  # whom it helps least it need not harm
+                    lines.append(
+                        (
+                            self._query_link(queries[i]),
+                            query_cell(self.task, queries[i]["test"])[0],
+                            region_of(queries[i]["region"]),
+                            float(scores_Q[i]),
+                            int(ranks[largest][i]),
+                        )
+                    )
+                assert isinstance(run.spec, ScoresSpec)
+                several = f": {side}" if len(sides(run)) > 1 else ""
+                blocks.append((f"{method_of(run.spec)}{several}", lines))
+        norms = [
+            (
+                run.id,
+                layer,
+                float(np.sum(run.read_rows(array, sample, sample + 1), dtype=np.float64)),
+            )
+            for run in self.finished
+            for layer, array in norm_arrays(run).items()
+        ]
+        (cell,) = sample_cells(self.task, [described], {})
+        return self.render(
+            "viewer-sample.html.j2",
+            cell=cell,
+            sample=sample,
+            described={k: v for k, v in described.items() if k not in ("sample", "score")},
+            blocks=blocks,
+            count=len(self.task.train_data()),
+            norms=norms,
+        )
+
+    def image(self, request: Request) -> Response:
+        test = request.path_params["test"]
+        explainer, size = self._explaining(test)
+        chosen = request.query_params.get("layer", explainer.norms.chosen)
+        answer = self._explained(request, test) if "y" in request.query_params else None
+        page = self.render(
+            "viewer-image.html.j2",
+            test=test,
+            known=query_words(self.task, test),
+            size=size,
+            count=len(self.task.test_data()),
+            layers=explainer.norms.layers,
+            chosen=chosen,
+            values=request.query_params,
+            answer=answer,
+        )
+        if chosen in explainer.norms.layers:
+            page.background = BackgroundTask(explainer.prepare, test, chosen)
+        return page
+
+    def explained(self, request: Request) -> Response:
+        return self.render(
+            "viewer-explained.html.j2", answer=self._explained(request, request.path_params["test"])
+        )
+
+    def _explaining(self, test: int) -> tuple[Explainer, tuple[int, int]]:
+        explainer = self.explaining()
+        if explainer is None or not 0 <= test < len(self.task.test_data()):
+            raise HTTPException(404, f"there is no test image {test} whose points can be explained")
+        size = explainer.task.test_size(test)
+        assert size is not None
+        return explainer, size
+
+    def _explained(self, request: Request, test: int) -> dict[str, Any]:
+        explainer, size = self._explaining(test)
+        given = request.query_params
+        point = _number(given, "y", 0, below=size[0]), _number(given, "x", 0, below=size[1])
+        layer = given.get("layer", explainer.norms.chosen)
+        limit = _positive(given, "limit")
+        found = explainer.top(
+            test,
+            point,
+            TOP,
+            layer=layer,
+            normalize=given.get("normalize") == "yes",
+            exclude_norm_above=limit,
+        )
+        ids = np.array([sample for sample, _ in found], dtype=np.int64)
+        described = {k: v.tolist() for k, v in explainer.task.describe(ids).items()}
+        ranked = [
+            {"sample": sample, "score": score, **{k: v[i] for k, v in described.items()}}
+            for i, (sample, score) in enumerate(found)
+        ]
+        return {
+            "point": point,
+            "row": Row(None, None, "", sample_cells(explainer.task, ranked, {})),
+            "of": explainer.norms.run.id,
+            "layer": layer,
+        }
+
+    def picture(self, request: Request) -> Response:
+        test = request.path_params["test"]
+        if test >= len(self.task.test_data()):
+            raise HTTPException(404, f"there is no test sample {test}")
+        buffer = io.BytesIO()
+        Image.fromarray(self.task.test_picture(test)).save(buffer, "PNG")
+        return Response(buffer.getvalue(), media_type="image/png")
+
+    def table(self, request: Request) -> Response:
+        run, name = self.runs.get(request.path_params["run"]), request.path_params["name"]
+        if run is None or name not in run.table_names():
+            raise HTTPException(404, "there is no such table")
+        buffer = io.BytesIO()
+        pq.write_table(read_table(run, name), buffer)
+        return Response(buffer.getvalue(), media_type="application/vnd.apache.parquet")
+
+
+def _ranks(
+    run: Run, sample: int
+) -> tuple[npt.NDArray[np.float64], dict[bool, npt.NDArray[np.int64]]]:
+    """A sample's scores for every query, and its rank among all samples counted from the largest or the smallest."""
+    array = run.array(SCORES)
+    axis, step = run.row_axis(SCORES), array.chunks[run.row_axis(SCORES)]
+    scores_Q = run.read_rows(SCORES, sample, sample + 1)[:, 0]
+    above_Q, below_Q = (
+        np.ones(len(scores_Q), dtype=np.int64),
+        np.ones(len(scores_Q), dtype=np.int64),
+    )
+    for start in range(0, array.shape[axis], step):
+        block_QB = run.read_rows(SCORES, start, min(start + step, array.shape[axis]))
+        above_Q += (block_QB > scores_Q[:, None]).sum(axis=1)
+        below_Q += (block_QB < scores_Q[:, None]).sum(axis=1)
+    return scores_Q.astype(np.float64), {True: above_Q, False: below_Q}
+
+
+def _require_one_task(runs: Sequence[Run]) -> None:
+    """Sample ids must mean the same samples in all runs."""
+    first = runs[0].spec.task
+    unseen = task_class(first.name).attribution_options
+    for run in runs[1:]:
+        other = run.spec.task
+        options = {**first.options, **dict.fromkeys(unseen)}
+        others = {**other.options, **dict.fromkeys(unseen)}
+        if (other.name, other.data, others) != (first.name, first.data, options):
+            raise SpecError(
+                f"{run.id} is of another task or data than {runs[0].id}: view them one by one"
+            )
+
+
+def _number(given: QueryParams, name: str, default: int, *, below: int | None = None) -> int:
+    text = given.get(name, str(default))
+    if not text.isascii() or not text.isdigit() or (below is not None and int(text) >= below):
+        limit = f" below {below}" if below is not None else ""
+        raise SpecError(f"{name}={text}: a whole number{limit} is wanted")
+    return int(text)
+
+
+def _positive(given: QueryParams, name: str) -> float | None:
+    text = given.get(name, "")
+    if not text:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise SpecError(f"{name}={text}: a number above 0 is wanted")
+    return value
