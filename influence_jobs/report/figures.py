@@ -179,15 +179,16 @@ class _Figures:
 
     def _histogram(self, layer: str, array: str) -> Shown:
         totals_N = row_totals(self.run, array)
-        ours = self.run.spec.task.name.startswith("ffdnet")
-        limit = published.NORM_LIMIT if ours else float(np.percentile(totals_N, 99))
+        spec = self.run.spec
+        theirs = isinstance(spec, TrainSpec) and spec.task.name in published.SETTLED_LAYER
+        limit = published.NORM_LIMIT if theirs else float(np.percentile(totals_N, 99))
         counts, edges = np.histogram(totals_N, bins=BINS)
         beyond = int((totals_N > limit).sum())
         return Shown(
             f"norms-{_file_name(layer)}",
             f"Gradient norms at layer {layer}",
             f"{beyond:,} of {len(totals_N):,} samples lie beyond {limit:.3g}, the broken line"
-            f"{', where the report drew it' if ours else ' (the last hundredth)'}; the largest is "
+            f"{', where the report drew it' if theirs else ' (the last hundredth)'}; the largest is "
             f"{totals_N.max():.3g}, the median {np.median(totals_N):.3g}.",
             pa.table({"from": edges[:-1], "to": edges[1:], "samples": counts}),
             histogram_panels(

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import PurePath
 from typing import Any
 
 from influence_jobs.specs import (
@@ -49,7 +50,7 @@ def _words(value: Any) -> str:
     if isinstance(value, TrainedCheckpoint):
         return f"{value.train.run_id}, epoch {value.epoch}"
     if isinstance(value, FileCheckpoint):
-        return f"{value.path} (SHA-256 {value.sha256[:12]})"
+        return f"{PurePath(value.path).name} (SHA-256 {value.sha256[:12]})"
     if isinstance(value, Ranking):
         return f"{value.name} ({_words(value.scores)}{'' if value.largest else ', smallest first'})"
     if isinstance(value, Queries):
@@ -140,7 +141,7 @@ class Made:
         started, ended: UTC; None where no driver has said.
         workers: Processes that computed.
         software: Versions and revisions, each with the shards it computed if several took part.
-        spec: The request, as stored.
+        spec: The request as JSON, without paths: whoever reads the page need not know them.
     """
 
     run: str
@@ -180,7 +181,7 @@ def made(run: Run) -> Made:
         ended=_time(max(ends, default=None)),
         workers=len({entry.worker for entry in shards if entry.worker}),
         software=software,
-        spec=run.spec.model_dump_json(indent=2),
+        spec=json.dumps(run.spec.identity(), indent=2),
     )
 
 

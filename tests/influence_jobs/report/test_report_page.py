@@ -151,6 +151,15 @@ def test_points_are_marked_where_they_are(denoiser_runs, tmp_path, watched) -> N
     assert area["width"] == pytest.approx(other["width"] * 24 / 96, abs=4)
 
 
+def test_a_page_does_not_tell_where_things_lie(denoiser_runs) -> None:
+    spec = denoiser_runs[1].spec
+    assert isinstance(spec, AttributionSpec)
+    text = render_report("paths", sections_of([denoiser_runs[1]]))
+    assert "weights.pth (SHA-256 " in text
+    for path in (*spec.task.paths.values(), denoiser_runs[1].root, spec.checkpoint.path):
+        assert path not in text
+
+
 def test_what_cannot_be_shown_is_said(runs_of_all_kinds, denoiser_runs, tmp_path) -> None:
     spec = denoiser_runs[1].spec
     assert isinstance(spec, AttributionSpec)
