@@ -19,7 +19,7 @@ from influence_jobs.report.contact_sheet import Picture
 from influence_jobs.report.curves import Panel, chart
 from influence_jobs.report.figures import Shown, figures_of, method_of, parts_of
 from influence_jobs.report.made import Made, asked, certainty, made, needed
-from influence_jobs.report.tables import Table, cell_text, tables_of
+from influence_jobs.report.tables import Table, cell_text, solutions_table, tables_of
 from influence_jobs.specs import (
     AnySpec,
     AttributionSpec,
@@ -27,6 +27,7 @@ from influence_jobs.specs import (
     GradNormsSpec,
     InfluenceSpec,
     PaperSpec,
+    STestSpec,
     TrainSpec,
 )
 from influence_jobs.store import layout
@@ -93,7 +94,7 @@ def _section(run: Run, *, numbered: bool) -> Section:
         title=title_of(run.spec),
         asked=asked(run.spec),
         figures=figures,
-        tables=tables_of(run),
+        tables=[solutions_table(run)] if isinstance(run.spec, STestSpec) else tables_of(run),
         notes=notes,
         certainty=certainty(run),
         made=[made(Run(run.root, spec)) for spec in needed(run.spec) if _is_there(run.root, spec)],

@@ -11,6 +11,8 @@ from influence_jobs.report import published
 from influence_jobs.specs import AblationSpec, LdsSpec, PaperSpec, StabilitySpec
 from influence_jobs.store.run import Run
 
+MAX_SOLUTIONS = 50
+
 
 @dataclass(frozen=True)
 class Table:
@@ -48,6 +50,29 @@ def tables_of(run: Run) -> list[Table]:
     if isinstance(spec, LdsSpec):
         return [_lds(run, spec)]
     return []
+
+
+def solutions_table(run: Run) -> Table:
+    """How the first s_test vectors of a finished run were found."""
+    rows = run.read_table("solutions").to_pylist()
+    more = f" The first {MAX_SOLUTIONS} of {len(rows)}." if len(rows) > MAX_SOLUTIONS else ""
+    return Table(
+        title="s_test vectors",
+        columns=("query", "repeat", "lambda", "residual", "steps", "gradient equivalents"),
+        rows=[
+            (
+                row["query"],
+                row["repeat"],
+                row["damping"],
+                row["residual"],
+                row["iterations"],
+                row["gradient_equivalents"],
+            )
+            for row in rows[:MAX_SOLUTIONS]
+        ],
+        note="Residual: of (curvature + lambda I) x = gradient, relative to the gradient. Gradient equivalents: cost of "
+        f"the query's whole block, in passes over the training set for one vector.{more}",
+    )
 
 
 def _ablation(run: Run, spec: AblationSpec) -> list[Table]:

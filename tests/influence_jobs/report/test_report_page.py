@@ -33,6 +33,7 @@ def report(every, tmp_path_factory) -> Path:
 def test_every_kind_of_run_has_a_section_that_says_how_it_was_made(report, every) -> None:
     text = (report / "report.html").read_text()
     kinds = ("train", "grad-norms", "influence", "attribution", "stability", "ablation")
+    assert "gradient equivalents" in text
     for kind in (*kinds, "s-test", "baseline", "lds"):
         section = re.search(rf'<section id="{kind}-digitstask-\w+".*?</section>', text, re.DOTALL)
         assert section, kind
