@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from influence_jobs.curvature.lissa_steps import lissa_steps
 from influence_jobs.curvature.operators import Operator
 from influence_jobs.curvature.solver import (
     Progress,
@@ -25,7 +26,6 @@ MAX_RELAXATIONS = 400  # depth, at most, in times that an error takes to fall to
 BURN_IN = 5  # of them before averaging begins: what is left of the start is under 1 %
 MIN_BATCH = 32  # smaller products waste the machine
 PROBED = 256  # single samples whose curvature is measured to see how they scatter
-CHECK_EVERY = 16  # steps
 MAX_RESTARTS = 8
 MAX_DEPTH = 1_000_000  # steps that a chain which chooses its own depth may need before it can end
 
@@ -170,10 +170,11 @@ class _Chain:
         settings: _Settings,
         progress: Progress,
     ):
-        self._operator, self._rhs_QP, self._progress = operator, rhs_QP, progress
-        self._scale, self._own_damping = settings.scale, damping / settings.scale
+        self._rhs_QP, self._progress, self._scale = rhs_QP, progress, settings.scale
         self._relaxation = math.ceil(settings.scale / damping)
-        self._h_QP = rhs_QP.clone()
+        self._steps = lissa_steps(
+            operator, rhs_QP, damping / settings.scale, settings.scale, settings.batch_size
+        )
         self.step, self.error = 0, math.nan
 
     def run(self, batches: Iterator[Tensor], depth: int | None) -> Tensor | None:
@@ -186,14 +187,14 @@ class _Chain:
         if depth is not None:
             if not self._advance(batches, depth, planned=depth):
                 return None
-            return self._h_QP / self._scale
+            return self._steps.h_QP() / self._scale
         planned = MAX_RELAXATIONS * self._relaxation
         if not self._advance(batches, BURN_IN * self._relaxation, planned):
             return None
-        sum_QP = torch.zeros_like(self._h_QP, dtype=torch.float64)
+        sum_QP = torch.zeros_like(self._rhs_QP, dtype=torch.float64)
         squares_Q = torch.zeros(len(sum_QP), dtype=torch.float64, device=sum_QP.device)
         for blocks in range(1, MAX_RELAXATIONS - BURN_IN + 1):
-            block_QP = torch.zeros_like(self._h_QP)
+            block_QP = torch.zeros_like(self._rhs_QP)
             if not self._advance(batches, self._relaxation, planned, block_QP):
                 return None
             # In float64: the variance of the blocks is a small difference of large numbers.
@@ -207,32 +208,28 @@ class _Chain:
                 self.error = float(relative_Q.max())
                 if self.error <= TOLERANCE:
                     break
-        return (sum_QP / (blocks * self._scale)).to(self._h_QP.dtype)
+        return (sum_QP / (blocks * self._scale)).to(self._rhs_QP.dtype)
 
     def _advance(
         self, batches: Iterator[Tensor], steps: int, planned: int, total_QP: Tensor | None = None
     ) -> bool:
         """Do some steps, adding the iterates up; whether the chain still converges."""
-        h_QP = self._h_QP
-        for _ in range(steps):
-            product_QP = self._operator.product(h_QP, next(batches))
-            h_QP.mul_(1 - self._own_damping).add_(self._rhs_QP)
-            h_QP.add_(product_QP, alpha=-1 / self._scale)
-            if total_QP is not None:
-                total_QP += h_QP
-            self.step += 1
-            if self.step % CHECK_EVERY == 0:
-                if self._diverges():
-                    return False
-                self._progress(min(1.0, self.step / planned))
-        return not self._diverges()
+        left = steps
+        while left:
+            count = min(left, self._steps.longest)
+            self._steps.take(torch.stack([next(batches) for _ in range(count)]), total_QP)
+            left -= count
+            self.step += count
+            if self._diverges():
+                return False
+            self._progress(min(1.0, self.step / planned))
+        return True
 
     def _diverges(self) -> bool:
         """In a chain that converges no step adds more than |v| in the mean, nor is |h| above s |v| / lambda."""
         allowed = 4 * min(self.step + 1, self._relaxation)
-        length_Q = torch.linalg.vector_norm(self._h_QP, dim=1)
         limit_Q = allowed * torch.linalg.vector_norm(self._rhs_QP, dim=1)
-        return not bool((length_Q <= limit_Q).all())  # NaN is larger than anything
+        return not bool((self._steps.lengths() <= limit_Q).all())  # NaN is larger than anything
 
 
 def _scatter(operator: Operator, vector_P: Tensor, largest: float) -> float:

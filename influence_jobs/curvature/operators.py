@@ -167,11 +167,20 @@ class Operator(ABC):
             to_device(self.task.batch(ids, self.draw), device_of(self.model)),
         )
 
-    def _samples_at_once(self, num_vectors: int) -> int:
+    def look(self) -> None:
+        """Refuse a model or task that would give wrong products, by a few samples; at the first call only.
+
+        Raises:
+            ModelError: As `product`.
+        """
         if self._sample_bytes is None:
             ids = self.ids[:LOOKED_AT]
             self._look(self.batch(ids), self.batch(ids))
             self._sample_bytes = saved_bytes(self.task, self.model, self.batch(ids)) // len(ids)
+
+    def _samples_at_once(self, num_vectors: int) -> int:
+        self.look()
+        assert self._sample_bytes is not None
         fitting = MAX_BYTES // (num_vectors * self._sample_bytes)
         return min(self.batch_size, max(MIN_ROWS, fitting))
 

@@ -13,9 +13,10 @@ from torch.nn import functional as F
 
 from influence_jobs.gradients.rules import reduce_norms
 from influence_jobs.tasks.base import Task
+from influence_jobs.tasks.chain import Chain, find_chain
 from influence_jobs.training.changes import replaced
 from influence_jobs.training.ensemble_blocked import BlockedLayer, Modes, flush_, sgd_modes
-from influence_jobs.training.ensemble_chain import Chain, ChainData, chain_data, find_chain
+from influence_jobs.training.ensemble_chain import ChainData, chain_data
 from influence_jobs.training.ensemble_data import Members, gather
 from influence_jobs.training.ensemble_norms import EnsembleNorms
 from influence_jobs.training.train import Recipe, seeded, step_seed

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from influence_jobs.models.mnist_mlp import MnistMLP
-from influence_jobs.training.ensemble_chain import Chain, find_chain
+from influence_jobs.tasks.chain import Chain, find_chain
 
 A, B = (4, 3), (3, 2)
 

@@ -1,0 +1,153 @@
+"""Blocked steps of perceptrons against the recursion with dense float64 matrices of each mini-batch."""
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from influence_jobs.curvature import GaussNewton, Hessian, Lissa
+from influence_jobs.curvature.lissa_steps import AnySteps, ChainSteps, lissa_steps
+from influence_jobs.gradients.parameters import ParameterSpace
+from influence_jobs.tasks.base import Task
+
+N, DAMPING, SCALE = 40, 0.02, 7.0
+
+
+class Digits(Task):
+    """Cross-entropy of three classes, by a perceptron with two hidden layers."""
+
+    output_loss = "cross-entropy"
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(5)
+        self.x = torch.randn(N, 2, 3, generator=generator, dtype=torch.float64)
+        self.y = torch.randint(3, (N,), generator=generator)
+
+    def model(self):
+        return nn.Sequential(
+            nn.Flatten(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)
+        )
+
+    def train_data(self):
+        return self.y
+
+    def batch(self, ids, draw):
+        return self.x[ids], self.y[ids]
+
+    def outputs(self, model, batch):
+        return model(batch[0])
+
+    def targets(self, batch):
+        return batch[1]
+
+    def losses(self, model, batch):
+        return F.cross_entropy(self.outputs(model, batch), batch[1], reduction="none")
+
+
+@pytest.fixture
+def task():
+    return Digits()
+
+
+@pytest.fixture
+def model(task):
+    torch.manual_seed(1)
+    return task.model().double().eval()
+
+
+def dense(task, model, space, ids, kind):
+    """The matrix (P, P) of a mini-batch, by torch.func alone."""
+    batch = task.batch(ids, None)
+    theta_P = torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    def outputs(theta_P):
+        return functional_call(model, space.split(theta_P), (batch[0],))
+
+    if kind is Hessian:
+        return torch.func.hessian(lambda theta_P: F.cross_entropy(outputs(theta_P), batch[1]))(
+            theta_P
+        )
+    jacobian_BCP = torch.func.jacrev(outputs)(theta_P)
+    p_BC = outputs(theta_P).softmax(1)
+    output_hessian_BCC = torch.diag_embed(p_BC) - p_BC[:, :, None] * p_BC[:, None]
+    return (jacobian_BCP.mT @ output_hessian_BCC @ jacobian_BCP).mean(0)
+
+
+@pytest.mark.parametrize("kind", [GaussNewton, Hessian])
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_blocks_of_steps_are_the_recursion(task, model, kind, batch_size):
+    space = ParameterSpace(model)
+    operator = kind(model, space, task, torch.arange(N))
+    v_QP = torch.randn(3, space.size, dtype=torch.float64)
+    steps = lissa_steps(operator, v_QP, DAMPING, SCALE, batch_size)
+    assert isinstance(steps, ChainSteps)
+    ids_SB = torch.randint(N, (11, batch_size))
+    h_QP, sum_QP, total_QP = v_QP.clone(), torch.zeros_like(v_QP), torch.zeros_like(v_QP)
+    for ids in ids_SB:
+        product_QP = h_QP @ dense(task, model, space, ids, kind)
+        h_QP = v_QP + (1 - DAMPING) * h_QP - product_QP / SCALE
+        sum_QP += h_QP
+    for piece in ids_SB.split(min(4, steps.longest)):
+        steps.take(piece, total_QP)
+    torch.testing.assert_close(steps.h_QP(), h_QP)
+    torch.testing.assert_close(total_QP, sum_QP)
+    torch.testing.assert_close(steps.lengths(), h_QP.norm(dim=1))
+
+
+def test_a_block_is_its_steps_one_by_one(task, model):
+    space = ParameterSpace(model)
+    operator = GaussNewton(model, space, task, torch.arange(N))
+    v_QP = torch.randn(2, space.size, dtype=torch.float64)
+    ids_SB = torch.randint(N, (6, 1))
+    together, apart = (ChainSteps(operator, *given(operator, v_QP)) for _ in range(2))
+    together.take(ids_SB)
+    for ids in ids_SB:
+        apart.take(ids[None])
+    torch.testing.assert_close(together.h_QP(), apart.h_QP())
+
+
+def given(operator, v_QP):
+    chain = lissa_steps(operator, v_QP, DAMPING, SCALE, 1)._chain
+    return chain, v_QP, DAMPING, SCALE, 1
+
+
+def test_a_solution_is_that_of_any_model(task, model, monkeypatch):
+    space = ParameterSpace(model)
+    operator = GaussNewton(model, space, task, torch.arange(N))
+    v_QP = torch.randn(2, space.size, dtype=torch.float64)
+    solver = Lissa(0.5, scale=20.0, batch_size=4)
+    blocked = solver.solve(operator, v_QP)
+    cost = operator.work
+    operator.work = 0.0
+    monkeypatch.setattr("influence_jobs.curvature.lissa.lissa_steps", lambda *a: AnySteps(*a[:4]))
+    plain = solver.solve(operator, v_QP)
+    torch.testing.assert_close(blocked.x_QP, plain.x_QP)
+    assert blocked.record["depth"] == plain.record["depth"]
+    assert cost == pytest.approx(operator.work, rel=0.01)
+
+
+class Widened(nn.Linear):
+    """Computes something else than its type says."""
+
+    def forward(self, x):
+        return super().forward(x) * 1.5
+
+
+@pytest.mark.parametrize("why", ["tanh", "subclass", "hook", "some layers", "difference"])
+def test_what_is_no_plain_perceptron_takes_one_product_a_step(task, model, why):
+    modules, kind, options = None, GaussNewton, {}
+    if why == "tanh":
+        model[2] = nn.Tanh()
+    elif why == "subclass":
+        model[3] = Widened(5, 4).double()
+    elif why == "hook":  # which no trace shows
+        model[3].register_forward_hook(lambda module, args, output: output * 1.5)
+    elif why == "some layers":
+        modules = ["5"]
+    else:
+        kind, options = Hessian, {"finite_difference": True}
+    space = ParameterSpace(model.eval(), modules)
+    operator = kind(model, space, task, torch.arange(N), **options)
+    v_QP = torch.randn(2, space.size, dtype=torch.float64)
+    assert isinstance(lissa_steps(operator, v_QP, DAMPING, SCALE, 2), AnySteps)
