@@ -341,7 +341,7 @@ def method_of(spec: ScoresSpec) -> str:
         solvers = ", ".join(dict.fromkeys(s_test.solver.name for s_test in spec.s_tests))
         over = f", {spec.combine} of {len(spec.s_tests)}" if len(spec.s_tests) > 1 else ""
         divided = f", {spec.relative}-relative" if spec.relative else ""
-        return f"influence by {solvers}{over}{divided}"
+        return f"influence ({solvers}{over}{divided})"
     if isinstance(spec, AttributionSpec):
         words = f"attribution at {', '.join(spec.layers)}"
         if spec.normalize:

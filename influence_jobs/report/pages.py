@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
-from influence_jobs.errors import SpecError
+from influence_jobs.errors import DataError, SpecError
 from influence_jobs.experiments.stability import head
 from influence_jobs.report.contact_sheet import Row
 from influence_jobs.report.explain import Explainer, norms_of
@@ -94,7 +94,10 @@ class Pages:
 
     def explaining(self) -> Explainer | None:
         """By the first finished run that has norms a channel, if test samples have points."""
-        if len(self.task.test_data()) == 0 or self.task.test_size(0) is None:
+        try:
+            if len(self.task.test_data()) == 0 or self.task.test_size(0) is None:
+                return None
+        except DataError:  # the test images are not here; what needs none of them can be shown
             return None
         # An attribution run knows the layer that was chosen.
         for run in sorted(self.finished, key=lambda run: not isinstance(run.spec, AttributionSpec)):

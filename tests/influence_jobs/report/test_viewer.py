@@ -150,8 +150,8 @@ def test_a_query_shows_all_methods_beside_each_other(
     shown.page.locator(".gallery a").nth(2).click()
     expect(shown.page.get_by_role("heading", level=1)).to_contain_text("test 111")
     for run, side, heading in (
-        (runs_of_all_kinds.influence, "helpful", "influence by identity: helpful"),
-        (runs_of_all_kinds.influence, "harmful", "influence by identity: harmful"),
+        (runs_of_all_kinds.influence, "helpful", "influence (identity): helpful"),
+        (runs_of_all_kinds.influence, "harmful", "influence (identity): harmful"),
         (runs_of_all_kinds.attribution, "both", "attribution at conv2"),
     ):
         samples = shown.page.get_by_role("region", name=heading).locator("a.cell")
@@ -182,8 +182,8 @@ def test_a_sample_leads_to_the_queries_it_influences(get, runs_of_all_kinds) -> 
     text = get.get(f"/sample/{sample}").text
     assert "/query?test=0" in text
     helped = int((scores[:, sample] > 0).sum())
-    helpful = text.partition("influence by identity: helpful")[2]
-    helpful, _, harmful = helpful.partition("influence by identity: harmful")
+    helpful = text.partition("influence (identity): helpful")[2]
+    helpful, _, harmful = helpful.partition("influence (identity): harmful")
     harmful = harmful.partition("attribution at")[0]
     assert helpful.count("rank ") == helped
     assert harmful.count("rank ") == 3 - helped
@@ -300,3 +300,16 @@ def test_a_run_at_work_shows_its_progress_and_then_its_results(
 def test_runs_of_other_data_are_not_mixed(runs_of_all_kinds, denoiser_runs) -> None:
     with pytest.raises(SpecError, match="is of another task or data than"):
         make_viewer([runs_of_all_kinds.influence, denoiser_runs[1]], TOKEN)
+
+
+def test_norms_are_shown_where_the_test_images_are_gone(denoiser_runs, tmp_path) -> None:
+    run = denoiser_runs[0]
+    gone = {**run.spec.task.paths, "test_images": str(tmp_path / "gone")}
+    task = run.spec.task.model_copy(update={"paths": gone})
+    moved = Run(run.root, run.spec.model_copy(update={"task": task}))
+    with served([moved], lambda _: None) as address, httpx.Client(follow_redirects=True) as client:
+        page = client.get(f"{address}/?token={TOKEN}")
+        assert page.status_code == 200
+        assert run.id in page.text
+        assert client.get(f"{address}/sample/3").text.count("norm at main.2") == 2
+        assert client.get(f"{address}/image/0").status_code == 404
