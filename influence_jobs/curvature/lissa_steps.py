@@ -11,7 +11,8 @@ and all that a step asks of h is the change of the layer's outputs along it,
 
     X_t h_t^T = r^t X_t h_0^T + c_t X_t v^T - sum_{u<t} r^(t-1-u) (X_t X_u^T) D_u / s.
 
-The first two terms come from one product each of the block's inputs with h_0 and v, X_t X_u^T from one Gram matrix that all vectors
+The first two terms come from one product each of the block's inputs with h_0 and v, the latter next to free where a
+query is one sample's loss; X_t X_u^T from one Gram matrix that all vectors
 share, and one more product takes the block's updates. Nothing is left out: this is the recursion up to rounding.
 
 Letters: Q vectors, S steps of a block, B batch, K = S B samples, C outputs of a layer, I its inputs with the ones that
@@ -19,6 +20,8 @@ stand for its bias.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -133,8 +136,10 @@ class ChainSteps(LissaSteps):
         self._weights = _with_bias(
             chain, {name: p.detach()[None] for name, p in operator.space.parameters().items()}
         )
+        self._inner = [w_CI[:, :-1].contiguous() for w_CI in self._weights]
         self._v = _with_bias(chain, operator.space.split(rhs_QP))
         self._h = [v_RI.clone() for v_RI in self._v]
+        self._first_v = _Forcing(self._v[0], len(rhs_QP))
         inputs = self._weights[0].shape[1]
         self.longest = max(1, min(BLOCK_SAMPLES, inputs) // batch_size)
 
@@ -143,59 +148,57 @@ class ChainSteps(LissaSteps):
         (steps, size), operator = ids_SB.shape, self._operator
         batch = operator.batch(ids_SB.flatten())
         operator.work += operator.cost * self._num_vectors * ids_SB.numel()
-        x_KI = F.pad(
-            first_inputs(operator.task, operator.model, self._chain, batch), (0, 1), value=1.0
-        )
-        seen = _Seen(self._weights, x_KI, operator.task.targets(batch), size)
-        totals = None
+        x_KI = first_inputs(operator.task, operator.model, self._chain, batch)
+        x_KI = F.pad(x_KI, (0, 1), value=1.0)
+        totals = [torch.zeros_like(h_RI) for h_RI in self._h[1:]]
+        block = _Block(self._h[0], self._first_v, x_KI, steps, self._decay, self._scale)
+        network = _network(self._weights, x_KI, operator.task.targets(batch), size)
+        for step, (seen, d_BR) in enumerate(
+            zip(network, torch.split(block.d_KR, size), strict=True)
+        ):
+            self._step(block.outputs(step), seen, d_BR)
+            if total_QP is not None:
+                for total_RI, h_RI in zip(totals, self._h[1:], strict=True):
+                    total_RI += h_RI
         if total_QP is not None:
-            totals = [torch.zeros_like(h_RI) for h_RI in self._h[1:]]
-        block = _Block(self._h[0], self._v[0], x_KI, steps, self._decay, self._scale)
-        for step in range(steps):
-            rows = slice(step * size, (step + 1) * size)
-            block.d_KR[rows] = self._step(block.outputs(step), seen, rows)
-            for i, h_RI in enumerate(self._h[1:]):
-                if totals is not None:
-                    totals[i] += h_RI
-        if totals is not None:
             self._add(total_QP, [block.total(), *totals])
         block.finish()
 
-    def _step(self, rz_BR: Tensor, seen: "_Seen", rows: slice) -> Tensor:
-        """Take a step of all layers but the first, and give the first's D (B, R)."""
+    def _step(self, rz_BR: Tensor, seen: "_Seen", d_BR: Tensor) -> None:
+        """Take a step of all layers but the first, and fill in the first's D (B, R)."""
         size, vectors = len(rz_BR), self._num_vectors
         tangents = []
-        rz_BQC = rz_BR.view(size, vectors, -1)
-        for mask_KC, a_KI, w_CI, h_RI in zip(
-            seen.masks, seen.inputs, self._weights[1:], self._h[1:], strict=True
+        for mask_B1C, a_BI, w_CI, h_RI in zip(
+            seen.masks, seen.inputs, self._inner[1:], self._h[1:], strict=True
         ):
-            ra_BQC = rz_BQC * mask_KC[rows, None]
+            ra_BQC = rz_BR.view(size, vectors, -1) * mask_B1C
             tangents.append(ra_BQC)
-            rz_NC = ra_BQC.flatten(0, 1) @ w_CI[:, :-1].t()
-            rz_BQC = rz_NC.view(size, vectors, -1)
-            rz_BQC.flatten(1).addmm_(a_KI[rows], h_RI.t())
-        p_B1C = seen.probabilities_KC[rows, None]
-        weighted_BQC = p_B1C * rz_BQC
-        d_BQC = (weighted_BQC - p_B1C * weighted_BQC.sum(2, keepdim=True)).div_(size)
+            rz_BR = (ra_BQC.view(size * vectors, -1) @ w_CI.t()).view(size, -1)
+            rz_BR.addmm_(a_BI, h_RI.t())
+        weighted_BQC = rz_BR.view(size, vectors, -1) * seen.mean_probabilities_B1C
+        d_BQC = weighted_BQC.addcmul(
+            seen.probabilities_B1C, weighted_BQC.sum(2, keepdim=True), value=-1
+        )
         for layer in reversed(range(len(tangents))):
-            a_BI, w_CI, h_RI = (
-                seen.inputs[layer][rows],
-                self._weights[layer + 1],
-                self._h[layer + 1],
-            )
-            below_BQI = (d_BQC.flatten(0, 1) @ w_CI[:, :-1]).view(size, vectors, -1)
-            h_QCI = h_RI.view(vectors, -1, h_RI.shape[1])[..., :-1]
-            update_QCI = None
+            w_CI, h_RI = self._inner[layer + 1], self._h[layer + 1]
+            below_BQI = (d_BQC.view(size * vectors, -1) @ w_CI).view(size, vectors, -1)
             if self._whole_hessian:
-                delta_BC = seen.deltas[layer][rows]
+                delta_BC = seen.deltas[layer]
+                h_QCI = h_RI.view(vectors, -1, h_RI.shape[1])[..., :-1]
                 below_BQI += (delta_BC @ h_QCI).transpose(0, 1)
                 update_QCI = delta_BC.t() @ tangents[layer].transpose(0, 1)
-            h_RI.addmm_(d_BQC.flatten(1).t(), a_BI, beta=self._decay, alpha=-1 / self._scale)
+            h_RI.addmm_(
+                d_BQC.view(size, -1).t(),
+                seen.inputs[layer],
+                beta=self._decay,
+                alpha=-1 / self._scale,
+            )
             h_RI.add_(self._v[layer + 1])
-            if update_QCI is not None:
+            if self._whole_hessian:
                 h_QCI.add_(update_QCI, alpha=-1 / self._scale)
-            d_BQC = below_BQI.mul_(seen.masks[layer][rows, None])
-        return d_BQC.flatten(1)
+            d_BQC = below_BQI.mul_(seen.masks[layer]) if layer else below_BQI
+        derivative = seen.masks[0] if seen.masks else 1  # of what follows the first layer
+        torch.mul(d_BQC, derivative, out=d_BR.view(size, vectors, -1))
 
     def h_QP(self) -> Tensor:
         total_QP = self._h[0].new_zeros(self._num_vectors, self._operator.size)
@@ -206,9 +209,8 @@ class ChainSteps(LissaSteps):
         squares = [h_RI.view(self._num_vectors, -1).square().sum(1) for h_RI in self._h]
         return torch.stack(squares).sum(0).sqrt()
 
-    def _add(self, total_QP: Tensor | None, layers: list[Tensor]) -> None:
+    def _add(self, total_QP: Tensor, layers: list[Tensor]) -> None:
         """Add layers (Q C, I) to vectors of the space."""
-        assert total_QP is not None
         views = self._operator.space.split(total_QP)
         for name, h_RI in zip(self._chain.linears, layers, strict=True):
             h_QCI = h_RI.view(self._num_vectors, -1, h_RI.shape[1])
@@ -216,29 +218,77 @@ class ChainSteps(LissaSteps):
             views[f"{name}.bias"] += h_QCI[..., -1]
 
 
+@dataclass(frozen=True)
 class _Seen:
-    """What the samples of a block make of the network, whatever the vectors.
+    """What the samples of a step make of the network, whatever the vectors.
 
     Attributes:
-        inputs: Those (K, I) of every layer after the first.
-        masks: Where each of them is above zero, as the derivative (K, C) of ReLU.
-        probabilities_KC: Softmax of the logits.
-        deltas: Gradients (K, C) of the mean loss of a batch by the outputs of every layer after the first.
+        inputs: Those (B, I) of every layer after the first.
+        masks: Where each of them is above zero, as the derivative (B, 1, C) of ReLU.
+        probabilities_B1C: Softmax of the logits.
+        mean_probabilities_B1C: The same over B.
+        deltas: Gradients (B, C) of the mean loss by the outputs of every layer after the first.
     """
 
-    def __init__(self, weights: list[Tensor], x_KI: Tensor, targets_K: Tensor, batch_size: int):
-        self.inputs: list[Tensor] = []
-        self.masks: list[Tensor] = []
-        z_KC = x_KI @ weights[0].t()
-        for w_CI in weights[1:]:
-            self.masks.append((z_KC > 0).to(z_KC.dtype))
-            self.inputs.append(F.pad(z_KC.relu(), (0, 1), value=1.0))
-            z_KC = self.inputs[-1] @ w_CI.t()
-        self.probabilities_KC = z_KC.softmax(1)
-        d_KC = self.probabilities_KC - F.one_hot(targets_K, z_KC.shape[1])
-        self.deltas = [d_KC / batch_size]
-        for mask_KC, w_CI in zip(self.masks[:0:-1], weights[:1:-1], strict=True):
-            self.deltas.insert(0, (self.deltas[0] @ w_CI[:, :-1]) * mask_KC)
+    inputs: tuple[Tensor, ...]
+    masks: tuple[Tensor, ...]
+    probabilities_B1C: Tensor
+    mean_probabilities_B1C: Tensor
+    deltas: tuple[Tensor, ...]
+
+
+def _network(weights: list[Tensor], x_KI: Tensor, targets_K: Tensor, size: int) -> Iterator[_Seen]:
+    """Forward and backward of a block's samples together, then step by step."""
+    inputs, masks = [], []
+    z_KC = x_KI @ weights[0].t()
+    for w_CI in weights[1:]:
+        masks.append((z_KC > 0).to(z_KC.dtype))
+        inputs.append(F.pad(z_KC.relu(), (0, 1), value=1.0))
+        z_KC = inputs[-1] @ w_CI.t()
+    p_KC = z_KC.softmax(1)
+    deltas = [(p_KC - F.one_hot(targets_K, p_KC.shape[1])) / size]
+    for mask_KC, w_CI in zip(masks[:0:-1], weights[:1:-1], strict=True):
+        deltas.insert(0, (deltas[0] @ w_CI[:, :-1]) * mask_KC)
+    parts = [
+        *inputs,
+        *(m_KC[:, None] for m_KC in masks),
+        p_KC[:, None],
+        p_KC[:, None] / size,
+        *deltas,
+    ]
+    n = len(inputs)
+    for step in zip(*(torch.split(part, size) for part in parts), strict=True):
+        yield _Seen(step[:n], step[n : 2 * n], step[2 * n], step[2 * n + 1], step[2 * n + 2 :])
+
+
+class _Forcing:
+    """The first layer's part of v, (R, I), and its product with inputs.
+
+    A query that is the loss of one sample has an outer product there, which makes that product next to nothing.
+
+    Attributes:
+        v_RI: What it is.
+    """
+
+    def __init__(self, v_RI: Tensor, num_vectors: int):
+        self.v_RI, self._outer = v_RI, None
+        v_QCI = v_RI.view(num_vectors, -1, v_RI.shape[1])
+        queries = torch.arange(num_vectors, device=v_RI.device)
+        largest_Q = v_QCI.flatten(1).abs().argmax(1)
+        row_Q, column_Q = largest_Q // v_RI.shape[1], largest_Q % v_RI.shape[1]
+        row_QI, column_QC = v_QCI[queries, row_Q], v_QCI[queries, :, column_Q]
+        column_QC = (column_QC / row_QI.gather(1, column_Q[:, None])).nan_to_num(nan=0)
+        rest_QCI = v_QCI - column_QC[:, :, None] * row_QI[:, None]
+        tolerance = 8 * torch.finfo(v_RI.dtype).eps
+        if (rest_QCI.flatten(1).norm(dim=1) <= tolerance * v_QCI.flatten(1).norm(dim=1)).all():
+            self._outer = column_QC, row_QI
+
+    def along(self, x_KI: Tensor) -> Tensor:
+        """X v^T, (K, R)."""
+        if self._outer is None:
+            return x_KI @ self.v_RI.t()
+        column_QC, row_QI = self._outer
+        return ((x_KI @ row_QI.t())[:, :, None] * column_QC).flatten(1)
 
 
 class _Block:
@@ -249,9 +299,9 @@ class _Block:
     """
 
     def __init__(
-        self, h_RI: Tensor, v_RI: Tensor, x_KI: Tensor, steps: int, decay: float, scale: float
+        self, h_RI: Tensor, forcing: _Forcing, x_KI: Tensor, steps: int, decay: float, scale: float
     ):
-        self._h_RI, self._v_RI, self._x_KI, self._scale = h_RI, v_RI, x_KI, scale
+        self._h_RI, self._v_RI, self._x_KI, self._scale = h_RI, forcing.v_RI, x_KI, scale
         self._size = len(x_KI) // steps
         power_T = decay ** torch.arange(steps + 1, dtype=torch.float64)
         sum_T = F.pad(power_T.cumsum(0), (1, 0))[:-1]  # c_0 to c_S
@@ -267,7 +317,7 @@ class _Block:
         answers_KK = torch.where(lag_KK < 0, 0.0, power_T[lag_KK.clamp(min=0)] / -scale)
         self._pending_KK = (x_KI @ x_KI.t()).mul_(answers_KK.to(x_KI))
         self._base_KR = (x_KI @ h_RI.t()).mul_(by_row(power_T[:-1]))
-        self._base_KR.addcmul_(x_KI @ v_RI.t(), by_row(sum_T[:-1]))
+        self._base_KR.addcmul_(forcing.along(x_KI), by_row(sum_T[:-1]))
         self.d_KR = torch.empty_like(self._base_KR)
 
     def outputs(self, step: int) -> Tensor:

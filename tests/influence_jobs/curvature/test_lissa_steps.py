@@ -76,10 +76,14 @@ def dense(task, model, space, ids, kind):
 
 @pytest.mark.parametrize("kind", [GaussNewton, Hessian])
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
-def test_blocks_of_steps_are_the_recursion(task, model, kind, batch_size):
+@pytest.mark.parametrize("queries", ["vectors", "samples"])
+def test_blocks_of_steps_are_the_recursion(task, model, kind, batch_size, queries):
     space = ParameterSpace(model)
     operator = kind(model, space, task, torch.arange(N))
     v_QP = torch.randn(3, space.size, dtype=torch.float64)
+    if queries == "samples":  # outer products in each layer; and one of nothing
+        losses = [task.losses(model, task.batch(torch.tensor([i]), None)).sum() for i in (3, 8)]
+        v_QP = torch.stack([*map(space.gradient, losses), torch.zeros(space.size)]).double()
     steps = lissa_steps(operator, v_QP, DAMPING, SCALE, batch_size)
     assert isinstance(steps, ChainSteps)
     ids_SB = torch.randint(N, (11, batch_size))
@@ -93,6 +97,20 @@ def test_blocks_of_steps_are_the_recursion(task, model, kind, batch_size):
     torch.testing.assert_close(steps.h_QP(), h_QP)
     torch.testing.assert_close(total_QP, sum_QP)
     torch.testing.assert_close(steps.lengths(), h_QP.norm(dim=1))
+
+
+def test_one_layer_alone(task):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(6, 3)).double().eval()
+    space = ParameterSpace(model)
+    operator = GaussNewton(model, space, task, torch.arange(N))
+    v_QP = torch.randn(2, space.size, dtype=torch.float64)
+    steps = lissa_steps(operator, v_QP, DAMPING, SCALE, 2)
+    assert isinstance(steps, ChainSteps)
+    plain = AnySteps(operator, v_QP, DAMPING, SCALE)
+    ids_SB = torch.randint(N, (3, 2))
+    for each in (steps, plain):
+        each.take(ids_SB)
+    torch.testing.assert_close(steps.h_QP(), plain.h_QP())
 
 
 def test_a_block_is_its_steps_one_by_one(task, model):
