@@ -42,7 +42,10 @@ def dashboard_of(run: Run) -> str | None:
         return None
     address = job["address"]
     if not address:
-        head = current_head()
+        try:
+            head = current_head()
+        except RuntimeFault:  # it does not answer: a page without its link is better than none
+            return None
         address = head.dashboard_url if head is not None else None
     return f"{address.rstrip('/')}/#/jobs/{job['submission_id']}" if address else None
 

@@ -48,6 +48,7 @@ class ShardRunner:
         self._job = open_job(self._run, device=device, batch_size=plan.get("batch_size"))
         self.kind = self._run.spec.kind
         self.title = self._job.title
+        software()  # now: files may change while a shard is computed, the code that computes does not
         require_same_data(self._job)
 
     def run(self, shard: Shard) -> Receipt:

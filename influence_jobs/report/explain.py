@@ -16,6 +16,7 @@ from influence_jobs.specs import (
     AttributionSpec,
     Checkpoint,
     GradNormsSpec,
+    TaskSpec,
     TrainedCheckpoint,
     TrainSpec,
 )
@@ -36,12 +37,17 @@ class Norms:
     Attributes:
         layers: The layers that have norms a channel.
         chosen: The one that is looked at first.
+        task: Of the test images, with their noise level.
+        seed, noise_draws: Of their noise.
     """
 
     run: Run
     checkpoint: Checkpoint
     layers: tuple[str, ...]
     chosen: str
+    task: TaskSpec
+    seed: int = 0
+    noise_draws: int = 1
 
 
 def norms_of(run: Run) -> Norms | None:
@@ -51,12 +57,21 @@ def norms_of(run: Run) -> Norms | None:
         source = norms_of(Run(run.root, spec.norms))
         if source is None:
             return None
-        return Norms(source.run, spec.checkpoint, source.layers, spec.layers[-1])
+        asked = spec.queries
+        return Norms(
+            source.run,
+            spec.checkpoint,
+            source.layers,
+            spec.layers[-1],
+            spec.task,
+            asked.seed,
+            asked.noise_draws,
+        )
     if isinstance(spec, GradNormsSpec) and spec.reduction != "layer":
-        return Norms(run, spec.checkpoints[-1], spec.layers, spec.layers[-1])
+        return Norms(run, spec.checkpoints[-1], spec.layers, spec.layers[-1], spec.task)
     if isinstance(spec, TrainSpec) and spec.norm_layers and spec.norm_reduction != "layer":
         last = TrainedCheckpoint(train=spec, epoch=spec.epochs)
-        return Norms(run, last, spec.norm_layers, spec.norm_layers[-1])
+        return Norms(run, last, spec.norm_layers, spec.norm_layers[-1], spec.task)
     return None
 
 
@@ -69,7 +84,7 @@ class Explainer:
 
     def __init__(self, norms: Norms):
         self.norms = norms
-        self.task: Task = make_task(norms.run.spec.task)
+        self.task: Task = make_task(norms.task)
         self._lock = threading.Lock()  # hooks of two forward passes must not meet
         self._maps = lru_cache(maxsize=MAPS)(self._activations)
         self._model: nn.Module | None = None
@@ -144,9 +159,15 @@ class Explainer:
 
     @torch.no_grad()
     def _activations(self, test: int, layer: str) -> Tensor:
-        """A test image's activations (C, h, w), by the first draw of its noise."""
+        """A test image's activations (C, h, w), the mean over the draws of its noise."""
         if self._model is None:
-            self._model = self.task.model().eval()
-            load_checkpoint(self._model, self.norms.run.root, self.norms.checkpoint)
-        batch = self.task.test_batch(torch.tensor([test]), Draw(0))
-        return clamped_outputs(self.task, self._model, [layer], batch)[layer][0]
+            model = self.task.model().eval()
+            load_checkpoint(model, self.norms.run.root, self.norms.checkpoint)
+            self._model = model  # only now: a model without its weights must answer nothing
+        total: Tensor | None = None
+        for draw in range(self.norms.noise_draws):
+            batch = self.task.test_batch(torch.tensor([test]), Draw(self.norms.seed, draw))
+            found = clamped_outputs(self.task, self._model, [layer], batch)[layer][0]
+            total = found if total is None else total + found
+        assert total is not None
+        return total / self.norms.noise_draws

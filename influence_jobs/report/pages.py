@@ -250,7 +250,7 @@ class Pages:
             for side, largest in sides(run).items():
                 lines = []
                 for i in head(scores_Q, INFLUENCED, largest=largest):
-                    if len(sides(run)) > 1 and (scores_Q[i] > 0) != largest:
+                    if len(sides(run)) > 1 and (scores_Q[i] if largest else -scores_Q[i]) <= 0:
                         break  # whom it helps least it need not harm
                     lines.append(
                         (
@@ -395,7 +395,12 @@ def _require_one_task(runs: Sequence[Run]) -> None:
 
 def _number(given: QueryParams, name: str, default: int, *, below: int | None = None) -> int:
     text = given.get(name, str(default))
-    if not text.isascii() or not text.isdigit() or (below is not None and int(text) >= below):
+    if (
+        not text.isascii()
+        or not text.isdigit()
+        or len(text) > 18
+        or (below is not None and int(text) >= below)
+    ):
         limit = f" below {below}" if below is not None else ""
         raise SpecError(f"{name}={text}: a whole number{limit} is wanted")
     return int(text)

@@ -1,7 +1,7 @@
 """The samples that come first, by score or by gradient norm, with what they are."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pyarrow as pa
 
@@ -52,6 +52,10 @@ def ranked_scores(
     Raises:
         SpecError: The run keeps no such part, has no such query, or scores nothing.
     """
+    if side not in get_args(Side):
+        raise SpecError(f"side {side!r}: choose {', '.join(get_args(Side))}")
+    if k < 1:
+        raise SpecError(f"k = {k}: at least one sample is wanted")
     array = SCORES if layer is None else part_name(layer)
     if array not in run.array_names():
         kept = [name.partition("/")[2] for name in run.array_names() if name != SCORES]

@@ -7,7 +7,7 @@ if (progress && progress.dataset.running === "yes") {
     const answer = await fetch("/progress");
     if (!answer.ok) return;
     progress.innerHTML = await answer.text();
-    if (!progress.querySelector("progress") && progress.textContent.includes(": done")) {
+    if (!/: (new|running)\b/.test(progress.textContent)) {
       clearInterval(timer);
       location.reload();
     }

@@ -5,6 +5,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -14,11 +15,14 @@ import pytest
 import uvicorn
 from playwright.sync_api import expect
 
-from influence_jobs.errors import SpecError
+from influence_jobs.errors import InflError, SpecError
+from influence_jobs.methods.attribution import query_activations
 from influence_jobs.report.explain import Explainer, norms_of
 from influence_jobs.report.results import Results
 from influence_jobs.report.viewer import make_viewer
+from influence_jobs.store.checkpoints import load_checkpoint
 from influence_jobs.store.run import Run, now
+from influence_jobs.tasks.base import Draw
 
 TOKEN = "right-token"
 
@@ -313,3 +317,24 @@ def test_norms_are_shown_where_the_test_images_are_gone(denoiser_runs, tmp_path)
         assert run.id in page.text
         assert client.get(f"{address}/sample/3").text.count("norm at main.2") == 2
         assert client.get(f"{address}/image/0").status_code == 404
+
+
+def test_weights_that_cannot_be_loaded_answer_nothing(denoiser_runs, tmp_path) -> None:
+    norms = norms_of(denoiser_runs[1])
+    gone = norms.checkpoint.model_copy(update={"path": str(tmp_path / "gone.pth")})
+    explainer = Explainer(replace(norms, checkpoint=gone))
+    for _ in range(2):  # the second time no more than the first
+        with pytest.raises(InflError):
+            explainer.top(1, (40, 30), 3, layer="main.29")
+
+
+def test_a_click_is_answered_with_the_runs_own_noise(denoiser_runs) -> None:
+    norms = replace(norms_of(denoiser_runs[1]), seed=5, noise_draws=3)
+    explainer = Explainer(norms)
+    model = explainer.task.model().eval()
+    load_checkpoint(model, norms.run.root, norms.checkpoint)
+    query, draws = (1, (40, 30, 1, 1)), [Draw(5, draw) for draw in range(3)]
+    a_QC = query_activations(explainer.task, model, ["main.29"], [query], draws)["main.29"]
+    expected = np.asarray(norms.run.array("norms/main.29")[:]) @ a_QC[0]
+    found = dict(explainer.top(1, (40, 30), len(expected), layer="main.29"))
+    assert [found[i] for i in range(len(expected))] == pytest.approx(expected.tolist(), rel=1e-4)
