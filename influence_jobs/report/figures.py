@@ -361,7 +361,7 @@ def _seen(ranked: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> str:
         matching = sum(cell.matches for row in rows for cell in row.samples)
         said += f" {matching} have the label of their query (green frame)."
     if any(row.region for row in rows):
-        said += " The circle marks the point that is explained."
+        said += " The mark is at what is explained."
     if len(rows) > MAX_ROWS:
         said += f" The first {MAX_ROWS} of {len(rows)} queries; the data have all."
     return said

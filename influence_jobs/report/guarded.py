@@ -45,7 +45,9 @@ class Guarded:
         # On to the same address without the token, so that it is in no link, history or log.
         rest = urlencode([(k, v) for k, v in request.query_params.multi_items() if k != "token"])
         answer = RedirectResponse(request.url.path + (f"?{rest}" if rest else ""), status_code=303)
-        answer.set_cookie(cookie, given, httponly=True, samesite="strict")
+        answer.set_cookie(
+            cookie, given, httponly=True, samesite="lax"
+        )  # strict would fail where the link is clicked on another page
         return answer
 
     def _is_right(self, given: str) -> bool:
