@@ -12,13 +12,11 @@ Steps of one model, of batch 8, a second, over all models (the report's recipe: 
 First each answer is compared with a float64 loop on the same batches. Contestants take turns in every round, so that what else
 the machine does meets all of them; ratios within a round are to be trusted, rates less. Run from the project's folder:
 
-    python benchmarks/retraining.py --rounds 5
+    python benchmarks/retraining.py [--full]
     python benchmarks/retraining.py --device cuda --models 64 --models 512 --models 2048
 """
 
-import json
 import multiprocessing
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -29,6 +27,7 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
+from harness import header, print_table, spread, use_worker_allocator
 from torch import nn
 from torch.nn import functional as F
 
@@ -187,17 +186,23 @@ def peak_flops(device: torch.device) -> float:
 
 
 def main(
-    models: Annotated[list[int], typer.Option(help="Models side by side.")] = [2, 8, 16, 32, 128],  # noqa: B006
-    rounds: Annotated[int, typer.Option(help="Of all contestants.")] = 3,
+    models: Annotated[list[int] | None, typer.Option(help="Models side by side.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Of all contestants.")] = None,
     seconds: Annotated[float, typer.Option(help="For each contestant in a round.")] = 2.0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    full: Annotated[bool, typer.Option("--full", help="More models, more rounds.")] = False,
 ) -> None:
-    """Print the check, the floor, and a line of JSON for each contestant: median, least, most, ratio to `plain`.
+    """Print the check, the floor, and a row for each contestant.
 
     The ratio is to `plain` with as many threads, for two processes to the better of those.
     """
+    use_worker_allocator()
     where = torch.device(device)
-    print(json.dumps({"relative error": check(where), "steps": CHECKED_STEPS}), flush=True)
+    models = models or ([2, 8, 16, 32, 128] if full else [16])
+    rounds = rounds or (3 if full else 1)
+    header("Retraining: many variants side by side")
+    errors = ", ".join(f"{name} {error:.0e}" for name, error in check(where).items())
+    print(f"- relative error of the parameters' change after {CHECKED_STEPS} steps: {errors}")
     names = ["plain", "trainer", *(f"{path} {m}" for path in PATHS for m in models)]
     steppers = {
         name: contestant(name.split()[0], int(name.split()[-1]) if " " in name else 1, where)
@@ -224,26 +229,20 @@ def main(
                 key = f"{name} {m}, two processes of one thread"
                 rates.setdefault(key, []).append(two_processes(name, m, seconds))
                 ratios.setdefault(key, []).append(rates[key][-1] / plain)
-    print(
-        json.dumps(
-            {
-                "floor: MFLOP a model-step": FLOPS / 1e6,
-                "MB a model-step, weights and momentum read and written": 16 * WEIGHTS / 1e6,
-                "GFLOP/s of a large product, by threads": {c: p / 1e9 for c, p in peaks.items()},
-                "floor, model-steps/s, by threads": {c: p / FLOPS for c, p in peaks.items()},
-                "load average": os.getloadavg(),
-            }
-        )
+    floors = ", ".join(
+        f"{peak / FLOPS:,.0f} with {count} threads ({peak / 1e9:.0f} GFLOP/s)"
+        for count, peak in peaks.items()
     )
-    for key, values in rates.items():
-        line = {
-            "contestant": key,
-            "model_steps_per_s": round(statistics.median(values)),
-            "least": round(min(values)),
-            "most": round(max(values)),
-            "x_plain": round(statistics.median(ratios[key]), 2),
-        }
-        print(json.dumps(line), flush=True)
+    print(
+        f"- floor: {FLOPS / 1e6:.2f} MFLOP and {16 * WEIGHTS / 1e6:.1f} MB of weights and momentum a "
+        f"model-step; at the rate of a large product {floors} model-steps/s\n"
+    )
+    rows = [
+        [key, f"{statistics.median(values):,.0f}", spread(ratios[key])]
+        for key, values in rates.items()
+    ]
+    print_table(["", "model-steps/s", "x plain"], rows)
+    print(f"\n{rounds} rounds; median (least-most).")
 
 
 if __name__ == "__main__":

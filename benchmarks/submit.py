@@ -4,7 +4,7 @@ Three things are measured in one go: the bare loop (model, engine, numpy arrays;
 shard in one process (compute, write, manifest), and the command on a warm head. Run from the project's folder with
 nothing else going on:
 
-    python benchmarks/submit.py --checkpoints 1 --checkpoints 10
+    python benchmarks/submit.py [--full]
 """
 
 import json
@@ -19,6 +19,7 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
+from harness import header, print_table
 
 from infl_cluster.head import current_head, ensure_head, stop_head
 from influence_jobs.gradients import GradNorms
@@ -30,7 +31,6 @@ from influence_jobs.tasks.base import Draw
 from influence_jobs.tasks.mnist import MnistTask
 
 LAYERS = ("fc1", "fc2", "fc3")
-REPEATS = 3
 
 
 def save_checkpoints(folder: Path, number: int) -> list[Path]:
@@ -107,9 +107,14 @@ def command(checkpoints: list[Path], runs: Path) -> dict[str, float]:
 
 
 def main(
-    checkpoints: Annotated[list[int], typer.Option(help="Checkpoints of a run.")] = [1, 10],  # noqa: B006
+    full: Annotated[
+        bool, typer.Option("--full", help="Ten checkpoints too, three repeats.")
+    ] = False,
 ) -> None:
-    """Print one JSON object a number of checkpoints."""
+    """Print a column for each number of checkpoints: medians."""
+    checkpoints, repeats = ((1, 10), 3) if full else ((1,), 2)
+    header("What the whole command costs over the bare loop")
+    columns: dict[int, dict[str, float]] = {}
     task = MnistTask()
     task.batch(torch.arange(1), Draw(0))
     warm_before = current_head() is not None
@@ -119,7 +124,7 @@ def main(
             for number in checkpoints:
                 paths = save_checkpoints(Path(folder), number)
                 rows: dict[str, list[float]] = {}
-                for repeat in range(REPEATS):
+                for repeat in range(repeats):
                     figures = {
                         "fwd_bwd_samples_per_s": fwd_bwd(task, number),
                         "bare_loop_samples_per_s": bare_loop(task, paths),
@@ -127,13 +132,15 @@ def main(
                     }
                     for name, value in figures.items():
                         rows.setdefault(name, []).append(value)
-                medians = {
-                    name: round(statistics.median(values), 2) for name, values in rows.items()
-                }
-                print(json.dumps({"checkpoints": number, **medians}), flush=True)
+                columns[number] = {name: statistics.median(values) for name, values in rows.items()}
     finally:
         if not warm_before:
             stop_head(head)
+    table = [
+        [name.replace("_", " "), *(f"{column[name]:,.3g}" for column in columns.values())]
+        for name in columns[1]
+    ]
+    print_table(["", *(f"{number} checkpoints" for number in columns)], table)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,302 @@
+"""The engine on a GPU, without Ray or files: norms, scores, LiSSA, ensembles.
+
+For each workload and precision: samples a second at the best batch that a probe finds, the part of plain forward + backward
+(which ends at the layers asked for) at that batch, the part of the device's bound, and the error against float64. The *bound* of a workload is the longer of
+its matrix products at the measured rate of a large product of that precision, and its reading and writing of inputs and
+results at the measured rate of a large copy (a roofline).
+
+    python benchmarks/gpu.py [--device cuda] [--full]
+    python benchmarks/gpu.py --device cpu     # tiny: does it run?
+"""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+import typer
+from harness import Contestant, header, print_table, race, ratios, seconds_of, spread
+from torch import Tensor, nn
+
+from influence_jobs.curvature import GaussNewton
+from influence_jobs.curvature.lissa_steps import lissa_steps
+from influence_jobs.gradients import GradDots, GradNorms, ParameterSpace
+from influence_jobs.gradients.reference import gradients_one_by_one
+from influence_jobs.tasks.base import Draw, Task, to_device
+from influence_jobs.tasks.ffdnet import FFDNetTask
+from influence_jobs.tasks.mnist import MnistTask
+from influence_jobs.terms import Precision
+from influence_jobs.training.ensemble import EnsembleTrainer, Variant
+from influence_jobs.training.train import Recipe
+
+VECTORS = 10
+CHECKED = 4
+GAIN = 1.05  # by which twice the batch must be faster to go on
+
+MODES: dict[str, tuple[Precision, bool]] = {  # engine's precision, TF32 allowed
+    "float32": ("float32", False),
+    "tf32": ("float32", True),
+    "bf16": ("bfloat16", False),
+}
+
+
+@contextlib.contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """With TF32 in products and convolutions, or without."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the device can do: products a second by mode, bytes a second."""
+
+    where: torch.device
+    flops: dict[str, float]
+    bytes_s: float
+
+
+def measured(where: torch.device, side: int) -> Device:
+    """The best of ten large products and of ten large copies."""
+
+    def best(run: Callable[[], object]) -> float:
+        return min(seconds_of(run) for _ in range(10))
+
+    a = torch.randn(side, side, device=where)
+    flops = {}
+    for name, (precision, allowed) in MODES.items():
+        b = a.bfloat16() if precision == "bfloat16" else a
+        with tf32(allowed):
+            flops[name] = 2 * side**3 / best(lambda b=b: b @ b)
+    big = torch.empty(side * side * 4, device=where)
+    return Device(where, flops, 2 * big.nbytes / best(lambda: big.clone()))
+
+
+@dataclass
+class Workload:
+    """One thing the engine does with a batch.
+
+    Attributes:
+        name: Of its row.
+        task: Whose samples and losses.
+        flop: Of one sample, in products that no exact method saves.
+        bytes: Of one sample's input and result.
+        make: From model and precision to the engine's answer for a batch.
+        exact: From float64 gradients of some samples by all parameters, to the answer.
+        weights: Which forward + backward differentiates by, as far down as it must; all where empty.
+    """
+
+    name: str
+    task: Task
+    flop: float
+    bytes: float
+    make: Callable[[nn.Module, Precision], Callable[[tuple[Tensor, ...]], Tensor]]
+    exact: Callable[[nn.Module, dict[str, Tensor]], Tensor]
+    weights: tuple[str, ...] = ()
+
+
+def norms(name: str, task: Task, layers: list[str], flop: float, numbers: int) -> Workload:
+    """Norms over a weight's inputs, of some layers."""
+
+    def make(model: nn.Module, precision: Precision) -> Callable[[tuple[Tensor, ...]], Tensor]:
+        engine = GradNorms(model, layers, task.losses, reduction="kernel", precision=precision)
+        return lambda batch: torch.cat([found.flatten(1) for found in engine(batch).values()], 1)
+
+    def exact(model: nn.Module, gradients: dict[str, Tensor]) -> Tensor:
+        return torch.cat(
+            [gradients[f"{layer}.weight"].norm(dim=2).flatten(1) for layer in layers], 1
+        )
+
+    weights = tuple(f"{layer}.weight" for layer in layers)
+    return Workload(name, task, flop, 4 * numbers, make, exact, weights)
+
+
+def scores(name: str, task: Task, flop: float, numbers: int) -> Workload:
+    """Dot products with ten random vectors."""
+
+    def vectors(model: nn.Module) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(VECTORS, ParameterSpace(model).size, generator=generator)
+
+    def make(model: nn.Module, precision: Precision) -> Callable[[tuple[Tensor, ...]], Tensor]:
+        space = ParameterSpace(model)
+        return GradDots(model, space, task.losses, vectors(model), precision=precision).total
+
+    def exact(model: nn.Module, gradients: dict[str, Tensor]) -> Tensor:
+        return ParameterSpace(model).join(gradients) @ vectors(model).double().t()
+
+    return Workload(name, task, flop, 4 * numbers, make, exact)
+
+
+def workloads() -> list[Workload]:
+    mnist, ffdnet = MnistTask(), FFDNetTask(patch_size=50)
+    layers = [784 * 128, 128 * 64, 64 * 10]
+    passes = 2 * (2 * sum(layers) - layers[0])  # forward, and backward to the first layer's output
+    convolutions = [13 * 96, *[96 * 96] * 10, 96 * 12]
+    forward = 2 * 9 * 625 * sum(convolutions)
+    backward = 2 * 9 * 625 * (2 * sum(convolutions) - convolutions[0])
+    last = 2 * 9 * 625 * (convolutions[-1] + convolutions[-2])
+    inputs = 2 * 3 * 50 * 50
+    return [
+        norms("norms, MNIST, three layers", mnist, ["fc1", "fc2", "fc3"], passes, 784 + 202),
+        norms("norms, FFDNet, layer 11", ffdnet, ["main.29"], forward + last, inputs + 864),
+        scores("scores, MNIST", mnist, passes + 2 * VECTORS * sum(layers), 784 + VECTORS),
+        scores("scores, FFDNet", ffdnet, backward, inputs + VECTORS),
+    ]
+
+
+def batch_of(task: Task, size: int, device: torch.device) -> tuple[Tensor, ...]:
+    ids = torch.arange(size) % len(task.train_data())  # type: ignore[arg-type]
+    batch: tuple[Tensor, ...] = to_device(task.batch(ids, Draw(0)), device)
+    return batch
+
+
+def best_batch(
+    run: Callable[[tuple[Tensor, ...]], object], task: Task, device: torch.device, most: int
+) -> int:
+    """Doubled while that makes samples faster and memory lasts."""
+    best, best_rate, size = 0, 0.0, min(32, most)
+    while size <= most:
+        try:
+            batch = batch_of(task, size, device)
+            run(batch)
+            rate = size / min(seconds_of(lambda batch=batch: run(batch)) for _ in range(3))
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            break
+        if rate < GAIN * best_rate:
+            break
+        best, best_rate, size = size, rate, 2 * size
+    return best
+
+
+def row_of(workload: Workload, mode: str, device: Device, most: int, rounds: int) -> list[str]:
+    task, (precision, allowed) = workload.task, MODES[mode]
+    torch.manual_seed(0)
+    plain = task.model().eval().to(device.where, memory_format=torch.channels_last)
+    model = copy.deepcopy(plain)
+    few = batch_of(task, CHECKED, torch.device("cpu"))
+    network = copy.deepcopy(plain).cpu()
+    exact = gradients_one_by_one(network, list(ParameterSpace(network).shapes), task.losses, few)
+    expected = workload.exact(network, exact)
+
+    for name, parameter in plain.named_parameters():
+        parameter.requires_grad_(not workload.weights or name in workload.weights)
+
+    def forward_backward(batch: tuple[Tensor, ...]) -> None:
+        plain.zero_grad()
+        mixed = precision == "bfloat16"
+        with torch.autocast(device.where.type, dtype=torch.bfloat16, enabled=mixed):
+            loss = task.losses(plain, batch).mean()
+        loss.backward()
+
+    with tf32(allowed):
+        answer = workload.make(model, precision)
+        found = answer(to_device(few, device.where)).double().cpu()
+        error = float((found - expected).abs().max() / expected.abs().max())
+        size = best_batch(answer, task, device.where, most)
+        batch = batch_of(task, size, device.where)
+        contestants = [
+            Contestant("limit", lambda: forward_backward(batch), size),
+            Contestant("engine", lambda: answer(batch), size),
+        ]
+        seconds = race(contestants, rounds)
+    bound = max(workload.flop / device.flops[mode], workload.bytes / device.bytes_s)
+    rates = sorted(1 / s for s in seconds["engine"])
+    rate = rates[len(rates) // 2]
+    ratio = spread(ratios(seconds, "engine", "limit"))
+    return [
+        workload.name,
+        mode,
+        f"{size:,}",
+        f"{rate:,.0f}",
+        ratio,
+        f"{rate * bound:.2f}",
+        f"{error:.0e}",
+    ]
+
+
+def print_lissa(device: Device, steps: int, rounds: int) -> None:
+    """Products of the published setting, ten queries, batch 8, and of a larger batch."""
+    task = MnistTask()
+    torch.manual_seed(0)
+    model = task.model().eval().to(device.where)
+    space = ParameterSpace(model)
+    operator = GaussNewton(model, space, task, torch.arange(60_000))
+    rows = []
+    for size in (8, 64):
+        v_QP = torch.randn(VECTORS, space.size, device=device.where)
+        chain = lissa_steps(operator, v_QP, 0.01, 100.0, size)
+        ids_SB = torch.randint(60_000, (steps, size))
+
+        def run(chain=chain, ids_SB=ids_SB) -> None:  # type: ignore[no-untyped-def]
+            for piece in ids_SB.split(chain.longest):
+                chain.take(piece)
+
+        seconds = race([Contestant("lissa", run, steps * VECTORS)], rounds)["lissa"]
+        rows.append([str(size), f"{sorted(1 / s for s in seconds)[len(seconds) // 2]:,.0f}"])
+    print_table(["LiSSA on the MNIST network, float32, batch", "products/s"], rows)
+
+
+def print_ensembles(device: Device, sizes: list[int], steps: int) -> None:
+    """Model-steps of retraining, batch 8."""
+    recipe = Recipe(10**9, 8, "sgd", lr=0.003, momentum=0.9, weight_decay=0.001)
+    rows = []
+    for models in sizes:
+        variants = [Variant(seed) for seed in range(models)]
+        ensemble = EnsembleTrainer(MnistTask(), recipe, variants, device=device.where)
+        ensemble.step()
+        before = ensemble.samples_seen
+
+        def run(ensemble: EnsembleTrainer = ensemble) -> None:
+            for _ in range(steps):
+                ensemble.step()
+
+        seconds = seconds_of(run)
+        rows.append([f"{models:,}", f"{(ensemble.samples_seen - before) / 8 / seconds:,.0f}"])
+    print_table(["MNIST networks side by side", "model-steps/s"], rows)
+
+
+def main(
+    device: Annotated[str, typer.Option(help="cuda or cpu; cpu runs tiny sizes.")] = "cuda",
+    full: Annotated[bool, typer.Option("--full", help="More rounds, larger ensembles.")] = False,
+) -> None:
+    """Print a table of workloads and precisions, and of LiSSA and ensembles."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("no CUDA device here: run it where there is one, or with --device cpu")
+    on_gpu = device == "cuda"
+    torch.set_num_threads(torch.get_num_threads() if on_gpu else 1)
+    header("The engine on a GPU" if on_gpu else "The GPU benchmark, tiny, on a CPU")
+    where = measured(torch.device(device), 8192 if on_gpu else 512)
+    rounds = 9 if full else 5 if on_gpu else 1
+    rates = ", ".join(f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in where.flops.items())
+    print(f"- large products: {rates}; copies {where.bytes_s / 1e9:.0f} GB/s\n")
+    rows = []
+    for workload in workloads():
+        small = not on_gpu
+        most = (64 if "MNIST" in workload.name else 4) if small else 2**17
+        rows += [row_of(workload, mode, where, most, rounds) for mode in MODES]
+    columns = [
+        "workload",
+        "precision",
+        "batch",
+        "samples/s",
+        "x forward + backward",
+        "x bound",
+        "error",
+    ]
+    print_table(columns, rows)
+    print()
+    print_lissa(where, 1000 if on_gpu else 50, rounds)
+    print()
+    print_ensembles(where, ([64, 512] + [2048] * full) if on_gpu else [2], 20 if on_gpu else 2)
+
+
+if __name__ == "__main__":
+    typer.run(main)
