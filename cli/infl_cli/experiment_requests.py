@@ -5,14 +5,13 @@ from typing import Any, NamedTuple
 
 from infl_cli.requests import Subject
 from infl_cli.score_options import CurvatureOptions
-from infl_cli.score_requests import s_test_requests
+from infl_cli.score_requests import attribution_of, replayed_norms, s_test_requests
 from influence_jobs.errors import SpecError
 from influence_jobs.jobs.ablation import require_ablation
 from influence_jobs.jobs.queries import require_queries
 from influence_jobs.specs import (
     AblationSpec,
     AnyScores,
-    AttributionSpec,
     BaselineSpec,
     GradNormsSpec,
     InfluenceSpec,
@@ -185,36 +184,6 @@ def influence_of(
         s_tests=s_test_requests(subject, queries, curvature, layers=None, seed=seed),
         noise_draws=queries.noise_draws,
         seed=seed,
-    )
-
-
-def replayed_norms(subject: Subject, layers: tuple[str, ...], *, seed: int) -> GradNormsSpec:
-    """Norms of some layers at the subject's checkpoint."""
-    return make_spec(
-        GradNormsSpec,
-        task=subject.task,
-        checkpoints=subject.checkpoints,
-        layers=layers,
-        seed=seed,
-    )
-
-
-def attribution_of(
-    subject: Subject,
-    norms: TrainSpec | GradNormsSpec,
-    queries: Queries,
-    layers: tuple[str, ...],
-    **fields: Any,
-) -> AttributionSpec:
-    """Attribution by the norms of some layers."""
-    return make_spec(
-        AttributionSpec,
-        task=subject.task,
-        norms=norms,
-        checkpoint=subject.checkpoints[0],
-        layers=layers,
-        queries=queries,
-        **fields,
     )
 
 

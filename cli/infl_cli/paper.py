@@ -5,11 +5,9 @@ from dataclasses import replace
 from infl_cli.experiment_requests import (
     REPORT_SIZES,
     ablation_request,
-    attribution_of,
     changed,
     influence_of,
     ranking_request,
-    replayed_norms,
     stability_rankings,
     trained_at,
     trained_request,
@@ -18,7 +16,7 @@ from infl_cli.options import QueriedData, Weights
 from infl_cli.render import say
 from infl_cli.requests import Subject, subject_request
 from infl_cli.score_options import CurvatureOptions, QueryOptions
-from infl_cli.score_requests import queries_request
+from infl_cli.score_requests import attribution_of, queries_request, replayed_norms
 from influence_jobs.errors import SpecError
 from influence_jobs.report import published
 from influence_jobs.specs import (

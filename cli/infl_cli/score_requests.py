@@ -13,9 +13,11 @@ from influence_jobs.errors import SpecError
 from influence_jobs.jobs.queries import require_queries
 from influence_jobs.specs import (
     AnySpec,
+    AttributionSpec,
     ConjugateGradient,
     Curvature,
     EkFac,
+    GradNormsSpec,
     Identity,
     Lissa,
     Model,
@@ -23,6 +25,7 @@ from influence_jobs.specs import (
     Query,
     Solver,
     STestSpec,
+    TrainSpec,
     make_spec,
 )
 from influence_jobs.store.find import find_run
@@ -190,3 +193,33 @@ def found_spec(root: str, word: str, kind: type[M], what: str) -> M:
     if not isinstance(spec, kind):
         raise SpecError(f"{spec.run_id} is no {what}")
     return spec
+
+
+def replayed_norms(subject: Subject, layers: tuple[str, ...], *, seed: int) -> GradNormsSpec:
+    """Norms of some layers at the subject's checkpoint."""
+    return make_spec(
+        GradNormsSpec,
+        task=subject.task,
+        checkpoints=subject.checkpoints,
+        layers=layers,
+        seed=seed,
+    )
+
+
+def attribution_of(
+    subject: Subject,
+    norms: TrainSpec | GradNormsSpec,
+    queries: Queries,
+    layers: tuple[str, ...],
+    **fields: Any,
+) -> AttributionSpec:
+    """Attribution by the norms of some layers."""
+    return make_spec(
+        AttributionSpec,
+        task=subject.task,
+        norms=norms,
+        checkpoint=subject.checkpoints[0],
+        layers=layers,
+        queries=queries,
+        **fields,
+    )

@@ -174,13 +174,11 @@ def attribution(
     """
     from infl_cli.launch import carry_out
     from infl_cli.requests import subject_request
-    from infl_cli.score_requests import queries_request
+    from infl_cli.score_requests import attribution_of, queries_request, replayed_norms
     from influence_jobs.specs import (
-        AttributionSpec,
         GradNormsSpec,
         TrainedCheckpoint,
         TrainSpec,
-        make_spec,
     )
     from influence_jobs.store.find import find_run
     from influence_jobs.store.run import Run
@@ -209,20 +207,11 @@ def attribution(
         layers = resolve_layers(layer, subject.built)
     elif source is None:
         layers = tuple(weight_layers(subject.built, subject.built.model())[:-1])
-    spec = make_spec(
-        AttributionSpec,
-        task=subject.task,
-        norms=source
-        or make_spec(
-            GradNormsSpec,
-            task=subject.task,
-            checkpoints=subject.checkpoints,
-            layers=layers,
-            seed=seed,
-        ),
-        checkpoint=subject.checkpoints[0],
-        layers=layers,
-        queries=asked,
+    spec = attribution_of(
+        subject,
+        source or replayed_norms(subject, layers, seed=seed),
+        asked,
+        layers,
         exclude_norm_above=exclude_norm_above,
         normalize=normalize,
         keep_layers=keep_layers,

@@ -22,8 +22,16 @@ from influence_jobs.report.curves import (
     histogram_panels,
     lds_panels,
 )
-from influence_jobs.report.ranking import by_query, norm_arrays, ranked_norms, ranked_scores, sides
-from influence_jobs.report.sheets import node_rows, sample_cells, score_rows, seed_rows
+from influence_jobs.report.ranking import (
+    RankedRow,
+    by_query,
+    norm_arrays,
+    ranked_norms,
+    ranked_scores,
+    sides,
+    where,
+)
+from influence_jobs.report.sheets import layer_rows, node_rows, score_rows, seed_rows
 from influence_jobs.specs import (
     AblationSpec,
     AttributionSpec,
@@ -54,14 +62,13 @@ BINS = 80
 
 @dataclass(frozen=True)
 class Shown:
-    """One figure.
+    """One figure: rows of pictures, or the panels of a chart.
 
     Attributes:
         name: Of its files, unique in its run.
         title: What it is.
         caption: What to see.
         data: What is drawn, and more of the same kind where not all is.
-        content: Rows of pictures, or the panels of a chart.
         number: Of the report's figure that it corresponds to.
     """
 
@@ -69,23 +76,14 @@ class Shown:
     title: str
     caption: str
     data: pa.Table
-    content: Sequence[Row] | Sequence[Panel]
+    rows: Sequence[Row] = ()
+    panels: Sequence[Panel] = ()
     number: str | None = None
 
     @property
     def heading(self) -> str:
         """Number and title."""
         return f"Figure {self.number}. {self.title}" if self.number else self.title
-
-    @cached_property
-    def rows(self) -> Sequence[Row]:
-        """Its rows of pictures; none for a chart."""
-        return [part for part in self.content if isinstance(part, Row)]
-
-    @cached_property
-    def panels(self) -> Sequence[Panel]:
-        """The panels of a chart; none for pictures."""
-        return [part for part in self.content if isinstance(part, Panel)]
 
     def draw(self) -> Figure:
         """The whole figure, for print."""
@@ -130,7 +128,7 @@ class _Figures:
         if isinstance(spec, (TrainSpec, GradNormsSpec)):
             yield from self._norms()
         elif isinstance(spec, ScoresSpec):
-            yield from self._scores(spec)
+            yield from self._scores()
         elif isinstance(spec, StabilitySpec):
             yield from self._stability(spec)
         elif isinstance(spec, AblationSpec):
@@ -143,13 +141,17 @@ class _Figures:
                 "A method is as good as its bar is long: 1 would predict every retrained model's loss. Lines: "
                 "95 % intervals over subsets.",
                 summary,
-                lds_panels(summary.to_pylist()),
+                panels=lds_panels(summary.to_pylist()),
             )
 
-    def _pictures(self, make: Callable[[], Sequence[Row]]) -> Sequence[Row]:
-        """Rows of pictures, or none where the task's data are not here."""
+    def _pictures(
+        self,
+        make: Callable[[Task, Sequence[RankedRow]], Sequence[Row]],
+        ranked: Sequence[RankedRow],
+    ) -> Sequence[Row]:
+        """Rows of pictures of ranked samples, or none where the task's data are not here."""
         try:
-            return make()
+            return make(self.task, ranked)
         except DataError as error:
             self.say(f"{self.run.id}: no pictures: {error}")
             return ()
@@ -165,7 +167,7 @@ class _Figures:
             "What the training measured after each epoch",
             f"After epoch {last['epoch']}: {said}.",
             metrics,
-            epoch_panels(metrics.to_pylist()),
+            panels=epoch_panels(metrics.to_pylist()),
         )
 
     def _norms(self) -> Iterator[Shown]:
@@ -191,28 +193,21 @@ class _Figures:
             f"{', where the report drew it' if theirs else ' (the last hundredth)'}; the largest is "
             f"{totals_N.max():.3g}, the median {np.median(totals_N):.3g}.",
             pa.table({"from": edges[:-1], "to": edges[1:], "samples": counts}),
-            histogram_panels(
+            panels=histogram_panels(
                 counts, edges, limit, f"gradient norm at {layer}, summed over its channels"
             ),
         )
 
     def _largest(self, arrays: Mapping[str, str]) -> Iterator[Shown]:
         ranked = ranked_norms(self.run, PER_ROW)
-        data = [{"layer": layer, **row} for layer, array in arrays.items() for row in ranked[array]]
-
-        def rows() -> list[Row]:
-            return [
-                Row(None, None, f"layer {layer}", sample_cells(self.task, ranked[array], {}))
-                for layer, array in arrays.items()
-            ][:MAX_ROWS]
-
-        if pictures := self._pictures(rows):
+        rows = [{"layer": layer, **row} for layer, array in arrays.items() for row in ranked[array]]
+        if pictures := self._pictures(layer_rows, rows[: PER_ROW * MAX_ROWS]):
             yield Shown(
                 "largest-norms",
                 f"The {PER_ROW} samples with the largest norms",
                 "Whatever is asked of them, plain attribution scores of these samples are large.",
-                pa.Table.from_pylist(data),
-                pictures,
+                pa.Table.from_pylist(rows),
+                rows=pictures,
             )
 
     def _nodes(self, arrays: Mapping[str, str]) -> Iterator[Shown]:
@@ -233,18 +228,18 @@ class _Figures:
             for row in ranked_norms(self.run, PER_ROW, layer=layer, channel=channel)[array]
         ]
         matching = sum(row["label"] == row["channel"] for row in ranked)
-        if pictures := self._pictures(lambda: node_rows(self.task, ranked)):
+        if pictures := self._pictures(node_rows, ranked):
             yield Shown(
                 "nodes",
                 f"Top {PER_ROW} samples of each output node, by gradient norm",
                 f"{matching} of {len(ranked)} have the node's own label (green frame).",
                 pa.Table.from_pylist(ranked),
-                pictures,
+                rows=pictures,
             )
 
     # -- scores -----------------------------------------------------------------------------------
 
-    def _scores(self, spec: ScoresSpec) -> Iterator[Shown]:
+    def _scores(self) -> Iterator[Shown]:
         try:
             ranked = ranked_scores(self.run, PER_ROW)
         except SpecError as error:  # such as all samples being beyond the limit of norms
@@ -252,14 +247,14 @@ class _Figures:
             return
         for side in sides(self.run):
             of_side = [row for row in ranked if row["side"] == side]
-            pictures = self._pictures(lambda of_side=of_side: score_rows(self.task, of_side))  # type: ignore[misc]
+            pictures = self._pictures(score_rows, of_side)
             if pictures:
                 yield Shown(
                     f"top-{_file_name(side)}",
-                    f"Top {PER_ROW} by {method_of(spec)}{f': {side}' if len(sides(self.run)) > 1 else ''}",
+                    f"Top {PER_ROW} by {ranking_of(self.run, side)}",
                     _seen(of_side, pictures),
                     pa.Table.from_pylist(of_side),
-                    pictures[:MAX_ROWS],
+                    rows=pictures[:MAX_ROWS],
                 )
 
     # -- experiments ------------------------------------------------------------------------------
@@ -273,7 +268,7 @@ class _Figures:
                 for row in ranked
                 if (row["test"], row.get("region"), row["side"]) in queries[:SEED_QUERIES]
             ]
-            pictures = self._pictures(lambda shown=shown: seed_rows(self.task, shown))  # type: ignore[misc]
+            pictures = self._pictures(seed_rows, shown)
             if not pictures:
                 continue
             times: dict[tuple[object, ...], int] = {}
@@ -287,7 +282,7 @@ class _Figures:
                 f"The first {min(SEED_QUERIES, len(queries))} of {len(queries)} queries. Of the {len(times)} samples "
                 f"found in all, {once} come first after one training only.",
                 pa.Table.from_pylist(ranked),
-                pictures,
+                rows=pictures,
             )
 
     def _after_each_training(self, rankings: Sequence[Ranking]) -> list[dict[str, Any]]:
@@ -297,15 +292,12 @@ class _Figures:
             for i, ranking in enumerate(rankings):
                 scores_N = query_scores(self.run.root, ranking, query["query"])
                 ids = head(scores_N, PER_ROW, largest=ranking.largest)
-                where = {"test": query["test"]}
-                if query["region"]:
-                    where["region"] = query["region"]
                 for rank, (sample, score) in enumerate(
                     zip(samples.take(ids).to_pylist(), scores_N[ids], strict=True), start=1
                 ):
                     rows.append(
                         {
-                            **where,
+                            **where(query),
                             "side": ranking.name,
                             "training": "first training" if i == 0 else f"retraining {i}",
                             "rank": rank,
@@ -327,7 +319,7 @@ class _Figures:
                 f"Change of the queries' {quantity} when their top k by {by} are manipulated",
                 _ablation_seen(mine, by),
                 pa.Table.from_pylist(mine),
-                ablation_panels(rows, by, quantity),
+                panels=ablation_panels(rows, by, quantity),
             )
 
 
@@ -351,6 +343,12 @@ def method_of(spec: ScoresSpec) -> str:
         return words
     assert isinstance(spec, BaselineSpec)
     return spec.method
+
+
+def ranking_of(run: Run, side: str) -> str:
+    """One end of a run's ranking, in words."""
+    assert isinstance(run.spec, ScoresSpec)
+    return f"{method_of(run.spec)}{f': {side}' if len(sides(run)) > 1 else ''}"
 
 
 def _seen(ranked: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> str:

@@ -95,14 +95,9 @@ def certainty(run: Run) -> list[str]:
     if isinstance(spec, STestSpec):
         return list(solved(run))
     if isinstance(spec, AblationSpec):
-        return [
-            f"Mean over {len(spec.queries.items)} queries and {len(spec.seeds)} seed(s).",
-            "95 % intervals by BCa bootstrap over queries: of few and skewed values they cover less than they say.",
-        ]
+        return [f"Mean over {len(spec.queries.items)} queries and {len(spec.seeds)} seed(s)."]
     if isinstance(spec, LdsSpec):
-        return [
-            f"{spec.subsets} subsets, {len(spec.seeds)} training(s) each; 95 % intervals by bootstrap over subsets."
-        ]
+        return [f"{spec.subsets} subsets, {len(spec.seeds)} training(s) each."]
     if isinstance(spec, StabilitySpec):
         return ["95 % intervals of the means by BCa bootstrap over queries."]
     return []

@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from PIL import Image
 from starlette.background import BackgroundTask
 from starlette.datastructures import QueryParams
@@ -22,12 +21,12 @@ from influence_jobs.errors import DataError, SpecError
 from influence_jobs.experiments.stability import head
 from influence_jobs.report.contact_sheet import Row
 from influence_jobs.report.explain import Explainer, norms_of
-from influence_jobs.report.figures import method_of, parts_of
+from influence_jobs.report.figures import parts_of, ranking_of
 from influence_jobs.report.html import environment, title_of
-from influence_jobs.report.ranking import norm_arrays, read_table, sides
+from influence_jobs.report.ranking import norm_arrays, read_table, sides, where
 from influence_jobs.report.sheets import query_cell, query_words, region_of, sample_cells
 from influence_jobs.specs import AttributionSpec, ScoresSpec
-from influence_jobs.store.layout import SCORES
+from influence_jobs.store.layout import SCORES, TABLES
 from influence_jobs.store.run import Run
 from influence_jobs.store.status import rate_and_eta, read_status, under_way
 from influence_jobs.tasks.base import Task
@@ -50,7 +49,7 @@ class Pages:
         _require_one_task(parts)
         self.task: Task = make_task(parts[0].spec.task)
         self.explainer = lru_cache(maxsize=4)(self._explainer)
-        self.samples = lru_cache(maxsize=1)(self._samples)
+        self.samples = lru_cache(maxsize=len(self.runs))(self._samples)
 
     def render(self, template: str, **values: Any) -> Response:
         page = environment().get_template(template)
@@ -203,13 +202,11 @@ class Pages:
                     {"score": float(scores_N[i]), **row}
                     for i, row in zip(ids, samples.take(ids).to_pylist(), strict=True)
                 ]
-                assert isinstance(run.spec, ScoresSpec)
-                several = f": {side}" if len(sides(run)) > 1 else ""
                 rows.append(
                     Row(
                         None,
                         None,
-                        f"{method_of(run.spec)}{several}",
+                        ranking_of(run, side),
                         sample_cells(self.task, found, known),
                     )
                 )
@@ -234,8 +231,7 @@ class Pages:
 
     @staticmethod
     def _query_link(row: dict[str, Any]) -> str:
-        where = {"test": row["test"], **({"region": row["region"]} if row["region"] else {})}
-        return f"/query?{urlencode(where)}"
+        return f"/query?{urlencode(where(row))}"
 
     def sample(self, request: Request) -> Response:
         sample = request.path_params["sample"]
@@ -261,9 +257,7 @@ class Pages:
                             int(ranks[largest][i]),
                         )
                     )
-                assert isinstance(run.spec, ScoresSpec)
-                several = f": {side}" if len(sides(run)) > 1 else ""
-                blocks.append((f"{method_of(run.spec)}{several}", lines))
+                blocks.append((ranking_of(run, side), lines))
         norms = [
             (
                 run.id,
@@ -356,9 +350,8 @@ class Pages:
         run, name = self.runs.get(request.path_params["run"]), request.path_params["name"]
         if run is None or name not in run.table_names():
             raise HTTPException(404, "there is no such table")
-        buffer = io.BytesIO()
-        pq.write_table(read_table(run, name), buffer)
-        return Response(buffer.getvalue(), media_type="application/vnd.apache.parquet")
+        data = run.files.read(f"{TABLES}/{name}.parquet")
+        return Response(data, media_type="application/vnd.apache.parquet")
 
 
 def _ranks(

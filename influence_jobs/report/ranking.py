@@ -87,11 +87,16 @@ def ranked_scores(
             ids, values = found[i]
             described = samples.take(ids).to_pylist()
             for rank, (sample, score) in enumerate(zip(described, values, strict=True), start=1):
-                where = {"test": query["test"]}
-                if query["region"]:
-                    where["region"] = query["region"]
-                rows.append({**where, "side": name, "rank": rank, "score": float(score), **sample})
+                rows.append(
+                    {**where(query), "side": name, "rank": rank, "score": float(score), **sample}
+                )
     return rows
+
+
+def where(query: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row of a table of queries is of: its test sample, and region if it has one."""
+    region = {"region": query["region"]} if query["region"] else {}
+    return {"test": query["test"], **region}
 
 
 def by_query(rows: Sequence[RankedRow]) -> dict[tuple[int, str | None, str], list[RankedRow]]:

@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import xarray as xr
 from matplotlib.figure import Figure
 
 from influence_jobs.errors import SpecError, StoreError
+from influence_jobs.report.figures import Shown, figures_of, parts_of
+from influence_jobs.report.html import results_html
 from influence_jobs.report.ranking import (
     Side,
     ranked_norms,
@@ -20,9 +22,6 @@ from influence_jobs.specs import AnySpec, ScoresSpec
 from influence_jobs.store import layout
 from influence_jobs.store.find import find_run
 from influence_jobs.store.status import read_status
-
-if TYPE_CHECKING:
-    from influence_jobs.report.figures import Shown
 
 
 class Results:
@@ -162,9 +161,7 @@ class Results:
             )
         return found[name].draw()
 
-    def _figures(self) -> "dict[str, Shown]":
-        from influence_jobs.report.figures import figures_of, parts_of
-
+    def _figures(self) -> dict[str, Shown]:
         parts = parts_of(self.run)
         several = len(parts) > 1
         return {
@@ -174,8 +171,6 @@ class Results:
         }
 
     def _repr_html_(self) -> str:
-        from influence_jobs.report.html import results_html
-
         return results_html(self.run)
 
 

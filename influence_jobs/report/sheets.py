@@ -15,7 +15,18 @@ from influence_jobs.tasks.base import Task
 from influence_jobs.terms import Region
 
 # What a ranked row has besides what the task says of the sample.
-_RANKING = {"test", "region", "side", "rank", "score", "sample", "training", "channel", "norm"}
+_RANKING = {
+    "test",
+    "region",
+    "side",
+    "rank",
+    "score",
+    "sample",
+    "training",
+    "channel",
+    "layer",
+    "norm",
+}
 
 
 def score_rows(task: Task, ranked: Sequence[RankedRow]) -> list[Row]:
@@ -52,16 +63,25 @@ def seed_rows(task: Task, ranked: Sequence[RankedRow]) -> list[Row]:
 
 def node_rows(task: Task, ranked: Sequence[RankedRow]) -> list[Row]:
     """A row for every `channel` of a layer; samples match whose label is the channel's number."""
-    channels = dict.fromkeys(row["channel"] for row in ranked)
     return [
-        Row(
-            None,
-            None,
-            f"node {channel}",
-            sample_cells(task, [r for r in ranked if r["channel"] == channel], {"label": channel}),
-        )
-        for channel in channels
+        Row(None, None, f"node {channel}", sample_cells(task, of_one, {"label": channel}))
+        for channel, of_one in _grouped(ranked, "channel").items()
     ]
+
+
+def layer_rows(task: Task, ranked: Sequence[RankedRow]) -> list[Row]:
+    """A row for every `layer`."""
+    return [
+        Row(None, None, f"layer {layer}", sample_cells(task, of_one, {}))
+        for layer, of_one in _grouped(ranked, "layer").items()
+    ]
+
+
+def _grouped(ranked: Sequence[RankedRow], name: str) -> dict[Any, list[RankedRow]]:
+    groups: dict[Any, list[RankedRow]] = {}
+    for row in ranked:
+        groups.setdefault(row[name], []).append(row)
+    return groups
 
 
 def query_cell(task: Task, test: int) -> tuple[Cell, dict[str, Any]]:

@@ -1,14 +1,27 @@
-"""Score runs of the example task."""
+"""Score runs of the example task, and small grids of retrainings."""
 
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from infl_cluster.driver import drive
 from infl_cluster.inline import InlineBackend
-from influence_jobs.specs import AnySpec, GradNormsSpec, Queries, Query
+from influence_jobs.jobs import retraining
+from influence_jobs.specs import (
+    AblationSpec,
+    AnySpec,
+    BaselineSpec,
+    GradNormsSpec,
+    Queries,
+    Query,
+    Ranking,
+    TrainSpec,
+    make_spec,
+)
 from influence_jobs.store.run import Run
 
 Carry = Callable[..., Run]
@@ -54,3 +67,55 @@ def fresh_root(tmp_path_factory: pytest.TempPathFactory, trained_root: Path) -> 
 @pytest.fixture(scope="session")
 def checkpoint(grad_norms_spec: GradNormsSpec):
     return grad_norms_spec.checkpoints[0]
+
+
+@pytest.fixture(scope="session")
+def recipe(grad_norms_spec) -> TrainSpec:
+    return make_spec(TrainSpec, task=grad_norms_spec.task, epochs=1, batch_size=64, lr=0.05)
+
+
+@pytest.fixture(scope="session")
+def random(grad_norms_spec, queries) -> Ranking:
+    spec = make_spec(BaselineSpec, task=grad_norms_spec.task, method="random", queries=queries)
+    return Ranking(name="random", scores=(spec,))
+
+
+@pytest.fixture(scope="session")
+def loss(grad_norms_spec, checkpoint, queries) -> Ranking:
+    spec = make_spec(
+        BaselineSpec,
+        task=grad_norms_spec.task,
+        method="loss",
+        queries=queries,
+        checkpoint=checkpoint,
+    )
+    return Ranking(name="loss", scores=(spec,))
+
+
+@pytest.fixture(scope="session")
+def grid(grad_norms_spec, recipe, random, loss):
+    def make(**fields: Any) -> AblationSpec:
+        chosen = {
+            "task": grad_norms_spec.task,
+            "recipe": recipe,
+            "rankings": (random, loss),
+            "sizes": (100,),
+            "modes": ("relabel", "remove"),
+        }
+        return make_spec(AblationSpec, **(chosen | fields))
+
+    return make
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Counts how often each variant begins to be trained."""
+    begun: Counter[str] = Counter()
+    make = retraining.RetrainJob._trainer
+
+    def count(self: Any, variants: Any) -> Any:
+        begun.update(retraining._key(variant) for variant in variants)
+        return make(self, variants)
+
+    monkeypatch.setattr(retraining.RetrainJob, "_trainer", count)
+    return begun

@@ -1,6 +1,5 @@
 """Ablation and LDS runs, against trainings made one at a time by `Trainer`."""
 
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,11 @@ from influence_jobs.experiments.lds import subset
 from influence_jobs.jobs import retraining
 from influence_jobs.jobs.train import recipe_of
 from influence_jobs.specs import (
-    AblationSpec,
-    BaselineSpec,
     LdsSpec,
     Ranking,
     TrainSpec,
     make_spec,
 )
-from influence_jobs.store.retrained import Retrained
 from influence_jobs.store.run import Run
 from influence_jobs.store.verify import find_damage, mark_undone
 from influence_jobs.tasks.base import Draw
@@ -32,58 +28,6 @@ from influence_jobs.training.changes import Changes
 from influence_jobs.training.train import Trainer
 
 N = 1500
-
-
-@pytest.fixture(scope="module")
-def recipe(grad_norms_spec) -> TrainSpec:
-    return make_spec(TrainSpec, task=grad_norms_spec.task, epochs=1, batch_size=64, lr=0.05)
-
-
-@pytest.fixture(scope="module")
-def random(grad_norms_spec, queries) -> Ranking:
-    spec = make_spec(BaselineSpec, task=grad_norms_spec.task, method="random", queries=queries)
-    return Ranking(name="random", scores=(spec,))
-
-
-@pytest.fixture(scope="module")
-def loss(grad_norms_spec, checkpoint, queries) -> Ranking:
-    spec = make_spec(
-        BaselineSpec,
-        task=grad_norms_spec.task,
-        method="loss",
-        queries=queries,
-        checkpoint=checkpoint,
-    )
-    return Ranking(name="loss", scores=(spec,))
-
-
-@pytest.fixture(scope="module")
-def grid(grad_norms_spec, recipe, random, loss):
-    def make(**fields: Any) -> AblationSpec:
-        chosen = {
-            "task": grad_norms_spec.task,
-            "recipe": recipe,
-            "rankings": (random, loss),
-            "sizes": (100,),
-            "modes": ("relabel", "remove"),
-        }
-        return make_spec(AblationSpec, **(chosen | fields))
-
-    return make
-
-
-@pytest.fixture
-def trained(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Counts how often each variant begins to be trained."""
-    begun: Counter[str] = Counter()
-    make = retraining.RetrainJob._trainer
-
-    def count(self: Any, variants: Any) -> Any:
-        begun.update(retraining._key(variant) for variant in variants)
-        return make(self, variants)
-
-    monkeypatch.setattr(retraining.RetrainJob, "_trainer", count)
-    return begun
 
 
 def alone(task, recipe: TrainSpec, seed: int, changes: Changes) -> torch.nn.Module:
@@ -154,164 +98,6 @@ def test_shards_of_any_size_give_the_same_table(carry_out, grid, fresh_root) -> 
             assert a["loss"] == pytest.approx(b["loss"], rel=0.02, abs=2e-3)
             assert a.keys() == b.keys()
             assert all(a[name] == b[name] for name in ("query", "k", "mode", "by", "seed"))
-
-
-class Killed(BaseException):
-    """Not an error that a worker outlives."""
-
-
-@pytest.mark.parametrize("written", [3, 5])
-def test_killed_in_the_middle_no_finished_variant_is_trained_again(
-    carry_out, grid, fresh_root, trained, monkeypatch, written
-) -> None:
-    straight = carry_out(grid(), root=fresh_root(), shard_rows=4)
-    expected = set(trained)
-    trained.clear()
-    run = Run.create(str(fresh_root()), grid())
-    write, kept = Retrained.write, set()
-
-    def killed(self: Retrained, key: str, weights: Any) -> None:
-        if len(kept) == written:
-            raise Killed
-        write(self, key, weights)
-        kept.add(key)
-
-    monkeypatch.setattr(Retrained, "write", killed)
-    with pytest.raises(Killed):
-        drive(run.root, run.id, InlineBackend(), shard_rows=4)
-    monkeypatch.setattr(Retrained, "write", write)
-    drive(run.root, run.id, InlineBackend())
-    assert set(trained) == expected
-    assert all(trained[key] == 1 for key in kept)
-    if written == 3:  # the end of an ensemble: the others are trained in the same company
-        for name in ("results", "summary"):
-            assert table(run, name) == table(straight, name)
-    else:
-        for a, b in zip(table(run, "results"), table(straight, "results"), strict=True):
-            assert a["loss"] == pytest.approx(b["loss"], rel=0.02, abs=2e-3)
-
-
-def test_killed_while_keeping_an_ensemble_the_rest_of_it_goes_on_from_its_state(
-    carry_out, grid, fresh_root, trained, monkeypatch
-) -> None:
-    monkeypatch.setattr("influence_jobs.jobs.saved_state.SAVE_EVERY_S", 0.0)
-    monkeypatch.setattr("influence_jobs.jobs.saved_state.SAVE_SHARE", 1e9)
-    straight = carry_out(grid(), root=fresh_root(), shard_rows=20)
-    run = Run.create(str(fresh_root()), grid())
-    write, kept = Retrained.write, []
-
-    def killed(self: Retrained, key: str, weights: Any) -> None:
-        if len(kept) == 2:
-            raise Killed
-        write(self, key, weights)
-        kept.append(key)
-
-    monkeypatch.setattr(Retrained, "write", killed)
-    with pytest.raises(Killed):
-        drive(run.root, run.id, InlineBackend(), shard_rows=20)
-    monkeypatch.setattr(Retrained, "write", write)
-    steps: list[int] = []
-    make = retraining.RetrainJob._trainer
-
-    def counted(self: Any, variants: Any) -> Any:
-        trainer = make(self, variants)
-        step = trainer.step
-        trainer.step = lambda: (steps.append(1), step())[1]
-        return trainer
-
-    monkeypatch.setattr(retraining.RetrainJob, "_trainer", counted)
-    drive(run.root, run.id, InlineBackend())
-    # The first ensemble has one step left; the second is trained from its beginning.
-    a_training = 1 + (N - 1) // 64
-    assert len(steps) == 1 + a_training
-    assert run.read_table("results") == straight.read_table("results")
-
-
-def test_an_ensemble_cut_off_goes_on_from_its_saved_state(
-    carry_out, grid, fresh_root, monkeypatch
-) -> None:
-    monkeypatch.setattr("influence_jobs.jobs.saved_state.SAVE_EVERY_S", 0.0)
-    monkeypatch.setattr("influence_jobs.jobs.saved_state.SAVE_SHARE", 1e9)
-    root = fresh_root()
-    run = Run.create(str(root), grid(seeds=(0, 1)))
-    started: list[int] = []
-    make = retraining.RetrainJob._trainer
-
-    def dies(self, variants):
-        trainer = make(self, variants)
-        step, steps = trainer.step, iter(range(9))
-
-        def limited():
-            if next(steps, None) is None:
-                raise Killed
-            return step()
-
-        trainer.step = limited
-        return trainer
-
-    monkeypatch.setattr(retraining.RetrainJob, "_trainer", dies)
-    with pytest.raises(Killed):
-        drive(run.root, run.id, InlineBackend(), shard_rows=8)
-
-    def watched(self, variants):
-        trainer = make(self, variants)
-        load = trainer.load_state_dict
-
-        def loaded(state):
-            load(state)
-            started.append(trainer.samples_seen)
-
-        trainer.load_state_dict = loaded
-        return trainer
-
-    monkeypatch.setattr(retraining.RetrainJob, "_trainer", watched)
-    drive(run.root, run.id, InlineBackend())
-    assert started[0] > 0
-    assert not [name for name in run.files.names("checkpoints") if name.startswith("state")]
-    straight = carry_out(grid(seeds=(0, 1)), root=fresh_root(), shard_rows=8)
-    assert run.read_table("results") == straight.read_table("results")
-
-
-def test_damaged_weights_are_trained_again(carry_out, grid, fresh_root, trained) -> None:
-    root = fresh_root()
-    carry_out(grid(modes=("remove",)), root=root)
-    assert set(trained.values()) == {1}
-    damaged = next(root.glob("retrained-*/checkpoints/*.pt"))
-    damaged.write_bytes(damaged.read_bytes()[:-9])
-    carry_out(grid(modes=("remove",), sizes=(100, 150)), root=root)
-    assert trained[damaged.stem.partition("-")[0]] == 2
-    assert Counter(trained.values())[2] == 1
-
-
-def test_a_diverged_training_is_an_error_not_a_result(carry_out, grid, recipe, fresh_root) -> None:
-    wild = recipe.model_copy(update={"lr": 1e6})
-    with pytest.raises(RuntimeFault, match=r"trainings diverged.*lower the learning rate"):
-        carry_out(grid(recipe=wild), root=fresh_root())
-
-
-def test_where_one_training_diverges_the_others_are_kept(
-    carry_out, grid, fresh_root, monkeypatch
-) -> None:
-    make = retraining.RetrainJob._trainer
-
-    def one_diverges(self: Any, variants: Any) -> Any:
-        trainer = make(self, variants)
-        step = trainer.step
-
-        def stepped() -> Any:
-            means = step()
-            if means is not None and len(variants) > 1:
-                means[1] = float("nan")
-            return means
-
-        trainer.step = stepped
-        return trainer
-
-    monkeypatch.setattr(retraining.RetrainJob, "_trainer", one_diverges)
-    root = fresh_root()
-    with pytest.raises(RuntimeFault, match="1 of 4 trainings diverged"):
-        carry_out(grid(modes=("remove",)), root=root)
-    assert len(list(root.glob("retrained-*/manifest/*"))) == 3
 
 
 def test_more_samples_than_are_scored_cannot_be_taken(
