@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 RUNS ?= demo-runs
 
-.PHONY: install test slow lint format demo clean
+.PHONY: install test slow lint format demo bench clean
 
 install: $(VENV)/installed
 
@@ -40,5 +40,25 @@ demo: install
 	@$(BIN)/infl cluster status
 	@echo "The Ray above ends itself when idle; end it now with: $(BIN)/infl cluster down"
 
+# A page of results for each script, made anew: `make bench`, or `make bench OPTIONS=--full` for all sizes, or
+# `make bench BENCHES=scores`. On a machine with nothing else to do. The peers live apart: kronfluence's wheel brings a
+# package named `tests`.
+BENCHES := norms_mnist norms_ffdnet scores s_test retraining submit scaling simulation
+PEERS := .venv-bench
+
+bench: $(PEERS)/installed
+	mkdir -p benchmarks/results
+	set -e; for name in $(BENCHES); do \
+	    $(PEERS)/bin/python benchmarks/$$name.py $(OPTIONS) > benchmarks/results/$$name.new; \
+	    mv benchmarks/results/$$name.new benchmarks/results/$$name.md; \
+	done
+
+$(PEERS)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(PEERS)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
+	$(PEERS)/bin/python -m pip install --quiet --no-deps pyDVL==0.10.0
+	touch $@
+
 clean:
-	rm -rf $(VENV) dist
+	rm -rf $(VENV) $(PEERS) dist
