@@ -185,7 +185,7 @@ def picture_uri(picture: Picture) -> str:
 def chart_uri(panel: Panel, dark: bool) -> str:
     """A panel as a data URI of a PNG, in the ink of a light or a dark page."""
     buffer = io.BytesIO()
-    chart([panel], dark=dark).savefig(buffer, format="png", dpi=190, transparent=True)
+    chart([panel], dark=dark).savefig(buffer, format="png", transparent=True)
     return _data_uri("image/png", buffer)
 
 
