@@ -233,10 +233,10 @@ def print_lissa(device: Device, steps: int, rounds: int) -> None:
     for size in (8, 64):
         v_QP = torch.randn(VECTORS, space.size, device=device.where)
         chain = lissa_steps(operator, v_QP, 0.01, 100.0, size)
-        ids_SB = torch.randint(60_000, (steps, size))
+        ids_ESB = torch.randint(60_000, (1, steps, size))
 
-        def run(chain=chain, ids_SB=ids_SB) -> None:  # type: ignore[no-untyped-def]
-            for piece in ids_SB.split(chain.longest):
+        def run(chain=chain, ids_ESB=ids_ESB) -> None:  # type: ignore[no-untyped-def]
+            for piece in ids_ESB.split(chain.longest, dim=1):
                 chain.take(piece)
 
         seconds = race([Contestant("lissa", run, steps * VECTORS)], rounds)["lissa"]

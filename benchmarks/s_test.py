@@ -143,14 +143,19 @@ class Contest:
         return Contestant("bound", run, DEPTH // BLOCK * BLOCK * len(self.rhs_QP))
 
     def steps(self, kind: type[Operator], blocked: bool) -> Solve:
+        """All repeats side by side."""
+
         def solve(ids: Tensor, depth: int) -> Tensor:
             operator = self.operator(kind, ids)
             settings = (operator, self.rhs_QP, LAMBDA / SCALE, SCALE)
-            steps = lissa_steps(*settings, BATCH) if blocked else AnySteps(*settings)
-            chosen = ids[torch.randint(len(ids), (depth, BATCH))]
-            for piece in chosen.split(steps.longest):
+            if blocked:
+                steps = lissa_steps(*settings, BATCH, REPEATS)
+            else:
+                steps = AnySteps(*settings, REPEATS)
+            chosen = ids[torch.randint(len(ids), (REPEATS, depth, BATCH))]
+            for piece in chosen.split(steps.longest, dim=1):
                 steps.take(piece)
-            return steps.h_QP() / SCALE
+            return steps.h_EQP().mean(dim=0) / SCALE
 
         return solve
 

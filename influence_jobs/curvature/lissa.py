@@ -1,7 +1,7 @@
 """LiSSA: a stochastic recursion whose mean is the inverse, with settings chosen from the spectrum."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,9 @@ from influence_jobs.curvature.solver import (
     Progress,
     Solution,
     Solver,
+    no_progress,
     relative_residual,
+    require_finite,
 )
 from influence_jobs.curvature.spectrum import leading_eigenpair, smallest_eigenvalue, trace
 from influence_jobs.errors import RuntimeFault, SpecError
@@ -57,8 +59,7 @@ class Lissa(Solver):
         scale: s; the recursion's own damping d is lambda / s.
         depth: Steps.
         batch_size: Samples of a mini-batch, drawn with replacement: then the mean of averages is the inverse.
-        seed: Of the mini-batches, which depend on (seed, repeat, step) alone.
-        repeat: Number of this chain; the mean of several has less noise.
+        seed: Of the mini-batches, which depend on (seed, number of the chain, step) alone.
 
     Raises:
         SpecError: A value is not positive.
@@ -72,47 +73,91 @@ class Lissa(Solver):
         depth: int | None = None,
         batch_size: int | None = None,
         seed: int = 0,
-        repeat: int = 0,
     ):
         super().__init__(damping)
         for name, value in (("scale", scale), ("depth", depth), ("batch size", batch_size)):
             if value is not None and not value > 0:
                 raise SpecError(f"{name} of LiSSA is {value}: it must be larger than 0")
         self._scale, self._depth, self._batch_size = scale, depth, batch_size
-        self._seed, self._repeat = seed, repeat
+        self._seed = seed
 
-    def _solve(self, operator: Operator, rhs_QP: Tensor, progress: Progress) -> Solution:
+    def solve_repeats(
+        self,
+        operator: Operator,
+        rhs_QP: Tensor,
+        repeats: Sequence[int],
+        progress: Progress = no_progress,
+    ) -> list[Solution]:
+        """Solve by several chains side by side, so that they share the overhead of their small steps.
+
+        Args:
+            operator: A.
+            rhs_QP: v, on the operator's device.
+            repeats: Numbers of the chains; the mean of several has less noise.
+            progress: Told about the fraction of the work done.
+
+        Returns:
+            Of each chain what it would find alone, up to rounding; that of chain 0 is `solve`'s.
+
+        Raises:
+            DataError, ModelError, SpecError, RuntimeFault: As `solve`.
+        """
+        require_finite(rhs_QP)
         operator.require_finite()
-        before = operator.gradient_equivalents
         damping = self.damping_for(operator)
         settings, record = self._settings(operator, damping)
-        messages: list[str] = record["messages"]
+        batch_size, messages = settings.batch_size, {r: list(record["messages"]) for r in repeats}
+        costs, scales, ends = dict.fromkeys(repeats, 0.0), dict[int, float](), dict[int, _End]()
+        waiting = list(repeats)
         for _ in range(MAX_RESTARTS + 1):
-            chain = _Chain(operator, rhs_QP, damping, settings, progress)
-            average_QP = chain.run(self._batches(operator, settings.batch_size), self._depth)
-            if average_QP is not None:
+            before = operator.gradient_equivalents
+            batches = [self._batches(operator, batch_size, repeat) for repeat in waiting]
+            chains = _Chains(operator, rhs_QP, damping, settings, batches, progress)
+            for repeat, end in zip(waiting, chains.run(self._depth), strict=True):
+                ends[repeat], scales[repeat] = end, settings.scale
+            cost = (operator.gradient_equivalents - before) / len(waiting)
+            costs |= {repeat: costs[repeat] + cost for repeat in waiting}
+            waiting = [repeat for repeat in waiting if ends[repeat].x_QP is None]
+            if not waiting:
                 break
-            messages.append(
-                f"diverged by step {chain.step} at scale {settings.scale:.4g}: "
-                f"started anew at {2 * settings.scale:.4g}"
-            )
-            settings = _Settings(2 * settings.scale, settings.batch_size)
+            settings = _Settings(2 * settings.scale, batch_size)
+            for repeat in waiting:
+                messages[repeat].append(
+                    f"diverged by step {ends[repeat].step} at scale {scales[repeat]:.4g}: "
+                    f"started anew at {settings.scale:.4g}"
+                )
         else:
             raise RuntimeFault(
                 f"LiSSA diverges even at scale {settings.scale / 2:.4g} with lambda = {damping:.4g}: "
                 "use --solver cg, a larger --damping or --operator gauss-newton"
             )
-        cost = operator.gradient_equivalents - before
-        record |= {"scale": settings.scale, "recursion_damping": damping / settings.scale}
-        record |= {"depth": chain.step, "relative_standard_error": chain.error}
-        if self._depth is None and chain.error > TOLERANCE:
-            messages.append(
-                f"the standard error is still {chain.error:.2g} after {chain.step} steps: "
-                "average more repeats, or use --solver cg"
+        x_EQP = torch.stack([end.x_QP for end in ends.values() if end.x_QP is not None])
+        all_rhs_VP = rhs_QP.repeat(len(x_EQP), 1)
+        _, relative_V = relative_residual(operator, x_EQP.flatten(0, 1), all_rhs_VP, damping)
+        solutions = []
+        for x_QP, relative_Q, repeat in zip(
+            x_EQP, relative_V.cpu().view(len(x_EQP), -1), repeats, strict=True
+        ):
+            scale, end = scales[repeat], ends[repeat]
+            if self._depth is None and end.error > TOLERANCE:
+                messages[repeat].append(
+                    f"the standard error is still {end.error:.2g} after {end.step} steps: "
+                    "average more repeats, or use --solver cg"
+                )
+            chosen: dict[str, Any] = {
+                "scale": scale,
+                "recursion_damping": damping / scale,
+                "depth": end.step,
+            }
+            chosen |= {"relative_standard_error": end.error, "messages": messages[repeat]}
+            steps_Q = torch.full((len(rhs_QP),), end.step)
+            solutions.append(
+                Solution(x_QP, relative_Q, steps_Q, damping, costs[repeat], record | chosen)
             )
-        _, relative_Q = relative_residual(operator, average_QP, rhs_QP, damping)
-        steps_Q = torch.full((len(rhs_QP),), chain.step)
-        return Solution(average_QP, relative_Q.cpu(), steps_Q, damping, cost, record)
+        return solutions
+
+    def _solve(self, operator: Operator, rhs_QP: Tensor, progress: Progress) -> Solution:
+        return self.solve_repeats(operator, rhs_QP, (0,), progress)[0]
 
     def _settings(self, operator: Operator, damping: float) -> tuple["_Settings", dict[str, Any]]:
         messages: list[str] = []
@@ -141,8 +186,8 @@ class Lissa(Solver):
             settings = _Settings(scale, batch_size)
         return settings, record | {"batch_size": settings.batch_size}
 
-    def _batches(self, operator: Operator, size: int) -> Iterator[Tensor]:
-        generator = np.random.Generator(np.random.Philox(key=[self._seed, self._repeat]))
+    def _batches(self, operator: Operator, size: int, repeat: int) -> Iterator[Tensor]:
+        generator = np.random.Generator(np.random.Philox(key=[self._seed, repeat]))
         while True:
             chosen = generator.integers(operator.num_samples, size=size)
             yield operator.ids[torch.from_numpy(chosen)]
@@ -154,13 +199,23 @@ class _Settings:
     batch_size: int
 
 
-class _Chain:
-    """One run of the recursion.
+@dataclass(frozen=True)
+class _End:
+    """Where a chain ended.
 
     Attributes:
+        x_QP: The solution; None if it diverged.
         step: Steps done.
         error: Relative standard error of the average, the worst over right-hand sides; NaN if nothing is averaged.
     """
+
+    x_QP: Tensor | None
+    step: int
+    error: float = math.nan
+
+
+class _Chains:
+    """Runs of the recursion, E of them side by side; one that has ended goes along with the others, unheeded."""
 
     def __init__(
         self,
@@ -168,68 +223,79 @@ class _Chain:
         rhs_QP: Tensor,
         damping: float,
         settings: _Settings,
+        batches: Sequence[Iterator[Tensor]],
         progress: Progress,
     ):
         self._rhs_QP, self._progress, self._scale = rhs_QP, progress, settings.scale
-        self._relaxation = math.ceil(settings.scale / damping)
+        self._batches, self._relaxation = batches, math.ceil(settings.scale / damping)
         self._steps = lissa_steps(
-            operator, rhs_QP, damping / settings.scale, settings.scale, settings.batch_size
+            operator,
+            rhs_QP,
+            damping / settings.scale,
+            settings.scale,
+            settings.batch_size,
+            len(batches),
         )
-        self.step, self.error = 0, math.nan
+        self._step, self._ends = 0, dict[int, _End]()
 
-    def run(self, batches: Iterator[Tensor], depth: int | None) -> Tensor | None:
-        """The solution (Q, P); None if the chain diverges."""
-        if depth is None and (BURN_IN + BLOCKS) * self._relaxation > MAX_DEPTH:
+    def run(self, depth: int | None) -> list[_End]:
+        """Go on until every chain has ended."""
+        if depth is not None:
+            self._advance(depth, depth)
+            for chain, x_QP in enumerate(self._steps.h_EQP() / self._scale):
+                self._ends.setdefault(chain, _End(x_QP, self._step))
+        else:
+            self._average()
+        return [self._ends[chain] for chain in range(len(self._batches))]
+
+    def _average(self) -> None:
+        if (BURN_IN + BLOCKS) * self._relaxation > MAX_DEPTH:
             raise SpecError(
                 f"LiSSA needs {(BURN_IN + BLOCKS) * self._relaxation:,} steps at so small a damping: use "
                 "--solver cg, a larger --damping, or say --depth"
             )
-        if depth is not None:
-            if not self._advance(batches, depth, planned=depth):
-                return None
-            return self._steps.h_QP() / self._scale
         planned = MAX_RELAXATIONS * self._relaxation
-        if not self._advance(batches, BURN_IN * self._relaxation, planned):
-            return None
-        sum_QP = torch.zeros_like(self._rhs_QP, dtype=torch.float64)
-        squares_Q = torch.zeros(len(sum_QP), dtype=torch.float64, device=sum_QP.device)
+        self._advance(BURN_IN * self._relaxation, planned)
+        sum_EQP = torch.zeros_like(self._steps.h_EQP(), dtype=torch.float64)
+        squares_EQ = torch.zeros_like(sum_EQP[..., 0])
         for blocks in range(1, MAX_RELAXATIONS - BURN_IN + 1):
-            block_QP = torch.zeros_like(self._rhs_QP)
-            if not self._advance(batches, self._relaxation, planned, block_QP):
-                return None
+            block_EQP = torch.zeros_like(sum_EQP, dtype=self._rhs_QP.dtype)
+            self._advance(self._relaxation, planned, block_EQP)
             # In float64: the variance of the blocks is a small difference of large numbers.
-            mean_QP = (block_QP / self._relaxation).double()
-            sum_QP += mean_QP
-            squares_Q += mean_QP.square().sum(dim=1)
+            mean_EQP = (block_EQP / self._relaxation).double()
+            sum_EQP += mean_EQP
+            squares_EQ += mean_EQP.square().sum(dim=2)
             if blocks >= BLOCKS:
-                length_Q = (sum_QP / blocks).square().sum(dim=1)
-                variance_Q = (squares_Q / blocks - length_Q).clamp_min(0) / (blocks - 1)
-                relative_Q = (variance_Q / length_Q).nan_to_num(nan=0).sqrt()
-                self.error = float(relative_Q.max())
-                if self.error <= TOLERANCE:
-                    break
-        return (sum_QP / (blocks * self._scale)).to(self._rhs_QP.dtype)
+                length_EQ = (sum_EQP / blocks).square().sum(dim=2)
+                variance_EQ = (squares_EQ / blocks - length_EQ).clamp_min(0) / (blocks - 1)
+                relative_EQ = (variance_EQ / length_EQ).nan_to_num(nan=0).sqrt()
+                last = blocks == MAX_RELAXATIONS - BURN_IN
+                for chain, error in enumerate(relative_EQ.amax(dim=1).tolist()):
+                    if chain not in self._ends and (error <= TOLERANCE or last):
+                        x_QP = (sum_EQP[chain] / (blocks * self._scale)).to(self._rhs_QP.dtype)
+                        self._ends[chain] = _End(x_QP, self._step, error)
+            if len(self._ends) == len(self._batches):
+                return
 
-    def _advance(
-        self, batches: Iterator[Tensor], steps: int, planned: int, total_QP: Tensor | None = None
-    ) -> bool:
-        """Do some steps, adding the iterates up; whether the chain still converges."""
+    def _advance(self, steps: int, planned: int, total_EQP: Tensor | None = None) -> None:
+        """Do some steps, adding the iterates up, as long as there is a chain that has not ended."""
         left = steps
-        while left:
+        while left and len(self._ends) < len(self._batches):
             count = min(left, self._steps.longest)
-            self._steps.take(torch.stack([next(batches) for _ in range(count)]), total_QP)
+            ids = [torch.stack([next(batches) for _ in range(count)]) for batches in self._batches]
+            self._steps.take(torch.stack(ids), total_EQP)
             left -= count
-            self.step += count
-            if self._diverges():
-                return False
-            self._progress(min(1.0, self.step / planned))
-        return True
+            self._step += count
+            for chain in self._diverging():
+                self._ends.setdefault(chain, _End(None, self._step))
+            self._progress(min(1.0, self._step / planned))
 
-    def _diverges(self) -> bool:
+    def _diverging(self) -> list[int]:
         """In a chain that converges no step adds more than |v| in the mean, nor is |h| above s |v| / lambda."""
-        allowed = 4 * min(self.step + 1, self._relaxation)
+        allowed = 4 * min(self._step + 1, self._relaxation)
         limit_Q = allowed * torch.linalg.vector_norm(self._rhs_QP, dim=1)
-        return not bool((self._steps.lengths() <= limit_Q).all())  # NaN is larger than anything
+        converging_E = (self._steps.lengths() <= limit_Q).all(dim=1)  # NaN is larger than anything
+        return [chain for chain, converges in enumerate(converging_E.tolist()) if not converges]
 
 
 def _scatter(operator: Operator, vector_P: Tensor, largest: float) -> float:

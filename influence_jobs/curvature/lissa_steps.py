@@ -12,11 +12,11 @@ and all that a step asks of h is the change of the layer's outputs along it,
     X_t h_t^T = r^t X_t h_0^T + c_t X_t v^T - sum_{u<t} r^(t-1-u) (X_t X_u^T) D_u / s.
 
 The first two terms come from one product each of the block's inputs with h_0 and v, the latter next to free where a
-query is one sample's loss; X_t X_u^T from one Gram matrix that all vectors
-share, and one more product takes the block's updates. Nothing is left out: this is the recursion up to rounding.
+query is one sample's loss; X_t X_u^T from one Gram matrix that all vectors share, and one more product takes the
+block's updates. Nothing is left out: this is the recursion up to rounding.
 
-Letters: Q vectors, S steps of a block, B batch, K = S B samples, C outputs of a layer, I its inputs with the ones that
-stand for its bias.
+Letters: E chains side by side, each with mini-batches of its own, Q vectors, S steps of a block, B batch, K = S B
+samples, C outputs of a layer, I its inputs with the ones that stand for its bias.
 """
 
 from abc import ABC, abstractmethod
@@ -27,15 +27,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from influence_jobs.curvature.operators import GaussNewton, Hessian, Operator
+from influence_jobs.curvature.operators import AGREEMENT, GaussNewton, Hessian, Operator
 from influence_jobs.tasks.chain import Chain, find_chain, first_inputs
 
-BLOCK_SAMPLES = 256  # K, at most, by measurement
-AGREEMENT = 1e-3  # relative difference of a product; rounding makes 1e-6
+BLOCK_SAMPLES = 128  # K, at most, by measurement
 
 
 class LissaSteps(ABC):
-    """Where the recursion stands for Q vectors, h_0 = v.
+    """Where E chains of the recursion stand for Q vectors, h_0 = v.
 
     Attributes:
         longest: As many steps can be taken at once.
@@ -44,27 +43,32 @@ class LissaSteps(ABC):
     longest: int
 
     @abstractmethod
-    def take(self, ids_SB: Tensor, total_QP: Tensor | None = None) -> None:
-        """S steps with these mini-batches, adding every h to a total."""
+    def take(self, ids_ESB: Tensor, total_EQP: Tensor | None = None) -> None:
+        """S steps of every chain with mini-batches of its own, adding every h to a total."""
 
     @abstractmethod
-    def h_QP(self) -> Tensor:
-        """Where it stands."""
+    def h_EQP(self) -> Tensor:
+        """Where they stand."""
 
     @abstractmethod
     def lengths(self) -> Tensor:
-        """Lengths (Q,) of h."""
+        """Lengths (E, Q) of h."""
 
 
 def lissa_steps(
-    operator: Operator, rhs_QP: Tensor, own_damping: float, scale: float, batch_size: int
+    operator: Operator,
+    rhs_QP: Tensor,
+    own_damping: float,
+    scale: float,
+    batch_size: int,
+    chains: int = 1,
 ) -> LissaSteps:
     """Blocked steps where the rule below admits the model and they agree with the operator; else any model's.
 
     The rule: the Gauss-Newton matrix or the exact Hessian of a cross-entropy, of a model that is a `Chain`, and of
     all its parameters.
     """
-    steps = AnySteps(operator, rhs_QP, own_damping, scale)
+    steps = AnySteps(operator, rhs_QP, own_damping, scale, chains)
     if operator.task.output_loss != "cross-entropy" or not (
         isinstance(operator, GaussNewton)
         or (isinstance(operator, Hessian) and not operator.finite_difference)
@@ -79,39 +83,42 @@ def lissa_steps(
     if inputs.ndim != 2:
         return steps
     once = ChainSteps(operator, chain, rhs_QP, 0.0, 1.0, len(ids))
-    once.take(ids[None])
+    once.take(ids[None, None])
     expected_QP = operator.product(rhs_QP, ids)
-    error_QP = 2 * rhs_QP - once.h_QP() - expected_QP
+    error_QP = 2 * rhs_QP - once.h_EQP()[0] - expected_QP
     # The sum of 2 v and h rounds by the size of v.
     if error_QP.norm() > AGREEMENT * torch.maximum(expected_QP.norm(), rhs_QP.norm()):
         return steps
-    return ChainSteps(operator, chain, rhs_QP, own_damping, scale, batch_size)
+    return ChainSteps(operator, chain, rhs_QP, own_damping, scale, batch_size, chains)
 
 
 class AnySteps(LissaSteps):
-    """One product of the operator a step."""
+    """One product of the operator a step, for all chains."""
 
     longest = 16  # divergence is looked for in between
 
-    def __init__(self, operator: Operator, rhs_QP: Tensor, own_damping: float, scale: float):
-        self._operator, self._rhs_QP = operator, rhs_QP
-        self._decay, self._scale = 1 - own_damping, scale
-        self._h_QP = rhs_QP.clone()
+    def __init__(
+        self, operator: Operator, rhs_QP: Tensor, own_damping: float, scale: float, chains: int = 1
+    ):
+        self._operator, self._decay, self._scale = operator, 1 - own_damping, scale
+        self._h_EQP = rhs_QP.repeat(chains, 1, 1)
+        self._h, self._v = operator.space.split(self._h_EQP), operator.space.split(rhs_QP)
 
-    def take(self, ids_SB: Tensor, total_QP: Tensor | None = None) -> None:
-        for ids in ids_SB:
-            product_QP = self._operator.product(self._h_QP, ids)
-            self._h_QP.mul_(self._decay).add_(self._rhs_QP)
-            self._h_QP.add_(product_QP, alpha=-1 / self._scale)
-            if total_QP is not None:
-                total_QP += self._h_QP
+    def take(self, ids_ESB: Tensor, total_EQP: Tensor | None = None) -> None:
+        for ids_EB in ids_ESB.unbind(1):
+            products = self._operator.products(self._h_EQP, ids_EB)
+            for name, h in self._h.items():  # part by part: joining them is one more pass over all
+                torch.add(self._v[name], h, alpha=self._decay, out=h)
+                h.add_(products[name], alpha=-1 / self._scale)
+            if total_EQP is not None:
+                total_EQP += self._h_EQP
 
-    def h_QP(self) -> Tensor:
-        return self._h_QP
+    def h_EQP(self) -> Tensor:
+        return self._h_EQP
 
     def lengths(self) -> Tensor:
-        lengths_Q: Tensor = torch.linalg.vector_norm(self._h_QP, dim=1)
-        return lengths_Q
+        lengths_EQ: Tensor = torch.linalg.vector_norm(self._h_EQP, dim=2)
+        return lengths_EQ
 
 
 class ChainSteps(LissaSteps):
@@ -129,6 +136,7 @@ class ChainSteps(LissaSteps):
         own_damping: float,
         scale: float,
         batch_size: int,
+        chains: int = 1,
     ):
         self._operator, self._chain, self._scale = operator, chain, scale
         self._decay, self._num_vectors = 1 - own_damping, len(rhs_QP)
@@ -138,84 +146,85 @@ class ChainSteps(LissaSteps):
         )
         self._inner = [w_CI[:, :-1].contiguous() for w_CI in self._weights]
         self._v = _with_bias(chain, operator.space.split(rhs_QP))
-        self._h = [v_RI.clone() for v_RI in self._v]
+        self._h = [v_RI.repeat(chains, 1, 1) for v_RI in self._v]
         self._first_v = _Forcing(self._v[0], len(rhs_QP))
         inputs = self._weights[0].shape[1]
         self.longest = max(1, min(BLOCK_SAMPLES, inputs) // batch_size)
 
     @torch.no_grad()
-    def take(self, ids_SB: Tensor, total_QP: Tensor | None = None) -> None:
-        (steps, size), operator = ids_SB.shape, self._operator
-        batch = operator.batch(ids_SB.flatten())
-        operator.work += operator.cost * self._num_vectors * ids_SB.numel()
-        x_KI = first_inputs(operator.task, operator.model, self._chain, batch)
-        x_KI = F.pad(x_KI, (0, 1), value=1.0)
-        totals = [torch.zeros_like(h_RI) for h_RI in self._h[1:]]
-        block = _Block(self._h[0], self._first_v, x_KI, steps, self._decay, self._scale)
-        network = _network(self._weights, x_KI, operator.task.targets(batch), size)
-        for step, (seen, d_BR) in enumerate(
-            zip(network, torch.split(block.d_KR, size), strict=True)
+    def take(self, ids_ESB: Tensor, total_EQP: Tensor | None = None) -> None:
+        (chains, steps, size), operator = ids_ESB.shape, self._operator
+        batch = operator.batch(ids_ESB.flatten())
+        operator.work += operator.cost * self._num_vectors * ids_ESB.numel()
+        x_NI = first_inputs(operator.task, operator.model, self._chain, batch)
+        x_EKI = F.pad(x_NI, (0, 1), value=1.0).view(chains, steps * size, -1)
+        targets_EK = operator.task.targets(batch).view(chains, -1)
+        totals = [torch.zeros_like(h_ERI) for h_ERI in self._h[1:]]
+        block = _Block(self._h[0], self._first_v, x_EKI, steps, self._decay, self._scale)
+        network = _network(self._weights, x_EKI, targets_EK, size)
+        for step, (seen, d_EBR) in enumerate(
+            zip(network, torch.split(block.d_EKR, size, dim=1), strict=True)
         ):
-            self._step(block.outputs(step), seen, d_BR)
-            if total_QP is not None:
-                for total_RI, h_RI in zip(totals, self._h[1:], strict=True):
-                    total_RI += h_RI
-        if total_QP is not None:
-            self._add(total_QP, [block.total(), *totals])
+            self._step(block.outputs(step), seen, d_EBR)
+            if total_EQP is not None:
+                for total_ERI, h_ERI in zip(totals, self._h[1:], strict=True):
+                    total_ERI += h_ERI
+        if total_EQP is not None:
+            self._add(total_EQP, [block.total(), *totals])
         block.finish()
 
-    def _step(self, rz_BR: Tensor, seen: "_Seen", d_BR: Tensor) -> None:
-        """Take a step of all layers but the first, and fill in the first's D (B, R)."""
-        size, vectors = len(rz_BR), self._num_vectors
+    def _step(self, rz_EBR: Tensor, seen: "_Seen", d_EBR: Tensor) -> None:
+        """Take a step of all layers but the first, and fill in the first's D (E, B, R)."""
+        (chains, size, _), vectors = rz_EBR.shape, self._num_vectors
         tangents = []
-        for mask_B1C, a_BI, w_CI, h_RI in zip(
+        for mask_EB1C, a_EBI, w_CI, h_ERI in zip(
             seen.masks, seen.inputs, self._inner[1:], self._h[1:], strict=True
         ):
-            ra_BQC = rz_BR.view(size, vectors, -1) * mask_B1C
-            tangents.append(ra_BQC)
-            rz_BR = (ra_BQC.view(size * vectors, -1) @ w_CI.t()).view(size, -1)
-            rz_BR.addmm_(a_BI, h_RI.t())
-        weighted_BQC = rz_BR.view(size, vectors, -1) * seen.mean_probabilities_B1C
-        d_BQC = weighted_BQC.addcmul(
-            seen.probabilities_B1C, weighted_BQC.sum(2, keepdim=True), value=-1
+            ra_EBQC = rz_EBR.view(chains, size, vectors, -1) * mask_EB1C
+            tangents.append(ra_EBQC)
+            rz_EBR = (ra_EBQC.flatten(0, 2) @ w_CI.t()).view(chains, size, -1)
+            rz_EBR.baddbmm_(a_EBI, h_ERI.mT)
+        weighted_EBQC = rz_EBR.view(chains, size, vectors, -1) * seen.mean_probabilities_EB1C
+        d_EBQC = weighted_EBQC.addcmul(
+            seen.probabilities_EB1C, weighted_EBQC.sum(3, keepdim=True), value=-1
         )
         for layer in reversed(range(len(tangents))):
-            w_CI, h_RI = self._inner[layer + 1], self._h[layer + 1]
-            below_BQI = (d_BQC.view(size * vectors, -1) @ w_CI).view(size, vectors, -1)
+            w_CI, h_ERI = self._inner[layer + 1], self._h[layer + 1]
+            below_EBQI = (d_EBQC.flatten(0, 2) @ w_CI).view(chains, size, vectors, -1)
             if self._whole_hessian:
-                delta_BC = seen.deltas[layer]
-                h_QCI = h_RI.view(vectors, -1, h_RI.shape[1])[..., :-1]
-                below_BQI += (delta_BC @ h_QCI).transpose(0, 1)
-                update_QCI = delta_BC.t() @ tangents[layer].transpose(0, 1)
-            h_RI.addmm_(
-                d_BQC.view(size, -1).t(),
+                delta_EBC = seen.deltas[layer][:, None]
+                h_EQCI = _by_query(h_ERI, vectors)[..., :-1]
+                below_EBQI += (delta_EBC @ h_EQCI).transpose(1, 2)
+                update_EQCI = delta_EBC.mT @ tangents[layer].transpose(1, 2)
+            h_ERI.baddbmm_(
+                d_EBQC.view(chains, size, -1).mT,
                 seen.inputs[layer],
                 beta=self._decay,
                 alpha=-1 / self._scale,
             )
-            h_RI.add_(self._v[layer + 1])
+            h_ERI.add_(self._v[layer + 1])
             if self._whole_hessian:
-                h_QCI.add_(update_QCI, alpha=-1 / self._scale)
-            d_BQC = below_BQI.mul_(seen.masks[layer]) if layer else below_BQI
+                h_EQCI.add_(update_EQCI, alpha=-1 / self._scale)
+            d_EBQC = below_EBQI.mul_(seen.masks[layer]) if layer else below_EBQI
         derivative = seen.masks[0] if seen.masks else 1  # of what follows the first layer
-        torch.mul(d_BQC, derivative, out=d_BR.view(size, vectors, -1))
+        torch.mul(d_EBQC, derivative, out=d_EBR.view(chains, size, vectors, -1))
 
-    def h_QP(self) -> Tensor:
-        total_QP = self._h[0].new_zeros(self._num_vectors, self._operator.size)
-        self._add(total_QP, self._h)
-        return total_QP
+    def h_EQP(self) -> Tensor:
+        total_EQP = self._h[0].new_zeros(len(self._h[0]), self._num_vectors, self._operator.size)
+        self._add(total_EQP, self._h)
+        return total_EQP
 
     def lengths(self) -> Tensor:
-        squares = [h_RI.view(self._num_vectors, -1).square().sum(1) for h_RI in self._h]
+        squares = [_by_query(h_ERI, self._num_vectors).square().sum((2, 3)) for h_ERI in self._h]
         return torch.stack(squares).sum(0).sqrt()
 
-    def _add(self, total_QP: Tensor, layers: list[Tensor]) -> None:
-        """Add layers (Q C, I) to vectors of the space."""
-        views = self._operator.space.split(total_QP)
-        for name, h_RI in zip(self._chain.linears, layers, strict=True):
-            h_QCI = h_RI.view(self._num_vectors, -1, h_RI.shape[1])
-            views[f"{name}.weight"] += h_QCI[..., :-1]
-            views[f"{name}.bias"] += h_QCI[..., -1]
+    def _add(self, total_EQP: Tensor, layers: list[Tensor]) -> None:
+        """Add layers (E, Q C, I) to vectors of the space."""
+        views = self._operator.space.split(total_EQP)
+        for name, h_ERI in zip(self._chain.linears, layers, strict=True):
+            h_EQCI = _by_query(h_ERI, self._num_vectors)
+            views[f"{name}.weight"] += h_EQCI[..., :-1]
+            views[f"{name}.bias"] += h_EQCI[..., -1]
 
 
 @dataclass(frozen=True)
@@ -223,41 +232,43 @@ class _Seen:
     """What the samples of a step make of the network, whatever the vectors.
 
     Attributes:
-        inputs: Those (B, I) of every layer after the first.
-        masks: Where each of them is above zero, as the derivative (B, 1, C) of ReLU.
-        probabilities_B1C: Softmax of the logits.
-        mean_probabilities_B1C: The same over B.
-        deltas: Gradients (B, C) of the mean loss by the outputs of every layer after the first.
+        inputs: Those (E, B, I) of every layer after the first.
+        masks: Where each of them is above zero, as the derivative (E, B, 1, C) of ReLU.
+        probabilities_EB1C: Softmax of the logits.
+        mean_probabilities_EB1C: The same over B.
+        deltas: Gradients (E, B, C) of the mean loss by the outputs of every layer after the first.
     """
 
     inputs: tuple[Tensor, ...]
     masks: tuple[Tensor, ...]
-    probabilities_B1C: Tensor
-    mean_probabilities_B1C: Tensor
+    probabilities_EB1C: Tensor
+    mean_probabilities_EB1C: Tensor
     deltas: tuple[Tensor, ...]
 
 
-def _network(weights: list[Tensor], x_KI: Tensor, targets_K: Tensor, size: int) -> Iterator[_Seen]:
+def _network(
+    weights: list[Tensor], x_EKI: Tensor, targets_EK: Tensor, size: int
+) -> Iterator[_Seen]:
     """Forward and backward of a block's samples together, then step by step."""
     inputs, masks = [], []
-    z_KC = x_KI @ weights[0].t()
+    z_EKC = x_EKI @ weights[0].t()
     for w_CI in weights[1:]:
-        masks.append((z_KC > 0).to(z_KC.dtype))
-        inputs.append(F.pad(z_KC.relu(), (0, 1), value=1.0))
-        z_KC = inputs[-1] @ w_CI.t()
-    p_KC = z_KC.softmax(1)
-    deltas = [(p_KC - F.one_hot(targets_K, p_KC.shape[1])) / size]
-    for mask_KC, w_CI in zip(masks[:0:-1], weights[:1:-1], strict=True):
-        deltas.insert(0, (deltas[0] @ w_CI[:, :-1]) * mask_KC)
+        masks.append((z_EKC > 0).to(z_EKC.dtype))
+        inputs.append(F.pad(z_EKC.relu(), (0, 1), value=1.0))
+        z_EKC = inputs[-1] @ w_CI.t()
+    p_EKC = z_EKC.softmax(2)
+    deltas = [(p_EKC - F.one_hot(targets_EK, p_EKC.shape[2])) / size]
+    for mask_EKC, w_CI in zip(masks[:0:-1], weights[:1:-1], strict=True):
+        deltas.insert(0, (deltas[0] @ w_CI[:, :-1]) * mask_EKC)
     parts = [
         *inputs,
-        *(m_KC[:, None] for m_KC in masks),
-        p_KC[:, None],
-        p_KC[:, None] / size,
+        *(m_EKC[:, :, None] for m_EKC in masks),
+        p_EKC[:, :, None],
+        p_EKC[:, :, None] / size,
         *deltas,
     ]
     n = len(inputs)
-    for step in zip(*(torch.split(part, size) for part in parts), strict=True):
+    for step in zip(*(torch.split(part, size, dim=1) for part in parts), strict=True):
         yield _Seen(step[:n], step[n : 2 * n], step[2 * n], step[2 * n + 1], step[2 * n + 2 :])
 
 
@@ -283,64 +294,78 @@ class _Forcing:
         if (rest_QCI.flatten(1).norm(dim=1) <= tolerance * v_QCI.flatten(1).norm(dim=1)).all():
             self._outer = column_QC, row_QI
 
-    def along(self, x_KI: Tensor) -> Tensor:
-        """X v^T, (K, R)."""
+    def along(self, x_EKI: Tensor) -> Tensor:
+        """X v^T, (E, K, R)."""
         if self._outer is None:
-            return x_KI @ self.v_RI.t()
+            return x_EKI @ self.v_RI.t()
         column_QC, row_QI = self._outer
-        return ((x_KI @ row_QI.t())[:, :, None] * column_QC).flatten(1)
+        return ((x_EKI @ row_QI.t())[..., None] * column_QC).flatten(2)
 
 
 class _Block:
-    """Some steps of the first layer: ask for each step's `outputs`, fill in its rows of `d_KR`, then `finish`.
+    """Some steps of the first layer: ask for each step's `outputs`, fill in its rows of `d_EKR`, then `finish`.
 
     Attributes:
-        d_KR: The D of all vectors, (K, Q C).
+        d_EKR: The D of all vectors, (E, K, Q C).
     """
 
     def __init__(
-        self, h_RI: Tensor, forcing: _Forcing, x_KI: Tensor, steps: int, decay: float, scale: float
+        self,
+        h_ERI: Tensor,
+        forcing: _Forcing,
+        x_EKI: Tensor,
+        steps: int,
+        decay: float,
+        scale: float,
     ):
-        self._h_RI, self._v_RI, self._x_KI, self._scale = h_RI, forcing.v_RI, x_KI, scale
-        self._size = len(x_KI) // steps
+        self._h_ERI, self._v_RI, self._x_EKI, self._scale = h_ERI, forcing.v_RI, x_EKI, scale
+        self._size = x_EKI.shape[1] // steps
         power_T = decay ** torch.arange(steps + 1, dtype=torch.float64)
         sum_T = F.pad(power_T.cumsum(0), (1, 0))[:-1]  # c_0 to c_S
         self._powers, self._sums = power_T.tolist(), sum_T.tolist()
 
         def by_row(values_S: Tensor) -> Tensor:
-            return values_S.repeat_interleave(self._size)[:, None].to(x_KI)
+            return values_S.repeat_interleave(self._size)[:, None].to(x_EKI)
 
         self._updates_K1 = by_row(power_T[:-1].flip(0))  # step u has S - 1 - u steps to decay
         self._shares_K1 = by_row(sum_T[1:].flip(0))
         step_K = torch.arange(steps).repeat_interleave(self._size)
         lag_KK = step_K[:, None] - step_K - 1
         answers_KK = torch.where(lag_KK < 0, 0.0, power_T[lag_KK.clamp(min=0)] / -scale)
-        self._pending_KK = (x_KI @ x_KI.t()).mul_(answers_KK.to(x_KI))
-        self._base_KR = (x_KI @ h_RI.t()).mul_(by_row(power_T[:-1]))
-        self._base_KR.addcmul_(forcing.along(x_KI), by_row(sum_T[:-1]))
-        self.d_KR = torch.empty_like(self._base_KR)
+        self._pending_EKK = (x_EKI @ x_EKI.mT).mul_(answers_KK.to(x_EKI))
+        self._base_EKR = (x_EKI @ h_ERI.mT).mul_(by_row(power_T[:-1]))
+        self._base_EKR.addcmul_(forcing.along(x_EKI), by_row(sum_T[:-1]))
+        self.d_EKR = torch.empty_like(self._base_EKR)
 
     def outputs(self, step: int) -> Tensor:
-        """How the layer's outputs change along every vector, (B, R), the steps before being done."""
+        """How the layer's outputs change along every vector, (E, B, R), the steps before being done."""
         start, stop = step * self._size, (step + 1) * self._size
         if not step:
-            return self._base_KR[:stop]
-        return torch.addmm(
-            self._base_KR[start:stop], self._pending_KK[start:stop, :start], self.d_KR[:start]
+            return self._base_EKR[:, :stop]
+        return torch.baddbmm(
+            self._base_EKR[:, start:stop],
+            self._pending_EKK[:, start:stop, :start],
+            self.d_EKR[:, :start],
         )
 
     def total(self) -> Tensor:
-        """The sum (R, I) of h after every step."""
-        total_RI: Tensor = self._v_RI * sum(self._sums[1:])
-        total_RI.add_(self._h_RI, alpha=sum(self._powers[1:]))
-        d_KR = self.d_KR * self._shares_K1
-        return total_RI.addmm_(d_KR.t(), self._x_KI, alpha=-1 / self._scale)
+        """The sum (E, R, I) of h after every step."""
+        total_ERI: Tensor = self._h_ERI * sum(self._powers[1:])
+        total_ERI.add_(self._v_RI, alpha=sum(self._sums[1:]))
+        d_EKR = self.d_EKR * self._shares_K1
+        return total_ERI.baddbmm_(d_EKR.mT, self._x_EKI, alpha=-1 / self._scale)
 
     def finish(self) -> None:
         """Take all the block's updates."""
-        d_KR = self.d_KR * self._updates_K1
-        self._h_RI.addmm_(d_KR.t(), self._x_KI, beta=self._powers[-1], alpha=-1 / self._scale)
-        self._h_RI.add_(self._v_RI, alpha=self._sums[-1])
+        d_EKR = self.d_EKR * self._updates_K1
+        self._h_ERI.baddbmm_(d_EKR.mT, self._x_EKI, beta=self._powers[-1], alpha=-1 / self._scale)
+        self._h_ERI.add_(self._v_RI, alpha=self._sums[-1])
+
+
+def _by_query(h_ERI: Tensor, vectors: int) -> Tensor:
+    """(E, Q C, I) as (E, Q, C, I)."""
+    chains, _, inputs = h_ERI.shape
+    return h_ERI.view(chains, vectors, -1, inputs)
 
 
 def _names(chain: Chain) -> list[str]:

@@ -7,7 +7,7 @@ of them: the mini-batch is another one at every step, and right-hand sides lead,
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from influence_jobs.tasks.base import Batch, Draw, Task, device_of, to_device
 MAX_BYTES = 2**30  # of activations times vectors in a pass
 MIN_ROWS = 8  # every vector is read once a pass, so fewer vectors are better than fewer samples
 LOOKED_AT = 8  # samples that the first look at a model takes
+AGREEMENT = 1e-3  # relative difference of two ways to a product; rounding makes 1e-6
 
 Parameters = dict[str, Tensor]
 
@@ -68,6 +69,8 @@ class Operator(ABC):
         self.batch_size = batch_size or task.batch_size
         self.work = 0.0
         self._sample_bytes: int | None = None  # of activations; known after the first look
+        # Whether the model can be mapped over so many mini-batches of that size.
+        self._batches_together: dict[torch.Size, bool] = {}
 
     @property
     def size(self) -> int:
@@ -112,13 +115,25 @@ class Operator(ABC):
             ModelError: The model is in train mode, uses batch statistics or is not deterministic, or the task's
                 losses are not what it declares.
         """
-        pieces = torch.split(ids, self._samples_at_once(len(v_QP)))
+        return self.space.join(self.products(v_QP[None], ids[None]))[0]
+
+    def products(self, v_EQP: Tensor, ids_EB: Tensor) -> Parameters:
+        """Matrices of E mini-batches, each times the rows of its own vectors: {name: (E, Q, *shape)}; finite or not.
+
+        Raises:
+            ModelError: As `product`.
+        """
+        size = ids_EB.shape[1]
+        pieces = torch.split(ids_EB, self._samples_at_once(v_EQP.shape[1]), dim=1)
+        total = self._means(v_EQP, pieces[0])
         if len(pieces) == 1:
-            return self._mean(v_QP, ids)
-        total_QP = torch.zeros_like(v_QP)
-        for piece in pieces:
-            total_QP.add_(self._mean(v_QP, piece), alpha=len(piece) / len(ids))
-        return total_QP
+            return total
+        for mean in total.values():
+            mean *= pieces[0].shape[1] / size
+        for piece in pieces[1:]:
+            for name, mean in self._means(v_EQP, piece).items():
+                total[name].add_(mean, alpha=piece.shape[1] / size)
+        return total
 
     def __matmul__(self, v_QP: Tensor) -> Tensor:
         """The matrix of all n samples times every row of v_QP: (Q, P).
@@ -131,7 +146,7 @@ class Operator(ABC):
         # depends on the size of the batches.
         total_QP = torch.zeros_like(v_QP, dtype=torch.float64)
         for piece in torch.split(self.ids, self._samples_at_once(len(v_QP))):
-            part_QP = self._mean(v_QP, piece)
+            part_QP = self.space.join(self._means(v_QP[None], piece[None]))[0]
             if not part_QP.isfinite().all():
                 raise DataError(
                     f"the curvature of samples {int(piece.min())} to {int(piece.max())} is not "
@@ -146,17 +161,65 @@ class Operator(ABC):
     ) -> Parameters:
         """The mean over a batch times {name: (Q, *shape)}, so many vectors at once."""
 
-    def _mean(self, v_QP: Tensor, ids: Tensor) -> Tensor:
-        self.work += self.cost * len(v_QP) * len(ids)
-        parameters = {name: p.detach() for name, p in self.space.parameters().items()}
+    # The transforms keep their own graphs; autograd would keep one more, of the parameters that do not count.
+    @torch.no_grad()
+    def _means(self, v_EQP: Tensor, ids_EB: Tensor) -> Parameters:
+        """What `products` gives, for mini-batches that fit into memory."""
+        chains, queries, _ = v_EQP.shape
+        self.work += self.cost * queries * ids_EB.numel()
+        if chains > 1 and self._fits(queries * ids_EB.numel()):
+            if ids_EB.shape not in self._batches_together:
+                self._batches_together[ids_EB.shape] = self._look_together(v_EQP, ids_EB)
+            if self._batches_together[ids_EB.shape]:
+                return self._together(v_EQP, ids_EB)
+        return self._one_by_one(v_EQP, ids_EB)
+
+    def _fits(self, passes: int) -> bool:
+        """Whether the activations of so many passes of one sample do."""
         assert self._sample_bytes is not None
-        at_once = max(1, MAX_BYTES // (len(ids) * self._sample_bytes))
-        # The transforms keep their own graphs; autograd would keep one more, of the parameters that do not count.
-        with torch.no_grad():
-            products = self._multiply(
-                parameters, self.space.split(v_QP), self.batch(ids), min(at_once, len(v_QP))
-            )
-        return self.space.join(products)
+        return passes * self._sample_bytes <= MAX_BYTES
+
+    def _one_by_one(self, v_EQP: Tensor, ids_EB: Tensor) -> Parameters:
+        assert self._sample_bytes is not None
+        queries, size = v_EQP.shape[1], ids_EB.shape[1]
+        at_once = min(queries, max(1, MAX_BYTES // (size * self._sample_bytes)))
+        means = [
+            self._multiply(self._values(), self.space.split(v_QP), self.batch(ids), at_once)
+            for v_QP, ids in zip(v_EQP, ids_EB, strict=True)
+        ]
+        if len(means) == 1:
+            return {name: mean[None] for name, mean in means[0].items()}
+        return {name: torch.stack([mean[name] for mean in means]) for name in means[0]}
+
+    def _together(self, v_EQP: Tensor, ids_EB: Tensor) -> Parameters:
+        """By one pass over all mini-batches."""
+        chains, queries, _ = v_EQP.shape
+        leaves, structure = pytree.tree_flatten(self.batch(ids_EB.flatten()))
+        mapped = [isinstance(x, Tensor) and x.shape[:1] == (ids_EB.numel(),) for x in leaves]
+        leaves = [
+            x.reshape(chains, -1, *x.shape[1:]) if own else x
+            for x, own in zip(leaves, mapped, strict=True)
+        ]
+
+        def means(vectors: Parameters, leaves: list[object]) -> Parameters:
+            batch = pytree.tree_unflatten(leaves, structure)
+            return self._multiply(self._values(), vectors, batch, queries)
+
+        dims = (0, [0 if own else None for own in mapped])
+        result: Parameters = vmap(means, in_dims=dims)(self.space.split(v_EQP), leaves)
+        return result
+
+    def _look_together(self, v_EQP: Tensor, ids_EB: Tensor) -> bool:
+        """Whether that gives the same; a model that looks at values cannot be mapped."""
+        expected = self.space.join(self._one_by_one(v_EQP, ids_EB))
+        try:
+            found = self.space.join(self._together(v_EQP, ids_EB))
+        except RuntimeError:
+            return False
+        return bool((found - expected).norm() <= AGREEMENT * expected.norm())
+
+    def _values(self) -> Parameters:
+        return {name: p.detach() for name, p in self.space.parameters().items()}
 
     def batch(self, ids: Tensor) -> Batch:
         """Samples on the model's device, in the type of its weights."""
@@ -219,7 +282,7 @@ class GaussNewton(Operator):
             (result,) = transposed_jacobian(output_hessian(outputs_BC, tangents_BC))
             return result
 
-        products: Parameters = vmap(product, chunk_size=at_once)(vectors)
+        products: Parameters = _mapped(product, vectors, at_once)
         return products
 
 
@@ -258,8 +321,15 @@ class Hessian(Operator):
         # jvp; and it goes forward and backward once, whatever the number of vectors and chunks.
         transposed_hessian = vjp(gradient, parameters)[1]
         products: Parameters
-        (products,) = vmap(transposed_hessian, chunk_size=at_once)(vectors)
+        (products,) = _mapped(transposed_hessian, vectors, at_once)
         return products
+
+
+def _mapped(function: Callable[[Parameters], Any], vectors: Parameters, at_once: int) -> Any:
+    """A function of one vector of all of them, so many at once."""
+    count = len(next(iter(vectors.values())))
+    # One chunk would be copied on its way out.
+    return vmap(function, chunk_size=at_once if at_once < count else None)(vectors)
 
 
 def _difference(
@@ -285,7 +355,7 @@ def _difference(
         behind = gradient({name: p - eps * vector[name] for name, p in parameters.items()})
         return {name: (ahead[name] - behind[name]) / (2 * eps) for name in parameters}
 
-    products: Parameters = vmap(product, chunk_size=at_once)(vectors)
+    products: Parameters = _mapped(product, vectors, at_once)
     return products
 
 

@@ -76,12 +76,7 @@ class Solver(ABC):
             SpecError: A + lambda I is not positive definite.
             RuntimeFault: No solution was found.
         """
-        finite_Q = rhs_QP.isfinite().all(dim=1)
-        if not finite_Q.all():
-            row = int((~finite_Q).nonzero()[0])
-            raise DataError(
-                f"right-hand side {row} is not finite: check the query and the checkpoint"
-            )
+        require_finite(rhs_QP)
         return self._solve(operator, rhs_QP, progress)
 
     @abstractmethod
@@ -100,6 +95,18 @@ class Solver(ABC):
                 "the curvature has no positive eigenvalue to choose a damping by: give --damping"
             )
         return chosen
+
+
+def require_finite(rhs_QP: Tensor) -> None:
+    """Refuse right-hand sides that are not numbers.
+
+    Raises:
+        DataError: A right-hand side is not finite.
+    """
+    finite_Q = rhs_QP.isfinite().all(dim=1)
+    if not finite_Q.all():
+        row = int((~finite_Q).nonzero()[0])
+        raise DataError(f"right-hand side {row} is not finite: check the query and the checkpoint")
 
 
 def relative_residual(

@@ -76,27 +76,32 @@ def dense(task, model, space, ids, kind):
 
 @pytest.mark.parametrize("kind", [GaussNewton, Hessian])
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
+@pytest.mark.parametrize("chains", [1, 3])
 @pytest.mark.parametrize("queries", ["vectors", "samples"])
-def test_blocks_of_steps_are_the_recursion(task, model, kind, batch_size, queries):
+def test_steps_are_the_recursion(task, model, kind, batch_size, chains, queries):
     space = ParameterSpace(model)
     operator = kind(model, space, task, torch.arange(N))
     v_QP = torch.randn(3, space.size, dtype=torch.float64)
     if queries == "samples":  # outer products in each layer; and one of nothing
         losses = [task.losses(model, task.batch(torch.tensor([i]), None)).sum() for i in (3, 8)]
         v_QP = torch.stack([*map(space.gradient, losses), torch.zeros(space.size)]).double()
-    steps = lissa_steps(operator, v_QP, DAMPING, SCALE, batch_size)
-    assert isinstance(steps, ChainSteps)
-    ids_SB = torch.randint(N, (11, batch_size))
-    h_QP, sum_QP, total_QP = v_QP.clone(), torch.zeros_like(v_QP), torch.zeros_like(v_QP)
-    for ids in ids_SB:
-        product_QP = h_QP @ dense(task, model, space, ids, kind)
-        h_QP = v_QP + (1 - DAMPING) * h_QP - product_QP / SCALE
-        sum_QP += h_QP
-    for piece in ids_SB.split(min(4, steps.longest)):
-        steps.take(piece, total_QP)
-    torch.testing.assert_close(steps.h_QP(), h_QP)
-    torch.testing.assert_close(total_QP, sum_QP)
-    torch.testing.assert_close(steps.lengths(), h_QP.norm(dim=1))
+    ids_ESB = torch.randint(N, (chains, 11, batch_size))
+    h_EQP = v_QP.repeat(chains, 1, 1)
+    sum_EQP = torch.zeros_like(h_EQP)
+    for chain, ids_SB in enumerate(ids_ESB):
+        for ids in ids_SB:
+            product_QP = h_EQP[chain] @ dense(task, model, space, ids, kind)
+            h_EQP[chain] = v_QP + (1 - DAMPING) * h_EQP[chain] - product_QP / SCALE
+            sum_EQP[chain] += h_EQP[chain]
+    blocked = lissa_steps(operator, v_QP, DAMPING, SCALE, batch_size, chains)
+    assert isinstance(blocked, ChainSteps)
+    for steps in (blocked, AnySteps(operator, v_QP, DAMPING, SCALE, chains)):
+        total_EQP = torch.zeros_like(sum_EQP)
+        for piece in ids_ESB.split(min(4, steps.longest), dim=1):
+            steps.take(piece, total_EQP)
+        torch.testing.assert_close(steps.h_EQP(), h_EQP)
+        torch.testing.assert_close(total_EQP, sum_EQP)
+        torch.testing.assert_close(steps.lengths(), h_EQP.norm(dim=2))
 
 
 def test_one_layer_alone(task):
@@ -107,22 +112,22 @@ def test_one_layer_alone(task):
     steps = lissa_steps(operator, v_QP, DAMPING, SCALE, 2)
     assert isinstance(steps, ChainSteps)
     plain = AnySteps(operator, v_QP, DAMPING, SCALE)
-    ids_SB = torch.randint(N, (3, 2))
+    ids_ESB = torch.randint(N, (1, 3, 2))
     for each in (steps, plain):
-        each.take(ids_SB)
-    torch.testing.assert_close(steps.h_QP(), plain.h_QP())
+        each.take(ids_ESB)
+    torch.testing.assert_close(steps.h_EQP(), plain.h_EQP())
 
 
 def test_a_block_is_its_steps_one_by_one(task, model):
     space = ParameterSpace(model)
     operator = GaussNewton(model, space, task, torch.arange(N))
     v_QP = torch.randn(2, space.size, dtype=torch.float64)
-    ids_SB = torch.randint(N, (6, 1))
+    ids_ESB = torch.randint(N, (1, 6, 1))
     together, apart = (ChainSteps(operator, *given(operator, v_QP)) for _ in range(2))
-    together.take(ids_SB)
-    for ids in ids_SB:
-        apart.take(ids[None])
-    torch.testing.assert_close(together.h_QP(), apart.h_QP())
+    together.take(ids_ESB)
+    for ids_ES1 in ids_ESB.split(1, dim=1):
+        apart.take(ids_ES1)
+    torch.testing.assert_close(together.h_EQP(), apart.h_EQP())
 
 
 def given(operator, v_QP):
@@ -138,7 +143,9 @@ def test_a_solution_is_that_of_any_model(task, model, monkeypatch):
     blocked = solver.solve(operator, v_QP)
     cost = operator.work
     operator.work = 0.0
-    monkeypatch.setattr("influence_jobs.curvature.lissa.lissa_steps", lambda *a: AnySteps(*a[:4]))
+    monkeypatch.setattr(
+        "influence_jobs.curvature.lissa.lissa_steps", lambda *a: AnySteps(*a[:4], *a[5:])
+    )
     plain = solver.solve(operator, v_QP)
     torch.testing.assert_close(blocked.x_QP, plain.x_QP)
     assert blocked.record["depth"] == plain.record["depth"]

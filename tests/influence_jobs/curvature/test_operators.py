@@ -16,7 +16,7 @@ from influence_jobs.errors import DataError, ModelError, SpecError
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.tasks.base import Draw
 
-from .conftest import Classes, N, randoms
+from .conftest import Classes, N, SmallNet, randoms
 
 
 def test_gauss_newton_is_the_dense_matrix(case):
@@ -60,6 +60,55 @@ def test_a_mini_batch_is_the_mean_over_its_samples(case):
     v_QP = randoms(2, case.space.size)
     product = case.gauss_newton().product(v_QP, ids)
     torch.testing.assert_close(product, v_QP @ case.dense_gauss_newton(ids))
+
+
+@pytest.mark.parametrize("kind", ["gauss_newton", "hessian"])
+@pytest.mark.parametrize("held", ["all", "a mini-batch", "some samples"])
+def test_mini_batches_side_by_side_are_each_alone(case, kind, held, monkeypatch):
+    alone, together = (getattr(case, kind)() for _ in range(2))
+    v_EQP = randoms(6, case.space.size).view(3, 2, -1)
+    ids_EB = torch.randperm(N)[:9].view(3, 3)
+    expected = [alone.product(v_QP, ids) for v_QP, ids in zip(v_EQP, ids_EB, strict=True)]
+    if held != "all":
+        together.look()
+        passes = {"a mini-batch": 6, "some samples": 4}[held]
+        monkeypatch.setattr(operators_module, "MAX_BYTES", passes * together._sample_bytes)
+        monkeypatch.setattr(operators_module, "MIN_ROWS", 1)
+    found_EQP = case.space.join(together.products(v_EQP, ids_EB))
+    torch.testing.assert_close(found_EQP, torch.stack(expected))
+    assert together.work == alone.work
+    assert together._batches_together == ({ids_EB.shape: True} if held == "all" else {})
+
+
+class Looking(SmallNet):
+    """Looks at values, which no transform over mini-batches allows."""
+
+    def forward(self, x):
+        return super().forward(x * 2 if x.sum() > 0 else x * 3)
+
+
+class Sharing(Classes):
+    """A batch has a tensor that is no sample's, but as long as two mini-batches."""
+
+    def batch(self, ids, draw):
+        return *super().batch(ids, draw), torch.arange(2.0, 8.0, dtype=torch.float64)
+
+    def outputs(self, model, batch):
+        return model(batch[0]) * batch[2].sum()
+
+
+@pytest.mark.parametrize("model, task", [(Looking, Classes), (SmallNet, Sharing)])
+def test_models_that_cannot_be_mapped_over_mini_batches_take_them_one_by_one(model, task):
+    task = task()
+    torch.manual_seed(0)
+    model = model(3).double().eval()
+    space = ParameterSpace(model)
+    operator = Hessian(model, space, task, torch.arange(N))
+    v_EQP, ids_EB = randoms(4, space.size).view(2, 2, -1), torch.arange(6).view(2, 3)
+    expected = [operator.product(v_QP, ids) for v_QP, ids in zip(v_EQP, ids_EB, strict=True)]
+    found_EQP = space.join(operator.products(v_EQP, ids_EB))
+    torch.testing.assert_close(found_EQP, torch.stack(expected))
+    assert operator._batches_together == {ids_EB.shape: False}
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, N])

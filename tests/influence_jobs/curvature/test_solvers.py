@@ -82,7 +82,7 @@ def test_negative_curvature_is_refused_with_the_lambda_that_would_do(case):
 
 def test_the_mean_of_lissa_is_the_inverse_within_its_standard_error(case):
     v_QP, damping = randoms(3, case.space.size), 5 * LAMBDA
-    chains = [Lissa(damping, repeat=r).solve(case.gauss_newton(), v_QP) for r in range(4)]
+    chains = Lissa(damping).solve_repeats(case.gauss_newton(), v_QP, range(4))
     x_RQP = torch.stack([chain.x_QP for chain in chains])
     expected = inverse(case.dense_gauss_newton(), v_QP, damping)
     error_Q = (x_RQP.mean(0) - expected).norm(dim=1)
@@ -100,7 +100,7 @@ def test_the_fixed_point_of_the_recursion_has_damping_d_times_s(case, scale):
     # With every sample in every step there is no noise: the recursion itself is seen.
     operator, v_QP = case.gauss_newton(), randoms(2, case.space.size)
     dense = case.dense_gauss_newton()
-    operator.product = lambda h_QP, ids: h_QP @ dense  # type: ignore[method-assign]
+    operator.products = lambda h_EQP, ids: case.space.split(h_EQP @ dense)  # type: ignore[method-assign]
     depth = math.ceil(25 * scale / LAMBDA)
     solution = Lissa(LAMBDA, scale=scale, depth=depth, batch_size=1).solve(operator, v_QP)
     assert solution.record["recursion_damping"] == LAMBDA / scale
@@ -110,16 +110,58 @@ def test_the_fixed_point_of_the_recursion_has_damping_d_times_s(case, scale):
     assert relative(solution.x_QP, wrong).min() > 0.1
 
 
-def test_a_chain_depends_on_seed_and_repeat_alone(case):
+def test_a_chain_depends_on_seed_and_number_alone(case):
     v_QP = randoms(3, case.space.size)
 
-    def chain(rows=slice(None), **options):
-        settings = {"scale": 5.0, "depth": 40, "batch_size": 4} | options
-        return Lissa(LAMBDA, **settings).solve(case.gauss_newton(), v_QP[rows]).x_QP
+    def chain(rows=slice(None), repeat=0, **options):
+        solver = Lissa(LAMBDA, **{"scale": 5.0, "depth": 40, "batch_size": 4} | options)
+        return solver.solve_repeats(case.gauss_newton(), v_QP[rows], (repeat,))[0].x_QP
 
     torch.testing.assert_close(chain()[:1], chain(slice(0, 1)))
     assert not torch.allclose(chain(), chain(repeat=1))
     assert not torch.allclose(chain(), chain(seed=1))
+
+
+@pytest.mark.parametrize("case", [Classes], indirect=True)
+@pytest.mark.parametrize("depth", [40, None])
+def test_chains_side_by_side_find_what_each_finds_alone(case, depth, monkeypatch):
+    v_QP, repeats = randoms(2, case.space.size), (4, 0, 2)
+    solver = Lissa(8 * LAMBDA, scale=12.0, depth=depth, batch_size=4)
+
+    def chains(*repeats):
+        return solver.solve_repeats(case.gauss_newton(), v_QP, repeats)
+
+    if depth is None:  # let them end at different steps
+        errors = [chain.record["relative_standard_error"] for chain in chains(*repeats)]
+        monkeypatch.setattr(lissa_module, "TOLERANCE", sorted(errors)[1])
+    together, alone = chains(*repeats), [chains(repeat)[0] for repeat in repeats]
+    depths = [solution.record["depth"] for solution in alone]
+    assert [solution.record["depth"] for solution in together] == depths
+    assert depth is not None or len(set(depths)) > 1
+    for found, expected in zip(together, alone, strict=True):
+        torch.testing.assert_close(found.x_QP, expected.x_QP)
+        torch.testing.assert_close(found.residual_Q, expected.residual_Q)
+    torch.testing.assert_close(
+        solver.solve(case.gauss_newton(), v_QP).x_QP, together[repeats.index(0)].x_QP
+    )
+
+
+@pytest.mark.parametrize("case", [Classes], indirect=True)
+def test_of_chains_side_by_side_only_the_diverging_start_anew(case):
+    v_QP, settings = randoms(2, case.space.size), {"depth": 150, "batch_size": 2}
+    largest = float(torch.linalg.eigvalsh(case.dense_gauss_newton())[-1])
+    for scale in torch.linspace(0.2, 1.5, 27).tolist():
+        solver = Lissa(LAMBDA, scale=scale * largest, **settings)
+        alone = [solver.solve_repeats(case.gauss_newton(), v_QP, (r,))[0] for r in range(3)]
+        tries = [len(solution.record["messages"]) for solution in alone]
+        if len(set(tries)) > 1:
+            break
+    assert len(set(tries)) > 1, "no scale at which some chains diverge and others do not"
+    together = solver.solve_repeats(case.gauss_newton(), v_QP, range(3))
+    for found, expected in zip(together, alone, strict=True):
+        torch.testing.assert_close(found.x_QP, expected.x_QP)
+        assert found.record["messages"] == expected.record["messages"]
+        assert found.record["scale"] == expected.record["scale"]
 
 
 def test_a_diverging_chain_starts_anew_with_a_larger_scale_and_says_so(case):
@@ -135,7 +177,7 @@ def test_a_diverging_chain_starts_anew_with_a_larger_scale_and_says_so(case):
 
 def test_a_matrix_that_no_scale_helps_is_an_error(case):
     operator = case.hessian()
-    operator.product = lambda h_QP, ids: -1e9 * h_QP  # type: ignore[method-assign]
+    operator.products = lambda h_EQP, ids: case.space.split(-1e9 * h_EQP)  # type: ignore[method-assign]
     with pytest.raises(RuntimeFault, match="LiSSA diverges even at scale"):
         Lissa(LAMBDA, scale=1.0, depth=100, batch_size=2).solve(
             operator, randoms(1, case.space.size)

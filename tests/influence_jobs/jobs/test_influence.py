@@ -89,21 +89,21 @@ def test_s_test_is_the_solution_of_its_queries_gradients(
     assert find_damage(run).damaged == {}
 
 
-def test_repeats_are_shards_and_their_mean_and_variance_are_stored(carry_out, make_s_test):
-    solver = Lissa(damping=0.5, scale=30.0, depth=60, batch_size=16, repeats=3)
+def test_repeats_share_shards_and_their_mean_and_variance_are_stored(carry_out, make_s_test):
+    solver = Lissa(damping=0.5, scale=30.0, depth=60, batch_size=16, repeats=5)
     run = carry_out(make_s_test(solver=solver))
-    repeats = np.stack([run.read_rows(repeat_name(r), 0, 3) for r in range(3)])
+    repeats = np.stack([run.read_rows(repeat_name(r), 0, 3) for r in range(5)])
     assert not np.allclose(repeats[0], repeats[1])
     np.testing.assert_allclose(run.read_rows(S_TEST, 0, 3), repeats.mean(0), rtol=1e-4, atol=1e-7)
     variance = run.read_rows(S_TEST_VARIANCE, 0, 3)
     np.testing.assert_allclose(variance, repeats.var(0, ddof=1), rtol=1e-3, atol=1e-10)
     plan = run.read_json("plan.json")
     assert [(s["part"], s["start"], s["stop"]) for s in plan["shards"]] == [
-        (r, 0, 3) for r in range(3)
+        (part, 0, 3) for part in range(2)
     ]
     rows = run.read_table("solutions").to_pylist()
     assert [(row["query"], row["repeat"]) for row in rows] == [
-        (q, r) for q in range(3) for r in range(3)
+        (q, r) for q in range(3) for r in range(5)
     ]
     assert json.loads(rows[0]["record"])["recursion_damping"] == pytest.approx(0.5 / 30)
     assert find_damage(run).damaged == {}
