@@ -1,18 +1,14 @@
-"""What s_test costs, and how near it comes: MNIST, the report's ten test images.
+"""What LiSSA's s_test costs: MNIST, the report's ten test images, the published setting.
 
-Two tables. *Products*: the published setting of LiSSA (ten queries, batch 8, damping .01, scale 25, so lambda .25), a curvature
-product for one vector at a time counted as one; the bound is the two products of the first layer that a step of all
-queries needs, in blocks of 32 steps. Before that every contestant solves for eight copies of one image, where chance
-plays no part, and is compared with the recursion in float64.
-*Solvers*: seconds of every way to the solution of all ten queries, and its cosine with the exact one, which is conjugate
-gradients over all samples to a residual of 1e-5 (Gauss-Newton, lambda .25). Gradient-equivalents count passes of forward and
-backward over all samples for one vector. The peers' LiSSA is of the Hessian, which lambda .25 does not cover: they are in the first table only.
+That is five repeats, depth 1,000, batch 8, damping .01 and scale 25, so lambda .25. A curvature product for one vector counts
+as one. The bound is the two products of the first layer that a step of all queries needs, in blocks of 32 steps. First every
+contestant solves for eight copies of one image, where chance plays no part, and is compared with the recursion in
+float64. How near the solvers come is `solvers.py`'s question.
 
-    python benchmarks/s_test.py [--full] [--weights CHECKPOINT.pt] [--threads 1]
+    python benchmarks/s_test.py [--full] [--weights CHECKPOINT.pt] [--threads 2]
 """
 
 import copy
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -25,23 +21,13 @@ from harness import (
     gather,
     header,
     print_race,
-    print_table,
     use_worker_allocator,
 )
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset
 
-from influence_jobs.curvature import (
-    ConjugateGradient,
-    EkFac,
-    GaussNewton,
-    Hessian,
-    Identity,
-    Lissa,
-    Operator,
-    Solver,
-)
+from influence_jobs.curvature import GaussNewton, Hessian, Operator
 from influence_jobs.curvature.lissa_steps import AnySteps, lissa_steps
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.models.checkpoints import load_weights
@@ -124,10 +110,13 @@ class Contest:
             h_QP = v_QP + (1 - LAMBDA / SCALE) * h_QP - product(h_QP) / SCALE
         return h_QP.detach() / SCALE
 
-    def entry(self, name: str, kind: type[Operator], solve: Solve, depth: int) -> Contestant:
+    def entry(
+        self, name: str, kind: type[Operator], solve: Solve, depth: int, repeats: int = 1
+    ) -> Contestant:
         error = checked(solve(self.copies, CHECKED_DEPTH), self.recursion(kind))
         ids = torch.arange(self.samples)
-        return Contestant(name, lambda: solve(ids, depth), len(self.rhs_QP) * depth, error)
+        products = len(self.rhs_QP) * depth * repeats
+        return Contestant(name, lambda: solve(ids, depth), products, error)
 
     def bound(self) -> Contestant:
         rows = sum(p.numel() for p in (self.model.fc1.weight, self.model.fc1.bias))
@@ -161,15 +150,15 @@ class Contest:
 
     def this_project(self) -> Contestant:
         solve = self.steps(GaussNewton, blocked=True)
-        return self.entry("this project, perceptrons", GaussNewton, solve, DEPTH)
+        return self.entry("this project, perceptrons", GaussNewton, solve, DEPTH, REPEATS)
 
     def this_project_hessian(self) -> Contestant:
         solve = self.steps(Hessian, blocked=True)
-        return self.entry("this project, perceptrons, Hessian", Hessian, solve, DEPTH)
+        return self.entry("this project, perceptrons, Hessian", Hessian, solve, DEPTH, REPEATS)
 
     def this_project_any_model(self) -> Contestant:
         solve = self.steps(Hessian, blocked=False)
-        return self.entry("this project, any model, Hessian", Hessian, solve, DEPTH // 5)
+        return self.entry("this project, any model, Hessian", Hessian, solve, DEPTH // 10, REPEATS)
 
     def pydvl(self) -> Contestant:
         from pydvl.influence.torch.operator import HessianBatchOperation, LissaOperator
@@ -219,75 +208,17 @@ class Contest:
         return self.entry("dattri, Hessian", Hessian, solve, DEPTH // 50)
 
 
-def solve_all(
-    operator: GaussNewton, rhs_QP: Tensor, chains: list[Solver], samples: int
-) -> tuple[Tensor, float, str]:
-    """Mean over chains, cost, and what to say of them."""
-    solutions = [chain.solve(operator, rhs_QP) for chain in chains]
-    record = solutions[0].record
-    named = {k: record[k] for k in ("scale", "batch_size", "depth") if k in record}
-    said = ", ".join(f"{k} {v:.4g}" for k, v in named.items())
-    return (
-        torch.stack([s.x_QP for s in solutions]).mean(dim=0),
-        sum(s.gradient_equivalents for s in solutions) * operator.num_samples / samples,
-        said or f"{int(solutions[0].iterations_Q.max())} iterations",
-    )
-
-
-def print_solvers(contest: Contest) -> None:
-    samples, rhs_QP = contest.samples, contest.rhs_QP
-    everything = GaussNewton(contest.model, contest.space, TASK, torch.arange(samples))
-    some = torch.randperm(samples, generator=torch.Generator().manual_seed(0))
-    sixth, twelfth = (everything.over(some[: samples // part].sort().values) for part in (6, 12))
-    reference = ConjugateGradient(LAMBDA, tolerance=1e-5).solve(everything, rhs_QP)
-    classical = {"scale": SCALE, "depth": DEPTH, "batch_size": BATCH}
-    contestants: dict[str, tuple[GaussNewton, list[Solver]]] = {
-        "cg, residual 1e-4": (everything, [ConjugateGradient(LAMBDA)]),
-        "cg, residual 1e-2": (everything, [ConjugateGradient(LAMBDA, 1e-2)]),
-        "cg, a sixth of the samples, residual 1e-2": (sixth, [ConjugateGradient(LAMBDA, 1e-2)]),
-        "cg, a twelfth, residual 1e-2": (twelfth, [ConjugateGradient(LAMBDA, 1e-2)]),
-        "lissa, automatic, 5 repeats": (
-            everything,
-            [Lissa(LAMBDA, repeat=r) for r in range(REPEATS)],
-        ),
-        "lissa, automatic, 1 repeat": (everything, [Lissa(LAMBDA)]),
-        "lissa, published setting, 5 repeats": (
-            everything,
-            [Lissa(LAMBDA, repeat=r, **classical) for r in range(REPEATS)],
-        ),
-        "ek-fac": (everything, [EkFac(LAMBDA)]),
-        "identity": (everything, [Identity()]),
-    }
-    print(
-        f"\n## Solvers, {samples:,} samples\n\nReference: residual "
-        f"{float(reference.residual_Q.max()):.0e}, {int(reference.iterations_Q.max())} steps.\n"
-    )
-    rows = []
-    for name, (operator, chains) in contestants.items():
-        started = time.perf_counter()
-        x_QP, cost, said = solve_all(operator, rhs_QP, chains, samples)
-        seconds = time.perf_counter() - started
-        cosine_Q = torch.cosine_similarity(x_QP, reference.x_QP, dim=1)
-        least = f"{float(cosine_Q.min()):.4f}"
-        rows.append(
-            [name, said, f"{float(cosine_Q.median()):.4f}", least, f"{cost:.1f}", f"{seconds:.1f}"]
-        )
-    columns = ["solver", "settings", "cosine, median", "least", "gradient-equivalents", "s"]
-    print_table(columns, rows)
-
-
 def main(
     full: Annotated[bool, typer.Option("--full", help="60,000 samples, more rounds.")] = False,
     weights: Annotated[Path | None, typer.Option(help="State dict; else trained here.")] = None,
     epochs: Annotated[int, typer.Option(help="Of the training.")] = 2,
-    threads: Annotated[int, typer.Option(help="Of torch.")] = 1,
+    threads: Annotated[int, typer.Option(help="Of torch.")] = 2,
 ) -> None:
-    """Print both tables."""
+    """Print a table of products a second and of ratios to pyDVL's and the bound's."""
     use_worker_allocator()
     torch.set_num_threads(threads)
-    header("s_test: LiSSA's products and every solver")
+    header("LiSSA's products, the published setting")
     contest = Contest(trained(weights, epochs), 60_000 if full else 6_000)
-    print("## Products, the published setting of LiSSA\n")
     builders = (
         contest.pydvl,
         contest.bound,
@@ -296,8 +227,7 @@ def main(
         contest.this_project_any_model,
         contest.dattri,
     )
-    print_race(gather(builders), 7 if full else 3, "products", "pyDVL, Hessian", "bound")
-    print_solvers(contest)
+    print_race(gather(builders), 9 if full else 5, "products", "pyDVL, Hessian", "bound")
 
 
 if __name__ == "__main__":
