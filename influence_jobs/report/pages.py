@@ -12,13 +12,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 from starlette.background import BackgroundTask
-from starlette.datastructures import QueryParams
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from influence_jobs.errors import DataError, SpecError
 from influence_jobs.experiments.stability import head
+from influence_jobs.report.addresses import number, positive
 from influence_jobs.report.contact_sheet import Row
 from influence_jobs.report.explain import Explainer, norms_of
 from influence_jobs.report.figures import parts_of, ranking_of
@@ -29,6 +29,7 @@ from influence_jobs.specs import AttributionSpec, ScoresSpec
 from influence_jobs.store.layout import SCORES, TABLES
 from influence_jobs.store.run import Run
 from influence_jobs.store.status import rate_and_eta, read_status, under_way
+from influence_jobs.store.top import ranks
 from influence_jobs.tasks.base import Task
 from influence_jobs.tasks.registry import make_task, task_class
 
@@ -119,9 +120,7 @@ class Pages:
             for row in queries
             if all(not value or str(row[name]) == value for name, value in wanted.items())
         ]
-        page = _number(
-            request.query_params, "page", 0, below=1 + max(0, len(shown) - 1) // PER_PAGE
-        )
+        page = number(request.query_params, "page", 0, below=1 + max(0, len(shown) - 1) // PER_PAGE)
         cells = [
             (self._query_link(row), query_cell(self.task, row["test"])[0], region_of(row["region"]))
             for row in shown[page * PER_PAGE :][:PER_PAGE]
@@ -167,7 +166,7 @@ class Pages:
         return found
 
     def query(self, request: Request) -> Response:
-        test = _number(request.query_params, "test", 0)
+        test = number(request.query_params, "test", 0)
         region = request.query_params.get("region") or None
         wanted = {
             name: value
@@ -189,13 +188,11 @@ class Pages:
             samples = self.samples(run.id)
             for name in ("label", "file"):
                 if name in samples.column_names and name not in choices:
-                    values = pc.unique(samples.column(name)).to_pylist()
-                    choices[name] = [str(value) for value in sorted(values)]
+                    choices[name] = [str(value) for value in _values(samples, name)]
             scores_N = np.array(run.array(SCORES)[index[0]], dtype=np.float64)
             for name, value in wanted.items():
                 if name in samples.column_names:
-                    texts = pc.cast(samples.column(name), pa.string())
-                    scores_N[~pc.equal(texts, value).to_numpy(zero_copy_only=False)] = np.nan
+                    scores_N[~_are(samples, name, value)] = np.nan
             for side, largest in sides(run).items():
                 ids = head(scores_N, TOP, largest=largest)
                 found = [
@@ -241,7 +238,7 @@ class Pages:
         described: dict[str, Any] = {"sample": sample, "score": 0.0}
         for run in self.scored:
             described |= self.samples(run.id).slice(sample, 1).to_pylist()[0]
-            scores_Q, ranks = _ranks(run, sample)
+            scores_Q, ranks_Q, count_Q = ranks(run, SCORES, sample)
             queries = read_table(run, "queries").to_pylist()
             for side, largest in sides(run).items():
                 lines = []
@@ -254,7 +251,8 @@ class Pages:
                             query_cell(self.task, queries[i]["test"])[0],
                             region_of(queries[i]["region"]),
                             float(scores_Q[i]),
-                            int(ranks[largest][i]),
+                            int(ranks_Q[largest][i]),
+                            int(count_Q[i]),
                         )
                     )
                 blocks.append((ranking_of(run, side), lines))
@@ -274,7 +272,6 @@ class Pages:
             sample=sample,
             described={k: v for k, v in described.items() if k not in ("sample", "score")},
             blocks=blocks,
-            count=len(self.task.train_data()),
             norms=norms,
         )
 
@@ -314,9 +311,9 @@ class Pages:
     def _explained(self, request: Request, test: int) -> dict[str, Any]:
         explainer, size = self._explaining(test)
         given = request.query_params
-        point = _number(given, "y", 0, below=size[0]), _number(given, "x", 0, below=size[1])
+        point = number(given, "y", 0, below=size[0]), number(given, "x", 0, below=size[1])
         layer = given.get("layer", explainer.norms.chosen)
-        limit = _positive(given, "limit")
+        limit = positive(given, "limit")
         found = explainer.top(
             test,
             point,
@@ -354,22 +351,18 @@ class Pages:
         return Response(data, media_type="application/vnd.apache.parquet")
 
 
-def _ranks(
-    run: Run, sample: int
-) -> tuple[npt.NDArray[np.float64], dict[bool, npt.NDArray[np.int64]]]:
-    """A sample's scores for every query, and its rank among all samples counted from the largest or the smallest."""
-    array = run.array(SCORES)
-    axis, step = run.row_axis(SCORES), array.chunks[run.row_axis(SCORES)]
-    scores_Q = run.read_rows(SCORES, sample, sample + 1)[:, 0]
-    above_Q, below_Q = (
-        np.ones(len(scores_Q), dtype=np.int64),
-        np.ones(len(scores_Q), dtype=np.int64),
-    )
-    for start in range(0, array.shape[axis], step):
-        block_QB = run.read_rows(SCORES, start, min(start + step, array.shape[axis]))
-        above_Q += (block_QB > scores_Q[:, None]).sum(axis=1)
-        below_Q += (block_QB < scores_Q[:, None]).sum(axis=1)
-    return scores_Q.astype(np.float64), {True: above_Q, False: below_Q}
+def _values(samples: pa.Table, name: str) -> list[Any]:
+    """The values of a column, each once, in their order; one that is missing comes last."""
+    found: list[Any] = pc.unique(samples.column(name)).sort().to_pylist()
+    return found
+
+
+def _are(samples: pa.Table, name: str, text: str) -> npt.NDArray[np.bool_]:
+    """Which samples have the value of a column that pages write so, shape (N,)."""
+    column = samples.column(name)
+    meant = [value for value in _values(samples, name) if str(value) == text]
+    found: npt.NDArray[np.bool_] = pc.is_in(column, pa.array(meant, column.type)).to_numpy()
+    return found
 
 
 def _require_one_task(runs: Sequence[Run]) -> None:
@@ -384,29 +377,3 @@ def _require_one_task(runs: Sequence[Run]) -> None:
             raise SpecError(
                 f"{run.id} is of another task or data than {runs[0].id}: view them one by one"
             )
-
-
-def _number(given: QueryParams, name: str, default: int, *, below: int | None = None) -> int:
-    text = given.get(name, str(default))
-    if (
-        not text.isascii()
-        or not text.isdigit()
-        or len(text) > 18
-        or (below is not None and int(text) >= below)
-    ):
-        limit = f" below {below}" if below is not None else ""
-        raise SpecError(f"{name}={text}: a whole number{limit} is wanted")
-    return int(text)
-
-
-def _positive(given: QueryParams, name: str) -> float | None:
-    text = given.get(name, "")
-    if not text:
-        return None
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise SpecError(f"{name}={text}: a number above 0 is wanted")
-    return value

@@ -60,3 +60,24 @@ def top_scores(
             kept = np.argsort(sign * scores, kind="stable")[:k]
             best[i] = ids[kept], scores[kept]
     return best
+
+
+def ranks(
+    run: Run, name: str, row: int
+) -> tuple[npt.NDArray[np.float64], dict[bool, npt.NDArray[np.int64]], npt.NDArray[np.int64]]:
+    """Where one sample comes for every query of an array (Q, N).
+
+    Returns:
+        Its scores (Q,); by `largest`, its ranks (Q,) counted from 1; how many samples are ranked (Q,): those left out
+        (NaN) do not count.
+    """
+    array, axis = run.array(name), run.row_axis(name)
+    num_rows, step = array.shape[axis], array.chunks[axis]
+    scores_Q: npt.NDArray[np.float64] = run.read_rows(name, row, row + 1)[:, 0].astype(np.float64)
+    above_Q, below_Q, count_Q = np.zeros((3, len(scores_Q)), dtype=np.int64)
+    for start in range(0, num_rows, step):
+        block_QB = run.read_rows(name, start, min(start + step, num_rows))
+        above_Q += (block_QB > scores_Q[:, None]).sum(axis=1)
+        below_Q += (block_QB < scores_Q[:, None]).sum(axis=1)
+        count_Q += (~np.isnan(block_QB)).sum(axis=1)
+    return scores_Q, {True: above_Q + 1, False: below_Q + 1}, count_Q

@@ -1,19 +1,25 @@
 """Finished runs of every kind, and a browser to look at pages with."""
 
 import shutil
-from collections.abc import Callable, Iterator
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import torch
+import uvicorn
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from infl_cluster.driver import drive
 from infl_cluster.inline import InlineBackend
 from influence_jobs.models.ffdnet import FFDNet
+from influence_jobs.report.viewer import make_viewer
 from influence_jobs.specs import (
     AblationSpec,
     AnySpec,
@@ -161,6 +167,42 @@ def denoiser_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
     root = folder / "runs"
     made = _done(root, attribution)
     return Run.open(str(root), norms.run_id), made
+
+
+@contextmanager
+def _served(
+    runs: Sequence[Run], dashboard: Callable[[Run], str | None] = lambda _: None
+) -> Iterator[str]:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        app = make_viewer(runs, "right-token", dashboard)
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        server.should_exit = True
+        thread.join(timeout=10)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def served() -> Callable[..., AbstractContextManager[str]]:
+    """The address of a viewer of some runs while it runs in a thread; its token is `right-token`."""
+    return _served
+
+
+@pytest.fixture
+def asking() -> Iterator[Callable[..., httpx.Client]]:
+    """Asks a viewer of some runs, with its token."""
+    with ExitStack() as stack:
+
+        def make(*runs: Run) -> httpx.Client:
+            address = stack.enter_context(_served(runs))
+            client = httpx.Client(base_url=address, follow_redirects=True)
+            assert stack.enter_context(client).get("/?token=right-token").status_code == 200
+            return client
+
+        yield make
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,7 @@
 
 import http.client
 import shutil
-import socket
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +10,6 @@ import httpx
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import uvicorn
 from playwright.sync_api import expect
 
 from influence_jobs.errors import InflError, SpecError
@@ -25,33 +21,18 @@ from influence_jobs.store.checkpoints import load_checkpoint
 from influence_jobs.store.run import Run, now
 from influence_jobs.tasks.base import Draw
 
-TOKEN = "right-token"
-
-
-@contextmanager
-def served(runs: Sequence[Run], dashboard: Callable[[Run], str | None]) -> Iterator[str]:
-    """The viewer's address while it runs in a thread."""
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        app = make_viewer(runs, TOKEN, dashboard)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        server.should_exit = True
-        thread.join(timeout=10)
-        assert not thread.is_alive()
+TOKEN = "right-token"  # as `served` has it
 
 
 @pytest.fixture(scope="module")
-def digits(runs_of_all_kinds) -> Iterator[str]:
+def digits(runs_of_all_kinds, served) -> Iterator[str]:
     with served([runs_of_all_kinds.paper], lambda _: "http://127.0.0.1:1/#/jobs/x") as address:
         yield address
 
 
 @pytest.fixture(scope="module")
-def denoiser(denoiser_runs) -> Iterator[str]:
-    with served([denoiser_runs[1]], lambda _: None) as address:
+def denoiser(denoiser_runs, served) -> Iterator[str]:
+    with served([denoiser_runs[1]]) as address:
         yield address
 
 
@@ -285,7 +266,7 @@ def test_explained_points_are_those_of_an_attribution_run(denoiser_runs) -> None
 
 
 def test_a_run_at_work_shows_its_progress_and_then_its_results(
-    runs_of_all_kinds, tmp_path, watched
+    runs_of_all_kinds, tmp_path, watched, served
 ) -> None:
     shutil.copytree(runs_of_all_kinds.influence.root, tmp_path / "runs")
     run = Run.open(str(tmp_path / "runs"), runs_of_all_kinds.influence.id)
@@ -293,7 +274,7 @@ def test_a_run_at_work_shows_its_progress_and_then_its_results(
     moment = {"state": "running", "units_done": 450, "units_before": 0, "units_total": 1500}
     moment |= {"work_started_at": now() - 10, "updated_at": now() + 60}
     run.write_json("status.json", {**status, **moment})
-    with served([run], lambda _: None) as address:
+    with served([run]) as address:
         shown = watched()
         shown.page.goto(f"{address}/?token={TOKEN}")
         bar = shown.page.get_by_role("progressbar")
@@ -314,12 +295,12 @@ def test_runs_of_other_data_are_not_mixed(runs_of_all_kinds, denoiser_runs) -> N
         make_viewer([runs_of_all_kinds.influence, denoiser_runs[1]], TOKEN)
 
 
-def test_norms_are_shown_where_the_test_images_are_gone(denoiser_runs, tmp_path) -> None:
+def test_norms_are_shown_where_the_test_images_are_gone(denoiser_runs, tmp_path, served) -> None:
     run = denoiser_runs[0]
     gone = {**run.spec.task.paths, "test_images": str(tmp_path / "gone")}
     task = run.spec.task.model_copy(update={"paths": gone})
     moved = Run(run.root, run.spec.model_copy(update={"task": task}))
-    with served([moved], lambda _: None) as address, httpx.Client(follow_redirects=True) as client:
+    with served([moved]) as address, httpx.Client(follow_redirects=True) as client:
         page = client.get(f"{address}/?token={TOKEN}")
         assert page.status_code == 200
         assert run.id in page.text

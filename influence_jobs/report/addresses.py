@@ -1,0 +1,41 @@
+"""What the addresses of the viewer's pages ask for."""
+
+from starlette.datastructures import QueryParams
+
+from influence_jobs.errors import SpecError
+
+
+def number(given: QueryParams, name: str, default: int, *, below: int | None = None) -> int:
+    """A whole number from 0 on.
+
+    Raises:
+        SpecError: It is none, or too large.
+    """
+    text = given.get(name, str(default))
+    if (
+        not text.isascii()
+        or not text.isdigit()
+        or len(text) > 18
+        or (below is not None and int(text) >= below)
+    ):
+        limit = f" below {below}" if below is not None else ""
+        raise SpecError(f"{name}={text}: a whole number{limit} is wanted")
+    return int(text)
+
+
+def positive(given: QueryParams, name: str) -> float | None:
+    """A number above 0; None where it is left empty.
+
+    Raises:
+        SpecError: It is none.
+    """
+    text = given.get(name, "")
+    if not text:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise SpecError(f"{name}={text}: a number above 0 is wanted")
+    return value
