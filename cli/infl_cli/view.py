@@ -2,6 +2,9 @@
 
 import secrets
 import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Annotated
 
 import typer
@@ -46,7 +49,16 @@ def view(
         url = f"http://{LOOPBACK}:{listening.getsockname()[1]}/?token={token}"
         typer.echo(url)
         say("Ctrl-C ends it")
-        if open_browser:
-            typer.launch(url)
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
-        server.run(sockets=[listening])
+        with _in_browser(url) if open_browser else nullcontext():
+            server.run(sockets=[listening])
+
+
+@contextmanager
+def _in_browser(url: str) -> Iterator[None]:
+    """Open a browser by a file that only we can read: all users see the arguments of a process, and so the token."""
+    with tempfile.NamedTemporaryFile("w", suffix=".html") as page:
+        page.write(f'<meta http-equiv="refresh" content="0; url={url}">')
+        page.flush()
+        typer.launch(page.name)
+        yield

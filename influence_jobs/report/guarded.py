@@ -44,7 +44,8 @@ class Guarded:
             return _no_token
         # On to the same address without the token, so that it is in no link, history or log.
         rest = urlencode([(k, v) for k, v in request.query_params.multi_items() if k != "token"])
-        answer = RedirectResponse(request.url.path + (f"?{rest}" if rest else ""), status_code=303)
+        path = f"/{request.url.path.lstrip('/')}"  # `//host` would be another site's
+        answer = RedirectResponse(path + (f"?{rest}" if rest else ""), status_code=303)
         answer.set_cookie(
             cookie, given, httponly=True, samesite="lax"
         )  # strict would fail where the link is clicked on another page

@@ -1,16 +1,16 @@
 "use strict";
 
-// While a run is at work, its progress; when it ends, its results.
+// While a run is at work, its progress; when all have ended, their results.
 const progress = document.getElementById("progress");
-if (progress && progress.dataset.running === "yes") {
+const atWork = () => progress?.querySelector("[data-state=new], [data-state=running]");
+if (atWork()) {
   const timer = setInterval(async () => {
     const answer = await fetch("/progress");
     if (!answer.ok) return;
     progress.innerHTML = await answer.text();
-    if (!/: (new|running)\b/.test(progress.textContent)) {
-      clearInterval(timer);
-      location.reload();
-    }
+    if (atWork()) return;
+    clearInterval(timer);
+    if (progress.querySelector("[data-state=done]")) location.reload();
   }, 2000);
 }
 

@@ -73,6 +73,14 @@ def test_nobody_comes_in_without_the_token(digits) -> None:
     assert "samesite=lax" in first.headers["set-cookie"].lower()
 
 
+def test_a_token_leads_nowhere_else(digits) -> None:
+    asking = http.client.HTTPConnection(digits.removeprefix("http://"))
+    asking.request("GET", f"//evil.example/?token={TOKEN}")
+    answer = asking.getresponse()
+    assert (answer.status, answer.getheader("location")) == (303, "/evil.example/")
+    asking.close()
+
+
 def test_another_sites_name_for_this_machine_is_refused(digits) -> None:
     answer = httpx.get(f"{digits}/?token={TOKEN}", headers={"host": "evil.example"})
     assert answer.status_code == 400
@@ -288,6 +296,24 @@ def test_a_run_at_work_shows_its_progress_and_then_its_results(
         run.write_json("status.json", status)
         expect(shown.page.locator(".gallery a")).to_have_count(3, timeout=8000)
         assert shown.complaints == []
+
+
+def test_the_page_of_a_failed_run_stays_as_it_is(
+    runs_of_all_kinds, tmp_path, watched, served
+) -> None:
+    shutil.copytree(runs_of_all_kinds.influence.root, tmp_path / "runs")
+    run = Run.open(str(tmp_path / "runs"), runs_of_all_kinds.influence.id)
+    status = {**run.read_json("status.json"), "updated_at": now() + 60}
+    run.write_json("status.json", {**status, "state": "running"})
+    with served([run]) as address:
+        shown = watched()
+        shown.page.goto(f"{address}/?token={TOKEN}")
+        failed = {"state": "failed", "message": "shard 0: running out of memory"}
+        run.write_json("status.json", {**status, **failed})
+        expect(shown.page.locator("#progress")).to_contain_text("failed", timeout=8000)
+        asked = len(shown.requests)
+        shown.page.wait_for_timeout(4500)  # two turns
+        assert shown.requests[asked:] == []
 
 
 def test_runs_of_other_data_are_not_mixed(runs_of_all_kinds, denoiser_runs) -> None:
