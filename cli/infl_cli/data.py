@@ -9,6 +9,7 @@ from infl_cli import options as o
 from infl_cli import render
 from infl_cli.render import say
 from influence_jobs.errors import DataError, SpecError
+from influence_jobs.store.folder import runs_folder
 
 app = typer.Typer(no_args_is_help=True, help="Fetch and check data.")
 
@@ -46,7 +47,7 @@ def denoise_folder(
     from influence_jobs.store.checkpoints import load_checkpoint
     from influence_jobs.tasks.ffdnet import FFDNetGreyTask, FFDNetTask, denoise
 
-    root = o.runs_folder(runs)
+    root = runs_folder(runs)
     kind = FFDNetGreyTask if grey else FFDNetTask
     model = kind.network()
     found = checkpoint_request(checkpoint, root)

@@ -13,7 +13,7 @@ import typer
 from infl_cli import render
 from infl_cli.dry_run import disk_bytes, print_plan
 from infl_cli.how import How
-from infl_cli.options import cores, for_runs
+from infl_cli.options import cores
 from infl_cli.ray_job import job_watcher, live_holder, watcher
 from infl_cli.render import say, size
 from infl_cli.watch import watch
@@ -34,6 +34,7 @@ from influence_jobs.specs import (
     STestSpec,
 )
 from influence_jobs.store import layout
+from influence_jobs.store.folder import for_runs
 from influence_jobs.store.run import Run
 from influence_jobs.store.status import read_status
 

@@ -1,14 +1,14 @@
 """The options that several commands share, each written once."""
 
 import os
-import shlex
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-DEFAULT_RUNS = "runs"
+from influence_jobs.store import folder
+
+DEFAULT_RUNS = folder.DEFAULT_RUNS
 
 _HOW = "How to run"
 _WHAT = "What to compute"
@@ -259,17 +259,6 @@ Json = Annotated[
 RunId = Annotated[
     str, typer.Argument(metavar="RUN", help="Run id, or the first characters of it or of its hash.")
 ]
-
-
-def runs_folder(word: str) -> str:
-    """What `--runs` names, whatever the working directory will be."""
-    return word if "://" in word else str(Path(word).expanduser().absolute())
-
-
-def for_runs(root: str) -> str:
-    """The `--runs` that a suggested command needs to find the same runs; empty if it needs none."""
-    default = runs_folder(os.environ.get("INFL_RUNS", DEFAULT_RUNS))
-    return "" if root == default else f" --runs {shlex.quote(root)}"
 
 
 def cores() -> int:

@@ -9,6 +9,7 @@ from infl_cli import options as o
 from infl_cli.render import say
 from influence_jobs.errors import SpecError
 from influence_jobs.store.find import find_run
+from influence_jobs.store.folder import for_runs, runs_folder
 from influence_jobs.store.run import Run
 
 
@@ -27,9 +28,11 @@ def report(
 
     The page needs no network. Beside it lie its figures as PNG, their data as Parquet, and its tables as Markdown.
     """
-    found = [find_run(o.runs_folder(runs), word) for word in run]
+    found = [find_run(runs_folder(runs), word) for word in run]
     if out is None and "://" in found[0].root:
-        raise SpecError(f"name a folder on this machine: infl report {found[0].id} --out DIR")
+        raise SpecError(
+            f"name a folder on this machine: infl report {found[0].id} --out DIR{for_runs(found[0].root)}"
+        )
     write_report_of(found, out or report_folder(found[0]))
 
 

@@ -15,6 +15,7 @@ from infl_cli.watch import watch
 from influence_jobs.errors import RuntimeFault, StoreError
 from influence_jobs.store import layout
 from influence_jobs.store.find import find_run, run_ids
+from influence_jobs.store.folder import for_runs, runs_folder
 from influence_jobs.store.run import Run
 from influence_jobs.store.status import rate_and_eta, read_status
 from influence_jobs.store.verify import find_damage, mark_undone
@@ -23,17 +24,17 @@ STOP_DEADLINE_S = 15.0
 
 
 def _find(runs: str, run: str) -> Run:
-    return find_run(o.runs_folder(runs), run)
+    return find_run(runs_folder(runs), run)
 
 
 def _command(verb: str, run: Run) -> str:
     """A command the user may want next, written so that it works where they are."""
-    return f"infl {verb} {run.id}{o.for_runs(run.root)}"
+    return f"infl {verb} {run.id}{for_runs(run.root)}"
 
 
 def list_runs(runs: o.Runs = o.DEFAULT_RUNS, json: o.Json = False) -> None:
     """List the runs there are."""
-    root = o.runs_folder(runs)
+    root = runs_folder(runs)
     table: list[dict[str, Any]] = []
     for run_id in run_ids(root):
         try:

@@ -9,6 +9,7 @@ from infl_cli.grouped import grouped
 from infl_cli.how import How, ShardedHow
 from infl_cli.render import say
 from influence_jobs.errors import SpecError
+from influence_jobs.store.folder import runs_folder
 
 # What loads torch is imported by the commands themselves: help and completion must not wait for it.
 
@@ -97,7 +98,7 @@ def train(
             if value is not None:
                 raise SpecError(f"--{name} needs --norms-layer")
     spec = train_request(task_spec, preset=preset, given=given)
-    carry_out(Run(o.runs_folder(runs), spec), how)
+    carry_out(Run(runs_folder(runs), spec), how)
 
 
 @app.command("grad-norms")
@@ -126,7 +127,7 @@ def grad_norms(
 
     if not layer:
         raise SpecError("name at least one layer: --layer 11, --layer main.29, or --layer all")
-    root = o.runs_folder(runs)
+    root = runs_folder(runs)
     subject = subject_request(weights, data, root, default_task="ffdnet", say=say)
     spec = make_spec(
         GradNormsSpec,

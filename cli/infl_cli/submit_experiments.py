@@ -11,6 +11,7 @@ from infl_cli.grouped import grouped
 from infl_cli.how import RetrainingHow, WorkersHow
 from infl_cli.render import say
 from infl_cli.score_options import CurvatureOptions, QueryOptions
+from influence_jobs.store.folder import runs_folder
 
 if TYPE_CHECKING:
     from infl_cli.experiment_requests import Trained
@@ -97,7 +98,7 @@ def ablation(
     from infl_cli.launch import carry_out
     from influence_jobs.store.run import Run
 
-    root = o.runs_folder(runs)
+    root = runs_folder(runs)
     methods = by or ABLATED
     trained, asked = _subject(weights, queries, data, root, methods, seed=seed)
     rankings = tuple(
@@ -136,7 +137,7 @@ def stability(
     from influence_jobs.specs import StabilitySpec, make_spec
     from influence_jobs.store.run import Run
 
-    root = o.runs_folder(runs)
+    root = runs_folder(runs)
     trained, asked = _subject(weights, queries, data, root, by or RETRAINED, seed=seed)
     methods = stability_rankings(
         by or RETRAINED,
@@ -181,7 +182,7 @@ def lds(
     from influence_jobs.specs import LdsSpec, make_spec
     from influence_jobs.store.run import Run
 
-    root = o.runs_folder(runs)
+    root = runs_folder(runs)
     methods = by or COMPARED
     trained, asked = _subject(weights, queries, data, root, methods, seed=seed)
     rankings = tuple(
@@ -225,7 +226,7 @@ def paper(
     from infl_cli.report import report_folder, write_report_of
     from influence_jobs.store.run import Run
 
-    root = o.runs_folder(runs)
+    root = runs_folder(runs)
     run = Run(root, paper_request(weights, data, root, quick=quick))
     carry_out(run, how)
     if not (how.dry_run or how.detach or "://" in root):

@@ -12,6 +12,7 @@ from infl_cli.how import ShardedHow
 from infl_cli.render import say
 from infl_cli.score_options import CurvatureOptions, QueryOptions
 from influence_jobs.errors import SpecError
+from influence_jobs.store.folder import runs_folder
 
 if TYPE_CHECKING:
     from influence_jobs.specs import Checkpoint
@@ -55,7 +56,7 @@ def s_test(
     from infl_cli.score_requests import queries_request, s_test_requests
     from influence_jobs.store.run import Run
 
-    root = o.runs_folder(runs)
+    root = runs_folder(runs)
     subject = subject_request(weights, data, root, default_task="mnist", say=say)
     asked = queries_request(queries, subject.built, seed=seed)
     specs = s_test_requests(subject, asked, curvature, layers=layer, seed=seed)
@@ -105,7 +106,7 @@ def influence(
     from influence_jobs.specs import InfluenceSpec, STestSpec, make_spec
     from influence_jobs.store.run import Run
 
-    root = o.runs_folder(runs)
+    root = runs_folder(runs)
     if s_test:
         given = (queries, curvature, data, replace(weights, checkpoint=None), layer)
         if given != (QueryOptions(), CurvatureOptions(), o.QueriedData(), o.Weights(), None):
@@ -184,7 +185,7 @@ def attribution(
     from influence_jobs.store.run import Run
     from influence_jobs.tasks.layers import resolve_layers, weight_layers
 
-    root = o.runs_folder(runs)
+    root = runs_folder(runs)
     source = find_run(root, norms).spec if norms else None
     if isinstance(source, GradNormsSpec):
         at, layers = _last(source.checkpoints), source.layers
@@ -244,7 +245,7 @@ def baseline(
     from influence_jobs.specs import BaselineSpec, InfluenceSpec, make_spec
     from influence_jobs.store.run import Run
 
-    root = o.runs_folder(runs)
+    root = runs_folder(runs)
     subject = subject_request(weights, data, root, default_task="mnist", say=say)
     asked = queries_request(queries, subject.built, seed=seed)
     if method != "dot-product":

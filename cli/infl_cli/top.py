@@ -22,6 +22,7 @@ from influence_jobs.report.ranking import (
 )
 from influence_jobs.specs import InfluenceSpec, ScoresSpec
 from influence_jobs.store.find import find_run
+from influence_jobs.store.folder import for_runs, runs_folder
 from influence_jobs.store.layout import SCORES, part_name
 from influence_jobs.store.run import Run
 from influence_jobs.store.status import read_status
@@ -72,10 +73,10 @@ def top(
     json: o.Json = False,
 ) -> None:
     """Print the samples with the largest norms or scores, with their label or file, row and column."""
-    found = find_run(o.runs_folder(runs), run)
+    found = find_run(runs_folder(runs), run)
     if read_status(found)["state"] != "done":
         raise StoreError(
-            f"{found.id} is not done yet: infl resume {found.id}{o.for_runs(found.root)}"
+            f"{found.id} is not done yet: infl resume {found.id}{for_runs(found.root)}"
         )
     for file in (png, parquet):
         if file is not None and not file.parent.is_dir():

@@ -13,6 +13,7 @@ from infl_cli import options as o
 from infl_cli.render import say
 from influence_jobs.errors import SpecError
 from influence_jobs.store.find import find_run
+from influence_jobs.store.folder import runs_folder
 
 LOOPBACK = "127.0.0.1"
 
@@ -35,7 +36,7 @@ def view(
     from infl_cli.ray_job import dashboard_of
     from influence_jobs.report.viewer import make_viewer
 
-    found = [find_run(o.runs_folder(runs), word) for word in run]
+    found = [find_run(runs_folder(runs), word) for word in run]
     token = secrets.token_urlsafe(24)
     app = make_viewer(found, token, dashboard_of)
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listening:

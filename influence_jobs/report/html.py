@@ -31,6 +31,7 @@ from influence_jobs.specs import (
     TrainSpec,
 )
 from influence_jobs.store import layout
+from influence_jobs.store.folder import for_runs
 from influence_jobs.store.run import Run
 from influence_jobs.store.status import read_status
 
@@ -79,7 +80,9 @@ def sections_of(runs: Sequence[Run]) -> list[Section]:
     found: dict[str, Section] = {}
     for run in runs:
         if (state := read_status(run)["state"]) != "done":
-            raise StoreError(f"{run.id} is not finished ({state}): infl resume {run.id}")
+            raise StoreError(
+                f"{run.id} is not finished ({state}): infl resume {run.id}{for_runs(run.root)}"
+            )
         for part in parts_of(run):
             if part.id not in found:
                 found[part.id] = _section(part, numbered=isinstance(run.spec, PaperSpec))

@@ -7,6 +7,7 @@ import pyarrow as pa
 
 from influence_jobs.errors import SpecError, StoreError
 from influence_jobs.specs import GradNormsSpec, InfluenceSpec, ScoresSpec, STestSpec, TrainSpec
+from influence_jobs.store.folder import for_runs
 from influence_jobs.store.layout import SCORES, part_name
 from influence_jobs.store.run import Run
 from influence_jobs.store.top import largest_rows, top_scores
@@ -22,7 +23,7 @@ def require_ranked(run: Run) -> None:
         SpecError: It has neither scores nor norms.
     """
     if not isinstance(run.spec, (ScoresSpec, STestSpec, GradNormsSpec, TrainSpec)):
-        raise SpecError(f"{run.id} ranks no samples: infl report {run.id}")
+        raise SpecError(f"{run.id} ranks no samples: infl report {run.id}{for_runs(run.root)}")
 
 
 def sides(run: Run) -> dict[str, bool]:
@@ -122,11 +123,12 @@ def ranked_norms(
     arrays = norm_arrays(run)
     if isinstance(run.spec, STestSpec):
         raise SpecError(
-            f"{run.id} has no scores yet: infl submit influence --s-test {run.id} makes them"
+            f"{run.id} has no scores yet: infl submit influence --s-test {run.id}{for_runs(run.root)}"
         )
     if not arrays:
         raise SpecError(
-            f"{run.id} has no gradient norms: infl submit grad-norms --layer all --checkpoint {run.id}"
+            f"{run.id} has no gradient norms: "
+            f"infl submit grad-norms --layer all --checkpoint {run.id}{for_runs(run.root)}"
         )
     if layer is not None and layer not in arrays:
         raise SpecError(f"{run.id} has no norms of layer {layer}; it has {', '.join(arrays)}")
@@ -161,5 +163,5 @@ def read_table(run: Run, name: str) -> pa.Table:
         return run.read_table(name)
     except (FileNotFoundError, ValueError):  # ArrowInvalid is a ValueError
         raise StoreError(
-            f"the table of {run.id}'s {name} is missing or damaged: infl verify {run.id}"
+            f"the table of {run.id}'s {name} is missing or damaged: infl verify {run.id}{for_runs(run.root)}"
         ) from None

@@ -21,6 +21,7 @@ from influence_jobs.report.ranking import (
 from influence_jobs.specs import AnySpec, ScoresSpec
 from influence_jobs.store import layout
 from influence_jobs.store.find import find_run
+from influence_jobs.store.folder import for_runs
 from influence_jobs.store.status import read_status
 
 
@@ -127,7 +128,9 @@ class Results:
         """
         require_ranked(self.run)
         if self.state != "done":
-            raise StoreError(f"{self.run.id} is not done yet: infl resume {self.run.id}")
+            raise StoreError(
+                f"{self.run.id} is not done yet: infl resume {self.run.id}{for_runs(self.run.root)}"
+            )
         if isinstance(self.spec, ScoresSpec):
             if channel is not None:
                 raise SpecError(f"{self.run.id} has scores, which have no channels")

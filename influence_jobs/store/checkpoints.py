@@ -9,6 +9,7 @@ from torch import nn
 from influence_jobs.errors import ModelError, StoreError
 from influence_jobs.models.checkpoints import load_weights
 from influence_jobs.specs import FileCheckpoint, TrainedCheckpoint
+from influence_jobs.store.folder import for_runs
 from influence_jobs.store.layout import checkpoint_name
 from influence_jobs.store.run import Run, checksum
 
@@ -56,9 +57,10 @@ def load_checkpoint(
     except FileNotFoundError:
         data = b""
     if checksum(data) != recorded_digest(root, checkpoint):
+        more = for_runs(root)
         raise StoreError(
             f"{run.files.url}/{name} is missing or damaged: "
-            f"infl verify {run.id} --repair, then infl resume {run.id}"
+            f"infl verify {run.id}{more} --repair, then infl resume {run.id}{more}"
         )
     load_weights(model, io.BytesIO(data), name=f"{run.id}@{checkpoint.epoch}")
 

@@ -3,6 +3,7 @@
 from influence_jobs.errors import StoreError
 from influence_jobs.store import layout
 from influence_jobs.store.files import open_files
+from influence_jobs.store.folder import for_runs
 from influence_jobs.store.run import Run
 
 
@@ -26,4 +27,6 @@ def find_run(root: str, word: str) -> Run:
         return Run.open(root, found[0])
     if found:
         raise StoreError(f"{word!r} may be any of {', '.join(found)}: write more of it")
-    raise StoreError(f"there is no run {word} in {root}: `infl runs` lists those there are")
+    raise StoreError(
+        f"there is no run {word} in {root}: `infl runs{for_runs(root)}` lists those there are"
+    )

@@ -21,6 +21,7 @@ from influence_jobs.errors import StoreError
 from influence_jobs.specs import AnySpec, parse_spec
 from influence_jobs.store import layout
 from influence_jobs.store.files import open_files
+from influence_jobs.store.folder import for_runs
 from influence_jobs.store.layout import ArrayLayout
 from influence_jobs.store.manifest import Manifest
 
@@ -52,7 +53,7 @@ class Run:
             text = files.read(layout.SPEC)
         except (FileNotFoundError, NotADirectoryError):
             raise StoreError(
-                f"there is no run {run_id} in {root}: `infl runs` lists those there are"
+                f"there is no run {run_id} in {root}: `infl runs{for_runs(root)}` lists those there are"
             ) from None
         run = cls(root, parse_spec(text, f"{files.url}/{layout.SPEC}"))
         if run.id != run_id:

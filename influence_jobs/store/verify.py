@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from influence_jobs.errors import StoreError
 from influence_jobs.store import layout
+from influence_jobs.store.folder import for_runs
 from influence_jobs.store.lease import Lease
 from influence_jobs.store.manifest import Entry
 from influence_jobs.store.run import Run, checksum
@@ -32,7 +33,7 @@ def find_damage(run: Run) -> Verification:
     """
     plan = run.read_json(layout.PLAN)
     if plan is None:
-        raise StoreError(f"run {run.id} has not begun: infl resume {run.id}")
+        raise StoreError(f"run {run.id} has not begun: infl resume {run.id}{for_runs(run.root)}")
     damaged, good = {}, 0
     done = run.manifest.done()
     for shard in (*(shard["id"] for shard in plan["shards"]), layout.FINISH):

@@ -278,21 +278,6 @@ def test_status_of_a_finished_run(infl: Infl, runs: Path, finished_run: Run) -> 
     assert "6 of 6 shards to do" in infl("logs", "grad").out
 
 
-def test_a_run_that_was_never_begun(infl: Infl, tmp_path: Path, finished_run: Run) -> None:
-    run = Run.create(str(tmp_path / "elsewhere"), finished_run.spec)
-    where = ("grad", "--runs", "elsewhere")
-    resume = f"infl resume {run.id} --runs {tmp_path}/elsewhere"
-    lines = ("run", run.id), ("path", run.files.url), ("status", "new"), ("next", resume)
-    assert infl("status", *where).out == "".join(f"{name:6}  {value}\n" for name, value in lines)
-    assert "message  it is not running\n" in infl("status", *where, "--follow").out
-    assert infl("logs", *where).err == f"{run.id} has no logs yet: no driver has begun it\n"
-    assert infl("stop", *where).err == f"{run.id} is not running\n"
-    assert infl("verify", *where).err == (
-        f"error: run {run.id} has not begun: infl resume {run.id}\n"
-    )
-    assert f"is not done yet: {resume}\n" in infl("top", *where).err
-
-
 def test_damage_is_found_and_mended(infl: Infl, runs: Path, finished_run: Run) -> None:
     good = f"{finished_run.id}: 6 of 6 shards are done and good\n"
     assert infl("verify", "grad").out == good
