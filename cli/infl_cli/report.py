@@ -19,8 +19,11 @@ def report(
         typer.Argument(metavar="RUN...", help="Ids of runs, or their first characters."),
     ],
     out: Annotated[
-        Path | None,
-        typer.Option(help="Folder to write to; by default `report` in the first run's own folder."),
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder to write to; by default `report` in the first run's own folder.",
+        ),
     ] = None,
     runs: o.Runs = o.DEFAULT_RUNS,
 ) -> None:
@@ -29,11 +32,11 @@ def report(
     The page needs no network. Beside it lie its figures as PNG, their data as Parquet, and its tables as Markdown.
     """
     found = [find_run(runs_folder(runs), word) for word in run]
-    if out is None and "://" in found[0].root:
+    if "://" in (out or found[0].root):
         raise SpecError(
             f"name a folder on this machine: infl report {found[0].id} --out DIR{for_runs(found[0].root)}"
         )
-    write_report_of(found, out or report_folder(found[0]))
+    write_report_of(found, Path(out) if out else report_folder(found[0]))
 
 
 def report_folder(run: Run) -> Path:

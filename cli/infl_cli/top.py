@@ -17,7 +17,6 @@ from influence_jobs.report.ranking import (
     by_query,
     ranked_norms,
     ranked_scores,
-    read_table,
     require_ranked,
 )
 from influence_jobs.specs import InfluenceSpec, ScoresSpec
@@ -122,7 +121,7 @@ def _print_scores(run: Run, array: str, rows: Sequence[Mapping[str, Any]]) -> No
     meaning = run.array(array).attrs
     render.out.print(f"scores: {meaning['quantity']}")
     render.out.print(f"sign: {meaning['sign']}; unit: {meaning['unit']}")
-    queries = {row["query"]: row for row in read_table(run, "queries").to_pylist()}
+    queries = {row["query"]: row for row in run.read_table("queries").to_pylist()}
     for (test, region, side), block in by_query(rows).items():
         query = next(q for q in queries.values() if (q["test"], q["region"]) == (test, region))
         known = {

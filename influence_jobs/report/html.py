@@ -133,11 +133,15 @@ def write_report(title: str, sections: Sequence[Section], folder: Path) -> list[
         The files.
 
     Raises:
-        SpecError: The folder is a file.
+        SpecError: There is a file in the folder's place, or in that of one above it.
     """
-    if folder.exists() and not folder.is_dir():
-        raise SpecError(f"cannot write a report to {folder}: it is a file, name a folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        file = next(path for path in (folder, *folder.parents) if path.exists())
+        raise SpecError(
+            f"cannot write a report to {folder}: {file} is a file, name a folder"
+        ) from None
     written = [folder / "report.html"]
     written[0].write_text(render_report(title, sections), encoding="utf-8")
     if tables := [table for section in sections for table in section.tables]:

@@ -23,7 +23,7 @@ from influence_jobs.report.contact_sheet import Row
 from influence_jobs.report.explain import Explainer, norms_of
 from influence_jobs.report.figures import parts_of, ranking_of
 from influence_jobs.report.html import environment, title_of
-from influence_jobs.report.ranking import norm_arrays, read_table, sides, where
+from influence_jobs.report.ranking import norm_arrays, sides, where
 from influence_jobs.report.sheets import query_cell, query_words, region_of, sample_cells
 from influence_jobs.specs import AttributionSpec, ScoresSpec
 from influence_jobs.store.layout import SCORES, TABLES
@@ -81,12 +81,12 @@ class Pages:
         """Queries of all scored runs, each once, as their tables have them."""
         found: dict[tuple[int, str | None], dict[str, Any]] = {}
         for run in self.scored:
-            for row in read_table(run, "queries").to_pylist():
+            for row in run.read_table("queries").to_pylist():
                 found.setdefault((row["test"], row["region"]), row)
         return list(found.values())
 
     def _samples(self, run_id: str) -> pa.Table:
-        return read_table(self.runs[run_id], "samples")
+        return self.runs[run_id].read_table("samples")
 
     def _explainer(self, run_id: str) -> Explainer | None:
         norms = norms_of(self.runs[run_id])
@@ -177,7 +177,7 @@ class Pages:
         choices: dict[str, list[str]] = {}
         query, known = self._query_cell(test)
         for run in self.scored:
-            table = read_table(run, "queries")
+            table = run.read_table("queries")
             index = [
                 row["query"]
                 for row in table.to_pylist()
@@ -239,7 +239,7 @@ class Pages:
         for run in self.scored:
             described |= self.samples(run.id).slice(sample, 1).to_pylist()[0]
             scores_Q, ranks_Q, count_Q = ranks(run, SCORES, sample)
-            queries = read_table(run, "queries").to_pylist()
+            queries = run.read_table("queries").to_pylist()
             for side, largest in sides(run).items():
                 lines = []
                 for i in head(scores_Q, INFLUENCED, largest=largest):
@@ -264,6 +264,7 @@ class Pages:
             )
             for run in self.finished
             for layer, array in norm_arrays(run).items()
+            if array in run.array_names()
         ]
         (cell,) = sample_cells(self.task, [described], {})
         return self.render(

@@ -3,12 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
-import pyarrow as pa
-
-from influence_jobs.errors import SpecError, StoreError
+from influence_jobs.errors import SpecError
 from influence_jobs.specs import GradNormsSpec, InfluenceSpec, ScoresSpec, STestSpec, TrainSpec
 from influence_jobs.store.folder import for_runs
-from influence_jobs.store.layout import SCORES, part_name
+from influence_jobs.store.layout import SCORES, norms_name, part_name
 from influence_jobs.store.run import Run
 from influence_jobs.store.top import largest_rows, top_scores
 
@@ -66,13 +64,13 @@ def ranked_scores(
             else "leave --layer out, or submit with --keep-layers"
         )
         raise SpecError(f"{run.id} keeps no scores of layer {layer}: {there}")
-    queries = read_table(run, "queries").to_pylist()
+    queries = run.read_table("queries").to_pylist()
     chosen = [row for row in queries if tests is None or row["test"] in tests]
     for test in tests or ():
         if test not in [row["test"] for row in queries]:
             has = ", ".join(dict.fromkeys(str(row["test"]) for row in queries))
             raise SpecError(f"{run.id} has no query of test sample {test}; it has {has}")
-    samples = read_table(run, "samples")
+    samples = run.read_table("samples")
     rows = []
     ranked = {
         name: top_scores(run, array, [row["query"] for row in chosen], k, largest=largest)
@@ -132,7 +130,7 @@ def ranked_norms(
         )
     if layer is not None and layer not in arrays:
         raise SpecError(f"{run.id} has no norms of layer {layer}; it has {', '.join(arrays)}")
-    samples = read_table(run, "samples")
+    samples = run.read_table("samples")
     tables: dict[str, list[dict[str, Any]]] = {}
     for name, array in arrays.items():
         if layer not in (None, name):
@@ -148,20 +146,10 @@ def ranked_norms(
 
 
 def norm_arrays(run: Run) -> dict[str, str]:
-    """The arrays of gradient norms, by layer; none where the run has none."""
-    layers = {name: run.array(name).attrs.get("layer") for name in run.array_names()}
-    return {str(layer): name for name, layer in layers.items() if layer is not None}
-
-
-def read_table(run: Run, name: str) -> pa.Table:
-    """A table of a finished run.
-
-    Raises:
-        StoreError: It is missing or damaged.
-    """
-    try:
-        return run.read_table(name)
-    except (FileNotFoundError, ValueError):  # ArrowInvalid is a ValueError
-        raise StoreError(
-            f"the table of {run.id}'s {name} is missing or damaged: infl verify {run.id}{for_runs(run.root)}"
-        ) from None
+    """The arrays of gradient norms that a run makes, by layer."""
+    spec = run.spec
+    if isinstance(spec, GradNormsSpec):
+        layers = spec.layers
+    else:
+        layers = spec.norm_layers if isinstance(spec, TrainSpec) else ()
+    return {layer: norms_name(layer) for layer in layers}

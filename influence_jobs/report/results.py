@@ -15,7 +15,6 @@ from influence_jobs.report.ranking import (
     Side,
     ranked_norms,
     ranked_scores,
-    read_table,
     require_ranked,
 )
 from influence_jobs.specs import AnySpec, ScoresSpec
@@ -98,7 +97,7 @@ class Results:
         if name not in self.tables:
             has = ", ".join(self.tables) or "none yet"
             raise StoreError(f"run {self.run.id} has no table {name!r}; it has {has}")
-        return read_table(self.run, name)
+        return self.run.read_table(name)
 
     def top_k(
         self,

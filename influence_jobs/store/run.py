@@ -126,13 +126,22 @@ class Run:
 
     @cached_property
     def _arrays(self) -> dict[str, "zarr.Array[Any]"]:
+        if not self._has_arrays():  # opening them would make their folder
+            more = for_runs(self.root)
+            raise StoreError(
+                f"run {self.id} has no arrays: it has not begun, or they were deleted "
+                f"(infl verify {self.id}{more} --repair, then infl resume {self.id}{more})"
+            )
         group = zarr.open_group(self.files.zarr_store(layout.ARRAYS), mode="r+")
         members = sorted(group.members(None))
         return {name: node for name, node in members if isinstance(node, zarr.Array)}
 
     def array_names(self) -> list[str]:
         """Names of all arrays, sorted; none before the run has begun."""
-        return list(self._arrays) if self.read_json(f"{layout.ARRAYS}/zarr.json") else []
+        return list(self._arrays) if self._has_arrays() else []
+
+    def _has_arrays(self) -> bool:
+        return self.read_json(f"{layout.ARRAYS}/zarr.json") is not None
 
     def array(self, name: str) -> "zarr.Array[Any]":
         """An array, unread.
@@ -196,8 +205,18 @@ class Run:
         return {file: checksum(buffer.getvalue())}
 
     def read_table(self, name: str) -> pa.Table:
-        """A Parquet table of the run."""
-        return pq.read_table(io.BytesIO(self.files.read(f"{layout.TABLES}/{name}.parquet")))
+        """A Parquet table of the run.
+
+        Raises:
+            StoreError: It is missing or damaged.
+        """
+        try:
+            return pq.read_table(io.BytesIO(self.files.read(f"{layout.TABLES}/{name}.parquet")))
+        except (FileNotFoundError, ValueError):  # ArrowInvalid is a ValueError
+            raise StoreError(
+                f"the table of {self.id}'s {name} is missing or damaged: "
+                f"infl verify {self.id}{for_runs(self.root)}"
+            ) from None
 
     def table_names(self) -> list[str]:
         """Names of all tables, sorted."""

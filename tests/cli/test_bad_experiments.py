@@ -1,5 +1,6 @@
 """Whatever is wrong with a request for an experiment: one line, exit code 2, and nothing is written."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,6 +51,7 @@ LDS = ("submit", "lds", *DIGITS)
         (("submit", "paper", "--task", "digits:DigitsTask"), "the report has no experiments with"),
         (("report", "grad-norms-nothing"), "there is no run grad-norms-nothing"),
         (("report", "train-digits", "nothing"), "there is no run nothing"),
+        (("report", "train-digits", "--out", "s3://bucket/x"), "name a folder on this machine"),
         (("view", "nothing"), "there is no run nothing"),
         (("view", "train-digits", "--port", "99999"), "'--port'"),
     ],
@@ -58,6 +60,15 @@ def test_an_experiment_that_cannot_be_done_is_refused(
     refused: Refused, runs: Path, words: tuple[str, ...], expected: str
 ) -> None:
     assert expected in refused(*words)
+
+
+def test_a_run_whose_arrays_are_gone_is_refused(refused: Refused, runs: Path) -> None:
+    (norms,) = runs.glob("grad-norms-*")
+    shutil.rmtree(norms / "data.zarr/norms")
+    assert f"run {norms.name} has no array 'norms/conv1'; it has none yet" in refused("top", "grad")
+    shutil.rmtree(norms / "data.zarr")
+    assert f"run {norms.name} has no arrays: " in refused("top", "grad-norms")
+    assert f"run {norms.name} has no arrays: " in refused("report", "grad-norms")
 
 
 def test_samples_without_classes_cannot_be_relabelled(refused: Refused, images: Path) -> None:

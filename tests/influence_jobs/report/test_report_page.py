@@ -178,8 +178,9 @@ def test_unfinished_runs_are_refused(finished_run, tmp_path) -> None:
     with pytest.raises(StoreError, match=r"not finished \(new\): infl resume grad-norms-"):
         sections_of([run])
     (tmp_path / "file").touch()
-    with pytest.raises(SpecError, match="it is a file"):
-        write_report("", [], tmp_path / "file")
+    for below in ("", "sub", "sub/deeper"):
+        with pytest.raises(SpecError, match=f"{tmp_path}/file is a file, name a folder"):
+            write_report("", [], tmp_path / "file" / below)
 
 
 def test_titles_tell_runs_apart(runs_of_all_kinds) -> None:

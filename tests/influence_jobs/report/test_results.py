@@ -79,6 +79,8 @@ def test_unfinished_runs_have_no_top(finished_run, tmp_path) -> None:
     assert "new" in result._repr_html_()
     with pytest.raises(InflError, match="not done yet"):
         result.top_k()
+    with pytest.raises(InflError, match="has no arrays: it has not begun"):
+        result["norms/head"]
 
 
 def test_tables_and_figures(runs_of_all_kinds) -> None:

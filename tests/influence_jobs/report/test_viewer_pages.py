@@ -47,3 +47,13 @@ def test_a_rank_is_among_those_that_are_ranked(influence, asking) -> None:
     assert "rank 1 of 1,100" in page
     assert "of 1,500" in page
     assert "test=0" not in viewer.get("/sample/7").text
+
+
+def test_a_click_is_refused_where_the_norms_are_gone(denoiser_runs, asking, tmp_path) -> None:
+    shutil.copytree(denoiser_runs[1].root, tmp_path / "runs")
+    shutil.rmtree(tmp_path / "runs" / denoiser_runs[0].id)
+    viewer = asking(Run.open(str(tmp_path / "runs"), denoiser_runs[1].id))
+    assert len(samples_of(viewer.get("/query?test=1&region=40,30,1,1").text)) == 10
+    answer = viewer.get("/image/1?y=40&x=30")
+    assert answer.status_code == 400
+    assert f"run {denoiser_runs[0].id} has no arrays: " in answer.text
