@@ -18,6 +18,7 @@ from influence_jobs.report.ranking import (
     ranked_norms,
     ranked_scores,
     require_ranked,
+    summed_over,
 )
 from influence_jobs.specs import InfluenceSpec, ScoresSpec
 from influence_jobs.store.find import find_run
@@ -143,21 +144,10 @@ def _print_norms(
     meaning = run.array(next(iter(tables))).attrs  # the same for all layers
     render.out.print(f"norms: {meaning['quantity']}; of {meaning['of']}")
     for array, table in tables.items():
-        ranked_by = _ranked_by(run.array(array).ndim, run.row_axis(array), channel)
-        render.out.print(f"\nlayer {run.array(array).attrs['layer']}: {ranked_by}")
+        of_channel = "" if channel is None else f" of channel {channel}"
+        over = summed_over(run, array, channel=channel)
+        render.out.print(
+            f"\nlayer {run.array(array).attrs['layer']}: largest norms{of_channel}"
+            f"{f', summed over {over}' if over else ''}"
+        )
         render.print_table(tuple(table[0]), [tuple(row.values()) for row in table])
-
-
-def _ranked_by(ndim: int, row_axis: int, channel: int | None) -> str:
-    trailing = ndim - row_axis - 1
-    summed = {
-        "checkpoints": row_axis > 0,
-        "channels": trailing > 0 and channel is None,
-        "kernel positions": trailing > 1,
-    }
-    over = " and ".join(axis for axis, there in summed.items() if there)
-    return (
-        "largest norms"
-        + ("" if channel is None else f" of channel {channel}")
-        + (f", summed over {over}" if over else "")
-    )

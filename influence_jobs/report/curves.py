@@ -13,6 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from influence_jobs.report.ranking import named
+
 # Seen alike on white and on black.
 METHOD, RANDOM, OTHER = "#3b82c4", "#d9534f", "#8a8f98"
 _INK = {False: "#1f2328", True: "#e6e8eb"}
@@ -80,7 +82,8 @@ def _against_k(
             np.array([0, *(row[c] for row in rows)], dtype=float)
             for c in ("k", "mean_change", "low", "high")
         )
-        axis.plot(k, mean, color=color, marker=marker, markersize=3.5, linewidth=1.4, label=name)
+        label = named(name, quantity)
+        axis.plot(k, mean, color=color, marker=marker, markersize=3.5, linewidth=1.4, label=label)
         axis.fill_between(k, low, high, color=color, alpha=0.2, linewidth=0)
         if name == by:
             for row in rows:

@@ -11,8 +11,8 @@ import pyarrow as pa
 from matplotlib.figure import Figure
 
 from influence_jobs.errors import DataError, SpecError
-from influence_jobs.experiments.stability import head
 from influence_jobs.report import published
+from influence_jobs.report.captions import MAX_ROWS, ablation_seen, ranking_of, scores_seen
 from influence_jobs.report.contact_sheet import Row, contact_sheet
 from influence_jobs.report.curves import (
     Panel,
@@ -25,17 +25,18 @@ from influence_jobs.report.curves import (
 from influence_jobs.report.ranking import (
     RankedRow,
     by_query,
+    named,
     norm_arrays,
+    places,
     ranked_norms,
     ranked_scores,
     sides,
-    where,
+    summed_over,
 )
 from influence_jobs.report.sheets import layer_rows, node_rows, score_rows, seed_rows
 from influence_jobs.specs import (
     AblationSpec,
     AttributionSpec,
-    BaselineSpec,
     GradNormsSpec,
     InfluenceSpec,
     LdsSpec,
@@ -46,15 +47,14 @@ from influence_jobs.specs import (
     StabilitySpec,
     TrainSpec,
 )
-from influence_jobs.store.rankings import query_scores
+from influence_jobs.store.rankings import score_blocks
 from influence_jobs.store.run import Run
-from influence_jobs.store.top import row_totals
+from influence_jobs.store.top import row_totals, top_of
 from influence_jobs.tasks.base import Task
 from influence_jobs.tasks.layers import weight_layers
 from influence_jobs.tasks.registry import make_task
 
 PER_ROW = 5  # samples in a row of pictures
-MAX_ROWS = 30  # rows of pictures in a figure; its data have all
 MAX_NODES = 20  # of a layer that counts as one of classes
 SEED_QUERIES = 3  # queries that are shown after each training
 BINS = 80
@@ -138,11 +138,15 @@ class _Figures:
             yield Shown(
                 "lds",
                 "Linear datamodeling scores",
-                "A method is as good as its bar is long: 1 would predict every retrained model's loss. Lines: "
+                f"A method is as good as its bar is long: 1 would predict every retrained model's {spec.queries.quantity}. Lines: "
                 "95 % intervals over subsets.",
                 summary,
                 panels=lds_panels(summary.to_pylist()),
             )
+
+    @property
+    def _has_classes(self) -> bool:
+        return self.task.output_loss == "cross-entropy"
 
     def _pictures(
         self,
@@ -185,6 +189,7 @@ class _Figures:
         theirs = isinstance(spec, TrainSpec) and spec.task.name in published.SETTLED_LAYER
         limit = published.NORM_LIMIT if theirs else float(np.percentile(totals_N, 99))
         counts, edges = np.histogram(totals_N, bins=BINS)
+        summed = summed_over(self.run, array)
         beyond = int((totals_N > limit).sum())
         return Shown(
             f"norms-{_file_name(layer)}",
@@ -194,7 +199,10 @@ class _Figures:
             f"{totals_N.max():.3g}, the median {np.median(totals_N):.3g}.",
             pa.table({"from": edges[:-1], "to": edges[1:], "samples": counts}),
             panels=histogram_panels(
-                counts, edges, limit, f"gradient norm at {layer}, summed over its channels"
+                counts,
+                edges,
+                limit,
+                f"gradient norm at {layer}{f', summed over {summed}' if summed else ''}",
             ),
         )
 
@@ -205,7 +213,7 @@ class _Figures:
             yield Shown(
                 "largest-norms",
                 f"The {PER_ROW} samples with the largest norms",
-                "Whatever is asked of them, plain attribution scores of these samples are large.",
+                "Their gradients are the largest; plain attribution tends to rank them high, whatever is asked.",
                 pa.Table.from_pylist(rows),
                 rows=pictures,
             )
@@ -220,7 +228,9 @@ class _Figures:
             return
         array = arrays[layer]
         shape = self.run.array(array).shape[self.run.row_axis(array) + 1 :]
-        if not shape or shape[0] > MAX_NODES or "label" not in self.task.describe(np.array([0])):
+        if not (shape and shape[0] <= MAX_NODES and self._has_classes):
+            return
+        if "label" not in self.task.describe(np.array([0])):
             return
         ranked = [
             {"channel": channel, **row}
@@ -245,16 +255,16 @@ class _Figures:
         except SpecError as error:  # such as all samples being beyond the limit of norms
             self.say(f"{self.run.id}: nothing to show: {error}")
             return
+        queries = self.run.read_table("queries").to_pylist()
         for side in sides(self.run):
             of_side = [row for row in ranked if row["side"] == side]
-            pictures = self._pictures(score_rows, of_side)
-            if pictures:
+            if pictures := self._pictures(score_rows, _of_first(of_side, MAX_ROWS)):
                 yield Shown(
                     f"top-{_file_name(side)}",
                     f"Top {PER_ROW} by {ranking_of(self.run, side)}",
-                    _seen(of_side, pictures),
+                    scores_seen(of_side, queries, classes=self._has_classes),
                     pa.Table.from_pylist(of_side),
-                    rows=pictures[:MAX_ROWS],
+                    rows=pictures,
                 )
 
     # -- experiments ------------------------------------------------------------------------------
@@ -262,15 +272,11 @@ class _Figures:
     def _stability(self, spec: StabilitySpec) -> Iterator[Shown]:
         for rankings in spec.methods:
             ranked = self._after_each_training(rankings)
-            queries = list(by_query(ranked))
-            shown = [
-                row
-                for row in ranked
-                if (row["test"], row.get("region"), row["side"]) in queries[:SEED_QUERIES]
-            ]
-            pictures = self._pictures(seed_rows, shown)
+            pictures = self._pictures(seed_rows, _of_first(ranked, SEED_QUERIES))
             if not pictures:
                 continue
+            count = len(spec.queries.items)
+            method = named(rankings[0].name, spec.queries.quantity)
             times: dict[tuple[object, ...], int] = {}
             for row in ranked:
                 key = row["test"], row.get("region"), row["sample"]
@@ -278,107 +284,64 @@ class _Figures:
             once = sum(count == 1 for count in times.values())
             yield Shown(
                 f"seeds-{_file_name(rankings[0].name)}",
-                f"Top {PER_ROW} by {rankings[0].name} after each of {len(rankings)} trainings",
-                f"The first {min(SEED_QUERIES, len(queries))} of {len(queries)} queries. Of the {len(times)} samples "
+                f"Top {PER_ROW} by {method} after each of {len(rankings)} trainings",
+                f"The first {min(SEED_QUERIES, count)} of {count} queries. Of the {len(times)} samples "
                 f"found in all, {once} come first after one training only.",
                 pa.Table.from_pylist(ranked),
                 rows=pictures,
             )
 
     def _after_each_training(self, rankings: Sequence[Ranking]) -> list[dict[str, Any]]:
-        samples = Run(self.run.root, rankings[0].scores[0]).read_table("samples")
-        rows = []
-        for query in self.run.read_table("queries").to_pylist():
-            for i, ranking in enumerate(rankings):
-                scores_N = query_scores(self.run.root, ranking, query["query"])
-                ids = head(scores_N, PER_ROW, largest=ranking.largest)
-                for rank, (sample, score) in enumerate(
-                    zip(samples.take(ids).to_pylist(), scores_N[ids], strict=True), start=1
-                ):
-                    rows.append(
-                        {
-                            **where(query),
-                            "side": ranking.name,
-                            "training": "first training" if i == 0 else f"retraining {i}",
-                            "rank": rank,
-                            "score": float(score),
-                            **sample,
-                        }
-                    )
-        return rows
+        root, samples = (
+            self.run.root,
+            Run(self.run.root, rankings[0].scores[0]).read_table("samples"),
+        )
+        queries = places(self.run.read_table("queries").to_pylist())
+        tops = [
+            top_of(
+                score_blocks(root, ranking), range(len(queries)), PER_ROW, largest=ranking.largest
+            )
+            for ranking in rankings
+        ]
+        return [
+            {
+                **place,
+                "side": rankings[0].name,
+                "training": "first training" if i == 0 else f"retraining {i}",
+                "rank": rank,
+                "score": float(score),
+                **sample,
+            }
+            for query, place in enumerate(queries)
+            for i, found in enumerate(tops)
+            for rank, (sample, score) in enumerate(
+                zip(samples.take(found[query][0]).to_pylist(), found[query][1], strict=True),
+                start=1,
+            )
+        ]
 
     def _ablation(self, spec: AblationSpec) -> Iterator[Shown]:
-        summary, quantity = self.run.read_table("summary"), spec.queries.quantity
-        rows = summary.to_pylist()
+        rows, quantity = self.run.read_table("summary").to_pylist(), spec.queries.quantity
         for by in dict.fromkeys(row["by"] for row in rows):
             if by == "random":
                 continue
             mine = [row for row in rows if row["by"] in (by, "random")]
             yield Shown(
                 f"ablation-{_file_name(by)}",
-                f"Change of the queries' {quantity} when their top k by {by} are manipulated",
-                _ablation_seen(mine, by),
+                f"Change of the queries' {quantity} when their top k by {named(by, quantity)} are manipulated",
+                ablation_seen(mine, by),
                 pa.Table.from_pylist(mine),
                 panels=ablation_panels(rows, by, quantity),
             )
 
 
+def _of_first(ranked: Sequence[RankedRow], count: int) -> list[RankedRow]:
+    """The rows of the first queries."""
+    return [row for rows in list(by_query(ranked).values())[:count] for row in rows]
+
+
 def _file_name(text: str) -> str:
     return re.sub(r"[^\w+-]+", "-", text).strip("-")
-
-
-def method_of(spec: ScoresSpec) -> str:
-    """What scores, in words."""
-    if isinstance(spec, InfluenceSpec):
-        solvers = ", ".join(dict.fromkeys(s_test.solver.name for s_test in spec.s_tests))
-        over = f", {spec.combine} of {len(spec.s_tests)}" if len(spec.s_tests) > 1 else ""
-        divided = f", {spec.relative}-relative" if spec.relative else ""
-        return f"influence ({solvers}{over}{divided})"
-    if isinstance(spec, AttributionSpec):
-        words = f"attribution at {', '.join(spec.layers)}"
-        if spec.normalize:
-            words += ", norms divided by their sum"
-        if spec.exclude_norm_above is not None:
-            words += f", without samples of a norm above {spec.exclude_norm_above:g}"
-        return words
-    assert isinstance(spec, BaselineSpec)
-    return spec.method
-
-
-def ranking_of(run: Run, side: str) -> str:
-    """One end of a run's ranking, in words."""
-    assert isinstance(run.spec, ScoresSpec)
-    return f"{method_of(run.spec)}{f': {side}' if len(sides(run)) > 1 else ''}"
-
-
-def _seen(ranked: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> str:
-    """What to see in the top samples of some queries."""
-    different = len({row["sample"] for row in ranked})
-    said = f"{different} different samples in {len(ranked)} places."
-    if any("label" in row for row in ranked):
-        matching = sum(cell.matches for row in rows for cell in row.samples)
-        said += f" {matching} have the label of their query (green frame)."
-    if any(row.region for row in rows):
-        said += " The mark is at what is explained."
-    if len(rows) > MAX_ROWS:
-        said += f" The first {MAX_ROWS} of {len(rows)} queries; the data have all."
-    return said
-
-
-def _ablation_seen(rows: Sequence[Mapping[str, Any]], by: str) -> str:
-    said = []
-    for mode in dict.fromkeys(row["mode"] for row in rows):
-        largest = max(row["k"] for row in rows if row["mode"] == mode)
-        found = {row["by"]: row for row in rows if row["mode"] == mode and row["k"] == largest}
-        verb = {"relabel": "relabelled", "remove": "removed"}[mode]
-        text = f"With {largest:,} samples {verb} the mean changes by {found[by]['mean_change']:.3g}"
-        if "random" in found and by != "random":
-            text += f", with random ones by {found['random']['mean_change']:.3g}"
-        said.append(f"{text}.")
-    return (
-        " ".join(said)
-        + " Bands: 95 % intervals over queries. Numbers at points: changed decisions."
-    )
 
 
 def _number(spec: object, shown: Shown) -> str | None:

@@ -15,9 +15,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from influence_jobs.errors import SpecError, StoreError
+from influence_jobs.report.captions import method_of
 from influence_jobs.report.contact_sheet import Picture
 from influence_jobs.report.curves import Panel, chart
-from influence_jobs.report.figures import Shown, figures_of, method_of, parts_of
+from influence_jobs.report.figures import Shown, figures_of, parts_of
 from influence_jobs.report.made import Made, asked, certainty, made, needed
 from influence_jobs.report.tables import Table, cell_text, solutions_table, tables_of
 from influence_jobs.specs import (

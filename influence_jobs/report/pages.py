@@ -19,11 +19,12 @@ from starlette.responses import HTMLResponse, Response
 from influence_jobs.errors import DataError, SpecError
 from influence_jobs.experiments.stability import head
 from influence_jobs.report.addresses import number, positive
+from influence_jobs.report.captions import ranking_of
 from influence_jobs.report.contact_sheet import Row
 from influence_jobs.report.explain import Explainer, norms_of
-from influence_jobs.report.figures import parts_of, ranking_of
+from influence_jobs.report.figures import parts_of
 from influence_jobs.report.html import environment, title_of
-from influence_jobs.report.ranking import norm_arrays, sides, where
+from influence_jobs.report.ranking import norm_arrays, places, sides
 from influence_jobs.report.sheets import query_cell, query_words, region_of, sample_cells
 from influence_jobs.specs import AttributionSpec, ScoresSpec
 from influence_jobs.store.layout import SCORES, TABLES
@@ -228,7 +229,7 @@ class Pages:
 
     @staticmethod
     def _query_link(row: dict[str, Any]) -> str:
-        return f"/query?{urlencode(where(row))}"
+        return f"/query?{urlencode(places([row])[0])}"
 
     def sample(self, request: Request) -> Response:
         sample = request.path_params["sample"]

@@ -33,6 +33,15 @@ def sides(run: Run) -> dict[str, bool]:
     return {"lowers it": True, "raises it": False}
 
 
+def named(method: str, quantity: str) -> str:
+    """A ranking's name, where `helpful` and `harmful` are of another quantity than a loss in words that are true."""
+    if quantity == "loss":
+        return method
+    for word, verb in (("helpful", "lowers"), ("harmful", "raises")):
+        method = method.replace(word, f"influence that {verb} the {quantity}")
+    return method
+
+
 def ranked_scores(
     run: Run,
     k: int,
@@ -81,21 +90,19 @@ def ranked_scores(
         raise SpecError(
             f"{run.id} leaves all samples out: submit it with another --exclude-norm-above"
         )
-    for i, query in enumerate(chosen):
+    for i, place in enumerate(places(chosen)):
         for name, found in ranked.items():
             ids, values = found[i]
             described = samples.take(ids).to_pylist()
             for rank, (sample, score) in enumerate(zip(described, values, strict=True), start=1):
-                rows.append(
-                    {**where(query), "side": name, "rank": rank, "score": float(score), **sample}
-                )
+                rows.append({**place, "side": name, "rank": rank, "score": float(score), **sample})
     return rows
 
 
-def where(query: Mapping[str, Any]) -> dict[str, Any]:
-    """What a row of a table of queries is of: its test sample, and region if it has one."""
-    region = {"region": query["region"]} if query["region"] else {}
-    return {"test": query["test"], **region}
+def places(queries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What rows of a table of queries are of: their test sample, and their region if any of them has one."""
+    names = ("test", "region") if any(query["region"] for query in queries) else ("test",)
+    return [{name: query[name] for name in names} for query in queries]
 
 
 def by_query(rows: Sequence[RankedRow]) -> dict[tuple[int, str | None, str], list[RankedRow]]:
@@ -143,6 +150,18 @@ def ranked_norms(
         described = samples.take(rows).to_pylist()
         tables[array] = [{**d, "norm": float(v)} for d, v in zip(described, values, strict=True)]
     return tables
+
+
+def summed_over(run: Run, array: str, *, channel: int | None = None) -> str:
+    """The axes of an array of norms that `ranked_norms` sums over, in words; empty where there are none."""
+    axis = run.row_axis(array)
+    trailing = run.array(array).ndim - axis - 1
+    summed = {
+        "checkpoints": axis > 0,
+        "channels": trailing > 0 and channel is None,
+        "kernel positions": trailing > 1,
+    }
+    return " and ".join(name for name, there in summed.items() if there)
 
 
 def norm_arrays(run: Run) -> dict[str, str]:

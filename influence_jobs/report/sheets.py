@@ -111,12 +111,12 @@ def sample_cells(
     """Pictures of ranked samples, with their score or norm.
 
     Args:
-        known: What the task says of the query: samples with its label match.
+        known: What the task says of the query: where labels are classes, samples with its label match.
         more: A further line for each.
     """
     if not ranked:
         return []
-    cells = []
+    cells, classes = [], task.output_loss == "cross-entropy"
     pictures: Sequence[Picture | None] = [None] * len(ranked)
     with contextlib.suppress(SpecError):  # a task need not have pictures
         pictures = list(task.pictures(np.array([row["sample"] for row in ranked])))
@@ -128,7 +128,7 @@ def sample_cells(
             *_described({name: text for name, text in row.items() if name not in _RANKING}),
             *([more[i]] if more else ()),
         ]
-        matches = "label" in known and row.get("label") == known["label"]
+        matches = classes and "label" in known and row.get("label") == known["label"]
         cells.append(Cell(picture, lines, row["sample"], matches))
     return cells
 

@@ -179,14 +179,14 @@ def _summary(run: Run) -> Table:
 
 def _lds(run: Run, spec: LdsSpec) -> Table:
     rows = sorted(run.read_table("summary").to_pylist(), key=_by_mean)
-    seeds = len(spec.seeds)
+    seeds, quantity = len(spec.seeds), spec.queries.quantity
     return Table(
         title=f"Linear datamodeling score: {spec.subsets} subsets of {spec.fraction:g} of the samples, "
         f"{seeds} training{'s' * (seeds > 1)} each",
         columns=("method", "mean LDS", "95 % from", "to", "queries"),
         rows=[tuple(row.values()) for row in rows],
-        note="Spearman's correlation of summed scores and losses over subsets, mean over queries; intervals: "
-        "percentile bootstrap over subsets. Positive: samples that a method ranks first lower the loss.",
+        note=f"Spearman's correlation of summed scores and each query's {quantity} over subsets, mean over queries; "
+        f"intervals: percentile bootstrap over subsets. Positive: samples that a method ranks first lower the {quantity}.",
     )
 
 

@@ -1,6 +1,6 @@
 """The largest rows of an array, and the best samples of a query, without reading an array whole."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,10 +49,24 @@ def top_scores(
     """
     array, axis = run.array(name), run.row_axis(name)
     num_rows, step = array.shape[axis], array.chunks[axis]
+    blocks = (
+        (start, run.read_rows(name, start, min(start + step, num_rows)).astype(np.float64))
+        for start in range(0, num_rows, step)
+    )
+    return top_of(blocks, queries, k, largest=largest)
+
+
+def top_of(
+    blocks: Iterable[tuple[int, npt.NDArray[np.float64]]],
+    queries: Sequence[int],
+    k: int,
+    *,
+    largest: bool = True,
+) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]]:
+    """Like `top_scores`, of blocks of samples: the first one's id, and scores (Q, B)."""
     sign = -1.0 if largest else 1.0
     best = [(np.empty(0, dtype=np.int64), np.empty(0)) for _ in queries]
-    for start in range(0, num_rows, step):
-        block = run.read_rows(name, start, min(start + step, num_rows)).astype(np.float64)
+    for start, block in blocks:
         for i, query in enumerate(queries):
             found = np.flatnonzero(~np.isnan(block[query]))
             ids = np.concatenate([best[i][0], found + start])

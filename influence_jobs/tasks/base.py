@@ -73,6 +73,7 @@ class Task(ABC):
             changing them needs no new training.
         output_loss: What the loss of a sample is of its outputs: cross-entropy of logits and class, or the mean
             squared error over a sample's outputs. None where it is neither; then there is no Gauss-Newton matrix.
+            Pages compare labels where it is cross-entropy: elsewhere they are no classes.
         quantities: What `measure` can measure of a test sample, the default first.
         query_sets: Test ids that belong together, by name.
     """
