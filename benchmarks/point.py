@@ -68,7 +68,7 @@ def check(run: Run) -> None:
     explainer = Explainer(norms)
     model = explainer.task.model().eval()
     load_checkpoint(model, run.root, norms.checkpoint)
-    found = explainer.top(0, (100, 120), 10, layer=LAYER)
+    found = explainer.top(0, (100, 120), 10, layers=[LAYER])
     (a_C,) = query_activations(explainer.task, model, [LAYER], [(0, (100, 120, 1, 1))], [Draw(0)])[
         LAYER
     ].astype(np.float64)

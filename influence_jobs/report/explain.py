@@ -1,8 +1,8 @@
 """The samples that explain one point of a test image, from stored norms, at once."""
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,7 @@ from influence_jobs.store.run import Run
 from influence_jobs.tasks.base import Draw, Task
 from influence_jobs.tasks.registry import make_task
 
-MAPS = 8  # images whose activations are kept
+MAP_BYTES = 256 * 2**20  # activations that are kept; those of the last image always are
 BLOCK = 16  # chunks of norms that are read together
 
 
@@ -36,18 +36,21 @@ class Norms:
 
     Attributes:
         layers: The layers that have norms a channel.
-        chosen: The one that is looked at first.
+        chosen: Those that are looked at first, their scores summed.
         task: Of the test images, with their noise level.
         seed, noise_draws: Of their noise.
+        normalize, exclude_norm_above: What is asked first; see `AttributionSpec`.
     """
 
     run: Run
     checkpoint: Checkpoint
     layers: tuple[str, ...]
-    chosen: str
+    chosen: tuple[str, ...]
     task: TaskSpec
     seed: int = 0
     noise_draws: int = 1
+    normalize: bool = False
+    exclude_norm_above: float | None = None
 
 
 def norms_of(run: Run) -> Norms | None:
@@ -62,16 +65,18 @@ def norms_of(run: Run) -> Norms | None:
             source.run,
             spec.checkpoint,
             source.layers,
-            spec.layers[-1],
+            spec.layers,
             spec.task,
             asked.seed,
             asked.noise_draws,
+            spec.normalize,
+            spec.exclude_norm_above,
         )
     if isinstance(spec, GradNormsSpec) and spec.reduction != "layer":
-        return Norms(run, spec.checkpoints[-1], spec.layers, spec.layers[-1], spec.task)
+        return Norms(run, spec.checkpoints[-1], spec.layers, spec.layers[-1:], spec.task)
     if isinstance(spec, TrainSpec) and spec.norm_layers and spec.norm_reduction != "layer":
         last = TrainedCheckpoint(train=spec, epoch=spec.epochs)
-        return Norms(run, last, spec.norm_layers, spec.norm_layers[-1], spec.task)
+        return Norms(run, last, spec.norm_layers, spec.norm_layers[-1:], spec.task)
     return None
 
 
@@ -86,7 +91,7 @@ class Explainer:
         self.norms = norms
         self.task: Task = make_task(norms.task)
         self._lock = threading.Lock()  # hooks of two forward passes must not meet
-        self._maps = lru_cache(maxsize=MAPS)(self._activations)
+        self._maps: dict[tuple[int, str], Tensor] = {}  # by image and layer, the last used last
         self._model: nn.Module | None = None
 
     def top(
@@ -95,7 +100,7 @@ class Explainer:
         point: tuple[int, int],
         k: int,
         *,
-        layer: str,
+        layers: Sequence[str],
         normalize: bool = False,
         exclude_norm_above: float | None = None,
     ) -> list[tuple[int, float]]:
@@ -105,57 +110,72 @@ class Explainer:
             test: A test image.
             point: y and x in pixels.
             k: How many.
-            layer: One of `norms.layers`.
+            layers: Of `norms.layers`; their scores are summed.
             normalize: Divide a sample's norms by their sum.
             exclude_norm_above: Leave out samples whose norms sum to more.
 
         Raises:
             SpecError: There is no such layer, image or point.
         """
-        scores_N = self._scores(test, point, layer, normalize, exclude_norm_above)
+        scores_N = self._scores(test, point, layers, normalize, exclude_norm_above)
         ids = head(scores_N, k, largest=True)
         return [(int(i), float(scores_N[i])) for i in ids]
 
-    def prepare(self, test: int, layer: str) -> None:
+    def prepare(self, test: int, layers: Sequence[str]) -> None:
         """Compute an image's activations, which is most of what the first of its points takes."""
         with self._lock:
-            self._maps(test, layer)
+            for layer in layers:
+                self._map(test, layer)
 
     def _scores(
         self,
         test: int,
         point: tuple[int, int],
-        layer: str,
+        layers: Sequence[str],
         normalize: bool,
         exclude_norm_above: float | None,
     ) -> npt.NDArray[np.float32]:
-        if layer not in self.norms.layers:
-            raise SpecError(f"there are no norms of layer {layer}")
+        for layer in layers:
+            if layer not in self.norms.layers:
+                raise SpecError(f"there are no norms of layer {layer}")
         if not 0 <= test < len(self.task.test_data()):
             raise SpecError(f"there is no test image {test}")
         size = self.task.test_size(test)
         if size is None or not (0 <= point[0] < size[0] and 0 <= point[1] < size[1]):
             raise SpecError(f"point {point[0]},{point[1]} is outside of test image {test}")
         with self._lock:
-            activation = self._maps(test, layer)
-        a_C = pool(layer, activation, (*point, 1, 1), size)
-        activations = {layer: a_C[None].numpy()}
-        array, name = self.norms.run.array(norms_name(layer)), norms_name(layer)
-        axis = self.norms.run.row_axis(name)
-        step = BLOCK * array.chunks[axis]
+            maps = {layer: self._map(test, layer) for layer in layers}
+        activations = {
+            layer: pool(layer, map_Chw, (*point, 1, 1), size)[None].numpy()
+            for layer, map_Chw in maps.items()
+        }
+        run, names = self.norms.run, {layer: norms_name(layer) for layer in layers}
+        first = names[layers[0]]  # all have chunks of the same number of samples
+        axis = run.row_axis(first)
+        count, step = run.array(first).shape[axis], BLOCK * run.array(first).chunks[axis]
         pieces = []
-        for start in range(0, array.shape[axis], step):
-            rows = self.norms.run.read_rows(name, start, min(start + step, array.shape[axis]))
+        for start in range(0, count, step):
+            rows = {
+                layer: run.read_rows(name, start, min(start + step, count))
+                for layer, name in names.items()
+            }
             if axis:  # a leading checkpoint axis
-                rows = rows.sum(axis=0)
+                rows = {layer: values.sum(axis=0) for layer, values in rows.items()}
             found = attribution_scores(
-                activations,
-                {layer: rows},
-                exclude_norm_above=exclude_norm_above,
-                normalize=normalize,
+                activations, rows, exclude_norm_above=exclude_norm_above, normalize=normalize
             )
-            pieces.append(found[layer][0])
+            pieces.append(np.sum([of_layer[0] for of_layer in found.values()], axis=0))
         return np.concatenate(pieces)
+
+    def _map(self, test: int, layer: str) -> Tensor:
+        """A test image's activations, kept while there is room; for one thread at a time."""
+        found = self._maps.pop((test, layer), None)
+        if found is None:
+            found = self._activations(test, layer)
+        self._maps[test, layer] = found
+        while len(self._maps) > 1 and sum(kept.nbytes for kept in self._maps.values()) > MAP_BYTES:
+            del self._maps[next(iter(self._maps))]
+        return found
 
     @torch.no_grad()
     def _activations(self, test: int, layer: str) -> Tensor:

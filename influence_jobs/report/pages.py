@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 from starlette.background import BackgroundTask
+from starlette.datastructures import QueryParams
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
@@ -21,7 +22,7 @@ from influence_jobs.experiments.stability import head
 from influence_jobs.report.addresses import number, positive
 from influence_jobs.report.captions import ranking_of
 from influence_jobs.report.contact_sheet import Row
-from influence_jobs.report.explain import Explainer, norms_of
+from influence_jobs.report.explain import Explainer, Norms, norms_of
 from influence_jobs.report.figures import parts_of
 from influence_jobs.report.html import environment, title_of
 from influence_jobs.report.ranking import norm_arrays, places, sides
@@ -280,21 +281,24 @@ class Pages:
     def image(self, request: Request) -> Response:
         test = request.path_params["test"]
         explainer, size = self._explaining(test)
-        chosen = request.query_params.get("layer", explainer.norms.chosen)
-        answer = self._explained(request, test) if "y" in request.query_params else None
+        norms, given = explainer.norms, request.query_params
+        asked = "y" in given
+        layers = _layers(norms, given)
         page = self.render(
             "viewer-image.html.j2",
             test=test,
             known=query_words(self.task, test),
             size=size,
             count=len(self.task.test_data()),
-            layers=explainer.norms.layers,
-            chosen=chosen,
-            values=request.query_params,
-            answer=answer,
+            norms=norms,
+            chosen=layers,
+            values=given,
+            normalize=given.get("normalize") == "yes" if asked else norms.normalize,
+            limit=given.get("limit", "") if asked else norms.exclude_norm_above or "",
+            answer=self._explained(request, test) if asked else None,
         )
-        if chosen in explainer.norms.layers:
-            page.background = BackgroundTask(explainer.prepare, test, chosen)
+        if set(layers) <= set(norms.layers):
+            page.background = BackgroundTask(explainer.prepare, test, layers)
         return page
 
     def explained(self, request: Request) -> Response:
@@ -314,13 +318,13 @@ class Pages:
         explainer, size = self._explaining(test)
         given = request.query_params
         point = number(given, "y", 0, below=size[0]), number(given, "x", 0, below=size[1])
-        layer = given.get("layer", explainer.norms.chosen)
+        layers = _layers(explainer.norms, given)
         limit = positive(given, "limit")
         found = explainer.top(
             test,
             point,
             TOP,
-            layer=layer,
+            layers=layers,
             normalize=given.get("normalize") == "yes",
             exclude_norm_above=limit,
         )
@@ -334,7 +338,7 @@ class Pages:
             "point": point,
             "row": Row(None, None, "", sample_cells(explainer.task, ranked, {})),
             "of": explainer.norms.run.id,
-            "layer": layer,
+            "layers": layers,
         }
 
     def picture(self, request: Request) -> Response:
@@ -351,6 +355,11 @@ class Pages:
             raise HTTPException(404, "there is no such table")
         data = run.files.read(f"{TABLES}/{name}.parquet")
         return Response(data, media_type="application/vnd.apache.parquet")
+
+
+def _layers(norms: Norms, given: QueryParams) -> tuple[str, ...]:
+    """The layers that a click is about: one that is named, or those that are chosen."""
+    return (given["layer"],) if given.get("layer") else norms.chosen
 
 
 def _values(samples: pa.Table, name: str) -> list[Any]:

@@ -255,7 +255,7 @@ def test_explained_points_are_those_of_an_attribution_run(denoiser_runs) -> None
     norms, attribution = denoiser_runs
     for run in (norms, attribution):
         explainer = Explainer(norms_of(run))
-        found = explainer.top(1, (40, 30), 12, layer="main.29")
+        found = explainer.top(1, (40, 30), 12, layers=["main.29"])
         expected = Results(attribution.root, attribution.id).top_k(12, test=1).to_pylist()
         assert [sample for sample, _ in found] == [row["sample"] for row in expected]
         scores = [score for _, score in found]
@@ -263,14 +263,14 @@ def test_explained_points_are_those_of_an_attribution_run(denoiser_runs) -> None
     # Dividing and leaving out, as the method itself does.
     totals = np.asarray(norms.array("norms/main.29")[:]).sum(axis=1)
     limit = float(np.median(totals))
-    kept = explainer.top(1, (40, 30), 500, layer="main.29", exclude_norm_above=limit)
+    kept = explainer.top(1, (40, 30), 500, layers=["main.29"], exclude_norm_above=limit)
     assert {sample for sample, _ in kept} == set(np.flatnonzero(totals <= limit).tolist())
-    divided = dict(explainer.top(1, (40, 30), 500, layer="main.29", normalize=True))
-    plain = dict(explainer.top(1, (40, 30), 500, layer="main.29"))
+    divided = dict(explainer.top(1, (40, 30), 500, layers=["main.29"], normalize=True))
+    plain = dict(explainer.top(1, (40, 30), 500, layers=["main.29"]))
     assert divided[7] == pytest.approx(plain[7] / totals[7], rel=1e-5)
-    for bad in ({"test": 2}, {"point": (80, 0)}, {"point": (0, -1)}, {"layer": "main.2"}):
+    for bad in ({"test": 2}, {"point": (80, 0)}, {"point": (0, -1)}, {"layers": ["main.2"]}):
         with pytest.raises(SpecError):
-            explainer.top(**{"test": 1, "point": (4, 4), "k": 1, "layer": "main.29", **bad})
+            explainer.top(**{"test": 1, "point": (4, 4), "k": 1, "layers": ["main.29"], **bad})
 
 
 def test_a_run_at_work_shows_its_progress_and_then_its_results(
@@ -340,7 +340,7 @@ def test_weights_that_cannot_be_loaded_answer_nothing(denoiser_runs, tmp_path) -
     explainer = Explainer(replace(norms, checkpoint=gone))
     for _ in range(2):  # the second time no more than the first
         with pytest.raises(InflError):
-            explainer.top(1, (40, 30), 3, layer="main.29")
+            explainer.top(1, (40, 30), 3, layers=["main.29"])
 
 
 def test_a_click_is_answered_with_the_runs_own_noise(denoiser_runs) -> None:
@@ -351,5 +351,5 @@ def test_a_click_is_answered_with_the_runs_own_noise(denoiser_runs) -> None:
     query, draws = (1, (40, 30, 1, 1)), [Draw(5, draw) for draw in range(3)]
     a_QC = query_activations(explainer.task, model, ["main.29"], [query], draws)["main.29"]
     expected = np.asarray(norms.run.array("norms/main.29")[:]) @ a_QC[0]
-    found = dict(explainer.top(1, (40, 30), len(expected), layer="main.29"))
+    found = dict(explainer.top(1, (40, 30), len(expected), layers=["main.29"]))
     assert [found[i] for i in range(len(expected))] == pytest.approx(expected.tolist(), rel=1e-4)

@@ -7,6 +7,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from infl_cluster.driver import drive
+from infl_cluster.inline import InlineBackend
+from influence_jobs.report import explain
+from influence_jobs.report.explain import Explainer, norms_of
+from influence_jobs.report.results import Results
 from influence_jobs.store.run import Run
 
 
@@ -57,3 +62,44 @@ def test_a_click_is_refused_where_the_norms_are_gone(denoiser_runs, asking, tmp_
     answer = viewer.get("/image/1?y=40&x=30")
     assert answer.status_code == 400
     assert f"run {denoiser_runs[0].id} has no arrays: " in answer.text
+
+
+def test_a_click_asks_what_the_attribution_run_asked(denoiser_runs, asking, tmp_path) -> None:
+    shutil.copytree(denoiser_runs[1].root, tmp_path / "runs")
+    norms = denoiser_runs[0]
+    layers = ("main.26", "main.29")
+    totals_N = sum(np.asarray(norms.array(f"norms/{layer}")[:]).sum(axis=1) for layer in layers)
+    options = {"normalize": True, "exclude_norm_above": float(np.median(totals_N))}
+    spec = denoiser_runs[1].spec.model_copy(update={"layers": layers, **options})
+    run = Run.create(str(tmp_path / "runs"), spec)
+    drive(run.root, run.id, InlineBackend())
+    viewer = asking(run)
+    form = viewer.get("/image/1").text
+    assert '<option value="">main.26, main.29</option>' in form
+    assert 'name="normalize" value="yes" checked>' in form
+    limit = re.search(r'name="limit"[^>]* value="([^"]*)"', form)
+    given = {"y": 40, "x": 30, "layer": "", "normalize": "yes", "limit": limit[1]}
+    expected = Results(run.root, run.id).top_k(10, test=1).column("sample").to_pylist()
+    page = viewer.get("/image/1", params=given)
+    assert samples_of(page.text) == expected
+    # What was taken out of the form stays out.
+    other = viewer.get("/image/1", params={**given, "normalize": "no", "limit": ""}).text
+    assert 'name="normalize" value="yes">' in other
+    assert samples_of(other) != expected
+
+
+def test_activations_are_kept_while_there_is_room(denoiser_runs, monkeypatch) -> None:
+    explainer, computed = Explainer(norms_of(denoiser_runs[1])), []
+    compute = explainer._activations
+    monkeypatch.setattr(
+        explainer, "_activations", lambda *asked: computed.append(asked) or compute(*asked)
+    )
+    both = [(test, "main.29") for test in (0, 1)]
+    for test in (0, 1, 0):
+        explainer.prepare(test, ["main.29"])
+    assert computed == both
+    size = explainer._map(0, "main.29").nbytes
+    monkeypatch.setattr(explain, "MAP_BYTES", size)
+    for test in (0, 1, 1, 0):
+        explainer.prepare(test, ["main.29"])
+    assert computed == [*both, both[1], both[0]]
