@@ -1,5 +1,11 @@
 """What the addresses of the viewer's pages ask for."""
 
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 from starlette.datastructures import QueryParams
 
 from influence_jobs.errors import SpecError
@@ -39,3 +45,17 @@ def positive(given: QueryParams, name: str) -> float | None:
     if not 0 < value < float("inf"):
         raise SpecError(f"{name}={text}: a number above 0 is wanted")
     return value
+
+
+def values(samples: pa.Table, name: str) -> list[Any]:
+    """The values of a column, each once, in their order; one that is missing comes last."""
+    found: list[Any] = pc.unique(samples.column(name)).sort().to_pylist()
+    return found
+
+
+def having(samples: pa.Table, name: str, text: str) -> npt.NDArray[np.bool_]:
+    """Which samples have the value of a column that pages write so, shape (N,)."""
+    column = samples.column(name)
+    meant = [value for value in values(samples, name) if str(value) == text]
+    found: npt.NDArray[np.bool_] = pc.is_in(column, pa.array(meant, column.type)).to_numpy()
+    return found

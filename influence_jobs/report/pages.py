@@ -1,15 +1,13 @@
 """The viewer's pages: what each address answers with."""
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 from urllib.parse import urlencode
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 from PIL import Image
 from starlette.background import BackgroundTask
 from starlette.datastructures import QueryParams
@@ -19,14 +17,14 @@ from starlette.responses import HTMLResponse, Response
 
 from influence_jobs.errors import DataError, SpecError
 from influence_jobs.experiments.stability import head
-from influence_jobs.report.addresses import number, positive
+from influence_jobs.report.addresses import having, number, positive, values
 from influence_jobs.report.captions import ranking_of
-from influence_jobs.report.contact_sheet import Row
+from influence_jobs.report.contact_sheet import Cell, Row
 from influence_jobs.report.explain import Explainer, Norms, norms_of
 from influence_jobs.report.figures import parts_of
 from influence_jobs.report.html import environment, title_of
-from influence_jobs.report.ranking import norm_arrays, places, sides
-from influence_jobs.report.sheets import query_cell, query_words, region_of, sample_cells
+from influence_jobs.report.ranking import RankedRow, norm_arrays, places, sides
+from influence_jobs.report.sheets import NoData, query_cell, query_words, region_of, sample_cells
 from influence_jobs.specs import AttributionSpec, ScoresSpec
 from influence_jobs.store.layout import SCORES, TABLES
 from influence_jobs.store.run import Run
@@ -38,6 +36,7 @@ from influence_jobs.tasks.registry import make_task, task_class
 TOP = 10  # samples in a row
 PER_PAGE = 24  # queries on a page
 INFLUENCED = 20  # queries that a sample's page shows
+QUERY = ("query", "test", "region", "quantity")  # columns of queries that no task describes
 IMAGES = 200  # test images that are listed
 
 
@@ -50,7 +49,13 @@ class Pages:
         parts = [part for run in runs for part in parts_of(run)]
         self.runs = {part.id: part for part in parts}
         _require_one_task(parts)
-        self.task: Task = make_task(parts[0].spec.task)
+        self.task: Task = NoData()
+        self.absent: str | None = None  # why pictures are
+        try:
+            self.task = make_task(parts[0].spec.task)
+            len(self.task.train_data()), len(self.task.test_data())  # many are read only now
+        except DataError as error:  # what needs no pictures can be shown
+            self.absent = str(error)
         self.explainer = lru_cache(maxsize=4)(self._explainer)
         self.samples = lru_cache(maxsize=len(self.runs))(self._samples)
 
@@ -96,10 +101,7 @@ class Pages:
 
     def explaining(self) -> Explainer | None:
         """By the first finished run that has norms a channel, if test samples have points."""
-        try:
-            if len(self.task.test_data()) == 0 or self.task.test_size(0) is None:
-                return None
-        except DataError:  # the test images are not here; what needs none of them can be shown
+        if self.absent or len(self.task.test_data()) == 0 or self.task.test_size(0) is None:
             return None
         # An attribution run knows the layer that was chosen.
         for run in sorted(self.finished, key=lambda run: not isinstance(run.spec, AttributionSpec)):
@@ -124,7 +126,7 @@ class Pages:
         ]
         page = number(request.query_params, "page", 0, below=1 + max(0, len(shown) - 1) // PER_PAGE)
         cells = [
-            (self._query_link(row), query_cell(self.task, row["test"])[0], region_of(row["region"]))
+            (self._query_link(row), self._query_cell(row), region_of(row["region"]))
             for row in shown[page * PER_PAGE :][:PER_PAGE]
         ]
         images = range(min(IMAGES, len(self.task.test_data()) if self.explaining() else 0))
@@ -132,6 +134,7 @@ class Pages:
         return self.render(
             "viewer-overview.html.j2",
             states=self._states(),
+            absent=self.absent,
             choices=choices,
             wanted=wanted,
             cells=cells,
@@ -177,24 +180,23 @@ class Pages:
         }
         rows: list[Row] = []
         choices: dict[str, list[str]] = {}
-        query, known = self._query_cell(test)
+        query: dict[str, Any] | None = None
         for run in self.scored:
             table = run.read_table("queries")
-            index = [
-                row["query"]
-                for row in table.to_pylist()
-                if (row["test"], row["region"]) == (test, region)
+            asked = [
+                row for row in table.to_pylist() if (row["test"], row["region"]) == (test, region)
             ]
-            if not index:
+            if not asked:
                 continue
+            query = query or asked[0]
             samples = self.samples(run.id)
             for name in ("label", "file"):
                 if name in samples.column_names and name not in choices:
-                    choices[name] = [str(value) for value in _values(samples, name)]
-            scores_N = np.array(run.array(SCORES)[index[0]], dtype=np.float64)
+                    choices[name] = [str(value) for value in values(samples, name)]
+            scores_N = np.array(run.array(SCORES)[asked[0]["query"]], dtype=np.float64)
             for name, value in wanted.items():
                 if name in samples.column_names:
-                    scores_N[~_are(samples, name, value)] = np.nan
+                    scores_N[~having(samples, name, value)] = np.nan
             for side, largest in sides(run).items():
                 ids = head(scores_N, TOP, largest=largest)
                 found = [
@@ -206,14 +208,14 @@ class Pages:
                         None,
                         None,
                         ranking_of(run, side),
-                        sample_cells(self.task, found, known),
+                        self._sample_cells(found, query),
                     )
                 )
-        if not rows:
+        if query is None:
             raise HTTPException(404, f"no run here explains test sample {test}")
         return self.render(
             "viewer-query.html.j2",
-            query=query,
+            query=self._query_cell(query),
             region=region_of(region),
             region_text=region or "",
             test=test,
@@ -223,10 +225,22 @@ class Pages:
             points=self.explaining() is not None,
         )
 
-    def _query_cell(self, test: int) -> tuple[Any, dict[str, Any]]:
-        if not 0 <= test < len(self.task.test_data()):
-            raise HTTPException(404, f"there is no test sample {test}")
-        return query_cell(self.task, test)
+    def _query_cell(self, query: Mapping[str, Any]) -> Cell:
+        """A row of a table of queries; in words where its picture is not here."""
+        known = {name: query[name] for name in query if name not in QUERY}
+        try:
+            return query_cell(self.task, query["test"], known)[0]
+        except DataError:
+            return query_cell(NoData(), query["test"], known)[0]
+
+    def _sample_cells(
+        self, ranked: Sequence[RankedRow], known: Mapping[str, Any]
+    ) -> Sequence[Cell]:
+        """Ranked samples; in words where their pictures are not here."""
+        try:
+            return sample_cells(self.task, ranked, known)
+        except DataError:
+            return sample_cells(NoData(), ranked, known)
 
     @staticmethod
     def _query_link(row: dict[str, Any]) -> str:
@@ -234,12 +248,14 @@ class Pages:
 
     def sample(self, request: Request) -> Response:
         sample = request.path_params["sample"]
-        if sample >= len(self.task.train_data()):
+        described: dict[str, Any] = {"score": 0.0}
+        for run in self.finished:
+            if "samples" in run.table_names() and sample < (table := self.samples(run.id)).num_rows:
+                described |= table.slice(sample, 1).to_pylist()[0]
+        if "sample" not in described:
             raise HTTPException(404, f"there is no training sample {sample}")
         blocks = []
-        described: dict[str, Any] = {"sample": sample, "score": 0.0}
         for run in self.scored:
-            described |= self.samples(run.id).slice(sample, 1).to_pylist()[0]
             scores_Q, ranks_Q, count_Q = ranks(run, SCORES, sample)
             queries = run.read_table("queries").to_pylist()
             for side, largest in sides(run).items():
@@ -250,7 +266,7 @@ class Pages:
                     lines.append(
                         (
                             self._query_link(queries[i]),
-                            query_cell(self.task, queries[i]["test"])[0],
+                            self._query_cell(queries[i]),
                             region_of(queries[i]["region"]),
                             float(scores_Q[i]),
                             int(ranks_Q[largest][i]),
@@ -268,7 +284,7 @@ class Pages:
             for layer, array in norm_arrays(run).items()
             if array in run.array_names()
         ]
-        (cell,) = sample_cells(self.task, [described], {})
+        (cell,) = self._sample_cells([described], {})
         return self.render(
             "viewer-sample.html.j2",
             cell=cell,
@@ -309,7 +325,10 @@ class Pages:
     def _explaining(self, test: int) -> tuple[Explainer, tuple[int, int]]:
         explainer = self.explaining()
         if explainer is None or not 0 <= test < len(self.task.test_data()):
-            raise HTTPException(404, f"there is no test image {test} whose points can be explained")
+            why = f": {self.absent}" if self.absent else ""
+            raise HTTPException(
+                404, f"there is no test image {test} whose points can be explained{why}"
+            )
         size = explainer.task.test_size(test)
         assert size is not None
         return explainer, size
@@ -360,20 +379,6 @@ class Pages:
 def _layers(norms: Norms, given: QueryParams) -> tuple[str, ...]:
     """The layers that a click is about: one that is named, or those that are chosen."""
     return (given["layer"],) if given.get("layer") else norms.chosen
-
-
-def _values(samples: pa.Table, name: str) -> list[Any]:
-    """The values of a column, each once, in their order; one that is missing comes last."""
-    found: list[Any] = pc.unique(samples.column(name)).sort().to_pylist()
-    return found
-
-
-def _are(samples: pa.Table, name: str, text: str) -> npt.NDArray[np.bool_]:
-    """Which samples have the value of a column that pages write so, shape (N,)."""
-    column = samples.column(name)
-    meant = [value for value in _values(samples, name) if str(value) == text]
-    found: npt.NDArray[np.bool_] = pc.is_in(column, pa.array(meant, column.type)).to_numpy()
-    return found
 
 
 def _require_one_task(runs: Sequence[Run]) -> None:

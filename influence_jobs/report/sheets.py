@@ -2,16 +2,17 @@
 
 import contextlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any
 
 import numpy as np
+from torch import Tensor, nn
 
 from influence_jobs.errors import SpecError
 from influence_jobs.report.contact_sheet import Cell, Picture, Row
 from influence_jobs.report.ranking import RankedRow, by_query
 from influence_jobs.report.tables import cell_text
-from influence_jobs.tasks.base import Task
+from influence_jobs.tasks.base import Batch, Task
 from influence_jobs.terms import Region
 
 # What a ranked row has besides what the task says of the sample.
@@ -84,9 +85,24 @@ def _grouped(ranked: Sequence[RankedRow], name: str) -> dict[Any, list[RankedRow
     return groups
 
 
-def query_cell(task: Task, test: int) -> tuple[Cell, dict[str, Any]]:
-    """A test sample's picture, and what the task says of it."""
-    known = _known(task, test)
+class NoData(Task):
+    """Stands in for a task whose data are not here: its samples have no pictures."""
+
+    def model(self) -> nn.Module:
+        raise NotImplementedError
+
+    def train_data(self) -> Sized:
+        return ()
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        raise NotImplementedError
+
+
+def query_cell(
+    task: Task, test: int, known: Mapping[str, Any] | None = None
+) -> tuple[Cell, Mapping[str, Any]]:
+    """A test sample's picture, and what is known of it: by default what the task says."""
+    known = _known(task, test) if known is None else known
     picture: Picture | None = None
     with contextlib.suppress(SpecError):  # a task need not have pictures
         picture = task.test_picture(test)

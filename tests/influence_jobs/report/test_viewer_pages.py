@@ -103,3 +103,30 @@ def test_activations_are_kept_while_there_is_room(denoiser_runs, monkeypatch) ->
     for test in (0, 1, 1, 0):
         explainer.prepare(test, ["main.29"])
     assert computed == [*both, both[1], both[0]]
+
+
+@pytest.mark.parametrize("what", ["images", "test_images"])
+def test_scores_are_shown_in_words_where_images_are_gone(
+    denoiser_runs, asking, tmp_path, what
+) -> None:
+    done = denoiser_runs[1]
+    here = asking(done)
+    task = done.spec.task
+    moved = task.model_copy(update={"paths": {**task.paths, what: str(tmp_path / "gone")}})
+    viewer = asking(Run(done.root, done.spec.model_copy(update={"task": moved})))
+    overview = viewer.get("/")
+    assert overview.text.count('<a href="/query') == 2
+    assert f"points cannot be explained: {tmp_path}/gone" in overview.text
+    assert "test 1, b.png" in viewer.get("/query?test=1&region=40,30,1,1").text
+    for address in ("/query?test=1&region=40,30,1,1", "/query?test=0&region=8,16,20,24"):
+        page, whole = viewer.get(address), here.get(address)
+        assert page.status_code == 200
+        assert samples_of(page.text) == samples_of(whole.text) != []
+        assert 0 <= page.text.count("<img") < whole.text.count("<img")
+    sample = viewer.get("/sample/3")
+    assert "<dt>file</dt><dd>a.png</dd>" in sample.text
+    for address in ("/image/0", "/image/0?y=1&x=1", "/image/0/explained?y=1&x=1"):
+        answer = viewer.get(address)
+        assert answer.status_code == 404
+        assert f"{tmp_path}/gone" in answer.text
+    assert viewer.get("/sample/99999999999999999999999").status_code == 404
