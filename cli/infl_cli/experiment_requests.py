@@ -1,6 +1,7 @@
 """From what the user typed to specs of experiments."""
 
 from collections.abc import Collection, Sequence
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 from infl_cli.requests import Subject
@@ -37,6 +38,20 @@ class Trained(NamedTuple):
 
     subject: Subject
     train: TrainSpec
+
+
+def require_used(curvature: CurvatureOptions, methods: Collection[str]) -> None:
+    """Refuse options of the curvature where no method has one.
+
+    Raises:
+        SpecError: Naming the first option.
+    """
+    if {"helpful", "harmful"} & {*methods}:
+        return
+    for field in fields(curvature):
+        if getattr(curvature, field.name) != field.default:
+            option = f"--{field.name.replace('_', '-')}"
+            raise SpecError(f"{option} has no meaning for --by {', '.join(methods)}: leave it out")
 
 
 def trained_request(subject: Subject, *, given: bool, methods: Collection[str]) -> Trained:

@@ -100,7 +100,7 @@ def ablation(
 
     root = runs_folder(runs)
     methods = by or ABLATED
-    trained, asked = _subject(weights, queries, data, root, methods, seed=seed)
+    trained, asked = _subject(weights, queries, curvature, data, root, methods, seed=seed)
     rankings = tuple(
         ranking_request(word, trained, asked, curvature, root=root, seed=seed) for word in methods
     )
@@ -138,7 +138,7 @@ def stability(
     from influence_jobs.store.run import Run
 
     root = runs_folder(runs)
-    trained, asked = _subject(weights, queries, data, root, by or RETRAINED, seed=seed)
+    trained, asked = _subject(weights, queries, curvature, data, root, by or RETRAINED, seed=seed)
     methods = stability_rankings(
         by or RETRAINED,
         trained,
@@ -184,7 +184,7 @@ def lds(
 
     root = runs_folder(runs)
     methods = by or COMPARED
-    trained, asked = _subject(weights, queries, data, root, methods, seed=seed)
+    trained, asked = _subject(weights, queries, curvature, data, root, methods, seed=seed)
     rankings = tuple(
         ensemble_ranking(word, trained, asked, curvature, root=root, seed=seed, ensemble=ensemble)
         for word in methods
@@ -236,6 +236,7 @@ def paper(
 def _subject(
     weights: o.Weights,
     queries: QueryOptions,
+    curvature: CurvatureOptions,
     data: o.QueriedData,
     root: str,
     methods: Sequence[str],
@@ -243,10 +244,11 @@ def _subject(
     seed: int,
 ) -> "tuple[Trained, Queries]":
     """The training that is looked at, and the queries: the task's first named set if the user named none."""
-    from infl_cli.experiment_requests import trained_request
+    from infl_cli.experiment_requests import require_used, trained_request
     from infl_cli.requests import subject_request
     from infl_cli.score_requests import queries_request
 
+    require_used(curvature, methods)
     subject = subject_request(weights, data, root, default_task="mnist", say=say)
     trained = trained_request(subject, given=bool(weights.checkpoint), methods=methods)
     if not queries.test and not queries.test_set and subject.built.query_sets:

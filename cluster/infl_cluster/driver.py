@@ -19,9 +19,11 @@ from influence_jobs.errors import RuntimeFault, StoreError
 from influence_jobs.jobs.base import Job, Plan, Receipt, Shard
 from influence_jobs.jobs.registry import open_job
 from influence_jobs.jobs.runner import require_same_data
+from influence_jobs.specs import RetrainingSpec
 from influence_jobs.store import layout
 from influence_jobs.store.lease import Lease, LeaseHeld
 from influence_jobs.store.manifest import Entry
+from influence_jobs.store.retrained import Retrained
 from influence_jobs.store.run import Run, now
 from influence_jobs.store.software import software
 
@@ -74,6 +76,8 @@ def drive(
         return
     with Lease(run.files) as lease, run_log(run), StatusWriter(run) as status:
         run.files.sweep()
+        if isinstance(run.spec, RetrainingSpec):
+            Retrained(root, run.spec.recipe).sweep()
         for name in run.files.names(layout.PROGRESS):
             run.files.delete(f"{layout.PROGRESS}/{name}")
         job = open_job(run, batch_size=batch_size)

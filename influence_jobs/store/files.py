@@ -8,6 +8,7 @@ import contextlib
 import errno
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -56,8 +57,8 @@ class Files(Protocol):
     def free_bytes(self) -> int | None:
         """Bytes that can still be written, where that is known."""
 
-    def sweep(self) -> None:
-        """Remove what killed writers left behind; only for the one driver that owns the folder."""
+    def sweep(self, older_than_s: float = 0.0) -> None:
+        """Remove what killed writers left behind: of a folder that others write to, only what is old."""
 
 
 class LocalFiles:
@@ -140,9 +141,11 @@ class LocalFiles:
             folder = folder.parent
         return shutil.disk_usage(folder).free
 
-    def sweep(self) -> None:
+    def sweep(self, older_than_s: float = 0.0) -> None:
         for path in self.root.rglob(f"*{PARTIAL}"):
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                if not older_than_s or time.time() - path.stat().st_mtime > older_than_s:
+                    path.unlink()
 
 
 def _create_in_place(path: Path, data: bytes) -> bool:
@@ -225,7 +228,7 @@ class ObjectFiles:
     def free_bytes(self) -> int | None:
         return None
 
-    def sweep(self) -> None:
+    def sweep(self, older_than_s: float = 0.0) -> None:
         """Nothing to do: an object is there as a whole or not at all."""
 
 

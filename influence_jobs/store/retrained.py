@@ -24,6 +24,8 @@ from influence_jobs.store.software import software
 
 log = logging.getLogger(__name__)
 
+WRITTEN_S = 3600.0  # weights take seconds to write: what has not come by then never will
+
 
 class Retrained:
     """The variants of one recipe.
@@ -38,6 +40,10 @@ class Retrained:
         name = f"retrained-{recipe.run_id.removeprefix(f'{recipe.kind}-')}"
         self._files = open_files(root).sub(name)
         self._manifest = Manifest(self._files)
+
+    def sweep(self) -> None:
+        """Remove what killed writers left behind; other drivers may be writing here."""
+        self._files.sweep(older_than_s=WRITTEN_S)
 
     def read(self, key: str) -> dict[str, Tensor] | None:
         """Weights of a variant, on the CPU; None if it is not there, or damaged."""

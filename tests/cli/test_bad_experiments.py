@@ -22,6 +22,15 @@ LDS = ("submit", "lds", *DIGITS)
         ((*ABLATION, "--k", "0"), "'--k'"),
         ((*ABLATION, "--mode", "flip"), "'flip' is not one of 'relabel', 'remove', 'both'"),
         ((*ABLATION, "--by", "helpfull"), "unknown method 'helpfull': choose attribution, helpful"),
+        (
+            (*ABLATION, "--by", "random", "--damping", "1"),
+            "--damping has no meaning for --by random",
+        ),
+        (
+            (*LDS, "--by", "loss", "--by", "dot-product", "--max-iterations", "9"),
+            "--max-iterations has no meaning for --by loss, dot-product: leave it out",
+        ),
+        ((*STABILITY, "--by", "loss", "--solver", "cg"), "--solver has no meaning for --by loss"),
         ((*ABLATION, "--by", "random", "--by", "random"), "method random is named twice"),
         ((*ABLATION, "--by", "influence-nothing"), "there is no run influence-nothing"),
         ((*ABLATION, "--by", "grad-norms-digits"), "has no scores: name an influence, attribution"),

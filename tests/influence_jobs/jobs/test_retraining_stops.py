@@ -1,6 +1,8 @@
 """Retrainings that are killed, damaged or diverge: what is finished is kept, and trained once."""
 
+import os
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,7 +51,12 @@ def test_killed_in_the_middle_no_finished_variant_is_trained_again(
     trained.clear()
     run = Run.create(str(fresh_root()), grid())
     kept = drive_until_kept(run, written, shard_rows=4)
+    (folder,) = Path(run.root).glob("retrained-*/checkpoints")
+    half = folder / "a.pt.0123.partial"
+    half.touch()
+    os.utime(half, (0, 0))
     drive(run.root, run.id, InlineBackend())
+    assert not half.exists()
     assert set(trained) == expected
     assert all(trained[key] == 1 for key in kept)
     if written == 3:  # the end of an ensemble: the others are trained in the same company

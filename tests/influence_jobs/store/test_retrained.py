@@ -1,5 +1,6 @@
 """Weights of retrained variants: there once whole, gone when damaged."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from influence_jobs.specs import TaskSpec, TrainSpec
 from influence_jobs.store.find import run_ids
 from influence_jobs.store.manifest import Entry, Manifest
 from influence_jobs.store.retrained import Retrained, variant_key
+from influence_jobs.store.run import now
 
 RECIPE = TrainSpec(task=TaskSpec(name="some:Task", data="9 samples"))
 KEY = variant_key(0, b"", b"", b"")
@@ -55,6 +57,18 @@ def test_two_that_write_the_same_variant_at_once_leave_a_whole_one(
     found = retrained(tmp_path).read(KEY)
     assert found is not None
     assert found["weight"].tolist() in ([0, 0, 0], [1, 1, 1])
+
+
+def test_only_old_halves_are_swept(tmp_path: Path) -> None:
+    retrained(tmp_path).write(KEY, {"weight": torch.zeros(3)})
+    (folder,) = tmp_path.glob("*/checkpoints")
+    for name, age in (("old", 7200), ("new", 60)):
+        half = folder / f"{name}.pt.0123.partial"
+        half.write_bytes(b"ha")
+        os.utime(half, (now() - age, now() - age))
+    retrained(tmp_path).sweep()
+    assert [path.name for path in folder.glob("*.partial")] == ["new.pt.0123.partial"]
+    assert retrained(tmp_path).read(KEY) is not None
 
 
 def test_weights_without_their_manifest_entry_are_not_believed(tmp_path: Path) -> None:
