@@ -158,7 +158,7 @@ class Contest:
 
     def this_project_any_model(self) -> Contestant:
         solve = self.steps(Hessian, blocked=False)
-        return self.entry("this project, any model, Hessian", Hessian, solve, DEPTH // 10, REPEATS)
+        return self.entry("this project, any model, Hessian", Hessian, solve, DEPTH // 4, REPEATS)
 
     def pydvl(self) -> Contestant:
         from pydvl.influence.torch.operator import HessianBatchOperation, LissaOperator

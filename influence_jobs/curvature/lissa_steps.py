@@ -30,7 +30,10 @@ from torch.nn import functional as F
 from influence_jobs.curvature.operators import AGREEMENT, GaussNewton, Hessian, Operator
 from influence_jobs.tasks.chain import Chain, find_chain, first_inputs
 
-BLOCK_SAMPLES = 128  # K, at most, by measurement
+BLOCK_SAMPLES = 192  # K, at most, by measurement
+PART_SAMPLES = (
+    64  # of a block: products over a whole part are wide, those of one step narrow and slow
+)
 
 
 class LissaSteps(ABC):
@@ -332,7 +335,8 @@ class _Block:
         step_K = torch.arange(steps).repeat_interleave(self._size)
         lag_KK = step_K[:, None] - step_K - 1
         answers_KK = torch.where(lag_KK < 0, 0.0, power_T[lag_KK.clamp(min=0)] / -scale)
-        self._pending_EKK = (x_EKI @ x_EKI.mT).mul_(answers_KK.to(x_EKI))
+        self._answers_KK = answers_KK.to(x_EKI)
+        self._part = max(1, PART_SAMPLES // self._size) * self._size
         self._base_EKR = (x_EKI @ h_ERI.mT).mul_(by_row(power_T[:-1]))
         self._base_EKR.addcmul_(forcing.along(x_EKI), by_row(sum_T[:-1]))
         self.d_EKR = torch.empty_like(self._base_EKR)
@@ -340,13 +344,23 @@ class _Block:
     def outputs(self, step: int) -> Tensor:
         """How the layer's outputs change along every vector, (E, B, R), the steps before being done."""
         start, stop = step * self._size, (step + 1) * self._size
-        if not step:
-            return self._base_EKR[:, :stop]
+        first = start - start % self._part
+        if start == first:
+            self._begin_part(first)
+            return self._base_EKR[:, start:stop]
         return torch.baddbmm(
             self._base_EKR[:, start:stop],
-            self._pending_EKK[:, start:stop, :start],
-            self.d_EKR[:, :start],
+            self._pending_EPK[:, start - first : stop - first, first:start],
+            self.d_EKR[:, first:start],
         )
+
+    def _begin_part(self, first: int) -> None:
+        """Take what the parts before make of this part's outputs, and the Gram matrix of it."""
+        part = slice(first, first + self._part)
+        x_EPI, seen = self._x_EKI[:, part], self._x_EKI[:, : first + self._part]
+        self._pending_EPK = (x_EPI @ seen.mT).mul_(self._answers_KK[part, : first + self._part])
+        if first:
+            self._base_EKR[:, part].baddbmm_(self._pending_EPK[..., :first], self.d_EKR[:, :first])
 
     def total(self) -> Tensor:
         """The sum (E, R, I) of h after every step."""
