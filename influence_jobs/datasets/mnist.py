@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from influence_jobs.errors import DataError
@@ -262,11 +263,12 @@ def _md5(path: Path) -> str | None:
 def _read(raw: Path, file: _IdxFile) -> torch.Tensor:
     path = raw / file.name
     try:
-        content = path.read_bytes()
+        # Mapped, so that all workers of a node have one copy in memory; torch wants memory it may write.
+        content: npt.NDArray[np.uint8] = np.memmap(path, dtype=np.uint8, mode="c")
     except OSError as error:
         raise DataError(f"cannot read MNIST file {path}: {error.strerror}; {_CURE}") from error
-    if hashlib.md5(content, usedforsecurity=False).hexdigest() != file.md5:
+    except ValueError:  # an empty file cannot be mapped
+        content = np.empty(0, dtype=np.uint8)
+    if hashlib.md5(content.data, usedforsecurity=False).hexdigest() != file.md5:
         raise DataError(f"MNIST file {path} is truncated or corrupted (MD5 differs); {_CURE}")
-    # A bytearray, because torch wants memory it may write.
-    pixels = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=len(file.header))
-    return pixels.view(file.shape)
+    return torch.from_numpy(content[len(file.header) :]).view(file.shape)

@@ -14,7 +14,7 @@ from influence_jobs.jobs.norm_arrays import norm_layouts
 from influence_jobs.jobs.samples import SampleJob, trained_inputs
 from influence_jobs.specs import AnySpec, Checkpoint, GradNormsSpec
 from influence_jobs.store.layout import ArrayLayout, norms_name
-from influence_jobs.tasks.base import Draw
+from influence_jobs.tasks.base import Batch, Draw
 
 
 class GradNormsJob(SampleJob[GradNormsSpec]):
@@ -61,8 +61,8 @@ class GradNormsJob(SampleJob[GradNormsSpec]):
         for checkpoint in self.spec.checkpoints:
             self.load(checkpoint)
             pieces: dict[str, list[npt.NDArray[Any]]] = {layer: [] for layer in self.spec.layers}
-            for ids in self.batches(shard):
-                for layer, values in self._norms(ids).items():
+            for ids, batch in self.loaded(self.batches(shard), Draw(self.spec.seed)):
+                for layer, values in self._norms(ids, batch).items():
                     pieces[layer].append(values)
                 done += len(ids)
                 report(done)
@@ -95,15 +95,14 @@ class GradNormsJob(SampleJob[GradNormsSpec]):
         engine.check(self.batch(first, Draw(self.spec.seed)))
         return engine
 
-    def _norms(self, ids: torch.Tensor) -> dict[str, npt.NDArray[Any]]:
-        engine, batch = self._engine, self.batch(ids, Draw(self.spec.seed))
-        norms = {layer: values.cpu().numpy() for layer, values in engine(batch).items()}
+    def _norms(self, ids: torch.Tensor, batch: Batch) -> dict[str, npt.NDArray[Any]]:
+        norms = {layer: values.cpu().numpy() for layer, values in self._engine(batch).items()}
         for layer, values in norms.items():
             self.require_finite(f"the gradient of layer {layer}", values, ids)
         return norms
 
     def probe(self) -> Iterator[int]:
         # With untrained weights: the checkpoint may not exist yet, and the time is the same.
-        for ids in self.all_batches():
-            self._norms(ids)
+        for ids, batch in self.loaded(self.all_batches(), Draw(self.spec.seed)):
+            self._norms(ids, batch)
             yield len(ids)

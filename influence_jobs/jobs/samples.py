@@ -2,9 +2,10 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,7 @@ from influence_jobs.tasks.base import Batch, Draw, to_device
 MAX_SHARDS = 256  # a stop loses at most one shard a worker; more shards only cost overhead
 
 S = TypeVar("S", bound=Spec)
+T = TypeVar("T")
 
 
 class SampleJob(Job[S]):
@@ -96,6 +98,14 @@ class SampleJob(Job[S]):
             torch.Tensor, lambda t: t.to(self.dtype) if t.is_floating_point() else t, batch
         )
 
+    def loaded(
+        self, pieces: Iterable[torch.Tensor], draw: Draw
+    ) -> Iterator[tuple[torch.Tensor, Batch]]:
+        """Ids with their samples. A GPU does not wait for them: the next ones are fetched while it computes."""
+        loaded = ((ids, self.batch(ids, draw)) for ids in pieces)
+        # On a CPU that would take from the computation what it gives.
+        return loaded if self.device.type == "cpu" else ahead(loaded)
+
     def require_finite(
         self, what: str, values: npt.NDArray[np.floating[Any]], ids: torch.Tensor
     ) -> None:
@@ -123,6 +133,16 @@ class SampleJob(Job[S]):
 
     def finish(self) -> Result:
         return Result(files=self.write_samples())
+
+
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items, each made by another thread while the one before is in use."""
+    end = object()
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        coming = pool.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = pool.submit(next, items, end)
+            yield cast(T, item)
 
 
 def trained_inputs(checkpoints: tuple[Checkpoint, ...]) -> tuple[Any, ...]:

@@ -42,10 +42,6 @@ class MnistTask(Task):
         return load_mnist(self.data_dir)
 
     @cached_property
-    def _images_NP(self) -> Tensor:
-        return _scaled(self._mnist.train_images[: self.limit])
-
-    @cached_property
     def _labels_N(self) -> Tensor:
         return self._mnist.train_labels[: self.limit]
 
@@ -56,7 +52,9 @@ class MnistTask(Task):
         return self._labels_N
 
     def batch(self, ids: Tensor, draw: Draw) -> Batch:
-        return self._images_NP[ids], self._labels_N[ids]
+        # As bytes in memory: scaling some costs less than fetching them scaled would.
+        images = self._mnist.train_images[: self.limit].index_select(0, ids)
+        return _scaled(images), self._labels_N[ids]
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         # Of log-probabilities this is the cross-entropy; its curvature in them is not, being zero.
