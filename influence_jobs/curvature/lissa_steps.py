@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from influence_jobs.curvature.operators import AGREEMENT, GaussNewton, Hessian, Operator
+from influence_jobs.gradients.pending import PendingOutputs
 from influence_jobs.tasks.chain import Chain, find_chain, first_inputs
 
 BLOCK_SAMPLES = 192  # K, at most, by measurement
@@ -309,6 +310,7 @@ class _Block:
     """Some steps of the first layer: ask for each step's `outputs`, fill in its rows of `d_EKR`, then `finish`.
 
     Attributes:
+        outputs: How the layer's outputs change along every vector, (E, B, R), in a step.
         d_EKR: The D of all vectors, (E, K, Q C).
     """
 
@@ -322,45 +324,23 @@ class _Block:
         scale: float,
     ):
         self._h_ERI, self._v_RI, self._x_EKI, self._scale = h_ERI, forcing.v_RI, x_EKI, scale
-        self._size = x_EKI.shape[1] // steps
+        size = x_EKI.shape[1] // steps
         power_T = decay ** torch.arange(steps + 1, dtype=torch.float64)
         sum_T = F.pad(power_T.cumsum(0), (1, 0))[:-1]  # c_0 to c_S
         self._powers, self._sums = power_T.tolist(), sum_T.tolist()
 
         def by_row(values_S: Tensor) -> Tensor:
-            return values_S.repeat_interleave(self._size)[:, None].to(x_EKI)
+            return values_S.repeat_interleave(size)[:, None].to(x_EKI)
 
         self._updates_K1 = by_row(power_T[:-1].flip(0))  # step u has S - 1 - u steps to decay
         self._shares_K1 = by_row(sum_T[1:].flip(0))
-        step_K = torch.arange(steps).repeat_interleave(self._size)
+        step_K = torch.arange(steps).repeat_interleave(size)
         lag_KK = step_K[:, None] - step_K - 1
         answers_KK = torch.where(lag_KK < 0, 0.0, power_T[lag_KK.clamp(min=0)] / -scale)
-        self._answers_KK = answers_KK.to(x_EKI)
-        self._part = max(1, PART_SAMPLES // self._size) * self._size
-        self._base_EKR = (x_EKI @ h_ERI.mT).mul_(by_row(power_T[:-1]))
-        self._base_EKR.addcmul_(forcing.along(x_EKI), by_row(sum_T[:-1]))
-        self.d_EKR = torch.empty_like(self._base_EKR)
-
-    def outputs(self, step: int) -> Tensor:
-        """How the layer's outputs change along every vector, (E, B, R), the steps before being done."""
-        start, stop = step * self._size, (step + 1) * self._size
-        first = start - start % self._part
-        if start == first:
-            self._begin_part(first)
-            return self._base_EKR[:, start:stop]
-        return torch.baddbmm(
-            self._base_EKR[:, start:stop],
-            self._pending_EPK[:, start - first : stop - first, first:start],
-            self.d_EKR[:, first:start],
-        )
-
-    def _begin_part(self, first: int) -> None:
-        """Take what the parts before make of this part's outputs, and the Gram matrix of it."""
-        part = slice(first, first + self._part)
-        x_EPI, seen = self._x_EKI[:, part], self._x_EKI[:, : first + self._part]
-        self._pending_EPK = (x_EPI @ seen.mT).mul_(self._answers_KK[part, : first + self._part])
-        if first:
-            self._base_EKR[:, part].baddbmm_(self._pending_EPK[..., :first], self.d_EKR[:, :first])
+        base_EKR = (x_EKI @ h_ERI.mT).mul_(by_row(power_T[:-1]))
+        base_EKR.addcmul_(forcing.along(x_EKI), by_row(sum_T[:-1]))
+        pending = PendingOutputs(base_EKR, x_EKI, answers_KK.to(x_EKI), size)
+        self.outputs, self.d_EKR = pending.outputs, pending.d_EKC
 
     def total(self) -> Tensor:
         """The sum (E, R, I) of h after every step."""

@@ -36,6 +36,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from influence_jobs.gradients.pending import PendingOutputs
 from influence_jobs.training.train import Recipe
 
 MIN_GAP = 1e-3  # between the modes' rates: nearer ones would cancel each other's digits
@@ -95,35 +96,23 @@ class Block:
     """Some steps of some models: ask for each step's `outputs`, fill in its row of `d_MSBC`, then `finish`.
 
     Attributes:
+        outputs: The layer's outputs (M, B, C) in a step, those before it being done.
         d_MSBC: Gradients of the summed loss by the layer's outputs.
     """
 
     def __init__(self, modes_MCI: Tensor, modes: Modes, x_MKI: Tensor, steps: int):
         self._modes_MCI, self._modes, self._x_MKI, self._steps = modes_MCI, modes, x_MKI, steps
         self._width = modes_MCI.shape[1] // 2
-        self._batch = x_MKI.shape[1] // steps
+        self._batch = batch = x_MKI.shape[1] // steps
         answers_KK, self._slow_K1, self._fast_K1 = _answers(
-            modes, steps, self._batch, x_MKI.device, x_MKI.dtype
+            modes, steps, batch, x_MKI.device, x_MKI.dtype
         )
         z_MKC = x_MKI @ modes_MCI.transpose(1, 2)
         slow_MKC, fast_MKC = torch.split(z_MKC, self._width, dim=2)
-        self._z_MKC = slow_MKC.mul_(self._slow_K1).addcmul_(fast_MKC, self._fast_K1)
-        # Models that share their inputs share the Gram matrix, a fifth of the work.
-        own_MKI = x_MKI if x_MKI.stride(0) else x_MKI[:1]
-        gram_MKK = (own_MKI @ own_MKI.transpose(1, 2)).mul_(answers_KK)
-        self._pending_MKK = gram_MKK.expand(len(x_MKI), -1, -1)
-        self._d_MKC = torch.empty_like(self._z_MKC, memory_format=torch.contiguous_format)
-        self.d_MSBC = torch.unflatten(self._d_MKC, 1, (steps, self._batch))
-
-    def outputs(self, step: int) -> Tensor:
-        """The layer's outputs (M, B, C) in a step, those before it being done."""
-        start, stop = step * self._batch, (step + 1) * self._batch
-        z_MBC = self._z_MKC[:, start:stop]
-        if not step:
-            return z_MBC
-        return torch.baddbmm(
-            z_MBC, self._pending_MKK[:, start:stop, :start], self._d_MKC[:, :start]
-        )
+        z_MKC = slow_MKC.mul_(self._slow_K1).addcmul_(fast_MKC, self._fast_K1)
+        pending = PendingOutputs(z_MKC, x_MKI, answers_KK, batch)
+        self.outputs, self._d_MKC = pending.outputs, pending.d_EKC
+        self.d_MSBC = torch.unflatten(self._d_MKC, 1, (steps, batch))
 
     def finish(self) -> None:
         """Take all the block's updates."""

@@ -7,8 +7,8 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from influence_jobs.curvature import GaussNewton, Hessian, Lissa
-from influence_jobs.curvature import lissa_steps as lissa_steps_module
 from influence_jobs.curvature.lissa_steps import AnySteps, ChainSteps, lissa_steps
+from influence_jobs.gradients import pending
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.tasks.base import Task
 
@@ -80,7 +80,7 @@ def dense(task, model, space, ids, kind):
 @pytest.mark.parametrize("chains", [1, 3])
 @pytest.mark.parametrize("queries", ["vectors", "samples"])
 def test_steps_are_the_recursion(task, model, kind, batch_size, chains, queries, monkeypatch):
-    monkeypatch.setattr(lissa_steps_module, "PART_SAMPLES", 2)
+    monkeypatch.setattr(pending, "PART_SAMPLES", 2)
     space = ParameterSpace(model)
     operator = kind(model, space, task, torch.arange(N))
     v_QP = torch.randn(3, space.size, dtype=torch.float64)

@@ -1,10 +1,13 @@
 """The blocked layer against torch's SGD on the same gradients, in float64."""
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from influence_jobs.gradients import pending
 from influence_jobs.training.ensemble_blocked import BlockedLayer, sgd_modes
 from influence_jobs.training.train import Recipe
 
@@ -14,9 +17,17 @@ from influence_jobs.training.train import Recipe
     momentum=st.sampled_from([0.0, 0.1, 0.5, 0.9, 0.99]),
     weight_decay=st.sampled_from([0.0, 1e-4, 1e-3, 1e-2]),
     blocks=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 4)), min_size=1, max_size=4),
+    part=st.integers(1, 40),
 )
 @settings(max_examples=60, deadline=None)
 def test_blocks_of_steps_are_sgd(
+    lr: float, momentum: float, weight_decay: float, blocks: list[tuple[int, int]], part: int
+) -> None:
+    with mock.patch.object(pending, "PART_SAMPLES", part):
+        check_blocks(lr, momentum, weight_decay, blocks)
+
+
+def check_blocks(
     lr: float, momentum: float, weight_decay: float, blocks: list[tuple[int, int]]
 ) -> None:
     recipe = Recipe(1, 1, "sgd", lr, momentum, weight_decay)
