@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from influence_jobs.curvature.operators import AGREEMENT, GaussNewton, Hessian, Operator
-from influence_jobs.gradients.pending import PendingOutputs
+from influence_jobs.gradients.pending import PendingOutputs, padded
 from influence_jobs.tasks.chain import Chain, find_chain, first_inputs
 
 BLOCK_SAMPLES = 192  # K, at most, by measurement
@@ -148,7 +148,7 @@ class ChainSteps(LissaSteps):
         self._weights = _with_bias(
             chain, {name: p.detach()[None] for name, p in operator.space.parameters().items()}
         )
-        self._inner = [w_CI[:, :-1].contiguous() for w_CI in self._weights]
+        self._inner = [w_CI[:, :-1].contiguous() for w_CI in self._weights[1:]]
         self._v = _with_bias(chain, operator.space.split(rhs_QP))
         self._h = [v_RI.repeat(chains, 1, 1) for v_RI in self._v]
         self._first_v = _Forcing(self._v[0], len(rhs_QP))
@@ -161,7 +161,7 @@ class ChainSteps(LissaSteps):
         batch = operator.batch(ids_ESB.flatten())
         operator.work += operator.cost * self._num_vectors * ids_ESB.numel()
         x_NI = first_inputs(operator.task, operator.model, self._chain, batch)
-        x_EKI = F.pad(x_NI, (0, 1), value=1.0).view(chains, steps * size, -1)
+        x_EKI = padded(F.pad(x_NI, (0, 1), value=1.0)).view(chains, steps * size, -1)
         targets_EK = operator.task.targets(batch).view(chains, -1)
         totals = [torch.zeros_like(h_ERI) for h_ERI in self._h[1:]]
         block = _Block(self._h[0], self._first_v, x_EKI, steps, self._decay, self._scale)
@@ -182,7 +182,7 @@ class ChainSteps(LissaSteps):
         (chains, size, _), vectors = rz_EBR.shape, self._num_vectors
         tangents = []
         for mask_EB1C, a_EBI, w_CI, h_ERI in zip(
-            seen.masks, seen.inputs, self._inner[1:], self._h[1:], strict=True
+            seen.masks, seen.inputs, self._inner, self._h[1:], strict=True
         ):
             ra_EBQC = rz_EBR.view(chains, size, vectors, -1) * mask_EB1C
             tangents.append(ra_EBQC)
@@ -193,7 +193,7 @@ class ChainSteps(LissaSteps):
             seen.probabilities_EB1C, weighted_EBQC.sum(3, keepdim=True), value=-1
         )
         for layer in reversed(range(len(tangents))):
-            w_CI, h_ERI = self._inner[layer + 1], self._h[layer + 1]
+            w_CI, h_ERI = self._inner[layer], self._h[layer + 1]
             below_EBQI = (d_EBQC.flatten(0, 2) @ w_CI).view(chains, size, vectors, -1)
             if self._whole_hessian:
                 delta_EBC = seen.deltas[layer][:, None]
@@ -226,9 +226,9 @@ class ChainSteps(LissaSteps):
         """Add layers (E, Q C, I) to vectors of the space."""
         views = self._operator.space.split(total_EQP)
         for name, h_ERI in zip(self._chain.linears, layers, strict=True):
-            h_EQCI = _by_query(h_ERI, self._num_vectors)
-            views[f"{name}.weight"] += h_EQCI[..., :-1]
-            views[f"{name}.bias"] += h_EQCI[..., -1]
+            h_EQCI, weight_EQCI = _by_query(h_ERI, self._num_vectors), views[f"{name}.weight"]
+            weight_EQCI += h_EQCI[..., : weight_EQCI.shape[3]]
+            views[f"{name}.bias"] += h_EQCI[..., weight_EQCI.shape[3]]
 
 
 @dataclass(frozen=True)
@@ -367,8 +367,9 @@ def _names(chain: Chain) -> list[str]:
 
 
 def _with_bias(chain: Chain, parts: dict[str, Tensor]) -> list[Tensor]:
-    """Weights (Q, C, I - 1) and biases (Q, C) of every layer as (Q C, I), contiguous."""
-    return [
+    """Weights (Q, C, I - 1) and biases (Q, C) of every layer as (Q C, I), contiguous; the first's `padded`."""
+    first, *others = (
         torch.cat((parts[f"{name}.weight"], parts[f"{name}.bias"][..., None]), dim=2).flatten(0, 1)
         for name in chain.linears
-    ]
+    )
+    return [padded(first), *others]

@@ -2,8 +2,15 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 PART_SAMPLES = 64  # by measurement; see below
+ALIGNED = 8  # numbers; products over rows that begin anywhere lose up to a quarter of their speed
+
+
+def padded(rows: Tensor) -> Tensor:
+    """Rows (..., I) with zeros after them, up to a multiple of `ALIGNED`."""
+    return F.pad(rows, (0, -rows.shape[-1] % ALIGNED))
 
 
 class PendingOutputs:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from influence_jobs.gradients.pending import padded
 from influence_jobs.gradients.rules import reduce_norms
 from influence_jobs.tasks.base import Task
 from influence_jobs.tasks.chain import Chain, find_chain
@@ -67,7 +68,8 @@ class MlpSteps:
         self._device, self._norms = members.device, norms
         self.longest = max(1, BLOCK_SAMPLES // recipe.batch_size)
         first_MCI, *others = (_stacked(members.models, name) for name in chain.linears)
-        self._first = BlockedLayer(first_MCI, modes)
+        self._inputs_and_bias = first_MCI.shape[2]  # of the first layer
+        self._first = BlockedLayer(padded(first_MCI), modes)
         self._shapes = [weight_MCI.shape[1:] for weight_MCI in others]
         # In one row, so that decay and momentum are one operation for all these layers.
         nothing = first_MCI.new_empty(len(members.models), 0)
@@ -102,7 +104,7 @@ class MlpSteps:
         block.finish()
         flush_(hidden.momentum_MP)
         if norms_wanted:
-            x_MSBI = torch.unflatten(x_MKI, 1, (steps, batch))
+            x_MSBI = torch.unflatten(x_MKI[..., : self._inputs_and_bias], 1, (steps, batch))
             others = [
                 tuple(torch.stack(t, dim=1) for t in zip(*pairs, strict=True))
                 for pairs in zip(*seen, strict=True)
@@ -161,7 +163,8 @@ class MlpSteps:
     def weights(self, row: int) -> dict[str, Tensor]:
         """Parameters of one variant."""
         others = _views(self._others_MP[row : row + 1], self._shapes)
-        layers = [self._first.weights(row), *(w_MCI[0] for w_MCI in others)]
+        first_CI = self._first.weights(row)[:, : self._inputs_and_bias]
+        layers = [first_CI, *(w_MCI[0] for w_MCI in others)]
         named: dict[str, Tensor] = {}
         for name, weight_CI in zip(self._chain.linears, layers, strict=True):
             named |= {f"{name}.weight": weight_CI[:, :-1], f"{name}.bias": weight_CI[:, -1]}
@@ -170,7 +173,7 @@ class MlpSteps:
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on from here."""
         return {
-            "first": self._first.modes_MCI,
+            "first": self._first.modes_MCI[..., : self._inputs_and_bias],
             "others": self._others_MP,
             "momentum": self._momentum_MP,
         }
