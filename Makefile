@@ -43,7 +43,7 @@ demo: install
 # A page of results for each script, made anew: `make bench`, or `make bench OPTIONS=--full` for all sizes, or
 # `make bench BENCHES=scores`. On a machine with nothing else to do. The peers live apart: kronfluence's wheel brings a
 # package named `tests`.
-BENCHES := norms_mnist norms_ffdnet scores s_test retraining submit scaling simulation
+BENCHES := norms_mnist norms_ffdnet scores s_test solvers retraining submit scaling simulation
 PEERS := .venv-bench
 
 bench: $(PEERS)/installed

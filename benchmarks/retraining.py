@@ -198,8 +198,8 @@ def main(
     """
     use_worker_allocator()
     where = torch.device(device)
-    models = models or ([2, 8, 16, 32, 128] if full else [16])
-    rounds = rounds or (3 if full else 1)
+    models = models or ([2, 8, 16, 32, 128] if full else [32])
+    rounds = rounds or (5 if full else 3)
     header("Retraining: many variants side by side")
     errors = ", ".join(f"{name} {error:.0e}" for name, error in check(where).items())
     print(f"- relative error of the parameters' change after {CHECKED_STEPS} steps: {errors}")
