@@ -91,7 +91,7 @@ class Explainer:
         self.norms = norms
         self.task: Task = make_task(norms.task)
         self._lock = threading.Lock()  # hooks of two forward passes must not meet
-        self._maps: dict[tuple[int, str], Tensor] = {}  # by image and layer, the last used last
+        self._kept: dict[int, dict[str, Tensor]] = {}  # by image and layer, the last image last
         self._model: nn.Module | None = None
 
     def top(
@@ -124,8 +124,7 @@ class Explainer:
     def prepare(self, test: int, layers: Sequence[str]) -> None:
         """Compute an image's activations, which is most of what the first of its points takes."""
         with self._lock:
-            for layer in layers:
-                self._map(test, layer)
+            self._maps(test, layers)
 
     def _scores(
         self,
@@ -144,7 +143,7 @@ class Explainer:
         if size is None or not (0 <= point[0] < size[0] and 0 <= point[1] < size[1]):
             raise SpecError(f"point {point[0]},{point[1]} is outside of test image {test}")
         with self._lock:
-            maps = {layer: self._map(test, layer) for layer in layers}
+            maps = self._maps(test, layers)
         activations = {
             layer: pool(layer, map_Chw, (*point, 1, 1), size)[None].numpy()
             for layer, map_Chw in maps.items()
@@ -167,27 +166,31 @@ class Explainer:
             pieces.append(np.sum([of_layer[0] for of_layer in found.values()], axis=0))
         return np.concatenate(pieces)
 
-    def _map(self, test: int, layer: str) -> Tensor:
-        """A test image's activations, kept while there is room; for one thread at a time."""
-        found = self._maps.pop((test, layer), None)
-        if found is None:
-            found = self._activations(test, layer)
-        self._maps[test, layer] = found
-        while len(self._maps) > 1 and sum(kept.nbytes for kept in self._maps.values()) > MAP_BYTES:
-            del self._maps[next(iter(self._maps))]
-        return found
+    def _maps(self, test: int, layers: Sequence[str]) -> dict[str, Tensor]:
+        """A test image's activations; other images' are kept while there is room. For one thread at a time."""
+        maps = self._kept.get(test, {})
+        if missing := [layer for layer in dict.fromkeys(layers) if layer not in maps]:
+            maps = {**maps, **self._activations(test, missing)}
+        self._kept.pop(test, None)
+        self._kept[test] = maps
+        while len(self._kept) > 1 and self._kept_bytes() > MAP_BYTES:
+            del self._kept[next(iter(self._kept))]
+        return {layer: maps[layer] for layer in layers}
+
+    def _kept_bytes(self) -> int:
+        return sum(map_Chw.nbytes for maps in self._kept.values() for map_Chw in maps.values())
 
     @torch.no_grad()
-    def _activations(self, test: int, layer: str) -> Tensor:
-        """A test image's activations (C, h, w), the mean over the draws of its noise."""
+    def _activations(self, test: int, layers: Sequence[str]) -> dict[str, Tensor]:
+        """A test image's activations (C, h, w) by layer, the mean over the draws of its noise."""
         if self._model is None:
             model = self.task.model().eval()
             load_checkpoint(model, self.norms.run.root, self.norms.checkpoint)
             self._model = model  # only now: a model without its weights must answer nothing
-        total: Tensor | None = None
+        totals: dict[str, Tensor] = {}
         for draw in range(self.norms.noise_draws):
             batch = self.task.test_batch(torch.tensor([test]), Draw(self.norms.seed, draw))
-            found = clamped_outputs(self.task, self._model, [layer], batch)[layer][0]
-            total = found if total is None else total + found
-        assert total is not None
-        return total / self.norms.noise_draws
+            found = clamped_outputs(self.task, self._model, layers, batch)
+            for layer, output in found.items():
+                totals[layer] = totals[layer] + output[0] if layer in totals else output[0]
+        return {layer: total / self.norms.noise_draws for layer, total in totals.items()}

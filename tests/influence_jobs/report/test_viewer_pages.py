@@ -88,21 +88,42 @@ def test_a_click_asks_what_the_attribution_run_asked(denoiser_runs, asking, tmp_
     assert samples_of(other) != expected
 
 
-def test_activations_are_kept_while_there_is_room(denoiser_runs, monkeypatch) -> None:
-    explainer, computed = Explainer(norms_of(denoiser_runs[1])), []
-    compute = explainer._activations
-    monkeypatch.setattr(
-        explainer, "_activations", lambda *asked: computed.append(asked) or compute(*asked)
-    )
-    both = [(test, "main.29") for test in (0, 1)]
+@pytest.fixture
+def computed(monkeypatch) -> list[list[str]]:
+    """The layers that each run of the network looked at."""
+    asked: list[list[str]] = []
+    run_network = explain.clamped_outputs
+
+    def watched(task, model, layers, batch):
+        asked.append([*layers])
+        return run_network(task, model, layers, batch)
+
+    monkeypatch.setattr(explain, "clamped_outputs", watched)
+    return asked
+
+
+def test_a_network_is_run_once_for_all_layers_of_an_image(denoiser_runs, computed) -> None:
+    explainer, layers = Explainer(norms_of(denoiser_runs[1])), ["main.26", "main.29"]
+    found = explainer.top(0, (3, 4), 500, layers=layers)
+    assert computed == [layers]
+    each = [dict(explainer.top(0, (3, 4), 500, layers=[layer])) for layer in layers]
+    for sample, score in found:
+        assert score == pytest.approx(sum(scores[sample] for scores in each), rel=1e-5)
+    explainer.prepare(1, layers[:1])
+    explainer.prepare(1, layers)
+    assert computed == [layers, *([layer] for layer in layers)]
+
+
+def test_activations_are_kept_while_there_is_room(denoiser_runs, computed, monkeypatch) -> None:
+    explainer, layers = Explainer(norms_of(denoiser_runs[1])), ["main.26", "main.29"]
     for test in (0, 1, 0):
-        explainer.prepare(test, ["main.29"])
-    assert computed == both
-    size = explainer._map(0, "main.29").nbytes
-    monkeypatch.setattr(explain, "MAP_BYTES", size)
-    for test in (0, 1, 1, 0):
-        explainer.prepare(test, ["main.29"])
-    assert computed == [*both, both[1], both[0]]
+        explainer.prepare(test, layers)
+    assert computed == [layers] * 2
+    # Without room for more, all layers of the last image.
+    monkeypatch.setattr(explain, "MAP_BYTES", 1)
+    for test, runs in ((1, 2), (1, 2), (0, 3), (0, 3), (1, 4)):
+        explainer.prepare(test, layers)
+        assert computed == [layers] * runs
 
 
 @pytest.mark.parametrize("what", ["images", "test_images"])
