@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from matplotlib.figure import Figure
 
-from influence_jobs.errors import DataError, SpecError
+from influence_jobs.errors import DataError
 from influence_jobs.report import published
 from influence_jobs.report.captions import MAX_ROWS, ablation_seen, ranking_of, scores_seen
 from influence_jobs.report.contact_sheet import Row, contact_sheet
@@ -23,6 +23,7 @@ from influence_jobs.report.curves import (
     lds_panels,
 )
 from influence_jobs.report.ranking import (
+    NothingLeft,
     RankedRow,
     by_query,
     named,
@@ -252,7 +253,7 @@ class _Figures:
     def _scores(self) -> Iterator[Shown]:
         try:
             ranked = ranked_scores(self.run, PER_ROW)
-        except SpecError as error:  # such as all samples being beyond the limit of norms
+        except NothingLeft as error:
             self.say(f"{self.run.id}: nothing to show: {error}")
             return
         queries = self.run.read_table("queries").to_pylist()

@@ -14,6 +14,10 @@ Side = Literal["helpful", "harmful", "both"]
 RankedRow = Mapping[str, Any]
 
 
+class NothingLeft(SpecError):
+    """All samples were left out."""
+
+
 def require_ranked(run: Run) -> None:
     """Refuse a run that ranks no samples.
 
@@ -58,13 +62,16 @@ def ranked_scores(
         side: Of influence, the largest scores, the smallest, or both.
 
     Raises:
-        SpecError: The run keeps no such part, has no such query, or scores nothing.
+        SpecError: The run keeps no such part, or has no such query.
+        NothingLeft: It scores nothing.
+        StoreError: Its scores are gone.
     """
     if side not in get_args(Side):
         raise SpecError(f"side {side!r}: choose {', '.join(get_args(Side))}")
     if k < 1:
         raise SpecError(f"k = {k}: at least one sample is wanted")
     array = SCORES if layer is None else part_name(layer)
+    run.array(SCORES)  # if these are gone, no layer is to blame
     if array not in run.array_names():
         kept = [name.partition("/")[2] for name in run.array_names() if name != SCORES]
         there = (
@@ -87,7 +94,7 @@ def ranked_scores(
         if side == "both" or (side == "helpful") == largest
     }
     if not any(len(ids) for found in ranked.values() for ids, _ in found):
-        raise SpecError(
+        raise NothingLeft(
             f"{run.id} leaves all samples out: submit it with another --exclude-norm-above"
         )
     for i, place in enumerate(places(chosen)):

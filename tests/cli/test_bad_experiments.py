@@ -80,6 +80,22 @@ def test_a_run_whose_arrays_are_gone_is_refused(refused: Refused, runs: Path) ->
     assert f"run {norms.name} has no arrays: " in refused("report", "grad-norms")
 
 
+def test_a_run_whose_scores_are_gone_is_refused(
+    infl: Callable[..., object], refused: Refused, runs: Path
+) -> None:
+    infl("submit", "influence", *DIGITS, "--solver", "identity")
+    (scored,) = runs.glob("influence-*")
+    shutil.rmtree(scored / "data.zarr/scores")
+    wanted = (("top",), ("top", "--layer", "conv1"), ("report",))
+    for command, *words in wanted:
+        line = refused(command, "influence-digits", *words)
+        assert f"run {scored.name} has no array 'scores'; it has none yet" in line
+    shutil.rmtree(scored / "data.zarr")
+    for command, *words in wanted:
+        line = refused(command, "influence-digits", *words)
+        assert f"run {scored.name} has no arrays: it has not begun, or they were deleted" in line
+
+
 def test_samples_without_classes_cannot_be_relabelled(refused: Refused, images: Path) -> None:
     words = ("submit", "ablation", "--task", "ffdnet", "--images", images, "--patch-size", 20)
     line = refused(*words, "--local", "--test", 0, "--k", 2, "--by", "random")

@@ -112,6 +112,9 @@ def test_a_run_that_leaves_all_samples_out_says_so(infl: Infl, runs: Path) -> No
     refused = infl("top", run, "--png", "x.png")
     assert refused.code == 2
     assert "leaves all samples out" in refused.err
+    told = infl("report", run)
+    assert told.code == 0
+    assert f"{run}: nothing to show: {run} leaves all samples out" in told.err
 
 
 def test_s_test_runs_have_no_scores_yet(infl: Infl, runs: Path) -> None:
