@@ -134,14 +134,16 @@ def write_report(title: str, sections: Sequence[Section], folder: Path) -> list[
         The files.
 
     Raises:
-        SpecError: There is a file in the folder's place, or in that of one above it.
+        SpecError: There is a file, or a link to nothing, in the folder's place or in that of one above it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        file = next(path for path in (folder, *folder.parents) if path.exists())
+        found = (path for path in (folder, *folder.parents) if path.is_symlink() or path.exists())
+        file = next(path for path in found if not path.is_dir())
+        what = "a file" if file.exists() else "a link to nothing"
         raise SpecError(
-            f"cannot write a report to {folder}: {file} is a file, name a folder"
+            f"cannot write a report to {folder}: {file} is {what}, name a folder"
         ) from None
     written = [folder / "report.html"]
     written[0].write_text(render_report(title, sections), encoding="utf-8")

@@ -177,10 +177,27 @@ def test_unfinished_runs_are_refused(finished_run, tmp_path) -> None:
     run = Run.create(str(tmp_path), finished_run.spec)
     with pytest.raises(StoreError, match=r"not finished \(new\): infl resume grad-norms-"):
         sections_of([run])
+
+
+@pytest.mark.parametrize("below", ["", "sub", "sub/deeper"])
+@pytest.mark.parametrize(("name", "what"), [("file", "a file"), ("link", "a link to nothing")])
+def test_a_folder_that_cannot_be_is_refused(tmp_path, name, what, below) -> None:
     (tmp_path / "file").touch()
-    for below in ("", "sub", "sub/deeper"):
-        with pytest.raises(SpecError, match=f"{tmp_path}/file is a file, name a folder"):
-            write_report("", [], tmp_path / "file" / below)
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(SpecError, match=f": {tmp_path}/{name} is {what}, name a folder$"):
+        write_report("", [], tmp_path / name / below)
+    assert not (tmp_path / "gone").exists()
+
+
+def test_a_report_is_written_through_a_link_to_a_folder(tmp_path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    write_report("", [], tmp_path / "link" / "sub")
+    assert (tmp_path / "folder/sub/report.html").is_file()
+    # What is in the way lies above a link that leads somewhere.
+    (tmp_path / "folder/file").touch()
+    with pytest.raises(SpecError, match=f": {tmp_path}/link/file is a file, name a folder$"):
+        write_report("", [], tmp_path / "link/file/sub")
 
 
 def test_titles_tell_runs_apart(runs_of_all_kinds) -> None:
