@@ -43,6 +43,10 @@ class Trained(NamedTuple):
 def require_used(curvature: CurvatureOptions, methods: Collection[str]) -> None:
     """Refuse options of the curvature where no method has one.
 
+    Args:
+        curvature: What the user asked for.
+        methods: Words that rankings were made of, which refuses those that are misspelt.
+
     Raises:
         SpecError: Naming the first option.
     """

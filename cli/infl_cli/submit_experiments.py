@@ -94,16 +94,17 @@ def ablation(
 
     Every retrained model is kept: a larger grid trains only what is new.
     """
-    from infl_cli.experiment_requests import ablation_request, ranking_request
+    from infl_cli.experiment_requests import ablation_request, ranking_request, require_used
     from infl_cli.launch import carry_out
     from influence_jobs.store.run import Run
 
     root = runs_folder(runs)
     methods = by or ABLATED
-    trained, asked = _subject(weights, queries, curvature, data, root, methods, seed=seed)
+    trained, asked = _subject(weights, queries, data, root, methods, seed=seed)
     rankings = tuple(
         ranking_request(word, trained, asked, curvature, root=root, seed=seed) for word in methods
     )
+    require_used(curvature, methods)
     modes = ("relabel", "remove") if mode == "both" else (mode,)
     spec = ablation_request(
         trained, rankings, sizes=k, modes=modes, relabel=relabel_to, seeds=seeds
@@ -132,15 +133,16 @@ def stability(
     runs: o.Runs = o.DEFAULT_RUNS,
 ) -> None:
     """Train from other seeds: how many of a query's top samples are found again?"""
-    from infl_cli.experiment_requests import stability_rankings
+    from infl_cli.experiment_requests import require_used, stability_rankings
     from infl_cli.launch import carry_out
     from influence_jobs.specs import StabilitySpec, make_spec
     from influence_jobs.store.run import Run
 
     root = runs_folder(runs)
-    trained, asked = _subject(weights, queries, curvature, data, root, by or RETRAINED, seed=seed)
+    words = by or RETRAINED
+    trained, asked = _subject(weights, queries, data, root, words, seed=seed)
     methods = stability_rankings(
-        by or RETRAINED,
+        words,
         trained,
         asked,
         curvature,
@@ -148,6 +150,7 @@ def stability(
         ensemble=ensemble,
         seed=seed,
     )
+    require_used(curvature, words)
     spec = make_spec(StabilitySpec, task=trained.subject.task, methods=methods, top=top)
     carry_out(Run(root, spec), how)
 
@@ -177,18 +180,19 @@ def lds(
 
     The retrained models are kept: methods added later use the same.
     """
-    from infl_cli.experiment_requests import ensemble_ranking
+    from infl_cli.experiment_requests import ensemble_ranking, require_used
     from infl_cli.launch import carry_out
     from influence_jobs.specs import LdsSpec, make_spec
     from influence_jobs.store.run import Run
 
     root = runs_folder(runs)
     methods = by or COMPARED
-    trained, asked = _subject(weights, queries, curvature, data, root, methods, seed=seed)
+    trained, asked = _subject(weights, queries, data, root, methods, seed=seed)
     rankings = tuple(
         ensemble_ranking(word, trained, asked, curvature, root=root, seed=seed, ensemble=ensemble)
         for word in methods
     )
+    require_used(curvature, methods)
     spec = make_spec(
         LdsSpec,
         task=trained.subject.task,
@@ -236,7 +240,6 @@ def paper(
 def _subject(
     weights: o.Weights,
     queries: QueryOptions,
-    curvature: CurvatureOptions,
     data: o.QueriedData,
     root: str,
     methods: Sequence[str],
@@ -244,11 +247,10 @@ def _subject(
     seed: int,
 ) -> "tuple[Trained, Queries]":
     """The training that is looked at, and the queries: the task's first named set if the user named none."""
-    from infl_cli.experiment_requests import require_used, trained_request
+    from infl_cli.experiment_requests import trained_request
     from infl_cli.requests import subject_request
     from infl_cli.score_requests import queries_request
 
-    require_used(curvature, methods)
     subject = subject_request(weights, data, root, default_task="mnist", say=say)
     trained = trained_request(subject, given=bool(weights.checkpoint), methods=methods)
     if not queries.test and not queries.test_set and subject.built.query_sets:

@@ -31,6 +31,13 @@ LDS = ("submit", "lds", *DIGITS)
             "--max-iterations has no meaning for --by loss, dot-product: leave it out",
         ),
         ((*STABILITY, "--by", "loss", "--solver", "cg"), "--solver has no meaning for --by loss"),
+        ((*ABLATION, "--by", "helpfull", "--damping", "1"), "unknown method 'helpfull': choose"),
+        ((*LDS, "--by", "helpfull", "--damping", "1"), "unknown method 'helpfull': choose"),
+        ((*STABILITY, "--by", "helpfull", "--damping", "1"), "stability of 'helpfull': choose"),
+        (
+            (*LDS, "--by", "influence-nothing", "--damping", "1"),
+            "there is no run influence-nothing",
+        ),
         ((*ABLATION, "--by", "random", "--by", "random"), "method random is named twice"),
         ((*ABLATION, "--by", "influence-nothing"), "there is no run influence-nothing"),
         ((*ABLATION, "--by", "grad-norms-digits"), "has no scores: name an influence, attribution"),
