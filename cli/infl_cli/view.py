@@ -3,8 +3,11 @@
 import secrets
 import socket
 import tempfile
+import webbrowser
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from threading import Thread
 from typing import Annotated
 
 import typer
@@ -16,6 +19,7 @@ from influence_jobs.store.find import find_run
 from influence_jobs.store.folder import runs_folder
 
 LOOPBACK = "127.0.0.1"
+BY_HAND = "no browser could be opened: open the address above by hand"
 
 
 def view(
@@ -43,6 +47,7 @@ def view(
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listening.bind((LOOPBACK, port))
+            listening.listen()  # a browser may be there before the server is
         except OSError as error:
             raise SpecError(
                 f"cannot listen on port {port} ({error.strerror}): choose another"
@@ -57,9 +62,24 @@ def view(
 
 @contextmanager
 def _in_browser(url: str) -> Iterator[None]:
-    """Open a browser by a file that only we can read: all users see the arguments of a process, and so the token."""
-    with tempfile.NamedTemporaryFile("w", suffix=".html") as page:
-        page.write(f'<meta http-equiv="refresh" content="0; url={url}">')
-        page.flush()
-        typer.launch(page.name)
+    """Open a browser by a file that only we can read: all users see the arguments of a process, and so the token.
+
+    The file lies in the home folder, not hidden: a browser in a sandbox sees neither /tmp nor ~/.infl.
+    """
+    with ExitStack() as until_the_end:
+        try:
+            private = tempfile.TemporaryDirectory(prefix="infl-view-", dir=Path.home())
+            page = Path(until_the_end.enter_context(private), "open.html")
+            page.touch(0o600)
+            page.write_text(f'<meta http-equiv="refresh" content="0; url={url}">')
+        except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+            say(f"{BY_HAND} ({error})")
+        else:
+            # Some browsers are waited for until they are closed.
+            Thread(target=_open, args=(page.as_uri(),), daemon=True).start()
         yield
+
+
+def _open(address: str) -> None:
+    if not webbrowser.open(address):
+        say(BY_HAND)

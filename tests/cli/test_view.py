@@ -9,9 +9,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import Timer
 
 import httpx
 import psutil
+import pytest
 
 
 def started(runs: Path, *words: str, **env: str) -> subprocess.Popen[str]:
@@ -47,28 +49,66 @@ def test_a_viewer_runs_until_ctrl_c(runs: Path) -> None:
 
 
 def test_a_browser_is_told_the_token_by_a_private_file(runs: Path, tmp_path: Path) -> None:
-    browser = tmp_path / "bin" / "xdg-open"
+    browser, home = tmp_path / "bin" / "browser", tmp_path / "home"
     browser.parent.mkdir()
+    home.mkdir()
+    # One that stays open until it is closed.
     browser.write_text(
-        f'#!/bin/sh\ncp -p "$1" {tmp_path}/opened.html\n'
-        f'echo "$@" > {tmp_path}/aside\nmv {tmp_path}/aside {tmp_path}/words\n'
+        f'#!/bin/sh\ncp -p "${{1#file://}}" {tmp_path}/opened.html\n'
+        f'echo "$@" > {tmp_path}/aside\nmv {tmp_path}/aside {tmp_path}/words\nexec sleep 60\n'
     )
     browser.chmod(0o755)
-    viewer = started(runs, "--open", PATH=f"{browser.parent}:{os.environ['PATH']}")
+    viewer = started(runs, "--open", BROWSER=str(browser), HOME=str(home))
+    opened_browser: list[psutil.Process] = []
     try:
         url = viewer.stdout.readline().strip()
+        assert httpx.get(url, timeout=30).status_code == 303
         deadline = time.monotonic() + 20
         while not (tmp_path / "words").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
-        words = (tmp_path / "words").read_text()
+        opened_browser = psutil.Process(viewer.pid).children()
+        words = (tmp_path / "words").read_text().strip()
         assert "token" not in words
+        page = Path(words.removeprefix("file://"))
+        # Sandboxes hide /tmp and what is hidden in the home folder.
+        assert page.is_relative_to(home)
+        assert not any(part.startswith(".") for part in page.relative_to(home).parts)
+        assert stat.S_IMODE(page.parent.stat().st_mode) == 0o700
         opened = tmp_path / "opened.html"
         assert f"url={url}" in opened.read_text()
         assert stat.S_IMODE(opened.stat().st_mode) == 0o600
         viewer.send_signal(signal.SIGINT)
-        viewer.communicate(timeout=20)
-        assert not Path(words.strip()).exists()
+        viewer.wait(timeout=20)
+        assert not page.parent.exists()
     finally:
+        for process in (viewer, *opened_browser):
+            process.kill()
+
+
+@pytest.mark.parametrize(
+    ("home", "why"), [("home", ""), ("file", " ([Errno 20] Not a directory: ")]
+)
+def test_where_no_browser_opens_it_says_so(runs: Path, tmp_path: Path, home: str, why: str) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "file").touch()
+    # Where Python looks for browsers.
+    nowhere = dict.fromkeys(("BROWSER", "DISPLAY", "WAYLAND_DISPLAY"), "")
+    nowhere |= {"PATH": str(tmp_path / "home"), "HOME": str(tmp_path / home)}
+    viewer = started(runs, "--open", **nowhere, MPLCONFIGDIR=str(tmp_path))
+    too_long = Timer(30, viewer.kill)
+    too_long.start()
+    try:
+        url = viewer.stdout.readline().strip()
+        said = {viewer.stderr.readline().strip() for _ in range(2)}
+        assert httpx.get(url, timeout=30).status_code == 303
+        said.remove("Ctrl-C ends it")
+        by_hand = "no browser could be opened: open the address above by hand"
+        assert said.pop().startswith(by_hand + why)
+        viewer.send_signal(signal.SIGINT)
+        viewer.communicate(timeout=20)
+        assert viewer.returncode == 130
+    finally:
+        too_long.cancel()
         viewer.kill()
 
 
