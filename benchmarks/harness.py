@@ -131,7 +131,11 @@ def ratios(seconds: dict[str, list[float]], name: str, reference: str) -> list[f
 
 def spread(values: Sequence[float]) -> str:
     """Median, least and most."""
-    return f"{statistics.median(values):.3g} ({min(values):.3g}-{max(values):.3g})"
+    middle, least, most = (
+        f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+        for value in (statistics.median(values), min(values), max(values))
+    )
+    return f"{middle} ({least}-{most})"
 
 
 def print_race(contestants: Sequence[Contestant], rounds: int, unit: str, *references: str) -> None:

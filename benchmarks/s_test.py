@@ -1,7 +1,7 @@
 """What LiSSA's s_test costs: MNIST, the report's ten test images, the published setting.
 
-That is five repeats, depth 1,000, batch 8, damping .01 and scale 25, so lambda .25. A curvature product for one vector counts
-as one. The bound is the two products of the first layer that a step of all queries needs, in blocks of 32 steps. First every
+That is five repeats, depth 1,000, batch 8, damping .01 and scale 25, so lambda .25; ours side by side (`Lissa.solve_repeats`; a
+shard of `infl submit s-test` has up to three). A curvature product for one vector counts as one. The bound is the two products of the first layer that a step of all queries needs, in blocks of 32 steps. First every
 contestant solves for eight copies of one image, where chance plays no part, and is compared with the recursion in
 float64. How near the solvers come is `solvers.py`'s question.
 

@@ -57,8 +57,11 @@ Solvers = Callable[["Ladder"], Iterable[Try]]
 class Ladder:
     """A matrix, its exact answer, and settings of solvers from cheap to costly."""
 
-    def __init__(self, contest: Contest, kind: type[GaussNewton] | type[Hessian]):
+    def __init__(
+        self, contest: Contest, kind: type[GaussNewton] | type[Hessian], repeats: tuple[int, ...]
+    ):
         self.contest, self.kind, self.damping = contest, kind, LAMBDA[kind]
+        self.repeats = repeats  # of LiSSA as published
         self.rhs_QP, self.samples = contest.rhs_QP, contest.samples
         self.shuffled = torch.randperm(self.samples, generator=torch.Generator().manual_seed(0))
         exact = ConjugateGradient(self.damping, tolerance=1e-5)
@@ -88,7 +91,7 @@ class Ladder:
 
     def lissa_as_published(self) -> Iterator[Try]:
         solver = Lissa(self.damping, scale=SCALE, depth=DEPTH, batch_size=BATCH)
-        for count in (REPEATS, 5 * REPEATS):
+        for count in self.repeats:
             yield self._lissa("published setting", solver, count)
 
     def _lissa(self, settings: str, solver: Lissa, count: int) -> Try:
@@ -124,16 +127,19 @@ class Ladder:
 
         def solve() -> Tensor:
             model = prepare_model(copy.deepcopy(self.contest.model), Nll())
-            folder = tempfile.mkdtemp()
-            analyzer = Analyzer("mnist", model, Nll(), cpu=True, output_dir=folder)
-            analyzer.logger.setLevel(logging.ERROR)
-            analyzer.fit_all_factors(
-                "ekfac",
-                self.contest.data(self.ids()),
-                per_device_batch_size=1000,
-                factor_args=FactorArguments(strategy="ekfac"),
-            )
-            return self._multiplied(analyzer.load_all_factors("ekfac"))
+            with tempfile.TemporaryDirectory() as folder:
+                analyzer = Analyzer(
+                    "mnist", model, Nll(), cpu=True, output_dir=folder, disable_tqdm=True
+                )
+                analyzer.logger.setLevel(logging.ERROR)
+                analyzer.fit_all_factors(
+                    "ekfac",
+                    self.contest.data(self.ids()),
+                    per_device_batch_size=1000,
+                    factor_args=FactorArguments(strategy="ekfac"),
+                )
+                factors = analyzer.load_all_factors("ekfac")
+            return self._multiplied(factors)
 
         yield Try("kronfluence, ek-fac", "all samples", solve)
 
@@ -175,19 +181,21 @@ class Ladder:
         hessian = HessianBatchOperation(self.contest.model, nn.functional.nll_loss)
         data = DataLoader(self.contest.data(self.ids()), batch_size=BATCH, shuffle=True)
 
-        def solve() -> Tensor:
-            operator = LissaOperator(
-                hessian,
-                data,
-                maxiter=DEPTH,
-                dampen=self.damping / SCALE,
-                scale=SCALE,
-                rtol=0.0,
-                warn_on_max_iteration=False,
-            )
-            return torch.stack([operator.apply(self.rhs_QP) for _ in range(REPEATS)]).mean(dim=0)
+        for count in self.repeats:
 
-        yield Try("pyDVL, lissa", f"published setting, {REPEATS} repeats", solve)
+            def solve(count: int = count) -> Tensor:
+                operator = LissaOperator(
+                    hessian,
+                    data,
+                    maxiter=DEPTH,
+                    dampen=self.damping / SCALE,
+                    scale=SCALE,
+                    rtol=0.0,
+                    warn_on_max_iteration=False,
+                )
+                return torch.stack([operator.apply(self.rhs_QP) for _ in range(count)]).mean(dim=0)
+
+            yield Try("pyDVL, lissa, published setting", f"{count} repeats", solve)
 
     def dattri_cg(self) -> Iterator[Try]:
         from dattri.func.hessian import ihvp_cg
@@ -243,7 +251,7 @@ def print_ladder(ladder: Ladder, solvers: Iterable[Callable[[], Iterator[Try]]])
 
 
 def main(
-    full: Annotated[bool, typer.Option("--full", help="60,000 samples.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="60,000 samples, more repeats.")] = False,
     weights: Annotated[Path | None, typer.Option(help="State dict; else trained here.")] = None,
     epochs: Annotated[int, typer.Option(help="Of the training.")] = 2,
     threads: Annotated[int, typer.Option(help="Of torch.")] = 2,
@@ -254,11 +262,12 @@ def main(
     header("Time to the right s_test")
     contest = Contest(trained(weights, epochs), 60_000 if full else 6_000)
     print(f"## Gauss-Newton, lambda {LAMBDA[GaussNewton]}, {contest.samples:,} samples\n")
-    ladder = Ladder(contest, GaussNewton)
+    repeats = (REPEATS, 5 * REPEATS) if full else (REPEATS,)
+    ladder = Ladder(contest, GaussNewton, repeats)
     own = (ladder.cg, ladder.lissa, ladder.lissa_as_published, ladder.ek_fac)
     print_ladder(ladder, (*own, ladder.kronfluence))
     print(f"\n## Hessian, lambda {LAMBDA[Hessian]}, {contest.samples:,} samples\n")
-    ladder = Ladder(contest, Hessian)
+    ladder = Ladder(contest, Hessian, repeats)
     print(f"Smallest eigenvalue {smallest_eigenvalue(ladder.operator()):.3f}.\n")
     own = (ladder.cg, ladder.lissa, ladder.lissa_as_published)
     print_ladder(ladder, (*own, ladder.pydvl_cg, ladder.pydvl_lissa, ladder.dattri_cg))

@@ -8,7 +8,6 @@ nothing else going on:
 """
 
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from harness import header, print_table
+from harness import header, print_table, spread
 
 from infl_cluster.head import current_head, ensure_head, stop_head
 from influence_jobs.gradients import GradNorms
@@ -107,40 +106,42 @@ def command(checkpoints: list[Path], runs: Path) -> dict[str, float]:
 
 
 def main(
-    full: Annotated[
-        bool, typer.Option("--full", help="Ten checkpoints too, three repeats.")
-    ] = False,
+    full: Annotated[bool, typer.Option("--full", help="More rounds.")] = False,
 ) -> None:
-    """Print a column for each number of checkpoints: medians."""
-    checkpoints, repeats = ((1, 10), 3) if full else ((1,), 2)
+    """Print a column for each number of checkpoints: median, least and most."""
+    rounds = 7 if full else 3
     header("What the whole command costs over the bare loop")
-    columns: dict[int, dict[str, float]] = {}
+    columns: dict[int, dict[str, list[float]]] = {}
     task = MnistTask()
     task.batch(torch.arange(1), Draw(0))
     warm_before = current_head() is not None
     head = ensure_head(idle_timeout_s=600)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            for number in checkpoints:
+            for number in (1, 10):
                 paths = save_checkpoints(Path(folder), number)
                 rows: dict[str, list[float]] = {}
-                for repeat in range(repeats):
+                for repeat in range(rounds):
                     figures = {
                         "fwd_bwd_samples_per_s": fwd_bwd(task, number),
                         "bare_loop_samples_per_s": bare_loop(task, paths),
                         **command(paths, Path(folder, f"runs-{number}-{repeat}")),
                     }
+                    figures["samples_per_s_of_the_bare_loop"] = (
+                        figures["samples_per_s"] / figures["bare_loop_samples_per_s"]
+                    )
                     for name, value in figures.items():
                         rows.setdefault(name, []).append(value)
-                columns[number] = {name: statistics.median(values) for name, values in rows.items()}
+                columns[number] = rows
     finally:
         if not warm_before:
             stop_head(head)
     table = [
-        [name.replace("_", " "), *(f"{column[name]:,.3g}" for column in columns.values())]
+        [name.replace("_", " "), *(spread(column[name]) for column in columns.values())]
         for name in columns[1]
     ]
-    print_table(["", *(f"{number} checkpoints" for number in columns)], table)
+    print_table(["", *(f"{60_000 * number:,} samples" for number in columns)], table)
+    print(f"\n{rounds} rounds; median (least-most). 600,000 are ten checkpoints, summed.")
 
 
 if __name__ == "__main__":

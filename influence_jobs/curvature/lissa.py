@@ -131,13 +131,11 @@ class Lissa(Solver):
                 f"LiSSA diverges even at scale {settings.scale / 2:.4g} with lambda = {damping:.4g}: "
                 "use --solver cg, a larger --damping or --operator gauss-newton"
             )
-        x_EQP = torch.stack([end.x_QP for end in ends.values() if end.x_QP is not None])
-        all_rhs_VP = rhs_QP.repeat(len(x_EQP), 1)
-        _, relative_V = relative_residual(operator, x_EQP.flatten(0, 1), all_rhs_VP, damping)
         solutions = []
-        for x_QP, relative_Q, repeat in zip(
-            x_EQP, relative_V.cpu().view(len(x_EQP), -1), repeats, strict=True
-        ):
+        for repeat in repeats:
+            x_QP = ends[repeat].x_QP
+            assert x_QP is not None
+            _, relative_Q = relative_residual(operator, x_QP, rhs_QP, damping)
             scale, end = scales[repeat], ends[repeat]
             if self._depth is None and end.error > TOLERANCE:
                 messages[repeat].append(
@@ -152,7 +150,7 @@ class Lissa(Solver):
             chosen |= {"relative_standard_error": end.error, "messages": messages[repeat]}
             steps_Q = torch.full((len(rhs_QP),), end.step)
             solutions.append(
-                Solution(x_QP, relative_Q, steps_Q, damping, costs[repeat], record | chosen)
+                Solution(x_QP, relative_Q.cpu(), steps_Q, damping, costs[repeat], record | chosen)
             )
         return solutions
 

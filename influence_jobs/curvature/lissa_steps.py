@@ -32,9 +32,6 @@ from influence_jobs.gradients.pending import PendingOutputs, padded
 from influence_jobs.tasks.chain import Chain, find_chain, first_inputs
 
 BLOCK_SAMPLES = 192  # K, at most, by measurement
-PART_SAMPLES = (
-    64  # of a block: products over a whole part are wide, those of one step narrow and slow
-)
 
 
 class LissaSteps(ABC):

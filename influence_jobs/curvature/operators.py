@@ -69,6 +69,7 @@ class Operator(ABC):
         self.batch_size = batch_size or task.batch_size
         self.work = 0.0
         self._sample_bytes: int | None = None  # of activations; known after the first look
+        self._exact = True  # up to rounding
         # Whether the model can be mapped over so many mini-batches of that size.
         self._batches_together: dict[torch.Size, bool] = {}
 
@@ -125,11 +126,11 @@ class Operator(ABC):
         """
         size = ids_EB.shape[1]
         pieces = torch.split(ids_EB, self._samples_at_once(v_EQP.shape[1]), dim=1)
-        total = self._means(v_EQP, pieces[0])
+        means = self._means(v_EQP, pieces[0])
         if len(pieces) == 1:
-            return total
-        for mean in total.values():
-            mean *= pieces[0].shape[1] / size
+            return means
+        # Not in place: of a parameter that is not used all zeros are one number.
+        total = {name: mean * (pieces[0].shape[1] / size) for name, mean in means.items()}
         for piece in pieces[1:]:
             for name, mean in self._means(v_EQP, piece).items():
                 total[name].add_(mean, alpha=piece.shape[1] / size)
@@ -167,9 +168,9 @@ class Operator(ABC):
         """What `products` gives, for mini-batches that fit into memory."""
         chains, queries, _ = v_EQP.shape
         self.work += self.cost * queries * ids_EB.numel()
-        if chains > 1 and self._fits(queries * ids_EB.numel()):
+        if chains > 1 and self._exact and self._fits(queries * ids_EB.numel()):
             if ids_EB.shape not in self._batches_together:
-                self._batches_together[ids_EB.shape] = self._look_together(v_EQP, ids_EB)
+                self._batches_together[ids_EB.shape] = self._look_together(v_EQP, ids_EB.shape)
             if self._batches_together[ids_EB.shape]:
                 return self._together(v_EQP, ids_EB)
         return self._one_by_one(v_EQP, ids_EB)
@@ -209,11 +210,19 @@ class Operator(ABC):
         result: Parameters = vmap(means, in_dims=dims)(self.space.split(v_EQP), leaves)
         return result
 
-    def _look_together(self, v_EQP: Tensor, ids_EB: Tensor) -> bool:
-        """Whether that gives the same; a model that looks at values cannot be mapped."""
+    def _look_together(self, like_EQP: Tensor, shape: torch.Size) -> bool:
+        """Whether that gives the same; a model that looks at values cannot be mapped.
+
+        By fixed vectors and samples: every worker must decide alike.
+        """
+        generator = torch.Generator().manual_seed(0)
+        v_EQP = torch.randn(like_EQP.shape, generator=generator).to(like_EQP)
+        ids_EB = self.ids[torch.arange(shape.numel()) % len(self.ids)].view(shape)
         expected = self.space.join(self._one_by_one(v_EQP, ids_EB))
         try:
             found = self.space.join(self._together(v_EQP, ids_EB))
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError:
             return False
         return bool((found - expected).norm() <= AGREEMENT * expected.norm())
@@ -309,6 +318,7 @@ class Hessian(Operator):
     ):
         super().__init__(model, space, task, ids, draw, batch_size)
         self.finite_difference = finite_difference
+        self._exact = not finite_difference
 
     def _multiply(
         self, parameters: Parameters, vectors: Parameters, batch: Batch, at_once: int

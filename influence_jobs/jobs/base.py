@@ -30,13 +30,20 @@ class Shard:
     """Rows start..stop of a run, computed as one piece.
 
     Attributes:
-        part: Which repetition of those rows, for a job that has several.
+        part: Which repetition of those rows, for a job that has several; the first, if the shard has more than one.
+        parts: How many repetitions.
     """
 
     id: str
     start: int
     stop: int
     part: int = 0
+    parts: int = 1
+
+    @property
+    def repetitions(self) -> range:
+        """All that it has."""
+        return range(self.part, self.part + self.parts)
 
 
 @dataclass(frozen=True)

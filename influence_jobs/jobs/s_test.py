@@ -32,7 +32,7 @@ from influence_jobs.store.checkpoints import load_checkpoint, recorded_digest
 from influence_jobs.store.layout import S_TEST, S_TEST_VARIANCE, ArrayLayout, repeat_name
 from influence_jobs.tasks.base import Draw, Task
 
-# All queries of a block advance in one product; a block is a chunk.
+# All queries of a block advance in one product; a block is a chunk. The bytes are of a shard's vectors.
 MAX_QUERIES, MAX_BLOCK_BYTES = 64, 64 * 2**20
 # Products over all samples, about, as the MNIST network takes them; nobody knows before.
 PASSES = {"cg": 20, "lissa": 10, "ek-fac": 3, "identity": 1}
@@ -68,12 +68,6 @@ class STestJob(Job[STestSpec]):
         return solver.repeats if isinstance(solver, specs.Lissa) else 1
 
     @cached_property
-    def _groups(self) -> list[list[int]]:
-        """Repeats of each part."""
-        count = -(-self._repeats // MAX_REPEATS)
-        return [part.tolist() for part in np.array_split(np.arange(self._repeats), count)]
-
-    @cached_property
     def _space(self) -> ParameterSpace:
         return ParameterSpace(self._model, self.spec.modules)
 
@@ -99,24 +93,26 @@ class STestJob(Job[STestSpec]):
             )
             for name in names
         )
+        fitting = min(MAX_REPEATS, MAX_BLOCK_BYTES // (4 * size * block))
+        groups = np.array_split(range(self._repeats), -(-self._repeats // max(1, fitting)))
         shards = tuple(
-            Shard(f"{r:03d}-{start:06d}-{min(start + rows, num_queries):06d}", start,
-                  min(start + rows, num_queries), part=r)
-            for r in range(len(self._groups))
+            Shard(f"{repeats[0]:03d}-{start:06d}-{min(start + rows, num_queries):06d}", start,
+                  min(start + rows, num_queries), part=int(repeats[0]), parts=len(repeats))
+            for repeats in groups
             for start in range(0, num_queries, rows)
         )  # fmt: skip
         units = sum(self._units(shard) for shard in shards)
         return Plan(arrays, shards, units=units, batch_size=self.batch_size)
 
     def _units(self, shard: Shard) -> int:
-        return len(self._samples) * len(self._groups[shard.part])
+        return len(self._samples) * shard.parts
 
     def run(self, shard: Shard, report: Report) -> Result:
         load_checkpoint(self._model, self.run_store.root, self.spec.checkpoint)
         report(0)
         block = self.plan().arrays[0].chunk_rows
         starts = range(shard.start, shard.stop, block)
-        repeats, units = self._groups[shard.part], self._units(shard)
+        repeats, units = shard.repetitions, self._units(shard)
         vectors: dict[int, list[npt.NDArray[np.floating[Any]]]] = {r: [] for r in repeats}
         rows = []
         for i, start in enumerate(starts):

@@ -111,6 +111,33 @@ def test_models_that_cannot_be_mapped_over_mini_batches_take_them_one_by_one(mod
     assert operator._batches_together == {ids_EB.shape: False}
 
 
+def test_finite_differences_are_taken_one_by_one(case):
+    operator = case.hessian(finite_difference=True)
+    v_EQP, ids_EB = randoms(4, case.space.size).view(2, 2, -1), torch.arange(6).view(2, 3)
+    operator.products(v_EQP, ids_EB)
+    assert operator._batches_together == {}
+
+
+class Idle(SmallNet):
+    """Has a layer that it never uses."""
+
+    def __init__(self, outputs):
+        super().__init__(outputs)
+        self.idle = nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize("kind", [GaussNewton, Hessian])
+def test_unused_parameters_have_no_curvature_however_a_mini_batch_is_cut(kind):
+    torch.manual_seed(0)
+    model = Idle(3).double().eval()
+    space = ParameterSpace(model)
+    v_QP, ids = randoms(2, space.size), torch.arange(9)
+    cut, whole = (kind(model, space, Classes(), torch.arange(N), batch_size=b) for b in (4, 9))
+    found_QP = cut.product(v_QP, ids)
+    torch.testing.assert_close(found_QP, whole.product(v_QP, ids))
+    assert not space.split(found_QP)["idle.weight"].any()
+
+
 @pytest.mark.parametrize("batch_size", [1, 7, N])
 def test_batches_and_chunks_do_not_matter(case, batch_size, monkeypatch):
     v_QP = randoms(5, case.space.size)

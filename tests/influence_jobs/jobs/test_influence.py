@@ -24,6 +24,7 @@ from influence_jobs.specs import (
 )
 from influence_jobs.store.checkpoints import load_checkpoint
 from influence_jobs.store.layout import S_TEST, S_TEST_VARIANCE, SCORES, part_name, repeat_name
+from influence_jobs.store.run import Run
 from influence_jobs.store.verify import find_damage
 from influence_jobs.tasks.base import Draw
 
@@ -98,8 +99,9 @@ def test_repeats_share_shards_and_their_mean_and_variance_are_stored(carry_out, 
     variance = run.read_rows(S_TEST_VARIANCE, 0, 3)
     np.testing.assert_allclose(variance, repeats.var(0, ddof=1), rtol=1e-3, atol=1e-10)
     plan = run.read_json("plan.json")
-    assert [(s["part"], s["start"], s["stop"]) for s in plan["shards"]] == [
-        (part, 0, 3) for part in range(2)
+    assert [(s["part"], s["parts"], s["start"], s["stop"]) for s in plan["shards"]] == [
+        (0, 3, 0, 3),
+        (3, 2, 0, 3),
     ]
     rows = run.read_table("solutions").to_pylist()
     assert [(row["query"], row["repeat"]) for row in rows] == [
@@ -107,6 +109,24 @@ def test_repeats_share_shards_and_their_mean_and_variance_are_stored(carry_out, 
     ]
     assert json.loads(rows[0]["record"])["recursion_damping"] == pytest.approx(0.5 / 30)
     assert find_damage(run).damaged == {}
+
+
+def test_a_plan_of_one_repeat_a_shard_is_kept(carry_out, make_s_test, fresh_root):
+    # As runs have it that began before repeats shared shards.
+    spec = make_s_test(solver=Lissa(damping=0.5, scale=30.0, depth=60, batch_size=16, repeats=5))
+    run = carry_out(spec)
+    plan = run.read_json("plan.json")
+    plan["shards"] = [
+        {"id": f"{r:03d}-000000-000003", "start": 0, "stop": 3, "part": r} for r in range(5)
+    ]
+    root = fresh_root()
+    Run.create(str(root), spec).write_json("plan.json", plan)
+    again = carry_out(spec, root=root)
+    assert set(again.manifest.done()) == {"finish", *(shard["id"] for shard in plan["shards"])}
+    for name in (S_TEST, *map(repeat_name, range(5))):
+        np.testing.assert_allclose(
+            again.read_rows(name, 0, 3), run.read_rows(name, 0, 3), rtol=1e-3, atol=1e-6
+        )
 
 
 def test_scores_are_the_dot_products_with_explicit_gradients(
