@@ -40,18 +40,24 @@ demo: install
 	@$(BIN)/infl cluster status
 	@echo "The Ray above ends itself when idle; end it now with: $(BIN)/infl cluster down"
 
-# A page of results for each script, made anew: `make bench`, or `make bench OPTIONS=--full` for all sizes, or
-# `make bench BENCHES=scores`. On a machine with nothing else to do. The peers live apart: kronfluence's wheel brings a
-# package named `tests`.
-BENCHES := norms_mnist norms_ffdnet scores s_test solvers retraining submit scaling simulation
+# A page for each script, made anew: `make bench`, or `make bench OPTIONS=--full` for all sizes, or `make bench BENCHES=scores`;
+# once every script has one, benchmarks/RESULTS.md. On a machine with nothing else to do. The peers live apart:
+# kronfluence's wheel brings a package named `tests`.
+ALL_BENCHES := norms_mnist norms_ffdnet scores s_test solvers retraining submit scaling simulation
+BENCHES ?= $(ALL_BENCHES)
+PAGES := $(ALL_BENCHES:%=benchmarks/pages/%.md)
 PEERS := .venv-bench
 
 bench: $(PEERS)/installed
-	mkdir -p benchmarks/results
+	mkdir -p benchmarks/pages
 	set -e; for name in $(BENCHES); do \
-	    $(PEERS)/bin/python benchmarks/$$name.py $(OPTIONS) > benchmarks/results/$$name.new; \
-	    mv benchmarks/results/$$name.new benchmarks/results/$$name.md; \
+	    $(PEERS)/bin/python benchmarks/$$name.py $(OPTIONS) > benchmarks/pages/$$name.new; \
+	    mv benchmarks/pages/$$name.new benchmarks/pages/$$name.md; \
 	done
+	if ls $(PAGES) > /dev/null; then \
+	    (printf '# Results\n\nMade by `make bench`; [what to make of it](README.md).\n'; \
+	    for page in $(PAGES); do echo; sed 's/^#/##/' $$page; done) > benchmarks/RESULTS.md; \
+	fi
 
 $(PEERS)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(PEERS)
