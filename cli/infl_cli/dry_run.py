@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import psutil
@@ -21,6 +21,9 @@ from influence_jobs.jobs.samples import SampleJob
 from influence_jobs.store.run import Run
 
 PROBE_S = 2.0
+TRIED_S = 0.5  # for each other batch size
+LARGEST = 64  # of them, in times the task's own
+FASTER = 1.1  # what a batch size must gain to be worth naming
 
 
 @dataclass(frozen=True)
@@ -30,12 +33,21 @@ class Estimate:
     Attributes:
         batch_size: Samples that really go through the model at once.
         rate: Samples a second of all workers together.
+        rates: The same by batch size, where others were tried.
     """
 
     plan: Plan
     batch_size: int
     workers: int
     rate: float
+    rates: Mapping[int, float] = field(default_factory=dict)
+
+    @property
+    def fastest(self) -> int:
+        """The batch size to choose: the plan's own, unless another is worth it."""
+        best = max(self.rates, key=self.rates.__getitem__, default=self.batch_size)
+        worth_it = self.rates.get(best, 0) > FASTER * self.rates.get(self.batch_size, 0)
+        return best if worth_it else self.batch_size
 
     @property
     def seconds(self) -> float:
@@ -46,7 +58,7 @@ class Estimate:
 def print_plan(run: Run, how: How) -> None:
     """Print the plan of a run and what it and the runs it needs would take; writes nothing."""
     needs = {needed.id: _estimate(needed, how) for needed in _missing(run)}
-    own = _estimate(run, how)
+    own = _estimate(run, how, try_others=how.batch_size is None)
     plan = own.plan
     disk = disk_bytes(plan)
     memory = psutil.Process().memory_info().rss + (disk - plan.file_bytes) / max(
@@ -64,6 +76,7 @@ def print_plan(run: Run, how: How) -> None:
         "rows_per_shard": max((shard.stop - shard.start for shard in plan.shards), default=0),
         "samples": plan.units,
         "batch_size": own.batch_size,
+        "fastest_batch_size": own.fastest,
         "workers": own.workers,
         "disk_bytes": disk,
         "memory_bytes_per_worker": round(memory),
@@ -86,6 +99,9 @@ def print_plan(run: Run, how: How) -> None:
         ("memory", f"about {size(memory)} a worker"),
         ("time", f"{_time(own)} (probed)"),
     ]
+    if own.fastest != own.batch_size:
+        gain = own.rates[own.fastest] / own.rates[own.batch_size]
+        rows.append(("faster", f"{gain:.2f} times with --batch-size {own.fastest}"))
     if needs:
         rows.append(("total", f"about {duration(total)}"))
     render.print_fields(rows)
@@ -103,7 +119,7 @@ def _time(estimate: Estimate) -> str:
     return f"about {duration(estimate.seconds)} at {estimate.rate:,.0f} samples/s"
 
 
-def _estimate(run: Run, how: How) -> Estimate:
+def _estimate(run: Run, how: How, *, try_others: bool = False) -> Estimate:
     job = open_job(run, device=how.resolved_device, batch_size=how.batch_size)
     plan = job.plan(how.shard_size)
     batch_size = plan.batch_size
@@ -115,17 +131,37 @@ def _estimate(run: Run, how: How) -> Estimate:
         return Estimate(plan, batch_size, workers=1, rate=1.0)
     workers = min(how.num_workers, len(plan.shards))
     torch.set_num_threads(max(1, cores() // workers))
-    return Estimate(plan, batch_size, workers, _probe(job.probe()) * workers)
+    rate = _probe(job.probe()) * workers
+    rates = {}
+    if try_others and isinstance(job, SampleJob):
+        rates = _rates(run, how, batch_size, array.chunks[array.row_axis])
+    return Estimate(plan, batch_size, workers, rate, rates)
 
 
-def _probe(pieces: Iterator[int]) -> float:
+def _rates(run: Run, how: How, own: int, most: int) -> dict[int, float]:
+    """Samples a second by batch size: smaller and larger ones, as long as they gain or the memory ends."""
+    rates = {}
+    tried = [own] if own == 1 else [own, own // 2]
+    tried += [own * 2**k for k in range(1, LARGEST.bit_length()) if own * 2**k <= most]
+    for batch_size in tried:
+        job = open_job(run, device=how.resolved_device, batch_size=batch_size)
+        try:
+            rates[batch_size] = _probe(job.probe(), TRIED_S)
+        except torch.OutOfMemoryError:
+            break
+        if batch_size > own and rates[batch_size] < max(rates.values()):
+            break
+    return rates
+
+
+def _probe(pieces: Iterator[int], seconds: float = PROBE_S) -> float:
     """Samples a second of one worker."""
     started = time.monotonic()
     first, units = next(pieces), 0
     warm = time.monotonic()
     for done in pieces:
         units += done
-        if time.monotonic() - warm > PROBE_S:
+        if time.monotonic() - warm > seconds:
             break
     if units == 0:
         return first / (warm - started)

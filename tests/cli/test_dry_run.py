@@ -1,0 +1,67 @@
+"""Which batch size a dry run names as the fastest."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from infl_cli import dry_run
+from influence_jobs.jobs.base import Plan
+
+PLAN = Plan((), (), units=1000, batch_size=32)
+
+
+def rates(
+    monkeypatch: pytest.MonkeyPatch, speeds: dict[int, float], own: int, most: int
+) -> dict[int, float]:
+    """What is found if batches have these speeds; others do not fit into memory."""
+
+    def probe(batch_size: int, seconds: float) -> float:
+        if batch_size not in speeds:
+            raise torch.OutOfMemoryError
+        return speeds[batch_size]
+
+    def open_job(run: Any, *, device: Any, batch_size: int) -> Any:
+        return SimpleNamespace(probe=lambda: batch_size)
+
+    monkeypatch.setattr(dry_run, "open_job", open_job)
+    monkeypatch.setattr(dry_run, "_probe", probe)
+    how: Any = SimpleNamespace(resolved_device=torch.device("cpu"))
+    return dry_run._rates(None, how, own, most)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "speeds, most, tried, fastest",
+    [
+        (
+            {16: 50, 32: 100, 64: 180, 128: 300, 256: 290, 512: 999},
+            1024,
+            256,
+            128,
+        ),  # the first loss ends it
+        ({16: 50, 32: 100, 64: 180, 128: 300, 256: 400}, 128, 128, 128),  # a chunk ends it
+        ({16: 50, 32: 100, 64: 180}, 1024, 64, 64),  # the memory ends it
+        ({16: 130, 32: 100, 64: 90}, 1024, 64, 16),  # a smaller one is best
+        ({16: 104, 32: 100, 64: 108, 128: 90}, 1024, 128, 32),  # not worth it
+    ],
+)
+def test_the_fastest_batch(
+    monkeypatch: pytest.MonkeyPatch,
+    speeds: dict[int, float],
+    most: int,
+    tried: int,
+    fastest: int,
+) -> None:
+    found = rates(monkeypatch, speeds, own=32, most=most)
+    assert max(found) == tried
+    assert found == {size: speeds[size] for size in found}
+    assert dry_run.Estimate(PLAN, 32, 2, 200.0, found).fastest == fastest
+
+
+def test_one_by_one_has_no_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert rates(monkeypatch, {1: 10.0, 2: 30.0}, own=1, most=2) == {1: 10.0, 2: 30.0}
+
+
+def test_without_trying_the_own_batch_stays() -> None:
+    assert dry_run.Estimate(PLAN, 32, 2, 200.0).fastest == 32
