@@ -40,6 +40,9 @@ CHECKED_DEPTH = 30
 BLOCK = 32  # steps of the bound
 
 TASK = MnistTask()
+Weights = Annotated[Path | None, typer.Option(help="State dict; else trained here.")]
+Epochs = Annotated[int, typer.Option(help="Of the training.")]
+Threads = Annotated[int, typer.Option(help="Of torch.")]
 Solve = Callable[[Tensor, int], Tensor]  # (ids of the training set, depth) to (Q, P)
 
 
@@ -210,9 +213,9 @@ class Contest:
 
 def main(
     full: Annotated[bool, typer.Option("--full", help="60,000 samples, more rounds.")] = False,
-    weights: Annotated[Path | None, typer.Option(help="State dict; else trained here.")] = None,
-    epochs: Annotated[int, typer.Option(help="Of the training.")] = 2,
-    threads: Annotated[int, typer.Option(help="Of torch.")] = 2,
+    weights: Weights = None,
+    epochs: Epochs = 2,
+    threads: Threads = 2,
 ) -> None:
     """Print a table of products a second and of ratios to pyDVL's and the bound's."""
     use_worker_allocator()

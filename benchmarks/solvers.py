@@ -14,13 +14,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from harness import header, print_table, use_worker_allocator
-from s_test import Contest, trained
+from s_test import Contest, Epochs, Threads, Weights, trained
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader
@@ -49,9 +48,6 @@ class Try:
     solver: str
     settings: str
     solve: Callable[[], Tensor]  # (Q, P)
-
-
-Solvers = Callable[["Ladder"], Iterable[Try]]
 
 
 class Ladder:
@@ -252,9 +248,9 @@ def print_ladder(ladder: Ladder, solvers: Iterable[Callable[[], Iterator[Try]]])
 
 def main(
     full: Annotated[bool, typer.Option("--full", help="60,000 samples, more repeats.")] = False,
-    weights: Annotated[Path | None, typer.Option(help="State dict; else trained here.")] = None,
-    epochs: Annotated[int, typer.Option(help="Of the training.")] = 2,
-    threads: Annotated[int, typer.Option(help="Of torch.")] = 2,
+    weights: Weights = None,
+    epochs: Epochs = 2,
+    threads: Threads = 2,
 ) -> None:
     """Print a table for each matrix."""
     use_worker_allocator()

@@ -33,7 +33,7 @@ class Estimate:
     Attributes:
         batch_size: Samples that really go through the model at once.
         rate: Samples a second of all workers together.
-        rates: The same by batch size, where others were tried.
+        rates: Those of one worker by batch size, where others were tried.
     """
 
     plan: Plan
@@ -131,7 +131,7 @@ def _estimate(run: Run, how: How, *, try_others: bool = False) -> Estimate:
         return Estimate(plan, batch_size, workers=1, rate=1.0)
     workers = min(how.num_workers, len(plan.shards))
     torch.set_num_threads(max(1, cores() // workers))
-    rate = _probe(job.probe()) * workers
+    rate = _probe(job.probe(), PROBE_S) * workers
     rates = {}
     if try_others and isinstance(job, SampleJob):
         rates = _rates(run, how, batch_size, array.chunks[array.row_axis])
@@ -154,7 +154,7 @@ def _rates(run: Run, how: How, own: int, most: int) -> dict[int, float]:
     return rates
 
 
-def _probe(pieces: Iterator[int], seconds: float = PROBE_S) -> float:
+def _probe(pieces: Iterator[int], seconds: float) -> float:
     """Samples a second of one worker."""
     started = time.monotonic()
     first, units = next(pieces), 0

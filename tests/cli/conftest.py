@@ -45,7 +45,8 @@ def infl(
     monkeypatch.setattr(sys, "path", [*sys.path])  # the command puts the working directory there
     for module in (dry_run, how, launch):
         monkeypatch.setattr(module, "cores", lambda: 1)
-    monkeypatch.setattr(dry_run, "PROBE_S", 0.0)
+    for seconds in ("PROBE_S", "TRIED_S"):
+        monkeypatch.setattr(dry_run, seconds, 0.0)
     monkeypatch.setenv("COLUMNS", "80")
     for name in ("INFL_RUNS", "INFL_DATA", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)

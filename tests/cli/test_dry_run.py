@@ -9,6 +9,8 @@ import torch
 from infl_cli import dry_run
 from influence_jobs.jobs.base import Plan
 
+from .conftest import Infl
+
 PLAN = Plan((), (), units=1000, batch_size=32)
 
 
@@ -65,3 +67,19 @@ def test_one_by_one_has_no_half(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_trying_the_own_batch_stays() -> None:
     assert dry_run.Estimate(PLAN, 32, 2, 200.0).fastest == 32
+
+
+def test_a_faster_batch_is_named_unless_the_user_chose_one(
+    infl: Infl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def faster(run: Any, how: Any, own: int, most: int) -> dict[int, float]:
+        return {own: 1.0, own // 2: 3.0}
+
+    monkeypatch.setattr(dry_run, "_rates", faster)
+    words = ("submit", "grad-norms", "--task", "digits:DigitsTask", "--layer", "1", "--dry-run")
+    plan = infl(*words, "--json").json
+    best = plan["batch_size"] // 2
+    assert plan["fastest_batch_size"] == best
+    assert f"faster      3.00 times with --batch-size {best}\n" in infl(*words).out
+    chosen = infl(*words, "--batch-size", "10", "--json").json
+    assert (chosen["batch_size"], chosen["fastest_batch_size"]) == (10, 10)

@@ -10,15 +10,14 @@ from influence_jobs.curvature import GaussNewton, Hessian, Lissa
 from influence_jobs.curvature.lissa_steps import AnySteps, ChainSteps, lissa_steps
 from influence_jobs.gradients import pending
 from influence_jobs.gradients.parameters import ParameterSpace
-from influence_jobs.tasks.base import Task
+
+from .conftest import Classes
 
 N, DAMPING, SCALE = 40, 0.02, 7.0
 
 
-class Digits(Task):
-    """Cross-entropy of three classes, by a perceptron with two hidden layers."""
-
-    output_loss = "cross-entropy"
+class Digits(Classes):
+    """The same by a perceptron with two hidden layers."""
 
     def __init__(self):
         generator = torch.Generator().manual_seed(5)
@@ -29,21 +28,6 @@ class Digits(Task):
         return nn.Sequential(
             nn.Flatten(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)
         )
-
-    def train_data(self):
-        return self.y
-
-    def batch(self, ids, draw):
-        return self.x[ids], self.y[ids]
-
-    def outputs(self, model, batch):
-        return model(batch[0])
-
-    def targets(self, batch):
-        return batch[1]
-
-    def losses(self, model, batch):
-        return F.cross_entropy(self.outputs(model, batch), batch[1], reduction="none")
 
 
 @pytest.fixture

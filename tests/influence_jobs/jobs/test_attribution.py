@@ -97,17 +97,8 @@ def test_baselines_are_the_same_in_any_shards(
     assert spec.checkpoint == (checkpoint if method == "loss" else None)
 
 
-def test_the_loss_baseline_is_the_loss(
-    carry_out, grad_norms_spec, checkpoint, queries, network, digits_task
-):
-    spec = make_spec(
-        BaselineSpec,
-        task=grad_norms_spec.task,
-        method="loss",
-        queries=queries,
-        checkpoint=checkpoint,
-    )
-    scores = carry_out(spec).read_rows(SCORES, 0, 1500)
+def test_the_loss_baseline_is_the_loss(carry_out, loss, network, digits_task):
+    scores = carry_out(loss.scores[0]).read_rows(SCORES, 0, 1500)
     with torch.no_grad():
         losses = digits_task.losses(network, digits_task.batch(torch.arange(1500), Draw(0)))
     np.testing.assert_allclose(scores, np.tile(losses, (3, 1)), rtol=1e-5, atol=1e-6)

@@ -1,10 +1,28 @@
 """Fetching samples ahead of the device."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from influence_jobs.jobs.samples import ahead
+from influence_jobs.jobs.samples import SampleJob, ahead
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_ids_come_with_their_samples_whether_fetched_ahead_or_not(device):
+    fetching = set()
+
+    def batch(ids, draw):
+        fetching.add(threading.get_ident())
+        return ids * 10 + draw
+
+    job = SimpleNamespace(device=torch.device(device), batch=batch)
+    pieces = torch.arange(7).split(3)
+    found = list(SampleJob.loaded(job, pieces, 1))
+    assert [ids.tolist() for ids, _ in found] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert [samples.tolist() for _, samples in found] == [[1, 11, 21], [31, 41, 51], [61]]
+    assert (threading.get_ident() in fetching) == (device == "cpu")
 
 
 def test_each_item_is_made_while_the_one_before_is_in_use():
