@@ -1,4 +1,4 @@
-"""Makes runs.tar.xz: small runs of every kind, finished and half finished, for later versions to read.
+"""Makes runs.tar.xz: small runs of every kind, finished or half finished, for later versions.
 
 Run it with the revision whose runs are to be kept, from the root of a clean checkout::
 
@@ -25,8 +25,11 @@ import sys
 import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 
@@ -85,36 +88,31 @@ class StopsAfterOne(InlineBackend):
     """Ends as Ctrl-C does, after the first of several shards."""
 
     def run(self, run: Run, shards: Sequence[Shard], **callbacks: Callable[..., None]) -> None:
-        super().run(run, shards[:1], **callbacks)  # type: ignore[arg-type]
+        super().run(run, shards[:1], **callbacks)
         if len(shards) > 1:
             raise KeyboardInterrupt
 
 
 def half_run(words: str) -> str:
     """A run of which one shard is done."""
-    launch.InlineBackend = StopsAfterOne  # type: ignore[misc]
-    try:
+    with patch.object(launch, "InlineBackend", StopsAfterOne):
         return submit_and_stop(words)
-    finally:
-        launch.InlineBackend = InlineBackend  # type: ignore[misc]
 
 
 def half_training(words: str) -> str:
     """A training that is stopped after its second epoch, with its state saved."""
-    kept, step = (saved_state.SAVE_EVERY_S, saved_state.SAVE_SHARE), Trainer.step
+    step = Trainer.step
 
-    def step_or_stop(self: Trainer) -> float | None:
-        if self.epoch == 2:
+    def step_or_stop(trainer: Trainer) -> float | None:
+        if trainer.epoch == 2:
             raise KeyboardInterrupt
-        return step(self)
+        return step(trainer)
 
-    saved_state.SAVE_EVERY_S, saved_state.SAVE_SHARE = 0.0, float("inf")
-    Trainer.step = step_or_stop  # type: ignore[method-assign]
-    try:
+    with (
+        patch.multiple(saved_state, SAVE_EVERY_S=0.0, SAVE_SHARE=float("inf")),
+        patch.object(Trainer, "step", step_or_stop),
+    ):
         return submit_and_stop(words)
-    finally:
-        saved_state.SAVE_EVERY_S, saved_state.SAVE_SHARE = kept
-        Trainer.step = step  # type: ignore[method-assign]
 
 
 def make() -> dict[str, str]:
@@ -189,9 +187,9 @@ def write_denoiser() -> None:
     torch.save(weights, "ffdnet/weights.pth")
 
 
-def resumed(half: dict[str, str]) -> dict[str, np.ndarray]:
+def resumed(half: dict[str, str]) -> dict[str, npt.NDArray[Any]]:
     """What the half-finished runs hold at their end. They are resumed in a copy."""
-    found: dict[str, np.ndarray] = {}
+    found: dict[str, npt.NDArray[Any]] = {}
     shutil.copytree("runs", "copy")
     for kind, run_id in half.items():
         infl(f"resume {run_id} --runs copy")
@@ -223,7 +221,7 @@ if __name__ == "__main__":
     FOLDER.mkdir()
     os.chdir(FOLDER)
     half = make()
-    np.savez("resumed.npz", **resumed(half))
+    np.savez("resumed.npz", allow_pickle=False, **resumed(half))
     Path("half.json").write_text(json.dumps(half, indent=1))
     Path("asked.json").write_text(json.dumps(ASKED, indent=1))
     pack()
