@@ -23,11 +23,12 @@ import typer
 import uvicorn
 from playwright.sync_api import Page, expect, sync_playwright
 
-from influence_jobs.jobs.registry import open_job
+from influence_jobs.kinds import open_job
+from influence_jobs.kinds.grad_norms.spec import GradNormsSpec
 from influence_jobs.methods.attribution import query_activations
 from influence_jobs.report.explain import Explainer, norms_of
 from influence_jobs.report.viewer import make_viewer
-from influence_jobs.specs import GradNormsSpec, TaskSpec
+from influence_jobs.specs.base import TaskSpec
 from influence_jobs.store.checkpoints import file_checkpoint, load_checkpoint
 from influence_jobs.store.layout import FINISH
 from influence_jobs.store.manifest import Entry

@@ -4,28 +4,78 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from infl_cluster.submit import submit
+    from influence_jobs.curvature import (
+        ConjugateGradient,
+        EkFac,
+        GaussNewton,
+        Hessian,
+        Identity,
+        Lissa,
+        Operator,
+        Solution,
+        Solver,
+    )
     from influence_jobs.errors import InflError
-    from influence_jobs.gradients import GradNorms
+    from influence_jobs.gradients import GradDots, GradNorms, GradQuadratics
+    from influence_jobs.gradients.parameters import ParameterSpace
     from influence_jobs.report.results import Results, open_run
     from influence_jobs.store.run import Run
     from influence_jobs.tasks.base import Batch, Draw, Task
 
-__all__ = ["Batch", "Draw", "GradNorms", "InflError", "Results", "Run", "Task", "open_run"]
-
 _HOMES = {
-    "Batch": "tasks.base",
-    "Draw": "tasks.base",
-    "GradNorms": "gradients",
-    "InflError": "errors",
-    "Results": "report.results",
-    "Run": "store.run",
-    "Task": "tasks.base",
-    "open_run": "report.results",
+    "influence_jobs.tasks.base": ("Batch", "Draw", "Task"),
+    "influence_jobs.gradients": ("GradDots", "GradNorms", "GradQuadratics"),
+    "influence_jobs.gradients.parameters": ("ParameterSpace",),
+    "influence_jobs.curvature": (
+        "ConjugateGradient",
+        "EkFac",
+        "GaussNewton",
+        "Hessian",
+        "Identity",
+        "Lissa",
+        "Operator",
+        "Solution",
+        "Solver",
+    ),
+    "influence_jobs.errors": ("InflError",),
+    "influence_jobs.report.results": ("Results", "open_run"),
+    "influence_jobs.store.run": ("Run",),
+    "infl_cluster.submit": ("submit",),
 }
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Batch",
+    "ConjugateGradient",
+    "Draw",
+    "EkFac",
+    "GaussNewton",
+    "GradDots",
+    "GradNorms",
+    "GradQuadratics",
+    "Hessian",
+    "Identity",
+    "InflError",
+    "Lissa",
+    "Operator",
+    "ParameterSpace",
+    "Results",
+    "Run",
+    "Solution",
+    "Solver",
+    "Task",
+    "open_run",
+    "submit",
+]
 
 
 def __getattr__(name: str) -> Any:
     # On demand: processes that only watch others must not load torch.
-    if name not in _HOMES:
+    if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__]

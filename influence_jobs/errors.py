@@ -5,13 +5,29 @@ that line and leaves with exit code 2; anything that is not an `InflError` is a 
 """
 
 import errno
+import re
+from typing import Self
 
 # A full, read-only or forbidden disk: no fault of ours, and the same for whatever is written next.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
+# Messages name every option in one form, `--like-this`, so that the names are data.
+_OPTION = re.compile(r"(?<![\w-])--([a-z][a-z-]*)")
+
+
 class InflError(Exception):
     """Base of all errors whose message is meant for the user."""
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Names of the options that the message is about, as Python has them."""
+        return tuple(match[1].replace("-", "_") for match in _OPTION.finditer(str(self)))
+
+    def for_python(self) -> Self:
+        """The same error in the words of a notebook: `like_this=` for `--like-this`."""
+        text = _OPTION.sub(lambda match: f"{match[1].replace('-', '_')}=", str(self))
+        return type(self)(text)
 
 
 class DataError(InflError):

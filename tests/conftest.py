@@ -15,8 +15,10 @@ import torch
 from infl_cluster.driver import drive
 from infl_cluster.head import Head, ensure_head, stop_head
 from infl_cluster.inline import InlineBackend
-from influence_jobs.jobs.grad_norms import GradNormsJob
-from influence_jobs.specs import GradNormsSpec, TaskSpec, TrainedCheckpoint, TrainSpec, make_spec
+from influence_jobs.kinds.grad_norms.job import GradNormsJob
+from influence_jobs.kinds.grad_norms.spec import GradNormsSpec
+from influence_jobs.kinds.train.spec import TrainedCheckpoint, TrainSpec
+from influence_jobs.specs.base import TaskSpec, make_spec
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.base import Task
 from influence_jobs.tasks.registry import make_task

@@ -42,7 +42,7 @@ def denoise_folder(
     import numpy as np
     from PIL import Image
 
-    from infl_cli.requests import checkpoint_request
+    from influence_jobs.requests.subject import checkpoints_of
     from influence_jobs.datasets.images import ImageFolder
     from influence_jobs.store.checkpoints import load_checkpoint
     from influence_jobs.tasks.ffdnet import FFDNetGreyTask, FFDNetTask, denoise
@@ -50,7 +50,7 @@ def denoise_folder(
     root = runs_folder(runs)
     kind = FFDNetGreyTask if grey else FFDNetTask
     model = kind.network()
-    found = checkpoint_request(checkpoint, root)
+    found = checkpoints_of(checkpoint, root)
     if len(found) != 1:
         raise SpecError(f"--checkpoint {checkpoint} names {len(found)} checkpoints: name one epoch")
     load_checkpoint(model, root, found[0])

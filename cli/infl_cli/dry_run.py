@@ -10,19 +10,19 @@ import psutil
 import torch
 
 from infl_cli import render
-from infl_cli.how import How
-from infl_cli.options import cores
-from infl_cli.render import duration, size
-from infl_cluster.driver import is_done
+from infl_cluster.how import How
+from infl_cluster.watch import duration, size
+from influence_jobs.devices import cores
 from influence_jobs.errors import StoreError
 from influence_jobs.jobs.base import Plan
-from influence_jobs.jobs.registry import open_job
 from influence_jobs.jobs.samples import SampleJob
+from influence_jobs.kinds import open_job
 from influence_jobs.store.run import Run
+from influence_jobs.store.status import is_done
 
 PROBE_S = 2.0
 TRIED_S = 0.5  # for each other batch size
-LARGEST = 64  # of them, in times the task's own
+LARGEST = 64  # the largest batch size that is tried, in multiples of the task's own
 FASTER = 1.1  # what a batch size must gain to be worth naming
 
 
@@ -55,12 +55,12 @@ class Estimate:
         return self.plan.units / self.rate
 
 
-def print_plan(run: Run, how: How) -> None:
+def print_plan(run: Run, how: How, *, json: bool) -> None:
     """Print the plan of a run and what it and the runs it needs would take; writes nothing."""
     needs = {needed.id: _estimate(needed, how) for needed in _missing(run)}
     own = _estimate(run, how, try_others=how.batch_size is None)
     plan = own.plan
-    disk = disk_bytes(plan)
+    disk = plan.disk_bytes
     memory = psutil.Process().memory_info().rss + (disk - plan.file_bytes) / max(
         1, len(plan.shards)
     )
@@ -84,7 +84,7 @@ def print_plan(run: Run, how: How) -> None:
         "estimated_seconds": own.seconds,
         "total_seconds": total,
     }
-    if how.json:
+    if json:
         render.print_json(summary)
         return
     rows = [("run", run.id), ("path", run.files.url)]
@@ -105,12 +105,6 @@ def print_plan(run: Run, how: How) -> None:
     if needs:
         rows.append(("total", f"about {duration(total)}"))
     render.print_fields(rows)
-
-
-def disk_bytes(plan: Plan) -> int:
-    """Bytes of what a plan writes, before compression."""
-    sizes = (np.dtype(array.dtype).itemsize * math.prod(array.shape) for array in plan.arrays)
-    return plan.file_bytes + sum(sizes)
 
 
 def _time(estimate: Estimate) -> str:

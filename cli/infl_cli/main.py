@@ -10,8 +10,6 @@ from infl_cli import (
     report,
     runs,
     submit,
-    submit_experiments,
-    submit_scores,
     top,
     view,
 )
@@ -24,8 +22,6 @@ app = typer.Typer(
     help="Which training examples did this output of a network come from?",
     epilog="Start with: infl submit grad-norms --layer 11",
 )
-for more in (submit_scores.app, submit_experiments.app):
-    submit.app.add_typer(more)  # nameless: its commands join the others
 app.add_typer(submit.app, name="submit")
 app.command("runs")(runs.list_runs)
 for command in (runs.status, runs.logs, runs.stop, runs.resume, runs.verify):

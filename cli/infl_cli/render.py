@@ -61,22 +61,6 @@ def _cells(values: Sequence[object]) -> list[str]:
     return [format(value, form) if isinstance(value, float) else str(value) for value in values]
 
 
-def duration(seconds: float) -> str:
-    """Seconds as 1:02:03, or 0:45."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
-
-
-def size(num_bytes: float) -> str:
-    """Bytes as 12.3 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.3g} TB"
-
-
 def run_summary(run: Run, status: str) -> dict[str, Any]:
     """What `--json` says of a run: run, path, status, arrays and tables."""
     arrays = {}

@@ -46,13 +46,14 @@ def report_folder(run: Run) -> Path:
 
 def write_report_of(runs: list[Run], folder: Path) -> None:
     """Write the report of finished runs, and say where."""
-    from influence_jobs.report.html import sections_of, title_of, write_report
+    from influence_jobs.kinds import view_of
+    from influence_jobs.report.html import sections_of, write_report
 
     sections = sections_of(runs)
     for section in sections:
         for note in section.notes:
             say(note)
-    title = "; ".join(title_of(run.spec) for run in runs)
+    title = "; ".join(view_of(run).title for run in runs)
     first, *others = write_report(title, sections, folder)
     typer.echo(first)
     say(f"and {len(others)} files of figures and tables beside it")

@@ -1,5 +1,6 @@
 """`infl runs`, `status`, `logs`, `stop`, `resume`, `verify`, `top`: what became of what was submitted."""
 
+import inspect
 import os
 import signal
 import socket
@@ -10,8 +11,9 @@ import typer
 
 from infl_cli import options as o
 from infl_cli import render
-from infl_cli.render import duration, say
-from infl_cli.watch import watch
+from infl_cli.render import say
+from infl_cluster.how import How
+from infl_cluster.watch import duration, watch
 from influence_jobs.errors import RuntimeFault, StoreError
 from influence_jobs.store import layout
 from influence_jobs.store.find import find_run, run_ids
@@ -81,7 +83,7 @@ def status(
     found = _find(runs, run)
     now = read_status(found)
     if follow and now["state"] in ("new", "running"):
-        from infl_cli.ray_job import watcher
+        from infl_cluster.ray_job import watcher
 
         now = watch(found, ended=watcher(found))
     if json:
@@ -123,7 +125,7 @@ def logs(run: o.RunId, runs: o.Runs = o.DEFAULT_RUNS) -> None:
 
 def stop(run: o.RunId, runs: o.Runs = o.DEFAULT_RUNS) -> None:
     """Stop a run; what is finished is kept and `infl resume` goes on from there."""
-    from infl_cli.ray_job import client_of, is_unfinished, live_holder
+    from infl_cluster.ray_job import client_of, is_unfinished, live_holder
 
     found = _find(runs, run)
     job = found.read_json(layout.JOB)
@@ -149,33 +151,25 @@ def stop(run: o.RunId, runs: o.Runs = o.DEFAULT_RUNS) -> None:
     raise RuntimeFault(f"{found.id} did not stop within {STOP_DEADLINE_S:.0f} s; try again")
 
 
-def resume(
-    run: o.RunId,
-    runs: o.Runs = o.DEFAULT_RUNS,
-    address: o.Address = None,
-    workers: o.Workers = None,
-    device: o.Device = "auto",
-    num_gpus: o.NumGpus = None,
-    local: o.Local = False,
-    detach: o.Detach = False,
-    json: o.Json = False,
-) -> None:
+def resume(**values: Any) -> None:
     """Go on with a run that was stopped, killed or has failed; finished shards are kept."""
-    from infl_cli.how import How
-    from infl_cli.launch import carry_out
+    from infl_cli.launch import bring_to_end
 
-    carry_out(
-        _find(runs, run),
-        How(
-            address=address,
-            workers=workers,
-            device=device,
-            num_gpus=num_gpus,
-            local=local,
-            detach=detach,
-            json=json,
-        ),
-    )
+    run, json = _find(values.pop("runs"), values.pop("run")), values.pop("json")
+    how = How(**{name: value for name, value in values.items() if value is not None})
+    bring_to_end(run, how, json=json)
+
+
+_PLANNED = ("batch_size", "shard_size")  # which a run keeps
+o.take(
+    resume,
+    [
+        inspect.Parameter("run", o.KEYWORD_ONLY, annotation=o.RunId),
+        inspect.Parameter("runs", o.KEYWORD_ONLY, annotation=o.Runs, default=o.DEFAULT_RUNS),
+        *o.parameters({n: f for n, f in How.model_fields.items() if n not in _PLANNED}),
+        inspect.Parameter("json", o.KEYWORD_ONLY, annotation=o.Json, default=False),
+    ],
+)
 
 
 def verify(

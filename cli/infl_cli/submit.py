@@ -1,142 +1,137 @@
-"""`infl submit`: one command a kind of job."""
+"""`infl submit`: one command a kind of run, made of the kind's request."""
 
-from typing import Annotated, Any, Literal
+import inspect
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from infl_cli import options as o
-from infl_cli.grouped import grouped
-from infl_cli.how import How, ShardedHow
-from infl_cli.render import say
+from infl_cli.launch import submit
+from infl_cluster.how import How
 from influence_jobs.errors import SpecError
-from influence_jobs.store.folder import runs_folder
+from influence_jobs.kinds import kinds
+from influence_jobs.kinds.base import Kind
 
-# What loads torch is imported by the commands themselves: help and completion must not wait for it.
+# What loads torch is imported when a command runs: help and completion must not wait for it.
 
 app = typer.Typer(
     no_args_is_help=True, help="Compute something: a run that can be watched, stopped and resumed."
 )
+PANELS = ("Training", "Norms and scores", "Experiments")
+HIDDEN = ("task_options",)  # a task's options stand among the others
+TaskOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option",
+        metavar="NAME=VALUE",
+        help="An option of the task, also one that is named like an option of the command. May be "
+        "repeated.",
+    ),
+]
 
-RECIPE = "Training"
+
+class SubmitCommand(TyperCommand):
+    """A command that also takes the options of a task; its help shows those of `--task NAME`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if "--help" in args:
+            ctx.meta["infl.task"] = _named(args, "--task")
+        return super().parse_args(ctx, args)
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        found = super().get_params(ctx)
+        if name := ctx.meta.get("infl.task"):
+            from infl_cli.task_help import task_options
+
+            found = [*found[:-1], *task_options(name), found[-1]]  # the last one is --help
+        return found
 
 
-@app.command()
-@grouped
-def train(
-    data: o.TrainingData,
-    how: How,
-    task: o.Task = "mnist",
-    preset: o.Preset = None,
-    epochs: o.Epochs = None,
-    seed: Annotated[
-        int, typer.Option(min=0, help="Of weights, order and noise.", rich_help_panel=RECIPE)
-    ] = 0,
-    save_epoch: Annotated[
-        list[int] | None,
-        typer.Option(
-            min=1,
-            help="Keep the weights of this epoch too. May be repeated.",
-            rich_help_panel=RECIPE,
-        ),
-    ] = None,
-    optimizer: Annotated[
-        Literal["sgd", "adam"] | None,
-        typer.Option(help="The preset's, else sgd, by default.", rich_help_panel=RECIPE),
-    ] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate.", rich_help_panel=RECIPE)] = None,
-    momentum: Annotated[float | None, typer.Option(help="Of SGD.", rich_help_panel=RECIPE)] = None,
-    weight_decay: Annotated[
-        float | None, typer.Option(help="L2 penalty.", rich_help_panel=RECIPE)
-    ] = None,
-    train_batch_size: Annotated[
-        int | None,
-        typer.Option("--batch-size", min=1, help="Samples a step.", rich_help_panel=RECIPE),
-    ] = None,
-    norms_layer: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Record this layer's batch-gradient norms while training (Algorithm 1). May be repeated.",
-            rich_help_panel=RECIPE,
-        ),
-    ] = None,
-    norms_skip_epochs: Annotated[
-        int | None,
-        typer.Option(
-            min=0, help="First epochs not recorded; 1 by default.", rich_help_panel=RECIPE
-        ),
-    ] = None,
-    reduce: o.RecordedReduce = None,
-    runs: o.Runs = o.DEFAULT_RUNS,
-) -> None:
-    """Train a model of a task; keeps weights at chosen epochs, and gradient norms if asked."""
-    from infl_cli.launch import carry_out
-    from infl_cli.requests import task_arguments, task_request, train_request
-    from influence_jobs.store.run import Run
-    from influence_jobs.tasks.layers import resolve_layers
+def _named(args: Sequence[str], option: str) -> str | None:
+    """The value of an option among words that are not parsed yet."""
+    for i, word in enumerate(args):
+        if word.startswith(f"{option}="):
+            return word.partition("=")[2]
+        if word == option and i + 1 < len(args):
+            return args[i + 1]
+    return None
 
-    task_spec, built = task_request(
-        task, task_arguments(data), skip_unreadable=data.skip_unreadable, say=say
+
+def add_command(kind: Kind) -> None:
+    """Make the command of a kind of run."""
+    request = kind.request_type
+    fields = {name: f for name, f in request.model_fields.items() if name not in HIDDEN}
+    how = {name: How.model_fields[name] for name in _how_options(kind)}
+
+    def command(ctx: typer.Context, **values: Any) -> None:
+        given = {n: values[n] for n in fields if values[n] is not None}
+        asked = How(**{n: values[n] for n in how if values[n] is not None})
+        options = {**_words(ctx.args), **_pairs(values["option"] or ())}
+        wanted = request.of({**given, "task_options": options})
+        submit(kind, wanted, asked, values["runs"], json=values["json"], dry_run=values["dry_run"])
+
+    others = (
+        ("option", TaskOptions, None),
+        ("runs", o.Runs, o.DEFAULT_RUNS),
+        ("dry_run", o.DryRun, False),
+        ("json", o.Json, False),
     )
-    given: dict[str, Any] = {
-        "epochs": epochs,
-        "seed": seed,
-        "save_epochs": tuple(save_epoch) if save_epoch else None,
-        "optimizer": optimizer,
-        "lr": lr,
-        "momentum": momentum,
-        "weight_decay": weight_decay,
-        "batch_size": train_batch_size,
+    o.take(
+        command,
+        [
+            inspect.Parameter("ctx", o.KEYWORD_ONLY, annotation=typer.Context),
+            *o.parameters(fields | how),
+            *(
+                inspect.Parameter(name, o.KEYWORD_ONLY, annotation=kind, default=default)
+                for name, kind, default in others
+            ),
+        ],
+    )
+    app.command(
+        kind.name,
+        help=inspect.getdoc(request),
+        cls=SubmitCommand,
+        rich_help_panel=kind.panel,
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    )(command)
+
+
+def _how_options(kind: Kind) -> list[str]:
+    """The options of how to run that have a meaning for a kind."""
+    without = {
+        "workers": not kind.workers,
+        "batch_size": not kind.batched,
+        "shard_size": kind.shard_unit is None,
     }
-    if norms_layer:
-        given |= {
-            "norm_layers": resolve_layers(norms_layer, built),
-            "norm_reduction": reduce,
-            "norm_skip_epochs": norms_skip_epochs,
-        }
-    else:
-        for name, value in (("norms-skip-epochs", norms_skip_epochs), ("reduce", reduce)):
-            if value is not None:
-                raise SpecError(f"--{name} needs --norms-layer")
-    spec = train_request(task_spec, preset=preset, given=given)
-    carry_out(Run(runs_folder(runs), spec), how)
+    return [name for name in How.model_fields if not without.get(name, False)]
 
 
-@app.command("grad-norms")
-@grouped
-def grad_norms(
-    weights: o.Weights,
-    data: o.AttributionData,
-    how: ShardedHow,
-    layer: o.Layers = None,
-    reduce: o.Reduce = "channel",
-    combine: o.Combine = "sum",
-    precision: o.Precision = "float32",
-    seed: o.Seed = 0,
-    runs: o.Runs = o.DEFAULT_RUNS,
-) -> None:
-    """Per-sample gradient norms of chosen layers, at one or several checkpoints.
+def _words(words: Sequence[str]) -> dict[str, Any]:
+    """Options that the command does not know, which are the task's: `--name value` or `--name`."""
+    found: dict[str, Any] = {}
+    waiting = [*words]
+    while waiting:
+        word = waiting.pop(0)
+        if not word.startswith("--") or word == "--":
+            raise SpecError(f"unexpected word {word!r}: options are written --name value")
+        name, separator, value = word[2:].partition("=")
+        if not separator and waiting and not waiting[0].startswith("--"):
+            value, separator = waiting.pop(0), "="
+        found[name.replace("-", "_")] = value if separator else True
+    return found
 
-    `infl submit grad-norms --layer 11` alone works on a bare machine: it trains FFDNet for a few
-    epochs on sample photographs and writes the norms of its eleventh convolution.
-    """
-    from infl_cli.launch import carry_out
-    from infl_cli.requests import subject_request
-    from influence_jobs.specs import GradNormsSpec, make_spec
-    from influence_jobs.store.run import Run
-    from influence_jobs.tasks.layers import resolve_layers
 
-    if not layer:
-        raise SpecError("name at least one layer: --layer 11, --layer main.29, or --layer all")
-    root = runs_folder(runs)
-    subject = subject_request(weights, data, root, default_task="ffdnet", say=say)
-    spec = make_spec(
-        GradNormsSpec,
-        task=subject.task,
-        checkpoints=subject.checkpoints,
-        layers=resolve_layers(layer, subject.built),
-        reduction=reduce,
-        combine=combine,
-        precision=precision,
-        seed=seed,
-    )
-    carry_out(Run(root, spec), how)
+def _pairs(words: Sequence[str]) -> dict[str, str]:
+    found = {}
+    for word in words:
+        name, separator, value = word.partition("=")
+        if not separator:
+            raise SpecError(f"--option {word}: write NAME=VALUE")
+        found[name.replace("-", "_")] = value
+    return found
+
+
+for _kind in sorted(kinds().values(), key=lambda kind: (PANELS.index(kind.panel), kind.name)):
+    add_command(_kind)

@@ -13,17 +13,8 @@ from infl_cli import options as o
 from infl_cli import render
 from infl_cli.render import say
 from influence_jobs.errors import SpecError, StoreError
-from influence_jobs.report.ranking import (
-    by_query,
-    ranked_norms,
-    ranked_scores,
-    require_ranked,
-    summed_over,
-)
-from influence_jobs.specs import InfluenceSpec, ScoresSpec
 from influence_jobs.store.find import find_run
 from influence_jobs.store.folder import for_runs, runs_folder
-from influence_jobs.store.layout import SCORES, part_name
 from influence_jobs.store.run import Run
 from influence_jobs.store.status import read_status
 
@@ -81,21 +72,19 @@ def top(
     for file in (png, parquet):
         if file is not None and not file.parent.is_dir():
             raise SpecError(f"cannot write {file}: there is no folder {file.parent}")
-    require_ranked(found)
-    scored = isinstance(found.spec, ScoresSpec)
+    from influence_jobs.kinds import view_of
+
+    view = view_of(found)
+    scored = view.ranks == "scores"
     for name, given, fits in (
         ("--test", test is not None, scored),
-        ("--side", side != "both", isinstance(found.spec, InfluenceSpec)),
+        ("--side", side != "both", len(view.sides) > 1),
         ("--png", png is not None, scored),
-        ("--channel", channel is not None, not scored),
+        ("--channel", channel is not None, view.ranks == "norms"),
     ):
-        if given and not fits:
+        if view.ranks and given and not fits:
             raise SpecError(f"{name} has no meaning for {found.id}: leave it out")
-    if scored:
-        rows = ranked_scores(found, k, layer=layer, tests=test, side=side)
-        tables = {SCORES if layer is None else part_name(layer): rows}
-    else:
-        tables = ranked_norms(found, k, layer=layer, channel=channel)
+    tables = view.top(k, layer=layer, tests=test, side=side, channel=channel)
     if parquet:
         flat = [{"array": name, **row} for name, table in tables.items() for row in table]
         buffer = io.BytesIO()
@@ -103,11 +92,11 @@ def top(
         parquet.write_bytes(buffer.getvalue())
         say(f"wrote {parquet}")
     if png:
-        from influence_jobs.report.contact_sheet import contact_sheet
-        from influence_jobs.report.sheets import score_rows
-        from influence_jobs.tasks.registry import make_task
+        from influence_jobs.views.contact_sheet import contact_sheet
+        from influence_jobs.views.sheets import score_rows
 
-        rows_drawn = score_rows(make_task(found.spec.task), tables[next(iter(tables))])
+
+        rows_drawn = score_rows(view.task, tables[next(iter(tables))])
         contact_sheet(rows_drawn).savefig(png, format="png")
         say(f"wrote {png}")
     if json:
@@ -119,6 +108,8 @@ def top(
 
 
 def _print_scores(run: Run, array: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    from influence_jobs.views.ranking import by_query
+
     meaning = run.array(array).attrs
     render.out.print(f"scores: {meaning['quantity']}")
     render.out.print(f"sign: {meaning['sign']}; unit: {meaning['unit']}")
@@ -141,6 +132,8 @@ def _print_scores(run: Run, array: str, rows: Sequence[Mapping[str, Any]]) -> No
 def _print_norms(
     run: Run, tables: Mapping[str, Sequence[Mapping[str, Any]]], channel: int | None
 ) -> None:
+    from influence_jobs.views.ranking import summed_over
+
     meaning = run.array(next(iter(tables))).attrs  # the same for all layers
     render.out.print(f"norms: {meaning['quantity']}; of {meaning['of']}")
     for array, table in tables.items():

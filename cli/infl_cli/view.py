@@ -37,7 +37,7 @@ def view(
     """
     import uvicorn
 
-    from infl_cli.ray_job import dashboard_of
+    from infl_cluster.ray_job import dashboard_of
     from influence_jobs.report.viewer import make_viewer
 
     found = [find_run(runs_folder(runs), word) for word in run]

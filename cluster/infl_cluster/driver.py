@@ -17,15 +17,14 @@ from infl_cluster.run_log import run_log
 from infl_cluster.status import StatusWriter
 from influence_jobs.errors import RuntimeFault, StoreError
 from influence_jobs.jobs.base import Job, Plan, Receipt, Shard
-from influence_jobs.jobs.registry import open_job
-from influence_jobs.jobs.runner import require_same_data
-from influence_jobs.specs import RetrainingSpec
+from influence_jobs.kinds import open_job
 from influence_jobs.store import layout
 from influence_jobs.store.lease import Lease, LeaseHeld
 from influence_jobs.store.manifest import Entry
-from influence_jobs.store.retrained import Retrained
 from influence_jobs.store.run import Run, now
 from influence_jobs.store.software import software
+from influence_jobs.store.status import is_done
+from influence_jobs.tasks.fingerprints import require_unchanged
 
 log = logging.getLogger(__name__)
 
@@ -76,11 +75,10 @@ def drive(
         return
     with Lease(run.files) as lease, run_log(run), StatusWriter(run) as status:
         run.files.sweep()
-        if isinstance(run.spec, RetrainingSpec):
-            Retrained(root, run.spec.recipe).sweep()
         for name in run.files.names(layout.PROGRESS):
             run.files.delete(f"{layout.PROGRESS}/{name}")
         job = open_job(run, batch_size=batch_size)
+        job.sweep()
         for spec in job.inputs(run.spec):
             needed = Run.create(root, spec)
             status.waits_for(needed.id)
@@ -88,7 +86,7 @@ def drive(
             drive_when_free(root, needed.id, backend)
             _require_current(needed)
         status.waits_for(None)
-        require_same_data(job)
+        require_unchanged(run.id, run.spec.task, job.task)
         plan = _settled_plan(job, shard_rows)
         if plan.arrays:
             run.create_arrays(plan.arrays)
@@ -97,18 +95,8 @@ def drive(
         log.info("done")
 
 
-def is_done(run: Run) -> bool:
-    """Whether every shard of a run is finished and so are its tables."""
-    status = run.read_json(layout.STATUS)
-    plan = run.read_json(layout.PLAN)
-    if status is None or plan is None or status["state"] != "done":
-        return False
-    done = run.manifest.done()
-    return all(name in done for name in (*(s["id"] for s in plan["shards"]), layout.FINISH))
-
-
 def _require_current(run: Run) -> None:
-    """Refuse a finished run whose inputs were made anew since: what is made from both would be of neither.
+    """Refuse a finished run whose inputs were made anew since: the two must not be mixed.
 
     Raises:
         StoreError: Naming the run and its input.

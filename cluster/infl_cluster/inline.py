@@ -7,7 +7,7 @@ from dataclasses import replace
 from infl_cluster.retry import Decision, RetryPolicy
 from influence_jobs.errors import RuntimeFault
 from influence_jobs.jobs.base import Receipt, Shard
-from influence_jobs.jobs.runner import ShardRunner
+from influence_jobs.kinds.runner import ShardRunner
 from influence_jobs.store.run import Run
 
 

@@ -118,7 +118,7 @@ class RayBackend:
         num_gpus: float | None = None,
         placement_timeout_s: float = 120.0,
         policy: RetryPolicy | None = None,
-        runner: str = "influence_jobs.jobs.runner:ShardRunner",
+        runner: str = "influence_jobs.kinds.runner:ShardRunner",
     ) -> None:
         self._workers = workers
         self._device = device

@@ -5,7 +5,7 @@ from influence_jobs.curvature.ek_fac import EkFac
 from influence_jobs.curvature.identity import Identity
 from influence_jobs.curvature.lissa import Lissa
 from influence_jobs.curvature.operators import GaussNewton, Hessian, Operator
-from influence_jobs.curvature.solver import Solution, Solver
+from influence_jobs.curvature.solver import Solution, Solver, make_solver
 
 __all__ = [
     "ConjugateGradient",
@@ -17,4 +17,5 @@ __all__ = [
     "Operator",
     "Solution",
     "Solver",
+    "make_solver",
 ]

@@ -45,6 +45,10 @@ class EkFac(Solver):
         super().__init__(damping)
         self.seed = seed
 
+    @classmethod
+    def of(cls, settings: SolverSettings, *, seed: int) -> Self:
+        return cls(**settings.model_dump(exclude={"name", "repeats"}), seed=seed)
+
     def _solve(self, operator: Operator, rhs_QP: Tensor, progress: Progress) -> Solution:
         from curvlinops import KFACInverseLinearOperator  # takes a second to import
 

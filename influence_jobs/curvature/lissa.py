@@ -81,6 +81,10 @@ class Lissa(Solver):
         self._scale, self._depth, self._batch_size = scale, depth, batch_size
         self._seed = seed
 
+    @classmethod
+    def of(cls, settings: SolverSettings, *, seed: int) -> Self:
+        return cls(**settings.model_dump(exclude={"name", "repeats"}), seed=seed)
+
     def solve_repeats(
         self,
         operator: Operator,

@@ -1,9 +1,10 @@
 """What every solver of (A + lambda I) x = v takes and gives."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from importlib import import_module
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -11,8 +12,10 @@ from torch import Tensor
 from influence_jobs.curvature.operators import Operator
 from influence_jobs.curvature.spectrum import largest_eigenvalue, smallest_eigenvalue
 from influence_jobs.errors import DataError, SpecError
+from influence_jobs.specs.solvers import SolverSettings
 
-# Of the largest eigenvalue: keeps the directions that the data pin down, damps the thousands they do not.
+# Part of the largest eigenvalue. Directions that the data determine have larger eigenvalues; the
+# many others are damped.
 AUTOMATIC_DAMPING = 0.04
 
 Progress = Callable[[float], None]  # takes the fraction done
@@ -79,6 +82,25 @@ class Solver(ABC):
         require_finite(rhs_QP)
         return self._solve(operator, rhs_QP, progress)
 
+    def solve_repeats(
+        self,
+        operator: Operator,
+        rhs_QP: Tensor,
+        repeats: Sequence[int],
+        progress: Progress = no_progress,
+    ) -> list[Solution]:
+        """One solution for each repeat; a solver without randomness has one.
+
+        Raises:
+            As `solve`.
+        """
+        return [self.solve(operator, rhs_QP, progress) for _ in repeats]
+
+    @classmethod
+    def of(cls, settings: SolverSettings, *, seed: int) -> Self:
+        """The solver with some settings; `seed` is of what it draws at random."""
+        return cls(**settings.model_dump(exclude={"name", "repeats"}))
+
     @abstractmethod
     def _solve(self, operator: Operator, rhs_QP: Tensor, progress: Progress) -> Solution:
         """Solve for finite right-hand sides."""
@@ -95,6 +117,13 @@ class Solver(ABC):
                 "the curvature has no positive eigenvalue to choose a damping by: give --damping"
             )
         return chosen
+
+
+def make_solver(settings: SolverSettings, *, seed: int) -> Solver:
+    """The solver that settings are of; `seed` is of what it draws at random."""
+    module, _, name = settings.solver.partition(":")
+    kind: type[Solver] = getattr(import_module(f"influence_jobs.curvature.{module}"), name)
+    return kind.of(settings, seed=seed)
 
 
 def require_finite(rhs_QP: Tensor) -> None:

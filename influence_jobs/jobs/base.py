@@ -4,6 +4,7 @@ A shard owns whole chunks of the run's arrays and gives the same bytes whoever c
 company. That is what makes work safe to interrupt, repeat and spread.
 """
 
+import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from influence_jobs.specs import AnySpec, Spec
+from influence_jobs.specs.base import AnySpec, Spec
 from influence_jobs.store.layout import ArrayLayout
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.base import Task
@@ -62,6 +63,12 @@ class Plan:
     batch_size: int
     file_bytes: int = 0
 
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of what it writes, before compression."""
+        sizes = (np.dtype(array.dtype).itemsize * math.prod(array.shape) for array in self.arrays)
+        return self.file_bytes + sum(sizes)
+
 
 @dataclass(frozen=True)
 class Result:
@@ -98,7 +105,7 @@ class Receipt:
 
 
 # Takes the units of the shard done so far; first called with what earlier attempts had left.
-Report = Callable[[int], None]
+Progress = Callable[[int], None]
 
 
 class Job(ABC, Generic[S]):
@@ -145,7 +152,7 @@ class Job(ABC, Generic[S]):
         """Arrays and shards. Shards are rounded up to whole chunks."""
 
     @abstractmethod
-    def run(self, shard: Shard, report: Report) -> Result:
+    def run(self, shard: Shard, progress: Progress) -> Result:
         """Compute one shard."""
 
     @abstractmethod
@@ -155,6 +162,9 @@ class Job(ABC, Generic[S]):
     def input_digests(self) -> dict[str, str]:
         """SHA-256 of what this run reads of other runs, by name; one run never mixes two versions of it."""
         return {}
+
+    def sweep(self) -> None:  # noqa: B027  (most jobs leave nothing behind)
+        """Remove what killed workers left outside the run's folder."""
 
     def finish(self) -> Result:
         """What needs all shards: whole small arrays to write, and the tables it has written."""

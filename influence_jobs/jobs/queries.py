@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from influence_jobs.errors import DataError, SpecError
 from influence_jobs.gradients.parameters import ParameterSpace
-from influence_jobs.specs import Queries, Query
+from influence_jobs.specs.queries import Queries, Query
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.base import Draw, Task, device_of, to_device
 

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from influence_jobs.errors import ModelError, SpecError
-from influence_jobs.jobs.base import Job, Plan, Report, Result, Shard
+from influence_jobs.jobs.base import Job, Plan, Progress, Result, Shard
 from influence_jobs.jobs.queries import require_queries, write_queries
 from influence_jobs.jobs.saved_state import SavedState
-from influence_jobs.jobs.train import recipe_of
-from influence_jobs.specs import AnySpec, RetrainingSpec
+from influence_jobs.kinds.train.job import recipe_of
+from influence_jobs.specs.base import AnySpec
+from influence_jobs.specs.rankings import RetrainingSpec
 from influence_jobs.store.layout import CHECKPOINTS, ArrayLayout
 from influence_jobs.store.rankings import digests, needed_runs
 from influence_jobs.store.retrained import Retrained, variant_key
@@ -61,6 +62,9 @@ class RetrainJob(Job[S]):
     def inputs(spec: RetrainingSpec) -> tuple[AnySpec, ...]:
         return needed_runs(spec.rankings)
 
+    def sweep(self) -> None:
+        self._retrained.sweep()
+
     def input_digests(self) -> dict[str, str]:
         return digests(self.run_store.root, self.spec.rankings)
 
@@ -99,7 +103,7 @@ class RetrainJob(Job[S]):
             file_bytes=weights * count,
         )
 
-    def run(self, shard: Shard, report: Report) -> Result:
+    def run(self, shard: Shard, progress: Progress) -> Result:
         require_queries(self.task, self.spec.queries)
         rows = range(shard.start, shard.stop)
         in_rows = [self.variant(row) for row in rows]
@@ -108,8 +112,8 @@ class RetrainJob(Job[S]):
         weights = {key: self._retrained.read(key) for key in variants}
         missing = {key for key in variants if weights[key] is None}
         done = sum(self._samples(variants[key]) for key in keys if key not in missing)
-        report(done)
-        weights |= self._train(shard, variants, missing, done, report)
+        progress(done)
+        weights |= self._train(shard, variants, missing, done, progress)
         measured = []
         for key in keys:
             trained = weights[key]
@@ -136,7 +140,7 @@ class RetrainJob(Job[S]):
         variants: Mapping[str, Variant],
         missing: set[str],
         done: int,
-        report: Report,
+        progress: Progress,
     ) -> dict[str, dict[str, Tensor]]:
         """Train those variants of a shard that are missing, ensemble by ensemble, and keep them; returns their weights."""
         found: dict[str, dict[str, Tensor]] = {}
@@ -155,11 +159,11 @@ class RetrainJob(Job[S]):
             trainer = self._trainer([variants[key] for key in keys])
             if resumed:
                 trainer.load_state_dict(state["trainer"])
-            report(done + trainer.samples_seen)
+            progress(done + trainer.samples_seen)
             healthy = np.ones(len(keys), dtype=bool)
             while not trainer.finished:
                 means = trainer.step()
-                report(done + trainer.samples_seen)
+                progress(done + trainer.samples_seen)
                 if means is not None:
                     healthy &= np.isfinite(np.atleast_1d(np.asarray(means)))
                 if not trainer.finished:

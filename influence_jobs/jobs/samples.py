@@ -14,7 +14,8 @@ from torch.utils import _pytree as pytree
 
 from influence_jobs.errors import DataError
 from influence_jobs.jobs.base import Job, Plan, Result, Shard
-from influence_jobs.specs import Checkpoint, Spec, TrainedCheckpoint
+from influence_jobs.kinds.train.spec import Checkpoint, TrainedCheckpoint
+from influence_jobs.specs.base import Spec
 from influence_jobs.store.checkpoints import load_checkpoint, recorded_digest
 from influence_jobs.store.layout import ArrayLayout
 from influence_jobs.tasks.base import Batch, Draw, to_device

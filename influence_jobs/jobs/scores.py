@@ -8,10 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from influence_jobs.jobs.base import Report, Result, Shard
+from influence_jobs.jobs.base import Progress, Result, Shard
 from influence_jobs.jobs.queries import require_queries, write_queries
 from influence_jobs.jobs.samples import SampleJob
-from influence_jobs.specs import ScoresSpec
+from influence_jobs.specs.scores import ScoresSpec
 from influence_jobs.store.layout import SCORES, ArrayLayout, chunk_rows, part_name
 
 QUERIES_PER_CHUNK = 64
@@ -69,9 +69,9 @@ class ScoresJob(SampleJob[S]):
             for name, of in names.items()
         )
 
-    def run(self, shard: Shard, report: Report) -> Result:
+    def run(self, shard: Shard, progress: Progress) -> Result:
         require_queries(self.task, self.spec.asked)
-        report(done := 0)
+        progress(done := 0)
         total: dict[str, npt.NDArray[np.float64]] = {}
         for term in range(self.terms):
             pieces: dict[str, list[npt.NDArray[Any]]] = {}
@@ -79,7 +79,7 @@ class ScoresJob(SampleJob[S]):
                 for name, part in self.score(term, ids).items():
                     pieces.setdefault(name, []).append(part)
                 done += len(ids)
-                report(done)
+                progress(done)
             for name, blocks in pieces.items():
                 # In float64: terms of either sign may all but cancel.
                 values: npt.NDArray[np.float64] = np.concatenate(blocks, axis=1, dtype=np.float64)

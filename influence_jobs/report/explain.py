@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -12,72 +11,14 @@ from torch import Tensor, nn
 from influence_jobs.errors import SpecError
 from influence_jobs.experiments.stability import head
 from influence_jobs.methods.attribution import attribution_scores, clamped_outputs, pool
-from influence_jobs.specs import (
-    AttributionSpec,
-    Checkpoint,
-    GradNormsSpec,
-    TaskSpec,
-    TrainedCheckpoint,
-    TrainSpec,
-)
 from influence_jobs.store.checkpoints import load_checkpoint
 from influence_jobs.store.layout import norms_name
-from influence_jobs.store.run import Run
 from influence_jobs.tasks.base import Draw, Task
 from influence_jobs.tasks.registry import make_task
+from influence_jobs.views.norms import StoredNorms
 
 MAP_BYTES = 256 * 2**20  # activations that are kept; those of the last image always are
 BLOCK = 16  # chunks of norms that are read together
-
-
-@dataclass(frozen=True)
-class Norms:
-    """Stored norms, and the weights that a query's activations are taken at.
-
-    Attributes:
-        layers: The layers that have norms a channel.
-        chosen: Those that are looked at first, their scores summed.
-        task: Of the test images, with their noise level.
-        seed, noise_draws: Of their noise.
-        normalize, exclude_norm_above: What is asked first; see `AttributionSpec`.
-    """
-
-    run: Run
-    checkpoint: Checkpoint
-    layers: tuple[str, ...]
-    chosen: tuple[str, ...]
-    task: TaskSpec
-    seed: int = 0
-    noise_draws: int = 1
-    normalize: bool = False
-    exclude_norm_above: float | None = None
-
-
-def norms_of(run: Run) -> Norms | None:
-    """The norms that a run has or was made of; None if there are none, or none a channel."""
-    spec = run.spec
-    if isinstance(spec, AttributionSpec):
-        source = norms_of(Run(run.root, spec.norms))
-        if source is None:
-            return None
-        asked = spec.queries
-        return Norms(
-            source.run,
-            spec.checkpoint,
-            source.layers,
-            spec.layers,
-            spec.task,
-            asked.seed,
-            asked.noise_draws,
-            spec.normalize,
-            spec.exclude_norm_above,
-        )
-    if isinstance(spec, GradNormsSpec) and spec.reduction != "layer":
-        return Norms(run, spec.checkpoints[-1], spec.layers, spec.layers[-1:], spec.task)
-    if isinstance(spec, TrainSpec) and spec.norm_layers and spec.norm_reduction != "layer":
-        last = TrainedCheckpoint(train=spec, epoch=spec.epochs)
-        return Norms(run, last, spec.norm_layers, spec.norm_layers[-1:], spec.task)
-    return None
 
 
 class Explainer:
@@ -87,7 +28,7 @@ class Explainer:
         norms: Stored norms; their run is finished.
     """
 
-    def __init__(self, norms: Norms):
+    def __init__(self, norms: StoredNorms):
         self.norms = norms
         self.task: Task = make_task(norms.task)
         self._lock = threading.Lock()  # hooks of two forward passes must not meet

@@ -15,40 +15,20 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from influence_jobs.errors import SpecError, StoreError
-from influence_jobs.report.captions import method_of
-from influence_jobs.report.contact_sheet import Picture
-from influence_jobs.report.curves import Panel, chart
-from influence_jobs.report.figures import Shown, figures_of, parts_of
-from influence_jobs.report.made import Made, asked, certainty, made, needed
-from influence_jobs.report.tables import Table, cell_text, solutions_table, tables_of
-from influence_jobs.specs import (
-    AnySpec,
-    AttributionSpec,
-    BaselineSpec,
-    GradNormsSpec,
-    InfluenceSpec,
-    PaperSpec,
-    STestSpec,
-    TrainSpec,
-)
+from influence_jobs.kinds import view_of
+from influence_jobs.report.made import Made, asked, made, needed
+from influence_jobs.specs.base import Spec
 from influence_jobs.store import layout
 from influence_jobs.store.folder import for_runs
 from influence_jobs.store.run import Run
 from influence_jobs.store.status import read_status
+from influence_jobs.views.base import View
+from influence_jobs.views.contact_sheet import Picture
+from influence_jobs.views.curves import Panel, chart
+from influence_jobs.views.figure import Shown
+from influence_jobs.views.table import Table, cell_text
 
 THUMBNAIL = 320  # pixels; larger pictures are made smaller
-KINDS = {
-    "train": "Training",
-    "grad-norms": "Gradient norms",
-    "s-test": "s_test vectors",
-    "influence": "Influence",
-    "attribution": "Attribution",
-    "baseline": "Baseline",
-    "ablation": "Ablation",
-    "lds": "Linear datamodeling scores",
-    "stability": "Stability",
-    "paper": "The report's experiments",
-}
 
 
 @dataclass(frozen=True)
@@ -73,7 +53,7 @@ class Section:
 
 
 def sections_of(runs: Sequence[Run]) -> list[Section]:
-    """A section for each run, and for each part of a paper run.
+    """A section for each run, and for each part of a set of runs.
 
     Raises:
         StoreError: A run is not finished.
@@ -84,41 +64,31 @@ def sections_of(runs: Sequence[Run]) -> list[Section]:
             raise StoreError(
                 f"{run.id} is not finished ({state}): infl resume {run.id}{for_runs(run.root)}"
             )
-        for part in parts_of(run):
+        whole = view_of(run)
+        for part in whole.parts():
             if part.id not in found:
-                found[part.id] = _section(part, numbered=isinstance(run.spec, PaperSpec))
+                found[part.id] = _section(view_of(part), whole)
     return list(found.values())
 
 
-def _section(run: Run, *, numbered: bool) -> Section:
+def _section(view: View[Any], whole: View[Any]) -> Section:
     notes: list[str] = []
-    figures = figures_of(run, notes.append, numbered=numbered)
+    run = view.run
     return Section(
         run=run.id,
-        title=title_of(run.spec),
+        title=view.title,
         asked=asked(run.spec),
-        figures=figures,
-        tables=[solutions_table(run)] if isinstance(run.spec, STestSpec) else tables_of(run),
+        figures=whole.part_figures(view, notes.append),
+        tables=view.tables(),
         notes=notes,
-        certainty=certainty(run),
+        certainty=view.certainty(),
         made=[made(Run(run.root, spec)) for spec in needed(run.spec) if _is_there(run.root, spec)],
     )
 
 
-def _is_there(root: str, spec: AnySpec) -> bool:
+def _is_there(root: str, spec: Spec) -> bool:
     """Recipes of retrainings are specs of no run."""
     return Run(root, spec).read_json(layout.SPEC) is not None
-
-
-def title_of(spec: AnySpec) -> str:
-    """What a run is, in a few words."""
-    words = f"{KINDS[spec.kind]} ({spec.task.slug})"
-    if isinstance(spec, (InfluenceSpec, AttributionSpec, BaselineSpec)):
-        method = method_of(spec)
-        return f"{method[0].upper()}{method[1:]} ({spec.task.slug})"
-    if isinstance(spec, (GradNormsSpec, TrainSpec)) and (seed := spec.seed):
-        return f"{words}: seed {seed}"
-    return words
 
 
 def render_report(title: str, sections: Sequence[Section]) -> str:
@@ -233,7 +203,7 @@ def results_html(run: Run) -> str:
     ]
     template = environment().get_template("results.html.j2")
     return template.render(
-        title=title_of(run.spec),
+        title=view_of(run).title,
         run=run.id,
         state=read_status(run)["state"],
         asked=asked(run.spec),

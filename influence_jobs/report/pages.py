@@ -17,21 +17,22 @@ from starlette.responses import HTMLResponse, Response
 
 from influence_jobs.errors import DataError, SpecError
 from influence_jobs.experiments.stability import head
+from influence_jobs.kinds import view_of
 from influence_jobs.report.addresses import having, number, positive, values
-from influence_jobs.report.captions import ranking_of
-from influence_jobs.report.contact_sheet import Cell, Row
-from influence_jobs.report.explain import Explainer, Norms, norms_of
-from influence_jobs.report.figures import parts_of
-from influence_jobs.report.html import environment, title_of
-from influence_jobs.report.ranking import RankedRow, norm_arrays, places, sides
-from influence_jobs.report.sheets import NoData, query_cell, query_words, region_of, sample_cells
-from influence_jobs.specs import AttributionSpec, ScoresSpec
+from influence_jobs.report.explain import Explainer
+from influence_jobs.report.html import environment
 from influence_jobs.store.layout import SCORES, TABLES
 from influence_jobs.store.run import Run
 from influence_jobs.store.status import rate_and_eta, read_status, under_way
 from influence_jobs.store.top import ranks
 from influence_jobs.tasks.base import Task
 from influence_jobs.tasks.registry import make_task, task_class
+from influence_jobs.views.base import RankedRow
+from influence_jobs.views.contact_sheet import Cell, Row
+from influence_jobs.views.norms import NormsView, StoredNorms
+from influence_jobs.views.ranking import places
+from influence_jobs.views.scores import ScoresView
+from influence_jobs.views.sheets import NoData, query_cell, query_words, region_of, sample_cells
 
 TOP = 10  # samples in a row
 PER_PAGE = 24  # queries on a page
@@ -46,7 +47,7 @@ class Pages:
     def __init__(self, runs: Sequence[Run], dashboard: Callable[[Run], str | None]):
         self.asked = runs
         self.dashboard = dashboard
-        parts = [part for run in runs for part in parts_of(run)]
+        parts = [part for run in runs for part in view_of(run).parts()]
         self.runs = {part.id: part for part in parts}
         _require_one_task(parts)
         self.task: Task = NoData()
@@ -61,7 +62,7 @@ class Pages:
 
     def render(self, template: str, **values: Any) -> Response:
         page = environment().get_template(template)
-        title = "; ".join(title_of(run.spec) for run in self.asked)
+        title = "; ".join(view_of(run).title for run in self.asked)
         return HTMLResponse(page.render(title=title, link=lambda i: f"/sample/{i}", **values))
 
     def refused(self, _request: Request, error: Exception) -> Response:
@@ -80,15 +81,16 @@ class Pages:
         return [run for run in self.runs.values() if read_status(run)["state"] == "done"]
 
     @property
-    def scored(self) -> list[Run]:
-        """Finished runs with scores."""
-        return [run for run in self.finished if isinstance(run.spec, ScoresSpec)]
+    def scored(self) -> list[ScoresView[Any]]:
+        """Views of the finished runs with scores."""
+        views = [view_of(run) for run in self.finished]
+        return [view for view in views if isinstance(view, ScoresView)]
 
     def queries(self) -> list[dict[str, Any]]:
         """Queries of all scored runs, each once, as their tables have them."""
         found: dict[tuple[int, str | None], dict[str, Any]] = {}
-        for run in self.scored:
-            for row in run.read_table("queries").to_pylist():
+        for view in self.scored:
+            for row in view.run.read_table("queries").to_pylist():
                 found.setdefault((row["test"], row["region"]), row)
         return list(found.values())
 
@@ -96,15 +98,15 @@ class Pages:
         return self.runs[run_id].read_table("samples")
 
     def _explainer(self, run_id: str) -> Explainer | None:
-        norms = norms_of(self.runs[run_id])
+        norms = view_of(self.runs[run_id]).stored_norms
         return Explainer(norms) if norms is not None else None
 
     def explaining(self) -> Explainer | None:
         """By the first finished run that has norms a channel, if test samples have points."""
         if self.absent or len(self.task.test_data()) == 0 or self.task.test_size(0) is None:
             return None
-        # An attribution run knows the layer that was chosen.
-        for run in sorted(self.finished, key=lambda run: not isinstance(run.spec, AttributionSpec)):
+        # A run with scores knows the layers that were chosen.
+        for run in sorted(self.finished, key=lambda run: view_of(run).ranks != "scores"):
             if (found := self.explainer(run.id)) is not None:
                 return found
         return None
@@ -145,7 +147,7 @@ class Pages:
             ],
             page=page,
             images=[query_words(self.task, test) for test in images],
-            tables=[(run.id, title_of(run.spec), run.table_names()) for run in self.runs.values()],
+            tables=[(run.id, view_of(run).title, run.table_names()) for run in self.runs.values()],
         )
 
     def progress(self, _request: Request) -> Response:
@@ -181,7 +183,8 @@ class Pages:
         rows: list[Row] = []
         choices: dict[str, list[str]] = {}
         query: dict[str, Any] | None = None
-        for run in self.scored:
+        for view in self.scored:
+            run = view.run
             table = run.read_table("queries")
             asked = [
                 row for row in table.to_pylist() if (row["test"], row["region"]) == (test, region)
@@ -197,7 +200,7 @@ class Pages:
             for name, value in wanted.items():
                 if name in samples.column_names:
                     scores_N[~having(samples, name, value)] = np.nan
-            for side, largest in sides(run).items():
+            for side, largest in view.sides.items():
                 ids = head(scores_N, TOP, largest=largest)
                 found = [
                     {"score": float(scores_N[i]), **row}
@@ -207,7 +210,7 @@ class Pages:
                     Row(
                         None,
                         None,
-                        ranking_of(run, side),
+                        view.ranking(side),
                         self._sample_cells(found, query),
                     )
                 )
@@ -255,14 +258,15 @@ class Pages:
         if "sample" not in described:
             raise HTTPException(404, f"there is no training sample {sample}")
         blocks = []
-        for run in self.scored:
+        for view in self.scored:
+            run = view.run
             scores_Q, ranks_Q, count_Q = ranks(run, SCORES, sample)
             queries = run.read_table("queries").to_pylist()
-            for side, largest in sides(run).items():
+            for side, largest in view.sides.items():
                 lines = []
                 for i in head(scores_Q, INFLUENCED, largest=largest):
-                    if len(sides(run)) > 1 and (scores_Q[i] if largest else -scores_Q[i]) <= 0:
-                        break  # whom it helps least it need not harm
+                    if len(view.sides) > 1 and (scores_Q[i] if largest else -scores_Q[i]) <= 0:
+                        break  # a sample that helps a query little need not harm it
                     lines.append(
                         (
                             self._query_link(queries[i]),
@@ -273,16 +277,17 @@ class Pages:
                             int(count_Q[i]),
                         )
                     )
-                blocks.append((ranking_of(run, side), lines))
+                blocks.append((view.ranking(side), lines))
         norms = [
             (
-                run.id,
+                view.run.id,
                 layer,
-                float(np.sum(run.read_rows(array, sample, sample + 1), dtype=np.float64)),
+                float(np.sum(view.run.read_rows(array, sample, sample + 1), dtype=np.float64)),
             )
-            for run in self.finished
-            for layer, array in norm_arrays(run).items()
-            if array in run.array_names()
+            for view in map(view_of, self.finished)
+            if isinstance(view, NormsView)
+            for layer, array in view.arrays.items()
+            if array in view.run.array_names()
         ]
         (cell,) = self._sample_cells([described], {})
         return self.render(
@@ -376,7 +381,7 @@ class Pages:
         return Response(data, media_type="application/vnd.apache.parquet")
 
 
-def _layers(norms: Norms, given: QueryParams) -> tuple[str, ...]:
+def _layers(norms: StoredNorms, given: QueryParams) -> tuple[str, ...]:
     """The layers that a click is about: one that is named, or those that are chosen."""
     return (given["layer"],) if given.get("layer") else norms.chosen
 

@@ -9,19 +9,16 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from influence_jobs.errors import SpecError, StoreError
-from influence_jobs.report.figures import Shown, figures_of, parts_of
+from influence_jobs.kinds import view_of
 from influence_jobs.report.html import results_html
-from influence_jobs.report.ranking import (
-    Side,
-    ranked_norms,
-    ranked_scores,
-    require_ranked,
-)
-from influence_jobs.specs import AnySpec, ScoresSpec
+from influence_jobs.specs.base import Spec
 from influence_jobs.store import layout
 from influence_jobs.store.find import find_run
 from influence_jobs.store.folder import for_runs
 from influence_jobs.store.status import read_status
+from influence_jobs.views.base import View
+from influence_jobs.views.figure import Shown
+from influence_jobs.views.ranking import Side
 
 
 class Results:
@@ -42,7 +39,7 @@ class Results:
         return f"<Results of {self.run.id}, {self.state}>"
 
     @property
-    def spec(self) -> AnySpec:
+    def spec(self) -> Spec:
         """What was asked."""
         return self.run.spec
 
@@ -125,25 +122,22 @@ class Results:
             SpecError: The run ranks nothing, or has no such query, layer or channel.
             StoreError: The run is not done.
         """
-        require_ranked(self.run)
-        if self.state != "done":
+        view = self._view
+        if view.ranks and self.state != "done":
             raise StoreError(
                 f"{self.run.id} is not done yet: infl resume {self.run.id}{for_runs(self.run.root)}"
             )
-        if isinstance(self.spec, ScoresSpec):
-            if channel is not None:
-                raise SpecError(f"{self.run.id} has scores, which have no channels")
-            tests = [test] if isinstance(test, int) else test
-            return pa.Table.from_pylist(
-                ranked_scores(self.run, k, layer=layer, tests=tests, side=side)
-            )
-        if test is not None or side != "both":
-            raise SpecError(f"{self.run.id} has norms, which are of no query")
-        ranked = ranked_norms(self.run, k, layer=layer, channel=channel)
-        rows: list[dict[str, Any]] = []
-        for array, found in ranked.items():
-            rows += [{"layer": self.run.array(array).attrs["layer"], **row} for row in found]
+        tests = [test] if isinstance(test, int) else test
+        ranked = view.top(k, layer=layer, tests=tests, side=side, channel=channel)
+        if view.ranks == "scores":
+            return pa.Table.from_pylist([row for rows in ranked.values() for row in rows])
+        named = {array: self.run.array(array).attrs["layer"] for array in ranked}
+        rows = [{"layer": named[array], **row} for array, found in ranked.items() for row in found]
         return pa.Table.from_pylist(rows)
+
+    @property
+    def _view(self) -> View[Any]:
+        return view_of(self.run)
 
     @property
     def figures(self) -> tuple[str, ...]:
@@ -164,12 +158,13 @@ class Results:
         return found[name].draw()
 
     def _figures(self) -> dict[str, Shown]:
-        parts = parts_of(self.run)
+        whole = self._view
+        parts = whole.parts()
         several = len(parts) > 1
         return {
             f"{part.id}/{shown.name}" if several else shown.name: shown
             for part in parts
-            for shown in figures_of(part, lambda _: None, numbered=several)
+            for shown in whole.part_figures(view_of(part), lambda _: None)
         }
 
     def _repr_html_(self) -> str:

@@ -5,33 +5,85 @@ and how the work is carried out (workers, batches, shards, devices), because it 
 """
 
 import hashlib
+import importlib
 import json
 import re
-from collections.abc import Mapping
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    TypeAdapter,
+    ValidationError,
+)
+from pydantic.fields import FieldInfo
 
-from influence_jobs.errors import SpecError
+from influence_jobs.errors import SpecError, StoreError
+from influence_jobs.specs.format_1 import ALWAYS_HASHED
 
+MANY = 12  # items of a list that are written out
 FORMAT = 1  # raise it when the same spec starts to mean other numbers
 
 Option = bool | int | float | str | tuple[str, ...] | None
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
 
 
 class Model(BaseModel):
-    """A frozen value whose `identity` leaves out the fields named in `locations`."""
+    """A frozen value whose `identity` leaves out the fields named in `locations`.
+
+    It also leaves out fields at their default, so that a field added later changes no run id. The
+    fields of the first format are the exception: they are always part of it.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     locations: ClassVar[frozenset[str]] = frozenset()
 
     def identity(self) -> dict[str, Any]:
         """The part of the value that decides the result, as plain JSON data."""
-        return {
-            name: _plain(getattr(self, name))
-            for name in type(self).model_fields
-            if name not in self.locations
+        always = {
+            name for base in type(self).__mro__ for name in ALWAYS_HASHED.get(base.__name__, ())
         }
+        return {
+            name: _plain(value)
+            for name, field in type(self).model_fields.items()
+            if name not in self.locations
+            and ((value := getattr(self, name)) != _default(field) or name in always)
+        }
+
+    def words(self) -> str:
+        """The value as a person reads it, in one line."""
+        fields = {name: getattr(self, name) for name in type(self).model_fields}
+        name = fields.pop("name", None)
+        said = [f"{k.replace('_', ' ')} {in_words(v)}" for k, v in fields.items() if v is not None]
+        return f"{name}: {', '.join(said)}" if name and said else name or ", ".join(said)
+
+
+def _default(field: FieldInfo) -> Any:
+    return field.get_default(call_default_factory=True, validated_data={})
+
+
+def in_words(value: Any) -> str:
+    """A field's value as a person reads it, in one line."""
+    if isinstance(value, Model):
+        return value.words()
+    if isinstance(value, tuple):
+        return listed([in_words(item) for item in value])
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def listed(items: Sequence[str]) -> str:
+    """Several values in one line; of many the first ones."""
+    more = f" and {len(items) - MANY} more" if len(items) > MANY else ""
+    between = "; " if any("," in item for item in items) else ", "
+    return between.join(items[:MANY]) + more
 
 
 def _plain(value: Any) -> Any:
@@ -52,6 +104,7 @@ class TaskSpec(Model):
         options: Keyword arguments of the task that change what is computed.
         paths: Keyword arguments of the task that say where its data lie on this machine.
         data: Fingerprint of the data found there (`Task.fingerprint`).
+        code: Fingerprint of the user's own code (`tasks.fingerprints`); empty for tasks of ours.
     """
 
     locations = frozenset({"paths"})
@@ -59,6 +112,7 @@ class TaskSpec(Model):
     options: dict[str, Option] = {}
     paths: dict[str, str] = {}
     data: str
+    code: str = ""
 
     @property
     def slug(self) -> str:
@@ -67,10 +121,17 @@ class TaskSpec(Model):
 
 
 class Spec(Model):
-    """Base of all job requests."""
+    """Base of all job requests. A subclass is found by the default of its `kind`."""
 
     kind: str
     task: TaskSpec
+    _by_kind: ClassVar[dict[str, type["Spec"]]] = {}
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        kind = cls.model_fields["kind"].default
+        if isinstance(kind, str):
+            Spec._by_kind[kind] = cls
 
     @property
     def hash(self) -> str:
@@ -82,6 +143,41 @@ class Spec(Model):
     def run_id(self) -> str:
         """Kind, task and the first twelve digits of the hash, e.g. `train-mnist-3f2a91c04d5e`."""
         return f"{self.kind}-{self.task.slug}-{self.hash[:12]}"
+
+    def words(self) -> str:
+        return self.run_id
+
+
+def spec_of(value: Any) -> Any:
+    """Plain data as the spec whose `kind` they name; anything else as it is, for pydantic to judge.
+
+    Raises:
+        ValueError: There is no such kind.
+    """
+    if not isinstance(value, Mapping):
+        return value
+    importlib.import_module("influence_jobs.kinds").kinds()  # by name: kinds stand above this room
+    kind = value.get("kind")
+    if kind not in Spec._by_kind:
+        raise ValueError(f"there is no kind of run {kind!r}; there are {', '.join(Spec._by_kind)}")
+    return Spec._by_kind[kind].model_validate(value)
+
+
+#: A request of whichever kind.
+AnySpec = Annotated[SerializeAsAny[Spec], BeforeValidator(spec_of)]
+_ANY_SPEC: TypeAdapter[Spec] = TypeAdapter(AnySpec)
+
+
+def parse_spec(text: bytes | str, where: str) -> Spec:
+    """Read a spec back from JSON; `where` names it in the error.
+
+    Raises:
+        StoreError: The text is no spec of ours.
+    """
+    try:
+        return _ANY_SPEC.validate_json(text)
+    except ValidationError as error:
+        raise StoreError(f"{where} is not a readable spec: {first_error(error)}") from error
 
 
 M = TypeVar("M", bound=Model)

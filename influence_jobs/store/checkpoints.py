@@ -7,8 +7,8 @@ from pathlib import Path
 from torch import nn
 
 from influence_jobs.errors import ModelError, StoreError
+from influence_jobs.kinds.train.spec import FileCheckpoint, TrainedCheckpoint
 from influence_jobs.models.checkpoints import load_weights
-from influence_jobs.specs import FileCheckpoint, TrainedCheckpoint
 from influence_jobs.store.folder import for_runs
 from influence_jobs.store.layout import checkpoint_name
 from influence_jobs.store.run import Run, checksum

@@ -144,3 +144,9 @@ def is_alive(holder: dict[str, Any]) -> bool:
     if holder["host"] == socket.gethostname():
         return is_running(holder["pid"], float(holder["process_started"]))
     return time.time() - float(holder["beat"]) < TTL_S
+
+
+def live_holder(files: Files) -> dict[str, Any] | None:
+    """Who is driving the run of a folder; None if nobody is."""
+    holder = holder_of(files)
+    return holder if holder is not None and is_alive(holder) else None

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import numpy.typing as npt
 
-from influence_jobs.specs import AnySpec, Ranking
+from influence_jobs.specs.base import AnySpec
+from influence_jobs.specs.rankings import Ranking
 from influence_jobs.store.layout import SCORES
 from influence_jobs.store.run import Run
 

@@ -15,7 +15,7 @@ import logging
 import torch
 from torch import Tensor
 
-from influence_jobs.specs import TrainSpec
+from influence_jobs.kinds.train.spec import TrainSpec
 from influence_jobs.store.files import open_files
 from influence_jobs.store.layout import CHECKPOINTS
 from influence_jobs.store.manifest import Entry, Manifest

@@ -18,7 +18,7 @@ import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from influence_jobs.errors import StoreError
-from influence_jobs.specs import AnySpec, parse_spec
+from influence_jobs.specs.base import AnySpec, parse_spec
 from influence_jobs.store import layout
 from influence_jobs.store.files import open_files
 from influence_jobs.store.folder import for_runs

@@ -34,3 +34,13 @@ def rate_and_eta(status: dict[str, Any]) -> tuple[float, float] | None:
     until = now() if status["state"] == "running" else status["updated_at"]
     rate = done / max(until - status["work_started_at"], 1e-3)
     return rate, (status["units_total"] - status["units_done"]) / rate
+
+
+def is_done(run: Run) -> bool:
+    """Whether every shard of a run is finished and so are its tables."""
+    status = run.read_json(layout.STATUS)
+    plan = run.read_json(layout.PLAN)
+    if status is None or plan is None or status["state"] != "done":
+        return False
+    done = run.manifest.done()
+    return all(name in done for name in (*(s["id"] for s in plan["shards"]), layout.FINISH))

@@ -13,9 +13,10 @@ A minimal task has three methods::
             x, y = batch
             return F.cross_entropy(model(x), y, reduction="none")
 
-and is used as `infl submit grad-norms --task my_module:Iris`. Keyword arguments of its constructor are set by
-`--option name=value`. Scores ask for more: `test_data`, whose outputs are explained, and for the Gauss-Newton matrix
-`outputs`, `targets` and `output_loss`.
+and is used as `infl submit grad-norms --task my_module:Iris`. Keyword arguments of its constructor are
+options of the command: `def __init__(self, *, rows: Annotated[int, Doc("How many.")] = 100)` is
+`--rows 50`. Scores ask for more: `test_data`, whose outputs are explained, and for the Gauss-Newton
+matrix `outputs`, `targets` and `output_loss`.
 """
 
 import hashlib
@@ -23,8 +24,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -33,15 +33,29 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import default_collate
 
-from influence_jobs.errors import SpecError
+from influence_jobs.errors import DataError, SpecError
+from influence_jobs.tasks.published import Published
 from influence_jobs.terms import OutputLoss, Region
 
 Batch = Any  # a pytree of tensors with a leading batch axis
+FINGERPRINT_ROWS = 16  # training samples whose numbers are part of a fingerprint
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Move every tensor of a batch."""
     return pytree.tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
+
+
+def digest(batch: Batch) -> str:
+    """SHA-256 of a batch: of its tensors' bytes, shapes and types, and of what else it holds."""
+    found = hashlib.sha256()
+    for leaf in pytree.tree_leaves(batch):
+        if isinstance(leaf, Tensor):
+            found.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
+            found.update(leaf.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        else:
+            found.update(repr(leaf).encode())
+    return found.hexdigest()
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -71,19 +85,32 @@ class Task(ABC):
             fingerprint does.
         attribution_options: Arguments of the constructor that training does not look at, so that
             changing them needs no new training.
+        request_options: What else a user may ask for, by name: a type, perhaps with
+            `typing_extensions.Doc`. `settle` makes arguments of it.
         output_loss: What the loss of a sample is of its outputs: cross-entropy of logits and class, or the mean
             squared error over a sample's outputs. None where it is neither; then there is no Gauss-Newton matrix.
             Pages compare labels where it is cross-entropy: elsewhere they are no classes.
         quantities: What `measure` can measure of a test sample, the default first.
         query_sets: Test ids that belong together, by name.
+        published: What the research report found on this task, to print beside what we find.
     """
 
     batch_size: ClassVar[int] = 64
     paths: ClassVar[frozenset[str]] = frozenset()
     attribution_options: ClassVar[frozenset[str]] = frozenset()
+    request_options: ClassVar[Mapping[str, Any]] = {}
     output_loss: ClassVar[OutputLoss | None] = None
     quantities: ClassVar[tuple[str, ...]] = ("loss",)
     query_sets: ClassVar[Mapping[str, tuple[int, ...]]] = {}
+    published: ClassVar[Published | None] = None
+    given: Mapping[str, Any]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        task = super().__new__(cls)
+        # A run keeps what the object was made with, so that workers can make another one.
+        bound = inspect.signature(cls.__init__).bind_partial(task, *args, **kwargs)
+        task.given = dict(list(bound.arguments.items())[1:])
+        return task
 
     @abstractmethod
     def model(self) -> nn.Module:
@@ -171,11 +198,31 @@ class Task(ABC):
         """
 
     def fingerprint(self) -> str:
-        """Changes when the data or the task's code do, so that results of others are never reused.
+        """Changes when the data do, so that results of other data are never reused.
 
-        By default it has the number of samples and the hash of the file that defines the class. Data that can
-        change at the same number need a fingerprint of their own.
+        By default it has the number of samples and a digest of some of them. Data of which others
+        can change need a fingerprint of their own. Code is looked at apart: `tasks.fingerprints`.
+
+        Raises:
+            DataError: A sample has other numbers each time it is fetched.
         """
-        source = inspect.getsourcefile(type(self))
-        code = hashlib.sha256(Path(source).read_bytes()).hexdigest() if source else "unknown"
-        return f"{len(self.train_data())} samples, code {code[:16]}"
+        n = len(self.train_data())
+        ids = torch.linspace(0, n - 1, min(n, FINGERPRINT_ROWS)).round().long()
+        first, second = (digest(self.batch(ids, Draw(0))) for _ in range(2))
+        if first != second:
+            raise DataError(
+                f"{type(self).__name__} gives other numbers each time a training sample is fetched, "
+                "so no result could be repeated: let batch() draw from (draw.seed, draw.index, "
+                "sample id) alone, and augment in train_batch()"
+            )
+        return f"{n} samples, rows {first[:16]}"
+
+    @classmethod
+    def settle(cls, options: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+        """Arguments of the constructor as a run keeps them, from those that the user gave.
+
+        Args:
+            options: What was given: arguments of the constructor, and `request_options`.
+            say: Takes lines for the user.
+        """
+        return options

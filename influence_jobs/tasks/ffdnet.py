@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import Field
 from torch import Tensor, nn
+from typing_extensions import Doc
 
 from influence_jobs.datasets.images import ImageFolder
 from influence_jobs.datasets.noise import gaussian_noise, uniform
@@ -15,7 +17,9 @@ from influence_jobs.datasets.patches import Patches
 from influence_jobs.datasets.quality import psnr
 from influence_jobs.errors import SpecError
 from influence_jobs.models.ffdnet import FFDNet
+from influence_jobs.specs.base import Count
 from influence_jobs.tasks.base import Batch, Draw, Task, device_of
+from influence_jobs.tasks.published import FFDNET, FFDNET_GREY, Published
 from influence_jobs.terms import OutputLoss, Region
 
 MAX_TRAIN_SIGMA = 75.0
@@ -33,39 +37,57 @@ class FFDNetTask(Task):
     output minus the noisy input (`change`). The error's gradient vanishes where the network fits well; the
     other two are for that.
 
-    Args:
-        images: Folder of training images, or `samples`.
-        test_images: Folder of test images, or `samples-test`.
-        patch_size: Side of a patch, in pixels.
-        stride: Step between patches, in pixels.
-        sigma: Noise level in attribution, in grey levels of 255. Training draws it from [0, 75].
-        skip: Names of unreadable images to leave out.
-        limit: Only the first so many patches.
+    Training draws noise levels from [0, 75]. `skip` has the names of images to leave out.
     """
 
     batch_size = 32
     paths = frozenset({"images", "test_images"})
     attribution_options = frozenset({"sigma"})
+    request_options: ClassVar[Mapping[str, Any]] = {
+        "skip_unreadable": Annotated[bool, Doc("Leave out images that cannot be decoded.")]
+    }
     output_loss: ClassVar[OutputLoss] = "mse"
     quantities = ("loss", "output", "change")
     color: ClassVar[bool] = True  # the 12-layer colour network
+    published: ClassVar[Published | None] = FFDNET
 
     def __init__(
         self,
         *,
-        images: str = "samples",
-        test_images: str = "samples-test",
-        patch_size: int = 50,
-        stride: int = 25,
-        sigma: float = 25.0,
+        images: Annotated[
+            str,
+            Doc(
+                "Folder of training images (jpg, png, bmp, tif); by default the photographs that "
+                "ship with scikit-image and scikit-learn."
+            ),
+        ] = "samples",
+        test_images: Annotated[
+            str, Doc("Folder of test images, for validation and as queries.")
+        ] = "samples-test",
+        patch_size: Annotated[Count, Doc("Side of a patch, in pixels.")] = 50,
+        stride: Annotated[Count, Doc("Step between patches, in pixels.")] = 25,
+        sigma: Annotated[
+            float, Field(ge=0), Doc("Noise level in attribution, in grey levels of 255.")
+        ] = 25.0,
         skip: tuple[str, ...] = (),
-        limit: int | None = None,
+        limit: Annotated[Count | None, Doc("Only the first so many patches.")] = None,
     ):
         self.folder = ImageFolder(images, color=self.color, skip=frozenset(skip))
         self.patches = Patches(self.folder, patch_size, stride)
         self._test_images = test_images
         self.sigma = sigma
         self.limit = limit
+
+    @classmethod
+    def settle(cls, options: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+        if options.pop("skip_unreadable", False):
+            if "images" not in options:
+                raise SpecError("--skip-unreadable needs --images")
+            unreadable = ImageFolder(options["images"]).check(skip_unreadable=True)
+            options["skip"] = tuple(unreadable)
+            for file in unreadable:
+                say(f"left out: {file} cannot be decoded")
+        return options
 
     @cached_property
     def test_folder(self) -> ImageFolder:
@@ -223,3 +245,4 @@ class FFDNetGreyTask(FFDNetTask):
     """The 15-layer grey network."""
 
     color = False
+    published = FFDNET_GREY

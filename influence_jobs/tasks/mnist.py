@@ -3,39 +3,51 @@
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import Doc
 
 from influence_jobs.datasets.mnist import Mnist, default_data_dir, fetch_mnist, load_mnist
 from influence_jobs.models.mnist_mlp import MnistMLP
+from influence_jobs.specs.base import Count
 from influence_jobs.tasks.base import Batch, Draw, Task, device_of, to_device
+from influence_jobs.tasks.published import MNIST, Published
 from influence_jobs.terms import OutputLoss
 
 
 class MnistTask(Task):
     """MNIST in its canonical order, pixels scaled to [-1, 1].
 
-    Args:
-        data_dir: Folder that `infl data mnist` filled; the user's cache by default.
-        limit: Only the first so many training images.
     """
 
     batch_size = 1024
     paths = frozenset({"data_dir"})
     output_loss: ClassVar[OutputLoss] = "cross-entropy"
     # "Inner workings of a denoising network", section 4.1.
-    query_sets: ClassVar[Mapping[str, tuple[int, ...]]] = {
-        "paper": (3520, 3879, 597, 2667, 5673, 8616, 5570, 9489, 3714, 7362)
-    }
+    query_sets: ClassVar[Mapping[str, tuple[int, ...]]] = {"paper": MNIST.tests}
+    published: ClassVar[Published | None] = MNIST
 
-    def __init__(self, *, data_dir: str | None = None, limit: int | None = None):
+    def __init__(
+        self,
+        *,
+        data_dir: Annotated[
+            str | None,
+            Doc("Folder of downloaded data; by default INFL_DATA, else your cache folder."),
+        ] = None,
+        limit: Annotated[Count | None, Doc("Only the first so many training images.")] = None,
+    ):
         self.data_dir = Path(data_dir) if data_dir else default_data_dir()
         self.limit = limit
+
+    @classmethod
+    def settle(cls, options: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+        # Written out: workers have not the environment of whoever submits.
+        return {"data_dir": str(default_data_dir()), **options}
 
     @cached_property
     def _mnist(self) -> Mnist:
@@ -111,7 +123,12 @@ class MnistTask(Task):
 
 
 class MnistDropoutTask(MnistTask):
-    """The same network with dropout of .1, which published linear datamodeling scores are of (dattri, 2024)."""
+    """The same network with dropout of .1, of which linear datamodeling scores are published.
+
+    Deng et al. 2024, "dattri: A Library for Efficient Data Attribution".
+    """
+
+    published = None
 
     def model(self) -> nn.Module:
         return MnistMLP(dropout=0.1)

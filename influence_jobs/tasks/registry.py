@@ -5,9 +5,10 @@ import inspect
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any, get_type_hints
 
 from influence_jobs.errors import SpecError
-from influence_jobs.specs import TaskSpec
+from influence_jobs.specs.base import TaskSpec
 from influence_jobs.tasks.base import Task
 
 ENTRY_POINTS = "influence_jobs.tasks"  # group in which packages announce tasks of their own
@@ -44,6 +45,16 @@ def task_class(name: str) -> type[Task]:
     return found
 
 
+def name_of(task: str | type[Task] | Task) -> str:
+    """A task's name, from its name, its class, or an object of it."""
+    if isinstance(task, str):
+        return task
+    kind = task if inspect.isclass(task) else type(task)
+    target = f"{kind.__module__}:{kind.__qualname__}"
+    built_in = {other: name for name, other in BUILT_IN.items()}
+    return built_in.get(target, target)
+
+
 def make_task(spec: TaskSpec) -> Task:
     """Build the task a spec describes.
 
@@ -52,8 +63,20 @@ def make_task(spec: TaskSpec) -> Task:
     """
     found = task_class(spec.name)
     arguments = {**spec.options, **spec.paths}
-    try:
-        inspect.signature(found).bind(**arguments)
-    except TypeError as error:
-        raise SpecError(f"task {spec.name!r} has no such option: {error}") from error
+    takes = arguments_of(found)
+    for name in arguments:
+        if name not in takes:
+            raise SpecError(f"task {spec.name!r} has no option {name}")
     return found(**arguments)
+
+
+def arguments_of(kind: type[Task]) -> dict[str, inspect.Parameter]:
+    """The arguments of a task's constructor, its options; annotations are evaluated."""
+    constructor: Any = kind.__init__
+    if constructor is object.__init__:
+        return {}
+    hints = get_type_hints(constructor, include_extras=True)
+    parameters = list(inspect.signature(constructor).parameters.values())[1:]
+    return {
+        p.name: p.replace(annotation=hints.get(p.name, p.annotation)) for p in parameters
+    }

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from influence_jobs.models.checkpoints import load_weights
-from influence_jobs.specs import TaskSpec
+from influence_jobs.specs.base import TaskSpec
 from influence_jobs.tasks.base import Draw
 from influence_jobs.tasks.registry import make_task
 

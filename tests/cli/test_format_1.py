@@ -15,7 +15,8 @@ import torch
 
 import influence_jobs
 from infl_cluster.inline import InlineBackend
-from influence_jobs.specs import InfluenceSpec, PaperSpec
+from influence_jobs.kinds.influence.spec import InfluenceSpec
+from influence_jobs.kinds.paper.spec import PaperSpec
 from influence_jobs.store.run import Run
 from influence_jobs.training.train import Trainer
 

@@ -10,7 +10,7 @@ from infl_cli.requests import as_trained, task_request
 from influence_jobs.datasets import mnist
 from influence_jobs.datasets.mnist import default_data_dir
 from influence_jobs.errors import DataError, SpecError
-from influence_jobs.specs import TaskSpec
+from influence_jobs.specs.base import TaskSpec
 from influence_jobs.tasks import mnist as mnist_task
 from influence_jobs.tasks.registry import task_class
 

@@ -19,8 +19,8 @@ from influence_jobs.errors import InflError, RuntimeFault, SpecError, StoreError
 from influence_jobs.jobs import runner as runner_module
 from influence_jobs.jobs import saved_state
 from influence_jobs.jobs.base import Plan, Shard
-from influence_jobs.jobs.registry import open_job
-from influence_jobs.specs import GradNormsSpec
+from influence_jobs.kinds import open_job
+from influence_jobs.kinds.grad_norms.spec import GradNormsSpec
 from influence_jobs.store import layout
 from influence_jobs.store.manifest import Entry
 from influence_jobs.store.run import Run
@@ -197,7 +197,7 @@ def test_a_shard_that_cannot_be_computed_does_not_stop_the_others(
     trained_root: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from influence_jobs.jobs.grad_norms import GradNormsJob
+    from influence_jobs.kinds.grad_norms.job import GradNormsJob
 
     shutil.copytree(trained_root, tmp_path / "runs")
     run = Run.create(str(tmp_path / "runs"), grad_norms_spec)
@@ -248,7 +248,7 @@ def test_a_full_disk_ends_the_run_and_keeps_what_is_there(
 def test_several_checkpoints_are_summed_or_kept(
     tmp_path: Path, trained_root: Path, grad_norms_spec: GradNormsSpec
 ) -> None:
-    from influence_jobs.specs import TrainedCheckpoint
+    from influence_jobs.kinds.train.spec import TrainedCheckpoint
 
     shutil.copytree(trained_root, tmp_path / "runs")
     train = grad_norms_spec.checkpoints[0].train  # type: ignore[union-attr]

@@ -7,31 +7,20 @@ that mean other numbers than before (`specs.FORMAT`) may get another id.
 
 import pytest
 
-from influence_jobs.specs import (
-    AblationSpec,
-    AttributionSpec,
-    BaselineSpec,
-    ConjugateGradient,
-    Curvature,
-    EkFac,
-    FileCheckpoint,
-    GradNormsSpec,
-    Identity,
-    InfluenceSpec,
-    LdsSpec,
-    Lissa,
-    PaperSpec,
-    Queries,
-    Query,
-    Ranking,
-    Spec,
-    StabilitySpec,
-    STestSpec,
-    TaskSpec,
-    TrainedCheckpoint,
-    TrainSpec,
-    parse_spec,
-)
+from influence_jobs.kinds.ablation.spec import AblationSpec
+from influence_jobs.kinds.attribution.spec import AttributionSpec
+from influence_jobs.kinds.baseline.spec import BaselineSpec
+from influence_jobs.kinds.grad_norms.spec import GradNormsSpec
+from influence_jobs.kinds.influence.spec import InfluenceSpec
+from influence_jobs.kinds.lds.spec import LdsSpec
+from influence_jobs.kinds.paper.spec import PaperSpec
+from influence_jobs.kinds.s_test.spec import STestSpec
+from influence_jobs.kinds.stability.spec import StabilitySpec
+from influence_jobs.kinds.train.spec import FileCheckpoint, TrainSpec, TrainedCheckpoint
+from influence_jobs.specs.base import Spec, TaskSpec, parse_spec
+from influence_jobs.specs.queries import Queries, Query
+from influence_jobs.specs.rankings import Ranking
+from influence_jobs.specs.solvers import ConjugateGradientSettings, Curvature, EkFacSettings, IdentitySettings, LissaSettings
 
 MNIST = TaskSpec(
     name="mnist",
@@ -101,7 +90,7 @@ SET_CG = STestSpec(
     modules=ALL,
     queries=QUERIES,
     curvature=Curvature(operator="hessian", product="finite-difference", samples=10_000, seed=2),
-    solver=ConjugateGradient(damping=0.25, tolerance=1e-3, max_iterations=50),
+    solver=ConjugateGradientSettings(damping=0.25, tolerance=1e-3, max_iterations=50),
 )
 LISSA = STestSpec(
     task=MNIST,
@@ -109,7 +98,7 @@ LISSA = STestSpec(
     modules=ALL,
     queries=QUERIES,
     curvature=Curvature(samples=10_000),
-    solver=Lissa(damping=0.25, scale=25.0, depth=1000, batch_size=8),
+    solver=LissaSettings(damping=0.25, scale=25.0, depth=1000, batch_size=8),
 )
 EK_FAC = STestSpec(
     task=FFDNET,
@@ -117,9 +106,9 @@ EK_FAC = STestSpec(
     modules=("main.0", "main.29"),
     queries=POINTS,
     curvature=Curvature(samples=2000),
-    solver=EkFac(damping=1e-3),
+    solver=EkFacSettings(damping=1e-3),
 )
-IDENTITY = STestSpec(task=MNIST, checkpoint=LAST, modules=ALL, queries=QUERIES, solver=Identity())
+IDENTITY = STestSpec(task=MNIST, checkpoint=LAST, modules=ALL, queries=QUERIES, solver=IdentitySettings())
 OF_OTHER_SEED = CG.model_copy(update={"checkpoint": OTHER_LAST})
 
 INFLUENCE = InfluenceSpec(task=MNIST, s_tests=(CG,))

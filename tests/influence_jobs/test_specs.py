@@ -5,15 +5,9 @@ import json
 import pytest
 
 from influence_jobs.errors import SpecError, StoreError
-from influence_jobs.specs import (
-    FileCheckpoint,
-    GradNormsSpec,
-    TaskSpec,
-    TrainedCheckpoint,
-    TrainSpec,
-    make_spec,
-    parse_spec,
-)
+from influence_jobs.kinds.grad_norms.spec import GradNormsSpec
+from influence_jobs.kinds.train.spec import FileCheckpoint, TrainedCheckpoint, TrainSpec
+from influence_jobs.specs.base import TaskSpec, make_spec, parse_spec
 
 TASK = TaskSpec(name="mnist", options={"limit": None}, paths={"data_dir": "/here"}, data="MNIST")
 TRAIN = make_spec(TrainSpec, task=TASK, epochs=5, save_epochs=(1, 5))

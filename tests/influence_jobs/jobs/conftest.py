@@ -11,17 +11,13 @@ import pytest
 from infl_cluster.driver import drive
 from infl_cluster.inline import InlineBackend
 from influence_jobs.jobs import retraining
-from influence_jobs.specs import (
-    AblationSpec,
-    AnySpec,
-    BaselineSpec,
-    GradNormsSpec,
-    Queries,
-    Query,
-    Ranking,
-    TrainSpec,
-    make_spec,
-)
+from influence_jobs.kinds.ablation.spec import AblationSpec
+from influence_jobs.kinds.baseline.spec import BaselineSpec
+from influence_jobs.kinds.grad_norms.spec import GradNormsSpec
+from influence_jobs.kinds.train.spec import TrainSpec
+from influence_jobs.specs.base import AnySpec, make_spec
+from influence_jobs.specs.queries import Queries, Query
+from influence_jobs.specs.rankings import Ranking
 from influence_jobs.store.run import Run
 
 Carry = Callable[..., Run]

@@ -5,7 +5,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from influence_jobs.specs import AttributionSpec, BaselineSpec, make_spec
+from influence_jobs.kinds.attribution.spec import AttributionSpec
+from influence_jobs.kinds.baseline.spec import BaselineSpec
+from influence_jobs.specs.base import make_spec
 from influence_jobs.store.checkpoints import load_checkpoint
 from influence_jobs.store.layout import SCORES, norms_name, part_name
 from influence_jobs.store.verify import find_damage

@@ -10,18 +10,13 @@ from influence_jobs.curvature import ConjugateGradient, GaussNewton
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.gradients.reference import gradients_one_by_one
 from influence_jobs.jobs.queries import query_gradients
-from influence_jobs.jobs.s_test import curvature_samples
-from influence_jobs.specs import ConjugateGradient as Cg
-from influence_jobs.specs import (
-    Curvature,
-    EkFac,
-    Identity,
-    InfluenceSpec,
-    Lissa,
-    STestSpec,
-    TrainedCheckpoint,
-    make_spec,
-)
+from influence_jobs.kinds.influence.spec import InfluenceSpec
+from influence_jobs.kinds.s_test.job import curvature_samples
+from influence_jobs.kinds.s_test.spec import STestSpec
+from influence_jobs.kinds.train.spec import TrainedCheckpoint
+from influence_jobs.specs.base import make_spec
+from influence_jobs.specs.solvers import ConjugateGradientSettings as Cg
+from influence_jobs.specs.solvers import Curvature
 from influence_jobs.store.checkpoints import load_checkpoint
 from influence_jobs.store.layout import S_TEST, S_TEST_VARIANCE, SCORES, part_name, repeat_name
 from influence_jobs.store.run import Run

@@ -10,7 +10,8 @@ import torch
 from infl_cluster.driver import drive
 from infl_cluster.inline import InlineBackend
 from infl_configs import read_preset
-from influence_jobs.specs import TaskSpec, TrainedCheckpoint, TrainSpec, make_spec
+from influence_jobs.kinds.train.spec import TrainedCheckpoint, TrainSpec
+from influence_jobs.specs.base import TaskSpec, make_spec
 from influence_jobs.store.checkpoints import load_checkpoint
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.mnist import MnistTask

@@ -14,13 +14,11 @@ from infl_cluster.inline import InlineBackend
 from influence_jobs.errors import RuntimeFault, SpecError
 from influence_jobs.experiments.lds import subset
 from influence_jobs.jobs import retraining
-from influence_jobs.jobs.train import recipe_of
-from influence_jobs.specs import (
-    LdsSpec,
-    Ranking,
-    TrainSpec,
-    make_spec,
-)
+from influence_jobs.kinds.lds.spec import LdsSpec
+from influence_jobs.kinds.train.job import recipe_of
+from influence_jobs.kinds.train.spec import TrainSpec
+from influence_jobs.specs.base import make_spec
+from influence_jobs.specs.rankings import Ranking
 from influence_jobs.store.run import Run
 from influence_jobs.store.verify import find_damage, mark_undone
 from influence_jobs.tasks.base import Draw
@@ -103,7 +101,7 @@ def test_shards_of_any_size_give_the_same_table(carry_out, grid, fresh_root) -> 
 def test_more_samples_than_are_scored_cannot_be_taken(
     carry_out, grid, grad_norms_spec, queries, checkpoint, fresh_root
 ) -> None:
-    from influence_jobs.specs import AttributionSpec
+    from influence_jobs.kinds.attribution.spec import AttributionSpec
 
     few = make_spec(
         AttributionSpec,

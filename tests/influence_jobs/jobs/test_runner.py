@@ -12,9 +12,9 @@ from infl_cluster.driver import drive
 from infl_cluster.inline import InlineBackend
 from influence_jobs.errors import DataError, ModelError, RuntimeFault, SpecError, StoreError
 from influence_jobs.jobs.base import Shard
-from influence_jobs.jobs.grad_norms import GradNormsJob
-from influence_jobs.jobs.runner import ShardRunner
-from influence_jobs.specs import GradNormsSpec
+from influence_jobs.kinds.grad_norms.job import GradNormsJob
+from influence_jobs.kinds.grad_norms.spec import GradNormsSpec
+from influence_jobs.kinds.runner import ShardRunner
 from influence_jobs.store import layout
 from influence_jobs.store.run import Run
 

@@ -8,18 +8,12 @@ import torch
 
 from infl_cluster.driver import drive
 from infl_cluster.inline import InlineBackend
-from influence_jobs.specs import (
-    ConjugateGradient,
-    Curvature,
-    InfluenceSpec,
-    Queries,
-    Query,
-    STestSpec,
-    TaskSpec,
-    TrainedCheckpoint,
-    TrainSpec,
-    make_spec,
-)
+from influence_jobs.kinds.influence.spec import InfluenceSpec
+from influence_jobs.kinds.s_test.spec import STestSpec
+from influence_jobs.kinds.train.spec import TrainedCheckpoint, TrainSpec
+from influence_jobs.specs.base import TaskSpec, make_spec
+from influence_jobs.specs.queries import Queries, Query
+from influence_jobs.specs.solvers import Curvature
 from influence_jobs.store.layout import SCORES
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.base import Draw

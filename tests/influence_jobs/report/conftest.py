@@ -18,26 +18,21 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from infl_cluster.driver import drive
 from infl_cluster.inline import InlineBackend
+from influence_jobs.kinds.ablation.spec import AblationSpec
+from influence_jobs.kinds.attribution.spec import AttributionSpec
+from influence_jobs.kinds.baseline.spec import BaselineSpec
+from influence_jobs.kinds.grad_norms.spec import GradNormsSpec
+from influence_jobs.kinds.influence.spec import InfluenceSpec
+from influence_jobs.kinds.lds.spec import LdsSpec
+from influence_jobs.kinds.paper.spec import PaperSpec
+from influence_jobs.kinds.s_test.spec import STestSpec
+from influence_jobs.kinds.stability.spec import StabilitySpec
+from influence_jobs.kinds.train.spec import TrainedCheckpoint
 from influence_jobs.models.ffdnet import FFDNet
 from influence_jobs.report.viewer import make_viewer
-from influence_jobs.specs import (
-    AblationSpec,
-    AnySpec,
-    AttributionSpec,
-    BaselineSpec,
-    GradNormsSpec,
-    Identity,
-    InfluenceSpec,
-    LdsSpec,
-    PaperSpec,
-    Queries,
-    Query,
-    Ranking,
-    StabilitySpec,
-    STestSpec,
-    TaskSpec,
-    TrainedCheckpoint,
-)
+from influence_jobs.specs.base import AnySpec, TaskSpec
+from influence_jobs.specs.queries import Queries, Query
+from influence_jobs.specs.rankings import Ranking
 from influence_jobs.store.checkpoints import file_checkpoint
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.registry import make_task

@@ -6,14 +6,16 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from influence_jobs.report.figures import Shown, figures_of
 from zarr.storage import LocalStore
 
 from infl_cluster.driver import drive
 from infl_cluster.inline import InlineBackend
 from influence_jobs import open_run
+from influence_jobs.kinds.baseline.spec import BaselineSpec
 from influence_jobs.report import captions, figures
-from influence_jobs.report.figures import Shown, figures_of
-from influence_jobs.specs import BaselineSpec, Queries, Query, Ranking
+from influence_jobs.specs.queries import Queries, Query
+from influence_jobs.specs.rankings import Ranking
 from influence_jobs.store.run import Run
 
 

@@ -1,7 +1,6 @@
 """The report's tables as we copied them, against the means it prints itself."""
 
 import pytest
-
 from influence_jobs.report.published import STABILITY, TESTS
 
 # The last rows of tables 4.1 to 4.3, in per cent.

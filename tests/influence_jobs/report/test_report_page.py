@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from influence_jobs.report.figures import figures_of
 from PIL import Image
 
 from influence_jobs.errors import SpecError, StoreError
-from influence_jobs.report.figures import figures_of
+from influence_jobs.kinds.attribution.spec import AttributionSpec
 from influence_jobs.report.html import render_report, sections_of, title_of, write_report
-from influence_jobs.specs import AttributionSpec
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.base import Task
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from influence_jobs.specs import TaskSpec, TrainSpec
+from influence_jobs.kinds.train.spec import TrainSpec
+from influence_jobs.specs.base import TaskSpec
 from influence_jobs.store.find import run_ids
 from influence_jobs.store.manifest import Entry, Manifest
 from influence_jobs.store.retrained import Retrained, variant_key

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from influence_jobs.errors import StoreError
-from influence_jobs.specs import GradNormsSpec
+from influence_jobs.kinds.grad_norms.spec import GradNormsSpec
 from influence_jobs.store.files import LocalFiles
 from influence_jobs.store.find import find_run, run_ids
 from influence_jobs.store.layout import ArrayLayout, chunk_rows

@@ -5,7 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from influence_jobs.specs import BaselineSpec, Queries, Query, TaskSpec
+from influence_jobs.kinds.baseline.spec import BaselineSpec
+from influence_jobs.specs.base import TaskSpec
+from influence_jobs.specs.queries import Queries, Query
 from influence_jobs.store.layout import SCORES, ArrayLayout
 from influence_jobs.store.run import Run
 from influence_jobs.store.top import top_scores

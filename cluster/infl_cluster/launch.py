@@ -1,0 +1,190 @@
+"""Carry out a run, here or on Ray, and stay with it until it ends."""
+
+import os
+import secrets
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from infl_cluster.driver import drive
+from infl_cluster.how import How
+from infl_cluster.inline import InlineBackend
+from infl_cluster.watch import size, watch
+from influence_jobs.devices import cores
+from influence_jobs.errors import RuntimeFault, SpecError, StoreError
+from influence_jobs.kinds import open_job
+from influence_jobs.requests.base import Say
+from influence_jobs.store import layout
+from influence_jobs.store.folder import for_runs
+from influence_jobs.store.lease import live_holder
+from influence_jobs.store.run import Run
+from influence_jobs.store.status import is_done
+
+IDLE_TIMEOUT_S = 600.0  # a head nobody asked for ends itself after so long without a job
+
+
+def carry_out(run: Run, how: How, say: Say) -> bool:
+    """Bring a run to its end and show progress; False if it goes on without us.
+
+    Args:
+        run: Need not exist yet.
+        how: Where and in what pieces.
+        say: Takes lines for the user.
+
+    Raises:
+        InflError: It cannot be carried out, or it failed; what was finished is kept.
+    """
+    how = keep_plan(run, how, say)
+    if how.address:
+        from infl_cluster.client import remote_client
+
+        remote_client(how.address).version()  # before anything is written
+        if "://" not in run.root:
+            say(f"{run.root} must be on storage that all nodes of {how.address} share")
+    _check_space(run)
+    run = Run.create(run.root, run.spec)
+    if is_done(run):
+        say(f"{run.id} is already done")
+        return True
+    _forget_last_end(run, local=how.local)
+    if how.local:
+        _carry_out_here(run, how, say)
+        return True
+    return _carry_out_on_ray(run, how, say)
+
+
+def keep_plan(run: Run, how: How, say: Say) -> How:
+    """The plan of a run's first driver stays: what else is asked for is said to have no effect."""
+    plan = run.read_json(layout.PLAN)
+    if plan is None or not plan["shards"]:
+        return how
+    rows = plan["shards"][0]["stop"] - plan["shards"][0]["start"]
+    wanted = how.shard_size and open_job(run).plan(how.shard_size).shards[0].stop
+    if how.batch_size not in (None, plan["batch_size"]) or wanted not in (None, rows):
+        say(f"{run.id} keeps its plan: shards of {rows:,} rows, batches of {plan['batch_size']:,}")
+    return how.model_copy(update={"batch_size": plan["batch_size"], "shard_size": rows})
+
+
+def _forget_last_end(run: Run, *, local: bool) -> None:
+    """Take away what an earlier driver left: how it ended, and for a local start its Ray job."""
+    if live_holder(run.files) is None:
+        run.files.delete(layout.STATUS)
+        if local:
+            run.files.delete(layout.JOB)
+
+
+def _check_space(run: Run) -> None:
+    free = run.files.free_bytes()
+    if free is None or run.read_json(layout.PLAN) is not None:
+        return
+    need = open_job(run).plan().disk_bytes
+    if need > free:
+        raise StoreError(
+            f"the disk of {run.root} is too full: the run takes up to {size(need)} and "
+            f"{size(free)} are free; make room, or choose another folder with --runs"
+        )
+
+
+def _carry_out_here(run: Run, how: How, say: Say) -> None:
+    more = for_runs(run.root)
+    over = threading.Event()
+    shown = threading.Thread(
+        target=watch,
+        args=(run,),
+        kwargs={"ended": lambda: "over" if over.is_set() else None, "say": say},
+        daemon=True,
+    )
+    shown.start()
+    backend = InlineBackend(device=how.resolved_device, threads=cores())
+    try:
+        drive(run.root, run.id, backend, shard_rows=how.shard_size, batch_size=how.batch_size)
+    except RuntimeFault as fault:
+        hint = f"infl logs {run.id}{more}; infl resume {run.id}{more} --local"
+        raise RuntimeFault(f"{fault} ({hint})") from fault
+    except KeyboardInterrupt:
+        say(f"stopped; what is finished is kept: infl resume {run.id}{more} --local")
+        raise
+    finally:
+        over.set()
+        shown.join()
+
+
+def _carry_out_on_ray(run: Run, how: How, say: Say) -> bool:
+    """False if the run goes on without us."""
+    from infl_cluster.ray_job import watcher
+
+    if live_holder(run.files) is not None:
+        say(f"{run.id} is already running")
+        ended = watcher(run)
+    else:
+        ended = _submit(run, how, say)
+    more = for_runs(run.root)
+    if how.detach:
+        say(
+            f"{run.id} goes on in the background: infl status {run.id}{more}, "
+            f"infl stop {run.id}{more}"
+        )
+        return False
+    try:
+        status = watch(run, ended=ended, say=say)
+    except KeyboardInterrupt:
+        say(
+            f"{run.id} goes on in the background; watch it: infl status {run.id}{more} --follow; "
+            f"stop it: infl stop {run.id}{more}"
+        )
+        raise
+    if status["state"] != "done":
+        message = status.get("message") or f"the run was {status['state']}"
+        raise RuntimeFault(f"{message} (infl logs {run.id}{more}; infl resume {run.id}{more})")
+    return True
+
+
+def _submit(run: Run, how: How, say: Say) -> Callable[[], str | None]:
+    """Start the Ray job of a run; tells later why it has ended, once it has."""
+    from infl_cluster.client import remote_client
+    from infl_cluster.head import ensure_head
+    from infl_cluster.ray_job import job_watcher
+
+    if run.spec.task.name.startswith("__main__:"):
+        raise SpecError(
+            f"task {run.spec.task.name} is defined in this process, where Ray's workers cannot "
+            "find it: put it into a file, or compute with --local"
+        )
+    if how.address:
+        client, python = remote_client(how.address), "python"
+    else:
+        head = ensure_head(idle_timeout_s=IDLE_TIMEOUT_S)
+        say(f"Ray dashboard: {head.dashboard_url} (token in {head.token_path})")
+        client, python = head.client(), sys.executable
+    argv = [python, "-m", "infl_cluster.driver_main", run.root, run.id]
+    options = {
+        "--workers": how.workers,
+        "--device": how.resolved_device,
+        "--num-gpus": how.num_gpus,
+        "--batch-size": how.batch_size,
+        "--shard-rows": how.shard_size,
+    }
+    for option, value in options.items():
+        argv += [] if value is None else [option, str(value)]
+    env = {}
+    if ":" in run.spec.task.name:  # one's own task lies where one works
+        env["PYTHONPATH"] = os.pathsep.join(
+            filter(None, [str(Path.cwd()), os.environ.get("PYTHONPATH")])
+        )
+    submission_id = f"{run.id}-{secrets.token_hex(3)}"
+    job: dict[str, Any] = {"address": how.address, "submission_id": submission_id}
+    run.write_json(layout.JOB, job)  # first: whoever submits may not live to tell
+    client.submit(
+        argv,
+        submission_id=submission_id,
+        metadata={
+            "run": run.id,
+            "kind": run.spec.kind,
+            "task": run.spec.task.name,
+            "layers": ",".join(getattr(run.spec, "layers", ())),
+        },
+        env=env,
+    )
+    return job_watcher(job)

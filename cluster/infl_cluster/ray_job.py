@@ -1,0 +1,96 @@
+"""The Ray job that carries out a run, as the run's job.json names it."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from infl_cluster.client import FINAL_STATUSES, JobClient, UnknownJob, remote_client
+from infl_cluster.head import current_head
+from influence_jobs.errors import RuntimeFault
+from influence_jobs.store import layout
+from influence_jobs.store.lease import live_holder
+from influence_jobs.store.run import Run
+
+SILENCE_S = 20.0  # a cluster that cannot be asked for so long counts as gone
+
+
+def client_of(job: dict[str, Any]) -> JobClient:
+    """The client of the cluster that a run's job was submitted to.
+
+    Raises:
+        UnknownJob: It was the Ray of this machine, which is gone.
+        RuntimeFault: It cannot be asked.
+    """
+    if job["address"]:
+        return remote_client(job["address"])
+    head = current_head()
+    if head is None:
+        raise UnknownJob("the local Ray that ran it is gone")
+    return head.client()
+
+
+def dashboard_of(run: Run) -> str | None:
+    """The page of a run's job in its Ray dashboard; None where it has no job, or that Ray is gone."""
+    job = run.read_json(layout.JOB)
+    if job is None:
+        return None
+    address = job["address"]
+    if not address:
+        try:
+            head = current_head()
+        except RuntimeFault:  # it does not answer: a page without its link is better than none
+            return None
+        address = head.dashboard_url if head is not None else None
+    return f"{address.rstrip('/')}/#/jobs/{job['submission_id']}" if address else None
+
+
+def is_unfinished(job: dict[str, Any]) -> bool:
+    """Whether a run's job waits or runs at its cluster.
+
+    Raises:
+        RuntimeFault: The cluster cannot be asked.
+    """
+    try:
+        return client_of(job).status(job["submission_id"]) not in FINAL_STATUSES
+    except UnknownJob:
+        return False
+
+
+def watcher(run: Run) -> Callable[[], str | None]:
+    """Tells that nobody works on a run, once that is so, whoever has started it."""
+    job_ended: Callable[[], str | None] | None = None
+
+    def ended() -> str | None:
+        nonlocal job_ended
+        if live_holder(run.files) is not None:
+            job_ended = None  # whoever it is may have another job than the one before
+            return None
+        if job_ended is None:
+            job = run.read_json(layout.JOB)
+            if job is None:
+                return "it is not running"
+            job_ended = job_watcher(job)
+        return job_ended()
+
+    return ended
+
+
+def job_watcher(job: dict[str, Any]) -> Callable[[], str | None]:
+    """Tells why a job has ended, once it has; a cluster that stays silent counts as gone."""
+    silent_since: float | None = None
+
+    def ended() -> str | None:
+        nonlocal silent_since
+        try:
+            client = client_of(job)
+            status = client.status(job["submission_id"])
+        except RuntimeFault as fault:
+            silent_since = silent_since or time.monotonic()
+            return str(fault) if time.monotonic() - silent_since > SILENCE_S else None
+        silent_since = None
+        if status not in FINAL_STATUSES:
+            return None
+        last = client.logs(job["submission_id"]).strip().rpartition("\n")[2]
+        return f"the Ray job {status.lower()}: {last or 'no output'}"
+
+    return ended

@@ -1,0 +1,104 @@
+"""Progress of a run, read from its folder: it shows the same wherever the driver is."""
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from influence_jobs.store.run import Run
+from influence_jobs.store.status import rate_and_eta, read_status, under_way
+
+POLL_S = 0.5
+LINE_EVERY_S = 10.0  # where there is no terminal to draw a bar on
+
+
+class Progresses:
+    """A bar for each run that is being carried out: the one asked for and those it needs."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%  {task.fields[note]}"),
+            console=Console(stderr=True),
+            transient=False,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._drawn = sys.stderr.isatty()
+        self._last_line = time.monotonic()
+        if self._drawn:
+            self._bars.start()
+
+    def close(self) -> None:
+        """Leave the bars as they are."""
+        if self._drawn:
+            self._bars.stop()
+
+    def show(self, run: Run, status: dict[str, Any]) -> None:
+        """Show where a run is."""
+        total, done = status["units_total"], status["units_done"]
+        if not total:
+            return
+        note = f"{done:,}/{total:,} samples"
+        if speed := rate_and_eta(status):
+            note += f"  {speed[0]:,.0f}/s  ETA {duration(speed[1])}"
+        if status["retries"]:
+            note += f"  {status['retries']} retries"
+        if self._drawn:
+            if run.id not in self._tasks:
+                self._tasks[run.id] = self._bars.add_task(run.id, total=total, note="")
+            self._bars.update(self._tasks[run.id], completed=done, total=total, note=note)
+        elif time.monotonic() - self._last_line >= LINE_EVERY_S:
+            self._last_line = time.monotonic()
+            self._say(f"{run.id} {100 * done // total}%  {note}")
+
+
+def watch(
+    run: Run, *, ended: Callable[[], str | None], say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Show progress until the run has ended; returns its last status.
+
+    Args:
+        ended: Asked about once a second whether something other than the run's own status says that its
+            driver is gone; returns why, or None.
+        say: Takes lines for the user, where there is no terminal to draw bars on.
+    """
+    bars = Progresses(say)
+    asked = time.monotonic()
+    try:
+        while True:
+            status = read_status(run)
+            bars.show(*under_way(run, status))
+            if status["state"] not in ("new", "running"):
+                return status
+            if time.monotonic() - asked > 1:
+                asked = time.monotonic()
+                why = ended()
+                if why is not None:
+                    status = read_status(run)
+                    if status["state"] in ("new", "running"):
+                        status |= {"state": "interrupted", "message": why}
+                    return status
+            time.sleep(POLL_S)
+    finally:
+        bars.close()
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 1:02:03, or 0:45."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
+
+
+def size(num_bytes: float) -> str:
+    """Bytes as 12.3 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} TB"

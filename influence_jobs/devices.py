@@ -1,0 +1,33 @@
+"""The processors of this machine."""
+
+import os
+from typing import Literal
+
+from influence_jobs.errors import SpecError
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+def cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def has_cuda() -> bool:
+    """Whether torch finds a CUDA device."""
+    import torch  # takes seconds: help and completion must not wait for it
+
+    return torch.cuda.is_available()
+
+
+def resolved(device: Device) -> Literal["cpu", "cuda"]:
+    """`auto` made definite for this machine.
+
+    Raises:
+        SpecError: CUDA is asked for where there is none.
+    """
+    if device == "auto":
+        return "cuda" if has_cuda() else "cpu"
+    if device == "cuda" and not has_cuda():
+        raise SpecError("--device cuda: torch finds no CUDA device on this machine")
+    return device

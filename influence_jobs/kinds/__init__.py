@@ -1,0 +1,53 @@
+"""All kinds of runs. A folder in this package is a kind; nothing else names it."""
+
+import pkgutil
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from influence_jobs.errors import SpecError
+from influence_jobs.kinds.base import Kind
+from influence_jobs.specs.base import Spec
+
+if TYPE_CHECKING:
+    from influence_jobs.jobs.base import Job
+    from influence_jobs.store.run import Run
+    from influence_jobs.views.base import View
+
+
+@cache
+def kinds() -> Mapping[str, Kind]:
+    """The kinds by name."""
+    folders = [module.name for module in pkgutil.iter_modules(__path__) if module.ispkg]
+    found: list[Kind] = [import_module(f"{__name__}.{folder}").KIND for folder in folders]
+    return {kind.name: kind for kind in found}
+
+
+def kind_of(spec: Spec) -> Kind:
+    """The kind of a request."""
+    return kinds()[spec.kind]
+
+
+def find_kind(name: str) -> Kind:
+    """The kind of that name.
+
+    Raises:
+        SpecError: There is none.
+    """
+    if name not in kinds():
+        raise SpecError(f"there is no kind of run {name!r}; there are {', '.join(kinds())}")
+    return kinds()[name]
+
+
+def open_job(run: "Run", *, device: str = "cpu", batch_size: int | None = None) -> "Job[Any]":
+    """The job that fills a run."""
+    import torch  # here: requests and help must not wait for it
+
+    job = kind_of(run.spec).job_type
+    return job(run, device=torch.device(device), batch_size=batch_size)
+
+
+def view_of(run: "Run") -> "View[Any]":
+    """What people see of a run."""
+    return kind_of(run.spec).view_type(run)

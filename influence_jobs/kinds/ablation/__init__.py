@@ -1,0 +1,14 @@
+"""Ablation: retrain without the top samples, or with other labels on them."""
+
+from influence_jobs.kinds.ablation.spec import AblationSpec
+from influence_jobs.kinds.base import Kind
+
+KIND = Kind(
+    __name__,
+    AblationSpec,
+    panel="Experiments",
+    request="AblationRequest",
+    job="AblationJob",
+    view="AblationView",
+    shard_unit="models",
+)

@@ -1,0 +1,157 @@
+"""Ablation: retrain without a query's top samples, or with other labels on them, and look at the query."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+
+from influence_jobs.errors import SpecError
+from influence_jobs.experiments.ablation import new_labels, summary
+from influence_jobs.experiments.stability import head
+from influence_jobs.jobs.base import Plan, Result
+from influence_jobs.jobs.retraining import RetrainJob
+from influence_jobs.kinds.ablation.spec import AblationSpec
+from influence_jobs.store.rankings import query_scores
+from influence_jobs.tasks.base import Draw
+from influence_jobs.training.changes import Changes, num_classes
+from influence_jobs.training.ensemble import Variant
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One retraining of the grid; without a mode, the model that nothing is done to."""
+
+    seed: int
+    mode: str | None = None
+    k: int = 0
+    ranking: int = 0
+    query: int = 0
+
+
+class AblationJob(RetrainJob[AblationSpec]):
+    """One row for each (seed, mode, k, method, query), and one for each seed's unmanipulated model.
+
+    In this order variants of one shard share steps and, relabelled ones, batches.
+    """
+
+    spec_type = AblationSpec
+
+    @property
+    def title(self) -> str:
+        return f"ablation {self.spec.task.slug} {len(self._cells)} trainings"
+
+    @cached_property
+    def _cells(self) -> Sequence[Cell]:
+        return list(_cells(self.spec))
+
+    @cached_property
+    def sizes(self) -> Sequence[int]:
+        n = len(self.task.train_data())
+        return [n - cell.k if cell.mode == "remove" else n for cell in self._cells]
+
+    def plan(self, shard_rows: int | None = None) -> Plan:
+        require_ablation(self.spec, len(self.task.train_data()), self.task.output_loss)
+        return super().plan(shard_rows)
+
+    def variant(self, row: int) -> Variant:
+        cell = self._cells[row]
+        if cell.mode is None:
+            return Variant(cell.seed)
+        ranking = self.spec.rankings[cell.ranking]
+        scores_N = query_scores(self.run_store.root, ranking, cell.query)
+        ids = head(scores_N, cell.k, largest=ranking.largest)
+        if len(ids) < cell.k:
+            raise SpecError(
+                f"method {ranking.name} scores {len(ids):,} samples only, so its top {cell.k:,} cannot be taken: "
+                "choose a smaller --k"
+            )
+        if cell.mode == "remove":
+            return Variant(cell.seed, Changes(removed=ids))
+        labels = new_labels(
+            self.spec.relabel,
+            ids,
+            self.task.targets(self.task.batch(torch.from_numpy(ids), Draw(0))).numpy(),
+            int(self._query_labels[cell.query]),
+            num_classes=self._num_classes,
+            seed=cell.seed,
+        )
+        return Variant(cell.seed, Changes(relabelled=ids, labels=labels))
+
+    @cached_property
+    def _num_classes(self) -> int:
+        return num_classes(self.task)
+
+    @cached_property
+    def _query_labels(self) -> npt.NDArray[np.int64]:
+        tests = torch.tensor([query.test for query in self.spec.queries.items])
+        labels: npt.NDArray[np.int64] = self.task.targets(
+            self.task.test_batch(tests, Draw(0))
+        ).numpy()
+        return labels
+
+    def finish(self) -> Result:
+        rows = self._rows()
+        files = self.write_queries()
+        files |= self.run_store.write_table("results", pa.Table.from_pylist(rows))
+        files |= self.run_store.write_table("summary", pa.Table.from_pylist(summary(rows)))
+        return Result(files=files)
+
+    def _rows(self) -> list[dict[str, Any]]:
+        losses_VQ, decisions_VQ = self.measured()
+        before = {cell.seed: i for i, cell in enumerate(self._cells) if cell.mode is None}
+
+        def decision(row: int, query: int) -> int | None:
+            value = decisions_VQ[row, query]
+            return None if np.isnan(value) else int(value)
+
+        return [
+            {
+                "query": cell.query,
+                "test": self.spec.queries.items[cell.query].test,
+                "k": cell.k,
+                "mode": cell.mode,
+                "by": self.spec.rankings[cell.ranking].name,
+                "seed": cell.seed,
+                "quantity": self.spec.queries.quantity,
+                "loss": float(losses_VQ[row, cell.query]),
+                "decision": decision(row, cell.query),
+                "loss_before": float(losses_VQ[before[cell.seed], cell.query]),
+                "decision_before": decision(before[cell.seed], cell.query),
+            }
+            for row, cell in enumerate(self._cells)
+            if cell.mode is not None
+        ]
+
+
+def _cells(spec: AblationSpec) -> Iterator[Cell]:
+    for seed in spec.seeds:
+        yield Cell(seed)
+        for mode in spec.modes:
+            for k in spec.sizes:
+                for ranking in range(len(spec.rankings)):
+                    for query in range(len(spec.queries.items)):
+                        yield Cell(seed, mode, k, ranking, query)
+
+
+def require_ablation(spec: AblationSpec, num_samples: int, output_loss: str | None) -> None:
+    """Refuse a grid that cannot be carried out on a task.
+
+    Raises:
+        SpecError: More samples are manipulated than there are, or samples without classes relabelled.
+    """
+    largest = max(spec.sizes)
+    if largest > num_samples or (largest == num_samples and "remove" in spec.modes):
+        raise SpecError(
+            f"--k {largest}: there are {num_samples:,} training samples, and removal must leave some: "
+            "choose a smaller --k"
+        )
+    if "relabel" in spec.modes and output_loss != "cross-entropy":
+        raise SpecError(
+            f"task {spec.task.name} cannot be relabelled: its samples have no classes (its loss is "
+            f"{output_loss or 'its own'}, not cross-entropy); use --mode remove"
+        )

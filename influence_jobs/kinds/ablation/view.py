@@ -1,0 +1,117 @@
+"""The view of an ablation."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from influence_jobs.kinds.ablation.spec import AblationSpec
+from influence_jobs.views.base import Say, View
+from influence_jobs.views.ranking import named
+from influence_jobs.views.table import Table
+
+if TYPE_CHECKING:
+    from influence_jobs.views.figure import Shown
+
+
+class AblationView(View[AblationSpec]):
+    """What becomes of the queries when their top samples are manipulated."""
+
+    @property
+    def title(self) -> str:
+        return f"Ablation ({self.spec.task.slug})"
+
+    def certainty(self) -> list[str]:
+        queries, seeds = len(self.spec.queries.items), len(self.spec.seeds)
+        return [f"Mean over {queries} queries and {seeds} seed(s)."]
+
+    def next_step(self) -> str:
+        return f"infl report {self.run.id}{self.more}"
+
+    def tables(self) -> list[Table]:
+        changed = self._decisions()
+        return [self._changes(), *([changed] if changed.rows else [])]
+
+    def _changes(self) -> Table:
+        summary, quantity = self.run.read_table("summary").to_pylist(), self.spec.queries.quantity
+        return Table(
+            title=f"Change of the query's {quantity} when its top k samples are relabelled or "
+            "removed: mean over queries",
+            columns=(
+                "mode",
+                "by",
+                "k",
+                "change",
+                "95 % from",
+                "to",
+                quantity,
+                "before",
+                "changed decisions",
+            ),
+            rows=[
+                (
+                    row["mode"],
+                    row["by"],
+                    row["k"],
+                    row["mean_change"],
+                    row["low"],
+                    row["high"],
+                    row["mean_loss"],
+                    row["mean_loss_before"],
+                    f"{row['changed_decisions']} of {row['decisions']}"
+                    if row["decisions"]
+                    else "-",
+                )
+                for row in summary
+            ],
+            note="Intervals: BCa bootstrap over queries; of few and skewed values they cover less "
+            "than they say.",
+        )
+
+    def _decisions(self) -> Table:
+        groups: dict[tuple[str, str, int], list[str]] = {}
+        for row in self.run.read_table("results").to_pylist():
+            if row["decision"] != row["decision_before"]:
+                seed = f" (seed {row['seed']})" if len(self.spec.seeds) > 1 else ""
+                text = f"{row['test']}: {row['decision_before']} to {row['decision']}{seed}"
+                groups.setdefault((row["mode"], row["by"], row["k"]), []).append(text)
+        return Table(
+            title="Decisions that changed, by test id",
+            columns=("mode", "by", "k", "changed"),
+            rows=[(*group, "; ".join(texts)) for group, texts in groups.items()],
+        )
+
+    def figures(self, say: Say) -> "Iterator[Shown]":
+        from influence_jobs.views.curves import ablation_panels
+        from influence_jobs.views.figure import Shown, file_name
+
+        rows, quantity = self.run.read_table("summary").to_pylist(), self.spec.queries.quantity
+        for by in dict.fromkeys(row["by"] for row in rows):
+            if by == "random":
+                continue
+            mine = [row for row in rows if row["by"] in (by, "random")]
+            yield Shown(
+                f"ablation-{file_name(by)}",
+                f"Change of the queries' {quantity} when their top k by {named(by, quantity)} are "
+                "manipulated",
+                ablation_seen(mine, by),
+                pa.Table.from_pylist(mine),
+                panels=ablation_panels(rows, by, quantity),
+            )
+
+
+def ablation_seen(rows: Sequence[Mapping[str, Any]], by: str) -> str:
+    """What to see in the curves of an ablation, of one method and of random samples."""
+    said = []
+    for mode in dict.fromkeys(row["mode"] for row in rows):
+        largest = max(row["k"] for row in rows if row["mode"] == mode)
+        found = {row["by"]: row for row in rows if row["mode"] == mode and row["k"] == largest}
+        verb = {"relabel": "relabelled", "remove": "removed"}[mode]
+        text = f"With {largest:,} samples {verb} the mean changes by {found[by]['mean_change']:.3g}"
+        if "random" in found and by != "random":
+            text += f", with random ones by {found['random']['mean_change']:.3g}"
+        said.append(f"{text}.")
+    return (
+        " ".join(said)
+        + " Bands: 95 % intervals over queries. Numbers at points: changed decisions."
+    )

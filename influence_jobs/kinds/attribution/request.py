@@ -1,0 +1,94 @@
+"""What can be asked of attribution scores."""
+
+from collections.abc import Sequence
+
+from influence_jobs.errors import SpecError
+from influence_jobs.kinds.grad_norms.spec import GradNormsSpec
+from influence_jobs.kinds.train.spec import Checkpoint, TrainedCheckpoint, TrainSpec
+from influence_jobs.requests.base import Many, One, Say, option
+from influence_jobs.requests.options import SCORES, QueriesRequest, WeightsRequest
+from influence_jobs.specs.base import Positive, Spec
+from influence_jobs.specs.norms import NormsSpec
+
+
+class AttributionRequest(WeightsRequest, QueriesRequest):
+    """Attribution: activations of chosen outputs times the training samples' gradient norms.
+
+    By default over all hidden layers, that is all weight layers but the last.
+    """
+
+    norms: One[str | None] = option(
+        None,
+        "grad-norms run, or train run with recorded norms, whose norms are used; by default a "
+        "replay at the checkpoint.",
+        panel=SCORES,
+        metavar="RUN",
+    )
+    exclude_norm_above: One[Positive | None] = option(
+        None, "Leave out samples whose norms sum to more.", panel=SCORES
+    )
+    normalize: bool = option(False, "Divide each sample's norms by their sum.", panel=SCORES)
+    keep_layers: bool = option(False, "Keep each layer's part of the scores too.", panel=SCORES)
+    layer: Many[str | int] = option(
+        (), "Layer number (from 1, in forward order), module name, or all. May be repeated."
+    )
+
+    def specs(self, root: str, say: Say) -> tuple[Spec, ...]:
+        from influence_jobs.requests.queries import queries_of
+        from influence_jobs.requests.rankings import attribution_of, replayed_norms
+        from influence_jobs.requests.subject import subject_of
+        from influence_jobs.tasks.layers import resolve_layers, weight_layers
+
+        source = self._source(root)
+        at = _weights_of(source) if source is not None else ()
+        subject = subject_of(self, root, say, default_checkpoints=at)
+        if self.given("quantity"):
+            raise SpecError("--quantity is what influence explains: leave it out")
+        if len(subject.checkpoints) != 1:
+            raise SpecError("activations are those of one checkpoint: name one with --checkpoint")
+        asked = queries_of(self, subject.built)
+        if self.layer:
+            layers = resolve_layers(self.layer, subject.built)
+        elif source is None:
+            layers = tuple(weight_layers(subject.built, subject.built.model())[:-1])
+        else:
+            layers = source.layers_with_norms
+        spec = attribution_of(
+            subject,
+            source or replayed_norms(subject, layers, seed=self.seed),
+            asked,
+            layers,
+            exclude_norm_above=self.exclude_norm_above,
+            normalize=self.normalize,
+            keep_layers=self.keep_layers,
+        )
+        return (spec,)
+
+    def _source(self, root: str) -> NormsSpec | None:
+        """The run whose norms the user named."""
+        from influence_jobs.store.find import find_run
+
+        if self.norms is None:
+            return None
+        source = find_run(root, self.norms).spec
+        if not isinstance(source, NormsSpec):
+            raise SpecError(
+                f"{source.run_id} has no gradient norms: name a grad-norms or train run"
+            )
+        if not source.layers_with_norms:
+            raise SpecError(f"{source.run_id} recorded no gradient norms: leave --norms out")
+        return source
+
+
+def _weights_of(source: NormsSpec) -> Sequence[Checkpoint]:
+    """The weights that norms end at: the last epoch, for a sum names checkpoints in no order."""
+    if isinstance(source, TrainSpec):
+        return (TrainedCheckpoint(train=source, epoch=source.epochs),)
+    assert isinstance(source, GradNormsSpec)
+    checkpoints = source.checkpoints
+    trained = [c for c in checkpoints if isinstance(c, TrainedCheckpoint)]
+    if len(checkpoints) == 1:
+        return checkpoints
+    if len(trained) < len(checkpoints) or len({c.train.run_id for c in trained}) > 1:
+        raise SpecError("the norms are of several trainings: name one with --checkpoint")
+    return (max(trained, key=lambda checkpoint: checkpoint.epoch),)

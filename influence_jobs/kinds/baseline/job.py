@@ -1,0 +1,73 @@
+"""Scores that know less than influence or attribution: what a method must beat."""
+
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from influence_jobs.jobs.samples import trained_inputs
+from influence_jobs.jobs.scores import Scores, ScoresJob
+from influence_jobs.kinds.baseline.spec import METHODS, BaselineSpec
+from influence_jobs.kinds.train.spec import Checkpoint
+from influence_jobs.methods.baselines import (
+    loss_scores,
+    nearest_scores,
+    query_pixels,
+    random_scores,
+)
+from influence_jobs.specs.base import AnySpec
+from influence_jobs.store.layout import SCORES
+from influence_jobs.tasks.base import Draw
+
+class BaselineJob(ScoresJob[BaselineSpec]):
+    """Random numbers, the sample's loss, or minus the distance of the pixels."""
+
+    spec_type = BaselineSpec
+
+    @property
+    def title(self) -> str:
+        return f"baseline {self.spec.method} {self.spec.task.slug}"
+
+    @staticmethod
+    def inputs(spec: BaselineSpec) -> tuple[AnySpec, ...]:
+        return trained_inputs((spec.checkpoint,) if spec.checkpoint else ())
+
+    @property
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        return (self.spec.checkpoint,) if self.spec.checkpoint else ()
+
+    @property
+    def meaning(self) -> dict[str, str]:
+        method = METHODS[self.spec.method]
+        return {"quantity": method.quantity, "sign": method.sign, "unit": method.unit}
+
+    def score(self, term: int, ids: torch.Tensor) -> Scores:
+        return {SCORES: getattr(self, f"_{self.spec.method}")(ids)}
+
+    def _random(self, ids: torch.Tensor) -> npt.NDArray[np.float32]:
+        rows = np.arange(len(self.spec.queries.items))
+        return random_scores(rows, ids.numpy(), seed=self.spec.seed)
+
+    def _nearest(self, ids: torch.Tensor) -> npt.NDArray[np.float32]:
+        pictures = self.task.pictures(ids.numpy())
+        return nearest_scores(self._query_pixels, pictures.reshape(len(ids), -1))
+
+    def _loss(self, ids: torch.Tensor) -> npt.NDArray[np.float32]:
+        if self._loaded is None and self.spec.checkpoint is not None:
+            self.load(self.spec.checkpoint)
+        with torch.no_grad():
+            losses = self.task.losses(self.model, self.batch(ids, Draw(self.spec.seed)))
+        found = losses.cpu().numpy()
+        self.require_finite("the loss", found, ids)
+        return loss_scores(found, len(self.spec.queries.items))
+
+    @cached_property
+    def _query_pixels(self) -> npt.NDArray[np.uint8]:
+        shape = self.task.pictures(np.array([0])).shape[1:]
+        return np.stack(
+            [
+                query_pixels(self.task.test_picture(query.test), query.region, shape)
+                for query in self.spec.queries.items
+            ]
+        )

@@ -1,0 +1,48 @@
+"""What can be asked of baselines."""
+
+from typing import Literal
+
+from influence_jobs.errors import SpecError
+from influence_jobs.kinds.baseline.spec import METHODS, BaselineSpec
+from influence_jobs.requests.base import Say, option
+from influence_jobs.requests.options import (
+    SCORES,
+    CurvatureRequest,
+    QueriesRequest,
+    WeightsRequest,
+)
+from influence_jobs.specs.base import Spec, make_spec
+
+_METHODS = "; ".join(f"{name}: {method.quantity}" for name, method in METHODS.items())
+
+
+class BaselineRequest(WeightsRequest, QueriesRequest):
+    """Scores that know less, in the same form: what a method must beat."""
+
+    method: Literal[(*METHODS, "dot-product")] = option(  # type: ignore[valid-type]
+        ...,
+        f"{_METHODS}; dot-product: of the two gradients (influence without curvature).",
+        panel=SCORES,
+    )
+
+    def specs(self, root: str, say: Say) -> tuple[Spec, ...]:
+        from influence_jobs.requests.queries import queries_of
+        from influence_jobs.requests.rankings import influence_of
+        from influence_jobs.requests.subject import subject_of
+
+        subject = subject_of(self, root, say)
+        asked = queries_of(self, subject.built)
+        if self.method == "dot-product":
+            identity = CurvatureRequest(solver="identity")
+            return (influence_of(subject, asked, identity, say, seed=self.seed),)
+        if self.given("quantity"):
+            raise SpecError("--quantity is what influence explains: leave it out")
+        spec = make_spec(
+            BaselineSpec,
+            task=subject.task,
+            method=self.method,
+            queries=asked,
+            checkpoint=subject.checkpoints[0],
+            seed=self.seed,
+        )
+        return (spec,)

@@ -1,0 +1,64 @@
+"""Scores that know less, to compare with."""
+
+from dataclasses import dataclass
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from influence_jobs.kinds.train.spec import Checkpoint
+from influence_jobs.specs.base import Seed
+from influence_jobs.specs.queries import Queries
+from influence_jobs.specs.scores import ScoresSpec
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What the numbers of one method are.
+
+    Attributes:
+        of_weights: They depend on the model's weights.
+    """
+
+    quantity: str
+    sign: str
+    unit: str
+    of_weights: bool = False
+
+
+METHODS = {
+    "random": Baseline("a uniform random number", "none", "none"),
+    "loss": Baseline("the sample's own training loss", "positive = fits badly", "loss", True),
+    "nearest": Baseline(
+        "minus the Euclidean distance of the pixels", "larger = more alike", "grey levels"
+    ),
+}
+
+
+class BaselineSpec(ScoresSpec):
+    """Scores that know less, to compare with.
+
+    Attributes:
+        method: One of `METHODS`.
+        checkpoint: Weights the scores are taken at; None where they depend on none.
+        seed: Of the random numbers, and of the samples' noise.
+    """
+
+    kind: Literal["baseline"] = "baseline"
+    method: str
+    queries: Queries
+    checkpoint: Checkpoint | None = None
+    seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _normalise(self) -> Self:
+        if self.method not in METHODS:
+            raise ValueError(f"there is no baseline {self.method!r}; there are {', '.join(METHODS)}")
+        if not METHODS[self.method].of_weights:
+            object.__setattr__(self, "checkpoint", None)
+        elif self.checkpoint is None:
+            raise ValueError(f"the {self.method} is taken at a checkpoint: name one")
+        return self
+
+    @property
+    def asked(self) -> Queries:
+        return self.queries

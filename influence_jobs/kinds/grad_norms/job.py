@@ -1,0 +1,110 @@
+"""Replay: per-sample gradient norms of chosen layers at saved checkpoints."""
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from influence_jobs.gradients import GradNorms
+from influence_jobs.jobs.base import Progress, Result, Shard
+from influence_jobs.jobs.norm_arrays import norm_layouts
+from influence_jobs.jobs.samples import SampleJob, trained_inputs
+from influence_jobs.kinds.grad_norms.spec import GradNormsSpec
+from influence_jobs.kinds.train.spec import Checkpoint
+from influence_jobs.specs.base import AnySpec
+from influence_jobs.store.layout import ArrayLayout, norms_name
+from influence_jobs.tasks.base import Batch, Draw
+
+
+class GradNormsJob(SampleJob[GradNormsSpec]):
+    """Shards are row ranges of all arrays."""
+
+    spec_type = GradNormsSpec
+
+    @property
+    def title(self) -> str:
+        return f"grad-norms {self.spec.task.slug} {','.join(self.spec.layers)}"
+
+    @staticmethod
+    def inputs(spec: GradNormsSpec) -> tuple[AnySpec, ...]:
+        return trained_inputs(spec.checkpoints)
+
+    @property
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        return self.spec.checkpoints
+
+    @property
+    def passes(self) -> int:
+        return len(self.spec.checkpoints)
+
+    def layouts(self) -> tuple[ArrayLayout, ...]:
+        several = len(self.spec.checkpoints)
+        return norm_layouts(
+            self.task.model(),
+            self.spec.layers,
+            num_samples=len(self.task.train_data()),
+            reduction=self.spec.reduction,
+            checkpoints=several if self.spec.combine == "keep" else None,
+            source="each sample's own loss, model in eval mode"
+            + (
+                f", summed over {several} checkpoints"
+                if self.spec.combine == "sum" and several > 1
+                else ""
+            ),
+        )
+
+    def run(self, shard: Shard, progress: Progress) -> Result:
+        progress(done := 0)
+        total: dict[str, npt.NDArray[np.float64]] = {}
+        kept: dict[str, list[npt.NDArray[Any]]] = {layer: [] for layer in self.spec.layers}
+        for checkpoint in self.spec.checkpoints:
+            self.load(checkpoint)
+            pieces: dict[str, list[npt.NDArray[Any]]] = {layer: [] for layer in self.spec.layers}
+            for ids, batch in self.loaded(self.batches(shard), Draw(self.spec.seed)):
+                for layer, values in self._norms(ids, batch).items():
+                    pieces[layer].append(values)
+                done += len(ids)
+                progress(done)
+            for layer in self.spec.layers:
+                values = np.concatenate(pieces[layer])
+                if self.spec.combine == "keep":
+                    kept[layer].append(values)
+                else:
+                    # In float64: summing must not add rounding of its own to the stored float32.
+                    total[layer] = total.get(layer, 0.0) + values.astype(np.float64)
+        if self.spec.combine == "keep":
+            return Result({norms_name(layer): np.stack(rows) for layer, rows in kept.items()})
+        return Result({norms_name(layer): values for layer, values in total.items()})
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float64 if self.spec.precision == "float64" else torch.float32
+
+    @cached_property
+    def _engine(self) -> GradNorms:
+        engine = GradNorms(
+            self.model,
+            self.spec.layers,
+            self.task.losses,
+            reduction=self.spec.reduction,
+            precision=self.spec.precision,
+        )
+        # Once a worker: hooks cannot see every way a model may use its weights.
+        first = torch.arange(min(2, len(self.task.train_data())))
+        engine.check(self.batch(first, Draw(self.spec.seed)))
+        return engine
+
+    def _norms(self, ids: torch.Tensor, batch: Batch) -> dict[str, npt.NDArray[Any]]:
+        norms = {layer: values.cpu().numpy() for layer, values in self._engine(batch).items()}
+        for layer, values in norms.items():
+            self.require_finite(f"the gradient of layer {layer}", values, ids)
+        return norms
+
+    def probe(self) -> Iterator[int]:
+        # With untrained weights: the checkpoint may not exist yet, and the time is the same.
+        for ids, batch in self.loaded(self.all_batches(), Draw(self.spec.seed)):
+            self._norms(ids, batch)
+            yield len(ids)

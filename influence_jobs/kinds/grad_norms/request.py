@@ -1,0 +1,50 @@
+"""What can be asked of gradient norms."""
+
+from typing import ClassVar, Literal
+
+from influence_jobs.errors import SpecError
+from influence_jobs.kinds.grad_norms.spec import GradNormsSpec
+from influence_jobs.requests.base import Many, Say, option
+from influence_jobs.requests.options import REDUCE, SeededRequest, WeightsRequest
+from influence_jobs.specs.base import Spec, make_spec
+from influence_jobs.terms import Precision, Reduction
+
+
+class GradNormsRequest(WeightsRequest, SeededRequest):
+    """Per-sample gradient norms of chosen layers, at one or several checkpoints.
+
+    `infl submit grad-norms --layer 11` alone works on a bare machine: it trains FFDNet for a few
+    epochs on sample photographs and writes the norms of its eleventh convolution.
+    """
+
+    default_task: ClassVar[str] = "ffdnet"
+
+    layer: Many[str | int] = option(
+        (), "Layer number (from 1, in forward order), module name, or all. May be repeated."
+    )
+    reduce: Reduction = option("channel", REDUCE)
+    combine: Literal["sum", "keep"] = option(
+        "sum", "Norms of several checkpoints: their sum, or each on a leading axis."
+    )
+    precision: Precision = option("float32", "Of the computation; bfloat16 is autocast.")
+
+    def specs(self, root: str, say: Say) -> tuple[Spec, ...]:
+        from influence_jobs.requests.subject import subject_of
+        from influence_jobs.tasks.layers import resolve_layers
+
+        if not self.layer:
+            raise SpecError(
+                "name at least one layer: --layer 11, --layer main.29, or --layer all"
+            )
+        subject = subject_of(self, root, say)
+        spec = make_spec(
+            GradNormsSpec,
+            task=subject.task,
+            checkpoints=subject.checkpoints,
+            layers=resolve_layers(self.layer, subject.built),
+            reduction=self.reduce,
+            combine=self.combine,
+            precision=self.precision,
+            seed=self.seed,
+        )
+        return (spec,)

@@ -1,0 +1,43 @@
+"""Per-sample gradient norms, replayed at checkpoints."""
+
+import json
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from influence_jobs.kinds.train.spec import Checkpoint
+from influence_jobs.specs.norms import NormsSpec
+from influence_jobs.terms import Precision, Reduction
+
+
+class GradNormsSpec(NormsSpec):
+    """Replay: per-sample gradient norms of layers at checkpoints, model in eval mode.
+
+    Attributes:
+        layers: Module names, in forward order.
+        combine: Norms over several checkpoints are summed, or kept on a leading axis.
+        seed: Seed of the samples' noise, where a task has noise.
+    """
+
+    kind: Literal["grad-norms"] = "grad-norms"
+    checkpoints: Annotated[tuple[Checkpoint, ...], Field(min_length=1)]
+    layers: Annotated[tuple[str, ...], Field(min_length=1)]
+    reduction: Reduction = "channel"
+    combine: Literal["sum", "keep"] = "sum"
+    precision: Precision = "float32"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+    @model_validator(mode="after")
+    def _normalise(self) -> Self:
+        if self.combine == "sum":  # a sum has no order
+            ordered = sorted(self.checkpoints, key=lambda c: json.dumps(c.identity()))
+            object.__setattr__(self, "checkpoints", tuple(ordered))
+        return self
+
+    @property
+    def layers_with_norms(self) -> tuple[str, ...]:
+        return self.layers
+
+    @property
+    def norms_reduction(self) -> Reduction:
+        return self.reduction

@@ -1,0 +1,169 @@
+"""Influence: s_test vectors times the loss gradient of every training sample."""
+
+from collections.abc import Iterator
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from influence_jobs.curvature import EkFac, GaussNewton
+from influence_jobs.errors import SpecError
+from influence_jobs.gradients import GradDots, GradQuadratics, Metric
+from influence_jobs.gradients.parameters import ParameterSpace
+from influence_jobs.jobs.samples import trained_inputs
+from influence_jobs.jobs.scores import Scores, ScoresJob
+from influence_jobs.kinds.influence.spec import InfluenceSpec
+from influence_jobs.kinds.s_test.job import curvature_samples
+from influence_jobs.kinds.s_test.spec import STestSpec
+from influence_jobs.kinds.train.spec import Checkpoint
+from influence_jobs.methods.relative import relative_scores
+from influence_jobs.specs.base import AnySpec
+from influence_jobs.store.layout import S_TEST, SCORES, part_name
+from influence_jobs.store.run import Run
+from influence_jobs.tasks.base import Draw
+
+KRONECKER = (torch.nn.Linear, torch.nn.Conv2d)  # layers whose gradients relative scores measure
+
+
+class InfluenceJob(ScoresJob[InfluenceSpec]):
+    """One term for every s_test run and noise draw."""
+
+    spec_type = InfluenceSpec
+    _engines: tuple[int, GradDots, GradQuadratics | None] | None = None
+
+    @cached_property
+    def _fitted(self) -> dict[int, dict[str, Metric | None]]:
+        """Metrics by s_test run, as far as they were needed."""
+        return {}
+
+    @staticmethod
+    def inputs(spec: InfluenceSpec) -> tuple[AnySpec, ...]:
+        trained = trained_inputs(tuple(s_test.checkpoint for s_test in spec.s_tests))
+        return (*trained, *spec.s_tests)
+
+    @property
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        return tuple(s_test.checkpoint for s_test in self.spec.s_tests)
+
+    def input_digests(self) -> dict[str, str]:
+        runs = [Run(self.run_store.root, s_test) for s_test in self.spec.s_tests]
+        return super().input_digests() | {run.id: run.digest() for run in runs}
+
+    @property
+    def terms(self) -> int:
+        return len(self.spec.s_tests) * self.spec.noise_draws
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return self.spec.s_tests[0].modules if self.spec.keep_modules else ()
+
+    @property
+    def meaning(self) -> dict[str, str]:
+        quantity = self.spec.asked.quantity
+        rise = f"N x the predicted rise of the query's {quantity} when the sample is removed"
+        if not any(s_test.solver.uses_curvature for s_test in self.spec.s_tests):
+            rise = "the dot product of the two gradients, no curvature divided out"
+        if len(self.spec.s_tests) > 1:
+            over = {"sum": "summed", "mean": "averaged"}[self.spec.combine]
+            rise += f", {over} over {len(self.spec.s_tests)} s_test runs"
+        ends = "helpful" if quantity == "loss" else f"it lowers the {quantity}"
+        other = "harmful" if quantity == "loss" else f"it raises the {quantity}"
+        size = {
+            None: "",
+            "theta": ", per unit of the sample's effect on the parameters of Linear and Conv2d layers",
+            "loss": ", per unit of the sample's effect on the losses through Linear and Conv2d layers",
+        }[self.spec.relative]
+        return {
+            "quantity": f"s_test . gradient of the sample's loss: {rise}{size}",
+            "sign": f"positive = {ends}, negative = {other}",
+            "unit": quantity if self.spec.relative is None else f"relative {quantity}",
+        }
+
+    def score(self, term: int, ids: torch.Tensor) -> Scores:
+        which, draw = divmod(term, self.spec.noise_draws)
+        dots, sizes = self._engines_of(which)
+        batch = self.batch(ids, Draw(self.spec.seed, draw))
+        found: dict[str, Tensor] = {}
+        if self.parts:
+            found = {part_name(module): part for module, part in dots(batch).items()}
+            found[SCORES] = torch.stack([*found.values()]).sum(dim=0)
+        else:
+            found[SCORES] = dots.total(batch)
+        scores = {name: part_BQ.t().cpu().numpy() for name, part_BQ in found.items()}
+        for values in scores.values():
+            self.require_finite("the gradient", values.T, ids)
+        if sizes is not None:
+            squared_B = torch.stack([*sizes(batch).values()]).sum(dim=0).double().cpu().numpy()
+            scores = {name: relative_scores(part, squared_B) for name, part in scores.items()}
+        terms = self.spec.noise_draws
+        if self.spec.combine == "mean":
+            terms *= len(self.spec.s_tests)
+        return {name: part / terms for name, part in scores.items()}
+
+    def _engines_of(self, which: int) -> tuple[GradDots, GradQuadratics | None]:
+        """The engines of one s_test run, with its checkpoint's weights in the model."""
+        if self._engines is None or self._engines[0] != which:
+            if self._engines is not None:
+                for engine in self._engines[1:]:
+                    if engine is not None:
+                        engine.close()
+            s_test = self.spec.s_tests[which]
+            self.load(s_test.checkpoint)
+            vectors_QP = torch.from_numpy(self._vectors(s_test))
+            space = ParameterSpace(self.model, s_test.modules)
+            sizes = None
+            if self.spec.relative is not None:
+                if which not in self._fitted:  # which is dear, and the same for every shard
+                    self._fitted[which] = self._metrics(s_test)
+                sizes = GradQuadratics(self.model, self._fitted[which], self.task.losses)
+            dots = GradDots(self.model, space, self.task.losses, vectors_QP)
+            self._check(dots)
+            self._engines = which, dots, sizes
+        return self._engines[1:]
+
+    def _check(self, dots: GradDots) -> None:
+        # Once a checkpoint: hooks cannot see every way a model may use its weights.
+        first = torch.arange(min(2, len(self.task.train_data())))
+        dots.check(self.batch(first, Draw(self.spec.seed)))
+
+    def _vectors(self, s_test: STestSpec) -> npt.NDArray[np.float32]:
+        run = Run(self.run_store.root, s_test)
+        return run.read_rows(S_TEST, 0, len(s_test.queries.items))
+
+    def _metrics(self, s_test: STestSpec) -> dict[str, Metric | None]:
+        """The quadratic form of each layer's gradient that a relative score is divided by the root of."""
+        solver = s_test.solver
+        layers = [m for m in s_test.modules if isinstance(self.model.get_submodule(m), KRONECKER)]
+        if not layers:
+            raise SpecError(
+                "relative influence measures Linear and Conv2d layers, and none was chosen: leave --relative out"
+            )
+        if not solver.uses_curvature:
+            return dict.fromkeys(layers)
+        operator = GaussNewton(
+            self.model,
+            ParameterSpace(self.model, layers),
+            self.task,
+            curvature_samples(self.task, s_test.curvature),
+            Draw(s_test.curvature.seed),
+            self.batch_size,
+        )
+        fitted = EkFac(self._damping(s_test), seed=s_test.curvature.seed)
+        return {**fitted.metrics(operator, power=1 if self.spec.relative == "loss" else 2)}
+
+    def _damping(self, s_test: STestSpec) -> float:
+        """The effective damping that the s_test vectors were made with."""
+        table = Run(self.run_store.root, s_test).read_table("solutions")
+        return float(table.column("damping")[0].as_py())
+
+    def probe(self) -> Iterator[int]:
+        # The s_test vectors may not exist yet, and the time is the same with any.
+        s_test = self.spec.s_tests[0]
+        space = ParameterSpace(self.model, s_test.modules)
+        vectors_QP = torch.randn(len(s_test.queries.items), space.size)
+        dots = GradDots(self.model, space, self.task.losses, vectors_QP)
+        for ids in self.all_batches():
+            dots.total(self.batch(ids, Draw(self.spec.seed)))
+            yield len(ids)

@@ -1,0 +1,91 @@
+"""What can be asked of influence scores."""
+
+from typing import Literal
+
+from influence_jobs.errors import SpecError
+from influence_jobs.kinds.influence.spec import InfluenceSpec
+from influence_jobs.kinds.s_test.request import LAYERS_THAT_COUNT
+from influence_jobs.kinds.s_test.spec import STestSpec
+from influence_jobs.requests.base import Many, Say, option
+from influence_jobs.requests.options import (
+    SCORES,
+    CurvatureRequest,
+    QueriesRequest,
+    WeightsRequest,
+)
+from influence_jobs.specs.base import Spec, make_spec
+
+# What goes with `--s-test`, which says all the rest.
+_BESIDE_S_TESTS = {"s_test", "checkpoint", "combine", "relative", "keep_layers", "seed"}
+
+
+class InfluenceRequest(WeightsRequest, QueriesRequest, CurvatureRequest):
+    """Influence of every training sample on chosen outputs: positive = helpful, negative = harmful."""
+
+    s_test: Many[str] = option(
+        (),
+        "s-test run whose vectors are used, instead of what to explain and how. May be repeated.",
+        panel=SCORES,
+        metavar="RUN",
+    )
+    combine: Literal["sum", "mean"] = option(
+        "sum",
+        "Over several checkpoints, sum (TracIn); over several seeds, mean (ensemble).",
+        panel=SCORES,
+    )
+    relative: Literal["theta", "loss"] | None = option(
+        None,
+        "Divide by each sample's effect on the parameters (theta) or on the training losses "
+        "(RelatIF).",
+        panel=SCORES,
+    )
+    keep_layers: bool = option(False, "Keep each layer's part of the scores too.", panel=SCORES)
+    layer: Many[str | int] = option((), LAYERS_THAT_COUNT)
+
+    def specs(self, root: str, say: Say) -> tuple[Spec, ...]:
+        s_tests = self._found(root) if self.s_test else self._new(root, say)
+        spec = make_spec(
+            InfluenceSpec,
+            task=s_tests[0].task,
+            s_tests=s_tests,
+            combine=self.combine,
+            relative=self.relative,
+            keep_modules=self.keep_layers,
+            noise_draws=s_tests[0].queries.noise_draws,
+            seed=self.seed,
+        )
+        return (spec,)
+
+    def _new(self, root: str, say: Say) -> tuple[STestSpec, ...]:
+        from influence_jobs.requests.queries import queries_of
+        from influence_jobs.requests.solving import s_tests_of
+        from influence_jobs.requests.subject import subject_of
+
+        subject = subject_of(self, root, say)
+        asked = queries_of(self, subject.built)
+        return s_tests_of(self, subject, asked, say, layers=self.layer, seed=self.seed)
+
+    def _found(self, root: str) -> tuple[STestSpec, ...]:
+        """The s-test runs that the user named."""
+        from influence_jobs.requests.subject import checkpoints_of
+        from influence_jobs.store.find import find_run
+
+        if any(self.given(name) for name in type(self).model_fields.keys() - _BESIDE_S_TESTS):
+            raise SpecError(
+                "--s-test RUN says what is explained, how and of which task: leave those options "
+                "out"
+            )
+        found: list[STestSpec] = []
+        for word in self.s_test:
+            spec = find_run(root, word).spec
+            if not isinstance(spec, STestSpec):
+                raise SpecError(f"{spec.run_id} is no s-test run")
+            found.append(spec)
+        for word in self.checkpoint:
+            for checkpoint in checkpoints_of(word, root):
+                if all(checkpoint.identity() != spec.checkpoint.identity() for spec in found):
+                    raise SpecError(
+                        f"{found[0].run_id} is of another checkpoint than {word}: scores need the "
+                        "s_test vectors of their own checkpoint, leave --checkpoint out"
+                    )
+        return tuple(found)

@@ -1,0 +1,44 @@
+"""What can be asked of a linear datamodeling score."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from influence_jobs.kinds.lds.spec import LdsSpec
+from influence_jobs.requests.base import One, Say, option
+from influence_jobs.requests.experiments import (
+    EnsembleRequest,
+    ExperimentRequest,
+    SeedsRequest,
+)
+from influence_jobs.requests.options import EXPERIMENT
+from influence_jobs.specs.base import Spec, make_spec
+
+METHODS = ("helpful", "dot-product", "attribution", "nearest", "loss", "random")
+
+
+class LdsRequest(ExperimentRequest, SeedsRequest, EnsembleRequest):
+    """Linear datamodeling score: do sums of scores predict the losses of models retrained on subsets?
+
+    The retrained models are kept: methods added later use the same.
+    """
+
+    subsets: One[Annotated[int, Field(ge=3)]] = option(100, "Random subsets.", panel=EXPERIMENT)
+    fraction: One[float] = option(0.5, "Of the training set in each subset.", panel=EXPERIMENT)
+
+    def specs(self, root: str, say: Say) -> tuple[Spec, ...]:
+        from influence_jobs.requests.solving import require_used
+
+        trained, methods, rankings = self.rankings(root, say, METHODS)
+        ranked = tuple(rankings.of(word, ensemble=self.ensemble) for word in methods)
+        require_used(self, methods)
+        spec = make_spec(
+            LdsSpec,
+            task=trained.subject.task,
+            recipe=trained.train,
+            rankings=ranked,
+            seeds=tuple(range(self.seeds)),
+            subsets=self.subsets,
+            fraction=self.fraction,
+        )
+        return (spec,)

@@ -1,0 +1,31 @@
+"""The linear datamodeling score."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from influence_jobs.specs.rankings import RetrainingSpec
+
+
+class LdsSpec(RetrainingSpec):
+    """Linear datamodeling score: do sums of scores predict the losses of models retrained on random subsets?
+
+    Park et al. 2023, "TRAK: Attributing Model Behavior at Scale".
+
+    Attributes:
+        subsets: How many.
+        fraction: Of the training set in each.
+    """
+
+    kind: Literal["lds"] = "lds"
+    subsets: Annotated[int, Field(ge=3)] = 100
+    fraction: Annotated[float, Field(gt=0, lt=1)] = 0.5
+
+    @model_validator(mode="after")
+    def _scores_are_taken_as_they_are(self) -> Self:
+        for ranking in self.rankings:
+            if not ranking.largest:
+                raise ValueError(
+                    f"sums of scores have no other end: leave method {ranking.name} out"
+                )
+        return self

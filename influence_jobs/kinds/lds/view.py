@@ -1,0 +1,62 @@
+"""The view of a linear datamodeling score."""
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from influence_jobs.kinds.lds.spec import LdsSpec
+from influence_jobs.views.base import Say, View
+from influence_jobs.views.table import Table
+
+if TYPE_CHECKING:
+    from influence_jobs.views.figure import Shown
+
+
+class LdsView(View[LdsSpec]):
+    """How well each method predicts retrained models."""
+
+    @property
+    def title(self) -> str:
+        return f"Linear datamodeling scores ({self.spec.task.slug})"
+
+    def certainty(self) -> list[str]:
+        return [f"{self.spec.subsets} subsets, {len(self.spec.seeds)} training(s) each."]
+
+    def next_step(self) -> str:
+        return f"infl report {self.run.id}{self.more}"
+
+    def tables(self) -> list[Table]:
+        spec = self.spec
+        rows = sorted(self.run.read_table("summary").to_pylist(), key=_by_mean)
+        seeds, quantity = len(spec.seeds), spec.queries.quantity
+        columns = ("method", "mean_lds", "low", "high", "queries")
+        return [
+            Table(
+                title=f"Linear datamodeling score: {spec.subsets} subsets of {spec.fraction:g} of "
+                f"the samples, {seeds} training{'s' * (seeds > 1)} each",
+                columns=("method", "mean LDS", "95 % from", "to", "queries"),
+                rows=[tuple(row[column] for column in columns) for row in rows],
+                note=f"Spearman's correlation of summed scores and each query's {quantity} over "
+                "subsets, mean over queries; intervals: percentile bootstrap over subsets. Positive: "
+                f"samples that a method ranks first lower the {quantity}.",
+            )
+        ]
+
+    def figures(self, say: Say) -> "Iterator[Shown]":
+        from influence_jobs.views.curves import lds_panels
+        from influence_jobs.views.figure import Shown
+
+        summary = self.run.read_table("summary")
+        yield Shown(
+            "lds",
+            "Linear datamodeling scores",
+            "A method is as good as its bar is long: 1 would predict every retrained model's "
+            f"{self.spec.queries.quantity}. Lines: 95 % intervals over subsets.",
+            summary,
+            panels=lds_panels(summary.to_pylist()),
+        )
+
+
+def _by_mean(row: Mapping[str, Any]) -> tuple[bool, float]:
+    return bool(np.isnan(row["mean_lds"])), -row["mean_lds"]

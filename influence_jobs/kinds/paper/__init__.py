@@ -1,0 +1,13 @@
+"""The research report's experiments, a set of runs."""
+
+from influence_jobs.kinds.base import Kind
+from influence_jobs.kinds.paper.spec import PaperSpec
+
+KIND = Kind(
+    __name__,
+    PaperSpec,
+    panel="Experiments",
+    request="PaperRequest",
+    job="PaperJob",
+    view="PaperView",
+)

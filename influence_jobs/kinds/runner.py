@@ -1,0 +1,157 @@
+"""What a worker does with a shard: compute, write, then say so in the manifest."""
+
+import contextlib
+import errno
+import logging
+import os
+import socket
+import time
+import traceback
+from typing import Any, Literal
+
+import torch
+
+from influence_jobs.errors import DISK_ERRORS, InflError, ModelError, SpecError, StoreError
+from influence_jobs.jobs.base import Receipt, Shard
+from influence_jobs.kinds import open_job
+from influence_jobs.store import layout
+from influence_jobs.store.manifest import Entry
+from influence_jobs.store.run import Run, now
+from influence_jobs.store.software import software
+from influence_jobs.tasks.fingerprints import require_unchanged
+
+log = logging.getLogger(__name__)
+
+REPORT_EVERY_S = 1.0
+# Errors that meet every shard alike, as those of the disk do.
+FATAL = (ModelError, SpecError, StoreError)
+
+
+class ShardRunner:
+    """Carries out shards of one run, one after the other.
+
+    Args:
+        root: Folder of all runs.
+        run_id: The run.
+        device: A torch device.
+        threads: Threads torch may use for one operation.
+
+    Raises:
+        SpecError: The training data here are not those of the run.
+    """
+
+    def __init__(self, root: str, run_id: str, *, device: str = "cpu", threads: int | None = None):
+        if threads:
+            torch.set_num_threads(threads)
+        torch.backends.cudnn.allow_tf32 = False  # float32 means float32 on GPUs too
+        self._run = Run.open(root, run_id)
+        plan = self._run.read_json(layout.PLAN) or {}
+        self._job = open_job(self._run, device=device, batch_size=plan.get("batch_size"))
+        self.kind = self._run.spec.kind
+        self.title = self._job.title
+        software()  # now: files may change while a shard is computed, the code that computes does not
+        require_unchanged(self._run.id, self._run.spec.task, self._job.task)
+
+    def run(self, shard: Shard) -> Receipt:
+        """Do one shard unless its manifest entry says that it is done; errors come back in the receipt."""
+        started = time.monotonic()
+        attempt = 1
+        try:
+            entry = self._run.manifest.read(shard.id)
+            if entry is not None and entry.state == "done":
+                return Receipt(shard.id, "done", attempt=entry.attempt)
+            attempt = entry.attempt + 1 if entry else 1
+            units = self._do(shard, attempt, started)
+        except Exception as error:  # a worker must outlive a bad shard
+            kind = _kind(error)
+            if not isinstance(error, (InflError, OSError)):
+                log.exception("shard %s", shard.id)
+                self._keep_traceback(shard)
+            seconds = time.monotonic() - started
+            return Receipt(shard.id, "failed", _line(error), kind, attempt, seconds)
+        return Receipt(shard.id, "done", None, None, attempt, time.monotonic() - started, units)
+
+    def _do(self, shard: Shard, attempt: int, started: float) -> int:
+        run, spec_hash = self._run, self._run.spec.hash
+        running = Entry(shard.id, shard.start, shard.stop, attempt, spec_hash)
+        run.manifest.write(running)
+        progress = _Progress(run, shard)
+        result = self._job.run(shard, progress)
+        sums = {
+            name: run.write_rows(name, shard.start, values)
+            for name, values in result.arrays.items()
+        }
+        done = Entry(
+            **{
+                **running.__dict__,
+                "state": "done",
+                "arrays": sums,
+                "files": dict(result.files),
+                "seconds": time.monotonic() - started,
+                "worker": f"{socket.gethostname()}:{os.getpid()}",
+                "software": software(),
+                "finished_at": now(),
+            }
+        )
+        run.manifest.write(done)
+        run.files.delete(f"{layout.PROGRESS}/{shard.id}.json")
+        return progress.units
+
+    def _keep_traceback(self, shard: Shard) -> None:
+        """Write the error being handled into the run, where it outlives the cluster's logs."""
+        name = f"{layout.LOGS}/shard-{shard.id}.log"
+        with contextlib.suppress(OSError):  # the receipt tells the error in any case
+            self._run.files.write(name, traceback.format_exc().encode())
+
+
+class _Progress:
+    """Writes how far a shard has come, about once a second."""
+
+    def __init__(self, run: Run, shard: Shard):
+        self._run = run
+        self._name = f"{layout.PROGRESS}/{shard.id}.json"
+        self._resumed: int | None = None
+        self._done = 0
+        self._last = time.monotonic()
+
+    def __call__(self, done: int) -> None:
+        first = self._resumed is None
+        if self._resumed is None:
+            self._resumed = done
+        self._done = done
+        if (first and done) or time.monotonic() - self._last >= REPORT_EVERY_S:
+            self._last = time.monotonic()
+            self._run.write_json(self._name, {"units": done, "resumed": self._resumed})
+
+    @property
+    def units(self) -> int:
+        """What this attempt has done."""
+        return self._done - (self._resumed or 0)
+
+
+def _kind(error: Exception) -> Literal["user", "transient", "fatal"]:
+    if isinstance(error, FATAL) or _is_gpu_failure(error):
+        return "fatal"
+    if isinstance(error, OSError):
+        return "fatal" if error.errno in DISK_ERRORS else "transient"
+    # Zarr passes on what an object store raises, which are no OSErrors.
+    return "transient" if type(error).__module__.startswith("obstore") else "user"
+
+
+def _is_gpu_failure(error: Exception) -> bool:
+    """Whether a GPU failed such that this process can never use it again."""
+    return isinstance(error, torch.AcceleratorError) or (
+        isinstance(error, RuntimeError) and "CUDA error" in str(error)
+    )
+
+
+def _line(error: Exception) -> str:
+    if isinstance(error, InflError):
+        return str(error)
+    if _is_gpu_failure(error):
+        return f"the GPU failed ({str(error).splitlines()[0]}): resume the run"
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return "out of memory: submit with a smaller --batch-size"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "the disk is full: make room and resume"
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"

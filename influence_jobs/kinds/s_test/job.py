@@ -1,0 +1,219 @@
+"""s_test vectors: what a query's gradient becomes when the curvature of the training loss is divided out."""
+
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+
+from influence_jobs.curvature import GaussNewton, Hessian, Operator, Solution, make_solver
+from influence_jobs.gradients.parameters import ParameterSpace
+from influence_jobs.jobs.base import Job, Plan, Progress, Result, Shard
+from influence_jobs.jobs.queries import query_gradients, require_queries, write_queries
+from influence_jobs.jobs.samples import trained_inputs
+from influence_jobs.kinds.s_test.spec import STestSpec
+from influence_jobs.kinds.train.spec import TrainedCheckpoint
+from influence_jobs.specs.base import AnySpec
+from influence_jobs.specs.solvers import Curvature
+from influence_jobs.store import layout
+from influence_jobs.store.checkpoints import load_checkpoint, recorded_digest
+from influence_jobs.store.layout import S_TEST, S_TEST_VARIANCE, ArrayLayout, repeat_name
+from influence_jobs.tasks.base import Draw, Task
+
+# All queries of a block advance in one product; a block is a chunk. The bytes are of a shard's vectors.
+MAX_QUERIES, MAX_BLOCK_BYTES = 64, 64 * 2**20
+# Repeats of a shard: side by side they take three quarters of the time; more shards keep more
+# workers busy.
+MAX_REPEATS = 3
+SHARD_TABLES = "solutions"  # folder of one table a shard
+SAMPLES_DRAW = 2**32  # Philox key of the subset, apart from those of the solvers
+
+
+class STestJob(Job[STestSpec]):
+    """Shards are (block of queries, some repeats)."""
+
+    spec_type = STestSpec
+
+    @property
+    def title(self) -> str:
+        return f"s-test {self.spec.task.slug} {self.spec.solver.name}"
+
+    @staticmethod
+    def inputs(spec: STestSpec) -> tuple[AnySpec, ...]:
+        return trained_inputs((spec.checkpoint,))
+
+    def input_digests(self) -> dict[str, str]:
+        checkpoint = self.spec.checkpoint
+        if not isinstance(checkpoint, TrainedCheckpoint):
+            return {}
+        name = f"{checkpoint.train.run_id}@{checkpoint.epoch}"
+        return {name: recorded_digest(self.run_store.root, checkpoint)}
+
+    @cached_property
+    def _repeats(self) -> int:
+        return self.spec.solver.num_repeats
+
+    @cached_property
+    def _space(self) -> ParameterSpace:
+        return ParameterSpace(self._model, self.spec.modules)
+
+    def plan(self, shard_rows: int | None = None) -> Plan:
+        require_queries(self.task, self.spec.queries)
+        num_queries, size = len(self.spec.queries.items), self._space.size
+        block = max(1, min(MAX_QUERIES, MAX_BLOCK_BYTES // (4 * size), num_queries))
+        rows = -(-(shard_rows or block) // block) * block
+        names = [S_TEST]
+        if self._repeats > 1:
+            names += [S_TEST_VARIANCE, *(repeat_name(r) for r in range(self._repeats))]
+        arrays = tuple(
+            ArrayLayout(
+                name=name,
+                shape=(num_queries, size),
+                row_axis=0,
+                chunk_rows=block,
+                dims=("query", "parameter"),
+                attributes={
+                    "quantity": _quantity(name, self.spec),
+                    "parameters": [[n, list(shape)] for n, shape in self._space.shapes.items()],
+                },
+            )
+            for name in names
+        )
+        fitting = min(MAX_REPEATS, MAX_BLOCK_BYTES // (4 * size * block))
+        groups = np.array_split(range(self._repeats), -(-self._repeats // max(1, fitting)))
+        shards = tuple(
+            Shard(f"{repeats[0]:03d}-{start:06d}-{min(start + rows, num_queries):06d}", start,
+                  min(start + rows, num_queries), part=int(repeats[0]), parts=len(repeats))
+            for repeats in groups
+            for start in range(0, num_queries, rows)
+        )  # fmt: skip
+        units = sum(self._units(shard) for shard in shards)
+        return Plan(arrays, shards, units=units, batch_size=self.batch_size)
+
+    def _units(self, shard: Shard) -> int:
+        return len(self._samples) * shard.parts
+
+    def run(self, shard: Shard, progress: Progress) -> Result:
+        load_checkpoint(self._model, self.run_store.root, self.spec.checkpoint)
+        progress(0)
+        block = self.plan().arrays[0].chunk_rows
+        starts = range(shard.start, shard.stop, block)
+        repeats, units = shard.repetitions, self._units(shard)
+        vectors: dict[int, list[npt.NDArray[np.floating[Any]]]] = {r: [] for r in repeats}
+        rows = []
+        for i, start in enumerate(starts):
+            stop = min(start + block, shard.stop)
+            rhs_QP = query_gradients(
+                self.task, self._model, self._space, self.spec.queries, start, stop
+            )
+
+            def solved(fraction: float, blocks_done: int = i) -> None:
+                progress(round((blocks_done + fraction) / len(starts) * units))
+
+            solver = make_solver(self.spec.solver, seed=self.spec.curvature.seed)
+            solutions = solver.solve_repeats(self._operator, rhs_QP, repeats, solved)
+            for repeat, solution in zip(repeats, solutions, strict=True):
+                vectors[repeat].append(solution.x_QP.cpu().numpy())
+                rows += _rows(solution, start, repeat)
+        found = {
+            repeat_name(repeat) if self._repeats > 1 else S_TEST: np.concatenate(blocks)
+            for repeat, blocks in vectors.items()
+        }
+        # A table of its own: shards must not write one file together.
+        files = self.run_store.write_table(f"{SHARD_TABLES}/{shard.id}", pa.Table.from_pylist(rows))
+        return Result(found, files)
+
+    def probe(self) -> Iterator[int]:
+        operator, ids = self._operator, self._samples[: self.batch_size]
+        rhs_QP = torch.randn(self.plan().arrays[0].chunk_rows, self._space.size, device=self.device)
+        products = self.spec.solver.passes
+        done = 0.0
+        while True:
+            operator.product(rhs_QP, ids)
+            done += len(ids) / products
+            yield max(1, round(done))
+            done -= round(done)
+
+    @cached_property
+    def _model(self) -> torch.nn.Module:
+        return self.task.model().to(self.device).eval()
+
+    @cached_property
+    def _samples(self) -> torch.Tensor:
+        return curvature_samples(self.task, self.spec.curvature)
+
+    @cached_property
+    def _operator(self) -> Operator:
+        curvature, draw = self.spec.curvature, Draw(self.spec.curvature.seed)
+        # Without curvature neither is used; the Hessian asks nothing of a task but its losses.
+        if curvature.operator == "gauss-newton" and self.spec.solver.uses_curvature:
+            return GaussNewton(
+                self._model, self._space, self.task, self._samples, draw, self.batch_size
+            )
+        return Hessian(
+            self._model,
+            self._space,
+            self.task,
+            self._samples,
+            draw,
+            self.batch_size,
+            finite_difference=curvature.product == "finite-difference",
+        )
+
+    def finish(self) -> Result:
+        run, spec = self.run_store, self.spec
+        plan = run.read_json(layout.PLAN) or {"shards": []}
+        names = [f"{SHARD_TABLES}/{shard['id']}" for shard in plan["shards"]]
+        tables = pa.concat_tables([run.read_table(name) for name in names])
+        files = run.write_table(
+            "solutions", tables.sort_by([("query", "ascending"), ("repeat", "ascending")])
+        )
+        files |= write_queries(run, self.task, spec.queries)
+        if self._repeats == 1:
+            return Result(files=files)
+        mean = np.empty(run.array(S_TEST).shape, dtype=np.float32)
+        variance = np.empty_like(mean)
+        for row in range(len(mean)):
+            names = [repeat_name(repeat) for repeat in range(self._repeats)]
+            # In float64: the variance is a small difference of large numbers.
+            found = np.concatenate([run.read_rows(n, row, row + 1) for n in names]).astype(
+                np.float64
+            )
+            mean[row], variance[row] = found.mean(axis=0), found.var(axis=0, ddof=1)
+        return Result({S_TEST: mean, S_TEST_VARIANCE: variance}, files)
+
+
+def curvature_samples(task: Task, curvature: Curvature) -> torch.Tensor:
+    """Ids of the samples a curvature is measured on, ascending: all, or a random subset."""
+    n = len(task.train_data())
+    if curvature.samples is None or curvature.samples >= n:
+        return torch.arange(n)
+    generator = np.random.Generator(np.random.Philox(key=[curvature.seed, SAMPLES_DRAW]))
+    return torch.from_numpy(np.sort(generator.choice(n, curvature.samples, replace=False)))
+
+
+def _rows(solution: Solution, start: int, repeat: int) -> list[dict[str, Any]]:
+    """The table of one solution, a row a query."""
+    return [
+        {
+            "query": start + i,
+            "repeat": repeat,
+            "damping": solution.damping,
+            "residual": float(solution.residual_Q[i]),
+            "iterations": int(solution.iterations_Q[i]),
+            "gradient_equivalents": solution.gradient_equivalents,
+            "record": json.dumps(solution.record),
+        }
+        for i in range(len(solution.x_QP))
+    ]
+
+
+def _quantity(name: str, spec: STestSpec) -> str:
+    if name == S_TEST_VARIANCE:
+        return "variance over repeats of each entry of s_test"
+    which = "" if name == S_TEST else ", one repeat"
+    return f"(curvature + lambda I)^-1 gradient of the query's {spec.queries.quantity}{which}"

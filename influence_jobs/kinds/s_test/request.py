@@ -1,0 +1,28 @@
+"""What can be asked of s_test vectors."""
+
+from influence_jobs.requests.base import Many, Say, option
+from influence_jobs.requests.options import CurvatureRequest, QueriesRequest, WeightsRequest
+from influence_jobs.specs.base import Spec
+
+LAYERS_THAT_COUNT = (
+    "Layers whose parameters count: number, module name, or all weight layers as all. May be "
+    "repeated; by default every parameter of the model."
+)
+
+
+class STestRequest(WeightsRequest, QueriesRequest, CurvatureRequest):
+    """s_test vectors: gradients of chosen outputs with the curvature of the training loss divided out.
+
+    One run for each checkpoint.
+    """
+
+    layer: Many[str | int] = option((), LAYERS_THAT_COUNT)
+
+    def specs(self, root: str, say: Say) -> tuple[Spec, ...]:
+        from influence_jobs.requests.queries import queries_of
+        from influence_jobs.requests.solving import s_tests_of
+        from influence_jobs.requests.subject import subject_of
+
+        subject = subject_of(self, root, say)
+        asked = queries_of(self, subject.built)
+        return s_tests_of(self, subject, asked, say, layers=self.layer, seed=self.seed)

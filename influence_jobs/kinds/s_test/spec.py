@@ -1,0 +1,36 @@
+"""s_test vectors of queries."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from influence_jobs.kinds.train.spec import Checkpoint
+from influence_jobs.specs.base import Spec
+from influence_jobs.specs.queries import Queries
+from influence_jobs.specs.solvers import AnySolver, ConjugateGradientSettings, Curvature
+
+
+class STestSpec(Spec):
+    """s_test = (curvature + lambda I)^-1 gradient of each query's quantity, at one checkpoint.
+
+    Attributes:
+        modules: Names of the modules whose parameters count, in the model's order.
+    """
+
+    kind: Literal["s-test"] = "s-test"
+    checkpoint: Checkpoint
+    modules: Annotated[tuple[str, ...], Field(min_length=1)]
+    queries: Queries
+    curvature: Curvature = Curvature()
+    solver: AnySolver = ConjugateGradientSettings()
+
+    @model_validator(mode="after")
+    def _normalise(self) -> Self:
+        if not self.solver.uses_curvature:  # which matrix is not used does not matter
+            object.__setattr__(self, "curvature", Curvature())
+        if self.curvature.operator not in self.solver.operators:
+            raise ValueError(
+                f"{self.solver.name} inverts the {self.solver.operators[0]} matrix only: "
+                "leave --operator out"
+            )
+        return self

@@ -1,0 +1,126 @@
+"""Train one model; a run of a single shard that saves its state as it goes."""
+
+import math
+from collections.abc import Iterator
+
+import pyarrow as pa
+
+from influence_jobs.errors import SpecError
+from influence_jobs.jobs.base import Job, Plan, Progress, Result, Shard
+from influence_jobs.jobs.norm_arrays import norm_layouts
+from influence_jobs.jobs.saved_state import SavedState, saved_bytes
+from influence_jobs.kinds.train.spec import TrainSpec
+from influence_jobs.specs.base import AnySpec
+from influence_jobs.store.layout import TRAINING_STATE, ArrayLayout, checkpoint_name, norms_name
+from influence_jobs.store.run import checksum
+from influence_jobs.training.recorded_norms import RecordedNorms
+from influence_jobs.training.train import Recipe, Trainer
+
+
+class TrainJob(Job[TrainSpec]):
+    """One shard: all epochs. A killed training goes on from its last saved state, with the same bits."""
+
+    spec_type = TrainSpec
+
+    @property
+    def title(self) -> str:
+        return f"train {self.spec.task.slug} seed {self.spec.seed}"
+
+    @staticmethod
+    def inputs(spec: TrainSpec) -> tuple[AnySpec, ...]:
+        return ()
+
+    @property
+    def batch_size(self) -> int:
+        return self.spec.batch_size
+
+    def plan(self, shard_rows: int | None = None) -> Plan:
+        n = len(self.task.train_data())
+        arrays: tuple[ArrayLayout, ...] = ()
+        if self.spec.norm_layers:
+            arrays = norm_layouts(
+                self.task.model(),
+                self.spec.norm_layers,
+                num_samples=n,
+                reduction=self.spec.norm_reduction,
+                checkpoints=None,
+                source="the mean loss of each batch a sample was in, summed over epochs "
+                f"{self.spec.norm_skip_epochs + 1} to {self.spec.epochs} of the training",
+            )
+        shard = Shard("all", 0, n)
+        return Plan(arrays, (shard,), units=n * self.spec.epochs, batch_size=self.batch_size)
+
+    def run(self, shard: Shard, progress: Progress) -> Result:
+        files, saved_files = self.run_store.files, {}
+        trainer, metrics = self._trainer(), []
+        saved = SavedState(files, TRAINING_STATE)
+        if (state := saved.read()) is not None:
+            trainer.load_state_dict(state["trainer"])
+            metrics = state["metrics"]
+        progress(trainer.samples_seen)
+        while not trainer.finished:
+            mean_loss = trainer.step()
+            progress(trainer.samples_seen)
+            if mean_loss is not None:
+                if not math.isfinite(mean_loss):
+                    raise SpecError(
+                        f"the training diverged: the mean loss of epoch {trainer.epoch} is {mean_loss}; "
+                        "lower the learning rate"
+                    )
+                metrics.append(
+                    {"epoch": trainer.epoch, "train_loss": mean_loss, **self._evaluate(trainer)}
+                )
+                if trainer.epoch in self.spec.save_epochs:
+                    files.write(
+                        checkpoint_name(trainer.epoch), saved_bytes(trainer.model.state_dict())
+                    )
+            if not trainer.finished:
+                saved.keep(lambda: {"trainer": trainer.state_dict(), "metrics": metrics})
+        for epoch in self.spec.save_epochs:
+            saved_files[checkpoint_name(epoch)] = checksum(files.read(checkpoint_name(epoch)))
+        saved_files |= self.run_store.write_table("metrics", pa.Table.from_pylist(metrics))
+        sums = trainer.norms.sums if trainer.norms is not None else {}
+        arrays = {norms_name(layer): values.numpy() for layer, values in sums.items()}
+        return Result(arrays, saved_files)
+
+    def _trainer(self) -> Trainer:
+        spec = self.spec
+        norms = None
+        if spec.norm_layers:
+            norms = RecordedNorms(
+                self.task.model(),
+                spec.norm_layers,
+                len(self.task.train_data()),
+                reduction=spec.norm_reduction,
+                skip_epochs=spec.norm_skip_epochs,
+            )
+        return Trainer(self.task, recipe_of(spec), seed=spec.seed, device=self.device, norms=norms)
+
+    def probe(self) -> Iterator[int]:
+        trainer = self._trainer()
+        while not trainer.finished:
+            before = trainer.samples_seen
+            trainer.step()
+            yield trainer.samples_seen - before
+
+    def _evaluate(self, trainer: Trainer) -> dict[str, float]:
+        trainer.model.eval()
+        figures = dict(self.task.evaluate(trainer.model))
+        trainer.model.train()
+        return figures
+
+    def finish(self) -> Result:
+        self.run_store.files.delete(TRAINING_STATE)
+        return Result(files=self.write_samples() if self.spec.norm_layers else {})
+
+
+def recipe_of(spec: TrainSpec) -> Recipe:
+    """What a trainer needs to know of a training."""
+    return Recipe(
+        epochs=spec.epochs,
+        batch_size=spec.batch_size,
+        optimizer=spec.optimizer,
+        lr=spec.lr,
+        momentum=spec.momentum,
+        weight_decay=spec.weight_decay,
+    )

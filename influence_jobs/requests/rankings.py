@@ -1,0 +1,285 @@
+"""From the words of `--by` to rankings of the training samples, at one training or at several."""
+
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
+
+from influence_jobs.errors import SpecError
+from influence_jobs.jobs.queries import require_queries
+from influence_jobs.kinds.attribution.spec import AttributionSpec
+from influence_jobs.kinds.baseline.spec import METHODS as BASELINES
+from influence_jobs.kinds.baseline.spec import BaselineSpec
+from influence_jobs.kinds.grad_norms.spec import GradNormsSpec
+from influence_jobs.kinds.influence.spec import InfluenceSpec
+from influence_jobs.kinds.train.spec import TrainedCheckpoint, TrainSpec
+from influence_jobs.requests.base import Say
+from influence_jobs.requests.options import CurvatureRequest
+from influence_jobs.requests.solving import s_tests_of
+from influence_jobs.requests.subject import Subject
+from influence_jobs.specs.base import make_spec
+from influence_jobs.specs.norms import NormsSpec
+from influence_jobs.specs.queries import Queries
+from influence_jobs.specs.rankings import Ranking
+from influence_jobs.specs.scores import ScoresSpec
+from influence_jobs.store.find import find_run
+from influence_jobs.tasks.base import Task
+from influence_jobs.tasks.layers import weight_layers
+
+INFLUENCE = ("helpful", "harmful", "dot-product")
+METHODS = ("attribution", *INFLUENCE, *BASELINES)
+
+
+def depends_on_training(method: str) -> bool:
+    """Whether a method's scores are others after another training."""
+    return method not in BASELINES or BASELINES[method].of_weights
+
+
+class Trained(NamedTuple):
+    """What scores are of: a subject with one training, which has the norms attribution needs."""
+
+    subject: Subject
+    train: TrainSpec
+
+
+def trained_of(subject: Subject, *, given: bool, methods: Collection[str]) -> Trained:
+    """The training that scores and retrainings are of.
+
+    Args:
+        subject: With one checkpoint.
+        given: Whether the user named the checkpoint; else it records norms if a method needs them
+            (Algorithm 1).
+        methods: What will be looked at.
+
+    Raises:
+        SpecError: The checkpoint is a file, which does not say how to train, or not the end of its
+            training.
+    """
+    if len(subject.checkpoints) != 1:
+        raise SpecError("experiments are of one checkpoint: name one with --checkpoint")
+    checkpoint = subject.checkpoints[0]
+    if not isinstance(checkpoint, TrainedCheckpoint):
+        raise SpecError(
+            "a file of weights does not say how it was trained: name a train run with "
+            "--checkpoint, or leave it out"
+        )
+    train = checkpoint.train
+    if checkpoint.epoch != train.epochs:
+        raise SpecError(
+            f"retrainings end after epoch {train.epochs}, as {train.run_id} does, and scores must "
+            f"be of the same: leave @{checkpoint.epoch} out, or train for {checkpoint.epoch} epochs"
+        )
+    if given or "attribution" not in methods or train.epochs == 1:
+        return Trained(subject, train)
+    return trained_at(subject, changed(train, norm_layers=hidden_layers(subject.built)))
+
+
+def hidden_layers(task: Task) -> tuple[str, ...]:
+    """The layers whose activations attribution looks at: all trained weight layers but the last.
+
+    Raises:
+        SpecError: There is none.
+    """
+    model = task.model()
+    modules = dict(model.named_modules())
+    found = tuple(
+        layer
+        for layer in weight_layers(task, model)[:-1]
+        if all(p.requires_grad for p in modules[layer].parameters())
+    )
+    if not found:
+        raise SpecError("attribution needs a hidden layer that is trained: leave it out of --by")
+    return found
+
+
+def of_seed(trained: Trained, seed: int) -> Trained:
+    """The same training from another seed."""
+    return trained_at(trained.subject, changed(trained.train, seed=seed))
+
+
+def trained_at(subject: Subject, train: TrainSpec) -> Trained:
+    """A subject as another training leaves it."""
+    checkpoint = TrainedCheckpoint(train=train, epoch=train.epochs)
+    return Trained(subject._replace(checkpoints=(checkpoint,)), train)
+
+
+def changed(train: TrainSpec, **values: Any) -> TrainSpec:
+    """A training with some fields set otherwise."""
+    kept = {n: getattr(train, n) for n in TrainSpec.model_fields if n != "kind"}
+    return make_spec(TrainSpec, **{**kept, **values})
+
+
+class Rankings:
+    """Makes rankings of one training's samples for one set of queries.
+
+    Args:
+        trained: The training.
+        queries: What is explained.
+        curvature: How influence is computed.
+        root: Folder of all runs, where runs that are named lie.
+        seed: Of random scores and of the samples' noise.
+        say: Takes lines for the user.
+    """
+
+    def __init__(
+        self,
+        trained: Trained,
+        queries: Queries,
+        curvature: CurvatureRequest,
+        *,
+        root: str,
+        seed: int,
+        say: Say,
+    ):
+        self._trained, self._queries, self._curvature = trained, queries, curvature
+        self._root, self._seed, self._say = root, seed, say
+
+    def of(self, word: str, *, ensemble: int = 1) -> Ranking:
+        """A method by its name, or the scores of runs as RUN, RUN+RUN (their mean), or NAME=RUN.
+
+        Of a run the largest scores come first, under the name `harmful` the smallest.
+
+        Args:
+            ensemble: Of a method that depends on the training, the mean over so many seeds.
+
+        Raises:
+            SpecError: There is no such method.
+            StoreError: There is no such run.
+        """
+        if word not in METHODS:
+            return self._of_runs(word)
+        if ensemble == 1 or not depends_on_training(word):
+            return self._over(word, [self._trained])
+        first = self._trained.train.seed
+        return self._over(word, [of_seed(self._trained, first + i) for i in range(ensemble)])
+
+    def after_trainings(
+        self, words: Sequence[str], *, retrainings: int, ensemble: int
+    ) -> tuple[tuple[Ranking, ...], ...]:
+        """For each method its rankings from the training and from others, each of some seeds.
+
+        The first is of seeds 0 to `ensemble` - 1 counted from the training's own, the next of
+        those after them.
+
+        Raises:
+            SpecError: There is no such method, or it does not depend on the training.
+        """
+        possible = [word for word in METHODS if depends_on_training(word)]
+        for word in words:
+            if word not in possible:
+                raise SpecError(
+                    f"stability of {word!r}: choose {', '.join(possible)}, whose scores depend on "
+                    "the training"
+                )
+        first = self._trained.train.seed
+        seeds = range(first, first + ensemble * (retrainings + 1))
+        by_seed = [of_seed(self._trained, seed) for seed in seeds]
+        require_queries(self._trained.subject.built, self._queries)
+        return tuple(
+            tuple(
+                self._over(word, by_seed[i : i + ensemble])
+                for i in range(0, len(by_seed), ensemble)
+            )
+            for word in words
+        )
+
+    def _over(self, word: str, trainings: Sequence[Trained]) -> Ranking:
+        """A method's ranking, by the mean of its scores after some trainings."""
+        return make_spec(
+            Ranking,
+            name=word if len(trainings) == 1 else f"{word} x{len(trainings)}",
+            scores=tuple(self._scores(word, one) for one in trainings),
+            largest=word != "harmful",
+        )
+
+    def _of_runs(self, word: str) -> Ranking:
+        name, _, runs = word.rpartition("=")
+        if "-" not in runs:
+            raise SpecError(
+                f"unknown method {word!r}: choose {', '.join(METHODS)}, or the id of a run with "
+                "scores"
+            )
+        specs = tuple(scores_named(self._root, part) for part in runs.split("+"))
+        return make_spec(Ranking, name=name or runs, scores=specs, largest=name != "harmful")
+
+    def _scores(self, method: str, trained: Trained) -> ScoresSpec:
+        """A method's scores, as `infl submit influence | attribution | baseline` makes them.
+
+        Attribution takes the norms recorded in training where there are any, else a replay.
+        """
+        subject, queries = trained.subject, self._queries
+        if method in INFLUENCE:
+            asked = self._curvature
+            if method == "dot-product":
+                asked = CurvatureRequest(solver="identity")
+            return influence_of(subject, queries, asked, self._say, seed=self._seed)
+        if method == "attribution":
+            layers = hidden_layers(subject.built)
+            norms: NormsSpec = trained.train
+            if not set(layers) <= set(trained.train.norm_layers):
+                norms = replayed_norms(subject, layers, seed=queries.seed)
+            return attribution_of(subject, norms, queries, layers)
+        return make_spec(
+            BaselineSpec,
+            task=subject.task,
+            method=method,
+            queries=queries,
+            checkpoint=subject.checkpoints[0],
+            seed=self._seed,
+        )
+
+
+def scores_named(root: str, word: str) -> ScoresSpec:
+    """The spec of a run with scores.
+
+    Raises:
+        StoreError: There is no such run.
+        SpecError: It has no scores.
+    """
+    spec = find_run(root, word).spec
+    if not isinstance(spec, ScoresSpec):
+        raise SpecError(
+            f"{spec.run_id} has no scores: name an influence, attribution or baseline run"
+        )
+    return spec
+
+
+def influence_of(
+    subject: Subject, queries: Queries, curvature: CurvatureRequest, say: Say, *, seed: int
+) -> InfluenceSpec:
+    """Influence through all layers."""
+    return make_spec(
+        InfluenceSpec,
+        task=subject.task,
+        s_tests=s_tests_of(curvature, subject, queries, say, seed=seed),
+        noise_draws=queries.noise_draws,
+        seed=seed,
+    )
+
+
+def replayed_norms(subject: Subject, layers: tuple[str, ...], *, seed: int) -> GradNormsSpec:
+    """Norms of some layers at the subject's checkpoint."""
+    return make_spec(
+        GradNormsSpec,
+        task=subject.task,
+        checkpoints=subject.checkpoints,
+        layers=layers,
+        seed=seed,
+    )
+
+
+def attribution_of(
+    subject: Subject,
+    norms: NormsSpec,
+    queries: Queries,
+    layers: tuple[str, ...],
+    **fields: Any,
+) -> AttributionSpec:
+    """Attribution by the norms of some layers."""
+    return make_spec(
+        AttributionSpec,
+        task=subject.task,
+        norms=norms,
+        checkpoint=subject.checkpoints[0],
+        layers=layers,
+        queries=queries,
+        **fields,
+    )

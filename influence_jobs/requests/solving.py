@@ -1,0 +1,129 @@
+"""From the options of the curvature to specs of s_test vectors."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from influence_jobs.errors import SpecError
+from torch import nn
+
+from influence_jobs.gradients.rules import matrix_layers
+from influence_jobs.kinds.s_test.spec import STestSpec
+from influence_jobs.requests.base import Say
+from influence_jobs.requests.options import SETTINGS, CurvatureRequest
+from influence_jobs.requests.subject import Subject
+from influence_jobs.specs.base import make_spec
+from influence_jobs.specs.queries import Queries
+from influence_jobs.specs.solvers import Curvature, LissaSettings, SolverSettings
+from influence_jobs.tasks.base import Task
+from influence_jobs.tasks.layers import resolve_layers
+
+
+def s_tests_of(
+    request: CurvatureRequest,
+    subject: Subject,
+    queries: Queries,
+    say: Say,
+    *,
+    layers: Sequence[str] = (),
+    seed: int,
+) -> tuple[STestSpec, ...]:
+    """s_test vectors of the queries at each of the subject's checkpoints.
+
+    Args:
+        layers: Layers whose parameters count, as the user named them; none for all parameters.
+
+    Raises:
+        SpecError: An option does not fit the solver or is out of range, or a layer does not exist.
+    """
+    solver = _solver(request, say)
+    curvature = make_spec(
+        Curvature,
+        operator=request.operator,
+        product=request.product,
+        samples=_curvature_samples(request.curvature_samples),
+        seed=seed,
+    )
+    built = subject.built
+    modules = resolve_layers(layers, built) if layers else _modules(built, solver)
+    return tuple(
+        make_spec(
+            STestSpec,
+            task=subject.task,
+            checkpoint=checkpoint,
+            modules=modules,
+            queries=queries,
+            curvature=curvature,
+            solver=solver,
+        )
+        for checkpoint in subject.checkpoints
+    )
+
+
+def require_used(request: CurvatureRequest, methods: Sequence[str]) -> None:
+    """Refuse options of the curvature where no method has one.
+
+    Args:
+        methods: Words that rankings were made of, which refuses those that are misspelt.
+
+    Raises:
+        SpecError: Naming the first option.
+    """
+    if {"helpful", "harmful"} & {*methods}:
+        return
+    for name in CurvatureRequest.model_fields:
+        if name not in ("task", "task_options") and request.given(name):
+            raise SpecError(
+                f"{_flag(name)} has no meaning for --by {', '.join(methods)}: leave it out"
+            )
+
+
+def _solver(request: CurvatureRequest, say: Say) -> SolverSettings:
+    scale = getattr(request, "scale", None)
+    damping = request.damping
+    if damping is not None and scale is not None:
+        damping *= scale  # the fixed point of the published recursion
+    given: Mapping[str, Any] = {
+        "damping": damping,
+        **{name: getattr(request, name) for name in SETTINGS},
+    }
+    chosen = {name: value for name, value in given.items() if value is not None}
+    of_lissa = chosen.keys() & ({*LissaSettings.model_fields, "batch"} - {"damping"})
+    name_of_solver = request.solver or ("lissa" if of_lissa else "cg")
+    kind = SolverSettings.by_name[name_of_solver]
+    fields = {"batch": "batch_size"}
+    for name in chosen:
+        if fields.get(name, name) not in kind.model_fields:
+            raise SpecError(
+                f"{_flag(name)} has no meaning for --solver {name_of_solver}: leave it out"
+            )
+    for name in ("operator", "product", "curvature_samples"):
+        if not kind.uses_curvature and request.given(name):
+            raise SpecError(
+                f"{_flag(name)} has no meaning for --solver {name_of_solver}: leave it out"
+            )
+    solver = make_spec(kind, **{fields.get(name, name): value for name, value in chosen.items()})
+    if damping is not None and scale is not None:
+        say(f"effective damping lambda = {request.damping:g} x {scale:g} = {damping:g}")
+    return solver
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _curvature_samples(given: int | str) -> int | None:
+    if given == "all":
+        return None
+    if not str(given).isdecimal() or int(given) == 0:
+        raise SpecError(f"--curvature-samples {given}: write a number of samples, or all")
+    return int(given)
+
+
+def _modules(task: Task, solver: SolverSettings) -> tuple[str, ...]:
+    """All modules with parameters of their own; of them those that the solver can do."""
+    kinds = matrix_layers() if solver.needs_factors else (nn.Module,)
+    return tuple(
+        name
+        for name, module in task.model().named_modules()
+        if isinstance(module, kinds) and any(True for _ in module.parameters(recurse=False))
+    )

@@ -1,0 +1,235 @@
+"""What is looked at: a task, with its data fetched and checked, at checkpoints."""
+
+import inspect
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from infl_configs import preset_names, read_preset
+from influence_jobs.errors import ModelError, SpecError
+from influence_jobs.kinds.train.spec import (
+    Checkpoint,
+    FileCheckpoint,
+    TrainedCheckpoint,
+    TrainSpec,
+)
+from influence_jobs.requests.base import Request, Say
+from influence_jobs.requests.options import WeightsRequest
+from influence_jobs.specs.base import TaskSpec, first_error, make_spec
+from influence_jobs.store.checkpoints import file_checkpoint, load_checkpoint
+from influence_jobs.store.find import find_run
+from influence_jobs.store.run import Run
+from influence_jobs.store.status import is_done
+from influence_jobs.tasks.base import Task
+from influence_jobs.tasks.fingerprints import fingerprinted
+from influence_jobs.tasks.registry import arguments_of, name_of, task_class
+
+
+class Subject(NamedTuple):
+    """What is looked at: a task, as a spec and as an object, at checkpoints."""
+
+    task: TaskSpec
+    built: Task
+    checkpoints: tuple[Checkpoint, ...]
+
+
+def subject_of(
+    request: WeightsRequest, root: str, say: Say, *, default_checkpoints: Sequence[Checkpoint] = ()
+) -> Subject:
+    """The task and checkpoints a user means.
+
+    Args:
+        default_checkpoints: Those without `--checkpoint`; if empty, a training by the preset.
+
+    Raises:
+        SpecError, ModelError, StoreError, DataError: As `task_of` and `checkpoints_of`.
+    """
+    if request.checkpoint and (request.epochs or request.preset):
+        raise SpecError(
+            "--epochs and --preset say how to train, but --checkpoint names weights that exist"
+        )
+    checkpoints = [c for word in request.checkpoint for c in checkpoints_of(word, root)]
+    checkpoints = checkpoints or [*default_checkpoints]
+    task, built = task_of(request, say, trained=_trained_task(checkpoints, request.task))
+    if not checkpoints:
+        spec = training_of(task, preset=request.preset, given={"epochs": request.epochs})
+        checkpoints = [TrainedCheckpoint(train=spec, epoch=spec.epochs)]
+    # A wrong file must be refused now, not by every worker.
+    model = built.model()
+    for checkpoint in checkpoints:
+        if isinstance(checkpoint, FileCheckpoint) or is_done(Run(root, checkpoint.train)):
+            load_checkpoint(model, root, checkpoint)
+    return Subject(task, built, tuple(checkpoints))
+
+
+def task_of(request: Request, say: Say, *, trained: TaskSpec | None = None) -> tuple[TaskSpec, Task]:
+    """The task a user asked for, with its data fetched and checked.
+
+    Args:
+        trained: The task of a training that is looked at: what was not given is as it was there.
+
+    Raises:
+        SpecError: There is no such task, or it does not take one of the options.
+        DataError: Its data cannot be had.
+    """
+    wanted, given = request.task, dict(request.task_options)
+    if isinstance(wanted, Task):
+        given = {**wanted.given, **given}
+    name = name_of(wanted) if wanted is not None else trained.name if trained else ""
+    name = name or request.default_task
+    kind = task_class(name)
+    given = {key: value for key, value in given.items() if value is not None}
+    if trained is not None:
+        given = _as_trained(trained, given)
+    values = _converted(name, kind, given)
+    parameters = arguments_of(kind)
+    words = {parameters[key].default for key in kind.paths & parameters.keys()}
+    for key in sorted(kind.paths & values.keys()):
+        if values[key] not in words:  # such as `samples`, which names no folder
+            values[key] = str(Path(values[key]).expanduser().absolute())
+    values = kind.settle(values, say)
+    # Defaults are written out, so that naming one and leaving it out give the same run.
+    complete = {p.name: values.get(p.name, p.default) for p in parameters.values()}
+    missing = [key for key, value in complete.items() if value is inspect.Parameter.empty]
+    if missing:
+        raise SpecError(f"task {name} needs --{missing[0].replace('_', '-')} VALUE")
+    options = {key: value for key, value in complete.items() if key not in kind.paths}
+    for key, value in options.items():
+        try:
+            TaskSpec(name=name, options={key: value}, data="")
+        except ValueError:
+            raise SpecError(
+                f"option {key} of task {name} is {value!r}: it must be a finite number, a word, "
+                "true, false or None"
+            ) from None
+    task = kind(**complete)
+    task.prepare(say)
+    data, code = fingerprinted(name, task, like=trained)
+    paths = {key: values[key] for key in sorted(kind.paths & values.keys())}
+    return TaskSpec(name=name, options=options, paths=paths, data=data, code=code), task
+
+
+def _as_trained(trained: TaskSpec, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What was not given is as it was in training: the same images, patches and limits."""
+    kept = {**trained.options, **trained.paths}
+    if "images" in given and given["images"] != kept.get("images"):
+        kept.pop("skip", None)  # it names files of the training's folder
+    return {**kept, **given}
+
+
+def _converted(name: str, kind: type[Task], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as the types that the task's constructor names, or as those of its defaults."""
+    parameters = arguments_of(kind)
+    types = {key: p.annotation for key, p in parameters.items()} | kind.request_options
+    values = {}
+    for key, value in given.items():
+        if key not in types:
+            takes = ", ".join(f"--{key.replace('_', '-')}" for key in types) or "none"
+            raise SpecError(
+                f"task {name} has no option --{key.replace('_', '-')}; its options: {takes}"
+            )
+        default = parameters[key].default if key in parameters else None
+        wanted = types[key]
+        if wanted is inspect.Parameter.empty:
+            if default in (None, inspect.Parameter.empty):
+                values[key] = _scalar(value)
+                continue
+            wanted = type(default)
+        try:
+            values[key] = TypeAdapter(wanted).validate_python(value)
+        except ValidationError as error:
+            raise SpecError(
+                f"option {key} of task {name} is {value!r}: {first_error(error)}"
+            ) from None
+    return values
+
+
+def _scalar(value: Any) -> Any:
+    """A word of the command line as the number or truth value that it may be."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)  # unlike YAML 1.1, it takes 1e-3 for a number
+    except ValueError:
+        return yaml.safe_load(value)
+
+
+def training_of(task: TaskSpec, *, preset: str | None, given: Mapping[str, Any]) -> TrainSpec:
+    """A training of a task: the preset's values, overridden by those given (not None).
+
+    Raises:
+        SpecError: No such preset, or a value out of range.
+    """
+    name = preset or (task.name if task.name in preset_names() else None)
+    values: dict[str, Any] = {}
+    if name:
+        try:
+            values = dict(read_preset(name)["train"])
+        except ValueError as error:
+            raise SpecError(str(error)) from None
+        known = TrainSpec.model_fields.keys() - {"kind", "task"}
+        if unknown := sorted(map(str, values.keys() - known)):
+            raise SpecError(
+                f"preset {name}: there is no training option {unknown[0]}; "
+                f"there are {', '.join(sorted(known))}"
+            )
+    values |= {key: value for key, value in given.items() if value is not None}
+    unlooked = task_class(task.name).attribution_options
+    options = {key: value for key, value in task.options.items() if key not in unlooked}
+    return make_spec(TrainSpec, task=task.model_copy(update={"options": options}), **values)
+
+
+def checkpoints_of(word: str, root: str) -> list[Checkpoint]:
+    """What `--checkpoint` names: a file, a train run's last epoch, `RUN@EPOCH`, or `RUN@all`.
+
+    Raises:
+        SpecError, ModelError, StoreError: There is nothing of that name, or it is no training.
+    """
+    if Path(word).is_file():
+        return [file_checkpoint(word)]
+    run_word, _, epoch_word = word.partition("@")
+    if "/" in run_word or run_word.endswith((".pt", ".pth")):
+        raise ModelError(f"there is no checkpoint file {word}")
+    spec = find_run(root, run_word).spec
+    if not isinstance(spec, TrainSpec):
+        raise SpecError(f"{spec.run_id} is no train run, so it has no weights")
+    if epoch_word == "all":
+        epochs: Sequence[int] = spec.save_epochs
+    elif epoch_word == "":
+        epochs = spec.save_epochs[-1:]
+    elif re.fullmatch(r"\d+", epoch_word):
+        epochs = [int(epoch_word)]
+    else:
+        raise SpecError(f"--checkpoint {word}: after @ comes an epoch or all")
+    for epoch in epochs:
+        if epoch not in spec.save_epochs:
+            saved = ", ".join(map(str, spec.save_epochs))
+            raise SpecError(f"{spec.run_id} keeps no weights of epoch {epoch}; it keeps {saved}")
+    return [TrainedCheckpoint(train=spec, epoch=epoch) for epoch in epochs]
+
+
+def _trained_task(checkpoints: Sequence[Checkpoint], wanted: Any) -> TaskSpec | None:
+    """The task that checkpoints were trained on; None if they are files.
+
+    Args:
+        wanted: The task, if the user named one.
+
+    Raises:
+        ModelError: One is of another task.
+    """
+    trained = [c.train for c in checkpoints if isinstance(c, TrainedCheckpoint)]
+    if not trained:
+        return None
+    name = trained[0].task.name if wanted is None else name_of(wanted)
+    for train in trained:
+        if train.task.name != name:
+            raise ModelError(
+                f"{train.run_id} is a training of {train.task.name}, not of {name}: "
+                "name a checkpoint of this task"
+            )
+    return trained[0].task

@@ -1,0 +1,142 @@
+"""How the curvature is measured and inverted: settings of each solver, found by its name."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+
+from influence_jobs.specs.base import Count, Model, Positive, Seed
+
+Operator = Literal["gauss-newton", "hessian"]
+
+
+class Curvature(Model):
+    """The matrix to invert: that of the mean training loss.
+
+    Attributes:
+        operator: Gauss-Newton is positive semidefinite; the Hessian of a network is not.
+        product: The Hessian's, exact (Pearlmutter) or by finite differences.
+        samples: Size of the random subset of training samples it is measured on; None for all.
+        seed: Of the subset, of mini-batches and of the samples' noise.
+    """
+
+    operator: Operator = "gauss-newton"
+    product: Literal["exact", "finite-difference"] = "exact"
+    samples: Count | None = None
+    seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _gauss_newton_is_exact(self) -> Self:
+        if self.operator == "gauss-newton" and self.product != "exact":
+            raise ValueError("finite differences are of the Hessian: use --operator hessian")
+        return self
+
+
+class SolverSettings(Model):
+    """Base of the settings of a solver, which is found by the default of `name`.
+
+    A field's description is the help of the option of that name.
+
+    Attributes:
+        solver: `module:Class` in `influence_jobs.curvature` that takes these settings.
+        summary: The solver in a few words.
+        passes: Products with all samples that it takes, about; the MNIST network's, for estimates.
+        operators: The matrices that it can invert.
+        uses_curvature: False if it multiplies with no matrix at all.
+        needs_factors: It takes only layers that have Kronecker factors.
+    """
+
+    solver: ClassVar[str]
+    summary: ClassVar[str]
+    passes: ClassVar[int]
+    operators: ClassVar[tuple[Operator, ...]] = ("gauss-newton", "hessian")
+    uses_curvature: ClassVar[bool] = True
+    needs_factors: ClassVar[bool] = False
+    by_name: ClassVar[dict[str, type["SolverSettings"]]] = {}
+
+    name: str
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        SolverSettings.by_name[cls.model_fields["name"].default] = cls
+
+    @property
+    def num_repeats(self) -> int:
+        """Independent solutions, of which the mean counts."""
+        return getattr(self, "repeats", 1)
+
+
+class ConjugateGradientSettings(SolverSettings):
+    """Batched conjugate gradients to a relative residual. `damping` is lambda; None chooses it."""
+
+    solver = "cg:ConjugateGradient"
+    summary = "batched conjugate gradients, the default"
+    passes = 20
+
+    name: Literal["cg"] = "cg"
+    damping: Positive | None = None
+    tolerance: Annotated[float, Field(gt=0, lt=1, description="Relative residual.")] = 1e-4
+    max_iterations: Annotated[Count, Field(description="At most.")] = 200
+
+
+class LissaSettings(SolverSettings):
+    """Stochastic recursion; see `curvature.lissa`. None leaves a choice to the measured spectrum.
+
+    Attributes:
+        damping: Effective damping lambda: the recursion's own is damping / scale.
+        batch_size: Samples of a step.
+        repeats: Independent recursions, averaged.
+    """
+
+    solver = "lissa:Lissa"
+    summary = "stochastic recursion, the default if one of its settings is given"
+    passes = 10
+
+    name: Literal["lissa"] = "lissa"
+    damping: Positive | None = None
+    scale: Annotated[Positive | None, Field(description="Measured if not given.")] = None
+    depth: Annotated[
+        Count | None, Field(description="Steps of a recursion; chosen if not given.")
+    ] = None
+    batch_size: Annotated[
+        Count | None, Field(description="Samples of a step; chosen if not given.")
+    ] = None
+    repeats: Annotated[Count, Field(description="Independent recursions, averaged.")] = 5
+
+
+class EkFacSettings(SolverSettings):
+    """Eigenvalue-corrected Kronecker factors (George et al. 2018) of the layers that have them."""
+
+    solver = "ek_fac:EkFac"
+    summary = "eigenvalue-corrected Kronecker factors"
+    passes = 3
+    operators = ("gauss-newton",)
+    needs_factors = True
+
+    name: Literal["ek-fac"] = "ek-fac"
+    damping: Positive | None = None
+
+
+class IdentitySettings(SolverSettings):
+    """No curvature: s_test is the query's gradient itself."""
+
+    solver = "identity:Identity"
+    summary = "no curvature"
+    passes = 1
+    uses_curvature = False
+
+    name: Literal["identity"] = "identity"
+
+
+def _settings_of(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    name = value.get("name")
+    if name not in SolverSettings.by_name:
+        known = ", ".join(SolverSettings.by_name)
+        raise ValueError(f"there is no solver {name!r}; there are {known}")
+    return SolverSettings.by_name[name].model_validate(value)
+
+
+#: Settings of whichever solver.
+AnySolver = Annotated[SerializeAsAny[SolverSettings], BeforeValidator(_settings_of)]

@@ -1,0 +1,166 @@
+"""The view of gradient norms, whether replayed or recorded while training."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import numpy as np
+import pyarrow as pa
+
+from influence_jobs.errors import DataError, SpecError
+from influence_jobs.kinds.train.spec import Checkpoint
+from influence_jobs.specs.base import TaskSpec
+from influence_jobs.specs.norms import NormsSpec
+from influence_jobs.store.layout import norms_name
+from influence_jobs.store.run import Run
+from influence_jobs.store.top import row_totals
+from influence_jobs.tasks.layers import weight_layers
+from influence_jobs.views.base import Say, View
+from influence_jobs.views.ranking import ranked_norms, summed_over
+
+if TYPE_CHECKING:
+    from influence_jobs.views.figure import Shown
+
+PER_ROW = 5  # samples in a row of pictures
+MAX_ROWS = 30  # rows of pictures in a figure; its data have all
+MAX_NODES = 20  # of a layer that counts as one of classes
+BINS = 80
+
+S = TypeVar("S", bound=NormsSpec)
+
+
+@dataclass(frozen=True)
+class StoredNorms:
+    """Stored norms, and the weights that a query's activations are taken at.
+
+    Attributes:
+        layers: The layers that have norms a channel.
+        chosen: Those that are looked at first, their scores summed.
+        task: Of the test images, with their noise level.
+        seed, noise_draws: Of their noise.
+        normalize, exclude_norm_above: What is asked first; see `AttributionSpec`.
+    """
+
+    run: Run
+    checkpoint: Checkpoint
+    layers: tuple[str, ...]
+    chosen: tuple[str, ...]
+    task: TaskSpec
+    seed: int = 0
+    noise_draws: int = 1
+    normalize: bool = False
+    exclude_norm_above: float | None = None
+
+
+class NormsView(View[S]):
+    """Histograms and the samples with the largest norms."""
+
+    ranks: ClassVar[str] = "norms"
+
+    @property
+    def arrays(self) -> dict[str, str]:
+        """The arrays of norms by layer."""
+        return {layer: norms_name(layer) for layer in self.spec.layers_with_norms}
+
+    def top(
+        self,
+        k: int,
+        *,
+        layer: str | None = None,
+        tests: Sequence[int] | None = None,
+        side: str = "both",
+        channel: int | None = None,
+    ) -> dict[str, list[dict[str, Any]]]:
+        if tests is not None or side != "both":
+            raise SpecError(f"{self.run.id} has norms, which are of no query")
+        return ranked_norms(self.run, self.arrays, k, layer=layer, channel=channel)
+
+    def histograms(self) -> "Iterator[Shown]":
+        """The distribution of every layer's norms."""
+        for layer, array in self.arrays.items():
+            yield self._histogram(layer, array)
+
+    def outliers_above(self) -> float | None:
+        """A published norm above which samples count as outliers."""
+        return None
+
+    def _histogram(self, layer: str, array: str) -> "Shown":
+        from influence_jobs.views.curves import histogram_panels
+        from influence_jobs.views.figure import Shown, file_name
+
+        totals_N = row_totals(self.run, array)
+        published = self.outliers_above()
+        limit = float(np.percentile(totals_N, 99)) if published is None else published
+        counts, edges = np.histogram(totals_N, bins=BINS)
+        summed = summed_over(self.run, array)
+        beyond = int((totals_N > limit).sum())
+        where = (
+            " (the last hundredth)" if published is None else ", where the research report drew it"
+        )
+        return Shown(
+            f"norms-{file_name(layer)}",
+            f"Gradient norms at layer {layer}",
+            f"{beyond:,} of {len(totals_N):,} samples lie beyond {limit:.3g}, the broken line"
+            f"{where}; the largest is {totals_N.max():.3g}, the median {np.median(totals_N):.3g}.",
+            pa.table({"from": edges[:-1], "to": edges[1:], "samples": counts}),
+            panels=histogram_panels(
+                counts,
+                edges,
+                limit,
+                f"gradient norm at {layer}{f', summed over {summed}' if summed else ''}",
+            ),
+        )
+
+    def largest(self, say: Say) -> "Iterator[Shown]":
+        """The samples with the largest norms of each layer."""
+        from influence_jobs.views.figure import Shown
+        from influence_jobs.views.sheets import layer_rows
+
+        ranked = ranked_norms(self.run, self.arrays, PER_ROW)
+        rows = [
+            {"layer": layer, **row} for layer, array in self.arrays.items() for row in ranked[array]
+        ]
+        if pictures := self.pictures(layer_rows, rows[: PER_ROW * MAX_ROWS], say):
+            yield Shown(
+                "largest-norms",
+                f"The {PER_ROW} samples with the largest norms",
+                "Their gradients are the largest; plain attribution tends to rank them high, "
+                "whatever is asked.",
+                pa.Table.from_pylist(rows),
+                rows=pictures,
+            )
+
+    def nodes(self, say: Say) -> "Iterator[Shown]":
+        """The top samples of every node of the last layer, if these are few: classes."""
+        from influence_jobs.views.figure import Shown
+        from influence_jobs.views.sheets import node_rows
+
+        arrays: Mapping[str, str] = self.arrays
+        if not arrays:
+            return
+        try:
+            layer = weight_layers(self.task, self.task.model())[-1]
+        except DataError:  # told where pictures were wanted
+            return
+        if layer not in arrays:
+            return
+        array = arrays[layer]
+        shape = self.run.array(array).shape[self.run.row_axis(array) + 1 :]
+        if not (shape and shape[0] <= MAX_NODES and self.has_classes):
+            return
+        if "label" not in self.task.describe(np.array([0])):
+            return
+        ranked = [
+            {"channel": channel, **row}
+            for channel in range(shape[0])
+            for row in ranked_norms(self.run, arrays, PER_ROW, layer=layer, channel=channel)[array]
+        ]
+        matching = sum(row["label"] == row["channel"] for row in ranked)
+        if pictures := self.pictures(node_rows, ranked, say):
+            yield Shown(
+                "nodes",
+                f"Top {PER_ROW} samples of each output node, by gradient norm",
+                f"{matching} of {len(ranked)} have the node's own label (green frame).",
+                pa.Table.from_pylist(ranked),
+                rows=pictures,
+            )

@@ -1,0 +1,156 @@
+"""The samples that come first, by score or by gradient norm, with what they are."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+from influence_jobs.errors import SpecError
+from influence_jobs.store.folder import for_runs
+from influence_jobs.store.layout import SCORES, part_name
+from influence_jobs.store.run import Run
+from influence_jobs.store.top import largest_rows, top_scores
+from influence_jobs.views.base import RankedRow
+
+Side = Literal["helpful", "harmful", "both"]
+
+
+class NothingLeft(SpecError):
+    """All samples were left out."""
+
+
+def named(method: str, quantity: str) -> str:
+    """A ranking's name, where `helpful` and `harmful` are of another quantity than a loss in words that are true."""
+    if quantity == "loss":
+        return method
+    for word, verb in (("helpful", "lowers"), ("harmful", "raises")):
+        method = method.replace(word, f"influence that {verb} the {quantity}")
+    return method
+
+
+def ranked_scores(
+    run: Run,
+    k: int,
+    *,
+    layer: str | None = None,
+    tests: Sequence[int] | None = None,
+    side: str = "both",
+    sides: Mapping[str, bool],
+) -> list[dict[str, Any]]:
+    """The first k samples of each query and side: test, region if any, side, rank, score, and what the sample is.
+
+    Args:
+        layer: Of this layer's part only.
+        tests: Only queries of these test samples.
+        side: Of influence, the largest scores (helpful), the smallest (harmful), or both.
+        sides: What the ends of the ranking are called, and whether that end is the largest.
+
+    Raises:
+        SpecError: The run keeps no such part, or has no such query.
+        NothingLeft: It scores nothing.
+        StoreError: Its scores are gone.
+    """
+    if side not in get_args(Side):
+        raise SpecError(f"side {side!r}: choose {', '.join(get_args(Side))}")
+    if k < 1:
+        raise SpecError(f"k = {k}: at least one sample is wanted")
+    array = SCORES if layer is None else part_name(layer)
+    run.array(SCORES)  # if these are gone, no layer is to blame
+    if array not in run.array_names():
+        kept = [name.partition("/")[2] for name in run.array_names() if name != SCORES]
+        there = (
+            f"it has {', '.join(kept)}"
+            if kept
+            else "leave --layer out, or submit with --keep-layers"
+        )
+        raise SpecError(f"{run.id} keeps no scores of layer {layer}: {there}")
+    queries = run.read_table("queries").to_pylist()
+    chosen = [row for row in queries if tests is None or row["test"] in tests]
+    for test in tests or ():
+        if test not in [row["test"] for row in queries]:
+            has = ", ".join(dict.fromkeys(str(row["test"]) for row in queries))
+            raise SpecError(f"{run.id} has no query of test sample {test}; it has {has}")
+    samples = run.read_table("samples")
+    rows = []
+    ranked = {
+        name: top_scores(run, array, [row["query"] for row in chosen], k, largest=largest)
+        for name, largest in sides.items()
+        if side == "both" or (side == "helpful") == largest
+    }
+    if not any(len(ids) for found in ranked.values() for ids, _ in found):
+        raise NothingLeft(
+            f"{run.id} leaves all samples out: submit it with another --exclude-norm-above"
+        )
+    for i, place in enumerate(places(chosen)):
+        for name, found in ranked.items():
+            ids, values = found[i]
+            described = samples.take(ids).to_pylist()
+            for rank, (sample, score) in enumerate(zip(described, values, strict=True), start=1):
+                rows.append({**place, "side": name, "rank": rank, "score": float(score), **sample})
+    return rows
+
+
+def places(queries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What rows of a table of queries are of: their test sample, and their region if any of them has one."""
+    names = ("test", "region") if any(query["region"] for query in queries) else ("test",)
+    return [{name: query[name] for name in names} for query in queries]
+
+
+def by_query(rows: Sequence[RankedRow]) -> dict[tuple[int, str | None, str], list[RankedRow]]:
+    """Ranked rows by (test, region, side), in their order."""
+    blocks: dict[tuple[int, str | None, str], list[RankedRow]] = {}
+    for row in rows:
+        blocks.setdefault((row["test"], row.get("region"), row["side"]), []).append(row)
+    return blocks
+
+
+def ranked_norms(
+    run: Run,
+    arrays: Mapping[str, str],
+    k: int,
+    *,
+    layer: str | None = None,
+    channel: int | None = None,
+) -> dict[str, list[dict[str, Any]]]:
+    """The k samples with the largest norms, by array: what the sample is, and its norm.
+
+    Args:
+        run: A run with norms.
+        arrays: Its arrays of norms, by layer.
+        k: How many.
+        layer: Of this layer only.
+        channel: By this channel's norm, not by the sum over channels.
+
+    Raises:
+        SpecError: The run has no norms, or no such layer or channel.
+    """
+    if not arrays:
+        raise SpecError(
+            f"{run.id} has no gradient norms: "
+            f"infl submit grad-norms --layer all --checkpoint {run.id}{for_runs(run.root)}"
+        )
+    if layer is not None and layer not in arrays:
+        raise SpecError(f"{run.id} has no norms of layer {layer}; it has {', '.join(arrays)}")
+    samples = run.read_table("samples")
+    tables: dict[str, list[dict[str, Any]]] = {}
+    for name, array in arrays.items():
+        if layer not in (None, name):
+            continue
+        shape = run.array(array).shape[run.row_axis(array) + 1 :]
+        if channel is not None and not (shape and channel < shape[0]):
+            channels = f"channels 0 to {shape[0] - 1}" if shape else "one norm a sample"
+            raise SpecError(f"layer {name} has no channel {channel}; it has {channels}")
+        rows, values = largest_rows(run, array, k, channel=channel)
+        described = samples.take(rows).to_pylist()
+        tables[array] = [{**d, "norm": float(v)} for d, v in zip(described, values, strict=True)]
+    return tables
+
+
+def summed_over(run: Run, array: str, *, channel: int | None = None) -> str:
+    """The axes of an array of norms that `ranked_norms` sums over, in words; empty where there are none."""
+    axis = run.row_axis(array)
+    trailing = run.array(array).ndim - axis - 1
+    summed = {
+        "checkpoints": axis > 0,
+        "channels": trailing > 0 and channel is None,
+        "kernel positions": trailing > 1,
+    }
+    return " and ".join(name for name, there in summed.items() if there)

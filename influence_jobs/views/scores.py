@@ -1,0 +1,110 @@
+"""The view of scores: one for every (query, training sample)."""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import pyarrow as pa
+
+from influence_jobs.errors import SpecError
+from influence_jobs.specs.scores import ScoresSpec
+from influence_jobs.store.layout import SCORES, part_name
+from influence_jobs.views.base import RankedRow, Say, View
+from influence_jobs.views.norms import MAX_ROWS, PER_ROW
+from influence_jobs.views.ranking import NothingLeft, by_query, ranked_scores
+
+if TYPE_CHECKING:
+    from influence_jobs.views.figure import Shown
+
+S = TypeVar("S", bound=ScoresSpec)
+
+
+class ScoresView(View[S]):
+    """Each query's first samples."""
+
+    ranks: ClassVar[str] = "scores"
+
+    @property
+    @abstractmethod
+    def method(self) -> str:
+        """What scores, in words."""
+
+    @property
+    def title(self) -> str:
+        return f"{self.method[0].upper()}{self.method[1:]} ({self.spec.task.slug})"
+
+    @property
+    def sides(self) -> dict[str, bool]:
+        return {self.spec.kind: True}
+
+    def ranking(self, side: str) -> str:
+        """One end of the ranking, in words."""
+        return f"{self.method}{f': {side}' if len(self.sides) > 1 else ''}"
+
+    def next_step(self) -> str:
+        return f"infl top {self.run.id}{self.more}"
+
+    def top(
+        self,
+        k: int,
+        *,
+        layer: str | None = None,
+        tests: Sequence[int] | None = None,
+        side: str = "both",
+        channel: int | None = None,
+    ) -> dict[str, list[dict[str, Any]]]:
+        if channel is not None:
+            raise SpecError(f"{self.run.id} has scores, which have no channels")
+        if side != "both" and len(self.sides) == 1:
+            raise SpecError(f"--side has no meaning for {self.run.id}: leave it out")
+        rows = ranked_scores(self.run, k, layer=layer, tests=tests, side=side, sides=self.sides)
+        return {SCORES if layer is None else part_name(layer): rows}
+
+    def figures(self, say: Say) -> "Iterator[Shown]":
+        from influence_jobs.views.figure import Shown, file_name
+        from influence_jobs.views.sheets import score_rows
+
+        try:
+            ranked = ranked_scores(self.run, PER_ROW, sides=self.sides)
+        except NothingLeft as error:
+            say(f"{self.run.id}: nothing to show: {error}")
+            return
+        queries = self.run.read_table("queries").to_pylist()
+        for side in self.sides:
+            of_side = [row for row in ranked if row["side"] == side]
+            if pictures := self.pictures(score_rows, of_first(of_side, MAX_ROWS), say):
+                yield Shown(
+                    f"top-{file_name(side)}",
+                    f"Top {PER_ROW} by {self.ranking(side)}",
+                    scores_seen(of_side, queries, classes=self.has_classes),
+                    pa.Table.from_pylist(of_side),
+                    rows=pictures,
+                )
+
+
+def of_first(ranked: Sequence[RankedRow], count: int) -> list[RankedRow]:
+    """The rows of the first queries."""
+    return [row for rows in list(by_query(ranked).values())[:count] for row in rows]
+
+
+def scores_seen(
+    ranked: Sequence[RankedRow], queries: Sequence[Mapping[str, Any]], *, classes: bool
+) -> str:
+    """What to see in the top samples of some queries.
+
+    Args:
+        ranked: Rows of `ranked_scores`, of one side.
+        queries: Rows of the run's table of queries.
+        classes: Labels are classes, so that one is the same as another or not.
+    """
+    different = len({row["sample"] for row in ranked})
+    said = f"{different} different samples in {len(ranked)} places."
+    if classes and "label" in ranked[0] and "label" in queries[0]:
+        labels = {(query["test"], query["region"]): query["label"] for query in queries}
+        matching = sum(row["label"] == labels[row["test"], row.get("region")] for row in ranked)
+        said += f" {matching} have the label of their query (green frame)."
+    if any(row.get("region") for row in ranked):
+        said += " The mark is at what is explained."
+    if (count := len(by_query(ranked))) > MAX_ROWS:
+        said += f" The first {MAX_ROWS} of {count} queries; the data have all."
+    return said

@@ -1,0 +1,164 @@
+"""Rows of pictures: the samples that explain a query, a node of a layer, or a query after other trainings."""
+
+import contextlib
+from collections import Counter
+from collections.abc import Mapping, Sequence, Sized
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from influence_jobs.errors import SpecError
+from influence_jobs.tasks.base import Batch, Task
+from influence_jobs.terms import Region
+from influence_jobs.views.base import RankedRow
+from influence_jobs.views.contact_sheet import Cell, Picture, Row
+from influence_jobs.views.ranking import by_query
+from influence_jobs.views.table import cell_text
+
+# What a ranked row has besides what the task says of the sample.
+_RANKING = {
+    "test",
+    "region",
+    "side",
+    "rank",
+    "score",
+    "sample",
+    "training",
+    "channel",
+    "layer",
+    "norm",
+}
+
+
+def score_rows(task: Task, ranked: Sequence[RankedRow]) -> list[Row]:
+    """A row for every query and side of `ranked_scores`.
+
+    Raises:
+        DataError: The task's data are not there.
+    """
+    rows = []
+    for (test, region, side), line in by_query(ranked).items():
+        query, known = query_cell(task, test)
+        rows.append(Row(query, region_of(region), side, sample_cells(task, line, known)))
+    return rows
+
+
+def seed_rows(task: Task, ranked: Sequence[RankedRow]) -> list[Row]:
+    """A row for every query and training; a sample's last line says in how many trainings it came first.
+
+    Args:
+        ranked: As `ranked_scores` gives them, of one side, each row with its `training`.
+    """
+    trainings = list(dict.fromkeys(row["training"] for row in ranked))
+    rows = []
+    for (test, region, _), line in by_query(ranked).items():
+        query, known = query_cell(task, test)
+        found = Counter(row["sample"] for row in line)
+        for training in trainings:
+            of_one = [row for row in line if row["training"] == training]
+            shared = [f"in {found[row['sample']]} of {len(trainings)}" for row in of_one]
+            cells = sample_cells(task, of_one, known, shared)
+            rows.append(Row(query, region_of(region), training, cells))
+    return rows
+
+
+def node_rows(task: Task, ranked: Sequence[RankedRow]) -> list[Row]:
+    """A row for every `channel` of a layer; samples match whose label is the channel's number."""
+    return [
+        Row(None, None, f"node {channel}", sample_cells(task, of_one, {"label": channel}))
+        for channel, of_one in _grouped(ranked, "channel").items()
+    ]
+
+
+def layer_rows(task: Task, ranked: Sequence[RankedRow]) -> list[Row]:
+    """A row for every `layer`."""
+    return [
+        Row(None, None, f"layer {layer}", sample_cells(task, of_one, {}))
+        for layer, of_one in _grouped(ranked, "layer").items()
+    ]
+
+
+def _grouped(ranked: Sequence[RankedRow], name: str) -> dict[Any, list[RankedRow]]:
+    groups: dict[Any, list[RankedRow]] = {}
+    for row in ranked:
+        groups.setdefault(row[name], []).append(row)
+    return groups
+
+
+class NoData(Task):
+    """Stands in for a task whose data are not here: its samples have no pictures."""
+
+    def model(self) -> nn.Module:
+        raise NotImplementedError
+
+    def train_data(self) -> Sized:
+        return ()
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        raise NotImplementedError
+
+
+def query_cell(
+    task: Task, test: int, known: Mapping[str, Any] | None = None
+) -> tuple[Cell, Mapping[str, Any]]:
+    """A test sample's picture, and what is known of it: by default what the task says."""
+    known = _known(task, test) if known is None else known
+    picture: Picture | None = None
+    with contextlib.suppress(SpecError):  # a task need not have pictures
+        picture = task.test_picture(test)
+    return Cell(picture, [f"test {test}", *_described(known)]), known
+
+
+def query_words(task: Task, test: int) -> str:
+    """A test sample in words."""
+    return ", ".join([f"test {test}", *_described(_known(task, test))])
+
+
+def _known(task: Task, test: int) -> dict[str, Any]:
+    return {k: v[0] for k, v in task.describe_test(np.array([test])).items()}
+
+
+def sample_cells(
+    task: Task,
+    ranked: Sequence[RankedRow],
+    known: Mapping[str, Any],
+    more: Sequence[str] | None = None,
+) -> list[Cell]:
+    """Pictures of ranked samples, with their score or norm.
+
+    Args:
+        known: What the task says of the query: where labels are classes, samples with its label match.
+        more: A further line for each.
+    """
+    if not ranked:
+        return []
+    cells, classes = [], task.output_loss == "cross-entropy"
+    pictures: Sequence[Picture | None] = [None] * len(ranked)
+    with contextlib.suppress(SpecError):  # a task need not have pictures
+        pictures = list(task.pictures(np.array([row["sample"] for row in ranked])))
+    for i, (picture, row) in enumerate(zip(pictures, ranked, strict=True)):
+        measure = "score" if "score" in row else "norm"
+        lines = [
+            f"{row['sample']}",
+            f"{measure} {cell_text(row[measure])}",
+            *_described({name: text for name, text in row.items() if name not in _RANKING}),
+            *([more[i]] if more else ()),
+        ]
+        matches = classes and "label" in known and row.get("label") == known["label"]
+        cells.append(Cell(picture, lines, row["sample"], matches))
+    return cells
+
+
+def _described(known: Mapping[str, Any]) -> list[str]:
+    """What the task says, in two lines: a file by its name alone, what lies where in it."""
+    said = [str(value) if name == "file" else f"{name} {value}" for name, value in known.items()]
+    return [*said[:1], *([", ".join(said[1:])] if said[1:] else ())]
+
+
+def region_of(text: str | None) -> Region | None:
+    """A region as tables have it, `y,x,height,width`."""
+    if not text:
+        return None
+    y, x, height, width = map(int, text.split(","))
+    return y, x, height, width

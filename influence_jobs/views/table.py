@@ -1,0 +1,28 @@
+"""Tables as a person reads them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as a person reads it; `note` says what to know about it."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[object]]
+    note: str = ""
+
+    def markdown(self) -> str:
+        """The table in Markdown."""
+        lines = [f"**{self.title}**", "", f"| {' | '.join(self.columns)} |"]
+        lines.append(f"|{'---|' * len(self.columns)}")
+        lines += [f"| {' | '.join(map(cell_text, row))} |" for row in self.rows]
+        return "\n".join([*lines, *(["", self.note] if self.note else []), ""])
+
+
+def cell_text(value: object) -> str:
+    """A value as people read it: three digits of a fraction, thousands apart."""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.3g}"
+    return str(value)
