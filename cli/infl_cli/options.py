@@ -72,9 +72,7 @@ def parameters(fields: Mapping[str, FieldInfo]) -> list[inspect.Parameter]:
     found = []
     for name, field in fields.items():
         annotation, default = as_option(name, field)
-        found.append(
-            inspect.Parameter(name, KEYWORD_ONLY, default=default, annotation=annotation)
-        )
+        found.append(inspect.Parameter(name, KEYWORD_ONLY, default=default, annotation=annotation))
     return found
 
 

@@ -18,6 +18,7 @@ from influence_jobs.errors import RuntimeFault, StoreError
 from influence_jobs.store import layout
 from influence_jobs.store.find import find_run, run_ids
 from influence_jobs.store.folder import for_runs, runs_folder
+from influence_jobs.store.lease import live_holder
 from influence_jobs.store.run import Run
 from influence_jobs.store.status import rate_and_eta, read_status
 from influence_jobs.store.verify import find_damage, mark_undone
@@ -125,14 +126,14 @@ def logs(run: o.RunId, runs: o.Runs = o.DEFAULT_RUNS) -> None:
 
 def stop(run: o.RunId, runs: o.Runs = o.DEFAULT_RUNS) -> None:
     """Stop a run; what is finished is kept and `infl resume` goes on from there."""
-    from infl_cluster.ray_job import client_of, is_unfinished, live_holder
+    from infl_cluster.ray_job import client_of, is_unfinished
 
     found = _find(runs, run)
     job = found.read_json(layout.JOB)
     asked: set[str] = set()  # drivers and jobs; another driver may be waiting for the first to end
     deadline = time.monotonic() + STOP_DEADLINE_S
     while time.monotonic() < deadline:
-        holder = live_holder(found)
+        holder = live_holder(found.files)
         if holder is not None and holder["host"] == socket.gethostname():
             if holder["owner"] not in asked:
                 asked.add(holder["owner"])

@@ -95,7 +95,6 @@ def top(
         from influence_jobs.views.contact_sheet import contact_sheet
         from influence_jobs.views.sheets import score_rows
 
-
         rows_drawn = score_rows(view.task, tables[next(iter(tables))])
         contact_sheet(rows_drawn).savefig(png, format="png")
         say(f"wrote {png}")

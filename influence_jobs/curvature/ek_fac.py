@@ -2,7 +2,7 @@
 
 from collections import UserDict
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from influence_jobs.curvature.solver import (
 from influence_jobs.errors import ModelError
 from influence_jobs.gradients import Metric
 from influence_jobs.gradients.taps import thawed
+from influence_jobs.specs.solvers import SolverSettings
 from influence_jobs.tasks.base import Task
 
 if TYPE_CHECKING:

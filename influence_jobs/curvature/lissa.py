@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from influence_jobs.curvature.solver import (
 )
 from influence_jobs.curvature.spectrum import leading_eigenpair, smallest_eigenvalue, trace
 from influence_jobs.errors import RuntimeFault, SpecError
+from influence_jobs.specs.solvers import SolverSettings
 
 TOLERANCE = 0.1  # relative standard error of a chain that chooses its own depth
 BLOCKS = 8  # averages that a standard error is taken from, at least

@@ -163,7 +163,7 @@ class Job(ABC, Generic[S]):
         """SHA-256 of what this run reads of other runs, by name; one run never mixes two versions of it."""
         return {}
 
-    def sweep(self) -> None:  # noqa: B027  (most jobs leave nothing behind)
+    def sweep(self) -> None:
         """Remove what killed workers left outside the run's folder."""
 
     def finish(self) -> Result:

@@ -7,7 +7,7 @@ import os
 import socket
 import time
 import traceback
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 

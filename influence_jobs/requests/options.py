@@ -24,9 +24,7 @@ class WeightsRequest(Request):
         "Train run, RUN@EPOCH, RUN@all, or a state-dict file. May be repeated. One is trained by "
         "the preset if none is named.",
     )
-    preset: One[str | None] = option(
-        None, "Training preset: a name, or a YAML file of your own."
-    )
+    preset: One[str | None] = option(None, "Training preset: a name, or a YAML file of your own.")
     epochs: One[Count | None] = option(None, "Epochs to train; the preset's by default.")
 
 

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from influence_jobs.errors import SpecError
 from torch import nn
 
+from influence_jobs.errors import SpecError
 from influence_jobs.gradients.rules import matrix_layers
 from influence_jobs.kinds.s_test.spec import STestSpec
 from influence_jobs.requests.base import Say

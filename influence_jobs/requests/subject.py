@@ -67,7 +67,9 @@ def subject_of(
     return Subject(task, built, tuple(checkpoints))
 
 
-def task_of(request: Request, say: Say, *, trained: TaskSpec | None = None) -> tuple[TaskSpec, Task]:
+def task_of(
+    request: Request, say: Say, *, trained: TaskSpec | None = None
+) -> tuple[TaskSpec, Task]:
     """The task a user asked for, with its data fetched and checked.
 
     Args:

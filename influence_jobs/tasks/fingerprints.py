@@ -156,7 +156,9 @@ def code_alone(text: str) -> str:
     ]
     for node in ast.walk(ast.parse(text)):
         body = getattr(node, "body", None)
-        holder = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        holder = isinstance(
+            node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+        )
         if holder and isinstance(body, list) and body and ast.get_docstring(node) is not None:
             first = body[0]
             spans.append(_span(lines, first))

@@ -21,9 +21,7 @@ from influence_jobs.terms import OutputLoss
 
 
 class MnistTask(Task):
-    """MNIST in its canonical order, pixels scaled to [-1, 1].
-
-    """
+    """MNIST in its canonical order, pixels scaled to [-1, 1]."""
 
     batch_size = 1024
     paths = frozenset({"data_dir"})

@@ -77,6 +77,4 @@ def arguments_of(kind: type[Task]) -> dict[str, inspect.Parameter]:
         return {}
     hints = get_type_hints(constructor, include_extras=True)
     parameters = list(inspect.signature(constructor).parameters.values())[1:]
-    return {
-        p.name: p.replace(annotation=hints.get(p.name, p.annotation)) for p in parameters
-    }
+    return {p.name: p.replace(annotation=hints.get(p.name, p.annotation)) for p in parameters}

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from infl_cli.requests import as_trained, task_request
+
 from influence_jobs.datasets import mnist
 from influence_jobs.datasets.mnist import default_data_dir
 from influence_jobs.errors import DataError, SpecError

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
 from infl_cli.watch import rate_and_eta
+
 from infl_cluster import status as status_module
 from infl_cluster.driver import drive, is_done
 from infl_cluster.inline import InlineBackend

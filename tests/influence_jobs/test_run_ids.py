@@ -16,11 +16,17 @@ from influence_jobs.kinds.lds.spec import LdsSpec
 from influence_jobs.kinds.paper.spec import PaperSpec
 from influence_jobs.kinds.s_test.spec import STestSpec
 from influence_jobs.kinds.stability.spec import StabilitySpec
-from influence_jobs.kinds.train.spec import FileCheckpoint, TrainSpec, TrainedCheckpoint
+from influence_jobs.kinds.train.spec import FileCheckpoint, TrainedCheckpoint, TrainSpec
 from influence_jobs.specs.base import Spec, TaskSpec, parse_spec
 from influence_jobs.specs.queries import Queries, Query
 from influence_jobs.specs.rankings import Ranking
-from influence_jobs.specs.solvers import ConjugateGradientSettings, Curvature, EkFacSettings, IdentitySettings, LissaSettings
+from influence_jobs.specs.solvers import (
+    ConjugateGradientSettings,
+    Curvature,
+    EkFacSettings,
+    IdentitySettings,
+    LissaSettings,
+)
 
 MNIST = TaskSpec(
     name="mnist",
@@ -108,7 +114,9 @@ EK_FAC = STestSpec(
     curvature=Curvature(samples=2000),
     solver=EkFacSettings(damping=1e-3),
 )
-IDENTITY = STestSpec(task=MNIST, checkpoint=LAST, modules=ALL, queries=QUERIES, solver=IdentitySettings())
+IDENTITY = STestSpec(
+    task=MNIST, checkpoint=LAST, modules=ALL, queries=QUERIES, solver=IdentitySettings()
+)
 OF_OTHER_SEED = CG.model_copy(update={"checkpoint": OTHER_LAST})
 
 INFLUENCE = InfluenceSpec(task=MNIST, s_tests=(CG,))

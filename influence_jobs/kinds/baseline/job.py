@@ -20,6 +20,7 @@ from influence_jobs.specs.base import AnySpec
 from influence_jobs.store.layout import SCORES
 from influence_jobs.tasks.base import Draw
 
+
 class BaselineJob(ScoresJob[BaselineSpec]):
     """Random numbers, the sample's loss, or minus the distance of the pixels."""
 

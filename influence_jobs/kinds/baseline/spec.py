@@ -52,7 +52,9 @@ class BaselineSpec(ScoresSpec):
     @model_validator(mode="after")
     def _normalise(self) -> Self:
         if self.method not in METHODS:
-            raise ValueError(f"there is no baseline {self.method!r}; there are {', '.join(METHODS)}")
+            raise ValueError(
+                f"there is no baseline {self.method!r}; there are {', '.join(METHODS)}"
+            )
         if not METHODS[self.method].of_weights:
             object.__setattr__(self, "checkpoint", None)
         elif self.checkpoint is None:

@@ -33,9 +33,7 @@ class GradNormsRequest(WeightsRequest, SeededRequest):
         from influence_jobs.tasks.layers import resolve_layers
 
         if not self.layer:
-            raise SpecError(
-                "name at least one layer: --layer 11, --layer main.29, or --layer all"
-            )
+            raise SpecError("name at least one layer: --layer 11, --layer main.29, or --layer all")
         subject = subject_of(self, root, say)
         spec = make_spec(
             GradNormsSpec,

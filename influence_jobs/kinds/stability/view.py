@@ -45,8 +45,8 @@ class StabilityView(View[StabilitySpec]):
         ]
 
     def _shares(self, method: str) -> Table:
-        rows = [row for row in self.run.read_table("results").to_pylist()]
-        rows = [row for row in rows if row["method"] == method]
+        results = self.run.read_table("results").to_pylist()
+        rows = [row for row in results if row["method"] == method]
         tests = list(dict.fromkeys(row["test"] for row in rows))
         queries = list(dict.fromkeys(row["query"] for row in rows))
         retrainings = list(dict.fromkeys(row["retraining"] for row in rows))
