@@ -224,7 +224,7 @@ class _End:
 
 
 class _Recursion:
-    """E repeats side by side; one that has ended steps along, but its result is already kept."""
+    """E repeats side by side; one that has ended goes on, but its result is already kept."""
 
     def __init__(
         self,
@@ -307,7 +307,7 @@ class _Recursion:
         """
         allowed = 4 * min(self._step + 1, self._relaxation)
         limit_Q = allowed * torch.linalg.vector_norm(self._rhs_QP, dim=1)
-        converging_E = (self._steps.lengths() <= limit_Q).all(dim=1)  # NaN is larger than anything
+        converging_E = (self._steps.lengths() <= limit_Q).all(dim=1)  # NaN <= limit is false
         return [repeat for repeat, converges in enumerate(converging_E.tolist()) if not converges]
 
 

@@ -53,7 +53,7 @@ def perceptron_steps(
         recipe: How.
         members: The M variants.
         norms: Takes norms of the batch gradients.
-        first: The first of the variants.
+        first: The variant in the first row of `members`.
     """
     if task.output_loss != "cross-entropy":
         return None
@@ -79,7 +79,7 @@ def _first(members: Members) -> Members:
 def _agrees(
     steps: "PerceptronSteps", task: Task, recipe: Recipe, first: Variant, members: Members
 ) -> bool:
-    """Whether steps of the first variant alone make of its first block what `Trainer` does."""
+    """Whether one block of the first variant alone gives the weights that `Trainer` gives."""
     trainer = Trainer(task, recipe, seed=first.seed, device=members.device, changes=first.changes)
     before = copy.deepcopy(dict(trainer.model.named_parameters()))
     block = next(stretches(members.sizes[:1], recipe.batch_size, steps.longest))

@@ -1,4 +1,4 @@
-"""Blocked steps of perceptrons against the recursion with dense float64 matrices of each mini-batch."""
+"""Blocked steps of perceptrons against the recursion with dense float64 matrices."""
 
 import pytest
 import torch

@@ -51,7 +51,8 @@ class Masked(nn.Linear):
     [
         (MnistMLP(), Perceptron(("fc1", "fc2", "fc3"), (0.0, 0.0))),
         (nn.Sequential(nn.Linear(*A)), Perceptron(("0",), ())),
-        (nn.Sequential(nn.Flatten(), nn.Linear(*A), nn.ReLU(inplace=True), nn.Dropout(0.25), nn.Linear(*B)),
+        (nn.Sequential(nn.Flatten(), nn.Linear(*A), nn.ReLU(inplace=True), nn.Dropout(0.25),
+                       nn.Linear(*B)),
          Perceptron(("1", "4"), (0.25,))),
         (nn.Sequential(nn.Sequential(nn.Linear(*A), nn.ReLU()), nn.Linear(*B), nn.LogSoftmax(1)),
          Perceptron(("0.0", "1"), (0.0,))),
