@@ -232,12 +232,12 @@ def print_lissa(device: Device, steps: int, rounds: int) -> None:
     rows = []
     for size in (8, 64):
         v_QP = torch.randn(VECTORS, space.size, device=device.where)
-        chain = lissa_steps(operator, v_QP, 0.01, 100.0, size)
+        recursion = lissa_steps(operator, v_QP, 0.01, 100.0, size)
         ids_ESB = torch.randint(60_000, (1, steps, size))
 
-        def run(chain=chain, ids_ESB=ids_ESB) -> None:  # type: ignore[no-untyped-def]
-            for piece in ids_ESB.split(chain.longest, dim=1):
-                chain.take(piece)
+        def run(recursion=recursion, ids_ESB=ids_ESB) -> None:  # type: ignore[no-untyped-def]
+            for piece in ids_ESB.split(recursion.longest, dim=1):
+                recursion.take(piece)
 
         seconds = race([Contestant("lissa", run, steps * VECTORS)], rounds)["lissa"]
         rows.append([str(size), f"{sorted(1 / s for s in seconds)[len(seconds) // 2]:,.0f}"])

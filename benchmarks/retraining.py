@@ -94,7 +94,7 @@ def contestant(name: str, models: int, device: torch.device) -> Callable[[], int
         variants = [Variant(0, relabelled(i)) for i in range(models)]
     task = GeneralMnistTask() if name == "torch.func" else MnistTask()
     ensemble = EnsembleTrainer(task, endless, variants, device=device)
-    path = "StackedSteps" if name == "torch.func" else "MlpSteps"
+    path = "StackedSteps" if name == "torch.func" else "PerceptronSteps"
     assert type(ensemble.steps).__name__ == path
 
     def advance() -> int:

@@ -11,6 +11,8 @@ MODULES = (
     "influence_jobs.methods.baselines",
     "influence_jobs.methods.relative",
     "influence_jobs.models.checkpoints",
+    "influence_jobs.perceptrons.ensemble",
+    "influence_jobs.perceptrons.lissa",
     "influence_jobs.tasks.ffdnet",
     "influence_jobs.tasks.mnist",
     "influence_jobs.training.ensemble",

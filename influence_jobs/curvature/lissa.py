@@ -1,4 +1,4 @@
-"""LiSSA: a stochastic recursion whose mean is the inverse, with settings chosen from the spectrum."""
+"""LiSSA: a stochastic recursion whose mean is the inverse."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -23,44 +23,53 @@ from influence_jobs.curvature.spectrum import leading_eigenpair, smallest_eigenv
 from influence_jobs.errors import RuntimeFault, SpecError
 from influence_jobs.specs.solvers import SolverSettings
 
-TOLERANCE = 0.1  # relative standard error of a chain that chooses its own depth
-BLOCKS = 8  # averages that a standard error is taken from, at least
-MAX_RELAXATIONS = 400  # depth, at most, in times that an error takes to fall to 1/e
-BURN_IN = 5  # of them before averaging begins: what is left of the start is under 1 %
+TOLERANCE = 0.1  # relative standard error at which a repeat ends that chooses its own depth
+BLOCKS = 8  # the least number of block averages that a standard error is taken from
+MAX_RELAXATIONS = 400  # the largest chosen depth; in one relaxation an error falls by 1/e
+BURN_IN = 5  # relaxations before averaging begins; under 1 % of the start is left then
 MIN_BATCH = 32  # smaller products waste the machine
-PROBED = 256  # single samples whose curvature is measured to see how they scatter
+PROBED = 256  # single samples whose curvature is measured to see how much it scatters
 MAX_RESTARTS = 8
-MAX_DEPTH = 1_000_000  # steps that a chain which chooses its own depth may need before it can end
+MAX_DEPTH = 1_000_000  # the most steps that a repeat may need before its depth can be chosen
 
 
 class Lissa(Solver):
     """h <- v + (1 - d) h - A_B h / s with a new mini-batch B every step; the result is h / s.
 
-    The recursion's fixed point in the mean is h / s = (A + d s I)^-1 v: lambda = d s is the *effective damping*. Here
-    lambda is given, and d = lambda / s follows from the scale. Agarwal, Bullins, Hazan: "Second-order stochastic
-    optimization for machine learning in linear time", JMLR 2017; Koh and Liang: "Understanding black-box predictions
-    via influence functions", ICML 2017.
+    In the mean the recursion's fixed point is h / s = (A + d s I)^-1 v, so lambda = d s is the
+    *effective damping*. Here lambda is given, and d = lambda / s follows from the scale s.
 
-    What is not given is chosen. With M the largest eigenvalue and c = E|A_i u|^2 / u^T A u along its vector u (how
-    much single samples scatter there; at most about the trace of A_i):
+    Agarwal, Bullins, Hazan: "Second-order stochastic optimization for machine learning in linear
+    time", JMLR 2017; Koh and Liang: "Understanding black-box predictions via influence functions",
+    ICML 2017.
 
-    - batch size c / M, so that the scatter of a mini-batch is no larger than the curvature itself;
-    - scale M + lambda + c / B: a step is stable in mean square up to twice the inverse of this;
-    - depth: the error falls by 1/e in s / lambda steps. After five of these *relaxations* all iterates are averaged
-      (Polyak and Juditsky 1992), for the last one alone keeps a noise of order s / (B lambda) whatever the depth.
-      Averages of blocks of one relaxation each tell the standard error; the chain ends when it is under `TOLERANCE`
-      of the average's length for all right-hand sides, or after 400 relaxations.
+    A *repeat* is one independent run of the recursion, with mini-batches of its own. The mean of
+    several repeats has less noise.
 
-    With a depth given nothing is averaged: the chain's last iterate is the result, as in published codes.
+    Settings that are not given are chosen. Let M be the largest eigenvalue and u its eigenvector.
+    c = E|A_i u|^2 / u^T A u tells how much single samples scatter along u; it is at most about the
+    trace of A_i.
 
-    A chain that grows faster than any convergent one can is started anew with twice the scale.
+    - Batch size: c / M. The scatter of a mini-batch is then no larger than the curvature itself.
+    - Scale: M + lambda + c / B. Steps are stable in mean square down to half of this scale.
+    - Depth: the error falls by 1/e in s / lambda steps, one *relaxation*. After five relaxations
+      the average over all further iterates is taken (Polyak and Juditsky 1992), because the last
+      iterate alone keeps a noise of order s / (B lambda) at any depth. The averages of blocks of
+      one relaxation each give the standard error. A repeat ends when this is under `TOLERANCE`
+      times the length of the average for all right-hand sides, or after 400 relaxations.
+
+    If the depth is given, nothing is averaged: the last iterate is the result, as in published
+    codes.
+
+    A repeat that grows faster than any convergent one can is started anew with twice the scale.
 
     Args:
         damping: Lambda, the effective damping.
         scale: s; the recursion's own damping d is lambda / s.
         depth: Steps.
-        batch_size: Samples of a mini-batch, drawn with replacement: then the mean of averages is the inverse.
-        seed: Of the mini-batches, which depend on (seed, number of the chain, step) alone.
+        batch_size: Samples of a mini-batch, drawn with replacement; only then is the mean of the
+            averages the inverse.
+        seed: Of the mini-batches, which depend on (seed, number of the repeat, step) alone.
 
     Raises:
         SpecError: A value is not positive.
@@ -93,16 +102,17 @@ class Lissa(Solver):
         repeats: Sequence[int],
         progress: Progress = no_progress,
     ) -> list[Solution]:
-        """Solve by several chains side by side, so that they share the overhead of their small steps.
+        """Solve by several repeats side by side, which share the overhead of small steps.
 
         Args:
             operator: A.
             rhs_QP: v, on the operator's device.
-            repeats: Numbers of the chains; the mean of several has less noise.
-            progress: Told about the fraction of the work done.
+            repeats: Numbers of the repeats.
+            progress: Told the fraction of the work done.
 
         Returns:
-            Of each chain what it would find alone, up to rounding; that of chain 0 is `solve`'s.
+            For each repeat the solution that it would find alone, up to rounding. That of repeat 0
+            is `solve`'s.
 
         Raises:
             DataError, ModelError, SpecError, RuntimeFault: As `solve`.
@@ -117,8 +127,8 @@ class Lissa(Solver):
         for _ in range(MAX_RESTARTS + 1):
             before = operator.gradient_equivalents
             batches = [self._batches(operator, batch_size, repeat) for repeat in waiting]
-            chains = _Chains(operator, rhs_QP, damping, settings, batches, progress)
-            for repeat, end in zip(waiting, chains.run(self._depth), strict=True):
+            recursion = _Recursion(operator, rhs_QP, damping, settings, batches, progress)
+            for repeat, end in zip(waiting, recursion.run(self._depth), strict=True):
                 ends[repeat], scales[repeat] = end, settings.scale
             cost = (operator.gradient_equivalents - before) / len(waiting)
             costs |= {repeat: costs[repeat] + cost for repeat in waiting}
@@ -133,8 +143,8 @@ class Lissa(Solver):
                 )
         else:
             raise RuntimeFault(
-                f"LiSSA diverges even at scale {settings.scale / 2:.4g} with lambda = {damping:.4g}: "
-                "use --solver cg, a larger --damping or --operator gauss-newton"
+                f"LiSSA diverges even at scale {settings.scale / 2:.4g} with lambda = "
+                f"{damping:.4g}: use --solver cg, a larger --damping or --operator gauss-newton"
             )
         solutions = []
         for repeat in repeats:
@@ -170,8 +180,8 @@ class Lissa(Solver):
             record["smallest_eigenvalue"] = smallest
             if smallest <= -damping:
                 messages.append(
-                    f"lambda = {damping:.3g} does not cover the smallest eigenvalue {smallest:.3g}: the "
-                    "result is not the inverse"
+                    f"lambda = {damping:.3g} does not cover the smallest eigenvalue "
+                    f"{smallest:.3g}: the result is not the inverse"
                 )
         if self._scale is not None and self._batch_size is not None:
             settings = _Settings(self._scale, self._batch_size)
@@ -204,12 +214,13 @@ class _Settings:
 
 @dataclass(frozen=True)
 class _End:
-    """Where a chain ended.
+    """Where a repeat ended.
 
     Attributes:
         x_QP: The solution; None if it diverged.
         step: Steps done.
-        error: Relative standard error of the average, the worst over right-hand sides; NaN if nothing is averaged.
+        error: Relative standard error of the average, the largest over right-hand sides; NaN if
+            nothing is averaged.
     """
 
     x_QP: Tensor | None
@@ -217,8 +228,8 @@ class _End:
     error: float = math.nan
 
 
-class _Chains:
-    """Runs of the recursion, E of them side by side; one that has ended goes along with the others, unheeded."""
+class _Recursion:
+    """E repeats side by side; one that has ended goes on, but its result is already kept."""
 
     def __init__(
         self,
@@ -242,20 +253,20 @@ class _Chains:
         self._step, self._ends = 0, dict[int, _End]()
 
     def run(self, depth: int | None) -> list[_End]:
-        """Go on until every chain has ended."""
+        """Go on until every repeat has ended."""
         if depth is not None:
             self._advance(depth, depth)
-            for chain, x_QP in enumerate(self._steps.h_EQP() / self._scale):
-                self._ends.setdefault(chain, _End(x_QP, self._step))
+            for repeat, x_QP in enumerate(self._steps.h_EQP() / self._scale):
+                self._ends.setdefault(repeat, _End(x_QP, self._step))
         else:
             self._average()
-        return [self._ends[chain] for chain in range(len(self._batches))]
+        return [self._ends[repeat] for repeat in range(len(self._batches))]
 
     def _average(self) -> None:
         if (BURN_IN + BLOCKS) * self._relaxation > MAX_DEPTH:
             raise SpecError(
-                f"LiSSA needs {(BURN_IN + BLOCKS) * self._relaxation:,} steps at so small a damping: use "
-                "--solver cg, a larger --damping, or say --depth"
+                f"LiSSA needs {(BURN_IN + BLOCKS) * self._relaxation:,} steps at so small a "
+                "damping: use --solver cg, a larger --damping, or say --depth"
             )
         planned = MAX_RELAXATIONS * self._relaxation
         self._advance(BURN_IN * self._relaxation, planned)
@@ -273,15 +284,15 @@ class _Chains:
                 variance_EQ = (squares_EQ / blocks - length_EQ).clamp_min(0) / (blocks - 1)
                 relative_EQ = (variance_EQ / length_EQ).nan_to_num(nan=0).sqrt()
                 last = blocks == MAX_RELAXATIONS - BURN_IN
-                for chain, error in enumerate(relative_EQ.amax(dim=1).tolist()):
-                    if chain not in self._ends and (error <= TOLERANCE or last):
-                        x_QP = (sum_EQP[chain] / (blocks * self._scale)).to(self._rhs_QP.dtype)
-                        self._ends[chain] = _End(x_QP, self._step, error)
+                for repeat, error in enumerate(relative_EQ.amax(dim=1).tolist()):
+                    if repeat not in self._ends and (error <= TOLERANCE or last):
+                        x_QP = (sum_EQP[repeat] / (blocks * self._scale)).to(self._rhs_QP.dtype)
+                        self._ends[repeat] = _End(x_QP, self._step, error)
             if len(self._ends) == len(self._batches):
                 return
 
     def _advance(self, steps: int, planned: int, total_EQP: Tensor | None = None) -> None:
-        """Do some steps, adding the iterates up, as long as there is a chain that has not ended."""
+        """Take some steps, as long as a repeat has not ended, and add the iterates to a total."""
         left = steps
         while left and len(self._ends) < len(self._batches):
             count = min(left, self._steps.longest)
@@ -289,20 +300,24 @@ class _Chains:
             self._steps.take(torch.stack(ids), total_EQP)
             left -= count
             self._step += count
-            for chain in self._diverging():
-                self._ends.setdefault(chain, _End(None, self._step))
+            for repeat in self._diverging():
+                self._ends.setdefault(repeat, _End(None, self._step))
             self._progress(min(1.0, self._step / planned))
 
     def _diverging(self) -> list[int]:
-        """In a chain that converges no step adds more than |v| in the mean, nor is |h| above s |v| / lambda."""
+        """Repeats whose h has become too long to converge.
+
+        In a convergent repeat a step adds at most |v| in the mean, and |h| is at most
+        s |v| / lambda.
+        """
         allowed = 4 * min(self._step + 1, self._relaxation)
         limit_Q = allowed * torch.linalg.vector_norm(self._rhs_QP, dim=1)
-        converging_E = (self._steps.lengths() <= limit_Q).all(dim=1)  # NaN is larger than anything
-        return [chain for chain, converges in enumerate(converging_E.tolist()) if not converges]
+        converging_E = (self._steps.lengths() <= limit_Q).all(dim=1)  # NaN <= limit is false
+        return [repeat for repeat, converges in enumerate(converging_E.tolist()) if not converges]
 
 
 def _scatter(operator: Operator, vector_P: Tensor, largest: float) -> float:
-    """E|A_i u|^2 / u^T A u over single samples i."""
+    """E|A_i u|^2 / u^T A u over single samples i, with u = `vector_P`."""
     chosen = torch.randperm(operator.num_samples, generator=torch.Generator().manual_seed(1))
     u_1P = vector_P[None]
     squares = [

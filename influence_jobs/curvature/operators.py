@@ -166,9 +166,9 @@ class Operator(ABC):
     @torch.no_grad()
     def _means(self, v_EQP: Tensor, ids_EB: Tensor) -> Parameters:
         """What `products` gives, for mini-batches that fit into memory."""
-        chains, queries, _ = v_EQP.shape
+        repeats, queries, _ = v_EQP.shape
         self.work += self.cost * queries * ids_EB.numel()
-        if chains > 1 and self._exact and self._fits(queries * ids_EB.numel()):
+        if repeats > 1 and self._exact and self._fits(queries * ids_EB.numel()):
             if ids_EB.shape not in self._batches_together:
                 self._batches_together[ids_EB.shape] = self._look_together(v_EQP, ids_EB.shape)
             if self._batches_together[ids_EB.shape]:
@@ -194,11 +194,11 @@ class Operator(ABC):
 
     def _together(self, v_EQP: Tensor, ids_EB: Tensor) -> Parameters:
         """By one pass over all mini-batches."""
-        chains, queries, _ = v_EQP.shape
+        repeats, queries, _ = v_EQP.shape
         leaves, structure = pytree.tree_flatten(self.batch(ids_EB.flatten()))
         mapped = [isinstance(x, Tensor) and x.shape[:1] == (ids_EB.numel(),) for x in leaves]
         leaves = [
-            x.reshape(chains, -1, *x.shape[1:]) if own else x
+            x.reshape(repeats, -1, *x.shape[1:]) if own else x
             for x, own in zip(leaves, mapped, strict=True)
         ]
 

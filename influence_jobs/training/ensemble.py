@@ -1,4 +1,7 @@
-"""Train many variants of one model side by side: other seeds, other orders, samples removed or relabelled."""
+"""Train many variants of one model side by side.
+
+Variants differ in their seed, and in which samples are removed or relabelled.
+"""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -12,12 +15,9 @@ from influence_jobs.errors import SpecError
 from influence_jobs.tasks.base import Batch, Task, to_device
 from influence_jobs.training.changes import UNCHANGED, Changes
 from influence_jobs.training.ensemble_data import Members, stretches
-from influence_jobs.training.ensemble_mlp import MlpSteps, mlp_steps
 from influence_jobs.training.ensemble_norms import EnsembleNorms, NormsWanted
 from influence_jobs.training.ensemble_stacked import StackedSteps
-from influence_jobs.training.train import Recipe, Trainer, epoch_order, initial_model
-
-AGREEMENT = 1e-3  # relative difference of the updates of one block; rounding makes 1e-6
+from influence_jobs.training.train import Recipe, epoch_order, initial_model
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,16 +34,16 @@ class Variant:
 
 
 class Steps(Protocol):
-    """Models that step together: `StackedSteps` for any model, `MlpSteps` for perceptrons.
+    """Models that step together, such as `StackedSteps`.
 
     Attributes:
-        longest: As many steps can be taken at once.
+        longest: The most steps that `take` may be asked for at once.
     """
 
     longest: int
 
     def take(self, rows: slice, ids_MSB: Tensor, epoch: int, first_step: int) -> Tensor:
-        """S steps of the variants `rows` on these samples; the sums (M,) of their losses, float64."""
+        """Take S steps of the variants `rows`; returns the sums (M,) of their losses, float64."""
 
     def weights(self, row: int) -> dict[str, Tensor]:
         """Parameters and buffers of one variant."""
@@ -56,11 +56,12 @@ class Steps(Protocol):
 
 
 class EnsembleTrainer:
-    """M variants of a model in training; each ends up as `Trainer` would train it alone, up to rounding.
+    """M variants of a model in training.
 
-    Perceptrons trained by SGD on cross-entropy take a fast path (`mlp_steps` has the rule), if its first block of steps
-    agrees with `Trainer`'s; everything else takes `StackedSteps`. Variants of unequal size share steps by the rule of
-    `stretches`. Results are given in the order of `variants`.
+    Each variant ends up as `Trainer` would train it alone, up to rounding. Most models take
+    `StackedSteps`; perceptrons trained by SGD on cross-entropy take a faster path
+    (`perceptrons.ensemble`). Variants of unequal size share steps by the rule of `stretches`.
+    Results are given in the order of `variants`.
 
     Args:
         task: What to train.
@@ -74,7 +75,8 @@ class EnsembleTrainer:
         steps: The path taken.
 
     Raises:
-        SpecError: There are no variants, or the task's training set cannot be changed as one of them asks.
+        SpecError: There are no variants, or the task's training set cannot be changed as one of
+            them asks.
         ModelError: The model cannot be trained as an ensemble.
     """
 
@@ -117,32 +119,13 @@ class EnsembleTrainer:
         self._order_MN = self._epoch_order()
 
     def _choose_steps(self, members: Members) -> Steps:
-        fast = mlp_steps(self.task, self.recipe, members, self._norms)
-        if fast is not None and self._agrees(fast.alone(members.first())):
-            return fast
-        return StackedSteps(self.task, self.recipe, members, self._norms)
+        # The joint with `perceptrons`, the only one in `training`. Late: that package imports this.
+        from influence_jobs.perceptrons.ensemble import perceptron_steps
 
-    def _agrees(self, steps: MlpSteps) -> bool:
-        """Whether the first variant's first block, taken by itself, is what `Trainer` makes of it."""
-        variant, batch = self._variants[0], self.recipe.batch_size
-        trainer = Trainer(
-            self.task, self.recipe, seed=variant.seed, device=self._device, changes=variant.changes
-        )
-        before = copy.deepcopy(dict(trainer.model.named_parameters()))
-        block = next(stretches(self._sizes[:1], batch, steps.longest))
-        for _ in range(block.steps):
-            trainer.step()
-        order = variant.changes.order(epoch_order(len(self.task.train_data()), variant.seed, 0))
-        ids = order[: block.steps * block.batch_size].view(1, block.steps, block.batch_size)
-        steps.take(slice(0, 1), ids, 0, 0)
-        after = steps.weights(0)
-        moved = sum(
-            (p - before[name]).square().sum() for name, p in trainer.model.named_parameters()
-        )
-        apart = sum(
-            (p - after[name]).square().sum() for name, p in trainer.model.named_parameters()
-        )
-        return bool(apart <= AGREEMENT**2 * moved)
+        first = self._variants[0]
+        if faster := perceptron_steps(self.task, self.recipe, members, self._norms, first):
+            return faster
+        return StackedSteps(self.task, self.recipe, members, self._norms)
 
     @property
     def finished(self) -> bool:
@@ -151,14 +134,17 @@ class EnsembleTrainer:
 
     @property
     def samples_seen(self) -> int:
-        """Samples trained on so far by all variants together, each counted once an epoch and variant."""
+        """Samples trained on so far, each counted once an epoch and variant."""
         in_epoch = sum(stretch.samples for stretch in self._plan[: self._stretch])
         return self.epoch * sum(self._sizes) + in_epoch
 
     def step(self) -> Tensor | None:
-        """Take one stretch of steps; at the end of an epoch return its mean training losses (M,), float64.
+        """Take one stretch of steps.
 
         A variant that diverges makes its own loss NaN or infinite, and no other's.
+
+        Returns:
+            At the end of an epoch its mean training losses (M,), float64; else None.
         """
         stretch = self._plan[self._stretch]
         first = stretch.first_step * self.recipe.batch_size
@@ -192,12 +178,12 @@ class EnsembleTrainer:
 
     @torch.no_grad()
     def evaluate(self, measure: Callable[[nn.Module, Batch], Tensor], batch: Batch) -> Tensor:
-        """What a function, such as `task.losses` or `task.outputs`, makes of a batch with every model: (M, B, ...)."""
+        """Apply a function such as `task.losses` or `task.outputs` to every model: (M, B, ...)."""
         batch = to_device(batch, self._device)
         return torch.stack([measure(self.model(i), batch) for i in range(len(self._rows))])
 
     def norms(self, variant: int) -> dict[str, Tensor]:
-        """The norms recorded for one variant so far, by layer, as `RecordedNorms.sums`; empty if none are."""
+        """Norms recorded for one variant so far, as `RecordedNorms.sums`; empty without any."""
         if self._norms is None:
             return {}
         row = self._rows[variant]

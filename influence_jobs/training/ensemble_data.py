@@ -23,7 +23,7 @@ class Members:
         models: With initial weights, on their device.
         seeds: Of their augmentation, noise and dropout.
         sizes: Samples each is trained on.
-        new_labels_MN: New class of every sample, or None where no variant has any; see `Changes.new_labels`.
+        new_labels_MN: New class of every sample (`Changes.new_labels`); None if no variant has any.
     """
 
     models: Sequence[nn.Module]
@@ -35,11 +35,6 @@ class Members:
     def device(self) -> torch.device:
         """Where the models are."""
         return device_of(self.models[0])
-
-    def first(self) -> "Members":
-        """The first variant alone."""
-        labels = None if self.new_labels_MN is None else self.new_labels_MN[:1]
-        return Members(self.models[:1], self.seeds[:1], self.sizes[:1], labels)
 
 
 @dataclass(frozen=True)
@@ -68,14 +63,15 @@ class Stretch:
 def stretches(sizes: Sequence[int], batch_size: int, longest: int) -> Iterator[Stretch]:
     """Cut one epoch of variants of unequal size into steps that can be taken together.
 
-    The rule: step t of an epoch gives a variant of n samples a batch of min(B, n - tB) of them, and nothing once that is
-    no longer positive; it then waits, unchanged, until the largest variant has finished the epoch. Variants with batches
-    of the same size step together. So each takes the very steps that it would take alone.
+    In step t of an epoch a variant of n samples takes a batch of min(B, n - tB) of them. Once that
+    is not positive it waits, unchanged, until the largest variant has finished the epoch. Variants
+    with batches of the same size step together. So each takes the very steps that it would take
+    alone.
 
     Args:
         sizes: Samples n of each variant, largest first.
         batch_size: B.
-        longest: At most so many steps in a stretch.
+        longest: The most steps of a stretch.
 
     Yields:
         Stretches that hold each variant's steps once and in order.
@@ -104,10 +100,11 @@ class _UnreadableDraw(Draw):
 
 
 def fixed_samples(task: Task, device: torch.device) -> Batch | None:
-    """All training samples as one batch on the device, if they are the same in every epoch and fit there.
+    """All training samples as one batch on the device.
 
-    What a task makes of a sample may depend on the draw and the sample's id alone (`Task.batch`): one that never looks
-    at its draw gives the same sample every time.
+    Returns None if they change from epoch to epoch or are larger than `RESIDENT_BYTES`. A task's
+    samples may depend on the draw and the sample's id alone (`Task.batch`). So a task that never
+    reads its draw gives the same samples in every epoch.
     """
     unread = _UnreadableDraw(0)
     try:
@@ -134,7 +131,7 @@ class Feed:
         self._fixed = fixed_samples(task, device)
 
     def batch(self, rows: slice, ids_MB: Tensor, epoch: int) -> Batch:
-        """The samples `ids_MB` of the variants `rows` in an epoch; every tensor gets the axes M, B in front."""
+        """The samples `ids_MB` of the variants `rows` in an epoch; tensors (M, B, ...)."""
         if self._fixed is not None:
             ids = ids_MB.to(self._device)
             return pytree.tree_map_only(Tensor, lambda t: gather(t, ids), self._fixed)

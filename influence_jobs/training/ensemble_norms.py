@@ -65,7 +65,7 @@ class EnsembleNorms:
         return epoch >= self._skip_epochs
 
     def add(self, layer: str, rows: slice, ids_MSB: Tensor, norms_MS: Tensor) -> None:
-        """Give the samples of S batches of the variants `rows` their batch's norms (M, S, *norm_shape)."""
+        """Add the norms (M, S, *norm_shape) of S batches of the variants `rows` to the sums."""
         sums = self.sums[layer].flatten(0, 1)
         row_M = torch.arange(rows.start, rows.stop, device=ids_MSB.device)
         where = (ids_MSB + self._num_samples * row_M[:, None, None]).flatten().to(sums.device)

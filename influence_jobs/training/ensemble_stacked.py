@@ -31,10 +31,11 @@ class _Losses(nn.Module):
 class StackedSteps:
     """M models as one stack of parameters and buffers.
 
-    Losses of different variants have no parameter in common, so the gradient of their sum is the gradient of each.
-    Statistics of batch normalisation are written to the stack under `vmap`, each variant's to its own row. The optimiser
-    is torch's own, on slices of the stack: one a *cohort*, the variants of one size, which always step together, so that
-    Adam's count of steps is right for each and those that wait are left alone.
+    Losses of different variants have no parameter in common, so the gradient of their sum is the
+    gradient of each. `vmap` writes statistics of batch normalisation to the stack, each variant's
+    to its own row. The optimiser is torch's own. It has one slice of the stack for every *cohort*:
+    the variants of one size, which always step together. So Adam counts steps rightly for each
+    cohort, and a cohort that waits stays as it is.
 
     Args:
         task: What is trained.
@@ -77,7 +78,7 @@ class StackedSteps:
         self._optimizer = make_optimizer(recipe, leaves)
 
     def take(self, rows: slice, ids_MSB: Tensor, epoch: int, first_step: int) -> Tensor:
-        """One step (S is 1) of the variants `rows`, whole cohorts; the sums (M,) of their batches' losses."""
+        """Take one step (S is 1) of whole cohorts; returns the sums (M,) of their losses."""
         ids_MB = ids_MSB[:, 0]
         batch = self._feed.batch(rows, ids_MB, epoch)
         new_labels_MB = None
@@ -124,8 +125,8 @@ class StackedSteps:
             if "vmap" not in str(error):
                 raise
             raise ModelError(
-                f"{type(self._losses.model).__name__} cannot be trained as an ensemble, one at a time it can: "
-                f"{str(error).splitlines()[0]}"
+                f"{type(self._losses.model).__name__} cannot be trained as an ensemble, "
+                f"one at a time it can: {str(error).splitlines()[0]}"
             ) from error
         return losses_MB
 
@@ -157,6 +158,7 @@ def _refuse_dropout(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
             raise ModelError(
-                f"{type(model).__name__} cannot be trained as an ensemble: dropout {name!r} (p = {module.p}) would draw "
-                "other numbers than alone; train its variants one at a time, or set p to 0"
+                f"{type(model).__name__} cannot be trained as an ensemble: dropout {name!r} "
+                f"(p = {module.p}) would draw other numbers than alone; "
+                "train its variants one at a time, or set p to 0"
             )

@@ -1,4 +1,4 @@
-"""How many variants to train side by side: what one takes in memory, and which number is fastest."""
+"""How many variants to train side by side: the memory of one, and the fastest number."""
 
 import time
 from collections.abc import Sequence
@@ -18,9 +18,10 @@ WIDTHS = (1, 2, 4, 8, 16, 32)
 def bytes_per_variant(
     task: Task, recipe: Recipe, *, device: torch.device, norms: NormsWanted | None = None
 ) -> int:
-    """Memory that one more variant takes at most: weights, gradients, optimiser, activations, norms, new labels.
+    """The most memory that one more variant takes.
 
-    Activations are those that autograd keeps of one training step, which is taken to count them.
+    Counted are weights, gradients, optimiser, activations, norms and new labels. One training step
+    is taken to count the activations that autograd keeps.
     """
     n = len(task.train_data())
     model = initial_model(task, 0, device)

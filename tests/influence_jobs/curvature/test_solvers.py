@@ -82,17 +82,18 @@ def test_negative_curvature_is_refused_with_the_lambda_that_would_do(case):
 
 def test_the_mean_of_lissa_is_the_inverse_within_its_standard_error(case):
     v_QP, damping = randoms(3, case.space.size), 5 * LAMBDA
-    chains = Lissa(damping).solve_repeats(case.gauss_newton(), v_QP, range(4))
-    x_RQP = torch.stack([chain.x_QP for chain in chains])
+    repeats = Lissa(damping).solve_repeats(case.gauss_newton(), v_QP, range(4))
+    x_RQP = torch.stack([repeat.x_QP for repeat in repeats])
     expected = inverse(case.dense_gauss_newton(), v_QP, damping)
     error_Q = (x_RQP.mean(0) - expected).norm(dim=1)
-    standard_error_Q = (x_RQP.var(0).sum(1) / len(chains)).sqrt()
+    standard_error_Q = (x_RQP.var(0).sum(1) / len(repeats)).sqrt()
     assert (error_Q < 2 * standard_error_Q).all()
     assert (error_Q / expected.norm(dim=1)).max() < 0.06
     assert (
-        max(chain.record["relative_standard_error"] for chain in chains) <= lissa_module.TOLERANCE
+        max(repeat.record["relative_standard_error"] for repeat in repeats)
+        <= lissa_module.TOLERANCE
     )
-    assert all(chain.damping == damping for chain in chains)
+    assert all(repeat.damping == damping for repeat in repeats)
 
 
 @pytest.mark.parametrize("scale", [4.0, 9.0])
@@ -110,31 +111,31 @@ def test_the_fixed_point_of_the_recursion_has_damping_d_times_s(case, scale):
     assert relative(solution.x_QP, wrong).min() > 0.1
 
 
-def test_a_chain_depends_on_seed_and_number_alone(case):
+def test_a_repeat_depends_on_seed_and_number_alone(case):
     v_QP = randoms(3, case.space.size)
 
-    def chain(rows=slice(None), repeat=0, **options):
+    def solution(rows=slice(None), repeat=0, **options):
         solver = Lissa(LAMBDA, **{"scale": 5.0, "depth": 40, "batch_size": 4} | options)
         return solver.solve_repeats(case.gauss_newton(), v_QP[rows], (repeat,))[0].x_QP
 
-    torch.testing.assert_close(chain()[:1], chain(slice(0, 1)))
-    assert not torch.allclose(chain(), chain(repeat=1))
-    assert not torch.allclose(chain(), chain(seed=1))
+    torch.testing.assert_close(solution()[:1], solution(slice(0, 1)))
+    assert not torch.allclose(solution(), solution(repeat=1))
+    assert not torch.allclose(solution(), solution(seed=1))
 
 
 @pytest.mark.parametrize("case", [Classes], indirect=True)
 @pytest.mark.parametrize("depth", [40, None])
-def test_chains_side_by_side_find_what_each_finds_alone(case, depth, monkeypatch):
+def test_repeats_side_by_side_find_what_each_finds_alone(case, depth, monkeypatch):
     v_QP, repeats = randoms(2, case.space.size), (4, 0, 2)
     solver = Lissa(8 * LAMBDA, scale=12.0, depth=depth, batch_size=4)
 
-    def chains(*repeats):
+    def solutions(*repeats):
         return solver.solve_repeats(case.gauss_newton(), v_QP, repeats)
 
     if depth is None:  # let them end at different steps
-        errors = [chain.record["relative_standard_error"] for chain in chains(*repeats)]
+        errors = [each.record["relative_standard_error"] for each in solutions(*repeats)]
         monkeypatch.setattr(lissa_module, "TOLERANCE", sorted(errors)[1])
-    together, alone = chains(*repeats), [chains(repeat)[0] for repeat in repeats]
+    together, alone = solutions(*repeats), [solutions(repeat)[0] for repeat in repeats]
     depths = [solution.record["depth"] for solution in alone]
     assert [solution.record["depth"] for solution in together] == depths
     assert depth is not None or len(set(depths)) > 1
@@ -147,7 +148,7 @@ def test_chains_side_by_side_find_what_each_finds_alone(case, depth, monkeypatch
 
 
 @pytest.mark.parametrize("case", [Classes], indirect=True)
-def test_of_chains_side_by_side_only_the_diverging_start_anew(case):
+def test_of_repeats_side_by_side_only_the_diverging_start_anew(case):
     v_QP, settings = randoms(2, case.space.size), {"depth": 150, "batch_size": 2}
     largest = float(torch.linalg.eigvalsh(case.dense_gauss_newton())[-1])
     for scale in torch.linspace(0.2, 1.5, 27).tolist():
@@ -156,7 +157,7 @@ def test_of_chains_side_by_side_only_the_diverging_start_anew(case):
         tries = [len(solution.record["messages"]) for solution in alone]
         if len(set(tries)) > 1:
             break
-    assert len(set(tries)) > 1, "no scale at which some chains diverge and others do not"
+    assert len(set(tries)) > 1, "no scale at which some repeats diverge and others do not"
     together = solver.solve_repeats(case.gauss_newton(), v_QP, range(3))
     for found, expected in zip(together, alone, strict=True):
         torch.testing.assert_close(found.x_QP, expected.x_QP)
@@ -164,7 +165,7 @@ def test_of_chains_side_by_side_only_the_diverging_start_anew(case):
         assert found.record["scale"] == expected.record["scale"]
 
 
-def test_a_diverging_chain_starts_anew_with_a_larger_scale_and_says_so(case):
+def test_a_diverging_repeat_starts_anew_with_a_larger_scale_and_says_so(case):
     v_QP = randoms(2, case.space.size)
     largest = float(torch.linalg.eigvalsh(case.dense_gauss_newton())[-1])
     scale = largest / 8

@@ -1,4 +1,4 @@
-"""Blocked steps of perceptrons against the recursion with dense float64 matrices of each mini-batch."""
+"""Blocked steps of perceptrons against the recursion with dense float64 matrices."""
 
 import pytest
 import torch
@@ -7,17 +7,20 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from influence_jobs.curvature import GaussNewton, Hessian, Lissa
-from influence_jobs.curvature.lissa_steps import AnySteps, ChainSteps, lissa_steps
-from influence_jobs.gradients import pending
+from influence_jobs.curvature.lissa_steps import AnySteps, lissa_steps
 from influence_jobs.gradients.parameters import ParameterSpace
-
-from .conftest import Classes
+from influence_jobs.perceptrons import lissa, pending
+from influence_jobs.perceptrons.lissa import PerceptronLissaSteps
+from influence_jobs.perceptrons.network import find_perceptron
+from influence_jobs.tasks.base import Task
 
 N, DAMPING, SCALE = 40, 0.02, 7.0
 
 
-class Digits(Classes):
-    """The same by a perceptron with two hidden layers."""
+class Points(Task):
+    """Random points of three classes and a perceptron with two hidden layers."""
+
+    output_loss = "cross-entropy"
 
     def __init__(self):
         generator = torch.Generator().manual_seed(5)
@@ -29,10 +32,25 @@ class Digits(Classes):
             nn.Flatten(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)
         )
 
+    def train_data(self):
+        return self.y
+
+    def batch(self, ids, draw):
+        return self.x[ids], self.y[ids]
+
+    def outputs(self, model, batch):
+        return model(batch[0])
+
+    def targets(self, batch):
+        return batch[1]
+
+    def losses(self, model, batch):
+        return F.cross_entropy(self.outputs(model, batch), batch[1], reduction="none")
+
 
 @pytest.fixture
 def task():
-    return Digits()
+    return Points()
 
 
 @pytest.fixture
@@ -61,9 +79,9 @@ def dense(task, model, space, ids, kind):
 
 @pytest.mark.parametrize("kind", [GaussNewton, Hessian])
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
-@pytest.mark.parametrize("chains", [1, 3])
+@pytest.mark.parametrize("repeats", [1, 3])
 @pytest.mark.parametrize("queries", ["vectors", "samples"])
-def test_steps_are_the_recursion(task, model, kind, batch_size, chains, queries, monkeypatch):
+def test_steps_are_the_recursion(task, model, kind, batch_size, repeats, queries, monkeypatch):
     monkeypatch.setattr(pending, "PART_SAMPLES", 2)
     space = ParameterSpace(model)
     operator = kind(model, space, task, torch.arange(N))
@@ -71,17 +89,17 @@ def test_steps_are_the_recursion(task, model, kind, batch_size, chains, queries,
     if queries == "samples":  # outer products in each layer; and one of nothing
         losses = [task.losses(model, task.batch(torch.tensor([i]), None)).sum() for i in (3, 8)]
         v_QP = torch.stack([*map(space.gradient, losses), torch.zeros(space.size)]).double()
-    ids_ESB = torch.randint(N, (chains, 11, batch_size))
-    h_EQP = v_QP.repeat(chains, 1, 1)
+    ids_ESB = torch.randint(N, (repeats, 11, batch_size))
+    h_EQP = v_QP.repeat(repeats, 1, 1)
     sum_EQP = torch.zeros_like(h_EQP)
-    for chain, ids_SB in enumerate(ids_ESB):
+    for repeat, ids_SB in enumerate(ids_ESB):
         for ids in ids_SB:
-            product_QP = h_EQP[chain] @ dense(task, model, space, ids, kind)
-            h_EQP[chain] = v_QP + (1 - DAMPING) * h_EQP[chain] - product_QP / SCALE
-            sum_EQP[chain] += h_EQP[chain]
-    blocked = lissa_steps(operator, v_QP, DAMPING, SCALE, batch_size, chains)
-    assert isinstance(blocked, ChainSteps)
-    for steps in (blocked, AnySteps(operator, v_QP, DAMPING, SCALE, chains)):
+            product_QP = h_EQP[repeat] @ dense(task, model, space, ids, kind)
+            h_EQP[repeat] = v_QP + (1 - DAMPING) * h_EQP[repeat] - product_QP / SCALE
+            sum_EQP[repeat] += h_EQP[repeat]
+    blocked = lissa_steps(operator, v_QP, DAMPING, SCALE, batch_size, repeats)
+    assert isinstance(blocked, PerceptronLissaSteps)
+    for steps in (blocked, AnySteps(operator, v_QP, DAMPING, SCALE, repeats)):
         total_EQP = torch.zeros_like(sum_EQP)
         for piece in ids_ESB.split(min(4, steps.longest), dim=1):
             steps.take(piece, total_EQP)
@@ -96,7 +114,7 @@ def test_one_layer_alone(task):
     operator = GaussNewton(model, space, task, torch.arange(N))
     v_QP = torch.randn(2, space.size, dtype=torch.float64)
     steps = lissa_steps(operator, v_QP, DAMPING, SCALE, 2)
-    assert isinstance(steps, ChainSteps)
+    assert isinstance(steps, PerceptronLissaSteps)
     plain = AnySteps(operator, v_QP, DAMPING, SCALE)
     ids_ESB = torch.randint(N, (1, 3, 2))
     for each in (steps, plain):
@@ -109,7 +127,7 @@ def test_a_block_is_its_steps_one_by_one(task, model):
     operator = GaussNewton(model, space, task, torch.arange(N))
     v_QP = torch.randn(2, space.size, dtype=torch.float64)
     ids_ESB = torch.randint(N, (1, 6, 1))
-    together, apart = (ChainSteps(operator, *given(operator, v_QP)) for _ in range(2))
+    together, apart = (PerceptronLissaSteps(operator, *given(operator, v_QP)) for _ in range(2))
     together.take(ids_ESB)
     for ids_ES1 in ids_ESB.split(1, dim=1):
         apart.take(ids_ES1)
@@ -117,8 +135,8 @@ def test_a_block_is_its_steps_one_by_one(task, model):
 
 
 def given(operator, v_QP):
-    chain = lissa_steps(operator, v_QP, DAMPING, SCALE, 1)._chain
-    return chain, v_QP, DAMPING, SCALE, 1
+    perceptron = find_perceptron(operator.model)
+    return perceptron, v_QP, DAMPING, SCALE, 1, 1
 
 
 def test_a_solution_is_that_of_any_model(task, model, monkeypatch):
@@ -129,9 +147,7 @@ def test_a_solution_is_that_of_any_model(task, model, monkeypatch):
     blocked = solver.solve(operator, v_QP)
     cost = operator.work
     operator.work = 0.0
-    monkeypatch.setattr(
-        "influence_jobs.curvature.lissa.lissa_steps", lambda *a: AnySteps(*a[:4], *a[5:])
-    )
+    monkeypatch.setattr(lissa, "perceptron_lissa_steps", lambda *_: None)
     plain = solver.solve(operator, v_QP)
     torch.testing.assert_close(blocked.x_QP, plain.x_QP)
     assert blocked.record["depth"] == plain.record["depth"]
@@ -139,7 +155,7 @@ def test_a_solution_is_that_of_any_model(task, model, monkeypatch):
 
 
 class Widened(nn.Linear):
-    """Computes something else than its type says."""
+    """Computes something else than its base class."""
 
     def forward(self, x):
         return super().forward(x) * 1.5

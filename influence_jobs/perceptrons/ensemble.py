@@ -1,52 +1,132 @@
-"""Steps of an ensemble of perceptrons: batched matrix products written out, the first layer in blocks.
+"""Steps of an ensemble of perceptrons as batched matrix products, with the first layer in blocks.
 
-A layer's weight has its bias as last column, so a layer's input has a last column of ones. Letters: M models, S steps,
-B batch, K = S B samples, C outputs of a layer, I its inputs with the ones, P weights.
+The bias of a layer is the last column of its weight, so the layer's input has a last column of
+ones. Letters: M models, S steps, B batch, K = S B samples, C outputs of a layer, I its inputs with
+the ones, P weights.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from influence_jobs.gradients.pending import padded
 from influence_jobs.gradients.rules import reduce_norms
-from influence_jobs.tasks.base import Task
-from influence_jobs.tasks.chain import Chain, find_chain
+from influence_jobs.perceptrons.blocked_layer import BlockedLayer, Modes, flush_, sgd_modes
+from influence_jobs.perceptrons.network import Perceptron, find_perceptron, first_inputs
+from influence_jobs.perceptrons.pending import padded
+from influence_jobs.tasks.base import Task, device_of
 from influence_jobs.training.changes import replaced
-from influence_jobs.training.ensemble_blocked import BlockedLayer, Modes, flush_, sgd_modes
-from influence_jobs.training.ensemble_chain import ChainData, chain_data
-from influence_jobs.training.ensemble_data import Members, gather
+from influence_jobs.training.ensemble import Variant
+from influence_jobs.training.ensemble_data import (
+    RESIDENT_BYTES,
+    Members,
+    fixed_samples,
+    gather,
+    stretches,
+)
 from influence_jobs.training.ensemble_norms import EnsembleNorms
-from influence_jobs.training.train import Recipe, seeded, step_seed
+from influence_jobs.training.train import Recipe, Trainer, epoch_order, seeded, step_seed
 
-BLOCK_SAMPLES = 128  # K, by measurement: with more, the Gram matrix costs more than it saves
+BLOCK_SAMPLES = 128  # K, by measurement; with more the Gram matrix costs more than it saves
+AGREEMENT = 1e-3  # relative difference of the updates of one block; rounding makes 1e-6
 
 
-def mlp_steps(
-    task: Task, recipe: Recipe, members: Members, norms: EnsembleNorms | None
-) -> "MlpSteps | None":
-    """The fast path, where there is one.
+def perceptron_steps(
+    task: Task,
+    recipe: Recipe,
+    members: Members,
+    norms: EnsembleNorms | None,
+    first: Variant,
+) -> "PerceptronSteps | None":
+    """Blocked steps, or None where they do not apply or do not agree with `Trainer`.
 
-    The rule: the task's `output_loss` is cross-entropy, its model a `Chain`, its samples the same in every epoch and small
-    enough to keep, and the recipe SGD with two `sgd_modes`.
+    They apply if the task's `output_loss` is cross-entropy, its model is a `Perceptron`, its
+    samples are the same in every epoch and at most `RESIDENT_BYTES` large, and the recipe is SGD
+    with two `sgd_modes`. Whether they agree is tried on the first block of the first variant.
+
+    Args:
+        task: What is trained.
+        recipe: How.
+        members: The M variants.
+        norms: Takes norms of the batch gradients.
+        first: The variant in the first row of `members`.
     """
     if task.output_loss != "cross-entropy":
         return None
-    modes, chain = sgd_modes(recipe), find_chain(members.models[0])
-    if modes is None or chain is None:
+    modes, perceptron = sgd_modes(recipe), find_perceptron(members.models[0])
+    if modes is None or perceptron is None:
         return None
-    data = chain_data(task, members.models[0], chain)
-    return None if data is None else MlpSteps(chain, data, modes, recipe, members, norms)
+    data = first_layer_data(task, members.models[0], perceptron)
+    if data is None:
+        return None
+    alone = PerceptronSteps(perceptron, data, modes, recipe, _first(members))
+    if not _agrees(alone, task, recipe, first, members):
+        return None
+    return PerceptronSteps(perceptron, data, modes, recipe, members, norms)
 
 
-class MlpSteps:
+def _first(members: Members) -> Members:
+    """The first variant alone."""
+    labels_MN = members.new_labels_MN
+    labels_1N = None if labels_MN is None else labels_MN[:1]
+    return Members(members.models[:1], members.seeds[:1], members.sizes[:1], labels_1N)
+
+
+def _agrees(
+    steps: "PerceptronSteps", task: Task, recipe: Recipe, first: Variant, members: Members
+) -> bool:
+    """Whether one block of the first variant alone gives the weights that `Trainer` gives."""
+    trainer = Trainer(task, recipe, seed=first.seed, device=members.device, changes=first.changes)
+    before = copy.deepcopy(dict(trainer.model.named_parameters()))
+    block = next(stretches(members.sizes[:1], recipe.batch_size, steps.longest))
+    for _ in range(block.steps):
+        trainer.step()
+    order = first.changes.order(epoch_order(len(task.train_data()), first.seed, 0))
+    ids = order[: block.steps * block.batch_size].view(1, block.steps, block.batch_size)
+    steps.take(slice(0, 1), ids, 0, 0)
+    after, trained = steps.weights(0), dict(trainer.model.named_parameters())
+    moved = sum((p - before[name]).square().sum() for name, p in trained.items())
+    apart = sum((p - after[name]).square().sum() for name, p in trained.items())
+    return bool(apart <= AGREEMENT**2 * moved)
+
+
+@dataclass(frozen=True)
+class FirstLayerData:
+    """The training set as the first layer is given it.
+
+    Attributes:
+        inputs_NI: The layer's inputs with a column of ones, for its bias, and `padded`.
+        targets_N: Classes, int64.
+    """
+
+    inputs_NI: Tensor
+    targets_N: Tensor
+
+
+def first_layer_data(task: Task, model: nn.Module, perceptron: Perceptron) -> FirstLayerData | None:
+    """Run the task up to the first layer, for all samples.
+
+    Returns None if the samples change from epoch to epoch, are too large to keep, or are not
+    vectors.
+    """
+    batch = fixed_samples(task, device_of(model))
+    if batch is None:
+        return None
+    inputs_NI = first_inputs(task, model, perceptron, batch)
+    if inputs_NI.ndim != 2 or inputs_NI.nbytes > RESIDENT_BYTES:
+        return None
+    return FirstLayerData(padded(F.pad(inputs_NI, (0, 1), value=1.0)), task.targets(batch))
+
+
+class PerceptronSteps:
     """M perceptrons trained by SGD on the cross-entropy.
 
     Args:
-        chain: The layers.
+        perceptron: The layers.
         data: The training set.
         modes: Of the recipe.
         recipe: SGD.
@@ -56,32 +136,28 @@ class MlpSteps:
 
     def __init__(
         self,
-        chain: Chain,
-        data: ChainData,
+        perceptron: Perceptron,
+        data: FirstLayerData,
         modes: Modes,
         recipe: Recipe,
         members: Members,
         norms: EnsembleNorms | None = None,
     ):
-        self._chain, self._data, self._modes, self._recipe = chain, data, modes, recipe
+        self._perceptron, self._data, self._recipe = perceptron, data, recipe
         self._seeds, self._new_labels_MN = members.seeds, members.new_labels_MN
         self._device, self._norms = members.device, norms
         self.longest = max(1, BLOCK_SAMPLES // recipe.batch_size)
-        first_MCI, *others = (_stacked(members.models, name) for name in chain.linears)
+        first_MCI, *others = (_stacked(members.models, name) for name in perceptron.linears)
         self._inputs_and_bias = first_MCI.shape[2]  # of the first layer
         self._first = BlockedLayer(padded(first_MCI), modes)
         self._shapes = [weight_MCI.shape[1:] for weight_MCI in others]
-        # In one row, so that decay and momentum are one operation for all these layers.
+        # In one tensor, so that decay and momentum are one operation for all these layers.
         nothing = first_MCI.new_empty(len(members.models), 0)
         self._others_MP = torch.cat([nothing, *(w_MCI.flatten(1) for w_MCI in others)], dim=1)
         self._momentum_MP = torch.zeros_like(self._others_MP)
 
-    def alone(self, members: Members) -> "MlpSteps":
-        """The same for other variants, without norms."""
-        return MlpSteps(self._chain, self._data, self._modes, self._recipe, members)
-
     def take(self, rows: slice, ids_MSB: Tensor, epoch: int, first_step: int) -> Tensor:
-        """S steps of the variants `rows` on these samples; the sums (M,) of their losses, float64."""
+        """Take S steps of the variants `rows`; returns the sums (M,) of their losses, float64."""
         ids_MSB = ids_MSB.to(self._device)
         steps, batch = ids_MSB.shape[1:]
         x_MKI = self._inputs(ids_MSB.flatten(1))
@@ -95,7 +171,7 @@ class MlpSteps:
         for step in range(steps):
             logits_MBC = hidden.forward(block.outputs(step), [mask[:, step] for mask in masks])
             logits.append(logits_MBC)
-            deltas = hidden.backward(logits_MBC, targets_MSB[:, step], self._chain.dropouts)
+            deltas = hidden.backward(logits_MBC, targets_MSB[:, step], self._perceptron.dropouts)
             block.d_MSBC[:, step] = deltas[0]
             if norms_wanted:
                 inputs = [a_MBI.clone() for a_MBI in hidden.inputs]
@@ -115,7 +191,7 @@ class MlpSteps:
         return losses_MK.sum(1, dtype=torch.float64)
 
     def _inputs(self, ids_MK: Tensor) -> Tensor:
-        """The first layer's inputs (M, K, I); variants of one order, such as relabelled ones, share one copy."""
+        """The first layer's inputs (M, K, I); one copy if all variants have the same samples."""
         if (ids_MK == ids_MK[:1]).all():
             return gather(self._data.inputs_NI, ids_MK[:1]).expand(len(ids_MK), -1, -1)
         return gather(self._data.inputs_NI, ids_MK)
@@ -129,8 +205,8 @@ class MlpSteps:
     def _dropout_masks(
         self, rows: slice, steps: int, batch: int, epoch: int, first_step: int
     ) -> list[Tensor]:
-        """By hidden layer the factors (M, S, B, C) that dropout would draw alone; empty without dropout."""
-        if not any(self._chain.dropouts):
+        """Factors (M, S, B, C) of dropout by hidden layer, as `Trainer` draws them."""
+        if not any(self._perceptron.dropouts):
             return []
         masks = []
         for seed in self._seeds[rows]:
@@ -139,7 +215,9 @@ class MlpSteps:
                     masks.append(
                         [
                             F.dropout(self._others_MP.new_ones(batch, shape[1] - 1), p)
-                            for shape, p in zip(self._shapes, self._chain.dropouts, strict=True)
+                            for shape, p in zip(
+                                self._shapes, self._perceptron.dropouts, strict=True
+                            )
                         ]
                     )
         return [
@@ -148,11 +226,14 @@ class MlpSteps:
         ]
 
     def _record(self, rows: slice, ids_MSB: Tensor, layers: Sequence[tuple[Tensor, ...]]) -> None:
-        """Norms of the rows of each batch's mean gradient D^T X / B, from X X^T: the gradient is not formed."""
+        """Norms of the rows of each batch's mean gradient D^T X / B, from X X^T.
+
+        The gradient itself is not formed.
+        """
         assert self._norms is not None
-        for name, (a_MSBI, d_MSBC) in zip(self._chain.linears, layers, strict=True):
+        for name, (a_MSBI, d_MSBC) in zip(self._perceptron.linears, layers, strict=True):
             if name in self._norms.sums:
-                a_MSBI = a_MSBI[..., :-1]  # the weight's, not the bias's
+                a_MSBI = a_MSBI[..., :-1]  # without the ones of the bias
                 gram_MSBB = a_MSBI @ a_MSBI.transpose(-1, -2)
                 squares_MSC = ((gram_MSBB @ d_MSBC) * d_MSBC).sum(2).clamp_min(0)
                 norms_MSC = squares_MSC.sqrt() / d_MSBC.shape[2]
@@ -166,7 +247,7 @@ class MlpSteps:
         first_CI = self._first.weights(row)[:, : self._inputs_and_bias]
         layers = [first_CI, *(w_MCI[0] for w_MCI in others)]
         named: dict[str, Tensor] = {}
-        for name, weight_CI in zip(self._chain.linears, layers, strict=True):
+        for name, weight_CI in zip(self._perceptron.linears, layers, strict=True):
             named |= {f"{name}.weight": weight_CI[:, :-1], f"{name}.bias": weight_CI[:, -1]}
         return named
 
@@ -185,7 +266,7 @@ class MlpSteps:
 
 
 class _Hidden:
-    """The layers after the first, for some variants and one block: plain steps on views of their weights."""
+    """The layers after the first, for some variants and one block; steps write to their weights."""
 
     def __init__(
         self, weights_MP: Tensor, momentum_MP: Tensor, shapes: Sequence[torch.Size], recipe: Recipe
@@ -196,8 +277,8 @@ class _Hidden:
         self.inputs: list[Tensor] = []
 
     def forward(self, z_MBC: Tensor, masks: Sequence[Tensor]) -> Tensor:
-        """Logits, from the first layer's outputs; `inputs` become those (M, B, I) of every later layer."""
-        if not self.inputs:  # once a block; their ones stay
+        """Logits from the first layer's outputs; sets `inputs` (M, B, I) of every later layer."""
+        if not self.inputs:  # once a block; the ones stay in place
             self.inputs = [
                 w_MCI.new_ones(*z_MBC.shape[:2], w_MCI.shape[2]) for w_MCI in self._weights
             ]
@@ -211,7 +292,7 @@ class _Hidden:
     def backward(
         self, logits_MBC: Tensor, targets_MB: Tensor, dropouts: Sequence[float]
     ) -> list[Tensor]:
-        """Gradients (M, B, C) of the summed losses by the outputs of every layer, the first's first."""
+        """Gradients (M, B, C) of the summed losses by every layer's outputs, in forward order."""
         d_MBC = torch.softmax(logits_MBC, dim=2)
         d_MBC.scatter_add_(
             2, targets_MB[..., None], torch.full_like(targets_MB[..., None], -1, dtype=d_MBC.dtype)
@@ -220,13 +301,13 @@ class _Hidden:
         for a_MBI, w_MCI, p in zip(
             reversed(self.inputs), reversed(self._weights), reversed(dropouts), strict=True
         ):
-            # The sign of a ReLU's output is its derivative; dropout zeroes it and scales what is left.
+            # The sign of an input is ReLU's derivative, or 0 where dropped.
             d_MBC = (d_MBC @ w_MCI[..., :-1]).mul_(a_MBI[..., :-1].sign())
             deltas.append(d_MBC.div_(1 - p) if p else d_MBC)
         return deltas[::-1]
 
     def update(self, deltas: Sequence[Tensor]) -> None:
-        """SGD: v <- m v + w W + D^T A / B, written straight into v, and W <- W - h v."""
+        """SGD in place: v <- m v + w W + D^T A / B, W <- W - h v."""
         self.momentum_MP.mul_(self._recipe.momentum)
         self.momentum_MP.add_(self._weights_MP, alpha=self._recipe.weight_decay)
         for v_MCI, d_MBC, a_MBI in zip(self._momenta, deltas, self.inputs, strict=True):
@@ -236,16 +317,15 @@ class _Hidden:
 
 def _stacked(models: Sequence[nn.Module], name: str) -> Tensor:
     """Weight and bias of one layer of every model, side by side: (M, C, I)."""
-    layers = [model.get_submodule(name) for model in models]
-    return torch.stack(
-        [
-            torch.cat((layer.weight, layer.bias[:, None]), dim=1).detach()  # type: ignore[arg-type,index]
-            for layer in layers
-        ]
-    )
+    layers = []
+    for model in models:
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        layers.append(torch.cat((linear.weight, linear.bias[:, None]), dim=1).detach())
+    return torch.stack(layers)
 
 
 def _views(flat_MP: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
-    """The layers' weights (M, C, I) in rows of P."""
+    """Views (M, C, I) of the layers' weights in rows of P."""
     pieces = torch.split(flat_MP, [shape.numel() for shape in shapes], dim=1)
     return [torch.unflatten(piece, 1, shape) for piece, shape in zip(pieces, shapes, strict=True)]

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from influence_jobs.gradients import pending
-from influence_jobs.training.ensemble_blocked import BlockedLayer, sgd_modes
+from influence_jobs.perceptrons import pending
+from influence_jobs.perceptrons.blocked_layer import BlockedLayer, sgd_modes
 from influence_jobs.training.train import Recipe
 
 
@@ -60,16 +60,16 @@ def check_blocks(
     "recipe",
     [
         Recipe(1, 8, "adam", 1e-3),
-        Recipe(1, 8, "sgd", 0.1, momentum=0.9, weight_decay=0.1),  # the modes would swing
-        Recipe(1, 8, "sgd", 0.1, momentum=1.0),  # they coincide
+        Recipe(1, 8, "sgd", 0.1, momentum=0.9, weight_decay=0.1),  # complex rates
+        Recipe(1, 8, "sgd", 0.1, momentum=1.0),  # equal rates
     ],
 )
 def test_no_modes_no_blocks(recipe: Recipe) -> None:
     assert sgd_modes(recipe) is None
 
 
-def test_what_is_next_to_nothing_does_not_become_subnormal() -> None:
-    """Units without gradient: their momentum dies away; subnormal numbers would be tens of times slower."""
+def test_tiny_values_do_not_become_subnormal() -> None:
+    """The momentum of units without gradient decays; subnormal numbers would be slow."""
     modes = sgd_modes(Recipe(1, 8, "sgd", 0.003, momentum=0.9, weight_decay=0.001))
     assert modes is not None
     layer = BlockedLayer(torch.randn(1, 4, 6), modes)

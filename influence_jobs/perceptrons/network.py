@@ -1,4 +1,4 @@
-"""Which models are plain perceptrons, for which ensembles and curvature have a faster path."""
+"""Which models are multilayer perceptrons, and what their first layer is given."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,27 +12,34 @@ from influence_jobs.tasks.base import Batch, Task
 
 
 @dataclass(frozen=True)
-class Chain:
-    """Linear layers with ReLU between them, the last one's outputs being logits.
+class Perceptron:
+    """A multilayer perceptron: linear layers with ReLU between them. The last one gives the logits.
 
     Attributes:
         linears: Names of the L layers, in order.
-        dropouts: The probability p of the dropout after each of the L - 1 ReLUs; 0 where there is none.
+        dropouts: Probability p of the dropout after each of the L - 1 ReLUs; 0 means no dropout.
     """
 
     linears: tuple[str, ...]
     dropouts: tuple[float, ...]
 
+    @property
+    def parameters(self) -> set[str]:
+        """Names of all weights and biases."""
+        return {f"{linear}.{kind}" for linear in self.linears for kind in ("weight", "bias")}
 
-def find_chain(model: nn.Module) -> Chain | None:
-    """Read the chain off the traced forward pass; None if the model is anything else.
 
-    Accepted is one straight line: any flattening, then Linear, ReLU, perhaps Dropout, and so on, Linear, perhaps
-    log-softmax over the classes. Every layer has a bias, is trained, occurs once, and nothing else has parameters.
+def find_perceptron(model: nn.Module) -> Perceptron | None:
+    """Recognise a perceptron by its traced forward pass; None if the model is anything else.
+
+    The model may flatten its input. Then follow Linear, ReLU and possibly Dropout, any number of
+    times, and a last Linear, possibly with log-softmax over the classes. The operations
+    form one straight line. Every layer has a bias, is trained and occurs once, and nothing else
+    has parameters.
     """
     try:
         nodes = list(fx.symbolic_trace(model).graph.nodes)
-    except Exception:  # noqa: BLE001  (control flow and much else cannot be traced, with any error)
+    except Exception:  # noqa: BLE001  (tracing fails on control flow and more, with any error)
         return None
     modules = dict(model.named_modules())
     steps = [node for node in nodes if node.op not in ("placeholder", "output")]
@@ -52,13 +59,13 @@ def find_chain(model: nn.Module) -> Chain | None:
             return None
     if state not in ("linear", "end") or len(set(linears)) < len(linears):
         return None
-    names = {f"{linear}.{kind}" for linear in linears for kind in ("weight", "bias")}
-    every = dict(model.named_parameters())
-    trained = all(parameter.requires_grad for parameter in every.values())
-    return Chain(tuple(linears), tuple(dropouts)) if trained and names == set(every) else None
+    perceptron = Perceptron(tuple(linears), tuple(dropouts))
+    parameters = dict(model.named_parameters())
+    trained = all(parameter.requires_grad for parameter in parameters.values())
+    return perceptron if trained and perceptron.parameters == set(parameters) else None
 
 
-# (what was last, what comes): what is now last.
+# (last operation, next operation): the next state.
 _GRAMMAR = {
     ("input", "flatten"): "input",
     ("input", "linear"): "linear",
@@ -86,7 +93,7 @@ _METHODS = {"flatten": "flatten", "relu": "relu", "log_softmax": "log_softmax"}
 
 
 def _word(node: fx.Node, modules: dict[str, nn.Module]) -> str:
-    """What a node does, if it is one of the few things a chain may do; else an empty word."""
+    """The operation of a node, if a perceptron may have it; else an empty word."""
     word, dim = "", node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
     if node.op == "call_module":  # by exact type: a subclass may compute something else
         module = modules[str(node.target)]
@@ -99,22 +106,22 @@ def _word(node: fx.Node, modules: dict[str, nn.Module]) -> str:
 
 
 class _Caught(Exception):
-    """Ends a forward pass once the input of the first layer is known."""
+    """Ends a forward pass as soon as the input of the first layer is known."""
 
 
-def first_inputs(task: Task, model: nn.Module, chain: Chain, batch: Batch) -> Tensor:
-    """What the first layer is given for a batch, shape (B, I)."""
+def first_inputs(task: Task, model: nn.Module, perceptron: Perceptron, batch: Batch) -> Tensor:
+    """The first layer's input for a batch; (B, I), or (B, ..., I) if the model does not flatten."""
     caught: list[Tensor] = []
 
     def catch(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
         caught.append(args[0].detach())
         raise _Caught
 
-    hook = model.get_submodule(chain.linears[0]).register_forward_pre_hook(catch)
+    hook = model.get_submodule(perceptron.linears[0]).register_forward_pre_hook(catch)
     try:
         task.outputs(model, batch)
     except _Caught:
         return caught[0]
     finally:
         hook.remove()
-    raise AssertionError(f"outputs() did not call {chain.linears[0]!r}")
+    raise AssertionError(f"outputs() did not call {perceptron.linears[0]!r}")

@@ -1,32 +1,37 @@
-r"""A linear layer of M models trained by SGD in blocks of steps.
+r"""A linear layer of M models, trained by SGD in blocks of steps.
 
-The first layer of a perceptron holds nearly all its weights, and a step of SGD touches all of them for a handful of samples.
-But its inputs are known in advance, and SGD is linear in the gradients; so the weights can be left alone for a block of k
-steps, while pending updates are answered for by small products, and all of them are taken in one large product at the end.
+The first layer of a perceptron holds nearly all its weights. A step of SGD touches all of them,
+although its batch has only a few samples. But the layer's inputs are known in advance, and SGD is
+linear in the gradients. So the weights can stay as they are for a block of S steps. During the
+block small products add what the pending updates change of the outputs (`PendingOutputs`). At its
+end one large product makes all the updates.
 
-*Modes.* SGD with momentum m, weight decay w and learning rate h, as torch has it, is v <- m v + w W + G, W <- W - h v. Without
-v it is the recurrence W_{t+1} = (1 + m - h w) W_t - m W_{t-1} - h G_t. Its characteristic polynomial
-r^2 - (1 + m - h w) r + m has the roots r_1 > r_2, so W is the sum of two modes that know nothing of each other:
+*Modes.* Take momentum m, weight decay w and learning rate h. torch's SGD is v <- m v + w W + G,
+W <- W - h v. Without v this is the recurrence W_{t+1} = (1 + m - h w) W_t - m W_{t-1} - h G_t. Its
+characteristic polynomial r^2 - (1 + m - h w) r + m has the roots r_1 > r_2. So W is the sum of two
+independent modes:
 
-    W_t = P_t + Q_t,   P_{t+1} = r_1 P_t + c_1 G_t,   Q_{t+1} = r_2 Q_t + c_2 G_t,
+    W_t = P_t + Q_t,   P_{t+1} = r_1 P_t + c_1 G_t,   Q_{t+1} = r_2 Q_t + c_2 G_t.
 
-where c_1 = -h r_1 / (r_1 - r_2) and c_2 = h r_2 / (r_1 - r_2) follow from W's answer to a single gradient, which is -h after one
-step and -h (r_1 + r_2) after two. Momentum that starts at zero means W_{-1} = W_0, so that
-P_0 = W_0 r_1 (1 - r_2) / (r_1 - r_2), and Q_0 is the rest.
+A single gradient changes W by -h after one step and by -h (r_1 + r_2) after two. From this follow
+c_1 = -h r_1 / (r_1 - r_2) and c_2 = h r_2 / (r_1 - r_2). Momentum starts at zero, so W_{-1} = W_0,
+so P_0 = W_0 r_1 (1 - r_2) / (r_1 - r_2) and Q_0 = W_0 - P_0.
 
-*A block.* Let X_t be the inputs (B, I) of step t and D_t the gradient (B, C) of the summed loss by the layer's outputs, so that
-G_t = D_t^T X_t / B; and let g_j = c_1 r_1^(j-1) + c_2 r_2^(j-1) be the answer after j steps. The layer's outputs are
+*A block.* Let X_t be the inputs (B, I) of step t, and D_t the gradient (B, C) of the summed loss by
+the layer's outputs, so that G_t = D_t^T X_t / B. Let g_j = c_1 r_1^(j-1) + c_2 r_2^(j-1) be what
+a gradient has changed after j steps. The layer's outputs are
 
     Z_t = X_t W_t^T = r_1^t X_t P_0^T + r_2^t X_t Q_0^T + sum_{s<t} g_{t-s} (X_t X_s^T) D_s / B.
 
-The first two terms come from one product of all kB inputs with [P_0; Q_0] when the block begins; X_t X_s^T are blocks of one
-Gram matrix (kB, kB). When it ends the modes are moved on by a product each:
+The first two terms come from one product of all K inputs with [P_0; Q_0] when the block begins.
+The X_t X_s^T are blocks of one Gram matrix (K, K). At the end one product moves each mode on:
 
-    P_k = r_1^k P_0 + sum_s c_1 r_1^(k-1-s) D_s^T X_s / B,   Q_k likewise.
+    P_S = r_1^S P_0 + sum_s c_1 r_1^(S-1-s) D_s^T X_s / B,   Q_S likewise.
 
-Nothing is left out: this is SGD up to rounding.
+No term is left out: the result is that of SGD up to rounding.
 
-Letters: M models, S steps of a block, B batch, K = S B samples, C outputs, I inputs (the last is one, its weight the bias).
+Letters: M models, S steps of a block, B batch, K = S B samples, C outputs, I inputs (the last is
+one; its weight is the bias).
 """
 
 import math
@@ -36,10 +41,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from influence_jobs.gradients.pending import PendingOutputs
+from influence_jobs.perceptrons.pending import PendingOutputs
 from influence_jobs.training.train import Recipe
 
-MIN_GAP = 1e-3  # between the modes' rates: nearer ones would cancel each other's digits
+MIN_GAP = 1e-3  # between the modes' rates; closer modes would lose digits by cancellation
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class Modes:
 
 
 def sgd_modes(recipe: Recipe) -> Modes | None:
-    """The modes; None for Adam, and where decay and momentum make them swing or all but coincide."""
+    """The modes; None for Adam, for complex rates and for rates closer than `MIN_GAP`."""
     if recipe.optimizer != "sgd":
         return None
     total = 1 + recipe.momentum - recipe.lr * recipe.weight_decay
@@ -70,10 +75,10 @@ def sgd_modes(recipe: Recipe) -> Modes | None:
 
 
 class BlockedLayer:
-    """The weights (M, C, I) of a layer, as their two modes.
+    """The weights (M, C, I) of a layer, stored as their two modes.
 
     Attributes:
-        modes_MCI: P and Q, one above the other, shape (M, 2C, I).
+        modes_MCI: P and Q stacked, shape (M, 2C, I).
     """
 
     def __init__(self, weights_MCI: Tensor, modes: Modes):
@@ -88,15 +93,17 @@ class BlockedLayer:
         return slow_CI + fast_CI
 
     def block(self, rows: slice, x_MKI: Tensor, steps: int) -> "Block":
-        """Begin a block of steps on inputs (M, K, I) for the models `rows`."""
+        """Begin a block of steps of the models `rows` on inputs (M, K, I)."""
         return Block(self.modes_MCI[rows], self._modes, x_MKI, steps)
 
 
 class Block:
-    """Some steps of some models: ask for each step's `outputs`, fill in its row of `d_MSBC`, then `finish`.
+    """A block of steps of some models.
+
+    For each step ask for `outputs` and fill in its row of `d_MSBC`; then call `finish`.
 
     Attributes:
-        outputs: The layer's outputs (M, B, C) in a step, those before it being done.
+        outputs: Gives the layer's outputs (M, B, C) in a step, after all steps before it.
         d_MSBC: Gradients of the summed loss by the layer's outputs.
     """
 
@@ -115,13 +122,13 @@ class Block:
         self.d_MSBC = torch.unflatten(self._d_MKC, 1, (steps, batch))
 
     def finish(self) -> None:
-        """Take all the block's updates."""
+        """Make the updates of the whole block."""
         halves = torch.split(self._modes_MCI, self._width, dim=1)
         powers = (self._slow_K1, self._fast_K1)
         for half_MCI, powers_K1, rate, gain in zip(
             halves, powers, self._modes.rates, self._modes.gains, strict=True
         ):
-            # The gradient of step s has S - 1 - s steps to decay: the powers in reverse.
+            # The gradient of step s decays for S - 1 - s steps: the powers in reverse.
             d_MKC = self._d_MKC * powers_K1.flip(0)
             half_MCI.baddbmm_(
                 d_MKC.transpose(1, 2), self._x_MKI, beta=rate**self._steps, alpha=gain / self._batch
@@ -130,9 +137,10 @@ class Block:
 
 
 def flush_(values: Tensor) -> None:
-    """Set what is next to nothing to zero, in place.
+    """Set values below 1e-30 to zero, in place.
 
-    The momentum of a unit that no sample excites dies away to subnormal numbers, on which CPUs are tens of times slower.
+    The momentum of a unit that no sample activates decays to subnormal numbers. With those CPUs
+    compute tens of times slower.
     """
     torch.ops.aten.hardshrink.out(values, 1e-30, out=values)
 
@@ -141,7 +149,12 @@ def flush_(values: Tensor) -> None:
 def _answers(
     modes: Modes, steps: int, batch: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """g_{t-s} / B for samples of steps t and s < t, else 0, shape (K, K); r_1^t and r_2^t, shapes (K, 1)."""
+    """What `Block` multiplies with, by sample.
+
+    Returns:
+        g_{t-s} / B for samples of steps t and s < t, else 0, shape (K, K); and r_1^t and r_2^t for
+        samples of step t, shapes (K, 1).
+    """
     step_K = torch.arange(steps, dtype=torch.float64).repeat_interleave(batch)
     lag_KK = step_K[:, None] - step_K - 1
     answers_KK = sum(

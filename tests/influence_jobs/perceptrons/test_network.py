@@ -1,3 +1,5 @@
+"""Which models are recognised as perceptrons."""
+
 from collections.abc import Callable
 
 import pytest
@@ -6,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from influence_jobs.models.mnist_mlp import MnistMLP
-from influence_jobs.tasks.chain import Chain, find_chain
+from influence_jobs.perceptrons.network import Perceptron, find_perceptron
 
 A, B = (4, 3), (3, 2)
 
@@ -45,20 +47,21 @@ class Masked(nn.Linear):
 
 
 @pytest.mark.parametrize(
-    ("model", "chain"),
+    ("model", "perceptron"),
     [
-        (MnistMLP(), Chain(("fc1", "fc2", "fc3"), (0.0, 0.0))),
-        (nn.Sequential(nn.Linear(*A)), Chain(("0",), ())),
-        (nn.Sequential(nn.Flatten(), nn.Linear(*A), nn.ReLU(inplace=True), nn.Dropout(0.25), nn.Linear(*B)),
-         Chain(("1", "4"), (0.25,))),
+        (MnistMLP(), Perceptron(("fc1", "fc2", "fc3"), (0.0, 0.0))),
+        (nn.Sequential(nn.Linear(*A)), Perceptron(("0",), ())),
+        (nn.Sequential(nn.Flatten(), nn.Linear(*A), nn.ReLU(inplace=True), nn.Dropout(0.25),
+                       nn.Linear(*B)),
+         Perceptron(("1", "4"), (0.25,))),
         (nn.Sequential(nn.Sequential(nn.Linear(*A), nn.ReLU()), nn.Linear(*B), nn.LogSoftmax(1)),
-         Chain(("0.0", "1"), (0.0,))),
-        (Functional(lambda z: F.log_softmax(z, dim=-1)), Chain(("one", "two"), (0.0,))),
-        (Functional(lambda z: z.log_softmax(1), torch.relu), Chain(("one", "two"), (0.0,))),
+         Perceptron(("0.0", "1"), (0.0,))),
+        (Functional(lambda z: F.log_softmax(z, dim=-1)), Perceptron(("one", "two"), (0.0,))),
+        (Functional(lambda z: z.log_softmax(1), torch.relu), Perceptron(("one", "two"), (0.0,))),
     ],
 )  # fmt: skip
-def test_chains_are_found(model: nn.Module, chain: Chain) -> None:
-    assert find_chain(model) == chain
+def test_perceptrons_are_found(model: nn.Module, perceptron: Perceptron) -> None:
+    assert find_perceptron(model) == perceptron
 
 
 @pytest.mark.parametrize(
@@ -86,13 +89,13 @@ def test_chains_are_found(model: nn.Module, chain: Chain) -> None:
     ],
 )
 def test_anything_else_is_none(model: nn.Module) -> None:
-    assert find_chain(model) is None
+    assert find_perceptron(model) is None
 
 
 def test_a_frozen_or_unused_parameter_makes_it_none() -> None:
     model = MnistMLP()
     model.fc2.bias.requires_grad_(False)
-    assert find_chain(model) is None
+    assert find_perceptron(model) is None
     model = MnistMLP()
     model.spare = nn.Parameter(torch.zeros(1))
-    assert find_chain(model) is None
+    assert find_perceptron(model) is None

@@ -1,34 +1,42 @@
-"""Outputs of a linear layer whose updates wait for the end of a block of steps: what blocks of LiSSA and of SGD stand on."""
+"""Outputs of a linear layer whose updates wait for the end of a block of steps.
+
+Blocks of LiSSA and blocks of SGD are both built on this.
+"""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-PART_SAMPLES = 64  # by measurement; see below
-ALIGNED = 8  # numbers; products over rows that begin anywhere lose up to a quarter of their speed
+PART_SAMPLES = 64  # fastest by measurement; `PendingOutputs` says what a part is
+ALIGNED = 8  # numbers; products over rows of other lengths lose up to a quarter of their speed
 
 
 def padded(rows: Tensor) -> Tensor:
-    """Rows (..., I) with zeros after them, up to a multiple of `ALIGNED`."""
+    """Rows (..., I), each followed by zeros up to a multiple of `ALIGNED`."""
     return F.pad(rows, (0, -rows.shape[-1] % ALIGNED))
 
 
 class PendingOutputs:
-    """Outputs step by step, each with what the steps before it would have made of the weights.
+    """Outputs of every step as if the updates of the steps before it had been made.
 
-    Step s changes the layer's weights by D_s^T X_s, of which a_ts is left in step t; X are inputs (B, I) and D something of
-    the outputs' shape (B, C). With Z_t the outputs under the weights as they stand, those of step t are
+    Step s adds D_s^T X_s to the layer's weights, and step t sees a_ts times that update. X_s are
+    the layer's inputs (B, I), and D_s has the shape (B, C) of its outputs. If Z_t are the outputs
+    under the weights as they were when the block began, then the outputs of step t are
 
         Z_t + sum_{s<t} a_ts (X_t X_s^T) D_s.
 
-    The sum is taken in parts of some steps: of the parts before, in one product for a whole part, for products of one step
-    are narrow and slow; and so the Gram matrix X_t X_s^T is needed below its diagonal only.
+    Products of a single step are narrow and therefore slow. So steps are grouped into parts of
+    `PART_SAMPLES` samples. When a part begins, one product adds the updates of all earlier parts
+    to the outputs of the whole part. Only the updates within the part are added step by step. The
+    Gram matrix X_t X_s^T is needed below its diagonal only.
 
-    Letters: E copies of the layer, K samples of all steps together, B of one, C outputs, I inputs.
+    Letters: E copies of the layer, K samples of all steps together, B samples of a step, P samples
+    of a part, C outputs, I inputs.
 
     Args:
-        z_EKC: Z; written to.
-        x_EKI: X. Copies that share them may share their memory (`expand`); then the Gram matrix is shared too.
+        z_EKC: Z; it is overwritten.
+        x_EKI: X. Copies with the same inputs may share memory (`expand`); they then share the Gram
+            matrix too.
         answers_KK: a, by sample; 0 for s >= t.
         batch: B.
 
@@ -43,7 +51,10 @@ class PendingOutputs:
         self.d_EKC = torch.empty_like(z_EKC, memory_format=torch.contiguous_format)
 
     def outputs(self, step: int) -> Tensor:
-        """The outputs (E, B, C) of a step; steps are asked for in order, D of those before being filled in."""
+        """The outputs (E, B, C) of a step.
+
+        Steps must be asked for in order, each after D of the steps before it has been filled in.
+        """
         start, stop = step * self._batch, (step + 1) * self._batch
         first = start - start % self._part
         if start == first:
