@@ -10,6 +10,7 @@ from infl_cli.render import say
 from infl_cli.requests import Subject
 from infl_cli.score_options import CurvatureOptions, QueryOptions
 from influence_jobs.errors import SpecError
+from influence_jobs.gradients.rules import matrix_layers
 from influence_jobs.jobs.queries import require_queries
 from influence_jobs.specs import (
     AnySpec,
@@ -174,7 +175,7 @@ def _curvature_samples(word: str) -> int | None:
 
 def _modules(task: Task, solver: Solver) -> tuple[str, ...]:
     """All modules with parameters of their own; of them those that EK-FAC can do."""
-    kinds = (nn.Linear, nn.Conv2d) if isinstance(solver, EkFac) else (nn.Module,)
+    kinds = matrix_layers() if isinstance(solver, EkFac) else (nn.Module,)
     return tuple(
         name
         for name, module in task.model().named_modules()
