@@ -44,15 +44,15 @@ EXAMPLES: dict[type[nn.Module], list[tuple[nn.Module, tuple[int, ...]]]] = {
         (nn.Linear(5, 3), (2, 3, 5)),
     ],
     nn.Conv1d: [
-        (nn.Conv1d(3, 4, 3, padding=1), (3, 7)),
+        (nn.Conv1d(3, 4, 3, padding=1, dilation=2, stride=2), (3, 8)),
         (nn.Conv1d(4, 6, 2, stride=2, dilation=2, groups=2, bias=False), (4, 9)),
     ],
     nn.Conv2d: [
-        (nn.Conv2d(3, 4, (3, 2), padding=1), (3, 4, 5)),
+        (nn.Conv2d(3, 4, (3, 2), padding=(2, 1), dilation=(2, 1), stride=(1, 2)), (3, 4, 5)),
         (nn.Conv2d(4, 6, 3, stride=(1, 2), groups=2, bias=False), (4, 5, 6)),
     ],
-    nn.BatchNorm1d: [(nn.BatchNorm1d(4), (4,)), (nn.BatchNorm1d(4), (4, 6))],
-    nn.BatchNorm2d: [(nn.BatchNorm2d(3), (3, 4, 2))],
+    nn.BatchNorm1d: [(nn.BatchNorm1d(4, eps=0.1), (4,)), (nn.BatchNorm1d(4), (4, 6))],
+    nn.BatchNorm2d: [(nn.BatchNorm2d(3, eps=0.1), (3, 4, 2))],
     nn.GroupNorm: [(nn.GroupNorm(2, 6), (6,)), (nn.GroupNorm(3, 6, eps=0.1), (6, 2, 3))],
     nn.LayerNorm: [(nn.LayerNorm(3), (4, 3)), (nn.LayerNorm((4, 3), bias=False), (2, 4, 3))],
     nn.Embedding: [(nn.Embedding(5, 3), ()), (nn.Embedding(5, 3, padding_idx=1), (4, 2))],
@@ -96,14 +96,17 @@ def close(found: Tensor, expected: Tensor) -> None:
 
 def check_norms(model: nn.Module, batch: Any) -> None:
     (gradient,) = per_sample_gradients(model, ["0"], weighted_sum, batch).values()
-    for reduction in ("kernel", "channel", "layer"):
+    kernel = gradient.reshape(len(gradient), *rule_of(model[0]).kernel_shape).norm(dim=2)
+    channel, layer = kernel.reshape(*kernel.shape[:2], -1).sum(2), gradient.flatten(1).norm(dim=1)
+    for reduction, expected in (("kernel", kernel), ("channel", channel), ("layer", layer)):
         with GradNorms(
             model, ["0"], weighted_sum, reduction=reduction, precision="float64"
         ) as engine:
             found = engine(batch)["0"]
             engine.check(batch)
         assert found.shape[1:] == norm_shape(model[0], reduction)
-        close(found, reduce_gradient(model[0], gradient, reduction))
+        close(found, expected)
+        close(reduce_gradient(model[0], gradient, reduction), expected)
 
 
 def check_dots(model: nn.Module, batch: Any, queries: int) -> None:
