@@ -17,7 +17,8 @@ from influence_jobs.curvature.solver import (
     relative_residual,
 )
 from influence_jobs.errors import ModelError
-from influence_jobs.gradients import Metric
+from influence_jobs.gradients import MatrixRule, Metric
+from influence_jobs.gradients.rules import matrix_layers, names_of, nearest_rule
 from influence_jobs.gradients.taps import thawed
 from influence_jobs.specs.solvers import SolverSettings
 from influence_jobs.tasks.base import Task
@@ -31,8 +32,8 @@ LOSSES = {"cross-entropy": nn.CrossEntropyLoss, "mse": nn.MSELoss}
 class EkFac(Solver):
     """Inverts the EK-FAC approximation of the Gauss-Newton matrix, as curvlinops makes it.
 
-    Two passes over the operator's samples, with one output sampled from the model for each; then nothing iterates. A
-    layer that is called more than once in a forward pass is not for it.
+    Two passes over the operator's samples, with one output sampled from the model for each; then nothing iterates. It is
+    for layers whose rule is a `MatrixRule`, called once in a forward pass.
     George, Laurent, Bouthillier, Ballas, Vincent: "Fast Approximate Natural Gradient Descent in a Kronecker-factored
     Eigenbasis", NeurIPS 2018; for influence Grosse et al.: "Studying Large Language Model Generalization with
     Influence Functions", 2023.
@@ -93,7 +94,7 @@ class EkFac(Solver):
         return AUTOMATIC_DAMPING * max(float(_only(layer).max()) for layer in eigenvalues)
 
     def _fitted(self, operator: Operator, progress: Progress) -> "EKFACLinearOperator":
-        from curvlinops import EKFACLinearOperator
+        from influence_jobs.curvature.ek_fac_operator import RuleEKFAC
 
         model, task, space = operator.model, operator.task, operator.space
         for name in space.shapes:
@@ -104,7 +105,7 @@ class EkFac(Solver):
             )
         parameters = list(space.parameters().values())
         with thawed(parameters), torch.enable_grad():
-            factors = EKFACLinearOperator(
+            factors = RuleEKFAC(
                 _Outputs(model, task),
                 LOSSES[task.output_loss](),
                 parameters,
@@ -130,15 +131,14 @@ def _only(eigenvalues: Tensor | dict[int, Tensor]) -> Tensor:
 
 def _require_factored(name: str, module: nn.Module) -> None:
     cure = "leave its layer out (--layer), or use --solver cg"
-    if not isinstance(module, nn.Linear | nn.Conv2d):
+    rule = nearest_rule(module)
+    if not isinstance(rule, MatrixRule):
         raise ModelError(
-            f"EK-FAC is of Linear and Conv2d layers, and parameter {name} is of {type(module).__name__}: {cure}"
+            f"EK-FAC is of {names_of(matrix_layers())} layers, and parameter {name} is of "
+            f"{type(module).__name__}: {cure}"
         )
-    if isinstance(module, nn.Conv2d) and (module.groups > 1 or module.padding_mode != "zeros"):
-        raise ModelError(
-            f"EK-FAC cannot factor the convolution of {name}, which has groups or pads otherwise than with "
-            f"zeros: {cure}"
-        )
+    if (what := rule.unfactored(name)) is not None:
+        raise ModelError(f"EK-FAC cannot factor {what}: {cure}")
 
 
 class _Outputs(nn.Module):

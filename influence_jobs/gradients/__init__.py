@@ -2,10 +2,13 @@
 
 from influence_jobs.gradients.dots import GradDots
 from influence_jobs.gradients.engine import GradNorms
+from influence_jobs.gradients.metric import Metric
 from influence_jobs.gradients.parameters import ParameterSpace
-from influence_jobs.gradients.quadratics import GradQuadratics, Metric
+from influence_jobs.gradients.quadratics import GradQuadratics
 from influence_jobs.gradients.requirements import require_supported
 from influence_jobs.gradients.rules import (
+    LayerRule,
+    MatrixRule,
     norm_shape,
     reduce_gradient,
     supported,
@@ -15,6 +18,8 @@ __all__ = [
     "GradDots",
     "GradNorms",
     "GradQuadratics",
+    "LayerRule",
+    "MatrixRule",
     "Metric",
     "ParameterSpace",
     "norm_shape",

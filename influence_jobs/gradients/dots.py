@@ -11,16 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from influence_jobs.errors import ModelError
-from influence_jobs.gradients.dot_rules import arranged, gradient_dots, has_dot_rule
 from influence_jobs.gradients.forward_mode import directional_derivatives
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.gradients.reference import one_sample
 from influence_jobs.gradients.requirements import (
     require_dtype,
     require_independent_samples,
-    require_plain_embedding,
+    require_plain,
 )
-from influence_jobs.gradients.rules import has_batch_axis
+from influence_jobs.gradients.rules import LayerRule, rule_of, supported
 from influence_jobs.gradients.taps import TappedModel, thawed
 from influence_jobs.terms import Precision
 
@@ -28,12 +27,11 @@ from influence_jobs.terms import Precision
 class GradDots(TappedModel):
     """Dot products v_q . grad loss_b of Q vectors with every sample's loss gradient.
 
-    Linear, Conv2d, BatchNorm1d, BatchNorm2d, LayerNorm, GroupNorm and Embedding have a rule (see
-    `dot_rules`), if each is called once with the batch as first axis and its parameters are used
-    nowhere else. All other parameters - custom ones, attention, recurrent layers, shared weights -
-    are differentiated in forward mode, for all samples of a batch at once; where the model has an
-    operation without a forward-mode derivative, sample by sample with plain autograd, which is slow
-    and warned of. Which is which is found out with the first batch.
+    A layer whose type has a rule goes by it, if it is called once with the batch as first axis and
+    its parameters are used nowhere else. All other parameters - custom ones, attention, recurrent
+    layers, shared weights - are differentiated in forward mode, for all samples of a batch at once;
+    where the model has an operation without a forward-mode derivative, sample by sample with plain
+    autograd, which is slow and warned of. Which is which is found out with the first batch.
 
     The model's parameters have `requires_grad` off until `close`; weights may be loaded between
     calls. On CUDA, convolutions run in TF32 unless `torch.backends.cudnn.allow_tf32` is False.
@@ -80,7 +78,7 @@ class GradDots(TappedModel):
         for name, parameter in space.parameters().items():
             module, _, own = name.rpartition(".")
             require_dtype(module, parameter, self._dtype)
-            require_plain_embedding(module, model.get_submodule(module))
+            require_plain(module, model.get_submodule(module))
             self._names.setdefault(module, []).append(own)
         self._vectors_QP = vectors_QP.detach().to(self._device, self._dtype)
         self._ruled: dict[str, dict[str, Tensor]] | None = None
@@ -146,11 +144,11 @@ class GradDots(TappedModel):
         vectors = self._ruled
         assert vectors is not None
 
-        def rule(name: str, module: nn.Module, a: Tensor, g: Tensor) -> None:
-            parts[name] = gradient_dots(module, vectors[name], a, g)
+        def visit(name: str, rule: LayerRule[Any], a: Tensor, g: Tensor) -> None:
+            parts[name] = rule.dots(vectors[name], a, g)
 
         if self._layers:
-            self._run(batch, rule)
+            self._run(batch, visit)
         return parts
 
     def _by_derivatives(self, batch: Any, modules: Iterable[str]) -> Tensor:
@@ -188,20 +186,20 @@ class GradDots(TappedModel):
             return
         require_independent_samples(self._model)
         vectors = self._space.split(self._vectors_QP)
-        layers = {name: self._model.get_submodule(name) for name in self._plainly_used(batch)}
+        rules = self._plainly_used(batch)
         self._ruled = {
-            name: arranged(module, {own: vectors[f"{name}.{own}"] for own in self._names[name]})
-            for name, module in layers.items()
+            name: rule.arrange({own: vectors[f"{name}.{own}"] for own in self._names[name]})
+            for name, rule in rules.items()
         }
-        self._attach(layers)
+        self._attach(rules)
 
-    def _plainly_used(self, batch: Any) -> list[str]:
-        """Layers with a rule that are called once, for all samples, and used in no other way.
+    def _plainly_used(self, batch: Any) -> dict[str, LayerRule[Any]]:
+        """Rules of the layers that are called once, for all samples, and used in no other way.
 
         Each use of a parameter is an edge to its leaf in the graph of the losses.
         """
         candidates = {
-            name: self._model.get_submodule(name)
+            name: rule_of(self._model.get_submodule(name))
             for name, owned in self._names.items()
             if set(owned) in ({"weight"}, {"weight", "bias"})
             and _has_rule(self._model.get_submodule(name), len(owned))
@@ -209,26 +207,29 @@ class GradDots(TappedModel):
         calls: dict[str, list[int]] = {name: [] for name in candidates}
 
         def count(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
-            calls[name].append(len(output) if has_batch_axis(module, output) else 0)
+            calls[name].append(len(output) if candidates[name].has_batch_axis(output) else 0)
 
         with ExitStack() as stack:
-            stack.enter_context(thawed(p for m in candidates.values() for p in m.parameters()))
+            stack.enter_context(
+                thawed(p for rule in candidates.values() for p in rule.module.parameters())
+            )
             stack.enter_context(torch.enable_grad())
             stack.enter_context(torch.autocast(self._device.type, enabled=False))
-            for name, module in candidates.items():
-                hook = module.register_forward_hook(partial(count, name))
+            for name, rule in candidates.items():
+                hook = rule.module.register_forward_hook(partial(count, name))
                 stack.callback(hook.remove)
             losses = self._forward(batch)
         uses = _uses(losses)
-        return [
-            name
-            for name, module in candidates.items()
-            if calls[name] == [len(losses)] and all(uses[id(p)] == 1 for p in module.parameters())
-        ]
+        return {
+            name: rule
+            for name, rule in candidates.items()
+            if calls[name] == [len(losses)]
+            and all(uses[id(p)] == 1 for p in rule.module.parameters())
+        }
 
 
 def _has_rule(module: nn.Module, parameters: int) -> bool:
-    return has_dot_rule(module) and parameters == sum(1 for _ in module.parameters())
+    return supported(module) and parameters == sum(1 for _ in module.parameters())
 
 
 def _flat(vectors: Tensor) -> Tensor:

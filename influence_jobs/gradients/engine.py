@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from influence_jobs.errors import ModelError
-from influence_jobs.gradients.requirements import find_layer
-from influence_jobs.gradients.rules import kernel_norms, reduce_gradient, reduce_norms
+from influence_jobs.gradients.requirements import find_rule
+from influence_jobs.gradients.rules import LayerRule, reduce_gradient, reduce_norms
 from influence_jobs.gradients.taps import TappedModel
 from influence_jobs.terms import Precision, Reduction
 
@@ -16,9 +16,10 @@ class GradNorms(TappedModel):
     """Per-sample weight-gradient norms of chosen layers: one forward, one truncated backward.
 
     With G_b the gradient of sample b's loss by a layer's weight (its bias does not count), read as
-    (C, I, kh, kw), the reductions are: `kernel`, the L2 norm over I, (B, C, kh, kw); `channel`, the
-    kernel norms summed over kh and kw, (B, C); `layer`, the L2 norm of all of G_b, (B,). Losses
-    must not be averaged over the batch: an average scales every norm by 1/B.
+    (C, I, *kernel) as its rule says, the reductions are: `kernel`, the L2 norm over I,
+    (B, C, *kernel); `channel`, the kernel norms summed over the kernel, (B, C); `layer`, the L2 norm
+    of all of G_b, (B,). Losses must not be averaged over the batch: an average scales every norm by
+    1/B.
 
     The model's parameters have `requires_grad` off until `close`. The engine leaves global settings
     alone; on CUDA, convolutions run in TF32 unless `torch.backends.cudnn.allow_tf32` is False.
@@ -49,7 +50,7 @@ class GradNorms(TappedModel):
     ) -> None:
         super().__init__(model, losses, precision)
         self._reduction: Reduction = reduction
-        found = {name: find_layer(model, name, self._dtype) for name in layers}
+        found = {name: find_rule(model, name, self._dtype) for name in layers}
         if not found:
             raise ModelError("no layer was named: name at least one")
         self._freeze()
@@ -62,7 +63,7 @@ class GradNorms(TappedModel):
             batch: What `losses` understands.
 
         Returns:
-            {layer: norms} in the order of `layers`: (B, C, kh, kw), (B, C) or (B,); float32, or
+            {layer: norms} in the order of `layers`: (B, C, *kernel), (B, C) or (B,); float32, or
             float64 under precision float64. Not checked for NaN.
 
         Raises:
@@ -71,10 +72,10 @@ class GradNorms(TappedModel):
         """
         norms: dict[str, Tensor] = {}
 
-        def rule(name: str, module: nn.Module, a: Tensor, g: Tensor) -> None:
-            norms[name] = reduce_norms(kernel_norms(module, a, g), self._reduction)
+        def visit(name: str, rule: LayerRule[Any], a: Tensor, g: Tensor) -> None:
+            norms[name] = reduce_norms(rule.kernel_norms(a, g), self._reduction)
 
-        self._run(batch, rule)
+        self._run(batch, visit)
         return {name: norms[name] for name in self._layers}
 
     def _parameters(self) -> dict[str, Tensor]:
@@ -82,7 +83,7 @@ class GradNorms(TappedModel):
 
     def _of_gradients(self, gradients: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         parts: dict[str, tuple[Tensor, Tensor]] = {}
-        for name, module in self._layers.items():
-            norms = reduce_gradient(module, gradients[name].unsqueeze(0), self._reduction)
+        for name, rule in self._layers.items():
+            norms = reduce_gradient(rule.module, gradients[name].unsqueeze(0), self._reduction)
             parts[name] = norms, norms.nan_to_num(nan=0, posinf=0).amax().expand_as(norms)
         return parts

@@ -1,13 +1,20 @@
 """What a model and its layers must be for the engine to get their per-sample gradients right."""
 
-from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from influence_jobs.errors import ModelError
-from influence_jobs.gradients.rules import SUPPORTED
+from influence_jobs.gradients.rules import (
+    LayerRule,
+    names_of,
+    nearest_rule,
+    rule_of,
+    supported,
+    supported_layers,
+)
 
 
 def require_independent_samples(model: nn.Module) -> None:
@@ -29,22 +36,19 @@ def require_independent_samples(model: nn.Module) -> None:
             )
 
 
-def require_supported(
-    name: str, module: nn.Module, kinds: Collection[type[nn.Module]] = SUPPORTED
-) -> None:
+def require_supported(name: str, module: nn.Module) -> None:
     """Refuse a layer that has no rule, no weight parameter, or options its rule cannot follow.
 
     Args:
         name: The module's path in its model, for the message.
         module: The layer.
-        kinds: The types that have a rule, by default for norms.
 
     Raises:
         ModelError: Naming the layer and its type.
     """
     where = f"layer '{name}' ({type(module).__name__})"
-    if type(module) not in kinds:
-        listed = ", ".join(kind.__name__ for kind in kinds)
+    if not supported(module):
+        listed = names_of(supported_layers())
         raise ModelError(f"{where} has no gradient rule; supported: {listed} (no subclasses)")
     # A re-parametrised weight (weight_norm, pruning) is an attribute but no parameter.
     weight = module._parameters.get("weight")
@@ -52,18 +56,17 @@ def require_supported(
         raise ModelError(f"{where} has no weight parameter to differentiate: leave it out")
     if not weight.is_floating_point():
         raise ModelError(f"{where} has {_name(weight.dtype)} weights: gradients need floats")
-    require_plain_embedding(name, module)
+    require_plain(name, module)
 
 
-def require_plain_embedding(name: str, module: nn.Module) -> None:
-    """Refuse an Embedding with options that change weights in the forward, or gradients by batch.
+def require_plain(name: str, module: nn.Module) -> None:
+    """Refuse a layer with options that its rule refuses, or the rule of what it inherits from.
 
     Raises:
         ModelError: Naming the layer and the option.
     """
-    if not isinstance(module, nn.Embedding):
-        return
-    for option in ("max_norm", "scale_grad_by_freq", "sparse"):
+    rule = nearest_rule(module)
+    for option in rule.refused_options if rule else ():
         if getattr(module, option) not in (None, False):
             raise ModelError(
                 f"layer '{name}' ({type(module).__name__}) uses {option}, which has no per-sample "
@@ -71,13 +74,8 @@ def require_plain_embedding(name: str, module: nn.Module) -> None:
             )
 
 
-def find_layer(
-    model: nn.Module,
-    name: str,
-    dtype: torch.dtype,
-    kinds: Collection[type[nn.Module]] = SUPPORTED,
-) -> nn.Module:
-    """The layer of that name, if the engine can work on it with weights of type `dtype`.
+def find_rule(model: nn.Module, name: str, dtype: torch.dtype) -> LayerRule[Any]:
+    """The rule of the layer of that name, if an engine can work on it with weights of type `dtype`.
 
     Raises:
         ModelError: There is no such module, it is not supported, its weight is of another type or
@@ -85,15 +83,15 @@ def find_layer(
     """
     modules: dict[str, nn.Module] = dict(model.named_modules())
     if name not in modules:
-        known = [other for other, module in modules.items() if type(module) in kinds]
+        known = [other for other, module in modules.items() if supported(module)]
         more = f" and {len(known) - 12} more" if len(known) > 12 else ""
         raise ModelError(
             f"no layer '{name}' in {type(model).__name__}; it has: {', '.join(known[:12])}{more}"
         )
     module = modules[name]
-    require_supported(name, module, kinds)
-    weight = module.weight
-    assert isinstance(weight, Tensor)
+    require_supported(name, module)
+    rule = rule_of(module)
+    weight = rule.weight
     require_dtype(name, weight, dtype)
     for other, owner in modules.items():
         shares = any(parameter is weight for parameter in owner._parameters.values())
@@ -102,7 +100,7 @@ def find_layer(
                 f"layer '{name}' shares its weight with '{other or type(model).__name__}': its "
                 "gradient would mix both uses; untie them"
             )
-    return module
+    return rule
 
 
 def require_dtype(name: str, weight: Tensor, dtype: torch.dtype) -> None:

@@ -1,9 +1,9 @@
 """What every per-sample engine stands on: taps on layers, one forward and one truncated backward.
 
 A forward hook keeps the input of each tapped layer and passes its output through `_Tap`, whose
-backward hands the output gradient to the engine's rule. With all parameters frozen the taps are the
-only reason for a graph: it starts at the first tapped layer, no weight gradient is computed, and as
-the backward reaches a layer its rule runs and its input is freed.
+backward hands the output gradient to the engine. With all parameters frozen the taps are the only
+reason for a graph: it starts at the first tapped layer, no weight gradient is computed, and as the
+backward reaches a layer the engine's visit of it runs and its input is freed.
 """
 
 from abc import ABC, abstractmethod
@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from influence_jobs.errors import ModelError
 from influence_jobs.gradients.reference import one_sample
 from influence_jobs.gradients.requirements import require_independent_samples
-from influence_jobs.gradients.rules import has_batch_axis
+from influence_jobs.gradients.rules import LayerRule
 from influence_jobs.terms import Precision
 
-#: Of a layer's name, the layer, its input and its output gradient, both of the weights' type.
-Rule = Callable[[str, Any, Tensor, Tensor], None]
+#: Of a layer's name, its rule, its input and its output gradient, both of the weights' type.
+Visit = Callable[[str, LayerRule[Any], Tensor, Tensor], None]
 
 # Largest difference to plain autograd that `check` accepts, as a part of what it is compared with.
 _TOLERANCE: dict[Precision, float] = {"float32": 1e-3, "float64": 1e-6, "bfloat16": 5e-2}
@@ -34,7 +34,7 @@ _TOLERANCE: dict[Precision, float] = {"float32": 1e-3, "float64": 1e-6, "bfloat1
 class _Call:
     """What one pass has seen so far."""
 
-    rule: Rule
+    visit: Visit
     reached: set[str] = field(default_factory=set)
     done: set[str] = field(default_factory=set)
     batch_size: int = 0
@@ -87,7 +87,7 @@ class TappedModel(ABC):
         self._losses = losses
         self._precision: Precision = precision
         self._dtype = torch.float64 if precision == "float64" else torch.float32
-        self._layers: dict[str, nn.Module] = {}
+        self._layers: dict[str, LayerRule[Any]] = {}
         self._hooks: list[Any] = []
         self._call: _Call | None = None
         self._anchor = torch.zeros((), requires_grad=True)
@@ -152,24 +152,26 @@ class TappedModel(ABC):
         for parameter, _ in self._flags:
             parameter.requires_grad_(False)
 
-    def _attach(self, layers: Mapping[str, nn.Module]) -> None:
-        """Tap these layers from now on."""
+    def _attach(self, layers: Mapping[str, LayerRule[Any]]) -> None:
+        """Tap the layers of these rules from now on."""
         self._layers = dict(layers)
         # First in line: the tap must see the layer's own output, not what another hook makes of it.
         self._hooks = [
-            module.register_forward_hook(partial(self._tap, name), prepend=True, with_kwargs=True)
-            for name, module in self._layers.items()
+            rule.module.register_forward_hook(
+                partial(self._tap, name, rule), prepend=True, with_kwargs=True
+            )
+            for name, rule in self._layers.items()
         ]
 
-    def _run(self, batch: Any, rule: Rule) -> None:
-        """One forward and one truncated backward, during which `rule` sees every tapped layer once.
+    def _run(self, batch: Any, visit: Visit) -> None:
+        """One forward and one truncated backward, during which `visit` sees every tapped layer once.
 
         Raises:
             ModelError: A layer is not called exactly once, is not reached by the gradient, or its
                 input was overwritten; the losses are not (B,); the model went into train mode.
         """
         require_independent_samples(self._model)
-        call = self._call = _Call(rule)
+        call = self._call = _Call(visit)
         try:
             # The outer context shields the backward from an autocast of the caller's.
             with torch.enable_grad(), torch.autocast(self._device.type, enabled=False):
@@ -208,7 +210,13 @@ class TappedModel(ABC):
         return losses
 
     def _tap(
-        self, name: str, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor
+        self,
+        name: str,
+        rule: LayerRule[Any],
+        _module: nn.Module,
+        args: Any,
+        kwargs: dict[str, Any],
+        output: Tensor,
     ) -> Tensor | None:
         call = self._call
         if call is None:  # a forward that is not ours
@@ -219,7 +227,7 @@ class TappedModel(ABC):
                 "mix the uses; give each use its own module, or leave the layer out"
             )
         call.reached.add(name)
-        if not has_batch_axis(module, output):
+        if not rule.has_batch_axis(output):
             raise ModelError(
                 f"layer '{name}' returns shape {tuple(output.shape)}, which has no batch axis: "
                 "its first axis must be the sample"
@@ -239,7 +247,7 @@ class TappedModel(ABC):
                     "its first axis must be the sample"
                 )
             inputs = a.to(self._dtype) if a.is_floating_point() else a
-            call.rule(name, module, inputs, g.to(self._dtype))
+            call.visit(name, rule, inputs, g.to(self._dtype))
             call.done.add(name)
 
         tapped: Tensor = _Tap.apply(output, self._anchor, on_gradient)

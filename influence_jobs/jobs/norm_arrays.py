@@ -8,11 +8,7 @@ from influence_jobs.gradients import norm_shape, require_supported
 from influence_jobs.store.layout import ArrayLayout, chunk_rows, norms_name
 from influence_jobs.terms import Reduction
 
-KERNEL_DIMS = {
-    "kernel": ("sample", "channel", "kernel_y", "kernel_x"),
-    "channel": ("sample", "channel"),
-    "layer": ("sample",),
-}
+KERNEL_DIMS = ("kernel_z", "kernel_y", "kernel_x")
 MEANING = {
     "kernel": "L2 norm over the input axis of the weight gradient",
     "channel": "L2 norm over the input axis of the weight gradient, summed over the kernel positions",
@@ -49,7 +45,7 @@ def norm_layouts(
             shape=(*leading, num_samples, *shape),
             row_axis=len(leading),
             chunk_rows=rows,
-            dims=(*("checkpoint" for _ in leading), *KERNEL_DIMS[reduction]),
+            dims=(*("checkpoint" for _ in leading), "sample", *_dims(len(shape))),
             attributes={
                 "layer": layer,
                 "quantity": MEANING[reduction],
@@ -59,3 +55,10 @@ def norm_layouts(
         )
         for layer, shape in trailing.items()
     )
+
+
+def _dims(axes: int) -> tuple[str, ...]:
+    """Names of the axes of one sample's norms: none, or the channel and those of the kernel."""
+    if axes == 0:
+        return ()
+    return "channel", *KERNEL_DIMS[len(KERNEL_DIMS) + 1 - axes :]

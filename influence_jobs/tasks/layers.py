@@ -7,15 +7,15 @@ import torch
 from torch import nn
 
 from influence_jobs.errors import SpecError
+from influence_jobs.gradients.rules import nearest_rule
 from influence_jobs.tasks.base import Draw, Task, device_of, to_device
-
-WEIGHT_LAYERS = (nn.Linear, nn.Conv2d)
 
 
 def weight_layers(task: Task, model: nn.Module) -> list[str]:
-    """Module names of the Linear and Conv2d layers in forward order; `--layer 1` is the first.
+    """Module names of the layers with a number, in forward order; `--layer 1` is the first.
 
-    The order is taken from a forward pass of one sample, since registration order need not be it.
+    Numbered are the types whose `LayerRule` says so, and what inherits from them. The order is
+    taken from a forward pass of one sample, since registration order need not be it.
     """
     order: list[str] = []
 
@@ -26,7 +26,7 @@ def weight_layers(task: Task, model: nn.Module) -> list[str]:
     hooks = [
         module.register_forward_pre_hook(lambda _module, _args, name=name: note(name))
         for name, module in model.named_modules()
-        if isinstance(module, WEIGHT_LAYERS)
+        if (rule := nearest_rule(module)) is not None and rule.numbered
     ]
     training = model.training
     try:

@@ -12,6 +12,7 @@ from influence_jobs.curvature import EkFac, GaussNewton
 from influence_jobs.errors import SpecError
 from influence_jobs.gradients import GradDots, GradQuadratics, Metric
 from influence_jobs.gradients.parameters import ParameterSpace
+from influence_jobs.gradients.rules import matrix_layers, names_of
 from influence_jobs.jobs.samples import trained_inputs
 from influence_jobs.jobs.scores import Scores, ScoresJob
 from influence_jobs.kinds.influence.spec import InfluenceSpec
@@ -23,8 +24,6 @@ from influence_jobs.specs.base import AnySpec
 from influence_jobs.store.layout import S_TEST, SCORES, part_name
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.base import Draw
-
-KRONECKER = (torch.nn.Linear, torch.nn.Conv2d)  # layers whose gradients relative scores measure
 
 
 class InfluenceJob(ScoresJob[InfluenceSpec]):
@@ -135,10 +134,12 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
     def _metrics(self, s_test: STestSpec) -> dict[str, Metric | None]:
         """The quadratic form of each layer's gradient that a relative score is divided by the root of."""
         solver = s_test.solver
-        layers = [m for m in s_test.modules if isinstance(self.model.get_submodule(m), KRONECKER)]
+        kinds = matrix_layers()
+        layers = [m for m in s_test.modules if isinstance(self.model.get_submodule(m), kinds)]
         if not layers:
             raise SpecError(
-                "relative influence measures Linear and Conv2d layers, and none was chosen: leave --relative out"
+                f"relative influence measures {names_of(kinds)} layers, and none was chosen: "
+                "leave --relative out"
             )
         if not solver.uses_curvature:
             return dict.fromkeys(layers)

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from influence_jobs.errors import ModelError
-from influence_jobs.gradients import GradNorms, rules
+from influence_jobs.gradients import GradNorms
+from influence_jobs.gradients.rules.linear import LinearRule
 
 
 class Probe(nn.Module):
@@ -65,10 +66,10 @@ def test_losses_divided_by_the_batch_size():
 
 
 def test_wrong_rule(monkeypatch):
-    def forgets_the_input(module, a, g):
+    def forgets_the_input(rule, a, g):
         return g.abs()[..., None, None]
 
-    monkeypatch.setitem(rules._RULES, nn.Linear, forgets_the_input)
+    monkeypatch.setattr(LinearRule, "kernel_norms", forgets_the_input)
     with pytest.raises(ModelError, match="layer 'first'"):
         check(Probe())
 

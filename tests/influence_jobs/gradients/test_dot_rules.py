@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from influence_jobs.gradients import GradDots, ParameterSpace, dot_rules
+from influence_jobs.gradients import GradDots, ParameterSpace
 from influence_jobs.gradients.reference import gradients_one_by_one
+from influence_jobs.gradients.rules import blocks, conv, linear
 
 
 def weighted_sum(model, batch):
@@ -90,8 +91,8 @@ LAYERS = [
 @pytest.mark.parametrize("layer,shape", LAYERS, ids=lambda value: str(value).partition("(")[0])
 def test_layers_whole_and_in_blocks(layer, shape, queries, block, monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(dot_rules, "_BLOCK_CPU", block)
-    monkeypatch.setattr(dot_rules, "_FEWEST_SAMPLES", 3)
+    monkeypatch.setattr(blocks, "_BLOCK_CPU", block)
+    monkeypatch.setattr(blocks, "_FEWEST_SAMPLES", 3)
     if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
         nn.init.normal_(layer.running_mean)
         nn.init.uniform_(layer.running_var, 0.5, 2)
@@ -117,12 +118,13 @@ def test_embedding(shape, padding):
 )
 def test_both_orders(layer, shape, through, monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(dot_rules, "through_gradient", lambda positions, vectors: through)
+    for rules in (conv, linear):
+        monkeypatch.setattr(rules, "through_gradient", lambda positions, vectors: through)
     check_layer(layer, torch.randn(shape, dtype=torch.float64), 3)
 
 
 def test_the_cheaper_order_is_chosen():
-    assert not dot_rules.through_gradient(1, 1000)  # one position: the gradient is an outer product
-    assert not dot_rules.through_gradient(625, 1)
-    assert dot_rules.through_gradient(625, 10)
-    assert dot_rules.through_gradient(8, 10)
+    assert not blocks.through_gradient(1, 1000)  # one position: the gradient is an outer product
+    assert not blocks.through_gradient(625, 1)
+    assert blocks.through_gradient(625, 10)
+    assert blocks.through_gradient(8, 10)

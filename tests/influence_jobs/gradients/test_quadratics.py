@@ -107,7 +107,7 @@ def test_conv2d_geometry(groups, kernel, stride, padding, dilation, bias, basis)
 
 
 @pytest.mark.parametrize("layer", [nn.BatchNorm1d(6), nn.GroupNorm(2, 6)])
-def test_normalisation_layers_without_a_norm_rule(layer):
+def test_normalisation_layers_with_positions(layer):
     model = nn.Sequential(layer.double()).eval()
     x = torch.randn(4, 6, 5, dtype=torch.float64)
     batch = x, torch.randn_like(x)

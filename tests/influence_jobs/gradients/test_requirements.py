@@ -33,10 +33,9 @@ class SubLinear(nn.Linear):
 @pytest.mark.parametrize(
     "layer",
     [
-        nn.Conv1d(1, 1, 1),
+        nn.Conv3d(1, 1, 1),
         nn.ConvTranspose2d(1, 1, 1),
-        nn.BatchNorm1d(3),
-        nn.GroupNorm(1, 4),
+        nn.InstanceNorm1d(3),
         nn.LSTM(3, 3),
         nn.ReLU(),
         SubLinear(2, 2),
@@ -47,7 +46,7 @@ def test_unsupported_type(layer):
     model = nn.Sequential(nn.ModuleDict({"inner": layer}))
     kind = type(layer).__name__
     refused(
-        rf"layer '0\.inner' \({kind}\) has no gradient rule; supported: Linear", model, "0.inner"
+        rf"layer '0\.inner' \({kind}\) has no gradient rule; supported: .*Linear", model, "0.inner"
     )
 
 

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from influence_jobs.errors import ModelError
-from influence_jobs.gradients import GradNorms, norm_shape, reduce_gradient, rules, supported
+from influence_jobs.gradients import GradNorms, norm_shape, reduce_gradient, supported
 from influence_jobs.gradients.reference import per_sample_gradients
+from influence_jobs.gradients.rules import conv as convolution_rules
 
 
 def weighted_sum(model, batch):
@@ -60,7 +61,7 @@ def convolutions(draw):
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
-@pytest.mark.parametrize("large_from", [0, rules._LARGE_CONVOLUTION])
+@pytest.mark.parametrize("large_from", [0, convolution_rules._LARGE_CONVOLUTION])
 @settings(max_examples=150, deadline=None)
 @given(
     made=convolutions(),
@@ -72,14 +73,14 @@ def test_conv2d_geometry(large_from, made, reduction, channels_last):
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rules, "_LARGE_CONVOLUTION", large_from)
+        patch.setattr(convolution_rules, "_LARGE_CONVOLUTION", large_from)
         check_layer(conv, x, reduction)
 
 
 def test_a_large_convolution_is_the_same_whatever_the_batch():
     conv = nn.Conv2d(32, 64, 3, padding=1).eval()
     x = torch.randn(5, 32, 20, 20)
-    assert conv.weight.numel() * 400 >= rules._LARGE_CONVOLUTION
+    assert conv.weight.numel() * 400 >= convolution_rules._LARGE_CONVOLUTION
     weights = torch.randn(5, 64, 20, 20)
     with GradNorms(nn.Sequential(conv).eval(), ["0"], weighted_sum, reduction="kernel") as engine:
         together = engine((x, weights))["0"]
@@ -121,7 +122,10 @@ def test_embedding_of_one_id_a_sample():
     [
         (nn.Conv2d(4, 6, (3, 2), groups=2), (6, 3, 2)),
         (nn.Linear(5, 7), (7, 1, 1)),
+        (nn.Conv1d(4, 6, 3, groups=2), (6, 3)),
+        (nn.BatchNorm1d(3), (3, 1, 1)),
         (nn.BatchNorm2d(3), (3, 1, 1)),
+        (nn.GroupNorm(2, 4), (4, 1, 1)),
         (nn.LayerNorm((4, 5)), (20, 1, 1)),
         (nn.Embedding(8, 3), (8, 1, 1)),
     ],
@@ -134,6 +138,6 @@ def test_norm_shape(layer, kernel):
 
 
 def test_norm_shape_refuses_unsupported_types():
-    assert not supported(nn.Conv1d(1, 1, 1))
-    with pytest.raises(ModelError, match=r"type Conv1d; supported: Linear, Conv2d, BatchNorm2d"):
-        norm_shape(nn.Conv1d(1, 1, 1), "layer")
+    assert not supported(nn.Conv3d(1, 1, 1))
+    with pytest.raises(ModelError, match=r"type Conv3d; supported: .*Conv1d, Conv2d.*Linear"):
+        norm_shape(nn.Conv3d(1, 1, 1), "layer")

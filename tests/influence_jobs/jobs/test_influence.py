@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from influence_jobs.curvature import ConjugateGradient, GaussNewton
+from influence_jobs.curvature import GaussNewton
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.gradients.reference import gradients_one_by_one
 from influence_jobs.jobs.queries import query_gradients
@@ -15,8 +15,14 @@ from influence_jobs.kinds.s_test.job import curvature_samples
 from influence_jobs.kinds.s_test.spec import STestSpec
 from influence_jobs.kinds.train.spec import TrainedCheckpoint
 from influence_jobs.specs.base import make_spec
+from influence_jobs.specs.solvers import (
+    ConjugateGradientSettings,
+    Curvature,
+    EkFacSettings,
+    IdentitySettings,
+    LissaSettings,
+)
 from influence_jobs.specs.solvers import ConjugateGradientSettings as Cg
-from influence_jobs.specs.solvers import Curvature
 from influence_jobs.store.checkpoints import load_checkpoint
 from influence_jobs.store.layout import S_TEST, S_TEST_VARIANCE, SCORES, part_name, repeat_name
 from influence_jobs.store.run import Run
@@ -73,7 +79,7 @@ def test_s_test_is_the_solution_of_its_queries_gradients(
     ids = curvature_samples(digits_task, spec.curvature)
     assert len(set(ids.tolist())) == 200
     operator = GaussNewton(network, space, digits_task, ids)
-    expected = ConjugateGradient(0.1, tolerance=1e-6).solve(operator, rhs_QP).x_QP
+    expected = ConjugateGradientSettings(0.1, tolerance=1e-6).solve(operator, rhs_QP).x_QP
     stored = torch.from_numpy(run.read_rows(S_TEST, 0, 3))
     assert torch.cosine_similarity(stored, expected).min() > 0.99999
     assert ((stored - expected).norm(dim=1) / expected.norm(dim=1)).max() < 1e-3
@@ -86,7 +92,7 @@ def test_s_test_is_the_solution_of_its_queries_gradients(
 
 
 def test_repeats_share_shards_and_their_mean_and_variance_are_stored(carry_out, make_s_test):
-    solver = Lissa(damping=0.5, scale=30.0, depth=60, batch_size=16, repeats=5)
+    solver = LissaSettings(damping=0.5, scale=30.0, depth=60, batch_size=16, repeats=5)
     run = carry_out(make_s_test(solver=solver))
     repeats = np.stack([run.read_rows(repeat_name(r), 0, 3) for r in range(5)])
     assert not np.allclose(repeats[0], repeats[1])
@@ -108,7 +114,9 @@ def test_repeats_share_shards_and_their_mean_and_variance_are_stored(carry_out, 
 
 def test_a_plan_of_one_repeat_a_shard_is_kept(carry_out, make_s_test, fresh_root):
     # As runs have it that began before repeats shared shards.
-    spec = make_s_test(solver=Lissa(damping=0.5, scale=30.0, depth=60, batch_size=16, repeats=5))
+    spec = make_s_test(
+        solver=LissaSettings(damping=0.5, scale=30.0, depth=60, batch_size=16, repeats=5)
+    )
     run = carry_out(spec)
     plan = run.read_json("plan.json")
     plan["shards"] = [
@@ -155,7 +163,7 @@ def test_shards_leave_no_trace_in_the_bytes(carry_out, make_s_test, fresh_root):
 
 def test_checkpoints_add_up_and_seeds_are_averaged(carry_out, make_s_test, checkpoint):
     first = TrainedCheckpoint(train=checkpoint.train, epoch=1)
-    both = [make_s_test(checkpoint=at, solver=Identity()) for at in (first, checkpoint)]
+    both = [make_s_test(checkpoint=at, solver=IdentitySettings()) for at in (first, checkpoint)]
     alone = [carry_out(influence(s_test)).read_rows(SCORES, 0, N) for s_test in both]
     total = carry_out(influence(*both)).read_rows(SCORES, 0, N)
     np.testing.assert_allclose(total, alone[0] + alone[1], rtol=1e-4, atol=1e-5)
@@ -166,7 +174,7 @@ def test_checkpoints_add_up_and_seeds_are_averaged(carry_out, make_s_test, check
 def test_relative_to_the_identity_is_the_gradients_length(
     carry_out, make_s_test, network, digits_task
 ):
-    spec = make_s_test(solver=Identity(), modules=("conv2", "head"))
+    spec = make_s_test(solver=IdentitySettings(), modules=("conv2", "head"))
     plain = carry_out(influence(spec)).read_rows(SCORES, 0, N)
     divided = carry_out(influence(spec, relative="theta")).read_rows(SCORES, 0, N)
     ids = torch.arange(0, N, 31)
@@ -181,7 +189,7 @@ def test_relative_to_the_identity_is_the_gradients_length(
 
 
 def test_the_two_relative_forms_divide_by_two_sizes(carry_out, make_s_test):
-    spec = make_s_test(modules=("conv2", "head"), solver=EkFac(damping=0.1))
+    spec = make_s_test(modules=("conv2", "head"), solver=EkFacSettings(damping=0.1))
     plain = carry_out(influence(spec)).read_rows(SCORES, 0, N)
     theta = plain / carry_out(influence(spec, relative="theta")).read_rows(SCORES, 0, N)
     loss = plain / carry_out(influence(spec, relative="loss")).read_rows(SCORES, 0, N)

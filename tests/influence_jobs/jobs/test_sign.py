@@ -13,7 +13,7 @@ from influence_jobs.kinds.s_test.spec import STestSpec
 from influence_jobs.kinds.train.spec import TrainedCheckpoint, TrainSpec
 from influence_jobs.specs.base import TaskSpec, make_spec
 from influence_jobs.specs.queries import Queries, Query
-from influence_jobs.specs.solvers import Curvature
+from influence_jobs.specs.solvers import ConjugateGradientSettings, Curvature
 from influence_jobs.store.layout import SCORES
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.base import Draw
@@ -41,7 +41,7 @@ def test_without_helpful_samples_the_loss_rises_and_without_harmful_ones_it_does
         modules=("fc1", "fc2", "fc3"),
         queries=Queries(items=(Query(test=TEST),)),
         curvature=Curvature(samples=10000),
-        solver=ConjugateGradient(damping=0.25, tolerance=1e-2),
+        solver=ConjugateGradientSettings(damping=0.25, tolerance=1e-2),
     )
     run = Run.create(str(tmp_path), make_spec(InfluenceSpec, task=named, s_tests=(s_test,)))
     drive(run.root, run.id, InlineBackend())

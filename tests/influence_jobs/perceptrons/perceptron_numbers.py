@@ -19,20 +19,14 @@ from influence_jobs.curvature import GaussNewton, Hessian, Lissa
 from influence_jobs.curvature.lissa_steps import lissa_steps
 from influence_jobs.errors import ModelError
 from influence_jobs.gradients.parameters import ParameterSpace
-from influence_jobs.specs import (
-    AblationSpec,
-    BaselineSpec,
-    Curvature,
-    Queries,
-    Query,
-    Ranking,
-    STestSpec,
-    TaskSpec,
-    TrainedCheckpoint,
-    TrainSpec,
-    make_spec,
-)
-from influence_jobs.specs import Lissa as LissaSettings
+from influence_jobs.kinds.ablation.spec import AblationSpec
+from influence_jobs.kinds.baseline.spec import BaselineSpec
+from influence_jobs.kinds.s_test.spec import STestSpec
+from influence_jobs.kinds.train.spec import TrainedCheckpoint, TrainSpec
+from influence_jobs.specs.base import TaskSpec, make_spec
+from influence_jobs.specs.queries import Queries, Query
+from influence_jobs.specs.rankings import Ranking
+from influence_jobs.specs.solvers import Curvature, LissaSettings
 from influence_jobs.store.layout import S_TEST
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.base import Batch, Draw, Task

@@ -33,6 +33,7 @@ from influence_jobs.report.viewer import make_viewer
 from influence_jobs.specs.base import AnySpec, TaskSpec
 from influence_jobs.specs.queries import Queries, Query
 from influence_jobs.specs.rankings import Ranking
+from influence_jobs.specs.solvers import IdentitySettings
 from influence_jobs.store.checkpoints import file_checkpoint
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.registry import make_task
@@ -81,7 +82,7 @@ def runs_of_all_kinds(
             checkpoint=point,
             modules=("conv1", "conv2", "head"),
             queries=queries,
-            solver=Identity(),
+            solver=IdentitySettings(),
         )
 
     def influence_of(point: TrainedCheckpoint) -> InfluenceSpec:

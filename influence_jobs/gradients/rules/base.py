@@ -1,0 +1,275 @@
+"""What a layer type must say of itself, and what every engine gets from that.
+
+A `LayerRule` gives a sample's weight and bias gradient, from the layer's input `a` and the gradient
+`g` of the summed losses by its output, both with the batch as first axis and of the weight's type.
+Norms, dot products and quadratic forms follow from these two; a rule overrides any of them where
+there is a faster way, most often one that forms no gradient.
+
+Letters: B batch, Q vectors, C outputs (rows of the weight), I inputs of one output, J columns of the
+weight as a matrix, T positions.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from influence_jobs.errors import ModelError
+from influence_jobs.gradients.metric import Metric
+from influence_jobs.gradients.rules.blocks import in_blocks
+from influence_jobs.terms import Reduction
+
+M = TypeVar("M", bound=nn.Module)
+
+_RULES: dict[type[nn.Module], "type[LayerRule[Any]]"] = {}
+
+
+class LayerRule(ABC, Generic[M]):
+    """The gradients of one type of layer, sample by sample; defining a subclass registers it.
+
+    Args:
+        module: The layer; its weights may change between calls.
+
+    Attributes:
+        layer: The type. A subclass of `LayerRule` without it is a family, and is not registered.
+        numbered: Whether the layer is one that `--layer 1` counts and `--layer all` takes.
+        refused_options: Attributes of the layer that must be off, as the gradient would be wrong.
+        read_as: How the weight is read, in words for the docs: the axes of `kernel_shape`.
+    """
+
+    layer: ClassVar[type[nn.Module]]
+    numbered: ClassVar[bool] = False
+    refused_options: ClassVar[tuple[str, ...]] = ()
+    read_as: ClassVar[str] = "(C, I, 1, 1)"
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "layer" not in vars(cls):
+            return
+        if cls.layer in _RULES:
+            raise TypeError(f"{cls.layer.__name__} has a rule: {_RULES[cls.layer].__name__}")
+        _RULES[cls.layer] = cls
+
+    def __init__(self, module: M) -> None:
+        self.module = module
+
+    @abstractmethod
+    def weight_gradient(self, a: Tensor, g: Tensor) -> Tensor:
+        """Each sample's gradient by the weight, (B, *weight shape)."""
+
+    def bias_gradient(self, g: Tensor) -> Tensor:
+        """Each sample's gradient by the bias, (B, *bias shape); asked for where there is one."""
+        raise NotImplementedError(f"{type(self).__name__} gives no gradient by a bias")
+
+    @property
+    def kernel_shape(self) -> tuple[int, ...]:
+        """The shape (C, I, *kernel) in which the weight is read, of as many numbers as it has."""
+        return len(self.weight), self.weight[0].numel(), 1, 1
+
+    def has_batch_axis(self, output: Tensor) -> bool:
+        """Whether an output of the layer is of a batch, not of one bare sample."""
+        return output.ndim >= 2
+
+    @property
+    def weight(self) -> Tensor:
+        """The layer's weight as it is now."""
+        weight: Tensor = self.module.weight  # type: ignore[assignment]
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The layer's bias as it is now, if it has one."""
+        bias: Tensor | None = getattr(self.module, "bias", None)
+        return bias
+
+    def kernel_norms(self, a: Tensor, g: Tensor) -> Tensor:
+        """L2 norms over I of each sample's weight gradient, (B, C, *kernel)."""
+
+        def norms(a: Tensor, g: Tensor) -> Tensor:
+            gradient = self.weight_gradient(a, g).reshape(len(g), *self.kernel_shape)
+            found: Tensor = torch.linalg.vector_norm(gradient, dim=2)
+            return found
+
+        return in_blocks(norms, a, g, self.weight.numel())
+
+    def arrange(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Vectors {"weight" or "bias": (Q, *shape)} of the layer as `dots` reads them, contiguous."""
+        return {
+            name: (self.arrange_weight(part) if name == "weight" else part).contiguous()
+            for name, part in vectors.items()
+        }
+
+    def arrange_weight(self, vectors_Q: Tensor) -> Tensor:
+        """Vectors (Q, *weight shape) with their axes in the order in which `weight_dots` reads them."""
+        return vectors_Q
+
+    def dots(self, vectors: Mapping[str, Tensor], a: Tensor, g: Tensor) -> Tensor:
+        """Dot products of vectors, as `arrange` gives them, with each sample's gradient, (B, Q)."""
+        dots_BQ = self.weight_dots(vectors["weight"], a, g)
+        if "bias" in vectors:
+            bias_BC = self.bias_gradient(g).flatten(1)
+            dots_BQ.addmm_(bias_BC, vectors["bias"].flatten(1).t())
+        return dots_BQ
+
+    def weight_dots(self, vectors: Tensor, a: Tensor, g: Tensor) -> Tensor:
+        """The weight's part of `dots`, (B, Q), in memory of its own; the vectors are arranged."""
+
+        def dots(a: Tensor, g: Tensor) -> Tensor:
+            return self.weight_gradient(a, g).flatten(1) @ vectors.flatten(1).t()
+
+        return in_blocks(dots, a, g, self.weight.numel())
+
+    def squared_norms(self, a: Tensor, g: Tensor) -> Tensor:
+        """Squared L2 norm of each sample's gradient by weight and bias, (B,)."""
+        squares_B = in_blocks(self.weight_squares, a, g, self.weight.numel())
+        if self.bias is not None:
+            squares_B += self.bias_gradient(g).flatten(1).square().sum(1)
+        return squares_B
+
+    def weight_squares(self, a: Tensor, g: Tensor) -> Tensor:
+        """The weight's part of `squared_norms`, (B,), of a block of samples."""
+        return self.kernel_norms(a, g).flatten(1).square().sum(1)
+
+
+class MatrixRule(LayerRule[M]):
+    """The rule of a layer that applies one matrix (C, J) to every position: y_t = W x_t + b.
+
+    A sample's weight gradient is sum_t g_t x_t^T, which the rows x_t and g_t determine. So a rule
+    need say no more than these. From them follow also the quadratic forms in a Kronecker
+    eigenbasis, and EK-FAC's factors, the second moments of the rows.
+    """
+
+    numbered = True
+
+    @abstractmethod
+    def input_rows(self, a: Tensor) -> Tensor:
+        """What the matrix is applied to at every position, (B, T, J)."""
+
+    @abstractmethod
+    def output_rows(self, g: Tensor) -> Tensor:
+        """The output's gradient at every position, (B, T, C)."""
+
+    def weight_gradient(self, a: Tensor, g: Tensor) -> Tensor:
+        gradient_BCJ = product_of_rows(self.input_rows(a), self.output_rows(g))
+        return gradient_BCJ.reshape(len(g), *self.weight.shape)
+
+    def bias_gradient(self, g: Tensor) -> Tensor:
+        return self.output_rows(g).sum(1)
+
+    def unfactored(self, parameter: str) -> str | None:
+        """What about the layer of a parameter makes EK-FAC's factors wrong; None: they are right."""
+        return None
+
+    def arrange_metric(self, metric: Metric) -> Metric:
+        """A metric with V's rows in the order of the columns of `gradient_matrix`."""
+        return metric
+
+    def gradient_matrix(self, a: Tensor, g: Tensor) -> Tensor:
+        """Each sample's gradient by [weight, bias] as a matrix (B, C, J), J with the bias if any."""
+        columns = [self.weight_gradient(a, g).flatten(2)]
+        if self.bias is not None:
+            columns.append(self.bias_gradient(g).unsqueeze(2))
+        return torch.cat(columns, dim=2)
+
+    def quadratic(self, metric: Metric, a: Tensor, g: Tensor) -> Tensor:
+        """The form, in a metric as `arrange_metric` gives it, of each sample's gradient, (B,)."""
+
+        def forms(a: Tensor, g: Tensor) -> Tensor:
+            rotated_BCJ = metric.outputs_CC.t() @ (self.gradient_matrix(a, g) @ metric.inputs_JJ)
+            return rotated_BCJ.square_().flatten(1) @ metric.weights_CJ.flatten()
+
+        return in_blocks(forms, a, g, metric.weights_CJ.numel())
+
+
+def product_of_rows(a_BTJ: Tensor, g_BTC: Tensor) -> Tensor:
+    """The gradient (B, C, J) of a matrix: sum_t g_t a_t^T."""
+    return g_BTC.transpose(1, 2) @ a_BTJ
+
+
+def registered() -> tuple[type[LayerRule[Any]], ...]:
+    """All rules, by the name of their layer type."""
+    return tuple(sorted(_RULES.values(), key=lambda rule: rule.layer.__name__))
+
+
+def supported_layers() -> tuple[type[nn.Module], ...]:
+    """The layer types that have a rule."""
+    return tuple(rule.layer for rule in registered())
+
+
+def matrix_layers() -> tuple[type[nn.Module], ...]:
+    """The layer types that apply one matrix to every position, which EK-FAC is for."""
+    return tuple(rule.layer for rule in registered() if issubclass(rule, MatrixRule))
+
+
+def names_of(layers: Iterable[type[nn.Module]]) -> str:
+    """Layer types as messages list them."""
+    return ", ".join(layer.__name__ for layer in layers)
+
+
+def supported(module: nn.Module) -> bool:
+    """Whether there is a rule for this layer's exact type; a subclass may compute something else."""
+    return type(module) in _RULES
+
+
+def rule_of(module: nn.Module) -> LayerRule[Any]:
+    """The rule for a layer's exact type.
+
+    Raises:
+        ModelError: There is none.
+    """
+    if not supported(module):
+        raise ModelError(
+            f"no gradient rule for a layer of type {type(module).__name__}; supported: "
+            f"{names_of(supported_layers())} (no subclasses)"
+        )
+    return _RULES[type(module)](module)
+
+
+def nearest_rule(module: nn.Module) -> LayerRule[Any] | None:
+    """The rule for a layer's type or, failing that, for what it inherits from; None if neither."""
+    for kind in type(module).__mro__:
+        if kind in _RULES:
+            return _RULES[kind](module)
+    return None
+
+
+def norm_shape(module: nn.Module, reduction: Reduction) -> tuple[int, ...]:
+    """Shape of one sample's norms, for example (96, 3, 3), (96,) or ().
+
+    Raises:
+        ModelError: No rule for this type of layer.
+    """
+    channels, _, *kernel = rule_of(module).kernel_shape
+    if reduction == "kernel":
+        return channels, *kernel
+    return (channels,) if reduction == "channel" else ()
+
+
+def reduce_norms(norms: Tensor, reduction: Reduction) -> Tensor:
+    """From kernel norms (B, C, *kernel) to the norms that `reduce_gradient` defines."""
+    if reduction == "kernel":
+        return norms
+    if reduction == "channel":
+        return _sum_over_kernel(norms)
+    whole: Tensor = torch.linalg.vector_norm(norms, dim=tuple(range(1, norms.ndim)))
+    return whole
+
+
+def reduce_gradient(module: nn.Module, gradient: Tensor, reduction: Reduction) -> Tensor:
+    """Norms of given weight gradients (B, *weight shape): the definition of the reductions.
+
+    `kernel`: L2 over the input axis, (B, C, *kernel). `channel`: the kernel norms summed over the
+    kernel, (B, C), section 3.2.3 of the report. `layer`: L2 of the whole gradient, (B,).
+    """
+    gradient = gradient.reshape(len(gradient), *rule_of(module).kernel_shape)
+    if reduction == "layer":
+        return gradient.square().sum(dim=tuple(range(1, gradient.ndim))).sqrt()
+    norms = gradient.square().sum(dim=2).sqrt()
+    return norms if reduction == "kernel" else _sum_over_kernel(norms)
+
+
+def _sum_over_kernel(norms: Tensor) -> Tensor:
+    kernel = tuple(range(2, norms.ndim))
+    return norms.sum(dim=kernel) if kernel else norms  # a sum over no axis would be over all

@@ -1,0 +1,210 @@
+"""Rules of convolutions, over any number of kernel axes."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import ClassVar, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn import grad
+
+from influence_jobs.gradients.metric import Metric
+from influence_jobs.gradients.rules.base import MatrixRule
+from influence_jobs.gradients.rules.blocks import in_blocks, through_gradient
+
+# Multiplications for a sample's gradient above which torch's own convolution, sample by sample,
+# beats matrix products over the batch (measured on a CPU: by 1.3 on 96 x 96 channels of 25 x 25, by
+# 6 to 39 on a 7 x 7 kernel with stride; half as fast on small layers). A GPU wants few and large
+# kernels.
+_LARGE_CONVOLUTION = 2**22
+
+V = TypeVar("V", bound=nn.modules.conv._ConvNd)
+Offset = tuple[int, ...]
+
+
+class ConvolutionRule(MatrixRule[V]):
+    """A sample's gradient is made one kernel offset at a time, or by torch's own convolution.
+
+    Letters: G groups, k one axis or several of the kernel; I are the inputs of one group.
+    """
+
+    convolve: ClassVar[Callable[..., Tensor]]
+    gradient_of_one: ClassVar[Callable[..., Tensor]]
+
+    @property
+    def kernel_shape(self) -> tuple[int, ...]:
+        return tuple(self.weight.shape)
+
+    def has_batch_axis(self, output: Tensor) -> bool:
+        return output.ndim == self.weight.ndim
+
+    def unfactored(self, parameter: str) -> str | None:
+        if self.module.groups == 1 and self.module.padding_mode == "zeros":
+            return None
+        return f"the convolution of {parameter}, which has groups or pads otherwise than with zeros"
+
+    def input_rows(self, a: Tensor) -> Tensor:
+        """The patches under the kernel; right for one group."""
+        module, a = self.module, self._padded(a)
+        ones = (1,) * (4 - a.ndim)  # `F.unfold` is for images: one of height 1
+        patches_BJT = F.unfold(
+            a.reshape(*a.shape[:2], *ones, *a.shape[2:]),
+            (*ones, *module.kernel_size),
+            dilation=(*ones, *module.dilation),
+            stride=(*ones, *module.stride),
+        )
+        return patches_BJT.transpose(1, 2)
+
+    def output_rows(self, g: Tensor) -> Tensor:
+        return g.flatten(2).transpose(1, 2)
+
+    def weight_gradient(self, a: Tensor, g: Tensor) -> Tensor:
+        gradient = g.new_empty(len(g), *self.weight.shape)
+        gradient_kBCI = self._kernel_first(gradient)
+        for offset, gradient_BGCI in self._by_offset(a, g):
+            gradient_kBCI[offset] = gradient_BGCI.flatten(1, 2)
+        return gradient
+
+    def bias_gradient(self, g: Tensor) -> Tensor:
+        return g.sum(dim=tuple(range(2, g.ndim)))
+
+    def kernel_norms(self, a: Tensor, g: Tensor) -> Tensor:
+        norms = g.new_empty(len(g), self.module.out_channels, *self.module.kernel_size)
+        multiplications = self.weight.numel() * math.prod(g.shape[2:])
+        if multiplications >= _LARGE_CONVOLUTION and not g.is_cuda:
+            for b in range(len(g)):
+                gradient_CIk = self._gradient_of_one(a[b : b + 1], g[b : b + 1])
+                torch.linalg.vector_norm(gradient_CIk, dim=1, out=norms[b])
+            return norms
+        norms_kBC = self._kernel_first(norms)
+        for offset, gradient_BGCI in self._by_offset(a, g):
+            norms_kBC[offset] = torch.linalg.vector_norm(gradient_BGCI, dim=3).flatten(1)
+        return norms
+
+    def arrange_weight(self, vectors_Q: Tensor) -> Tensor:
+        return self._kernel_first(vectors_Q)
+
+    def weight_dots(self, vectors: Tensor, a: Tensor, g: Tensor) -> Tensor:
+        """Direct: the input is convolved with the filters of all Q vectors."""
+        queries, outputs, inputs = vectors.shape[-3:]
+        positions, groups = math.prod(g.shape[2:]), self.module.groups
+
+        def gradient_first(a: Tensor, g: Tensor) -> Tensor:
+            dots_BQ = g.new_zeros(len(g), queries)
+            for offset, gradient_BGCI in self._by_offset(a, g):
+                dots_BQ.addmm_(gradient_BGCI.flatten(1), vectors[offset].flatten(1).t())
+            return dots_BQ
+
+        # The filters of all vectors that see one group of inputs lie together.
+        def direct(a: Tensor, g: Tensor) -> Tensor:
+            filters_QGCIk = vectors.permute(
+                *range(vectors.ndim - 3, vectors.ndim), *range(vectors.ndim - 3)
+            ).reshape(queries, groups, -1, inputs, *self.module.kernel_size)
+            filters = filters_QGCIk.transpose(0, 1).flatten(0, 2)
+            module, a = self.module, self._padded(a)
+            rows = type(self).convolve(a, filters, None, module.stride, 0, module.dilation, groups)
+            rows_BGQn = rows.reshape(len(g), groups, queries, -1)
+            return (rows_BGQn @ g.reshape(len(g), groups, -1, 1)).squeeze(3).sum(1)
+
+        if through_gradient(positions, queries):
+            return in_blocks(gradient_first, a, g, outputs * inputs)
+        return in_blocks(direct, a, g, positions * queries * outputs)
+
+    def arrange_metric(self, metric: Metric) -> Metric:
+        numbers = self.weight[0].numel()
+        weight_rows, bias_rows = metric.inputs_JJ[:numbers], metric.inputs_JJ[numbers:]
+        rows_IkJ = weight_rows.reshape(self.weight.shape[1], -1, weight_rows.shape[1])
+        ordered = torch.cat([rows_IkJ.transpose(0, 1).flatten(0, 1), bias_rows])
+        return Metric(metric.outputs_CC, ordered, metric.weights_CJ)
+
+    def gradient_matrix(self, a: Tensor, g: Tensor) -> Tensor:
+        """With columns offset by offset, as the gradient is put together."""
+        pieces = dict(self._by_offset(a, g))
+        columns = [pieces[offset].flatten(1, 2) for offset in sorted(pieces)]
+        if self.bias is not None:
+            columns.append(self.bias_gradient(g).unsqueeze(2))
+        return torch.cat(columns, dim=2)
+
+    def _by_offset(self, a: Tensor, g: Tensor) -> Iterator[tuple[Offset, Tensor]]:
+        """The weight gradient, one kernel offset at a time, as (B, G, C/G, I).
+
+        Sums g x input over positions, on views of the padded input: in a flattened image of the
+        input's size the pixels under one offset are one slice, if g is spread to that size with
+        zeros. A stride is undone by splitting the input into its phases along every axis, so
+        offsets do not come in their order. Only this split and the padding copy; both memory
+        formats flatten without a copy, so the layout is the model's own.
+        """
+        module, groups, axes = self.module, self.module.groups, range(g.ndim - 2)
+        batch, channels, *out = g.shape
+        a = self._padded(a)
+
+        phases: dict[Offset, list[Offset]] = {}
+        for offset in itertools.product(*map(range, module.kernel_size)):
+            phase = tuple(offset[i] * module.dilation[i] % module.stride[i] for i in axes)
+            phases.setdefault(phase, []).append(offset)
+
+        for phase, offsets in phases.items():
+            plane = a[:, :, *(slice(phase[i], None, module.stride[i]) for i in axes)]
+            size = plane.shape[2:]
+            steps = [math.prod(size[i + 1 :]) for i in axes]
+            length = 1 + sum((out[i] - 1) * steps[i] for i in axes)
+            a_BGIT = plane.flatten(2).reshape(batch, groups, a.shape[1] // groups, -1)
+            spread: list[int] = []  # in the order of `F.pad`, from the last axis; none on the first
+            for i in reversed(axes[1:]):
+                spread += [0, size[i] - out[i]]
+            g_BCT = (F.pad(g, spread) if spread else g).flatten(2)[..., :length]
+            g_BGCT = g_BCT.reshape(batch, groups, channels // groups, length)
+            for offset in offsets:
+                start = sum(
+                    offset[i] * module.dilation[i] // module.stride[i] * steps[i] for i in axes
+                )
+                yield offset, g_BGCT @ a_BGIT[..., start : start + length].transpose(2, 3)
+
+    def _gradient_of_one(self, a_1: Tensor, g_1: Tensor) -> Tensor:
+        """Weight gradient (C, I, *k) of one sample with its batch axis."""
+        module, padded_1 = self.module, self._padded(a_1)
+        return type(self).gradient_of_one(
+            padded_1, module.weight.shape, g_1, module.stride, 0, module.dilation, module.groups
+        )
+
+    def _kernel_first(self, tensor: Tensor) -> Tensor:
+        """A view with the axes of the kernel, which come last, before all others."""
+        others = tensor.ndim - len(self.module.kernel_size)
+        return tensor.permute(*range(others, tensor.ndim), *range(others))
+
+    def _padded(self, a: Tensor) -> Tensor:
+        """The input as the kernel sees it."""
+        module = self.module
+        padding: list[int] = []  # in the order of `F.pad`: the last axis comes first
+        for axis in reversed(range(len(module.kernel_size))):
+            if module.padding == "same":  # an odd total puts the larger half after the image
+                total = module.dilation[axis] * (module.kernel_size[axis] - 1)
+                padding += [total // 2, total - total // 2]
+            elif isinstance(module.padding, str):  # "valid"
+                padding += [0, 0]
+            else:
+                padding += [module.padding[axis]] * 2
+        if not any(padding):
+            return a
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        return F.pad(a, padding, mode=mode)
+
+
+class Conv1dRule(ConvolutionRule[nn.Conv1d]):
+    """Any stride, padding, dilation, groups and padding mode; EK-FAC with one group and zeros."""
+
+    layer = nn.Conv1d
+    read_as = "(C, I, kw)"
+    convolve = staticmethod(F.conv1d)
+    gradient_of_one = staticmethod(grad.conv1d_weight)
+
+
+class Conv2dRule(ConvolutionRule[nn.Conv2d]):
+    """Any stride, padding, dilation, groups and padding mode; EK-FAC with one group and zeros."""
+
+    layer = nn.Conv2d
+    read_as = "(C, I, kh, kw)"
+    convolve = staticmethod(F.conv2d)
+    gradient_of_one = staticmethod(grad.conv2d_weight)

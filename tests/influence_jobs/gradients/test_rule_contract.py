@@ -1,0 +1,465 @@
+"""What every rule promises, the registered ones and two that this file defines."""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev
+
+from influence_jobs.curvature import EkFac, GaussNewton
+from influence_jobs.errors import ModelError
+from influence_jobs.gradients import (
+    GradDots,
+    GradNorms,
+    GradQuadratics,
+    LayerRule,
+    MatrixRule,
+    Metric,
+    ParameterSpace,
+    norm_shape,
+    reduce_gradient,
+    require_supported,
+)
+from influence_jobs.gradients.layer_table import layers_page
+from influence_jobs.gradients.reference import gradients_one_by_one, per_sample_gradients
+from influence_jobs.gradients.rules import base, blocks, conv, linear, registered, rule_of
+from influence_jobs.jobs.norm_arrays import norm_layouts
+from influence_jobs.tasks.base import Task
+from influence_jobs.tasks.layers import resolve_layers, weight_layers
+
+LAMBDA = 0.1
+DOCS = Path(__file__).parents[3] / "docs" / "layers.md"
+
+# Layers of every type with a rule, and the shape of one sample; an int is a number of ids.
+EXAMPLES: dict[type[nn.Module], list[tuple[nn.Module, tuple[int, ...]]]] = {
+    nn.Linear: [
+        (nn.Linear(5, 3), (5,)),
+        (nn.Linear(3, 5, bias=False), (4, 3)),
+        (nn.Linear(5, 3), (2, 3, 5)),
+    ],
+    nn.Conv1d: [
+        (nn.Conv1d(3, 4, 3, padding=1, dilation=2, stride=2), (3, 8)),
+        (nn.Conv1d(4, 6, 2, stride=2, dilation=2, groups=2, bias=False), (4, 9)),
+    ],
+    nn.Conv2d: [
+        (nn.Conv2d(3, 4, (3, 2), padding=(2, 1), dilation=(2, 1), stride=(1, 2)), (3, 4, 5)),
+        (nn.Conv2d(4, 6, 3, stride=(1, 2), groups=2, bias=False), (4, 5, 6)),
+    ],
+    nn.BatchNorm1d: [(nn.BatchNorm1d(4, eps=0.1), (4,)), (nn.BatchNorm1d(4), (4, 6))],
+    nn.BatchNorm2d: [(nn.BatchNorm2d(3, eps=0.1), (3, 4, 2))],
+    nn.GroupNorm: [(nn.GroupNorm(2, 6), (6,)), (nn.GroupNorm(3, 6, eps=0.1), (6, 2, 3))],
+    nn.LayerNorm: [(nn.LayerNorm(3), (4, 3)), (nn.LayerNorm((4, 3), bias=False), (2, 4, 3))],
+    nn.Embedding: [(nn.Embedding(5, 3), ()), (nn.Embedding(5, 3, padding_idx=1), (4, 2))],
+}
+# Matrix layers that see one position, without which a squared error's curvature is no Kronecker product.
+ONE_POSITION: dict[type[nn.Module], tuple[nn.Module, tuple[int, ...]]] = {
+    nn.Linear: (nn.Linear(4, 2), (4,)),
+    nn.Conv1d: (nn.Conv1d(2, 2, 3), (2, 3)),
+    nn.Conv2d: (nn.Conv2d(1, 2, (2, 3)), (1, 2, 3)),
+}
+CASES = [(layer, shape) for examples in EXAMPLES.values() for layer, shape in examples]
+MATRIX_CASES = [(layer, shape) for layer, shape in CASES if type(layer) in ONE_POSITION]
+
+
+def names(value: Any) -> str:
+    return type(value).__name__ if isinstance(value, nn.Module) else str(value)
+
+
+def weighted_sum(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    x, weights = batch
+    return (model(x).sin() * weights).flatten(1).sum(1)
+
+
+def prepared(layer: nn.Module, shape: tuple[int, ...], rows: int = 4) -> tuple[nn.Module, Any]:
+    """A float64 copy alone in a model, and a batch with random weights of its outputs."""
+    torch.manual_seed(0)
+    layer = copy.deepcopy(layer).double()
+    if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+        nn.init.normal_(layer.running_mean)
+        nn.init.uniform_(layer.running_var, 0.5, 2)
+    model = nn.Sequential(layer).eval()
+    x = torch.randn(rows, *shape, dtype=torch.float64)
+    if isinstance(layer, nn.Embedding):
+        x = torch.randint(0, layer.num_embeddings, (rows, *shape))
+    return model, (x, torch.randn_like(model(x)))
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+
+
+def check_norms(model: nn.Module, batch: Any) -> None:
+    (gradient,) = per_sample_gradients(model, ["0"], weighted_sum, batch).values()
+    kernel = gradient.reshape(len(gradient), *rule_of(model[0]).kernel_shape).norm(dim=2)
+    channel, layer = kernel.reshape(*kernel.shape[:2], -1).sum(2), gradient.flatten(1).norm(dim=1)
+    for reduction, expected in (("kernel", kernel), ("channel", channel), ("layer", layer)):
+        with GradNorms(
+            model, ["0"], weighted_sum, reduction=reduction, precision="float64"
+        ) as engine:
+            found = engine(batch)["0"]
+            engine.check(batch)
+        assert found.shape[1:] == norm_shape(model[0], reduction)
+        close(found, expected)
+        close(reduce_gradient(model[0], gradient, reduction), expected)
+
+
+def check_dots(model: nn.Module, batch: Any, queries: int) -> None:
+    space = ParameterSpace(model)
+    v_QP = torch.randn(queries, space.size, dtype=torch.float64)
+    gradients = gradients_one_by_one(model, list(space.shapes), weighted_sum, batch)
+    with GradDots(model, space, weighted_sum, v_QP, precision="float64") as engine:
+        close(engine.total(batch), space.join(gradients) @ v_QP.t())
+        assert list(engine._layers) == ["0"]  # by the rule
+
+
+def check_quadratics(model: nn.Module, batch: Any) -> None:
+    names = [f"0.{own}" for own, _ in model[0].named_parameters()]
+    gradients = gradients_one_by_one(model, names, weighted_sum, batch)
+    with GradQuadratics(model, {"0": None}, weighted_sum, precision="float64") as engine:
+        close(engine(batch)["0"], sum(g.flatten(1).square().sum(1) for g in gradients.values()))
+    if not isinstance(rule_of(model[0]), MatrixRule):
+        return
+    columns = [gradient.reshape(*gradient.shape[:2], -1) for gradient in gradients.values()]
+    gradient_BCJ = torch.cat(columns, dim=2)
+    _, outputs, inputs = gradient_BCJ.shape
+    metric = Metric(
+        torch.linalg.qr(torch.randn(outputs, outputs, dtype=torch.float64)).Q,
+        torch.linalg.qr(torch.randn(inputs, inputs, dtype=torch.float64)).Q,
+        torch.rand(outputs, inputs, dtype=torch.float64),
+    )
+    with GradQuadratics(model, {"0": metric}, weighted_sum, precision="float64") as engine:
+        found = engine(batch)["0"]
+        engine.check(batch)
+    rotated = torch.einsum("ck,bcj,jl->bkl", metric.outputs_CC, gradient_BCJ, metric.inputs_JJ)
+    close(found, torch.einsum("kl,bkl->b", metric.weights_CJ, rotated**2))
+
+
+def test_every_rule_has_examples() -> None:
+    assert set(EXAMPLES) == {rule.layer for rule in registered()}
+    assert set(ONE_POSITION) == set(base.matrix_layers())
+
+
+@pytest.mark.parametrize(("layer", "shape"), CASES, ids=names)
+def test_gradients_and_shapes(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    model, (x, weights) = prepared(layer, shape)
+    rule = rule_of(model[0])
+    y = model(x)
+    g = torch.autograd.grad((y.sin() * weights).sum(), y)[0]
+    parameters = [f"0.{own}" for own, _ in model[0].named_parameters()]
+    expected = gradients_one_by_one(model, parameters, weighted_sum, (x, weights))
+    close(rule.weight_gradient(x, g), expected["0.weight"])
+    if "0.bias" in expected:
+        close(rule.bias_gradient(g), expected["0.bias"])
+    assert rule.has_batch_axis(y)
+    assert len(rule.read_as.split(",")) == len(rule.kernel_shape)
+    assert torch.Size(rule.kernel_shape).numel() == rule.weight.numel()
+
+
+@pytest.mark.parametrize("block", [1, 2**21])
+@pytest.mark.parametrize(("layer", "shape"), CASES, ids=names)
+def test_every_engine(
+    layer: nn.Module, shape: tuple[int, ...], block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "_BLOCK_CPU", block)
+    monkeypatch.setattr(blocks, "_FEWEST_SAMPLES", 3)
+    model, batch = prepared(layer, shape)
+    check_norms(model, batch)
+    check_dots(model, batch, queries=1)
+    check_dots(model, batch, queries=9)
+    check_quadratics(model, batch)
+
+
+@pytest.mark.parametrize(("layer", "shape"), CASES, ids=names)
+def test_what_follows_equals_what_is_special(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    """The general forms, with which a new rule begins, against those that the rule overrides."""
+    model, (x, weights) = prepared(layer, shape)
+    rule = rule_of(model[0])
+    y = model(x)
+    g = torch.autograd.grad((y.sin() * weights).sum(), y)[0]
+    close(LayerRule.kernel_norms(rule, x, g), rule.kernel_norms(x, g))
+    close(LayerRule.weight_squares(rule, x, g), rule.weight_squares(x, g))
+    v_Q = torch.randn(3, *rule.weight.shape, dtype=torch.float64)
+    special = rule.weight_dots(rule.arrange_weight(v_Q).contiguous(), x, g)
+    close(LayerRule.weight_dots(rule, v_Q, x, g), special)
+    if isinstance(rule, MatrixRule) and getattr(model[0], "groups", 1) == 1:
+        close(MatrixRule.weight_gradient(rule, x, g), rule.weight_gradient(x, g))
+        if rule.bias is not None:
+            close(MatrixRule.bias_gradient(rule, g), rule.bias_gradient(g))
+
+
+# -- Conv1d ----------------------------------------------------------------------------------------
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> tuple[nn.Conv1d, Tensor]:
+    groups, kernel = draw(st.sampled_from([1, 1, 2, 3])), draw(st.integers(1, 4))
+    stride, dilation = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    padding = draw(st.sampled_from([0, 1, 2, "same", "valid"]))
+    conv = nn.Conv1d(
+        groups * draw(st.integers(1, 2)),
+        groups * draw(st.integers(1, 3)),
+        kernel,
+        stride=1 if padding == "same" else stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        bias=draw(st.booleans()),
+        padding_mode=draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"])),
+    )
+    # Large enough for the kernel, and for `reflect` and `circular`, which may not pad by more.
+    length = max(dilation * (kernel - 1) + 1 + draw(st.integers(0, 6)), 3)
+    x = torch.randn(draw(st.integers(1, 3)), conv.in_channels, length, dtype=torch.float64)
+    return conv.double(), x
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@settings(max_examples=100, deadline=None)
+@given(made=convolutions(), large=st.booleans(), through=st.booleans())
+def test_conv1d_geometry(made: tuple[nn.Conv1d, Tensor], large: bool, through: bool) -> None:
+    layer, x = made
+    model = nn.Sequential(layer).eval()
+    batch = x, torch.randn_like(model(x))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conv, "_LARGE_CONVOLUTION", 0 if large else 2**22)
+        patch.setattr(conv, "through_gradient", lambda positions, vectors: through)
+        check_norms(model, batch)
+        check_dots(model, batch, queries=3)
+        check_quadratics(model, batch)
+
+
+def test_conv1d_without_a_batch_axis_is_seen() -> None:
+    layer = nn.Conv1d(3, 2, 1)
+    assert not rule_of(layer).has_batch_axis(layer(torch.randn(3, 5)))
+
+
+# -- EK-FAC ----------------------------------------------------------------------------------------
+
+
+class OneLayer(Task):
+    """The mean squared error of one layer's outputs."""
+
+    output_loss = "mse"
+
+    def __init__(self, layer: nn.Module, shape: tuple[int, ...], rows: int = 20) -> None:
+        torch.manual_seed(1)
+        self.layer = copy.deepcopy(layer).double()
+        self.x = torch.randn(rows, *shape, dtype=torch.float64)
+        self.y = torch.randn_like(self.layer(self.x).flatten(1))
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(self.layer)
+
+    def train_data(self) -> Tensor:
+        return self.y
+
+    def batch(self, ids, draw):
+        return self.x[ids], self.y[ids]
+
+    def outputs(self, model, batch):
+        return model(batch[0]).flatten(1)
+
+    def targets(self, batch):
+        return batch[1]
+
+    def losses(self, model, batch):
+        return (self.outputs(model, batch) - batch[1]).square().mean(1)
+
+
+def fitted(task: OneLayer, repeats: int) -> tuple[GaussNewton, Tensor]:
+    """The operator over repeated samples, and the Gauss-Newton matrix as a dense one."""
+    model = task.model().eval()
+    space = ParameterSpace(model)
+
+    def outputs(parameters: dict[str, Tensor]) -> Tensor:
+        return functional_call(model, parameters, (task.x,)).flatten(1)
+
+    parts_BD = jacrev(outputs)({name: p.detach() for name, p in model.named_parameters()})
+    jacobian_BDP = space.join(parts_BD)
+    _, d, _ = jacobian_BDP.shape
+    dense = 2 / d * torch.einsum("bdp,bdq->pq", jacobian_BDP, jacobian_BDP) / len(task.x)
+    ids = torch.arange(len(task.x)).repeat(repeats)
+    return GaussNewton(model, space, task, ids, batch_size=1000), dense
+
+
+def check_ek_fac_is_exact(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    """With one position and a squared error G is E[a a^T] x 2/d I, a Kronecker product."""
+    operator, dense = fitted(OneLayer(layer, shape), repeats=1000)
+    v_QP = torch.randn(3, len(dense), dtype=torch.float64)
+    expected = torch.linalg.solve(dense + LAMBDA * torch.eye(len(dense)), v_QP.T).T
+    found = EkFac(LAMBDA).solve(operator, v_QP).x_QP
+    assert ((found - expected).norm(dim=1) / expected.norm(dim=1)).max() < 0.03
+
+
+def check_ek_fac_has_the_trace(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    """The corrected eigenvalues are mean squares of sampled gradients, whatever the positions."""
+    operator, dense = fitted(OneLayer(layer, shape), repeats=200)
+    (metric,) = EkFac(LAMBDA).metrics(operator, power=-1).values()
+    assert float((metric.weights_CJ - LAMBDA).sum()) == pytest.approx(float(dense.trace()), rel=0.1)
+
+
+@pytest.mark.parametrize(("layer", "shape"), ONE_POSITION.values(), ids=names)
+def test_ek_fac_is_exact_where_it_must_be(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    check_ek_fac_is_exact(layer, shape)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [case for case in MATRIX_CASES if getattr(case[0], "groups", 1) == 1],
+    ids=names,
+)
+def test_ek_fac_has_the_trace_of_gauss_newton(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    check_ek_fac_has_the_trace(layer, shape)
+
+
+# -- one class is enough ---------------------------------------------------------------------------
+
+
+class Doubled(nn.Module):
+    """y = 2 W x + b: unknown to everything but the rule below."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 4))
+        self.bias = nn.Parameter(torch.randn(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x @ self.weight.t() + self.bias
+
+
+class Scaled(nn.Module):
+    """y = w * x, with one weight a feature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+@pytest.fixture
+def own_rules() -> Iterator[None]:
+    """A rule of each kind, of as little as a rule can be, for the time of a test."""
+
+    class DoubledRule(MatrixRule[Doubled]):
+        """A toy."""
+
+        layer = Doubled
+
+        def input_rows(self, a: Tensor) -> Tensor:
+            return 2 * a.reshape(len(a), -1, 4)
+
+        def output_rows(self, g: Tensor) -> Tensor:
+            return g.reshape(len(g), -1, 3)
+
+    class ScaledRule(LayerRule[Scaled]):
+        """Another."""
+
+        layer = Scaled
+
+        def weight_gradient(self, a: Tensor, g: Tensor) -> Tensor:
+            return (a * g).flatten(1, -2).sum(1) if a.ndim > 2 else a * g
+
+    yield
+    for layer in (Doubled, Scaled):
+        del base._RULES[layer]
+
+
+@pytest.mark.usefixtures("own_rules")
+@pytest.mark.parametrize("shape", [(4,), (5, 4)])
+@pytest.mark.parametrize("layer", [Doubled(), Scaled()], ids=names)
+def test_a_rule_of_ones_own_works_in_every_engine(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    model, batch = prepared(layer, shape)
+    check_norms(model, batch)
+    check_dots(model, batch, queries=3)
+    check_quadratics(model, batch)
+
+
+@pytest.mark.usefixtures("own_rules")
+def test_a_rule_of_ones_own_works_in_ek_fac() -> None:
+    check_ek_fac_is_exact(Doubled(), (4,))
+    check_ek_fac_has_the_trace(Doubled(), (5, 4))
+
+
+@pytest.mark.usefixtures("own_rules")
+def test_a_rule_of_ones_own_is_numbered_stored_and_in_the_docs() -> None:
+    task = OneLayer(nn.Sequential(Scaled(), Doubled(), nn.Tanh(), nn.Linear(3, 2)), (4,))
+    assert weight_layers(task, task.model()) == ["0.1", "0.3"]
+    assert resolve_layers(["all", "0.0"], task) == ("0.1", "0.3", "0.0")
+    (doubled, scaled) = norm_layouts(
+        task.model(),
+        ("0.1", "0.0"),
+        num_samples=20,
+        reduction="kernel",
+        checkpoints=None,
+        source="a test",
+    )
+    assert (doubled.shape, scaled.shape) == ((20, 3, 1, 1), (20, 4, 1, 1))
+    rows = [line for line in layers_page().splitlines() if line.startswith("| ")]
+    assert "| Doubled | (C, I, 1, 1) | yes | derived | derived | derived | yes | A toy. |" in rows
+    assert any(row.startswith("| Scaled ") and "| refused |" in row for row in rows)
+
+
+def test_a_type_has_one_rule() -> None:
+    with pytest.raises(TypeError, match="Linear has a rule: LinearRule"):
+
+        class Second(linear.LinearRule):
+            layer = nn.Linear
+
+
+class SubLinear(nn.Linear):
+    pass
+
+
+class SubEmbedding(nn.Embedding):
+    pass
+
+
+def test_a_subclass_is_numbered_and_factored_as_what_it_inherits_from() -> None:
+    """So that `--layer all` tells that it has no rule, instead of leaving it out."""
+    task = OneLayer(SubLinear(4, 2), (4,))
+    assert weight_layers(task, task.model()) == ["0"]
+    with pytest.raises(ModelError, match=r"layer '0' \(SubLinear\) has no gradient rule"):
+        require_supported("0", task.layer)
+    check_ek_fac_is_exact(SubLinear(4, 2), (4,))
+
+
+def test_a_subclass_may_not_use_options_that_are_refused() -> None:
+    model = nn.Sequential(SubEmbedding(5, 3, max_norm=1.0)).eval()
+    space = ParameterSpace(model)
+    with pytest.raises(ModelError, match=r"layer '0' \(SubEmbedding\) uses max_norm"):
+        GradDots(model, space, weighted_sum, torch.zeros(1, space.size))
+
+
+# -- what follows from the table -------------------------------------------------------------------
+
+
+def test_kernel_axes_of_stored_norms_are_named() -> None:
+    model = nn.ModuleList([nn.Conv1d(2, 3, 5), nn.Conv2d(2, 3, (1, 5)), nn.Linear(2, 3)])
+
+    def dims(reduction: Any, checkpoints: int | None = None) -> list[tuple[str, ...]]:
+        layouts = norm_layouts(
+            model,
+            ("0", "1", "2"),
+            num_samples=7,
+            reduction=reduction,
+            checkpoints=checkpoints,
+            source="a test",
+        )
+        assert all(len(layout.dims) == len(layout.shape) for layout in layouts)
+        return [layout.dims for layout in layouts]
+
+    image = "sample", "channel", "kernel_y", "kernel_x"
+    assert dims("kernel") == [("sample", "channel", "kernel_x"), image, image]
+    assert dims("channel") == [("sample", "channel")] * 3
+    assert dims("layer", checkpoints=2) == [("checkpoint", "sample")] * 3
+
+
+def test_the_docs_show_the_rules_as_they_are() -> None:
+    assert DOCS.read_text() == layers_page(), "run the command that the page names"
