@@ -86,7 +86,8 @@ def _shown_type(annotation: Any) -> tuple[Any, bool]:
     """What one value of a field is on the command line, and whether there may be several."""
     kind = plain_type(annotation)
     if get_origin(kind) is tuple:
-        return _shown_type(get_args(kind)[0])[0], True
+        one = plain_type(get_args(kind)[0])
+        return one if one in SCALARS else str, True
     if get_origin(kind) is Literal or kind in SCALARS:
         return kind, False
     return str, False

@@ -86,7 +86,7 @@ def status(
     if follow and now["state"] in ("new", "running"):
         from infl_cluster.ray_job import watcher
 
-        now = watch(found, ended=watcher(found))
+        now = watch(found, ended=watcher(found), say=say)
     if json:
         render.print_json({**render.run_summary(found, now["state"]), "progress": now})
         return
@@ -157,7 +157,7 @@ def resume(**values: Any) -> None:
     from infl_cli.launch import bring_to_end
 
     run, json = _find(values.pop("runs"), values.pop("run")), values.pop("json")
-    how = How(**{name: value for name, value in values.items() if value is not None})
+    how = How.checked({name: value for name, value in values.items() if value is not None})
     bring_to_end(run, how, json=json)
 
 

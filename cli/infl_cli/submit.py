@@ -67,7 +67,7 @@ def add_command(kind: Kind) -> None:
 
     def command(ctx: typer.Context, **values: Any) -> None:
         given = {n: values[n] for n in fields if values[n] is not None}
-        asked = How(**{n: values[n] for n in how if values[n] is not None})
+        asked = How.checked({n: values[n] for n in how if values[n] is not None})
         options = {**_words(ctx.args), **_pairs(values["option"] or ())}
         wanted = request.of({**given, "task_options": options})
         submit(kind, wanted, asked, values["runs"], json=values["json"], dry_run=values["dry_run"])

@@ -2,20 +2,18 @@
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import model_validator
 
 from influence_jobs import devices
 from influence_jobs.errors import SpecError
-from influence_jobs.requests.base import One, option
+from influence_jobs.requests.base import One, Options, option
 from influence_jobs.specs.base import Count
 
 HOW = "How to run"
 
 
-class How(BaseModel):
+class How(Options):
     """Where work is computed, by how many workers, and in what pieces."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     address: One[str | None] = option(
         None,

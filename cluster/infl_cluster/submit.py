@@ -74,15 +74,17 @@ def submit(
             raise SpecError(f"--batch-size has no meaning for {kind}: leave it out").for_python()
     root = runs_folder(runs)
     try:
-        how = How(
-            address=address,
-            workers=workers,
-            device=device,
-            num_gpus=num_gpus,
-            batch_size=batch_size,
-            shard_size=shard_size,
-            local=not (ray or address),
-            detach=detach,
+        how = How.checked(
+            {
+                "address": address,
+                "workers": workers,
+                "device": device,
+                "num_gpus": num_gpus,
+                "batch_size": batch_size,
+                "shard_size": shard_size,
+                "local": not (ray or address),
+                "detach": detach,
+            }
         )
         specs = found.request_type.of(options).specs(root, say)
         if len(specs) > 1:

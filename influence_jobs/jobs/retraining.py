@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from influence_jobs.errors import ModelError, SpecError
 from influence_jobs.jobs.base import Job, Plan, Progress, Result, Shard
 from influence_jobs.jobs.queries import require_queries, write_queries
+from influence_jobs.jobs.recipe import recipe_of
 from influence_jobs.jobs.saved_state import SavedState
-from influence_jobs.kinds.train.job import recipe_of
 from influence_jobs.specs.base import AnySpec
 from influence_jobs.specs.rankings import RetrainingSpec
 from influence_jobs.store.layout import CHECKPOINTS, ArrayLayout

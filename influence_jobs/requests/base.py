@@ -61,7 +61,31 @@ def option(
     )
 
 
-class Request(BaseModel, ABC):
+class Options(BaseModel):
+    """Options that belong together; a request is made of several such classes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    @classmethod
+    def checked(cls, values: Mapping[str, Any]) -> Self:
+        """The options with these values.
+
+        Raises:
+            SpecError: A value is of another type or out of range; the message names the option.
+        """
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            name = str(error.errors()[0]["loc"][0]).replace("_", "-")
+            said = first_error(error).partition(": ")[2]
+            raise SpecError(f"--{name}: {said[:1].lower()}{said[1:]}") from None
+
+    def given(self, name: str) -> bool:
+        """Whether an option has another value than its default."""
+        return bool(getattr(self, name) != type(self).model_fields[name].default)
+
+
+class Request(Options, ABC):
     """What a user asks of one kind of run.
 
     Attributes:
@@ -70,7 +94,6 @@ class Request(BaseModel, ABC):
         task_options: Its options; on the command line and in Python they stand among the others.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
     default_task: ClassVar[str] = "mnist"
 
     task: Any = option(
@@ -102,13 +125,4 @@ class Request(BaseModel, ABC):
         own = {name: value for name, value in given.items() if name in cls.model_fields}
         others = {name: value for name, value in given.items() if name not in own}
         options = {**own.pop("task_options", {}), **others}
-        try:
-            return cls(**own, task_options=options)
-        except ValidationError as error:
-            name = str(error.errors()[0]["loc"][0])
-            where = f"--{name.replace('_', '-')}: "
-            raise SpecError(where + first_error(error).partition(": ")[2]) from None
-
-    def given(self, name: str) -> bool:
-        """Whether an option has another value than its default."""
-        return bool(getattr(self, name) != type(self).model_fields[name].default)
+        return cls.checked({**own, "task_options": options})

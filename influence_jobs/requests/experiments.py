@@ -2,11 +2,11 @@
 
 from typing import TYPE_CHECKING
 
-from influence_jobs.requests.base import Many, One, Request, Say, option
+from influence_jobs.requests.base import Many, One, Options, Say, option
 from influence_jobs.requests.options import (
     EXPERIMENT,
-    CurvatureRequest,
-    QueriesRequest,
+    CurvatureOptions,
+    QueriesOptions,
     WeightsRequest,
 )
 from influence_jobs.specs.base import Count
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from influence_jobs.requests.rankings import Rankings, Trained
 
 
-class SeedsRequest(Request):
+class SeedsOptions(Options):
     """How often each variant is trained."""
 
     seeds: One[Count] = option(
@@ -23,7 +23,7 @@ class SeedsRequest(Request):
     )
 
 
-class EnsembleRequest(Request):
+class EnsembleOptions(Options):
     """Of how many models scores are."""
 
     ensemble: One[Count] = option(
@@ -31,7 +31,7 @@ class EnsembleRequest(Request):
     )
 
 
-class ExperimentRequest(WeightsRequest, QueriesRequest, CurvatureRequest):
+class ExperimentRequest(WeightsRequest, QueriesOptions, CurvatureOptions):
     """Methods that are put to the test by retraining."""
 
     by: Many[str] = option(

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, create_model
 
-from influence_jobs.requests.base import Many, One, Request, option
+from influence_jobs.requests.base import Many, One, Options, Request, option
 from influence_jobs.specs.base import Count, Seed
 from influence_jobs.specs.solvers import SolverSettings
 
@@ -28,13 +28,13 @@ class WeightsRequest(Request):
     epochs: One[Count | None] = option(None, "Epochs to train; the preset's by default.")
 
 
-class SeededRequest(Request):
+class SeedOptions(Options):
     """Work that draws random numbers."""
 
     seed: One[Seed] = option(0, "Seed of the sample noise, and of what is drawn at random.")
 
 
-class QueriesRequest(SeededRequest):
+class QueriesOptions(SeedOptions):
     """Which outputs are explained."""
 
     test: Many[Annotated[int, Field(ge=0)]] = option(
@@ -79,7 +79,7 @@ def _solver_options() -> dict[str, Any]:
             option_name = "batch" if field_name == "batch_size" else field_name
             kind: Any = float if "float" in str(field.annotation) else int
             found[option_name] = (
-                One[kind | None],
+                One[kind | None],  # type: ignore[misc]
                 option(None, f"{name}: {said[:1].lower()}{said[1:]}{default}.", panel=CURVATURE),
             )
     return found
@@ -89,10 +89,10 @@ SOLVERS = "; ".join(f"{name}: {s.summary}" for name, s in SolverSettings.by_name
 SETTINGS = _solver_options()
 
 
-class CurvatureBase(Request):
+class CurvatureBase(Options):
     """How the curvature is measured and inverted."""
 
-    solver: Literal[tuple(SolverSettings.by_name)] | None = option(  # type: ignore[valid-type]
+    solver: Literal[*SolverSettings.by_name] | None = option(  # type: ignore[valid-type]
         None, f"{SOLVERS}.", panel=CURVATURE
     )
     damping: One[float | None] = option(
@@ -117,8 +117,8 @@ class CurvatureBase(Request):
 
 
 if TYPE_CHECKING:
-    CurvatureRequest = CurvatureBase
+    CurvatureOptions = CurvatureBase
 else:  # with an option for every setting of every solver
-    CurvatureRequest = create_model(
-        "CurvatureRequest", __base__=CurvatureBase, __module__=__name__, **SETTINGS
+    CurvatureOptions = create_model(
+        "CurvatureOptions", __base__=CurvatureBase, __module__=__name__, **SETTINGS
     )

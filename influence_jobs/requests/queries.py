@@ -6,13 +6,13 @@ from typing import Any
 
 from influence_jobs.errors import SpecError
 from influence_jobs.jobs.queries import require_queries
-from influence_jobs.requests.options import QueriesRequest
+from influence_jobs.requests.options import QueriesOptions
 from influence_jobs.specs.base import make_spec
 from influence_jobs.specs.queries import Queries, Query
 from influence_jobs.tasks.base import Task
 
 
-def queries_of(request: QueriesRequest, task: Task, *, default_set: bool = False) -> Queries:
+def queries_of(request: QueriesOptions, task: Task, *, default_set: bool = False) -> Queries:
     """The queries a user asked for: every test sample, at every point and region if any.
 
     Args:

@@ -12,7 +12,7 @@ from influence_jobs.kinds.grad_norms.spec import GradNormsSpec
 from influence_jobs.kinds.influence.spec import InfluenceSpec
 from influence_jobs.kinds.train.spec import TrainedCheckpoint, TrainSpec
 from influence_jobs.requests.base import Say
-from influence_jobs.requests.options import CurvatureRequest
+from influence_jobs.requests.options import CurvatureOptions
 from influence_jobs.requests.solving import s_tests_of
 from influence_jobs.requests.subject import Subject
 from influence_jobs.specs.base import make_spec
@@ -123,7 +123,7 @@ class Rankings:
         self,
         trained: Trained,
         queries: Queries,
-        curvature: CurvatureRequest,
+        curvature: CurvatureOptions,
         *,
         root: str,
         seed: int,
@@ -209,7 +209,7 @@ class Rankings:
         if method in INFLUENCE:
             asked = self._curvature
             if method == "dot-product":
-                asked = CurvatureRequest(solver="identity")
+                asked = CurvatureOptions(solver="identity")
             return influence_of(subject, queries, asked, self._say, seed=self._seed)
         if method == "attribution":
             layers = hidden_layers(subject.built)
@@ -243,7 +243,7 @@ def scores_named(root: str, word: str) -> ScoresSpec:
 
 
 def influence_of(
-    subject: Subject, queries: Queries, curvature: CurvatureRequest, say: Say, *, seed: int
+    subject: Subject, queries: Queries, curvature: CurvatureOptions, say: Say, *, seed: int
 ) -> InfluenceSpec:
     """Influence through all layers."""
     return make_spec(

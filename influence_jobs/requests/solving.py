@@ -9,7 +9,7 @@ from influence_jobs.errors import SpecError
 from influence_jobs.gradients.rules import matrix_layers
 from influence_jobs.kinds.s_test.spec import STestSpec
 from influence_jobs.requests.base import Say
-from influence_jobs.requests.options import SETTINGS, CurvatureRequest
+from influence_jobs.requests.options import SETTINGS, CurvatureOptions
 from influence_jobs.requests.subject import Subject
 from influence_jobs.specs.base import make_spec
 from influence_jobs.specs.queries import Queries
@@ -19,12 +19,12 @@ from influence_jobs.tasks.layers import resolve_layers
 
 
 def s_tests_of(
-    request: CurvatureRequest,
+    request: CurvatureOptions,
     subject: Subject,
     queries: Queries,
     say: Say,
     *,
-    layers: Sequence[str] = (),
+    layers: Sequence[str | int] = (),
     seed: int,
 ) -> tuple[STestSpec, ...]:
     """s_test vectors of the queries at each of the subject's checkpoints.
@@ -59,7 +59,7 @@ def s_tests_of(
     )
 
 
-def require_used(request: CurvatureRequest, methods: Sequence[str]) -> None:
+def require_used(request: CurvatureOptions, methods: Sequence[str]) -> None:
     """Refuse options of the curvature where no method has one.
 
     Args:
@@ -70,14 +70,14 @@ def require_used(request: CurvatureRequest, methods: Sequence[str]) -> None:
     """
     if {"helpful", "harmful"} & {*methods}:
         return
-    for name in CurvatureRequest.model_fields:
-        if name not in ("task", "task_options") and request.given(name):
+    for name in CurvatureOptions.model_fields:
+        if request.given(name):
             raise SpecError(
                 f"{_flag(name)} has no meaning for --by {', '.join(methods)}: leave it out"
             )
 
 
-def _solver(request: CurvatureRequest, say: Say) -> SolverSettings:
+def _solver(request: CurvatureOptions, say: Say) -> SolverSettings:
     scale = getattr(request, "scale", None)
     damping = request.damping
     if damping is not None and scale is not None:

@@ -127,7 +127,10 @@ def _as_trained(trained: TaskSpec, given: Mapping[str, Any]) -> dict[str, Any]:
 def _converted(name: str, kind: type[Task], given: Mapping[str, Any]) -> dict[str, Any]:
     """Options as the types that the task's constructor names, or as those of its defaults."""
     parameters = arguments_of(kind)
-    types = {key: p.annotation for key, p in parameters.items()} | kind.request_options
+    types = {
+        **{key: p.annotation for key, p in parameters.items()},
+        **kind.request_options,
+    }
     values = {}
     for key, value in given.items():
         if key not in types:

@@ -155,13 +155,10 @@ def code_alone(text: str) -> str:
         if token.type == tokenize.COMMENT
     ]
     for node in ast.walk(ast.parse(text)):
-        body = getattr(node, "body", None)
-        holder = isinstance(
-            node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-        )
-        if holder and isinstance(body, list) and body and ast.get_docstring(node) is not None:
-            first = body[0]
-            spans.append(_span(lines, first))
+        match node:
+            case ast.Module() | ast.ClassDef() | ast.FunctionDef() | ast.AsyncFunctionDef():
+                if ast.get_docstring(node) is not None:
+                    spans.append(_span(lines, node.body[0]))
     for (row, column), (last, end) in sorted(spans, reverse=True):
         if row == last:
             lines[row - 1] = lines[row - 1][:column] + lines[row - 1][end:]

@@ -40,7 +40,7 @@ def weight_layers(task: Task, model: nn.Module) -> list[str]:
     return order
 
 
-def resolve_layers(wanted: Sequence[str], task: Task) -> tuple[str, ...]:
+def resolve_layers(wanted: Sequence[str | int], task: Task) -> tuple[str, ...]:
     """Turn what the user typed (numbers, module names, `all`) into module names in forward order.
 
     Raises:
@@ -50,7 +50,7 @@ def resolve_layers(wanted: Sequence[str], task: Task) -> tuple[str, ...]:
     order = weight_layers(task, model)
     modules = dict(model.named_modules())
     names: list[str] = []
-    for word in wanted:
+    for word in map(str, wanted):
         if word == "all":
             names += order
         elif re.fullmatch(r"-?\d+", word):

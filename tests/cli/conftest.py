@@ -14,8 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from infl_cli import dry_run, how, launch
+from infl_cli import dry_run
 from infl_cli.main import main
+from infl_cluster import launch
+from influence_jobs import devices
 from influence_jobs.models.ffdnet import FFDNet
 from influence_jobs.store.run import Run
 
@@ -43,7 +45,7 @@ def infl(
     """Runs `infl` in an empty folder and tells exit code, standard output and standard error."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])  # the command puts the working directory there
-    for module in (dry_run, how, launch):
+    for module in (devices, dry_run, launch):
         monkeypatch.setattr(module, "cores", lambda: 1)
     for seconds in ("PROBE_S", "TRIED_S"):
         monkeypatch.setattr(dry_run, seconds, 0.0)

@@ -16,11 +16,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from infl_cli import watch
+from infl_cluster import watch
 from infl_cluster.inline import InlineBackend
 from influence_jobs.datasets import mnist
 from influence_jobs.errors import DataError
-from influence_jobs.jobs import runner as runner_module
+from influence_jobs.kinds import runner as runner_module
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.ffdnet import FFDNetTask
 

@@ -15,9 +15,10 @@ from typing import Any
 import psutil
 import pytest
 
-from infl_cli import cluster, launch, ray_job
-from infl_cli.watch import watch
+from infl_cli import cluster
+from infl_cluster import launch, ray_job
 from infl_cluster.client import UnknownJob
+from infl_cluster.watch import watch
 from influence_jobs.errors import RuntimeFault
 from influence_jobs.store import find
 from influence_jobs.store.run import Run, now

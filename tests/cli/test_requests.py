@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from infl_cli.requests import as_trained, task_request
 
 from influence_jobs.datasets import mnist
 from influence_jobs.datasets.mnist import default_data_dir
 from influence_jobs.errors import DataError, SpecError
+from influence_jobs.kinds.train.request import TrainRequest
+from influence_jobs.requests.subject import _as_trained, task_of
 from influence_jobs.specs.base import TaskSpec
 from influence_jobs.tasks import mnist as mnist_task
 from influence_jobs.tasks.registry import task_class
@@ -40,7 +41,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def request(name: str, **given: Any) -> TaskSpec:
-    return task_request(name, given, skip_unreadable=False, say=print)[0]
+    return task_of(TrainRequest.of({"task": name, **given}), print)[0]
 
 
 def test_workers_are_told_where_data_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,8 +73,8 @@ def test_files_skipped_in_training_are_those_of_its_folder(
     images = str(tmp_path / "a")
     trained = TaskSpec(name="ffdnet", options={"skip": ("x",)}, paths={"images": images}, data="")
     for same in (None, "a", images):
-        assert as_trained(trained, {"images": same})["skip"] == ("x",)
-    assert "skip" not in as_trained(trained, {"images": "b"})
+        assert _as_trained(trained, {"images": same})["skip"] == ("x",)
+    assert "skip" not in _as_trained(trained, {"images": "b"})
 
 
 def test_files_of_the_working_directory_shadow_nothing(

@@ -9,17 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from infl_cli.watch import rate_and_eta
 
 from infl_cluster import status as status_module
 from infl_cluster.driver import drive, is_done
 from infl_cluster.inline import InlineBackend
 from infl_cluster.status import StatusWriter
+from infl_cluster.watch import rate_and_eta
 from influence_jobs.errors import InflError, RuntimeFault, SpecError, StoreError
-from influence_jobs.jobs import runner as runner_module
 from influence_jobs.jobs import saved_state
 from influence_jobs.jobs.base import Plan, Shard
 from influence_jobs.kinds import open_job
+from influence_jobs.kinds import runner as runner_module
 from influence_jobs.kinds.grad_norms.spec import GradNormsSpec
 from influence_jobs.store import layout
 from influence_jobs.store.manifest import Entry

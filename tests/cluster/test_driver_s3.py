@@ -9,7 +9,7 @@ import pytest
 from infl_cluster.driver import drive, is_done
 from infl_cluster.inline import InlineBackend
 from influence_jobs.errors import RuntimeFault
-from influence_jobs.jobs import runner as runner_module
+from influence_jobs.kinds import runner as runner_module
 from influence_jobs.kinds.grad_norms.spec import GradNormsSpec
 from influence_jobs.store import layout
 from influence_jobs.store.find import find_run, run_ids

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 from influence_jobs.errors import SpecError
 from influence_jobs.kinds.ablation.spec import AblationSpec, RelabelRule
 from influence_jobs.requests.base import Many, Say, option
-from influence_jobs.requests.experiments import ExperimentRequest, SeedsRequest
+from influence_jobs.requests.experiments import ExperimentRequest, SeedsOptions
 from influence_jobs.requests.options import EXPERIMENT
 from influence_jobs.specs.base import Count, Spec, make_spec
 from influence_jobs.specs.rankings import Ranking
@@ -18,7 +18,7 @@ METHODS = ("attribution", "helpful", "harmful", "random")
 SIZES = (200, 500, 1000, 2000, 5000, 10_000)  # the research report's
 
 
-class AblationRequest(ExperimentRequest, SeedsRequest):
+class AblationRequest(ExperimentRequest, SeedsOptions):
     """Retrain without a query's top k samples, or with other labels on them: what becomes of the query?
 
     Every retrained model is kept: a larger grid trains only what is new.

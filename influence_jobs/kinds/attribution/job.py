@@ -89,7 +89,7 @@ class AttributionJob(ScoresJob[AttributionSpec]):
             self.task.model(),
             self.spec.layers,
             num_samples=self.batch_size,
-            reduction=self.spec.reduction,
+            reduction=self.spec.norms.norms_reduction,
             checkpoints=None,
             source="",
         )

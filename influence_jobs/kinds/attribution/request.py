@@ -6,12 +6,12 @@ from influence_jobs.errors import SpecError
 from influence_jobs.kinds.grad_norms.spec import GradNormsSpec
 from influence_jobs.kinds.train.spec import Checkpoint, TrainedCheckpoint, TrainSpec
 from influence_jobs.requests.base import Many, One, Say, option
-from influence_jobs.requests.options import SCORES, QueriesRequest, WeightsRequest
+from influence_jobs.requests.options import SCORES, QueriesOptions, WeightsRequest
 from influence_jobs.specs.base import Positive, Spec
 from influence_jobs.specs.norms import NormsSpec
 
 
-class AttributionRequest(WeightsRequest, QueriesRequest):
+class AttributionRequest(WeightsRequest, QueriesOptions):
     """Attribution: activations of chosen outputs times the training samples' gradient norms.
 
     By default over all hidden layers, that is all weight layers but the last.

@@ -7,8 +7,8 @@ from influence_jobs.kinds.baseline.spec import METHODS, BaselineSpec
 from influence_jobs.requests.base import Say, option
 from influence_jobs.requests.options import (
     SCORES,
-    CurvatureRequest,
-    QueriesRequest,
+    CurvatureOptions,
+    QueriesOptions,
     WeightsRequest,
 )
 from influence_jobs.specs.base import Spec, make_spec
@@ -16,7 +16,7 @@ from influence_jobs.specs.base import Spec, make_spec
 _METHODS = "; ".join(f"{name}: {method.quantity}" for name, method in METHODS.items())
 
 
-class BaselineRequest(WeightsRequest, QueriesRequest):
+class BaselineRequest(WeightsRequest, QueriesOptions):
     """Scores that know less, in the same form: what a method must beat."""
 
     method: Literal[(*METHODS, "dot-product")] = option(  # type: ignore[valid-type]
@@ -33,7 +33,7 @@ class BaselineRequest(WeightsRequest, QueriesRequest):
         subject = subject_of(self, root, say)
         asked = queries_of(self, subject.built)
         if self.method == "dot-product":
-            identity = CurvatureRequest(solver="identity")
+            identity = CurvatureOptions(solver="identity")
             return (influence_of(subject, asked, identity, say, seed=self.seed),)
         if self.given("quantity"):
             raise SpecError("--quantity is what influence explains: leave it out")

@@ -5,12 +5,12 @@ from typing import ClassVar, Literal
 from influence_jobs.errors import SpecError
 from influence_jobs.kinds.grad_norms.spec import GradNormsSpec
 from influence_jobs.requests.base import Many, Say, option
-from influence_jobs.requests.options import REDUCE, SeededRequest, WeightsRequest
+from influence_jobs.requests.options import REDUCE, SeedOptions, WeightsRequest
 from influence_jobs.specs.base import Spec, make_spec
 from influence_jobs.terms import Precision, Reduction
 
 
-class GradNormsRequest(WeightsRequest, SeededRequest):
+class GradNormsRequest(WeightsRequest, SeedOptions):
     """Per-sample gradient norms of chosen layers, at one or several checkpoints.
 
     `infl submit grad-norms --layer 11` alone works on a bare machine: it trains FFDNet for a few

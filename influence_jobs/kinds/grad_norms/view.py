@@ -20,10 +20,11 @@ class GradNormsView(NormsView[GradNormsSpec]):
         return f"Gradient norms ({self.spec.task.slug}){seed}"
 
     def certainty(self) -> list[str]:
-        return [
+        said = (
             f"Computed in {self.spec.precision} and compared with plain autograd on the first "
             "samples before the first batch."
-        ]
+        )
+        return [said]
 
     def next_step(self) -> str:
         return f"infl top {self.run.id}{self.more}"

@@ -9,8 +9,8 @@ from influence_jobs.kinds.s_test.spec import STestSpec
 from influence_jobs.requests.base import Many, Say, option
 from influence_jobs.requests.options import (
     SCORES,
-    CurvatureRequest,
-    QueriesRequest,
+    CurvatureOptions,
+    QueriesOptions,
     WeightsRequest,
 )
 from influence_jobs.specs.base import Spec, make_spec
@@ -19,7 +19,7 @@ from influence_jobs.specs.base import Spec, make_spec
 _BESIDE_S_TESTS = {"s_test", "checkpoint", "combine", "relative", "keep_layers", "seed"}
 
 
-class InfluenceRequest(WeightsRequest, QueriesRequest, CurvatureRequest):
+class InfluenceRequest(WeightsRequest, QueriesOptions, CurvatureOptions):
     """Influence of every training sample on chosen outputs: positive = helpful, negative = harmful."""
 
     s_test: Many[str] = option(

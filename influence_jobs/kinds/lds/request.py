@@ -7,9 +7,9 @@ from pydantic import Field
 from influence_jobs.kinds.lds.spec import LdsSpec
 from influence_jobs.requests.base import One, Say, option
 from influence_jobs.requests.experiments import (
-    EnsembleRequest,
+    EnsembleOptions,
     ExperimentRequest,
-    SeedsRequest,
+    SeedsOptions,
 )
 from influence_jobs.requests.options import EXPERIMENT
 from influence_jobs.specs.base import Spec, make_spec
@@ -17,7 +17,7 @@ from influence_jobs.specs.base import Spec, make_spec
 METHODS = ("helpful", "dot-product", "attribution", "nearest", "loss", "random")
 
 
-class LdsRequest(ExperimentRequest, SeedsRequest, EnsembleRequest):
+class LdsRequest(ExperimentRequest, SeedsOptions, EnsembleOptions):
     """Linear datamodeling score: do sums of scores predict the losses of models retrained on subsets?
 
     The retrained models are kept: methods added later use the same.

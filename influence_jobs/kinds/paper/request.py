@@ -10,7 +10,7 @@ from influence_jobs.kinds.train.spec import TrainedCheckpoint
 from influence_jobs.requests.base import Say, option
 from influence_jobs.requests.options import (
     EXPERIMENT,
-    CurvatureRequest,
+    CurvatureOptions,
     WeightsRequest,
 )
 from influence_jobs.specs.base import Spec, make_spec
@@ -89,7 +89,7 @@ def _section_4_1(subject: "Subject", say: Say, *, given: bool, quick: bool) -> P
     n = len(subject.built.train_data())
     tests = subject.built.query_sets["paper"]
     queries = make_spec(Queries, items=tuple(Query(test=test) for test in tests))
-    curvature = CurvatureRequest(damping=LISSA_DAMPING)
+    curvature = CurvatureOptions(damping=LISSA_DAMPING)
     rankings = Rankings(trained, queries, curvature, root="", seed=0, say=say)
     stability = make_spec(
         StabilitySpec,
@@ -134,7 +134,7 @@ def _section_4_2(subject: "Subject", say: Say, *, given: bool, quick: bool) -> P
     norms: NormsSpec
     checkpoint = subject.checkpoints[0]
     # The published limit is of norms summed over a training; a replay's are of another size.
-    limits = (_published(subject.task.name).norm_limit,)
+    limits: tuple[float, ...] = (_published(subject.task.name).norm_limit,)
     if not given:
         plain = trained_of(subject, given=False, methods=()).train
         train = changed(plain, norm_layers=layers, norm_skip_epochs=int(plain.epochs > 1))
@@ -161,7 +161,7 @@ def _section_4_2(subject: "Subject", say: Say, *, given: bool, quick: bool) -> P
         ),
     ]
     samples = QUICK_CURVATURE_SAMPLES if quick else CURVATURE_SAMPLES
-    curvature = CurvatureRequest(solver="ek-fac", curvature_samples=samples)
+    curvature = CurvatureOptions(solver="ek-fac", curvature_samples=samples)
     influence = influence_of(subject, images, curvature, say, seed=0)
     return make_spec(PaperSpec, task=subject.task, parts=(norms, *attributions, influence))
 

@@ -1,7 +1,7 @@
 """What can be asked of s_test vectors."""
 
 from influence_jobs.requests.base import Many, Say, option
-from influence_jobs.requests.options import CurvatureRequest, QueriesRequest, WeightsRequest
+from influence_jobs.requests.options import CurvatureOptions, QueriesOptions, WeightsRequest
 from influence_jobs.specs.base import Spec
 
 LAYERS_THAT_COUNT = (
@@ -10,7 +10,7 @@ LAYERS_THAT_COUNT = (
 )
 
 
-class STestRequest(WeightsRequest, QueriesRequest, CurvatureRequest):
+class STestRequest(WeightsRequest, QueriesOptions, CurvatureOptions):
     """s_test vectors: gradients of chosen outputs with the curvature of the training loss divided out.
 
     One run for each checkpoint.

@@ -2,14 +2,14 @@
 
 from influence_jobs.kinds.stability.spec import StabilitySpec
 from influence_jobs.requests.base import One, Say, option
-from influence_jobs.requests.experiments import EnsembleRequest, ExperimentRequest
+from influence_jobs.requests.experiments import EnsembleOptions, ExperimentRequest
 from influence_jobs.requests.options import EXPERIMENT
 from influence_jobs.specs.base import Count, Spec, make_spec
 
 METHODS = ("attribution", "helpful", "harmful")
 
 
-class StabilityRequest(ExperimentRequest, EnsembleRequest):
+class StabilityRequest(ExperimentRequest, EnsembleOptions):
     """Train from other seeds: how many of a query's top samples are found again?"""
 
     retrainings: One[Count] = option(5, "Compared with the first training.", panel=EXPERIMENT)

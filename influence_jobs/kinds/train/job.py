@@ -8,13 +8,14 @@ import pyarrow as pa
 from influence_jobs.errors import SpecError
 from influence_jobs.jobs.base import Job, Plan, Progress, Result, Shard
 from influence_jobs.jobs.norm_arrays import norm_layouts
+from influence_jobs.jobs.recipe import recipe_of
 from influence_jobs.jobs.saved_state import SavedState, saved_bytes
 from influence_jobs.kinds.train.spec import TrainSpec
 from influence_jobs.specs.base import AnySpec
 from influence_jobs.store.layout import TRAINING_STATE, ArrayLayout, checkpoint_name, norms_name
 from influence_jobs.store.run import checksum
 from influence_jobs.training.recorded_norms import RecordedNorms
-from influence_jobs.training.train import Recipe, Trainer
+from influence_jobs.training.train import Trainer
 
 
 class TrainJob(Job[TrainSpec]):
@@ -112,15 +113,3 @@ class TrainJob(Job[TrainSpec]):
     def finish(self) -> Result:
         self.run_store.files.delete(TRAINING_STATE)
         return Result(files=self.write_samples() if self.spec.norm_layers else {})
-
-
-def recipe_of(spec: TrainSpec) -> Recipe:
-    """What a trainer needs to know of a training."""
-    return Recipe(
-        epochs=spec.epochs,
-        batch_size=spec.batch_size,
-        optimizer=spec.optimizer,
-        lr=spec.lr,
-        momentum=spec.momentum,
-        weight_decay=spec.weight_decay,
-    )

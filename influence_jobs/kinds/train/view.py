@@ -21,10 +21,11 @@ class TrainView(NormsView[TrainSpec]):
         return f"Training ({self.spec.task.slug}){seed}"
 
     def certainty(self) -> list[str]:
-        return [
+        said = (
             f"One training, from seed {self.spec.seed}; infl submit stability tells what another "
             "seed changes."
-        ]
+        )
+        return [said]
 
     def next_step(self) -> str:
         if self.spec.norm_layers:
