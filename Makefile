@@ -11,7 +11,7 @@ install: $(VENV)/installed
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable . --group dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[cli,cloud]" --group dev
 	touch $@
 
 test: install
@@ -62,7 +62,7 @@ bench: $(PEERS)/installed
 $(PEERS)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(PEERS)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
+	$(PEERS)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[cli,bench]"
 	$(PEERS)/bin/python -m pip install --quiet --no-deps pyDVL==0.10.0
 	touch $@
 

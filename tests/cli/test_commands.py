@@ -193,8 +193,8 @@ def test_what_decides_the_id_of_a_run(
     assert other_stride["needs_first"][0]["run"] != first["needs_first"][0]["run"]
     # Where data lie does not name a run, what they are does.
     images.rename(tmp_path / "samples-of-mine")
-    norms = tuple("samples-of-mine" if word == "images" else word for word in norms)
-    assert planned(*norms, "--layer", "11")["run"] == first["run"]
+    moved = ("samples-of-mine" if word == "images" else word for word in norms)
+    assert planned(*moved, "--layer", "11")["run"] == first["run"]
     (tmp_path / "samples-of-mine" / "b.png").unlink()
     fewer = planned(*norms, "--layer", "11")["run"]
     assert fewer != first["run"]
@@ -205,8 +205,8 @@ def test_what_decides_the_id_of_a_run(
 def test_ffdnet_on_images_of_ones_own(infl: Infl, images: Path, ffdnet_file: Path) -> None:
     (images / "broken.jpg").write_bytes(b"no picture")
     words = ("submit", "grad-norms", "--images", "images", "--patch-size", "32", "--stride", "8")
-    words = (*words, "--checkpoint", ffdnet_file, "--layer", "11", "--skip-unreadable", "--local")
-    answer = infl(*words, "--json")
+    more = ("--checkpoint", ffdnet_file, "--layer", "11", "--skip-unreadable", "--local")
+    answer = infl(*words, *more, "--json")
     assert "left out: broken.jpg cannot be decoded\n" in answer.err
     assert answer.json["arrays"]["norms/main.29"]["shape"] == [12, 96]
     spec = json.loads(Path(answer.json["path"], "spec.json").read_text())

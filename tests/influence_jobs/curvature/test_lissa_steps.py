@@ -1,5 +1,7 @@
 """Blocked steps of perceptrons against the recursion with dense float64 matrices of each mini-batch."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -117,7 +119,7 @@ def test_a_block_is_its_steps_one_by_one(task, model):
 
 
 def given(operator, v_QP):
-    chain = lissa_steps(operator, v_QP, DAMPING, SCALE, 1)._chain
+    chain = lissa_steps(operator, v_QP, DAMPING, SCALE, 1)._chain  # type: ignore[attr-defined]
     return chain, v_QP, DAMPING, SCALE, 1
 
 
@@ -147,6 +149,7 @@ class Widened(nn.Linear):
 
 @pytest.mark.parametrize("why", ["tanh", "subclass", "hook", "some layers", "difference"])
 def test_what_is_no_plain_perceptron_takes_one_product_a_step(task, model, why):
+    kind: Any
     modules, kind, options = None, GaussNewton, {}
     if why == "tanh":
         model[2] = nn.Tanh()

@@ -99,7 +99,7 @@ class SmallFFDNetTask(FFDNetGreyTask):
         return pytree.tree_map_only(Tensor, lambda t: t.double(), batch)
 
 
-def mlp(dropout: float = 0.0) -> nn.Module:
+def mlp(dropout: float = 0.0) -> nn.Sequential:
     return nn.Sequential(
         nn.Flatten(), nn.Linear(16, 12), nn.ReLU(), nn.Dropout(dropout),
         nn.Linear(12, 7), nn.ReLU(), nn.Dropout(2 * dropout), nn.Linear(7, 5), nn.LogSoftmax(1),
