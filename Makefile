@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 RUNS ?= demo-runs
 
-.PHONY: install test slow lint format demo bench clean
+.PHONY: install test slow lint format dist demo bench clean
 
 install: $(VENV)/installed
 
@@ -29,6 +29,12 @@ lint: install
 format: install
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
+
+# Wheel and sdist, installed and used outside this folder.
+dist: install
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python tests/packaging/try_dist.py dist
 
 # Real work, end to end, on a Ray of its own: MNIST trained for two epochs and its norms for every layer,
 # then FFDNet trained shortly on sample photographs and the norms of its eleventh layer.

@@ -193,13 +193,13 @@ def test_what_decides_the_id_of_a_run(
     assert other_stride["needs_first"][0]["run"] != first["needs_first"][0]["run"]
     # Where data lie does not name a run, what they are does.
     images.rename(tmp_path / "samples-of-mine")
-    moved = ("samples-of-mine" if word == "images" else word for word in norms)
+    moved = ["samples-of-mine" if word == "images" else word for word in norms]
     assert planned(*moved, "--layer", "11")["run"] == first["run"]
     (tmp_path / "samples-of-mine" / "b.png").unlink()
-    fewer = planned(*norms, "--layer", "11")["run"]
+    fewer = planned(*moved, "--layer", "11")["run"]
     assert fewer != first["run"]
     monkeypatch.setenv("INFL_DATA", str(tmp_path))  # of no concern to tasks that download nothing
-    assert planned(*norms, "--layer", "11")["run"] == fewer
+    assert planned(*moved, "--layer", "11")["run"] == fewer
 
 
 def test_ffdnet_on_images_of_ones_own(infl: Infl, images: Path, ffdnet_file: Path) -> None:
