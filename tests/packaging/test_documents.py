@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import typer
+import yaml
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset, default_collate
@@ -67,6 +69,12 @@ def test_results_are_small() -> None:
     sizes = {path: path.stat().st_size for path in RESULTS.rglob("*") if path.is_file()}
     assert [path for path, size in sizes.items() if size > 100_000] == []
     assert sum(sizes.values()) < 1_500_000
+
+
+def test_the_citation_names_this_version() -> None:
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((PROJECT / "CITATION.cff").read_text())
+    assert (citation["version"], citation["license"]) == (project["version"], project["license"])
 
 
 def test_there_are_commands_and_snippets_to_try() -> None:
