@@ -4,14 +4,14 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 RUNS ?= demo-runs
 
-.PHONY: install test slow lint format demo bench clean
+.PHONY: install test slow lint format dist demo bench clean
 
 install: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable . --group dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[cli,cloud]" --group dev
 	touch $@
 
 test: install
@@ -29,6 +29,12 @@ lint: install
 format: install
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
+
+# Wheel and sdist, installed and used outside this folder.
+dist: install
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python tests/packaging/try_dist.py dist
 
 # Real work, end to end, on a Ray of its own: MNIST trained for two epochs and its norms for every layer,
 # then FFDNet trained shortly on sample photographs and the norms of its eleventh layer.
@@ -62,7 +68,7 @@ bench: $(PEERS)/installed
 $(PEERS)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(PEERS)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
+	$(PEERS)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[cli,bench]"
 	$(PEERS)/bin/python -m pip install --quiet --no-deps pyDVL==0.10.0
 	touch $@
 

@@ -180,7 +180,7 @@ def _data_uri(kind: str, buffer: io.BytesIO) -> str:
     return f"data:{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _dimensions(array: zarr.Array[Any]) -> Sequence[str]:
+def _dimensions(array: "zarr.Array[Any]") -> Sequence[str]:
     names = array.metadata.to_dict()["dimension_names"]
     assert isinstance(names, (list, tuple))
     return [str(name) for name in names]

@@ -193,20 +193,20 @@ def test_what_decides_the_id_of_a_run(
     assert other_stride["needs_first"][0]["run"] != first["needs_first"][0]["run"]
     # Where data lie does not name a run, what they are does.
     images.rename(tmp_path / "samples-of-mine")
-    norms = tuple("samples-of-mine" if word == "images" else word for word in norms)
-    assert planned(*norms, "--layer", "11")["run"] == first["run"]
+    moved = ["samples-of-mine" if word == "images" else word for word in norms]
+    assert planned(*moved, "--layer", "11")["run"] == first["run"]
     (tmp_path / "samples-of-mine" / "b.png").unlink()
-    fewer = planned(*norms, "--layer", "11")["run"]
+    fewer = planned(*moved, "--layer", "11")["run"]
     assert fewer != first["run"]
     monkeypatch.setenv("INFL_DATA", str(tmp_path))  # of no concern to tasks that download nothing
-    assert planned(*norms, "--layer", "11")["run"] == fewer
+    assert planned(*moved, "--layer", "11")["run"] == fewer
 
 
 def test_ffdnet_on_images_of_ones_own(infl: Infl, images: Path, ffdnet_file: Path) -> None:
     (images / "broken.jpg").write_bytes(b"no picture")
     words = ("submit", "grad-norms", "--images", "images", "--patch-size", "32", "--stride", "8")
-    words = (*words, "--checkpoint", ffdnet_file, "--layer", "11", "--skip-unreadable", "--local")
-    answer = infl(*words, "--json")
+    more = ("--checkpoint", ffdnet_file, "--layer", "11", "--skip-unreadable", "--local")
+    answer = infl(*words, *more, "--json")
     assert "left out: broken.jpg cannot be decoded\n" in answer.err
     assert answer.json["arrays"]["norms/main.29"]["shape"] == [12, 96]
     spec = json.loads(Path(answer.json["path"], "spec.json").read_text())

@@ -151,13 +151,13 @@ def test_an_ablation_on_ray_is_the_same_as_in_process(
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2] / "examples"))
     words = ("submit", "ablation", "--checkpoint", "train-digits", *TESTS, "--k", 50)
-    words = (*words, "--by", "random", "--mode", "remove", "--shard-size", 2, "--json")
-    found = infl(*words)
+    more = ("--by", "random", "--mode", "remove", "--shard-size", 2, "--json")
+    found = infl(*words, *more)
     assert found.code == 0, found.err
     rows = pq.read_table(runs / found.json["run"] / "tables/results.parquet").to_pylist()
     for folder in (*runs.glob("retrained-*"), *runs.glob("ablation-*"), *runs.glob("baseline-*")):
         folder.rename(folder.with_name(f"was-{folder.name}"))
-    again = infl(*words, "--local")
+    again = infl(*words, *more, "--local")
     assert again.code == 0, again.err
     expected = pq.read_table(runs / again.json["run"] / "tables/results.parquet").to_pylist()
     for a, b in zip(rows, expected, strict=True):

@@ -81,7 +81,8 @@ def test_a_browser_is_told_the_token_by_a_private_file(runs: Path, tmp_path: Pat
         viewer.wait(timeout=20)
         assert not page.parent.exists()
     finally:
-        for process in (viewer, *opened_browser):
+        viewer.kill()
+        for process in opened_browser:
             process.kill()
 
 

@@ -31,7 +31,7 @@ def carry_out(request):
         receipts.append((*astuple(receipt), again))
 
     try:
-        backend.run(run, shards, on_receipt=on_receipt, on_idle=on_idle)
+        backend.run(run, shards, on_receipt=on_receipt, on_idle=on_idle)  # type: ignore[arg-type]
     except RuntimeFault as error:
         fault = str(error)
     return {"receipts": receipts, "fault": fault}

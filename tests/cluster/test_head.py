@@ -121,7 +121,7 @@ def test_a_supervisor_without_its_record_ends_once_no_job_runs(home, tmp_path, m
     supervisor = supervisors.Supervisor(tmp_path, idle_timeout_s=None, num_cpus=None, num_gpus=None)
     # It ends after a while, for a supervisor that would otherwise go on for ever, and return 1.
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(30)"]) as ray:
-        assert supervisor._watch(ray, Client()) == 0
+        assert supervisor._watch(ray, Client()) == 0  # type: ignore[arg-type]
         assert jobs == [[]]
         ray.kill()
 
@@ -193,7 +193,7 @@ def test_a_head_of_another_session_or_version_is_not_used(
     ray_head, home, monkeypatch, field, value, message
 ):
     if value is None:
-        monkeypatch.setattr(heads.importlib.metadata, "version", lambda _: "0.1")
+        monkeypatch.setattr("importlib.metadata.version", lambda _: "0.1")
     else:
         ray_head = dataclasses.replace(ray_head, **{field: value})
     heads.write_record(ray_head)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from influence_jobs.curvature import GaussNewton, Hessian
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.tasks.base import Task
+from influence_jobs.terms import OutputLoss
 
 N = 24
 
@@ -31,7 +33,7 @@ class Classes(Task):
     """Cross-entropy of three classes."""
 
     batch_size = 10
-    output_loss = "cross-entropy"
+    output_loss: ClassVar[OutputLoss | None] = "cross-entropy"
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(3)

@@ -246,7 +246,8 @@ def test_parameters_are_as_before(zoo_case):
     model.norm.bias.requires_grad_(False)
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    with GradDots(model, *vectors_of(model)[:1], zoo_case.losses, vectors_of(model)[1]) as engine:
+    space, v_QP = vectors_of(model)
+    with GradDots(model, space, zoo_case.losses, v_QP) as engine:
         engine(zoo_case.batch)
         engine.check(zoo_case.batch)
         assert not any(p.requires_grad for p in model.parameters())

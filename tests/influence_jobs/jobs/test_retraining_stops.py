@@ -80,7 +80,7 @@ def test_killed_while_keeping_an_ensemble_the_rest_of_it_goes_on_from_its_state(
 
     def counted(self: Any, variants: Any) -> Any:
         trainer = make(self, variants)
-        step = trainer.step
+        step: Any = trainer.step
         trainer.step = lambda: (steps.append(1), step())[1]
         return trainer
 
@@ -161,7 +161,7 @@ def test_where_one_training_diverges_the_others_are_kept(
 
     def one_diverges(self: Any, variants: Any) -> Any:
         trainer = make(self, variants)
-        step = trainer.step
+        step: Any = trainer.step
 
         def stepped() -> Any:
             means = step()

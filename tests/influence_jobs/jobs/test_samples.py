@@ -19,7 +19,7 @@ def test_ids_come_with_their_samples_whether_fetched_ahead_or_not(device):
 
     job = SimpleNamespace(device=torch.device(device), batch=batch)
     pieces = torch.arange(7).split(3)
-    found = list(SampleJob.loaded(job, pieces, 1))
+    found = list(SampleJob.loaded(job, pieces, 1))  # type: ignore[arg-type]
     assert [ids.tolist() for ids, _ in found] == [[0, 1, 2], [3, 4, 5], [6]]
     assert [samples.tolist() for _, samples in found] == [[1, 11, 21], [31, 41, 51], [61]]
     assert (threading.get_ident() in fetching) == (device == "cpu")
@@ -61,5 +61,5 @@ def test_whoever_stops_early_leaves_no_thread():
     before = threading.active_count()
     found = ahead(iter(range(100)))
     assert next(found) == 0
-    found.close()
+    found.close()  # type: ignore[attr-defined]
     assert threading.active_count() == before

@@ -138,7 +138,7 @@ def test_regions_of_vectors_and_bad_numbers_are_refused() -> None:
     model = task.model()
     with pytest.raises(ModelError, match="has no positions"):
         query_activations(task, model, ["fine"], [(0, (0, 0, 1, 1))], ONE_DRAW)
-    nn.init.constant_(model.fine.bias, np.inf)
+    nn.init.constant_(model.get_parameter("fine.bias"), np.inf)
     with pytest.raises(DataError, match="activations of layer fine are not finite for test 1"):
         query_activations(task, model, ["fine"], [(1, None)], ONE_DRAW)
 
@@ -146,7 +146,7 @@ def test_regions_of_vectors_and_bad_numbers_are_refused() -> None:
 def test_activations_are_taken_before_operations_in_place() -> None:
     task = OddTask()
     model = task.model()
-    nn.init.constant_(model.fine.bias, 100)
+    nn.init.constant_(model.get_parameter("fine.bias"), 100)
     assert query_activations(task, model, ["fine"], [(0, None)], ONE_DRAW)["fine"].min() > 50
 
 

@@ -1,5 +1,7 @@
 """Blocked steps of perceptrons against the recursion with dense float64 matrices."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -163,6 +165,7 @@ class Widened(nn.Linear):
 
 @pytest.mark.parametrize("why", ["tanh", "subclass", "hook", "some layers", "difference"])
 def test_what_is_no_plain_perceptron_takes_one_product_a_step(task, model, why):
+    kind: Any
     modules, kind, options = None, GaussNewton, {}
     if why == "tanh":
         model[2] = nn.Tanh()

@@ -64,7 +64,7 @@ def test_the_top_of_scores_and_norms(runs_of_all_kinds) -> None:
         lambda: norms.top_k(3, test=0),
         lambda: result.top_k(3, channel=0),
         lambda: result.top_k(3, test=6),
-        lambda: result.top_k(3, side="Helpful"),
+        lambda: result.top_k(3, side="Helpful"),  # type: ignore[arg-type]
         lambda: result.top_k(0),
         lambda: open_run(f"{kinds.lds.root}/{kinds.lds.id}").top_k(3),
     ):

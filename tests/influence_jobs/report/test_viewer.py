@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -156,7 +157,8 @@ def test_a_query_shows_all_methods_beside_each_other(
         (runs_of_all_kinds.attribution, "both", "attribution at conv2"),
     ):
         samples = shown.page.get_by_role("region", name=heading).locator("a.cell")
-        expected = Results(run.root, run.id).top_k(10, test=111, side=side).column("sample")
+        top = Results(run.root, run.id).top_k(10, test=111, side=side)  # type: ignore[arg-type]
+        expected = top.column("sample")
         found = samples.evaluate_all("all => all.map(one => one.getAttribute('href'))")
         assert found == [f"/sample/{i}" for i in expected.to_pylist()]
     boxes = [one.bounding_box() for one in shown.page.locator(".sides > section").all()]
@@ -270,7 +272,8 @@ def test_explained_points_are_those_of_an_attribution_run(denoiser_runs) -> None
     assert divided[7] == pytest.approx(plain[7] / totals[7], rel=1e-5)
     for bad in ({"test": 2}, {"point": (80, 0)}, {"point": (0, -1)}, {"layers": ["main.2"]}):
         with pytest.raises(SpecError):
-            explainer.top(**{"test": 1, "point": (4, 4), "k": 1, "layers": ["main.29"], **bad})
+            asked: dict[str, Any] = {"test": 1, "point": (4, 4), "k": 1, "layers": ["main.29"]}
+            explainer.top(**(asked | bad))
 
 
 def test_a_run_at_work_shows_its_progress_and_then_its_results(

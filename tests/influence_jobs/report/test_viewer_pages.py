@@ -9,6 +9,7 @@ import pytest
 
 from infl_cluster.driver import drive
 from infl_cluster.inline import InlineBackend
+from influence_jobs.methods.attribution import clamped_outputs
 from influence_jobs.report import explain
 from influence_jobs.report.explain import Explainer, norms_of
 from influence_jobs.report.results import Results
@@ -92,11 +93,10 @@ def test_a_click_asks_what_the_attribution_run_asked(denoiser_runs, asking, tmp_
 def computed(monkeypatch) -> list[list[str]]:
     """The layers that each run of the network looked at."""
     asked: list[list[str]] = []
-    run_network = explain.clamped_outputs
 
     def watched(task, model, layers, batch):
         asked.append([*layers])
-        return run_network(task, model, layers, batch)
+        return clamped_outputs(task, model, layers, batch)
 
     monkeypatch.setattr(explain, "clamped_outputs", watched)
     return asked

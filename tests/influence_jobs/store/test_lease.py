@@ -183,7 +183,8 @@ def test_errors_of_storage_do_not_end_the_heartbeat(
 ) -> None:
     monkeypatch.setattr(lease_module, "BEAT_S", 0.02)
     files = LocalFiles(tmp_path)
-    original, failures = files.read, [OSError(5, "no answer"), b"half a le", OSError(5, "again")]
+    original = files.read
+    failures: list[bytes | OSError] = [OSError(5, "no answer"), b"half a le", OSError(5, "again")]
 
     def failing(name: str) -> bytes:
         if not failures:

@@ -99,7 +99,7 @@ def test_the_largest_rows_are_those_of_a_full_sort(finished_run: Run) -> None:
     rows, totals = largest_rows(finished_run, "norms/conv2", 7)
     expected = np.argsort(-values.astype(np.float64).sum(1), kind="stable")[:7]
     np.testing.assert_array_equal(rows, expected)
-    np.testing.assert_allclose(totals, values[expected].sum(1), rtol=1e-6)
+    np.testing.assert_allclose(totals, np.asarray(values)[expected].sum(1), rtol=1e-6)
     by_channel, _ = largest_rows(finished_run, "norms/conv2", 3, channel=5)
     np.testing.assert_array_equal(by_channel, np.argsort(-values[:, 5], kind="stable")[:3])
 
