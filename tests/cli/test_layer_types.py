@@ -1,4 +1,4 @@
-"""A task with layers of one axis and a layer type of its own goes all the way, from its one rule."""
+"""A task with Conv1d, GroupNorm and a layer type of its own, from norms to the report."""
 
 import json
 from collections.abc import Callable
