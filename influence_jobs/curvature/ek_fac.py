@@ -32,8 +32,8 @@ LOSSES = {"cross-entropy": nn.CrossEntropyLoss, "mse": nn.MSELoss}
 class EkFac(Solver):
     """Inverts the EK-FAC approximation of the Gauss-Newton matrix, as curvlinops makes it.
 
-    Two passes over the operator's samples, with one output sampled from the model for each; then nothing iterates. It is
-    for layers whose rule is a `MatrixRule`, called once in a forward pass.
+    Two passes over the operator's samples, with one output sampled from the model for each; then
+    nothing iterates. It is for layers whose rule is a `MatrixRule`, called once in a forward pass.
     George, Laurent, Bouthillier, Ballas, Vincent: "Fast Approximate Natural Gradient Descent in a Kronecker-factored
     Eigenbasis", NeurIPS 2018; for influence Grosse et al.: "Studying Large Language Model Generalization with
     Influence Functions", 2023.

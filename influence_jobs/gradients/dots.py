@@ -1,4 +1,4 @@
-"""Dot products of vectors with every sample's loss gradient; no sample's gradient is materialised."""
+"""Dot products of vectors with every sample's loss gradient, none of which is materialised."""
 
 import warnings
 from collections import Counter

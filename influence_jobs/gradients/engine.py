@@ -16,10 +16,9 @@ class GradNorms(TappedModel):
     """Per-sample weight-gradient norms of chosen layers: one forward, one truncated backward.
 
     With G_b the gradient of sample b's loss by a layer's weight (its bias does not count), read as
-    (C, I, *kernel) as its rule says, the reductions are: `kernel`, the L2 norm over I,
-    (B, C, *kernel); `channel`, the kernel norms summed over the kernel, (B, C); `layer`, the L2 norm
-    of all of G_b, (B,). Losses must not be averaged over the batch: an average scales every norm by
-    1/B.
+    (C, I, *kernel), the reductions are: `kernel`, the L2 norm over I, (B, C, *kernel); `channel`,
+    the kernel norms summed over the kernel, (B, C); `layer`, the L2 norm of all of G_b, (B,). Losses
+    must not be averaged over the batch: an average scales every norm by 1/B.
 
     The model's parameters have `requires_grad` off until `close`. The engine leaves global settings
     alone; on CUDA, convolutions run in TF32 unless `torch.backends.cudnn.allow_tf32` is False.

@@ -1,7 +1,7 @@
-"""Quadratic forms of every sample's gradient, layer by layer: its squared length in a chosen metric.
+"""Quadratic forms of every sample's gradient, layer by layer: its squared length in some metric.
 
-Relative influence divides a score by the length of the sample's gradient, or of its influence on the
-parameters: Barshan, Brunet, Dziugaite: "RelatIF: Identifying Explanatory Training Samples via
+Relative influence divides a score by the length of the sample's gradient, or of its influence on
+the parameters: Barshan, Brunet, Dziugaite: "RelatIF: Identifying Explanatory Training Samples via
 Relative Influence", AISTATS 2020. With a curvature that is diagonal in a Kronecker-factored
 eigenbasis (George et al.: "Fast Approximate Natural Gradient Descent in a Kronecker-factored
 Eigenbasis", NeurIPS 2018) both lengths are square roots of such forms.

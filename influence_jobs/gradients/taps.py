@@ -146,7 +146,7 @@ class TappedModel(ABC):
 
     @abstractmethod
     def _of_gradients(self, gradients: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-        """Results (1, ...) of one sample's explicit gradients, and the size that errors are relative to."""
+        """Results (1, ...) of one sample's explicit gradients, and what errors are relative to."""
 
     def _freeze(self) -> None:
         for parameter, _ in self._flags:
@@ -164,7 +164,7 @@ class TappedModel(ABC):
         ]
 
     def _run(self, batch: Any, visit: Visit) -> None:
-        """One forward and one truncated backward, during which `visit` sees every tapped layer once.
+        """One forward and one truncated backward; `visit` sees every tapped layer once.
 
         Raises:
             ModelError: A layer is not called exactly once, is not reached by the gradient, or its
@@ -194,7 +194,7 @@ class TappedModel(ABC):
     def _forward(self, batch: Any) -> Tensor:
         mixed = self._precision == "bfloat16"
         with (
-            # Frozen weights are never cached; thawed ones must show each of their uses in the graph.
+            # Frozen weights are never cached; thawed ones must show each use in the graph.
             torch.autocast(
                 self._device.type, dtype=torch.bfloat16, enabled=mixed, cache_enabled=False
             ),

@@ -1,4 +1,4 @@
-"""One rule a layer type: a class in any file of this folder, which importing the folder registers."""
+"""One rule a layer type: a class in any file of this folder, registered by importing it."""
 
 import importlib
 import pkgutil

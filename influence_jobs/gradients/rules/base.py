@@ -5,8 +5,8 @@ A `LayerRule` gives a sample's weight and bias gradient, from the layer's input 
 Norms, dot products and quadratic forms follow from these two; a rule overrides any of them where
 there is a faster way, most often one that forms no gradient.
 
-Letters: B batch, Q vectors, C outputs (rows of the weight), I inputs of one output, J columns of the
-weight as a matrix, T positions.
+Letters: B batch, Q vectors, C outputs (rows of the weight), I inputs of one output, J columns of
+the weight as a matrix, T positions.
 """
 
 from abc import ABC, abstractmethod
@@ -95,14 +95,14 @@ class LayerRule(ABC, Generic[M]):
         return in_blocks(norms, a, g, self.weight.numel())
 
     def arrange(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Vectors {"weight" or "bias": (Q, *shape)} of the layer as `dots` reads them, contiguous."""
+        """Vectors {"weight" or "bias": (Q, *shape)} as `dots` reads them, contiguous."""
         return {
             name: (self.arrange_weight(part) if name == "weight" else part).contiguous()
             for name, part in vectors.items()
         }
 
     def arrange_weight(self, vectors_Q: Tensor) -> Tensor:
-        """Vectors (Q, *weight shape) with their axes in the order in which `weight_dots` reads them."""
+        """Vectors (Q, *weight shape) with their axes in the order of `weight_dots`."""
         return vectors_Q
 
     def dots(self, vectors: Mapping[str, Tensor], a: Tensor, g: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ class MatrixRule(LayerRule[M]):
         return self.output_rows(g).sum(1)
 
     def unfactored(self, parameter: str) -> str | None:
-        """What about the layer of a parameter makes EK-FAC's factors wrong; None: they are right."""
+        """What makes EK-FAC's factors of a parameter's layer wrong; None if they are right."""
         return None
 
     def arrange_metric(self, metric: Metric) -> Metric:
@@ -167,7 +167,7 @@ class MatrixRule(LayerRule[M]):
         return metric
 
     def gradient_matrix(self, a: Tensor, g: Tensor) -> Tensor:
-        """Each sample's gradient by [weight, bias] as a matrix (B, C, J), J with the bias if any."""
+        """Each sample's gradient by [weight, bias], (B, C, J), J counting the bias if there is one."""
         columns = [self.weight_gradient(a, g).flatten(2)]
         if self.bias is not None:
             columns.append(self.bias_gradient(g).unsqueeze(2))
@@ -209,7 +209,7 @@ def names_of(layers: Iterable[type[nn.Module]]) -> str:
 
 
 def supported(module: nn.Module) -> bool:
-    """Whether there is a rule for this layer's exact type; a subclass may compute something else."""
+    """Whether a layer's exact type has a rule; a subclass may compute something else."""
     return type(module) in _RULES
 
 

@@ -24,7 +24,7 @@ class EmbeddingRule(LayerRule[nn.Embedding]):
         return gradient_BRD.scatter_add_(1, ids_BTD, g_BTD)
 
     def kernel_norms(self, a: Tensor, g: Tensor) -> Tensor:
-        """Adds up g over the positions of each (sample, row) that occurs; other rows' gradient is 0."""
+        """Adds up g over the positions of each (sample, row) that occurs; elsewhere it is 0."""
         ids_BT, g_BTD = self._positions(a, g)
         batch, rows = len(ids_BT), self.module.num_embeddings
         pairs = ids_BT + rows * torch.arange(batch, device=a.device).unsqueeze(1)

@@ -34,7 +34,7 @@ from influence_jobs.tasks.base import Task
 from influence_jobs.tasks.layers import resolve_layers, weight_layers
 
 LAMBDA = 0.1
-DOCS = Path(__file__).parents[3] / "docs" / "layers.md"
+DOCS = Path(__file__).parents[4] / "docs" / "layers.md"
 
 # Layers of every type with a rule, and the shape of one sample; an int is a number of ids.
 EXAMPLES: dict[type[nn.Module], list[tuple[nn.Module, tuple[int, ...]]]] = {
@@ -57,7 +57,7 @@ EXAMPLES: dict[type[nn.Module], list[tuple[nn.Module, tuple[int, ...]]]] = {
     nn.LayerNorm: [(nn.LayerNorm(3), (4, 3)), (nn.LayerNorm((4, 3), bias=False), (2, 4, 3))],
     nn.Embedding: [(nn.Embedding(5, 3), ()), (nn.Embedding(5, 3, padding_idx=1), (4, 2))],
 }
-# Matrix layers that see one position, without which a squared error's curvature is no Kronecker product.
+# Matrix layers that see one position: only then is a squared error's curvature a Kronecker product.
 ONE_POSITION: dict[type[nn.Module], tuple[nn.Module, tuple[int, ...]]] = {
     nn.Linear: (nn.Linear(4, 2), (4,)),
     nn.Conv1d: (nn.Conv1d(2, 2, 3), (2, 3)),
