@@ -165,14 +165,14 @@ def test_watching_does_not_list_all_runs(
     assert status is not None
     train = next(path.name for path in runs.iterdir() if path.name.startswith("train"))
     run.write_json("status.json", {**status, "phase": train})
-    assert watch(run, ended=lambda: None)["phase"] == train
+    assert watch(run, ended=lambda: None, say=print)["phase"] == train
 
 
 def test_the_progress_shown_is_of_the_run_that_is_worked_at(
     tmp_path: Path, finished_run: Run
 ) -> None:
     """A run may wait for one that waits for another itself."""
-    spec = finished_run.spec
+    spec: Any = finished_run.spec
     train = spec.checkpoints[0].train
     specs = (spec, train.model_copy(update={"seed": 1}), train.model_copy(update={"seed": 2}))
     asked, needed, worked_at = (Run.create(str(tmp_path), spec) for spec in specs)

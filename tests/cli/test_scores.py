@@ -150,7 +150,7 @@ def test_attribution_takes_the_last_epoch_of_norms_over_several(infl: Infl, runs
         "--json",
     ).json["run"]
     words = ("submit", "attribution", "--local", "--norms", norms, "--test", 5, "--json")
-    spec = Run.open(str(runs), infl(*words).json["run"]).spec
+    spec: Any = Run.open(str(runs), infl(*words).json["run"]).spec
     assert spec.checkpoint.epoch == 2
 
 

@@ -11,10 +11,9 @@ import pytest
 import torch
 
 from infl_cluster import status as status_module
-from infl_cluster.driver import drive, is_done
+from infl_cluster.driver import drive
 from infl_cluster.inline import InlineBackend
 from infl_cluster.status import StatusWriter
-from infl_cluster.watch import rate_and_eta
 from influence_jobs.errors import InflError, RuntimeFault, SpecError, StoreError
 from influence_jobs.jobs import saved_state
 from influence_jobs.jobs.base import Plan, Shard
@@ -24,7 +23,7 @@ from influence_jobs.kinds.grad_norms.spec import GradNormsSpec
 from influence_jobs.store import layout
 from influence_jobs.store.manifest import Entry
 from influence_jobs.store.run import Run
-from influence_jobs.store.status import rate_and_eta, read_status
+from influence_jobs.store.status import is_done, rate_and_eta, read_status
 from influence_jobs.store.top import largest_rows
 from influence_jobs.store.verify import find_damage, mark_undone
 from influence_jobs.tasks.base import Draw

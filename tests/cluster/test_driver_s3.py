@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from infl_cluster.driver import drive, is_done
+from infl_cluster.driver import drive
 from infl_cluster.inline import InlineBackend
 from influence_jobs.errors import RuntimeFault
 from influence_jobs.kinds import runner as runner_module
@@ -14,6 +14,7 @@ from influence_jobs.kinds.grad_norms.spec import GradNormsSpec
 from influence_jobs.store import layout
 from influence_jobs.store.find import find_run, run_ids
 from influence_jobs.store.run import Run
+from influence_jobs.store.status import is_done
 from influence_jobs.store.verify import find_damage
 
 

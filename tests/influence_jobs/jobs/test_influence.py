@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from influence_jobs.curvature import GaussNewton
+from influence_jobs.curvature import ConjugateGradient, GaussNewton
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.gradients.reference import gradients_one_by_one
 from influence_jobs.jobs.queries import query_gradients
@@ -15,14 +15,13 @@ from influence_jobs.kinds.s_test.job import curvature_samples
 from influence_jobs.kinds.s_test.spec import STestSpec
 from influence_jobs.kinds.train.spec import TrainedCheckpoint
 from influence_jobs.specs.base import make_spec
+from influence_jobs.specs.solvers import ConjugateGradientSettings as Cg
 from influence_jobs.specs.solvers import (
-    ConjugateGradientSettings,
     Curvature,
     EkFacSettings,
     IdentitySettings,
     LissaSettings,
 )
-from influence_jobs.specs.solvers import ConjugateGradientSettings as Cg
 from influence_jobs.store.checkpoints import load_checkpoint
 from influence_jobs.store.layout import S_TEST, S_TEST_VARIANCE, SCORES, part_name, repeat_name
 from influence_jobs.store.run import Run
@@ -79,7 +78,7 @@ def test_s_test_is_the_solution_of_its_queries_gradients(
     ids = curvature_samples(digits_task, spec.curvature)
     assert len(set(ids.tolist())) == 200
     operator = GaussNewton(network, space, digits_task, ids)
-    expected = ConjugateGradientSettings(0.1, tolerance=1e-6).solve(operator, rhs_QP).x_QP
+    expected = ConjugateGradient(0.1, tolerance=1e-6).solve(operator, rhs_QP).x_QP
     stored = torch.from_numpy(run.read_rows(S_TEST, 0, 3))
     assert torch.cosine_similarity(stored, expected).min() > 0.99999
     assert ((stored - expected).norm(dim=1) / expected.norm(dim=1)).max() < 1e-3

@@ -14,8 +14,8 @@ from infl_cluster.inline import InlineBackend
 from influence_jobs.errors import RuntimeFault, SpecError
 from influence_jobs.experiments.lds import subset
 from influence_jobs.jobs import retraining
+from influence_jobs.jobs.recipe import recipe_of
 from influence_jobs.kinds.lds.spec import LdsSpec
-from influence_jobs.kinds.train.job import recipe_of
 from influence_jobs.kinds.train.spec import TrainSpec
 from influence_jobs.specs.base import make_spec
 from influence_jobs.specs.rankings import Ranking
@@ -134,9 +134,10 @@ def lds_spec(grad_norms_spec, recipe, random, loss):
 
 def expected_lds(run: Run, task, recipe: TrainSpec, tests: list[int]) -> Iterator[float]:
     """Spearman's correlation of minus the summed scores and the losses of models trained one by one."""
+    spec: Any = run.spec
     batch = task.test_batch(torch.tensor(tests), Draw(0))
     losses, sums = [], []
-    scores_QN = Run(run.root, run.spec.rankings[0].scores[0]).read_rows("scores", 0, N)
+    scores_QN = Run(run.root, spec.rankings[0].scores[0]).read_rows("scores", 0, N)
     for index in range(6):
         kept = subset(N, 0.5, index)
         removed = np.setdiff1d(np.arange(N), kept)

@@ -72,5 +72,5 @@ def test_the_library_without_it_gives_the_same_numbers(bare_library: Path, tmp_p
             expected,
             rtol=close,
             atol=close / 10,
-            msg=lambda text, name=name: f"{name}: {text}",
+            msg=f"{name} differs",
         )

@@ -6,22 +6,23 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from influence_jobs.report.figures import Shown, figures_of
 from zarr.storage import LocalStore
 
 from infl_cluster.driver import drive
 from infl_cluster.inline import InlineBackend
 from influence_jobs import open_run
+from influence_jobs.kinds import view_of
 from influence_jobs.kinds.baseline.spec import BaselineSpec
-from influence_jobs.report import captions, figures
 from influence_jobs.specs.queries import Queries, Query
 from influence_jobs.specs.rankings import Ranking
 from influence_jobs.store.run import Run
+from influence_jobs.views import scores
+from influence_jobs.views.figure import Shown
 
 
 def shown_of(run: Run) -> dict[str, Shown]:
     said: list[str] = []
-    found = {one.name: one for one in figures_of(run, said.append)}
+    found = {one.name: one for one in view_of(run).figures(said.append)}
     assert said == []
     return found
 
@@ -31,8 +32,7 @@ def test_pictures_are_made_of_what_is_shown_alone(runs_of_all_kinds, monkeypatch
 
     expected = shown_of(runs_of_all_kinds.influence)["top-helpful"]
     asked, pictures = [], DigitsTask.pictures
-    for module in (figures, captions):
-        monkeypatch.setattr(module, "MAX_ROWS", 2)
+    monkeypatch.setattr(scores, "MAX_ROWS", 2)
     monkeypatch.setattr(
         DigitsTask, "pictures", lambda task, ids: asked.append(ids.tolist()) or pictures(task, ids)
     )
@@ -73,10 +73,10 @@ def test_labels_that_are_no_classes_are_not_compared(runs_of_all_kinds, monkeypa
 def test_what_lowers_another_quantity_is_not_called_helpful(runs_of_all_kinds) -> None:
     done = runs_of_all_kinds.ablation
     queries = Queries(items=(Query(test=5),), quantity="output")
-    scores = BaselineSpec(task=done.spec.task, method="random", queries=queries)
+    random = BaselineSpec(task=done.spec.task, method="random", queries=queries)
     run = Run(done.root, done.spec)
     run.spec = done.spec.model_copy(
-        update={"rankings": (Ranking(name="helpful", scores=(scores,)),)}
+        update={"rankings": (Ranking(name="helpful", scores=(random,)),)}
     )
     shown = shown_of(run)["ablation-helpful"]
     assert "output when their top k by influence that lowers the output are" in shown.title

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from influence_jobs.report.figures import figures_of
 from PIL import Image
 
 from influence_jobs.errors import SpecError, StoreError
+from influence_jobs.kinds import view_of
 from influence_jobs.kinds.attribution.spec import AttributionSpec
-from influence_jobs.report.html import render_report, sections_of, title_of, write_report
+from influence_jobs.report.html import render_report, sections_of, write_report
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.base import Task
 
@@ -90,7 +90,7 @@ def test_every_figure_is_a_picture_with_its_data(report, every) -> None:
 def test_the_data_are_those_of_the_store(runs_of_all_kinds) -> None:
     kinds = runs_of_all_kinds
     said: list[str] = []
-    shown = {one.name: one for one in figures_of(kinds.norms, said.append)}
+    shown = {one.name: one for one in view_of(kinds.norms).figures(said.append)}
     head = np.asarray(kinds.norms.array("norms/head")[:])
     expected = [np.argsort(-head[:, node], kind="stable")[:5].tolist() for node in range(10)]
     rows = shown["nodes"].data.to_pylist()
@@ -105,13 +105,13 @@ def test_the_data_are_those_of_the_store(runs_of_all_kinds) -> None:
     assert f"the largest is {totals.max():.3g}" in shown["norms-conv2"].caption
 
     scores = np.asarray(kinds.influence.array("scores")[:])
-    shown = {one.name: one for one in figures_of(kinds.influence, said.append)}
+    shown = {one.name: one for one in view_of(kinds.influence).figures(said.append)}
     for side, sign in (("helpful", -1), ("harmful", 1)):
         samples = shown[f"top-{side}"].data.column("sample").to_pylist()
         order = np.argsort(sign * scores, axis=1, kind="stable")[:, :5]
         assert samples == order.ravel().tolist()
 
-    (seeds,) = figures_of(kinds.stability, said.append)
+    (seeds,) = view_of(kinds.stability).figures(said.append)
     rows = seeds.data.to_pylist()
     assert len(rows) == 3 * 2 * 5
     first = [row["sample"] for row in rows if row["training"] == "first training"]
@@ -202,7 +202,7 @@ def test_a_report_is_written_through_a_link_to_a_folder(tmp_path) -> None:
 
 def test_titles_tell_runs_apart(runs_of_all_kinds) -> None:
     kinds = vars(runs_of_all_kinds).values()
-    assert len({title_of(run.spec) for run in kinds}) == len(list(kinds))
+    assert len({view_of(run).title for run in kinds}) == len(list(kinds))
 
 
 def test_a_task_without_pictures_is_told_in_words(

@@ -14,8 +14,9 @@ import pytest
 from playwright.sync_api import expect
 
 from influence_jobs.errors import InflError, SpecError
+from influence_jobs.kinds import view_of
 from influence_jobs.methods.attribution import query_activations
-from influence_jobs.report.explain import Explainer, norms_of
+from influence_jobs.report.explain import Explainer
 from influence_jobs.report.results import Results
 from influence_jobs.report.viewer import make_viewer
 from influence_jobs.store.checkpoints import load_checkpoint
@@ -256,7 +257,7 @@ def test_it_fits_a_phone(denoiser, digits, watched, serious) -> None:
 def test_explained_points_are_those_of_an_attribution_run(denoiser_runs) -> None:
     norms, attribution = denoiser_runs
     for run in (norms, attribution):
-        explainer = Explainer(norms_of(run))
+        explainer = Explainer(view_of(run).stored_norms)
         found = explainer.top(1, (40, 30), 12, layers=["main.29"])
         expected = Results(attribution.root, attribution.id).top_k(12, test=1).to_pylist()
         assert [sample for sample, _ in found] == [row["sample"] for row in expected]
@@ -338,7 +339,7 @@ def test_norms_are_shown_where_the_test_images_are_gone(denoiser_runs, tmp_path,
 
 
 def test_weights_that_cannot_be_loaded_answer_nothing(denoiser_runs, tmp_path) -> None:
-    norms = norms_of(denoiser_runs[1])
+    norms = view_of(denoiser_runs[1]).stored_norms
     gone = norms.checkpoint.model_copy(update={"path": str(tmp_path / "gone.pth")})
     explainer = Explainer(replace(norms, checkpoint=gone))
     for _ in range(2):  # the second time no more than the first
@@ -347,7 +348,7 @@ def test_weights_that_cannot_be_loaded_answer_nothing(denoiser_runs, tmp_path) -
 
 
 def test_a_click_is_answered_with_the_runs_own_noise(denoiser_runs) -> None:
-    norms = replace(norms_of(denoiser_runs[1]), seed=5, noise_draws=3)
+    norms = replace(view_of(denoiser_runs[1]).stored_norms, seed=5, noise_draws=3)
     explainer = Explainer(norms)
     model = explainer.task.model().eval()
     load_checkpoint(model, norms.run.root, norms.checkpoint)

@@ -9,9 +9,10 @@ import pytest
 
 from infl_cluster.driver import drive
 from infl_cluster.inline import InlineBackend
+from influence_jobs.kinds import view_of
 from influence_jobs.methods.attribution import clamped_outputs
 from influence_jobs.report import explain
-from influence_jobs.report.explain import Explainer, norms_of
+from influence_jobs.report.explain import Explainer
 from influence_jobs.report.results import Results
 from influence_jobs.store.run import Run
 
@@ -103,7 +104,7 @@ def computed(monkeypatch) -> list[list[str]]:
 
 
 def test_a_network_is_run_once_for_all_layers_of_an_image(denoiser_runs, computed) -> None:
-    explainer, layers = Explainer(norms_of(denoiser_runs[1])), ["main.26", "main.29"]
+    explainer, layers = Explainer(view_of(denoiser_runs[1]).stored_norms), ["main.26", "main.29"]
     found = explainer.top(0, (3, 4), 500, layers=layers)
     assert computed == [layers]
     each = [dict(explainer.top(0, (3, 4), 500, layers=[layer])) for layer in layers]
@@ -115,7 +116,7 @@ def test_a_network_is_run_once_for_all_layers_of_an_image(denoiser_runs, compute
 
 
 def test_activations_are_kept_while_there_is_room(denoiser_runs, computed, monkeypatch) -> None:
-    explainer, layers = Explainer(norms_of(denoiser_runs[1])), ["main.26", "main.29"]
+    explainer, layers = Explainer(view_of(denoiser_runs[1]).stored_norms), ["main.26", "main.29"]
     for test in (0, 1, 0):
         explainer.prepare(test, layers)
     assert computed == [layers] * 2

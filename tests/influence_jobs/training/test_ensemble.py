@@ -129,7 +129,7 @@ class Looped(nn.Module):
 @pytest.mark.parametrize(
     ("network", "message"),
     [
-        (lambda: nn.Sequential(nn.Dropout(0.1), *mlp()), "dropout '0'"),
+        (lambda: nn.Sequential(nn.Dropout(0.1), mlp()), "dropout '0'"),
         (lambda: nn.Sequential(*mlp()[:3], nn.Tanh(), nn.AlphaDropout(0.1), nn.Linear(12, 5)),
          "alone"),
         (Looped, "one at a time it can"),

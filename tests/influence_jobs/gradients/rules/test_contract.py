@@ -32,6 +32,7 @@ from influence_jobs.gradients.rules import base, blocks, conv, linear, registere
 from influence_jobs.jobs.norm_arrays import norm_layouts
 from influence_jobs.tasks.base import Task
 from influence_jobs.tasks.layers import resolve_layers, weight_layers
+from influence_jobs.terms import Reduction
 
 LAMBDA = 0.1
 DOCS = Path(__file__).parents[4] / "docs" / "layers.md"
@@ -98,7 +99,8 @@ def check_norms(model: nn.Module, batch: Any) -> None:
     (gradient,) = per_sample_gradients(model, ["0"], weighted_sum, batch).values()
     kernel = gradient.reshape(len(gradient), *rule_of(model[0]).kernel_shape).norm(dim=2)
     channel, layer = kernel.reshape(*kernel.shape[:2], -1).sum(2), gradient.flatten(1).norm(dim=1)
-    for reduction, expected in (("kernel", kernel), ("channel", channel), ("layer", layer)):
+    expected_by: dict[Reduction, Tensor] = {"kernel": kernel, "channel": channel, "layer": layer}
+    for reduction, expected in expected_by.items():
         with GradNorms(
             model, ["0"], weighted_sum, reduction=reduction, precision="float64"
         ) as engine:
@@ -122,7 +124,10 @@ def check_quadratics(model: nn.Module, batch: Any) -> None:
     names = [f"0.{own}" for own, _ in model[0].named_parameters()]
     gradients = gradients_one_by_one(model, names, weighted_sum, batch)
     with GradQuadratics(model, {"0": None}, weighted_sum, precision="float64") as engine:
-        close(engine(batch)["0"], sum(g.flatten(1).square().sum(1) for g in gradients.values()))
+        close(
+            engine(batch)["0"],
+            torch.stack([g.flatten(1).square().sum(1) for g in gradients.values()]).sum(0),
+        )
     if not isinstance(rule_of(model[0]), MatrixRule):
         return
     columns = [gradient.reshape(*gradient.shape[:2], -1) for gradient in gradients.values()]
@@ -200,7 +205,7 @@ def test_what_follows_equals_what_is_special(layer: nn.Module, shape: tuple[int,
 def convolutions(draw: st.DrawFn) -> tuple[nn.Conv1d, Tensor]:
     groups, kernel = draw(st.sampled_from([1, 1, 2, 3])), draw(st.integers(1, 4))
     stride, dilation = draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    padding = draw(st.sampled_from([0, 1, 2, "same", "valid"]))
+    padding: Any = draw(st.sampled_from([0, 1, 2, "same", "valid"]))
     conv = nn.Conv1d(
         groups * draw(st.integers(1, 2)),
         groups * draw(st.integers(1, 3)),
