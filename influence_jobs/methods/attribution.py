@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from influence_jobs.errors import DataError, ModelError, SpecError
+from influence_jobs.gradients.rules import nearest_rule
 from influence_jobs.tasks.base import Batch, Draw, Task, device_of, to_device
 from influence_jobs.terms import Region
 
@@ -35,13 +36,13 @@ def query_activations(
 ) -> dict[str, npt.NDArray[np.float32]]:
     """Activations of some layers for every query, averaged over noise draws.
 
-    Of a convolution's map they are the mean over the feature positions that the region covers, over all without
-    a region. With a map of (h, w) for an image of (H, W), pixel (y, x) lies under position (y*h//H, x*w//W).
+    Of a layer with positions they are the mean over those that the region covers, over all without a
+    region. With a map of (h, w) for an image of (H, W), pixel (y, x) lies under (y*h//H, x*w//W).
 
     Args:
         task: Gives the test samples.
         model: In eval mode, on any device.
-        layers: Module names; what they return must be (B, C) or (B, C, h, w).
+        layers: Module names.
         queries: A test id each, and a region (y, x, height, width) inside `task.test_size`, or None.
         draws: Draws of the test samples' noise; one suffices for a task without noise.
 
@@ -82,20 +83,21 @@ def clamped_outputs(
     """What layers return for a test batch of one, clamped at zero at once: later in-place operations must not show.
 
     Returns:
-        {layer: (1, C) or (1, C, h, w)}.
+        {layer: (1, C, *positions)}, whichever axis of the layer's own output has the channels.
 
     Raises:
-        ModelError: A layer is not called once, or returns something else.
+        ModelError: A layer is not called once, or returns no tensor of one sample.
     """
     calls: dict[str, list[Tensor]] = {layer: [] for layer in layers}
 
     def keep(layer: str, output: object) -> None:
-        if not isinstance(output, Tensor) or output.ndim not in (2, 4) or len(output) != 1:
+        if not isinstance(output, Tensor) or output.ndim < 2 or len(output) != 1:
             what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ModelError(
-                f"layer {layer} returns {what} for one sample, not (1, C) or (1, C, h, w): leave it out"
+                f"layer {layer} returns {what} for one sample, not a tensor (1, ...): leave it out"
             )
-        calls[layer].append(output.relu())
+        rule = nearest_rule(model.get_submodule(layer))
+        calls[layer].append(output.relu() if rule is None else rule.channels_first(output.relu()))
 
     hooks = [
         model.get_submodule(layer).register_forward_hook(
@@ -119,14 +121,14 @@ def clamped_outputs(
 def pool(
     layer: str, activation: Tensor, region: Region | None, size: tuple[int, int] | None
 ) -> Tensor:
-    """The activation of a region of an image of `size`: (C,) or (C, h, w) to (C,).
+    """The activation of a region of an image of `size`: (C, *positions) to (C,).
 
     Raises:
         ModelError: The layer has no positions for the region.
     """
     if region is None:
-        return activation if activation.ndim == 1 else activation.mean(dim=(1, 2))
-    if activation.ndim == 1 or size is None:
+        return activation if activation.ndim == 1 else activation.flatten(1).mean(dim=1)
+    if activation.ndim != 3 or size is None:
         raise ModelError(f"layer {layer} has no positions that a region could choose: leave it out")
     y, x, height, width = region
     rows = _covered(y, height, activation.shape[1], size[0])

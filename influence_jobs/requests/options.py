@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, create_model
+from pydantic import BeforeValidator, Field, create_model
 
 from influence_jobs.requests.base import Many, One, Options, Request, option
 from influence_jobs.specs.base import Count, Seed
@@ -89,6 +89,10 @@ SOLVERS = "; ".join(f"{name}: {s.summary}" for name, s in SolverSettings.by_name
 SETTINGS = _solver_options()
 
 
+def _number_or_word(value: Any) -> Any:
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
 class CurvatureBase(Options):
     """How the curvature is measured and inverted."""
 
@@ -109,7 +113,7 @@ class CurvatureBase(Options):
     product: Literal["exact", "finite-difference"] = option(
         "exact", "How the Hessian is multiplied.", panel=CURVATURE
     )
-    curvature_samples: One[int | str] = option(
+    curvature_samples: Annotated[int | str, BeforeValidator(_number_or_word)] = option(
         10_000,
         "Random training samples the curvature is measured on, or all.",
         panel=CURVATURE,

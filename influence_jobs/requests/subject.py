@@ -1,9 +1,10 @@
 """What is looked at: a task, with its data fetched and checked, at checkpoints."""
 
+import difflib
 import inspect
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,8 +88,8 @@ def task_of(
     kind = task_class(name)
     given = {key: value for key, value in given.items() if value is not None}
     if trained is not None:
-        given = _as_trained(trained, given)
-    values = _converted(name, kind, given)
+        given = kind.inherit({**trained.options, **trained.paths}, given)
+    values = _converted(name, kind, given, others=type(request).model_fields)
     parameters = arguments_of(kind)
     words = {parameters[key].default for key in kind.paths & parameters.keys()}
     for key in sorted(kind.paths & values.keys()):
@@ -99,7 +100,7 @@ def task_of(
     complete = {p.name: values.get(p.name, p.default) for p in parameters.values()}
     missing = [key for key, value in complete.items() if value is inspect.Parameter.empty]
     if missing:
-        raise SpecError(f"task {name} needs --{missing[0].replace('_', '-')} VALUE")
+        raise SpecError(f"task {name} needs {_flag(missing[0])} VALUE")
     options = {key: value for key, value in complete.items() if key not in kind.paths}
     for key, value in options.items():
         try:
@@ -116,16 +117,17 @@ def task_of(
     return TaskSpec(name=name, options=options, paths=paths, data=data, code=code), task
 
 
-def _as_trained(trained: TaskSpec, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What was not given is as it was in training: the same images, patches and limits."""
-    kept = {**trained.options, **trained.paths}
-    if "images" in given and given["images"] != kept.get("images"):
-        kept.pop("skip", None)  # it names files of the training's folder
-    return {**kept, **given}
+def _converted(
+    name: str, kind: type[Task], given: Mapping[str, Any], *, others: Iterable[str]
+) -> dict[str, Any]:
+    """Options as the types that the task's constructor names, or as those of its defaults.
 
+    Args:
+        others: Names of the request's own options, one of which may have been meant.
 
-def _converted(name: str, kind: type[Task], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as the types that the task's constructor names, or as those of its defaults."""
+    Raises:
+        SpecError: The task has no such option, or a value does not fit.
+    """
     parameters = arguments_of(kind)
     types = {
         **{key: p.annotation for key, p in parameters.items()},
@@ -134,9 +136,11 @@ def _converted(name: str, kind: type[Task], given: Mapping[str, Any]) -> dict[st
     values = {}
     for key, value in given.items():
         if key not in types:
-            takes = ", ".join(f"--{key.replace('_', '-')}" for key in types) or "none"
+            takes = ", ".join(map(_flag, types)) or "no options"
+            near = difflib.get_close_matches(key, [*types, *others], 1)
+            meant = f"; did you mean {_flag(near[0])}?" if near else ""
             raise SpecError(
-                f"task {name} has no option --{key.replace('_', '-')}; its options: {takes}"
+                f"there is no option {_flag(key)} here, and task {name} has {takes}{meant}"
             )
         default = parameters[key].default if key in parameters else None
         wanted = types[key]
@@ -148,10 +152,15 @@ def _converted(name: str, kind: type[Task], given: Mapping[str, Any]) -> dict[st
         try:
             values[key] = TypeAdapter(wanted).validate_python(value)
         except ValidationError as error:
+            said = first_error(error)
             raise SpecError(
-                f"option {key} of task {name} is {value!r}: {first_error(error)}"
+                f"{_flag(key)} {value} of task {name}: {said[:1].lower()}{said[1:]}"
             ) from None
     return values
+
+
+def _flag(key: str) -> str:
+    return f"--{key.replace('_', '-')}"
 
 
 def _scalar(value: Any) -> Any:

@@ -218,6 +218,16 @@ class Task(ABC):
         return f"{n} samples, rows {first[:16]}"
 
     @classmethod
+    def inherit(cls, trained: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        """Options where a trained model is looked at: what is not given is as in its training.
+
+        Args:
+            trained: The options and paths of the training.
+            given: What the user gave now.
+        """
+        return {**trained, **given}
+
+    @classmethod
     def settle(cls, options: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
         """Arguments of the constructor as a run keeps them, from those that the user gave.
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -77,6 +78,13 @@ class FFDNetTask(Task):
         self._test_images = test_images
         self.sigma = sigma
         self.limit = limit
+
+    @classmethod
+    def inherit(cls, trained: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        kept = dict(trained)
+        if "images" in given and Path(given["images"]).absolute() != Path(trained["images"]):
+            kept.pop("skip", None)  # it names files of the training's folder
+        return {**kept, **given}
 
     @classmethod
     def settle(cls, options: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:

@@ -19,8 +19,8 @@ LDS = ("submit", "lds", *DIGITS)
     [
         ((*ABLATION, "--k", "1501"), "--k 1501: there are 1,500 training samples"),
         ((*ABLATION, "--k", "1500"), "removal must leave some: choose a smaller --k"),
-        ((*ABLATION, "--k", "0"), "'--k'"),
-        ((*ABLATION, "--mode", "flip"), "'flip' is not one of 'relabel', 'remove', 'both'"),
+        ((*ABLATION, "--k", "0"), "error: --k: input should be greater than or equal to "),
+        ((*ABLATION, "--mode", "flip"), "error: --mode: input should be 'relabel' or 'remove'"),
         ((*ABLATION, "--by", "helpfull"), "unknown method 'helpfull': choose attribution, helpful"),
         (
             (*ABLATION, "--by", "random", "--damping", "1"),
@@ -58,13 +58,22 @@ LDS = ("submit", "lds", *DIGITS)
             "retrainings end after epoch 2, as train-digitstask-",
         ),
         ((*LDS, "--by", "harmful"), "leave method harmful out"),
-        ((*LDS, "--batch-size", "8"), "No such option: --batch-size"),
-        (("submit", "paper", "--checkpoint", "train-digits"), "the report has no experiments with"),
+        (
+            (*LDS, "--batch-size", "8"),
+            "there is no option --batch-size here, and task digits:DigitsTask has --width",
+        ),
+        (
+            ("submit", "paper", "--checkpoint", "train-digits"),
+            "the research report has no experiments with",
+        ),
         ((*STABILITY, "--by", "random"), "stability of 'random': choose attribution, helpful"),
         ((*STABILITY, "--top", "1501"), "--top 1501: there are 1,500 training samples"),
         ((*LDS, "--fraction", "1.5"), "fraction: Input should be less than 1"),
-        ((*LDS, "--subsets", "2"), "'--subsets'"),
-        (("submit", "paper", "--task", "digits:DigitsTask"), "the report has no experiments with"),
+        ((*LDS, "--subsets", "2"), "error: --subsets: input should be greater than or equal to "),
+        (
+            ("submit", "paper", "--task", "digits:DigitsTask"),
+            "the research report has no experiments with",
+        ),
         (("report", "grad-norms-nothing"), "there is no run grad-norms-nothing"),
         (("report", "train-digits", "nothing"), "there is no run nothing"),
         (("report", "train-digits", "--out", "s3://bucket/x"), "name a folder on this machine"),

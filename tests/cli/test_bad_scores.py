@@ -18,7 +18,7 @@ ONE = ("--test", "3")
     ("words", "expected"),
     [
         (S_TEST, "say what to explain: --test ID"),
-        ((*S_TEST, "--test", "-1"), "'--test'"),
+        ((*S_TEST, "--test", "-1"), "error: --test: input should be greater than or equal to "),
         ((*S_TEST, "--test", "297"), "there is no test sample 297: DigitsTask has 297, 0 to 296"),
         ((*S_TEST, *ONE, *ONE), "test 3 is asked for twice"),
         (
@@ -53,7 +53,10 @@ ONE = ("--test", "3")
         ((*S_TEST, *ONE, "--solver", "ek-fac", "--operator", "hessian"), "leave --operator out"),
         ((*S_TEST, *ONE, "--curvature-samples", "few"), "write a number of samples, or all"),
         ((*S_TEST, *ONE, "--layer", "9"), "layer 9 does not exist"),
-        ((*S_TEST, *ONE, "--noise-draws", "0"), "'--noise-draws'"),
+        (
+            (*S_TEST, *ONE, "--noise-draws", "0"),
+            "error: --noise-draws: input should be greater than or equal to ",
+        ),
         ((*INFLUENCE, "--s-test", "train-digits"), "is no s-test run"),
         ((*INFLUENCE, "--s-test", "s-test-nix"), "there is no run s-test-nix"),
         ((*INFLUENCE, *ONE, "--s-test", "s-test-nix"), "leave those options out"),
@@ -67,7 +70,10 @@ ONE = ("--test", "3")
             "recorded no gradient norms: leave --norms out",
         ),
         ((*ATTRIBUTION, *ONE, "--norms", "grad", "--layer", "norm"), "has no norms of layer norm"),
-        ((*ATTRIBUTION, *ONE, "--exclude-norm-above", "0"), "exclude_norm_above: Input should be"),
+        (
+            (*ATTRIBUTION, *ONE, "--exclude-norm-above", "0"),
+            "--exclude-norm-above: input should be greater than 0",
+        ),
         (("submit", "baseline", *DIGITS, *ONE), "Missing option '--method'"),
         (
             ("submit", "baseline", *DIGITS, *ONE, "--method", "luck"),

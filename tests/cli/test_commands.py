@@ -48,7 +48,8 @@ def test_from_a_training_to_its_norms(
 ) -> None:
     trained = infl(*TRAIN, "--local")
     assert trained.code == 0
-    run_id, path, figures, table, hint = trained.out.splitlines()
+    run_id, path, figures, sure, table, hint = trained.out.splitlines()
+    assert sure.startswith("  One training, from seed 0")
     assert re.fullmatch(r"  after epoch 1: train_loss \d\.\d+, accuracy 0\.\d+", figures)
     assert run_id.endswith(": done")
     assert Path(path.strip(), table.strip()).is_file()
@@ -337,8 +338,8 @@ def test_a_failed_run_tells_why(infl: Infl, runs: Path, monkeypatch: pytest.Monk
     original = TensorDataset.__getitem__
 
     def one_bad_sample(self: TensorDataset, index: int) -> Any:
-        if index == 700:
-            raise DataError("sample 700 is out of order")
+        if index == 701:
+            raise DataError("sample 701 is out of order")
         return original(self, index)
 
     words = (*NORMS, "--layer", "head", "--precision", "float64", "--local")
@@ -346,15 +347,15 @@ def test_a_failed_run_tells_why(infl: Infl, runs: Path, monkeypatch: pytest.Monk
         patch.setattr(TensorDataset, "__getitem__", one_bad_sample)
         failed = infl(*words)
     assert (failed.code, failed.out) == (2, "")
-    why = "1 of 6 shards failed, the first: sample 700 is out of order"
+    why = "1 of 6 shards failed, the first: sample 701 is out of order"
     run_id = failed.err.split()[-2]
     hint = f"infl logs {run_id}; infl resume {run_id} --local"
     assert failed.err == f"error: {why} ({hint})\n"
     status = infl("status", run_id).out
     assert "shards                     5 of 6\n" in status
     assert f"message                    {why}\n" in status
-    assert "shard 000000512-000000768  sample 700 is out of order\n" in status
-    assert "sample 700" in infl("logs", run_id).out
+    assert "shard 000000512-000000768  sample 701 is out of order\n" in status
+    assert "sample 701" in infl("logs", run_id).out
     assert infl(*words).code == 0
 
 

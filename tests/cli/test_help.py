@@ -10,11 +10,11 @@ import typer
 
 from infl_cli.main import app
 
-TASK_DATA = "images patch-size stride limit skip-unreadable data-dir option"
+TASK_DATA = "option"
 WHERE = "runs json"
 HOW = f"{WHERE} address device num-gpus local detach"
 
-TRAINED = f"{HOW} {TASK_DATA} dry-run task checkpoint preset epochs sigma test-images workers"
+TRAINED = f"{HOW} {TASK_DATA} dry-run task checkpoint preset epochs workers"
 QUERIES = "test test-set point region quantity noise-draws seed"
 SCORES = f"{TRAINED} {QUERIES} batch-size shard-size"
 SOLVER = "solver damping operator product curvature-samples tolerance max-iterations scale depth batch repeats"
@@ -31,9 +31,9 @@ OPTIONS = {
     "top": f"{WHERE} k layer channel test side png parquet",
     "denoise": f"{WHERE} checkpoint sigma grey seed out",
     "submit train": f"{HOW} {TASK_DATA} dry-run task preset epochs seed save-epoch optimizer lr momentum "
-    "weight-decay batch-size norms-layer norms-skip-epochs reduce test-images",
+    "weight-decay batch-size norms-layer norms-skip-epochs reduce",
     "submit grad-norms": f"{HOW} {TASK_DATA} dry-run task layer reduce checkpoint combine precision seed "
-    "preset epochs sigma workers batch-size shard-size",
+    "preset epochs workers batch-size shard-size",
     "submit s-test": f"{SCORES} {CURVATURE}",
     "submit influence": f"{SCORES} {CURVATURE} s-test combine relative keep-layers",
     "submit attribution": f"{SCORES} layer norms exclude-norm-above normalize keep-layers",

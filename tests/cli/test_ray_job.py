@@ -16,7 +16,8 @@ import psutil
 import pytest
 
 from infl_cli import cluster
-from infl_cluster import launch, ray_job
+from infl_cluster import client, ray_job
+from infl_cluster import head as head_module
 from infl_cluster.client import UnknownJob
 from infl_cluster.watch import watch
 from influence_jobs.errors import RuntimeFault
@@ -63,9 +64,9 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> FakeCluster:
     """A cluster that is the local Ray and any other."""
     fake = FakeCluster()
     head = SimpleNamespace(client=lambda: fake, dashboard_url="http://here", token_path="token")
-    monkeypatch.setattr(launch, "ensure_head", lambda **_: head)
+    monkeypatch.setattr(head_module, "ensure_head", lambda **_: head)
     monkeypatch.setattr(ray_job, "current_head", lambda: head)
-    for module in (launch, ray_job):
+    for module in (client, ray_job):
         monkeypatch.setattr(module, "remote_client", lambda _address: fake)
     return fake
 

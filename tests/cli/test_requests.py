@@ -10,9 +10,10 @@ from influence_jobs.datasets import mnist
 from influence_jobs.datasets.mnist import default_data_dir
 from influence_jobs.errors import DataError, SpecError
 from influence_jobs.kinds.train.request import TrainRequest
-from influence_jobs.requests.subject import _as_trained, task_of
+from influence_jobs.requests.subject import task_of
 from influence_jobs.specs.base import TaskSpec
 from influence_jobs.tasks import mnist as mnist_task
+from influence_jobs.tasks.ffdnet import FFDNetTask
 from influence_jobs.tasks.registry import task_class
 
 OWN = """
@@ -72,9 +73,10 @@ def test_files_skipped_in_training_are_those_of_its_folder(
     monkeypatch.chdir(tmp_path)
     images = str(tmp_path / "a")
     trained = TaskSpec(name="ffdnet", options={"skip": ("x",)}, paths={"images": images}, data="")
-    for same in (None, "a", images):
-        assert _as_trained(trained, {"images": same})["skip"] == ("x",)
-    assert "skip" not in _as_trained(trained, {"images": "b"})
+    kept = {**trained.options, **trained.paths}
+    for same in ({}, {"images": "a"}, {"images": images}):
+        assert FFDNetTask.inherit(kept, same)["skip"] == ("x",)
+    assert "skip" not in FFDNetTask.inherit(kept, {"images": "b"})
 
 
 def test_files_of_the_working_directory_shadow_nothing(

@@ -13,11 +13,15 @@ from influence_jobs.extras import EXTRAS
 PROJECT = Path(__file__).parents[2]
 ABSENT = tuple(package for packages in EXTRAS.values() for package in packages)
 
-# The report needs its extra; everything else of the library does not.
+# What draws needs the extra of the report; everything else of the library does not.
+DRAWS = tuple(
+    f"influence_jobs.{room}"
+    for room in ("report.", "views.contact_sheet", "views.curves", "views.figure", "views.sheets")
+)
 ROOMS = [
     module.name
     for module in pkgutil.walk_packages(influence_jobs.__path__, "influence_jobs.")
-    if not module.name.startswith("influence_jobs.report.")
+    if not module.name.startswith(DRAWS)
 ]
 
 WITHOUT = """

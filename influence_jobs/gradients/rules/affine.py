@@ -15,6 +15,7 @@ class AffineRule(LayerRule[A]):
     """The weight gradient is no larger than the input, so it is formed whole."""
 
     read_as = "(C, 1, 1, 1)"
+    channel_axis = 1
 
     @abstractmethod
     def normalised(self, a: Tensor) -> Tensor:
@@ -77,6 +78,10 @@ class LayerNormRule(AffineRule[nn.LayerNorm]):
     """C runs over the normalised axes, of which there may be several."""
 
     layer = nn.LayerNorm
+
+    def channels_first(self, output: Tensor) -> Tensor:
+        first = output.ndim - len(self.module.normalized_shape)
+        return output.flatten(first).movedim(-1, 1)
 
     def normalised(self, a: Tensor) -> Tensor:
         return F.layer_norm(a, self.module.normalized_shape, eps=self.module.eps)

@@ -37,12 +37,14 @@ class LayerRule(ABC, Generic[M]):
         numbered: Whether the layer is one that `--layer 1` counts and `--layer all` takes.
         refused_options: Attributes of the layer that must be off, as the gradient would be wrong.
         read_as: How the weight is read, in words for the docs: the axes of `kernel_shape`.
+        channel_axis: Which axis of the layer's output has the C outputs; positions are the others.
     """
 
     layer: ClassVar[type[nn.Module]]
     numbered: ClassVar[bool] = False
     refused_options: ClassVar[tuple[str, ...]] = ()
     read_as: ClassVar[str] = "(C, I, 1, 1)"
+    channel_axis: ClassVar[int] = -1
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -71,6 +73,10 @@ class LayerRule(ABC, Generic[M]):
     def has_batch_axis(self, output: Tensor) -> bool:
         """Whether an output of the layer is of a batch, not of one bare sample."""
         return output.ndim >= 2
+
+    def channels_first(self, output: Tensor) -> Tensor:
+        """An output of the layer as (B, C, *positions)."""
+        return output.movedim(self.channel_axis, 1)
 
     @property
     def weight(self) -> Tensor:

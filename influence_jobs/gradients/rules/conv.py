@@ -30,6 +30,7 @@ class ConvolutionRule(MatrixRule[V]):
     Letters: G groups, k one axis or several of the kernel; I are the inputs of one group.
     """
 
+    channel_axis = 1
     convolve: ClassVar[Callable[..., Tensor]]
     gradient_of_one: ClassVar[Callable[..., Tensor]]
 

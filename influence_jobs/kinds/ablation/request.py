@@ -32,7 +32,8 @@ class AblationRequest(ExperimentRequest, SeedsOptions):
     )
     mode: Many[Literal["relabel", "remove"]] = option(
         ("relabel", "remove"),
-        "What is done to the samples. May be repeated; by default both, one after the other.",
+        "relabel or remove: what is done to the samples. May be repeated; by default both, one after "
+        "the other.",
         panel=EXPERIMENT,
     )
     relabel_to: RelabelRule = option(

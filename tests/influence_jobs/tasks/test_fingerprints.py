@@ -1,0 +1,173 @@
+"""What changes a fingerprint, and what is said of it: data, code, or nothing."""
+
+import hashlib
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+from influence_jobs.errors import DataError, SpecError
+from influence_jobs.specs.base import TaskSpec
+from influence_jobs.tasks.base import Draw, Task
+from influence_jobs.tasks.fingerprints import (
+    changed,
+    code_alone,
+    code_of,
+    fingerprinted,
+    require_unchanged,
+)
+from influence_jobs.tasks.mnist import MnistTask
+
+TASK = """
+import torch
+from torch.utils.data import TensorDataset
+from influence_jobs import Task
+from own_parts import network
+
+
+class Own(Task):
+    def model(self):
+        return network.make()
+
+    def train_data(self):
+        return TensorDataset(torch.arange(40.0)[:, None], torch.zeros(40))
+
+    def losses(self, model, batch):
+        return (model(batch[0])[:, 0] - batch[1]).square()
+"""
+NETWORK = """
+from torch import nn
+
+
+def make():
+    return nn.Linear(1, 1)
+"""
+
+Write = Callable[[str, str], Task]
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
+    """Writes the two files of a user, and gives the task as a new process would find it."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # an edit within a second counts
+    names = ("own_task", "own_parts", "own_parts.network")
+
+    def forget() -> None:
+        for name in names:
+            sys.modules.pop(name, None)
+
+    def written(task: str = TASK, network: str = NETWORK) -> Task:
+        (tmp_path / "own_parts").mkdir(exist_ok=True)
+        (tmp_path / "own_parts" / "__init__.py").write_text("")
+        (tmp_path / "own_parts" / "network.py").write_text(network)
+        (tmp_path / "own_task.py").write_text(task)
+        forget()
+        importlib.invalidate_caches()
+        found: Task = importlib.import_module("own_task").Own()
+        return found
+
+    yield written
+    forget()
+
+
+def spec_of(task: Task) -> TaskSpec:
+    data, code = fingerprinted("own_task:Own", task)
+    return TaskSpec(name="own_task:Own", data=data, code=code)
+
+
+def test_words_about_code_are_no_code(write: Write) -> None:
+    spec = spec_of(write())
+    assert changed(spec, write()) == ""
+    commented = TASK.replace("class Own(Task):", '# A note.\n\n\nclass Own(Task):\n    """Mine."""')
+    assert changed(spec, write(commented.replace("make()", "make()  # theirs"))) == ""
+
+
+@pytest.mark.parametrize(
+    ("task", "network"),
+    [
+        (TASK.replace(".square()", ".abs()"), NETWORK),
+        (TASK, NETWORK.replace("Linear(1, 1)", "Linear(1, 1, bias=False)")),
+    ],
+)
+def test_code_that_changed_is_told_as_code(write: Write, task: str, network: str) -> None:
+    """Also where it lies in another file, which the task imports."""
+    spec = spec_of(write())
+    other = write(task, network)
+    assert changed(spec, other) == "code"
+    with pytest.raises(
+        SpecError, match=r"^run x: the code of task own_task:Own changed since it was"
+    ):
+        require_unchanged("x", spec, other)
+
+
+def test_data_that_changed_are_told_as_data(write: Write) -> None:
+    """Also at the same number of rows: a file that was written anew has the same length."""
+    spec = spec_of(write())
+    task = write()
+    task.train_data = lambda: TensorDataset(torch.arange(40.0)[:, None] + 1, torch.zeros(40))
+    assert changed(spec, task) == "data"
+    with pytest.raises(SpecError, match=r"^run x: the training data of own_task:Own are not those"):
+        require_unchanged("x", spec, task)
+
+
+def test_the_first_form_is_still_understood(write: Write, tmp_path: Path) -> None:
+    """It had the bytes of the task's file, and no rows."""
+    task = write()
+    digest = hashlib.sha256((tmp_path / "own_task.py").read_bytes()).hexdigest()[:16]
+    first = TaskSpec(name="own_task:Own", data=f"40 samples, code {digest}")
+    assert changed(first, task) == ""
+    assert fingerprinted("own_task:Own", task, like=first) == (first.data, "")
+    assert changed(first, write(TASK + "\n# a note\n")) == "code"
+    more = first.model_copy(update={"data": first.data.replace("40", "41")})
+    assert changed(more, write()) == "data"
+
+
+def test_data_that_are_others_each_time_are_refused() -> None:
+    class Augmented(MnistTask):
+        def __init__(self) -> None:
+            pass
+
+        def train_data(self) -> torch.Tensor:
+            return torch.zeros(5)
+
+        def batch(self, ids: torch.Tensor, draw: Draw) -> torch.Tensor:
+            return torch.rand(len(ids))
+
+    with pytest.raises(DataError, match="Augmented gives other numbers each time"):
+        Task.fingerprint(Augmented())
+
+
+def test_tasks_of_this_package_have_no_code_of_the_users() -> None:
+    assert code_of(MnistTask) == ""
+
+
+def test_code_alone_keeps_the_rest_to_the_letter() -> None:
+    text = '''"""Of the module."""
+
+x = "# no comment"  # one
+y = """a text that is no docstring"""
+
+
+def f(a):
+    """Of the function,
+
+    in several lines.
+    """
+    return {"é": a}  # é
+
+
+class C:
+    "Short."
+'''
+    assert code_alone(text).splitlines() == [
+        'x = "# no comment"',
+        'y = """a text that is no docstring"""',
+        "def f(a):",
+        '    return {"é": a}',
+        "class C:",
+    ]
