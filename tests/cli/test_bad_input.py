@@ -76,7 +76,10 @@ FFDNET = (*NORMS, "--task", "ffdnet", "--layer", "11", "--patch-size", "32", "--
             "--width [8] of task digits:DigitsTask: input should be a valid integer",
         ),
         ((*TRAIN, "--patch-size", "8"), "there is no option --patch-size here"),
-        (("submit", "train", "--task", "ffdnet", "--skip-unreadable"), "--skip-unreadable needs --images"),
+        (
+            ("submit", "train", "--task", "ffdnet", "--skip-unreadable"),
+            "--skip-unreadable needs --images",
+        ),
         ((*TRAIN, "--preset", "nix"), "no preset 'nix': choose ffdnet, ffdnet-grey"),
         ((*TRAIN, "--detach"), "--local computes in this process: leave out --detach"),
         ((*TRAIN, "--device", "tpu"), "'tpu' is not one of 'auto', 'cpu', 'cuda'"),

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import Any
 
 import pytest
+from pydantic import create_model
 
 from influence_jobs.jobs.base import Job
 from influence_jobs.kinds import find_kind, kind_of, kinds
@@ -76,13 +77,8 @@ def test_what_a_kind_forgets_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "HalfView lacks" in said
     assert "certainty" in said
 
-    base: Any = whole.request_type
-
-    class Mute(base):
-        """Has an option without a word."""
-
-        unsaid: int = 0
+    mute = create_model("Mute", __base__=whole.request_type, __doc__="Mute.", unsaid=(int, 0))
 
     request = sys.modules["influence_jobs.kinds.baseline.request"]
-    monkeypatch.setattr(request, "Mute", Mute, raising=False)
+    monkeypatch.setattr(request, "Mute", mute, raising=False)
     assert list(missing(replace(whole, request="Mute"))) == ["baseline: option unsaid has no help"]
