@@ -1,8 +1,11 @@
 """Rules of convolutions, over any number of kernel axes."""
 
-import itertools
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import cached_property
+from itertools import product
+from operator import floordiv, mod, mul
 from typing import ClassVar, TypeVar
 
 import torch
@@ -137,30 +140,23 @@ class ConvolutionRule(MatrixRule[V]):
         offsets do not come in their order. Only this split and the padding copy; both memory
         formats flatten without a copy, so the layout is the model's own.
         """
-        module, groups, axes = self.module, self.module.groups, range(g.ndim - 2)
+        module, groups = self.module, self.module.groups
         batch, channels, *out = g.shape
-        a = self._padded(a)
+        a, ends = self._padded(a), [None] * len(out)
 
-        phases: dict[Offset, list[Offset]] = {}
-        for offset in itertools.product(*map(range, module.kernel_size)):
-            phase = tuple(offset[i] * module.dilation[i] % module.stride[i] for i in axes)
-            phases.setdefault(phase, []).append(offset)
-
-        for phase, offsets in phases.items():
-            plane = a[:, :, *(slice(phase[i], None, module.stride[i]) for i in axes)]
-            size = plane.shape[2:]
-            steps = [math.prod(size[i + 1 :]) for i in axes]
-            length = 1 + sum((out[i] - 1) * steps[i] for i in axes)
+        for phase, offsets in self._phases.items():
+            plane = a[(slice(None), slice(None), *map(slice, phase, ends, module.stride))]
+            size = list(plane.shape[2:])
+            steps, spread = [1], []  # from the last axis, as `F.pad` wants them
+            for axis in range(len(size) - 1, 0, -1):
+                steps.insert(0, steps[0] * size[axis])
+                spread += [0, size[axis] - out[axis]]
+            length = sum(map(mul, out, steps)) - sum(steps) + 1
             a_BGIT = plane.flatten(2).reshape(batch, groups, a.shape[1] // groups, -1)
-            spread: list[int] = []  # in the order of `F.pad`, from the last axis; none on the first
-            for i in reversed(axes[1:]):
-                spread += [0, size[i] - out[i]]
             g_BCT = (F.pad(g, spread) if spread else g).flatten(2)[..., :length]
             g_BGCT = g_BCT.reshape(batch, groups, channels // groups, length)
-            for offset in offsets:
-                start = sum(
-                    offset[i] * module.dilation[i] // module.stride[i] * steps[i] for i in axes
-                )
+            for offset, shift in offsets:
+                start = sum(map(mul, shift, steps))
                 yield offset, g_BGCT @ a_BGIT[..., start : start + length].transpose(2, 3)
 
     def _gradient_of_one(self, a_1: Tensor, g_1: Tensor) -> Tensor:
@@ -177,8 +173,17 @@ class ConvolutionRule(MatrixRule[V]):
 
     def _padded(self, a: Tensor) -> Tensor:
         """The input as the kernel sees it."""
-        module = self.module
-        padding: list[int] = []  # in the order of `F.pad`: the last axis comes first
+        if not any(self._padding):
+            return a
+        zeros = self.module.padding_mode == "zeros"
+        return F.pad(a, self._padding, mode="constant" if zeros else self.module.padding_mode)
+
+    # The two depend on the layer's geometry alone, and small layers feel the microseconds.
+
+    @cached_property
+    def _padding(self) -> list[int]:
+        """In the order of `F.pad`: the last axis comes first."""
+        module, padding = self.module, list[int]()
         for axis in reversed(range(len(module.kernel_size))):
             if module.padding == "same":  # an odd total puts the larger half after the image
                 total = module.dilation[axis] * (module.kernel_size[axis] - 1)
@@ -187,10 +192,17 @@ class ConvolutionRule(MatrixRule[V]):
                 padding += [0, 0]
             else:
                 padding += [module.padding[axis]] * 2
-        if not any(padding):
-            return a
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        return F.pad(a, padding, mode=mode)
+        return padding
+
+    @cached_property
+    def _phases(self) -> dict[Offset, list[tuple[Offset, Offset]]]:
+        """By phase of the stride, the kernel's offsets and how far each shifts within the phase."""
+        module, phases = self.module, defaultdict[Offset, list[tuple[Offset, Offset]]](list)
+        for offset in product(*map(range, module.kernel_size)):
+            pixels = tuple(map(mul, offset, module.dilation))
+            shift = tuple(map(floordiv, pixels, module.stride))
+            phases[tuple(map(mod, pixels, module.stride))].append((offset, shift))
+        return phases
 
 
 class Conv1dRule(ConvolutionRule[nn.Conv1d]):
