@@ -13,7 +13,8 @@ DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPER
 
 
 # Messages name every option in one form, `--like-this`, so that the names are data.
-_OPTION = re.compile(r"(?<![\w-])--([a-z][a-z-]*)")
+# What follows is its value if it is no English word: it has a digit, is a placeholder, or `all`.
+_OPTION = re.compile(r"(?<![\w-])--([a-z][a-z-]*)(?: (?=[^\s,;:)]*\d|[A-Z]+[\s,;:)=]|all\b))?")
 
 
 class InflError(Exception):
