@@ -1,6 +1,6 @@
 """What can be asked of a training."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -15,7 +15,6 @@ from influence_jobs.terms import Reduction
 class TrainRequest(Request):
     """Train a model of a task; keeps weights at chosen epochs, and gradient norms if asked."""
 
-    default_task: ClassVar[str] = "mnist"
 
     preset: One[str | None] = option(None, "Training preset: a name, or a YAML file of your own.")
     epochs: One[Count | None] = option(None, "Epochs to train; the preset's by default.")
