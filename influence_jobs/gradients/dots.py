@@ -72,7 +72,7 @@ class GradDots(TappedModel):
         finite_Q = vectors_QP.isfinite().all(dim=1)
         if not finite_Q.all():
             raise ModelError(
-                f"vector {int((~finite_Q).nonzero()[0])} holds NaN or infinity: make it anew"
+                f"vector {int((~finite_Q).nonzero()[0])} holds NaN or infinity: compute it again"
             )
         self._space = space
         self._names: dict[str, list[str]] = {}

@@ -46,7 +46,7 @@ def load_checkpoint(
         if file_checkpoint(checkpoint.path).sha256 != checkpoint.sha256:
             raise ModelError(
                 f"checkpoint {checkpoint.path} has changed since the run was submitted: "
-                "restore it, or submit anew"
+                "restore it, or submit the run again"
             )
         load_weights(model, Path(checkpoint.path))
         return

@@ -71,7 +71,7 @@ class FFDNetTask(Task):
             float, Field(ge=0), Doc("Noise level in attribution, in grey levels of 255.")
         ] = 25.0,
         skip: tuple[str, ...] = (),
-        limit: Annotated[Count | None, Doc("Only the first so many patches.")] = None,
+        limit: Annotated[Count | None, Doc("Use only this many patches.")] = None,
     ):
         self.folder = ImageFolder(images, color=self.color, skip=frozenset(skip))
         self.patches = Patches(self.folder, patch_size, stride)

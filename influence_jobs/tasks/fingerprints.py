@@ -62,12 +62,12 @@ def require_unchanged(run_id: str, spec: TaskSpec, task: Task) -> None:
         file = inspect.getsourcefile(type(task))
         raise SpecError(
             f"run {run_id}: the code of task {spec.name} changed since it was submitted "
-            f"({file}, or a file of yours that it imports): restore it, or submit anew"
+            f"({file}, or a file of yours that it imports): restore it, or submit the run again"
         )
     if what == "data":
         raise SpecError(
             f"run {run_id}: the training data of {spec.name} are not those it was submitted with "
-            f"({task.fingerprint()} instead of {spec.data}): restore them, or submit anew"
+            f"({task.fingerprint()} instead of {spec.data}): restore them, or submit the run again"
         )
 
 

@@ -37,7 +37,7 @@ class MnistTask(Task):
             str | None,
             Doc("Folder of downloaded data; by default INFL_DATA, else your cache folder."),
         ] = None,
-        limit: Annotated[Count | None, Doc("Only the first so many training images.")] = None,
+        limit: Annotated[Count | None, Doc("Use only this many training images.")] = None,
     ):
         self.data_dir = Path(data_dir) if data_dir else default_data_dir()
         self.limit = limit
