@@ -1,6 +1,7 @@
 """Results of the research report, printed beside ours.
 
-The research report is "Inner workings of a denoising network": sections 4.1 (MNIST) and 4.2 (FFDNet).
+The research report is "Inner workings of a denoising network", here sections 4.1 (MNIST) and 4.2
+(FFDNet).
 """
 
 from collections.abc import Mapping
