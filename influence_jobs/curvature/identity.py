@@ -1,4 +1,4 @@
-"""No curvature at all: what the others are compared with."""
+"""The identity in place of a curvature, as a baseline."""
 
 from typing import Self
 
@@ -11,7 +11,7 @@ from influence_jobs.specs.solvers import SolverSettings
 
 
 class Identity(Solver):
-    """x = v: scores become dot products of gradients. Lambda would only change their unit, so it is 1."""
+    """x = v: scores are dot products of gradients. Lambda would only scale them, so it is 1."""
 
     def __init__(self) -> None:
         super().__init__(1.0)

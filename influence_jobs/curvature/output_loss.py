@@ -1,4 +1,4 @@
-"""The losses whose Hessian in the outputs has a closed form: what makes a Gauss-Newton matrix."""
+"""Losses whose Hessian in the outputs has a closed form, as the Gauss-Newton matrix needs."""
 
 from collections.abc import Callable
 from typing import Final
@@ -10,24 +10,24 @@ from influence_jobs.terms import OutputLoss
 
 
 def cross_entropy(outputs_BC: Tensor, classes_B: Tensor) -> Tensor:
-    """Of logits, or of log-probabilities, which log-softmax leaves as they are; shape (B,)."""
+    """Cross-entropy (B,) of logits, or of log-probabilities, which log-softmax does not change."""
     return F.cross_entropy(outputs_BC, classes_B, reduction="none")
 
 
 def mean_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Over all outputs (B, ...) of a sample; shape (B,)."""
+    """Mean squared error (B,) over all outputs (B, ...) of a sample."""
     return (outputs - targets).square().flatten(1).mean(1)
 
 
 def _cross_entropy_hessian(outputs_BC: Tensor, tangents_BC: Tensor) -> Tensor:
-    """(diag(p) - p p^T) u / B, with p the probabilities: the same for logits and log-probabilities."""
+    """(diag(p) - p p^T) u / B with the probabilities p, for logits and log-probabilities alike."""
     weighted_BC = outputs_BC.softmax(1)
     weighted_BC = weighted_BC * (tangents_BC - (weighted_BC * tangents_BC).sum(1, keepdim=True))
     return weighted_BC / len(outputs_BC)
 
 
 def _mean_squared_error_hessian(outputs: Tensor, tangents: Tensor) -> Tensor:
-    """2 u / (B x outputs of a sample)."""
+    """2 u / (B x number of outputs of a sample)."""
     return tangents * (2 / outputs.numel())
 
 
@@ -36,7 +36,7 @@ OUTPUT_LOSSES: Final[dict[OutputLoss, Callable[[Tensor, Tensor], Tensor]]] = {
     "mse": mean_squared_error,
 }
 
-# (outputs, u) -> Hessian of the mean loss over the batch, in the outputs, times u.
+# (outputs, u) -> u times the Hessian, in the outputs, of the mean loss over the batch.
 OUTPUT_HESSIANS: Final[dict[OutputLoss, Callable[[Tensor, Tensor], Tensor]]] = {
     "cross-entropy": _cross_entropy_hessian,
     "mse": _mean_squared_error_hessian,

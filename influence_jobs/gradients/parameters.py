@@ -1,4 +1,4 @@
-"""The parameters that count, as one vector: what gradients, curvature and scores agree on."""
+"""Chosen parameters of a model as one vector, for gradients, curvature and scores."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,14 +11,16 @@ from influence_jobs.errors import ModelError
 
 
 class ParameterSpace:
-    """The parameters of chosen modules, flattened in the model's order into vectors of length P.
+    """The parameters of chosen layers, flattened in the model's order into vectors of length P.
 
     Args:
-        model: Its parameters are looked up anew at every call, so weights may be loaded later.
-        modules: Names of modules whose own parameters count (children name theirs themselves); all modules if None.
+        model: The model. Every call reads its current parameters, so weights may be loaded later.
+        modules: Names of the layers' modules. Only a module's own parameters are included, not
+            those of its children. None means all modules.
 
     Raises:
-        ModelError: There is no such module, it has no parameters, or nothing is left.
+        ModelError: There is no such layer, or it has no parameters of its own; or the model has no
+            parameters.
     """
 
     def __init__(self, model: nn.Module, modules: Sequence[str] | None = None):
@@ -26,12 +28,12 @@ class ParameterSpace:
         known = dict(model.named_modules())
         for module in modules or ():
             if module not in known:
-                raise ModelError(f"{type(model).__name__} has no module '{module}'")
+                raise ModelError(f"{type(model).__name__} has no layer '{module}'")
             if not any(True for _ in known[module].parameters(recurse=False)):
-                raise ModelError(f"module '{module}' has no parameters of its own: leave it out")
+                raise ModelError(f"layer '{module}' has no parameters of its own: leave it out")
         self.shapes: dict[str, torch.Size] = {
             name: parameter.shape
-            for name, parameter in model.named_parameters()  # a shared one is named once
+            for name, parameter in model.named_parameters()  # a shared parameter occurs once
             if modules is None or name.rpartition(".")[0] in modules
         }
         if not self.shapes:
@@ -43,7 +45,7 @@ class ParameterSpace:
         return sum(math.prod(shape) for shape in self.shapes.values())
 
     def parameters(self) -> dict[str, Tensor]:
-        """The model's parameters that count, by name, in order."""
+        """The chosen parameters by name, in the model's order."""
         return {name: self._model.get_parameter(name) for name in self.shapes}
 
     def split(self, vectors: Tensor) -> dict[str, Tensor]:
@@ -66,7 +68,7 @@ class ParameterSpace:
         return torch.cat(leading, dim=-1)
 
     def gradient(self, value: Tensor) -> Tensor:
-        """Gradient of a scalar with a graph, shape (P,); zero where it does not depend on a parameter."""
+        """Gradient (P,) of a scalar with a graph; zero for parameters that it does not use."""
         parameters = self.parameters()
         gradients = torch.autograd.grad(value, list(parameters.values()), materialize_grads=True)
         return self.join(dict(zip(parameters, gradients, strict=True)))

@@ -276,7 +276,7 @@ def test_tables_are_verified_and_written_anew(tmp_path: Path, finished_run: Run)
     table = run.read_table("samples")
     run.files.delete("tables/samples.parquet")
     damaged = find_damage(run).damaged
-    assert damaged == {layout.FINISH: "tables/samples.parquet is gone"}
+    assert damaged == {layout.FINISH: "tables/samples.parquet is missing"}
     mark_undone(run, damaged)
     drive(run.root, run.id, InlineBackend())
     assert run.read_table("samples").equals(table)

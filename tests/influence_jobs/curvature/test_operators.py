@@ -215,7 +215,7 @@ class Undeclared(Classes):
     ("task", "message"),
     [
         (Mistaken, "losses of Mistaken are not the cross-entropy of its outputs"),
-        (Noisy, "two passes over the same samples of Noisy give other losses"),
+        (Noisy, "two passes over the same samples of Noisy give different losses"),
         (Undeclared, "Undeclared declares no output_loss"),
     ],
 )

@@ -195,7 +195,7 @@ def test_a_hessian_that_lambda_does_not_cover_is_told(case):
     v_QP = randoms(1, case.space.size)
     uncovered = Lissa(-smallest / 2, scale=20.0, depth=5, batch_size=4)
     (message,) = uncovered.solve(case.hessian(), v_QP).record["messages"]
-    assert "does not cover the smallest eigenvalue -" in message
+    assert "does not make the smallest eigenvalue -" in message
     covered = Lissa(-smallest * 2, scale=20.0, depth=5, batch_size=4)
     assert covered.solve(case.hessian(), v_QP).record["messages"] == []
 

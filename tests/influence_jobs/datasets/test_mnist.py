@@ -288,7 +288,7 @@ class TestWheel:
                 return os.mkdir, (str(marker),)
 
         wheel = self.build(tmp_path / "a.whl", pickle.dumps([Planted()], protocol))
-        with pytest.raises(DataError, match="mkdir is not admitted") as caught:
+        with pytest.raises(DataError, match="mkdir is not allowed") as caught:
             mnist._read_wheel(wheel)
         one_line(caught)
         assert not marker.exists()
@@ -299,7 +299,7 @@ class TestWheel:
     def test_other_functions_are_refused(self, tmp_path: Path, name: str) -> None:
         module, function = name.split()
         wheel = self.build(tmp_path / "a.whl", f"c{module}\n{function}\n.".encode())
-        with pytest.raises(DataError, match="is not admitted"):
+        with pytest.raises(DataError, match="is not allowed"):
             mnist._read_wheel(wheel)
 
     def test_no_wheel_no_member_no_pickle(self, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The report's networks against the float64 vmap reference, at the layers and reductions that are asked for."""
+"""Networks of the research report against the float64 vmap reference, by layer and reduction."""
 
 from collections.abc import Callable
 from pathlib import Path

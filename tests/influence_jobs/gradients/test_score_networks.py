@@ -1,4 +1,7 @@
-"""Scores of the report's networks and the example's: explicit products of float64 gradients within 1e-5."""
+"""Scores of the research report's networks and the example's, within 1e-5 of explicit products.
+
+The products are of float64 gradients.
+"""
 
 from pathlib import Path
 from typing import Any

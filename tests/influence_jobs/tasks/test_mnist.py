@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from influence_jobs.tasks.base import Draw
 from influence_jobs.tasks.mnist import MnistTask
 
-LABELS = [6, 9, 0, 8, 0, 4, 5, 1, 6, 7]  # the report's, of its ten test ids
+LABELS = [6, 9, 0, 8, 0, 4, 5, 1, 6, 7]  # in the research report, for its ten test ids
 
 
 @pytest.fixture(scope="module")

@@ -412,7 +412,7 @@ def test_a_rule_of_ones_own_is_numbered_stored_and_in_the_docs() -> None:
 
 
 def test_a_type_has_one_rule() -> None:
-    with pytest.raises(TypeError, match="Linear has a rule: LinearRule"):
+    with pytest.raises(TypeError, match="Linear already has a rule: LinearRule"):
 
         class Second(linear.LinearRule):
             layer = nn.Linear
