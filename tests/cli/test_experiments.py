@@ -65,7 +65,7 @@ def test_stability_trains_other_seeds_and_compares(infl: Infl, runs: Path) -> No
     found = infl(*words)
     assert found.code == 0, found.err
     assert "Stability of harmful: share of the top 20" in found.out
-    assert "the report's" not in found.out  # its numbers are of other queries
+    assert "research report" not in found.out  # its numbers are for other queries
     (folder,) = runs.glob("stability-*")
     rows = pq.read_table(folder / "tables/results.parquet").to_pylist()
     assert len(rows) == 3 * 2 * 3
