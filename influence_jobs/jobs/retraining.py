@@ -32,7 +32,7 @@ from influence_jobs.training.ensemble_width import WIDTHS, bytes_per_variant, me
 from influence_jobs.training.train import Trainer
 
 MAX_SHARD, MIN_SHARD, AIM_SHARDS = 128, 8, 16
-MEASURED_STEPS = 200_000  # with fewer steps of models, measuring takes longer than it saves
+MEASURED_STEPS = 200_000  # steps over all models; a smaller run does not repay measuring
 MEMORY_SHARE = 0.5  # share of the free memory for the models of one ensemble
 LOSSES, DECISIONS = "losses", "decisions"
 WIDTH = "width.json"

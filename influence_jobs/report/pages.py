@@ -51,13 +51,11 @@ class Pages:
         self.runs = {member.id: member for member in members}
         _require_one_task(members)
         self.task: Task = NoData()
-        self.absent: str | None = None  # the reason why pictures are missing
+        self.absent: str | None = None  # the reason if pictures are missing
         try:
             self.task = make_task(members[0].spec.task)
-            (
-                len(self.task.train_data()),
-                len(self.task.test_data()),
-            )  # many tasks read their data only now
+            # Many tasks read their data only now.
+            len(self.task.train_data()), len(self.task.test_data())
         except DataError as error:  # the rest can be shown without pictures
             self.absent = str(error)
         self.explainer = lru_cache(maxsize=4)(self._explainer)

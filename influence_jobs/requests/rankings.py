@@ -65,7 +65,8 @@ def trained_of(subject: Subject, *, given: bool, methods: Collection[str]) -> Tr
     if checkpoint.epoch != train.epochs:
         raise SpecError(
             f"retrainings end after epoch {train.epochs}, as {train.run_id} does, so scores "
-            f"need that epoch: leave @{checkpoint.epoch} out, or train for {checkpoint.epoch} epochs"
+            f"need that epoch: leave @{checkpoint.epoch} out, or train for "
+            f"{checkpoint.epoch} epochs"
         )
     if given or "attribution" not in methods or train.epochs == 1:
         return Trained(subject, train)

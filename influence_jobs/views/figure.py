@@ -19,7 +19,7 @@ class Shown:
         name: Name of its files, unique in the run.
         title: What the figure shows.
         caption: What to see in it.
-        data: All its data, also rows that there is no room to draw.
+        data: Its data, including rows that are not drawn.
         number: Number of the corresponding figure in the research report, if there is one.
     """
 
