@@ -83,7 +83,7 @@ def test_lds_of_methods_runs_and_ensembles(infl: Infl, runs: Path) -> None:
     words = ("submit", "lds", *DIGITS, *TESTS, "--subsets", 8, "--ensemble", 2)
     found = infl(*words, "--by", "dot-product", "--by", "loss", "--by", f"chance={random}+{other}")
     assert found.code == 2, found.out
-    assert "of the same queries, with the same noise (--seed, --noise-draws)" in found.err
+    assert "needs the same queries with the same noise (--seed, --noise-draws)" in found.err
     found = infl(*words, "--by", "dot-product", "--by", "loss", "--by", f"chance={random}")
     assert found.code == 0, found.err
     assert (
