@@ -1,4 +1,4 @@
-"""Queries of a spec: are they there, what is their gradient, how are they named in tables."""
+"""The queries of a spec: their checks, gradients and table."""
 
 import numpy as np
 import pyarrow as pa
@@ -13,10 +13,10 @@ from influence_jobs.tasks.base import Draw, Task, device_of, to_device
 
 
 def require_queries(task: Task, queries: Queries) -> None:
-    """Refuse queries that the task's test samples do not have.
+    """Refuse queries that the task does not have.
 
     Raises:
-        SpecError: A test id, a region or the quantity is not there.
+        SpecError: A test id, a region or the quantity does not exist.
     """
     name = type(task).__name__
     if queries.quantity not in task.quantities:
@@ -40,14 +40,15 @@ def require_queries(task: Task, queries: Queries) -> None:
         if y + height > size[0] or x + width > size[1]:
             what = f"point {y},{x}" if (height, width) == (1, 1) else f"region {_comma(query)}"
             raise SpecError(
-                f"{what} is outside test image {query.test}, which is {size[0]} high and {size[1]} wide"
+                f"{what} is outside test image {query.test}, which is {size[0]} high and "
+                f"{size[1]} wide"
             )
 
 
 def query_gradients(
     task: Task, model: nn.Module, space: ParameterSpace, queries: Queries, start: int, stop: int
 ) -> Tensor:
-    """Gradients of the measured quantity for queries start..stop, mean over noise draws, shape (Q, P).
+    """Gradients of the quantity of queries start..stop, mean over noise draws, shape (Q, P).
 
     Raises:
         DataError: A gradient is not finite.
@@ -55,7 +56,7 @@ def query_gradients(
     device = device_of(model)
     rows = []
     for query in queries.items[start:stop]:
-        # In float64: with many draws a running float32 mean would lose digits.
+        # In float64: a float32 sum over many draws would lose digits.
         total = torch.zeros(space.size, dtype=torch.float64, device=device)
         for draw in range(queries.noise_draws):
             batch = task.test_batch(torch.tensor([query.test]), Draw(queries.seed, draw))
@@ -63,15 +64,15 @@ def query_gradients(
             total += space.gradient(value.sum())
         if not total.isfinite().all():
             raise DataError(
-                f"the gradient of the {queries.quantity} of test sample {query.test} is not finite: "
-                "check the sample and the checkpoint"
+                f"the gradient of the {queries.quantity} of test sample {query.test} is not "
+                "finite: check the sample and the checkpoint"
             )
         rows.append((total / queries.noise_draws).to(next(model.parameters()).dtype))
     return torch.stack(rows)
 
 
 def queries_table(task: Task, queries: Queries) -> pa.Table:
-    """One row a query: its test id, region, and what the task says of the test sample."""
+    """One row a query: its test id, region, and the task's description of the test sample."""
     ids = np.array([query.test for query in queries.items])
     return pa.table(
         {
@@ -85,7 +86,7 @@ def queries_table(task: Task, queries: Queries) -> pa.Table:
 
 
 def write_queries(run: Run, task: Task, queries: Queries) -> dict[str, str]:
-    """Keep the table of a run's queries; returns the SHA-256 of its file, by name."""
+    """Write the table of a run's queries; returns the SHA-256 of its file by name."""
     return run.write_table("queries", queries_table(task, queries))
 
 

@@ -1,4 +1,4 @@
-"""The options that requests of several kinds share, each written once."""
+"""The options that several kinds of requests share."""
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,41 +11,41 @@ from influence_jobs.specs.solvers import SolverSettings
 TRAINING, SCORES, QUERY = "Training", "Scores", "What to explain"
 CURVATURE, EXPERIMENT = "Curvature", "Experiment"
 REDUCE = (
-    "kernel: (N, C, kh, kw), L2 norm over the inputs; channel: (N, C), those summed over the "
-    "kernel; layer: (N), L2 norm of the whole weight gradient."
+    "kernel: (N, C, kh, kw), L2 norm over the inputs; channel: (N, C), the sum of these norms over "
+    "the kernel; layer: (N), L2 norm of the whole weight gradient."
 )
 
 
 class WeightsRequest(Request):
-    """Which of a task's trained weights."""
+    """Base of the requests that need trained weights of a task."""
 
     checkpoint: Many[str] = option(
         (),
-        "Train run, RUN@EPOCH, RUN@all, or a state-dict file. May be repeated. One is trained by "
-        "the preset if none is named.",
+        "Train run, RUN@EPOCH, RUN@all, or a state-dict file. May be repeated. Without it, a model "
+        "is trained by the preset.",
     )
     preset: One[str | None] = option(None, "Training preset: a name, or a YAML file of your own.")
     epochs: One[Count | None] = option(None, "Epochs to train; the preset's by default.")
 
 
 class SeedOptions(Options):
-    """Work that draws random numbers."""
+    """The seed of requests that draw random numbers."""
 
-    seed: One[Seed] = option(0, "Seed of the sample noise, and of what is drawn at random.")
+    seed: One[Seed] = option(0, "Seed of the samples' noise and of random draws.")
 
 
 class QueriesOptions(SeedOptions):
-    """Which outputs are explained."""
+    """The outputs to explain."""
 
     test: Many[Annotated[int, Field(ge=0)]] = option(
         (), "Id of a test sample. May be repeated.", panel=QUERY
     )
     test_set: One[str | None] = option(
-        None, "A file of test ids, one a line, or a named set of the task's.", panel=QUERY
+        None, "A file of test ids, one a line, or a set that the task names.", panel=QUERY
     )
     point: Many[Any] = option(
         (),
-        "Pixel of the test images, from the upper left. May be repeated.",
+        "Pixel of the test images, counted from the upper left. May be repeated.",
         panel=QUERY,
         metavar="Y,X",
     )
@@ -57,17 +57,19 @@ class QueriesOptions(SeedOptions):
     )
     quantity: str = option(
         "loss",
-        "What is measured: loss; for denoisers also output (mean square of the region's output) "
-        "or change (of output minus input).",
+        "The measured quantity: loss; for denoisers also output (mean square of the region's "
+        "output) or change (mean square of output minus input).",
         panel=QUERY,
     )
     noise_draws: One[Count] = option(
-        1, "Draws of the samples' noise, averaged; for tasks that have noise.", panel=QUERY
+        1,
+        "Number of draws of the samples' noise that are averaged; for tasks with noise.",
+        panel=QUERY,
     )
 
 
 def _solver_options() -> dict[str, Any]:
-    """An option for every setting of a solver; None leaves it at the solver's default."""
+    """One option for each setting of a solver; None means the solver's default."""
     found: dict[str, Any] = {}
     for name, settings in SolverSettings.by_name.items():
         for field_name, field in settings.model_fields.items():
@@ -75,7 +77,7 @@ def _solver_options() -> dict[str, Any]:
                 continue
             said = (field.description or "").rstrip(".")
             default = "" if field.default is None else f"; {field.default:g} by default"
-            # Samples of a pass are `batch_size` already.
+            # `batch_size` is taken: it is the number of samples in a pass.
             option_name = "batch" if field_name == "batch_size" else field_name
             kind: Any = float if "float" in str(field.annotation) else int
             found[option_name] = (
@@ -101,8 +103,8 @@ class CurvatureBase(Options):
     )
     damping: One[float | None] = option(
         None,
-        "Lambda, added to the curvature's eigenvalues; by default a part of the largest. "
-        "With --scale it is LiSSA's own, and lambda is damping x scale, as in published settings.",
+        "Lambda, added to the curvature's eigenvalues; by default a fraction of the largest. With "
+        "--scale it is LiSSA's own damping, and lambda is damping x scale, as in publications.",
         panel=CURVATURE,
     )
     operator: Literal["gauss-newton", "hessian"] = option(
@@ -115,14 +117,14 @@ class CurvatureBase(Options):
     )
     curvature_samples: Annotated[int | str, BeforeValidator(_number_or_word)] = option(
         10_000,
-        "Random training samples the curvature is measured on, or all.",
+        "Number of random training samples that the curvature is measured on, or all.",
         panel=CURVATURE,
     )
 
 
 if TYPE_CHECKING:
     CurvatureOptions = CurvatureBase
-else:  # with an option for every setting of every solver
+else:  # adds one option for each setting of each solver
     CurvatureOptions = create_model(
         "CurvatureOptions", __base__=CurvatureBase, __module__=__name__, **SETTINGS
     )

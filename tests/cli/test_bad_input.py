@@ -150,8 +150,8 @@ def test_a_layer_that_does_not_exist(
     ("words", "expected"),
     [
         (("train-digits@3",), "keeps no weights of epoch 3; it keeps 1, 2"),
-        (("train-digits@last",), "after @ comes an epoch or all"),
-        (("grad-norms",), "is no train run, so it has no weights"),
+        (("train-digits@last",), "write an epoch or all after @"),
+        (("grad-norms",), "is not a train run, so it has no weights"),
         (("train-nix",), "there is no run train-nix in"),
         (("train-digits", "--task", "mnist"), "is a training of digits:DigitsTask, not of mnist"),
         (("train-digits", "--option", "width=4"), "does not fit DigitsNet: conv1.weight has shape"),

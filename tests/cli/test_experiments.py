@@ -65,7 +65,7 @@ def test_stability_trains_other_seeds_and_compares(infl: Infl, runs: Path) -> No
     found = infl(*words)
     assert found.code == 0, found.err
     assert "Stability of harmful: share of the top 20" in found.out
-    assert "the report's" not in found.out  # its numbers are of other queries
+    assert "research report" not in found.out  # its numbers are for other queries
     (folder,) = runs.glob("stability-*")
     rows = pq.read_table(folder / "tables/results.parquet").to_pylist()
     assert len(rows) == 3 * 2 * 3
@@ -83,7 +83,7 @@ def test_lds_of_methods_runs_and_ensembles(infl: Infl, runs: Path) -> None:
     words = ("submit", "lds", *DIGITS, *TESTS, "--subsets", 8, "--ensemble", 2)
     found = infl(*words, "--by", "dot-product", "--by", "loss", "--by", f"chance={random}+{other}")
     assert found.code == 2, found.out
-    assert "of the same queries, with the same noise (--seed, --noise-draws)" in found.err
+    assert "needs the same queries with the same noise (--seed, --noise-draws)" in found.err
     found = infl(*words, "--by", "dot-product", "--by", "loss", "--by", f"chance={random}")
     assert found.code == 0, found.err
     assert (

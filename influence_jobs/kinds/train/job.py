@@ -1,4 +1,4 @@
-"""Train one model; a run of a single shard that saves its state as it goes."""
+"""Train one model, in a single shard that saves its state from time to time."""
 
 import math
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from influence_jobs.training.train import Trainer
 
 
 class TrainJob(Job[TrainSpec]):
-    """One shard: all epochs. A killed training goes on from its last saved state, with the same bits."""
+    """One shard for all epochs. A killed training resumes from its last saved state, bit by bit."""
 
     spec_type = TrainSpec
 
@@ -65,8 +65,8 @@ class TrainJob(Job[TrainSpec]):
             if mean_loss is not None:
                 if not math.isfinite(mean_loss):
                     raise SpecError(
-                        f"the training diverged: the mean loss of epoch {trainer.epoch} is {mean_loss}; "
-                        "lower the learning rate"
+                        f"the training diverged: the mean loss of epoch {trainer.epoch} is "
+                        f"{mean_loss}; lower the learning rate"
                     )
                 metrics.append(
                     {"epoch": trainer.epoch, "train_loss": mean_loss, **self._evaluate(trainer)}

@@ -1,4 +1,4 @@
-"""What can be asked of a training."""
+"""The request for a training."""
 
 from typing import Annotated, Any, Literal
 
@@ -13,29 +13,31 @@ from influence_jobs.terms import Reduction
 
 
 class TrainRequest(Request):
-    """Train a model of a task; keeps weights at chosen epochs, and gradient norms if asked."""
+    """Train a model of a task; keep the weights of chosen epochs, and gradient norms on request."""
 
 
     preset: One[str | None] = option(None, "Training preset: a name, or a YAML file of your own.")
     epochs: One[Count | None] = option(None, "Epochs to train; the preset's by default.")
-    seed: One[Seed] = option(0, "Of weights, order and noise.", panel=TRAINING)
+    seed: One[Seed] = option(
+        0, "Seed of the weights, the order of the samples, and noise.", panel=TRAINING
+    )
     save_epoch: Many[Count] = option(
-        (), "Keep the weights of this epoch too. May be repeated.", panel=TRAINING
+        (), "Also keep the weights of this epoch. May be repeated.", panel=TRAINING
     )
     optimizer: Literal["sgd", "adam"] | None = option(
-        None, "The preset's, else sgd, by default.", panel=TRAINING
+        None, "By default the preset's, else sgd.", panel=TRAINING
     )
     lr: One[float | None] = option(None, "Learning rate.", panel=TRAINING)
-    momentum: One[float | None] = option(None, "Of SGD.", panel=TRAINING)
+    momentum: One[float | None] = option(None, "Momentum of SGD.", panel=TRAINING)
     weight_decay: One[float | None] = option(None, "L2 penalty.", panel=TRAINING)
-    batch_size: One[Count | None] = option(None, "Samples a step.", panel=TRAINING)
+    batch_size: One[Count | None] = option(None, "Samples in a step.", panel=TRAINING)
     norms_layer: Many[str | int] = option(
         (),
         "Record this layer's batch-gradient norms while training (Algorithm 1). May be repeated.",
         panel=TRAINING,
     )
     norms_skip_epochs: One[Annotated[int, Field(ge=0)] | None] = option(
-        None, "First epochs not recorded; 1 by default.", panel=TRAINING
+        None, "Number of first epochs whose norms are not recorded; 1 by default.", panel=TRAINING
     )
     reduce: Reduction | None = option(None, f"{REDUCE} By default channel.")
 
@@ -43,7 +45,7 @@ class TrainRequest(Request):
         return (self.spec(say),)
 
     def spec(self, say: Say) -> TrainSpec:
-        """The training that is asked for."""
+        """The spec of the training."""
         from influence_jobs.requests.subject import task_of, training_of
         from influence_jobs.tasks.layers import resolve_layers
 

@@ -41,7 +41,8 @@ def test_pictures_are_made_of_what_is_shown_alone(runs_of_all_kinds, monkeypatch
     assert len(asked) == 2 * 2  # rows of either side
     assert len(shown.rows) == 2
     assert shown.data.equals(expected.data)
-    assert shown.caption == f"{expected.caption} The first 2 of 3 queries; the data have all."
+    drawn = "Only the first 2 of 3 queries are drawn; the data have all."
+    assert shown.caption == f"{expected.caption} {drawn}"
 
 
 def test_the_scores_of_all_trainings_are_read_once(runs_of_all_kinds, monkeypatch) -> None:

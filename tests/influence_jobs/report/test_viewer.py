@@ -238,7 +238,7 @@ def test_a_click_on_a_pixel_is_answered_with_patches(
     expect(shown.page.locator("#answer p").first).to_contain_text("main.26")
     shown.page.locator("[name=x]").fill("96")
     shown.page.get_by_role("button", name="Explain").click()
-    expect(shown.page.locator("#answer")).to_have_text("x=96: a whole number below 96 is wanted")
+    expect(shown.page.locator("#answer")).to_have_text("x=96: write a whole number below 96")
     assert [text for text in shown.complaints if "400" not in text] == []
     assert all(asked.startswith(denoiser) for asked in shown.requests)
 
