@@ -19,7 +19,7 @@ class SeedsOptions(Options):
     """How often each variant is trained."""
 
     seeds: One[Count] = option(
-        1, "Trainings of each variant, each from another seed.", panel=EXPERIMENT
+        1, "Number of trainings of each variant, each from another seed.", panel=EXPERIMENT
     )
 
 
@@ -27,7 +27,7 @@ class EnsembleOptions(Options):
     """Of how many models scores are."""
 
     ensemble: One[Count] = option(
-        1, "Scores are the mean over models trained from so many seeds.", panel=EXPERIMENT
+        1, "Number of models, trained from other seeds, whose mean scores count.", panel=EXPERIMENT
     )
 
 
@@ -36,8 +36,8 @@ class ExperimentRequest(WeightsRequest, QueriesOptions, CurvatureOptions):
 
     by: Many[str] = option(
         (),
-        "attribution, helpful, harmful, random, loss, nearest, dot-product, or a run with scores "
-        "(RUN+RUN: their mean; NAME=RUN: as tables shall call it). May be repeated.",
+        "A method to test: attribution, helpful, harmful, random, loss, nearest, dot-product, or a "
+        "run with scores (RUN+RUN: their mean; NAME=RUN: under this name). May be repeated.",
         panel=EXPERIMENT,
         metavar="METHOD",
     )

@@ -47,7 +47,7 @@ def infl(
     monkeypatch.setattr(sys, "path", [*sys.path])  # the command puts the working directory there
     for module in (devices, dry_run, launch):
         monkeypatch.setattr(module, "cores", lambda: 1)
-    for seconds in ("PROBE_S", "TRIED_S"):
+    for seconds in ("PROBE_S", "PROBE_OTHER_S"):
         monkeypatch.setattr(dry_run, seconds, 0.0)
     monkeypatch.setenv("COLUMNS", "80")
     for name in ("INFL_RUNS", "INFL_DATA", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):

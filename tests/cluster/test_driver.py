@@ -294,7 +294,7 @@ def test_shards_of_two_versions_of_the_weights_are_not_mixed(
     train.manifest.write(dataclasses.replace(entry, files=files))
     mark_undone(run, {"000000000-000000256": "for the test"})
     with pytest.raises(
-        StoreError, match=r"other weights of train-digitstask-\w+@2, which was made anew"
+        StoreError, match=r"an earlier train-digitstask-\w+@2, which has been computed again"
     ):
         drive(run.root, run.id, InlineBackend())
 

@@ -24,22 +24,24 @@ class InfluenceRequest(WeightsRequest, QueriesOptions, CurvatureOptions):
 
     s_test: Many[str] = option(
         (),
-        "s-test run whose vectors are used, instead of what to explain and how. May be repeated.",
+        "s-test run to take s_test vectors from; queries, solver and checkpoint are the run's. "
+        "May be repeated.",
         panel=SCORES,
         metavar="RUN",
     )
     combine: Literal["sum", "mean"] = option(
         "sum",
-        "Over several checkpoints, sum (TracIn); over several seeds, mean (ensemble).",
+        "How to combine scores: sum over checkpoints (TracIn), or mean over trainings from several "
+        "seeds (ensemble).",
         panel=SCORES,
     )
     relative: Literal["theta", "loss"] | None = option(
         None,
-        "Divide by each sample's effect on the parameters (theta) or on the training losses "
-        "(RelatIF).",
+        "Divide the scores by the size of each sample's effect on the parameters (theta) or on the "
+        "training losses (loss), as RelatIF does.",
         panel=SCORES,
     )
-    keep_layers: bool = option(False, "Keep each layer's part of the scores too.", panel=SCORES)
+    keep_layers: bool = option(False, "Also keep the scores of each layer.", panel=SCORES)
     layer: Many[str | int] = option((), LAYERS_THAT_COUNT)
 
     def specs(self, root: str, say: Say) -> tuple[Spec, ...]:

@@ -23,8 +23,12 @@ class LdsRequest(ExperimentRequest, SeedsOptions, EnsembleOptions):
     The retrained models are kept: methods added later use the same.
     """
 
-    subsets: One[Annotated[int, Field(ge=3)]] = option(100, "Random subsets.", panel=EXPERIMENT)
-    fraction: One[float] = option(0.5, "Of the training set in each subset.", panel=EXPERIMENT)
+    subsets: One[Annotated[int, Field(ge=3)]] = option(
+        100, "Number of random subsets.", panel=EXPERIMENT
+    )
+    fraction: One[float] = option(
+        0.5, "Share of the training set in each subset.", panel=EXPERIMENT
+    )
 
     def specs(self, root: str, say: Say) -> tuple[Spec, ...]:
         from influence_jobs.requests.solving import require_used
