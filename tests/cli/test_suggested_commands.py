@@ -1,4 +1,4 @@
-"""Commands that messages suggest: they find the run wherever `--runs` was."""
+"""Commands that messages suggest find the run, also with `--runs`."""
 
 from collections.abc import Callable
 from pathlib import Path

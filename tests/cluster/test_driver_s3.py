@@ -1,4 +1,4 @@
-"""A whole run in a bucket."""
+"""A whole run in an S3 bucket."""
 
 from pathlib import Path
 from typing import Any
