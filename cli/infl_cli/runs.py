@@ -59,7 +59,7 @@ def list_runs(runs: o.Runs = o.DEFAULT_RUNS, json: o.Json = False) -> None:
         rows = [(row["run"], row["status"], _percent(row), _when(row)) for row in table]
         render.print_table(("run", "status", "done", "started"), rows)
     else:
-        say(f"no runs in {runs} yet: try infl submit grad-norms --layer 11")
+        say(f"no runs in {runs} yet: infl submit grad-norms --layer 11 starts one")
 
 
 def _percent(row: dict[str, Any]) -> str:
