@@ -186,26 +186,26 @@ def verify(
 ) -> None:
     """Compare the files of every finished shard with their checksums in the manifest."""
     found = _find(runs, run)
-    report = find_damage(found)
+    check = find_damage(found)
     if repair:
-        mark_undone(found, report.damaged)
+        mark_undone(found, check.damaged)
     if json:
         render.print_json(
             {
                 "run": found.id,
-                "shards": report.planned,
-                "good": report.good,
-                "not_done": report.planned - report.good - len(report.damaged),
-                "damaged": report.damaged,
+                "shards": check.planned,
+                "good": check.good,
+                "not_done": check.planned - check.good - len(check.damaged),
+                "damaged": check.damaged,
             }
         )
     else:
-        for shard, why in report.damaged.items():
+        for shard, why in check.damaged.items():
             say(f"shard {shard}: {why}")
-        render.out.print(f"{found.id}: {report.good} of {report.planned} shards are done and good")
-    count = "1 shard is" if len(report.damaged) == 1 else f"{len(report.damaged)} shards are"
-    if report.damaged and repair:
+        render.out.print(f"{found.id}: {check.good} of {check.planned} shards are done and good")
+    count = "1 shard is" if len(check.damaged) == 1 else f"{len(check.damaged)} shards are"
+    if check.damaged and repair:
         say(f"{count} to be computed again: {_command('resume', found)}")
-    elif report.damaged:
+    elif check.damaged:
         repaired = f"{_command('verify', found)} --repair, then {_command('resume', found)}"
         raise StoreError(f"{count} damaged: {repaired}")

@@ -237,7 +237,7 @@ class RayBackend:
             return f"waiting for a node with room for a worker ({asked}; nodes have {offers})"
         raise RuntimeFault(
             f"no node has room for a worker: each asks for {asked}, the nodes have {offers}; "
-            "ask for less, or add a node"
+            "lower --num-gpus, or add a node"
         )
 
 

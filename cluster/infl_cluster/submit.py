@@ -89,7 +89,7 @@ def submit(
         specs = found.request_type.of(options).specs(root, say)
         if len(specs) > 1:
             raise SpecError(
-                f"{kind} of {len(specs)} checkpoints is as many runs: ask for one at a time"
+                f"{kind} at {len(specs)} checkpoints makes {len(specs)} runs: name one at a time"
             )
         run = Run(root, specs[0])
         carry_out(run, how, say)

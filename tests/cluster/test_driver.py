@@ -148,9 +148,9 @@ def test_damage_is_found_and_repaired(
     chunks[0].write_bytes(bytes(flipped))
     Path(run.files.url, "data.zarr/norms/head/c/3/0").unlink()
 
-    report = find_damage(run)
-    assert list(report.damaged) == ["000000000-000000256", "000000768-000001024"]
-    mark_undone(run, report.damaged)
+    check = find_damage(run)
+    assert list(check.damaged) == ["000000000-000000256", "000000768-000001024"]
+    mark_undone(run, check.damaged)
     drive(run.root, run.id, InlineBackend())
     assert find_damage(run).damaged == {}
     assert shards_done(run)["000000000-000000256"].attempt == 2
