@@ -27,7 +27,7 @@ class EnsembleOptions(Options):
     """Of how many models scores are."""
 
     ensemble: One[Count] = option(
-        1, "Number of models, trained from other seeds, whose mean scores count.", panel=EXPERIMENT
+        1, "Use mean scores over so many models, trained from different seeds.", panel=EXPERIMENT
     )
 
 
