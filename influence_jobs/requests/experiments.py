@@ -27,7 +27,7 @@ class EnsembleOptions(Options):
     """Number of models that scores are averaged over."""
 
     ensemble: One[Count] = option(
-        1, "Scores are the mean over models trained from this many seeds.", panel=EXPERIMENT
+        1, "Use mean scores over so many models, trained from different seeds.", panel=EXPERIMENT
     )
 
 
@@ -36,8 +36,8 @@ class ExperimentRequest(WeightsRequest, QueriesOptions, CurvatureOptions):
 
     by: Many[str] = option(
         (),
-        "attribution, helpful, harmful, random, loss, nearest, dot-product, or a run with scores "
-        "(RUN+RUN for their mean; NAME=RUN for a name in tables). May be repeated.",
+        "A method to test: attribution, helpful, harmful, random, loss, nearest, dot-product, or a "
+        "run with scores (RUN+RUN: their mean; NAME=RUN: under this name). May be repeated.",
         panel=EXPERIMENT,
         metavar="METHOD",
     )

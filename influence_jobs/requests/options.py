@@ -11,8 +11,8 @@ from influence_jobs.specs.solvers import SolverSettings
 TRAINING, SCORES, QUERY = "Training", "Scores", "What to explain"
 CURVATURE, EXPERIMENT = "Curvature", "Experiment"
 REDUCE = (
-    "kernel: (N, C, kh, kw), L2 norm over the inputs; channel: (N, C), the sum of these norms over "
-    "the kernel; layer: (N), L2 norm of the whole weight gradient."
+    "What is kept of a sample's weight gradient. kernel: (N, C, kh, kw), L2 norm over the inputs; "
+    "channel: (N, C), the same summed over the kernel; layer: (N), L2 norm of the whole."
 )
 
 
@@ -21,17 +21,21 @@ class WeightsRequest(Request):
 
     checkpoint: Many[str] = option(
         (),
-        "Train run, RUN@EPOCH, RUN@all, or a state-dict file. May be repeated. Without it, a model "
-        "is trained by the preset.",
+        "Weights: a train run (its last epoch), RUN@EPOCH, RUN@all, or a state-dict file. May be "
+        "repeated. By default a model is trained first, as the preset says.",
     )
-    preset: One[str | None] = option(None, "Training preset: a name, or a YAML file of your own.")
-    epochs: One[Count | None] = option(None, "Epochs to train; the preset's by default.")
+    preset: One[str | None] = option(
+        None,
+        "Training preset: a name such as ffdnet-report, or a YAML file of your own; by default the "
+        "task's.",
+    )
+    epochs: One[Count | None] = option(None, "Epochs to train; by default the preset's.")
 
 
 class SeedOptions(Options):
     """The seed of requests that draw random numbers."""
 
-    seed: One[Seed] = option(0, "Seed of the samples' noise and of random draws.")
+    seed: One[Seed] = option(0, "Seed of the samples' noise and of all random choices.")
 
 
 class QueriesOptions(SeedOptions):
@@ -41,30 +45,30 @@ class QueriesOptions(SeedOptions):
         (), "Id of a test sample. May be repeated.", panel=QUERY
     )
     test_set: One[str | None] = option(
-        None, "A file of test ids, one a line, or a set that the task names.", panel=QUERY
+        None,
+        "Several test samples: a file of ids, one a line, or a set that the task names.",
+        panel=QUERY,
     )
     point: Many[Any] = option(
         (),
-        "Pixel of the test images, counted from the upper left. May be repeated.",
+        "A pixel of the test images, counted from the upper left. May be repeated.",
         panel=QUERY,
         metavar="Y,X",
     )
     region: Many[Any] = option(
         (),
-        "Rectangle of the test images, in pixels. May be repeated.",
+        "A rectangle of the test images, in pixels. May be repeated.",
         panel=QUERY,
         metavar="Y,X,H,W",
     )
     quantity: str = option(
         "loss",
-        "The measured quantity: loss; for denoisers also output (mean square of the region's "
-        "output) or change (mean square of output minus input).",
+        "What is explained: loss; for denoisers also output (mean square of the output in the "
+        "region) or change (mean square of output minus input).",
         panel=QUERY,
     )
     noise_draws: One[Count] = option(
-        1,
-        "Number of draws of the samples' noise that are averaged; for tasks with noise.",
-        panel=QUERY,
+        1, "Number of noise draws to average over, for tasks with noise.", panel=QUERY
     )
 
 
@@ -103,21 +107,21 @@ class CurvatureBase(Options):
     )
     damping: One[float | None] = option(
         None,
-        "Lambda, added to the curvature's eigenvalues; by default a fraction of the largest. With "
-        "--scale it is LiSSA's own damping, and lambda is damping x scale, as in publications.",
+        "Lambda, added to the eigenvalues of the curvature; by default a fraction of the largest. "
+        "With --scale, as in published LiSSA settings, lambda is damping x scale.",
         panel=CURVATURE,
     )
     operator: Literal["gauss-newton", "hessian"] = option(
         "gauss-newton",
-        "Gauss-Newton is positive semidefinite, the Hessian is not.",
+        "The curvature matrix. Gauss-Newton is positive semidefinite, the Hessian is not.",
         panel=CURVATURE,
     )
     product: Literal["exact", "finite-difference"] = option(
-        "exact", "How the Hessian is multiplied.", panel=CURVATURE
+        "exact", "How the Hessian is multiplied with a vector.", panel=CURVATURE
     )
     curvature_samples: Annotated[int | str, BeforeValidator(_number_or_word)] = option(
         10_000,
-        "Number of random training samples that the curvature is measured on, or all.",
+        "Number of random training samples to measure the curvature on, or all.",
         panel=CURVATURE,
     )
 

@@ -1,4 +1,4 @@
-"""Whatever is wrong with a request for an experiment: one line, exit code 2, and nothing is written."""
+"""Wrong requests for experiments: each ends with one line and exit code 2, and writes nothing."""
 
 import shutil
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Whatever is wrong with a request: one line, exit code 2, and nothing is written."""
+"""Wrong requests: each ends with one line and exit code 2, and writes nothing."""
 
 import json
 import os
@@ -104,7 +104,9 @@ FFDNET = (*NORMS, "--task", "ffdnet", "--layer", "11", "--patch-size", "32", "--
         (("runs", "--runs", "ftp://x/y"), "runs cannot be kept at ftp://x/y"),
     ],
 )
-def test_what_is_typed(refused: Refused, words: tuple[str, ...], expected: str) -> None:
+def test_a_wrong_command_line_is_refused(
+    refused: Refused, words: tuple[str, ...], expected: str
+) -> None:
     assert expected in refused(*words)
 
 

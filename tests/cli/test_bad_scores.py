@@ -1,4 +1,4 @@
-"""Whatever is wrong with a request for scores: one line, exit code 2, and nothing is written."""
+"""Wrong requests for scores: each ends with one line and exit code 2, and writes nothing."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -83,7 +83,9 @@ ONE = ("--test", "3")
         (("top", "grad", "--png", "x.png"), "--png has no meaning for grad-norms-digitstask"),
     ],
 )
-def test_what_is_typed(refused: Refused, runs: Path, words: tuple[str, ...], expected: str) -> None:
+def test_a_wrong_command_line_is_refused(
+    refused: Refused, runs: Path, words: tuple[str, ...], expected: str
+) -> None:
     assert expected in refused(*words)
 
 

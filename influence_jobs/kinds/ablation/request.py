@@ -26,19 +26,19 @@ class AblationRequest(ExperimentRequest, SeedsOptions):
 
     k: Many[Count] = option(
         (),
-        "Number of top samples to remove or relabel. May be repeated; by default 200 to 10000, as "
-        "in the research report.",
+        "How many of the top samples are relabelled or removed. May be repeated; by default the "
+        "research report's numbers, 200 to 10000.",
         panel=EXPERIMENT,
     )
     mode: Many[Literal["relabel", "remove"]] = option(
         ("relabel", "remove"),
-        "relabel or remove the samples. May be repeated; by default both, each with its own "
-        "trainings.",
+        "relabel or remove the samples. May be repeated; by default both, in separate retrainings.",
         panel=EXPERIMENT,
     )
     relabel_to: RelabelRule = option(
         "report",
-        "report: class 0, or 1 for queries of class 0; next: own class + 1; random: another class.",
+        "The new labels. report: class 0, or 1 for queries of class 0, as in the research report; "
+        "next: the sample's class + 1; random: another class at random.",
         panel=EXPERIMENT,
     )
 

@@ -19,13 +19,13 @@ class AttributionRequest(WeightsRequest, QueriesOptions):
 
     norms: One[str | None] = option(
         None,
-        "The grad-norms run, or train run with recorded norms, to take norms from. By default the "
-        "norms are replayed at the checkpoint.",
+        "Run with the gradient norms: a grad-norms run, or a train run that recorded norms. By "
+        "default norms are computed at the checkpoint first.",
         panel=SCORES,
         metavar="RUN",
     )
     exclude_norm_above: One[Positive | None] = option(
-        None, "Leave out samples whose norms sum to more.", panel=SCORES
+        None, "Leave out samples whose norms have a larger sum.", panel=SCORES
     )
     normalize: bool = option(False, "Divide each sample's norms by their sum.", panel=SCORES)
     keep_layers: bool = option(False, "Also keep the scores of each layer.", panel=SCORES)

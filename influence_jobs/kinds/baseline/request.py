@@ -21,7 +21,7 @@ class BaselineRequest(WeightsRequest, QueriesOptions):
 
     method: Literal[(*METHODS, "dot-product")] = option(  # type: ignore[valid-type]
         ...,
-        f"{_METHODS}; dot-product: the product of the two gradients (influence without curvature).",
+        f"{_METHODS}; dot-product: dot product of the two gradients (influence without curvature).",
         panel=SCORES,
     )
 

@@ -24,20 +24,21 @@ class InfluenceRequest(WeightsRequest, QueriesOptions, CurvatureOptions):
 
     s_test: Many[str] = option(
         (),
-        "s-test run with the vectors to use; it decides queries and solver. May be repeated.",
+        "s-test run to take s_test vectors from; queries, solver and checkpoint are the run's. "
+        "May be repeated.",
         panel=SCORES,
         metavar="RUN",
     )
     combine: Literal["sum", "mean"] = option(
         "sum",
-        "How scores of several s_test runs are combined: sum (TracIn, over checkpoints) or mean "
-        "(ensemble, over seeds).",
+        "How to combine scores: sum over checkpoints (TracIn), or mean over trainings from several "
+        "seeds (ensemble).",
         panel=SCORES,
     )
     relative: Literal["theta", "loss"] | None = option(
         None,
-        "Divide by each sample's effect on the parameters (theta) or on the training losses "
-        "(RelatIF).",
+        "Divide the scores by the size of each sample's effect on the parameters (theta) or on the "
+        "training losses (loss), as RelatIF does.",
         panel=SCORES,
     )
     keep_layers: bool = option(False, "Also keep the scores of each layer.", panel=SCORES)

@@ -27,7 +27,7 @@ class LdsRequest(ExperimentRequest, SeedsOptions, EnsembleOptions):
         100, "Number of random subsets.", panel=EXPERIMENT
     )
     fraction: One[float] = option(
-        0.5, "Fraction of the training set in each subset.", panel=EXPERIMENT
+        0.5, "Share of the training set in each subset.", panel=EXPERIMENT
     )
 
     def specs(self, root: str, say: Say) -> tuple[Spec, ...]:

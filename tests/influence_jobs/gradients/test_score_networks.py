@@ -1,7 +1,4 @@
-"""Scores of the research report's networks and the example's, within 1e-5 of explicit products.
-
-The products are of float64 gradients.
-"""
+"""Scores of the research report's and the example's networks, within 1e-5 of float64 products."""
 
 from pathlib import Path
 from typing import Any

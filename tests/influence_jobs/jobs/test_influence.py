@@ -1,4 +1,4 @@
-"""s-test and influence runs, against explicit gradients and dense solutions."""
+"""s-test and influence runs, compared with explicit gradients and dense solutions."""
 
 import json
 
@@ -112,7 +112,7 @@ def test_repeats_share_shards_and_their_mean_and_variance_are_stored(carry_out, 
 
 
 def test_a_plan_of_one_repeat_a_shard_is_kept(carry_out, make_s_test, fresh_root):
-    # As runs have it that began before repeats shared shards.
+    # Runs that began before repeats shared shards have such a plan.
     spec = make_s_test(
         solver=LissaSettings(damping=0.5, scale=30.0, depth=60, batch_size=16, repeats=5)
     )
@@ -153,7 +153,7 @@ def test_scores_are_the_dot_products_with_explicit_gradients(
     assert find_damage(run).damaged == {}
 
 
-def test_shards_leave_no_trace_in_the_bytes(carry_out, make_s_test, fresh_root):
+def test_the_bytes_do_not_depend_on_shards(carry_out, make_s_test, fresh_root):
     spec = influence(make_s_test())
     whole = carry_out(spec).read_rows(SCORES, 0, N)
     cut = carry_out(spec, shard_rows=256, root=fresh_root()).read_rows(SCORES, 0, N)
@@ -181,7 +181,9 @@ def test_relative_to_the_identity_is_the_gradients_length(
     batch = digits_task.batch(ids, Draw(0))
     gradients = gradients_one_by_one(network, list(space.shapes), digits_task.losses, batch)
     length_B = space.join(gradients).norm(dim=1).numpy()
-    clear = length_B > 0.01 * length_B.max()  # of others float32 has no two digits left
+    clear = (
+        length_B > 0.01 * length_B.max()
+    )  # smaller gradients have less than two digits left in float32
     assert clear.sum() > 5
     expected = plain[:, ids] / length_B
     np.testing.assert_allclose(divided[:, ids][:, clear], expected[:, clear], rtol=1e-3, atol=1e-6)
@@ -192,7 +194,7 @@ def test_the_two_relative_forms_divide_by_two_sizes(carry_out, make_s_test):
     plain = carry_out(influence(spec)).read_rows(SCORES, 0, N)
     theta = plain / carry_out(influence(spec, relative="theta")).read_rows(SCORES, 0, N)
     loss = plain / carry_out(influence(spec, relative="loss")).read_rows(SCORES, 0, N)
-    # A sample has one size, whatever the query; and g^T H^-2 g <= g^T H^-1 g / lambda.
+    # A sample's size is the same for all queries; and g^T H^-2 g <= g^T H^-1 g / lambda.
     np.testing.assert_allclose(theta[0], theta[1], rtol=1e-2)
     assert (theta[0] <= loss[0] / np.sqrt(0.1) * 1.001).all()
     assert not np.allclose(theta[0] / loss[0], (theta[0] / loss[0])[0], rtol=1e-2)

@@ -1,4 +1,4 @@
-"""Ablation and LDS runs, against trainings made one at a time by `Trainer`."""
+"""Ablation and LDS runs, compared with trainings by `Trainer`, one at a time."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,7 +77,7 @@ def test_each_row_is_what_a_training_of_its_own_gives(
 def test_a_larger_grid_trains_only_what_is_new(carry_out, grid, fresh_root, trained) -> None:
     root = fresh_root()
     small = carry_out(grid(), root=root)
-    # One unmanipulated model; `loss` ranks alike for all queries, so its removals are one model.
+    # One unchanged model; `loss` ranks the same for all queries, so its removals are one model.
     first = set(trained)
     assert set(trained.values()) == {1}
     large = carry_out(grid(sizes=(100, 200), modes=("remove",)), root=root)
@@ -92,7 +92,7 @@ def test_shards_of_any_size_give_the_same_table(carry_out, grid, fresh_root) -> 
     whole, *others = (table(run, "results") for run in runs)
     for other in others:
         for a, b in zip(whole, other, strict=True):
-            # Other ensembles round otherwise, and a network with kinks may amplify it.
+            # Other ensembles round otherwise, and ReLUs may amplify that.
             assert a["loss"] == pytest.approx(b["loss"], rel=0.02, abs=2e-3)
             assert a.keys() == b.keys()
             assert all(a[name] == b[name] for name in ("query", "k", "mode", "by", "seed"))
@@ -133,7 +133,7 @@ def lds_spec(grad_norms_spec, recipe, random, loss):
 
 
 def expected_lds(run: Run, task, recipe: TrainSpec, tests: list[int]) -> Iterator[float]:
-    """Spearman's correlation of minus the summed scores and the losses of models trained one by one."""
+    """Spearman's correlation of minus summed scores and losses of models trained one by one."""
     spec: Any = run.spec
     batch = task.test_batch(torch.tensor(tests), Draw(0))
     losses, sums = [], []
@@ -159,7 +159,7 @@ def test_lds_is_the_correlation_of_summed_scores_with_losses_of_retrained_models
     found = [row["lds"] for row in table(run, "results") if row["method"] == "random"]
     assert found == pytest.approx(list(expected_lds(run, digits_task, recipe, tests)), abs=1e-6)
     assert len(trained) == 12
-    # Another method, another ensemble, and the same trainings.
+    # Another method and another ensemble use the same trainings.
     both = Ranking(name="both", scores=tuple(r.scores[0] for r in run.spec.rankings))
     again = carry_out(lds_spec(rankings=(both,), subsets=8), root=root)
     assert len(trained) == 16
@@ -172,7 +172,7 @@ def test_lds_is_the_correlation_of_summed_scores_with_losses_of_retrained_models
     assert before.items() <= after.items()
 
 
-def test_a_ranking_from_its_other_end_has_no_lds(lds_spec, random) -> None:
+def test_a_ranking_by_smallest_scores_has_no_lds(lds_spec, random) -> None:
     turned = random.model_copy(update={"largest": False, "name": "harmful"})
     with pytest.raises(SpecError, match="leave method harmful out"):
         lds_spec(rankings=(random, turned))
@@ -212,7 +212,7 @@ def test_a_wide_shard_is_cut_into_ensembles_of_the_fastest_width(
     drive(run.root, run.id, InlineBackend(), shard_rows=100)
     # 3 without random samples and 1 without those of the largest loss; 1 unmanipulated.
     assert widths == [4, 1]
-    # What the run's first worker has found stays.
+    # The width that the run's first worker measured stays.
     monkeypatch.setattr(retraining, "measure_widths", lambda *_a, **_k: {1: 5.0})
     for folder in root.glob("retrained-*"):
         folder.rename(root / "gone")

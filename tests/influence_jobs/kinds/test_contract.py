@@ -1,4 +1,4 @@
-"""Every kind of run has all its pieces: what is forgotten fails here, not after the compute."""
+"""Every kind of run has all its pieces. A missing piece fails here, not after the compute."""
 
 import inspect
 import sys
@@ -23,7 +23,7 @@ BASES: dict[str, type] = {"request_type": Request, "job_type": Job, "view_type":
 
 
 def missing(kind: Kind) -> Iterator[str]:
-    """What a kind forgot, a line each."""
+    """The missing pieces of a kind, a line for each."""
     if not issubclass(kind.spec, Spec) or kind.spec.__module__ != f"{kind.folder}.spec":
         yield f"{kind.name}: its spec is not in {kind.folder}.spec"
     if issubclass(kind.spec, ScoresSpec) and not (
@@ -68,7 +68,7 @@ def test_kinds_are_found_by_name_and_by_spec() -> None:
 
 
 def test_what_a_kind_forgets_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The contract notices: a view that is not there, or half of one, queries, help."""
+    """A missing view, half a view, and an option without help are all found."""
     whole = kinds()["baseline"]
     assert list(missing(replace(whole, view="NoView"))) != []
     view = import_module("influence_jobs.kinds.baseline.view")

@@ -22,7 +22,7 @@ USERS = ("curvature/lissa_steps.py", "training/ensemble.py")
 
 @pytest.fixture(scope="module")
 def bare_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the library without the package and without its two uses."""
+    """A copy of the library without the package and the two places that use it."""
     copy = tmp_path_factory.mktemp("bare") / "influence_jobs"
     shutil.copytree(LIBRARY, copy, ignore=shutil.ignore_patterns("perceptrons", "__pycache__"))
     for name in USERS:
@@ -65,7 +65,7 @@ def test_the_library_without_it_gives_the_same_numbers(bare_library: Path, tmp_p
     }
     assert with_it["numbers"].keys() == without["numbers"].keys()
     for name, expected in without["numbers"].items():
-        # What is stored as float32 (norms, results of jobs) agrees to its own precision.
+        # Numbers stored as float32 (norms, results of jobs) agree to float32 precision.
         close = {torch.float64: 1e-9, torch.float32: 1e-6, torch.int64: 0}[expected.dtype]
         torch.testing.assert_close(
             with_it["numbers"][name],
