@@ -20,11 +20,12 @@ from influence_jobs.errors import ModelError
 from influence_jobs.gradients import MatrixRule, Metric
 from influence_jobs.gradients.rules import matrix_layers, names_of, nearest_rule
 from influence_jobs.gradients.taps import thawed
-from influence_jobs.specs.solvers import SolverSettings
 from influence_jobs.tasks.base import Task
 
 if TYPE_CHECKING:
     from curvlinops import EKFACLinearOperator
+
+    from influence_jobs.specs.solvers import SolverSettings
 
 LOSSES = {"cross-entropy": nn.CrossEntropyLoss, "mse": nn.MSELoss}
 
@@ -51,7 +52,7 @@ class EkFac(Solver):
         self.seed = seed
 
     @classmethod
-    def of(cls, settings: SolverSettings, *, seed: int) -> Self:
+    def of(cls, settings: "SolverSettings", *, seed: int) -> Self:
         return cls(**settings.model_dump(exclude={"name", "repeats"}), seed=seed)
 
     def _solve(self, operator: Operator, rhs_QP: Tensor, progress: Progress) -> Solution:

@@ -1,13 +1,15 @@
 """The identity in place of a curvature, as a baseline."""
 
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
 
 from influence_jobs.curvature.operators import Operator
 from influence_jobs.curvature.solver import Progress, Solution, Solver
-from influence_jobs.specs.solvers import SolverSettings
+
+if TYPE_CHECKING:
+    from influence_jobs.specs.solvers import SolverSettings
 
 
 class Identity(Solver):
@@ -17,7 +19,7 @@ class Identity(Solver):
         super().__init__(1.0)
 
     @classmethod
-    def of(cls, settings: SolverSettings, *, seed: int) -> Self:
+    def of(cls, settings: "SolverSettings", *, seed: int) -> Self:
         return cls()
 
     def _solve(self, operator: Operator, rhs_QP: Tensor, progress: Progress) -> Solution:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -21,7 +21,9 @@ from influence_jobs.curvature.solver import (
 )
 from influence_jobs.curvature.spectrum import leading_eigenpair, smallest_eigenvalue, trace
 from influence_jobs.errors import RuntimeFault, SpecError
-from influence_jobs.specs.solvers import SolverSettings
+
+if TYPE_CHECKING:
+    from influence_jobs.specs.solvers import SolverSettings
 
 TOLERANCE = 0.1  # relative standard error at which a repeat without a given depth ends
 BLOCKS = 8  # smallest number of block averages for a standard error
@@ -92,7 +94,7 @@ class Lissa(Solver):
         self._seed = seed
 
     @classmethod
-    def of(cls, settings: SolverSettings, *, seed: int) -> Self:
+    def of(cls, settings: "SolverSettings", *, seed: int) -> Self:
         return cls(**settings.model_dump(exclude={"name", "repeats"}), seed=seed)
 
     def solve_repeats(

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -12,7 +12,9 @@ from torch import Tensor
 from influence_jobs.curvature.operators import Operator
 from influence_jobs.curvature.spectrum import largest_eigenvalue, smallest_eigenvalue
 from influence_jobs.errors import DataError, SpecError
-from influence_jobs.specs.solvers import SolverSettings
+
+if TYPE_CHECKING:
+    from influence_jobs.specs.solvers import SolverSettings
 
 # Lambda as a fraction of the largest eigenvalue. Directions that the data determine have larger
 # eigenvalues; the many others are damped.
@@ -98,7 +100,7 @@ class Solver(ABC):
         return [self.solve(operator, rhs_QP, progress) for _ in repeats]
 
     @classmethod
-    def of(cls, settings: SolverSettings, *, seed: int) -> Self:
+    def of(cls, settings: "SolverSettings", *, seed: int) -> Self:
         """A solver with these settings; `seed` is for its random numbers."""
         return cls(**settings.model_dump(exclude={"name", "repeats"}))
 
@@ -121,7 +123,7 @@ class Solver(ABC):
         return chosen
 
 
-def make_solver(settings: SolverSettings, *, seed: int) -> Solver:
+def make_solver(settings: "SolverSettings", *, seed: int) -> Solver:
     """The solver that the settings are for; `seed` is for its random numbers."""
     module, _, name = settings.solver.partition(":")
     kind: type[Solver] = getattr(import_module(f"influence_jobs.curvature.{module}"), name)

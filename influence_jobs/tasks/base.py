@@ -63,6 +63,17 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
+def require_at_least(least: float, **options: float | None) -> None:
+    """Refuse options of a task that are too small; None is no option given.
+
+    Raises:
+        SpecError: Naming the first.
+    """
+    for name, value in options.items():
+        if value is not None and not value >= least:
+            raise SpecError(f"--{name.replace('_', '-')} {value}: it must be at least {least}")
+
+
 @dataclass(frozen=True)
 class Draw:
     """Selects the random numbers of a sample; they depend on (seed, index, sample id) only.

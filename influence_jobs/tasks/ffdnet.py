@@ -8,7 +8,6 @@ from typing import Annotated, Any, ClassVar, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from typing_extensions import Doc
 
@@ -18,8 +17,7 @@ from influence_jobs.datasets.patches import Patches
 from influence_jobs.datasets.quality import psnr
 from influence_jobs.errors import SpecError
 from influence_jobs.models.ffdnet import FFDNet
-from influence_jobs.specs.base import Count
-from influence_jobs.tasks.base import Batch, Draw, Task, device_of
+from influence_jobs.tasks.base import Batch, Draw, Task, device_of, require_at_least
 from influence_jobs.tasks.published import FFDNET, FFDNET_GREY, Published
 from influence_jobs.terms import OutputLoss, Region
 
@@ -65,14 +63,14 @@ class FFDNetTask(Task):
         test_images: Annotated[
             str, Doc("Folder of test images, for validation and as queries.")
         ] = "samples-test",
-        patch_size: Annotated[Count, Doc("Side of a patch, in pixels.")] = 50,
-        stride: Annotated[Count, Doc("Step between patches, in pixels.")] = 25,
-        sigma: Annotated[
-            float, Field(ge=0), Doc("Noise level in attribution, in grey levels of 255.")
-        ] = 25.0,
+        patch_size: Annotated[int, Doc("Side of a patch, in pixels.")] = 50,
+        stride: Annotated[int, Doc("Step between patches, in pixels.")] = 25,
+        sigma: Annotated[float, Doc("Noise level in attribution, in grey levels of 255.")] = 25.0,
         skip: tuple[str, ...] = (),
-        limit: Annotated[Count | None, Doc("Use only this many patches.")] = None,
+        limit: Annotated[int | None, Doc("Use only this many patches.")] = None,
     ):
+        require_at_least(1, patch_size=patch_size, stride=stride, limit=limit)
+        require_at_least(0, sigma=sigma)
         self.folder = ImageFolder(images, color=self.color, skip=frozenset(skip))
         self.patches = Patches(self.folder, patch_size, stride)
         self._test_images = test_images

@@ -14,8 +14,7 @@ from typing_extensions import Doc
 
 from influence_jobs.datasets.mnist import Mnist, default_data_dir, fetch_mnist, load_mnist
 from influence_jobs.models.mnist_mlp import MnistMLP
-from influence_jobs.specs.base import Count
-from influence_jobs.tasks.base import Batch, Draw, Task, device_of, to_device
+from influence_jobs.tasks.base import Batch, Draw, Task, device_of, require_at_least, to_device
 from influence_jobs.tasks.published import MNIST, Published
 from influence_jobs.terms import OutputLoss
 
@@ -37,8 +36,9 @@ class MnistTask(Task):
             str | None,
             Doc("Folder of downloaded data; by default INFL_DATA, else your cache folder."),
         ] = None,
-        limit: Annotated[Count | None, Doc("Use only this many training images.")] = None,
+        limit: Annotated[int | None, Doc("Use only this many training images.")] = None,
     ):
+        require_at_least(1, limit=limit)
         self.data_dir = Path(data_dir) if data_dir else default_data_dir()
         self.limit = limit
 
