@@ -2,7 +2,7 @@
 
 from collections import UserDict
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,6 @@ from influence_jobs.errors import ModelError
 from influence_jobs.gradients import MatrixRule, Metric
 from influence_jobs.gradients.rules import matrix_layers, names_of, nearest_rule
 from influence_jobs.gradients.taps import thawed
-from influence_jobs.specs.solvers import SolverSettings
 from influence_jobs.tasks.base import Task
 
 if TYPE_CHECKING:
@@ -46,10 +45,6 @@ class EkFac(Solver):
     def __init__(self, damping: float | None = None, seed: int = 0):
         super().__init__(damping)
         self.seed = seed
-
-    @classmethod
-    def of(cls, settings: SolverSettings, *, seed: int) -> Self:
-        return cls(**settings.model_dump(exclude={"name", "repeats"}), seed=seed)
 
     def _solve(self, operator: Operator, rhs_QP: Tensor, progress: Progress) -> Solution:
         from curvlinops import KFACInverseLinearOperator  # takes a second to import

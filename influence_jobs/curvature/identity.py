@@ -1,13 +1,10 @@
 """No curvature at all: what the others are compared with."""
 
-from typing import Self
-
 import torch
 from torch import Tensor
 
 from influence_jobs.curvature.operators import Operator
 from influence_jobs.curvature.solver import Progress, Solution, Solver
-from influence_jobs.specs.solvers import SolverSettings
 
 
 class Identity(Solver):
@@ -15,10 +12,6 @@ class Identity(Solver):
 
     def __init__(self) -> None:
         super().__init__(1.0)
-
-    @classmethod
-    def of(cls, settings: SolverSettings, *, seed: int) -> Self:
-        return cls()
 
     def _solve(self, operator: Operator, rhs_QP: Tensor, progress: Progress) -> Solution:
         count = len(rhs_QP)

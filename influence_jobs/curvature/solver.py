@@ -4,7 +4,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any, Self
+from inspect import signature
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -12,7 +13,9 @@ from torch import Tensor
 from influence_jobs.curvature.operators import Operator
 from influence_jobs.curvature.spectrum import largest_eigenvalue, smallest_eigenvalue
 from influence_jobs.errors import DataError, SpecError
-from influence_jobs.specs.solvers import SolverSettings
+
+if TYPE_CHECKING:  # pydantic is not needed to compute
+    from influence_jobs.specs.solvers import SolverSettings
 
 # Part of the largest eigenvalue. Directions that the data determine have larger eigenvalues; the
 # many others are damped.
@@ -97,9 +100,10 @@ class Solver(ABC):
         return [self.solve(operator, rhs_QP, progress) for _ in repeats]
 
     @classmethod
-    def of(cls, settings: SolverSettings, *, seed: int) -> Self:
-        """The solver with some settings; `seed` is of what it draws at random."""
-        return cls(**settings.model_dump(exclude={"name", "repeats"}))
+    def of(cls, settings: "SolverSettings", *, seed: int) -> Self:
+        """The solver with some settings; `seed` is of what it draws at random, if anything."""
+        seeded = {"seed": seed} if "seed" in signature(cls).parameters else {}
+        return cls(**settings.model_dump(exclude={"name", "repeats"}), **seeded)
 
     @abstractmethod
     def _solve(self, operator: Operator, rhs_QP: Tensor, progress: Progress) -> Solution:
@@ -119,7 +123,7 @@ class Solver(ABC):
         return chosen
 
 
-def make_solver(settings: SolverSettings, *, seed: int) -> Solver:
+def make_solver(settings: "SolverSettings", *, seed: int) -> Solver:
     """The solver that settings are of; `seed` is of what it draws at random."""
     module, _, name = settings.solver.partition(":")
     kind: type[Solver] = getattr(import_module(f"influence_jobs.curvature.{module}"), name)
