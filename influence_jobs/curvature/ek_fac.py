@@ -2,7 +2,7 @@
 
 from collections import UserDict
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,6 @@ from influence_jobs.tasks.base import Task
 if TYPE_CHECKING:
     from curvlinops import EKFACLinearOperator
 
-    from influence_jobs.specs.solvers import SolverSettings
 
 LOSSES = {"cross-entropy": nn.CrossEntropyLoss, "mse": nn.MSELoss}
 
@@ -50,10 +49,6 @@ class EkFac(Solver):
     def __init__(self, damping: float | None = None, seed: int = 0):
         super().__init__(damping)
         self.seed = seed
-
-    @classmethod
-    def of(cls, settings: "SolverSettings", *, seed: int) -> Self:
-        return cls(**settings.model_dump(exclude={"name", "repeats"}), seed=seed)
 
     def _solve(self, operator: Operator, rhs_QP: Tensor, progress: Progress) -> Solution:
         from curvlinops import KFACInverseLinearOperator  # takes a second to import

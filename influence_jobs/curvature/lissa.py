@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,9 +21,6 @@ from influence_jobs.curvature.solver import (
 )
 from influence_jobs.curvature.spectrum import leading_eigenpair, smallest_eigenvalue, trace
 from influence_jobs.errors import RuntimeFault, SpecError
-
-if TYPE_CHECKING:
-    from influence_jobs.specs.solvers import SolverSettings
 
 TOLERANCE = 0.1  # relative standard error at which a repeat without a given depth ends
 BLOCKS = 8  # smallest number of block averages for a standard error
@@ -92,10 +89,6 @@ class Lissa(Solver):
                 raise SpecError(f"{name} of LiSSA is {value}: it must be larger than 0")
         self._scale, self._depth, self._batch_size = scale, depth, batch_size
         self._seed = seed
-
-    @classmethod
-    def of(cls, settings: "SolverSettings", *, seed: int) -> Self:
-        return cls(**settings.model_dump(exclude={"name", "repeats"}), seed=seed)
 
     def solve_repeats(
         self,

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from inspect import signature
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -13,8 +14,9 @@ from influence_jobs.curvature.operators import Operator
 from influence_jobs.curvature.spectrum import largest_eigenvalue, smallest_eigenvalue
 from influence_jobs.errors import DataError, SpecError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # pydantic is not needed to compute
     from influence_jobs.specs.solvers import SolverSettings
+
 
 # Lambda as a fraction of the largest eigenvalue. Directions that the data determine have larger
 # eigenvalues; the many others are damped.
@@ -101,8 +103,9 @@ class Solver(ABC):
 
     @classmethod
     def of(cls, settings: "SolverSettings", *, seed: int) -> Self:
-        """A solver with these settings; `seed` is for its random numbers."""
-        return cls(**settings.model_dump(exclude={"name", "repeats"}))
+        """The solver with some settings; `seed` is of what it draws at random, if anything."""
+        seeded = {"seed": seed} if "seed" in signature(cls).parameters else {}
+        return cls(**settings.model_dump(exclude={"name", "repeats"}), **seeded)
 
     @abstractmethod
     def _solve(self, operator: Operator, rhs_QP: Tensor, progress: Progress) -> Solution:
@@ -124,7 +127,7 @@ class Solver(ABC):
 
 
 def make_solver(settings: "SolverSettings", *, seed: int) -> Solver:
-    """The solver that the settings are for; `seed` is for its random numbers."""
+    """The solver that settings are of; `seed` is of what it draws at random."""
     module, _, name = settings.solver.partition(":")
     kind: type[Solver] = getattr(import_module(f"influence_jobs.curvature.{module}"), name)
     return kind.of(settings, seed=seed)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, create_model
 
 from influence_jobs.requests.base import Many, One, Options, Request, option
-from influence_jobs.specs.base import Count, Seed
+from influence_jobs.specs.base import Count, Seed, in_words
 from influence_jobs.specs.solvers import SolverSettings
 
 TRAINING, SCORES, QUERY = "Training", "Scores", "What to explain"
@@ -73,22 +73,29 @@ class QueriesOptions(SeedOptions):
 
 
 def _solver_options() -> dict[str, Any]:
-    """One option for each setting of a solver; None means the solver's default."""
-    found: dict[str, Any] = {}
+    """An option for every setting of a solver; None leaves it at the solver's default."""
+    kinds: dict[str, Any] = {}
+    helps: dict[str, list[str]] = {}
     for name, settings in SolverSettings.by_name.items():
         for field_name, field in settings.model_fields.items():
             if field_name in ("name", "damping"):
                 continue
             said = (field.description or "").rstrip(".")
-            default = "" if field.default is None else f"; {field.default:g} by default"
-            # `batch_size` is taken: it is the number of samples in a pass.
+            default = "" if field.default is None else f"; {_in_help(field.default)} by default"
+            # Samples of a pass are `batch_size` already.
             option_name = "batch" if field_name == "batch_size" else field_name
-            kind: Any = float if "float" in str(field.annotation) else int
-            found[option_name] = (
-                One[kind | None],  # type: ignore[misc]
-                option(None, f"{name}: {said[:1].lower()}{said[1:]}{default}.", panel=CURVATURE),
-            )
-    return found
+            kinds[option_name] = field.annotation
+            lines = helps.setdefault(option_name, [])
+            lines.append(f"{name}: {said[:1].lower()}{said[1:]}{default}.")
+    one: Any = One
+    return {
+        name: (one[kinds[name] | None], option(None, " ".join(lines), panel=CURVATURE))
+        for name, lines in helps.items()
+    }
+
+
+def _in_help(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else in_words(value)
 
 
 SOLVERS = "; ".join(f"{name}: {s.summary}" for name, s in SolverSettings.by_name.items())
