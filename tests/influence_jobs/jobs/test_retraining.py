@@ -23,6 +23,7 @@ from influence_jobs.store.run import Run
 from influence_jobs.store.verify import find_damage, mark_undone
 from influence_jobs.tasks.base import Draw
 from influence_jobs.training.changes import Changes
+from influence_jobs.training.ensemble import Variant
 from influence_jobs.training.train import Trainer
 
 N = 1500
@@ -85,6 +86,37 @@ def test_a_larger_grid_trains_only_what_is_new(carry_out, grid, fresh_root, trai
     assert len(trained) == len(first) + 3 + 1
     kept = [row for row in table(large, "results") if row["k"] == 100]
     assert kept == [row for row in table(small, "results") if row["mode"] == "remove"]
+
+
+def test_a_model_of_other_labels_is_another_model(
+    carry_out, grid, random, fresh_root, trained
+) -> None:
+    root, chosen = fresh_root(), {"modes": ("relabel",), "rankings": (random,)}
+    found = [table(carry_out(grid(**chosen, relabel=rule), root=root), "results")
+             for rule in ("report", "next")]  # fmt: skip
+    # Of either rule a model a query, and the one that nothing was done to.
+    assert len(trained) == 2 * 3 + 1
+    assert set(trained.values()) == {1}
+    for before, after in zip(*found, strict=True):
+        assert before["loss_before"] == after["loss_before"]
+        assert before["loss"] != after["loss"]
+
+
+def test_the_key_of_a_model_has_all_that_distinguishes_its_training_in_any_order() -> None:
+    def key(seed: int = 0, **ids: list[int]) -> str:
+        changes = Changes(**{name: np.array(values) for name, values in ids.items()})
+        return retraining._key(Variant(seed, changes))
+
+    whole = {"removed": [9, 7], "relabelled": [3, 5, 1], "labels": [1, 2, 3]}
+    others = [
+        key(1, **whole),
+        key(**whole | {"removed": [9, 8]}),
+        key(**whole | {"relabelled": [3, 5, 2]}),
+        key(**whole | {"labels": [1, 2, 4]}),
+        key(**whole | {"labels": [2, 1, 3]}),
+    ]
+    assert len({key(**whole), *others}) == len(others) + 1
+    assert key(removed=[7, 9], relabelled=[1, 5, 3], labels=[3, 2, 1]) == key(**whole)
 
 
 def test_shards_of_any_size_give_the_same_table(carry_out, grid, fresh_root) -> None:
