@@ -53,6 +53,6 @@ def test_influence_is_refused(carry_out, fresh_root, grad_norms_spec, checkpoint
         solver=IdentitySettings(),
     )
     spec = make_spec(InfluenceSpec, task=grad_norms_spec.task, s_tests=(s_test,))
-    with pytest.raises(RuntimeFault, match="'conv2': per-sample .* differ from one-sample"):
+    with pytest.raises(RuntimeFault, match=r"'conv2': per-sample .* differ from one-sample"):
         carry_out(spec, root=root)
     assert Run(str(root), spec).manifest.done() == {}
