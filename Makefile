@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 RUNS ?= demo-runs
 
-.PHONY: install test slow lint format dist demo bench clean
+.PHONY: install test slow mutants lint format dist demo bench clean
 
 install: $(VENV)/installed
 
@@ -20,6 +20,11 @@ test: install
 
 slow: install
 	$(BIN)/python -m pytest -m slow
+
+# How many small changes of the code do the tests notice? Hours; OPTIONS="--sample 20" for less.
+mutants: install
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group mutants
+	$(BIN)/python tests/mutants.py $(OPTIONS)
 
 lint: install
 	$(BIN)/ruff format --check

@@ -1,15 +1,17 @@
 """s-test and influence runs, compared with explicit gradients and dense solutions."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 
-from influence_jobs.curvature import ConjugateGradient, GaussNewton
+from influence_jobs.curvature import ConjugateGradient, EkFac, GaussNewton
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.gradients.reference import gradients_one_by_one
 from influence_jobs.jobs.queries import query_gradients
+from influence_jobs.kinds import view_of
 from influence_jobs.kinds.influence.spec import InfluenceSpec
 from influence_jobs.kinds.s_test.job import curvature_samples
 from influence_jobs.kinds.s_test.spec import STestSpec
@@ -187,6 +189,64 @@ def test_relative_to_the_identity_is_the_gradients_length(
     assert clear.sum() > 5
     expected = plain[:, ids] / length_B
     np.testing.assert_allclose(divided[:, ids][:, clear], expected[:, clear], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("relative", ["theta", "loss"])
+def test_relative_scores_are_divided_by_the_sizes_that_solutions_have(
+    carry_out, make_s_test, network, digits_task, relative
+):
+    """Of x = (G + lambda I)^-1 g, solved for: |x| on the parameters, sqrt(g . x) on the losses."""
+    layers = ("conv2", "head")
+    spec = make_s_test(modules=layers, solver=EkFacSettings(damping=0.05))
+    plain = carry_out(influence(spec)).read_rows(SCORES, 0, N)
+    divided = carry_out(influence(spec, relative=relative)).read_rows(SCORES, 0, N)
+    ids = torch.arange(0, N, 31)
+    space = ParameterSpace(network, layers)
+    batch = digits_task.batch(ids, Draw(0))
+    gradients = gradients_one_by_one(network, list(space.shapes), digits_task.losses, batch)
+    g_BP = space.join(gradients).float()
+    samples = curvature_samples(digits_task, spec.curvature)
+    x_BP = EkFac(0.05).solve(GaussNewton(network, space, digits_task, samples), g_BP).x_QP
+    size_B = x_BP.norm(dim=1) if relative == "theta" else (g_BP * x_BP).sum(dim=1).sqrt()
+    clear = g_BP.norm(dim=1) > 0.01 * g_BP.norm(dim=1).max()  # others are rounding
+    assert clear.sum() > 5
+    expected = (plain[:, ids] / size_B.numpy())[:, clear]
+    np.testing.assert_allclose(divided[:, ids][:, clear], expected, rtol=1e-2)
+
+
+def test_the_curvature_subset_shares_no_random_stream_with_the_solver(
+    carry_out, make_s_test, digits_task, fresh_root, monkeypatch
+):
+    keys: Counter[tuple[int, ...]] = Counter()
+    philox = np.random.Philox
+
+    def noted(*, key, **more):
+        keys[tuple(key)] += 1
+        return philox(key=key, **more)
+
+    monkeypatch.setattr(np.random, "Philox", noted)
+    spec = make_s_test(solver=LissaSettings(damping=0.5, scale=30.0, depth=5, repeats=3))
+    root = fresh_root()
+    carry_out(spec, root=root)
+    of_the_run = set(keys)
+    keys.clear()
+    curvature_samples(digits_task, spec.curvature)
+    assert len(keys) == 1
+    assert len(of_the_run) == 3 + 1  # one a repeat, and the subset's
+    assert of_the_run > set(keys)
+
+
+def test_a_view_says_how_well_its_vectors_solve_the_equation(carry_out, make_s_test):
+    (said,) = view_of(carry_out(make_s_test())).certainty()
+    solutions = carry_out(make_s_test()).read_table("solutions")
+    residual, steps = (max(solutions.column(n).to_pylist()) for n in ("residual", "iterations"))
+    assert said == f"effective damping lambda = 0.1; residual up to {residual:.2g}, {steps} steps"
+    assert min(solutions.column("iterations").to_pylist()) < steps
+    lissa = LissaSettings(damping=0.5, scale=30.0, depth=60, batch_size=16, repeats=5)
+    first, *messages = view_of(carry_out(make_s_test(solver=lissa))).certainty()
+    assert first.startswith("effective damping lambda = 0.5; ")
+    assert f"the recursion's own damping {0.5 / 30:.4g} x scale 30, batches of 16" in first
+    assert len(set(messages)) == len(messages)
 
 
 def test_the_two_relative_forms_divide_by_two_sizes(carry_out, make_s_test):

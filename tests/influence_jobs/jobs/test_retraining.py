@@ -23,6 +23,7 @@ from influence_jobs.store.run import Run
 from influence_jobs.store.verify import find_damage, mark_undone
 from influence_jobs.tasks.base import Draw
 from influence_jobs.training.changes import Changes
+from influence_jobs.training.ensemble import Variant
 from influence_jobs.training.train import Trainer
 
 N = 1500
@@ -85,6 +86,37 @@ def test_a_larger_grid_trains_only_what_is_new(carry_out, grid, fresh_root, trai
     assert len(trained) == len(first) + 3 + 1
     kept = [row for row in table(large, "results") if row["k"] == 100]
     assert kept == [row for row in table(small, "results") if row["mode"] == "remove"]
+
+
+def test_a_model_of_other_labels_is_another_model(
+    carry_out, grid, random, fresh_root, trained
+) -> None:
+    root, chosen = fresh_root(), {"modes": ("relabel",), "rankings": (random,)}
+    found = [table(carry_out(grid(**chosen, relabel=rule), root=root), "results")
+             for rule in ("report", "next")]  # fmt: skip
+    # Of either rule a model a query, and the one that nothing was done to.
+    assert len(trained) == 2 * 3 + 1
+    assert set(trained.values()) == {1}
+    for before, after in zip(*found, strict=True):
+        assert before["loss_before"] == after["loss_before"]
+        assert before["loss"] != after["loss"]
+
+
+def test_the_key_of_a_model_has_all_that_distinguishes_its_training_in_any_order() -> None:
+    def key(seed: int, removed: list[int], relabelled: list[int], labels: list[int]) -> str:
+        changes = Changes(*(np.array(values) for values in (removed, relabelled, labels)))
+        return retraining._key(Variant(seed, changes))
+
+    whole = key(0, [9, 7], [3, 5, 1], [1, 2, 3])
+    others = {
+        key(1, [9, 7], [3, 5, 1], [1, 2, 3]),
+        key(0, [9, 8], [3, 5, 1], [1, 2, 3]),
+        key(0, [9, 7], [3, 5, 2], [1, 2, 3]),
+        key(0, [9, 7], [3, 5, 1], [1, 2, 4]),
+        key(0, [9, 7], [3, 5, 1], [2, 1, 3]),
+    }
+    assert len(others - {whole}) == 5
+    assert key(0, [7, 9], [1, 5, 3], [3, 2, 1]) == whole
 
 
 def test_shards_of_any_size_give_the_same_table(carry_out, grid, fresh_root) -> None:
