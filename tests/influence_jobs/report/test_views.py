@@ -165,5 +165,5 @@ def test_figures_of_a_denoiser_bear_the_research_reports_numbers(denoiser_runs) 
 
 def test_a_paper_run_is_shown_as_its_parts(runs_of_all_kinds) -> None:
     view = view_of(runs_of_all_kinds.paper)
-    assert [part.id for part in view.parts()] == [part.run_id for part in view.spec.parts]
-    assert len(view.tables()) == sum(len(view_of(part).tables()) for part in view.parts())
+    assert [part.id for part in view.members()] == [part.run_id for part in view.spec.parts]
+    assert len(view.tables()) == sum(len(view_of(part).tables()) for part in view.members())
