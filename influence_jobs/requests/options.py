@@ -81,10 +81,14 @@ def _solver_options() -> dict[str, Any]:
             kinds[option_name] = field.annotation
             lines = helps.setdefault(option_name, [])
             lines.append(f"{name}: {said[:1].lower()}{said[1:]}{default}.")
-    return {
-        name: (One[kinds[name] | None], option(None, " ".join(lines), panel=CURVATURE))
-        for name, lines in helps.items()
-    }
+    found: dict[str, Any] = {}
+    for name, lines in helps.items():
+        kind: Any = kinds[name]
+        found[name] = (
+            One[kind | None],  # type: ignore[misc]
+            option(None, " ".join(lines), panel=CURVATURE),
+        )
+    return found
 
 
 def _in_help(value: Any) -> str:

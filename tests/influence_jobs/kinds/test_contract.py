@@ -13,6 +13,8 @@ from pydantic import create_model
 from influence_jobs.jobs.base import Job
 from influence_jobs.kinds import find_kind, kind_of, kinds
 from influence_jobs.kinds.base import Kind
+from influence_jobs.kinds.baseline.job import BaselineJob, scorer
+from influence_jobs.kinds.baseline.spec import METHODS
 from influence_jobs.requests.base import Request
 from influence_jobs.specs.base import Spec
 from influence_jobs.views.base import View
@@ -50,6 +52,14 @@ def test_a_kind_has_all_its_pieces(name: str) -> None:
 @pytest.mark.parametrize("name", kinds())
 def test_a_job_is_of_its_kinds_spec(name: str) -> None:
     assert kinds()[name].job_type.spec_type is kinds()[name].spec
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_scoring_method_has_all_its_pieces(method: str) -> None:
+    assert hasattr(BaselineJob, scorer(method))
+    for kind in ("ablation", "lds", "stability"):
+        assert method in kinds()[kind].request_type.model_fields["by"].description.split(", ")
+    assert f"{method}: " in kinds()["baseline"].request_type.model_fields["method"].description
 
 
 def test_kinds_are_found_by_name_and_by_spec() -> None:
