@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from typer.core import TyperCommand
@@ -12,14 +12,14 @@ from infl_cli.launch import submit
 from infl_cluster.how import How
 from influence_jobs.errors import SpecError
 from influence_jobs.kinds import kinds
-from influence_jobs.kinds.base import Kind
+from influence_jobs.kinds.base import Kind, Panel
 
 # What loads torch is imported when a command runs: help and completion must not wait for it.
 
 app = typer.Typer(
     no_args_is_help=True, help="Compute something: a run that can be watched, stopped and resumed."
 )
-PANELS = ("Training", "Norms and scores", "Experiments")
+PANELS = get_args(Panel)
 HIDDEN = ("task_options",)  # a task's options stand among the others
 TaskOptions = Annotated[
     list[str] | None,

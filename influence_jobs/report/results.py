@@ -116,7 +116,8 @@ class Results:
 
         Returns:
             Of scores, columns `test`, `side`, `rank`, `score`, `sample` and what the task says of it; of norms
-            `layer`, `norm` instead of the first four.
+            `layer`, `norm` instead of the first four; of other kinds `sample`, what the task says of it, and the
+            number.
 
         Raises:
             SpecError: The run ranks nothing, or has no such query, layer or channel.
@@ -129,7 +130,7 @@ class Results:
             )
         tests = [test] if isinstance(test, int) else test
         ranked = view.top(k, layer=layer, tests=tests, side=side, channel=channel)
-        if view.ranks == "scores":
+        if view.ranks != "norms":
             return pa.Table.from_pylist([row for rows in ranked.values() for row in rows])
         named = {array: self.run.array(array).attrs["layer"] for array in ranked}
         rows = [{"layer": named[array], **row} for array, found in ranked.items() for row in found]

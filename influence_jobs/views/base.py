@@ -30,7 +30,8 @@ class View(ABC, Generic[S]):
         run: The run.
 
     Attributes:
-        ranks: What it ranks samples by: "scores", "norms", or nothing.
+        ranks: What it ranks samples by: "scores" of queries, "norms" of layers, another name for
+            one number a sample, or nothing.
         writes_report: `infl submit` ends with its report.
     """
 

@@ -5,14 +5,14 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib import import_module
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import create_model
 
 from influence_jobs.jobs.base import Job
 from influence_jobs.kinds import find_kind, kind_of, kinds
-from influence_jobs.kinds.base import Kind
+from influence_jobs.kinds.base import Kind, Panel
 from influence_jobs.kinds.baseline.job import BaselineJob, scorer
 from influence_jobs.kinds.baseline.spec import METHODS
 from influence_jobs.requests.base import Request
@@ -26,6 +26,8 @@ def missing(kind: Kind) -> Iterator[str]:
     """What a kind forgot, a line each."""
     if not issubclass(kind.spec, Spec) or kind.spec.__module__ != f"{kind.folder}.spec":
         yield f"{kind.name}: its spec is not in {kind.folder}.spec"
+    if kind.panel not in get_args(Panel):
+        yield f"{kind.name}: there is no panel {kind.panel!r}"
     for piece, base in BASES.items():
         try:
             found: Any = getattr(kind, piece)
