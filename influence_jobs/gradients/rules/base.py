@@ -38,13 +38,14 @@ class LayerRule(ABC, Generic[M]):
         refused_options: Attributes of the layer that must be off, as the gradient would be wrong.
         read_as: How the weight is read, in words for the docs: the axes of `kernel_shape`.
         channel_axis: Which axis of the layer's output has the C outputs; positions are the others.
+            None if rows of the weight are no outputs, so that attribution cannot use the layer.
     """
 
     layer: ClassVar[type[nn.Module]]
     numbered: ClassVar[bool] = False
     refused_options: ClassVar[tuple[str, ...]] = ()
     read_as: ClassVar[str] = "(C, I, 1, 1)"
-    channel_axis: ClassVar[int] = -1
+    channel_axis: ClassVar[int | None] = -1
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -76,6 +77,7 @@ class LayerRule(ABC, Generic[M]):
 
     def channels_first(self, output: Tensor) -> Tensor:
         """An output of the layer as (B, C, *positions)."""
+        assert self.channel_axis is not None
         return output.movedim(self.channel_axis, 1)
 
     @property
