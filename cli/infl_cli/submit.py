@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from typer.core import TyperCommand
@@ -12,7 +12,7 @@ from infl_cli.launch import submit
 from infl_cluster.how import How
 from influence_jobs.errors import SpecError
 from influence_jobs.kinds import kinds
-from influence_jobs.kinds.base import Kind
+from influence_jobs.kinds.base import Kind, Panel
 from influence_jobs.requests.base import Request
 from influence_jobs.requests.options import CURVATURE, EXPERIMENT, QUERY, SCORES, TRAINING
 
@@ -22,7 +22,7 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Start a run: train, compute norms or scores, retrain. It can be stopped and resumed.",
 )
-PANELS = ("Training", "Norms and scores", "Experiments")
+PANELS = get_args(Panel)
 OPTION_PANELS = ("What to compute", QUERY, SCORES, EXPERIMENT, TRAINING, CURVATURE)
 HIDDEN = ("task_options",)  # no option of its own: a task's options stand among the others
 TaskOptions = Annotated[

@@ -103,8 +103,12 @@ def top(
         render.print_json({"run": found.id, "top": tables})
     elif scored:
         _print_scores(found, next(iter(tables)), tables[next(iter(tables))])
-    else:
+    elif view.ranks == "norms":
         _print_norms(found, tables, channel)
+    else:
+        for array, table in tables.items():
+            render.out.print(f"{array}: {found.array(array).attrs['quantity']}")
+            render.print_table(tuple(table[0]), [tuple(row.values()) for row in table])
 
 
 def _print_scores(run: Run, array: str, rows: Sequence[Mapping[str, Any]]) -> None:

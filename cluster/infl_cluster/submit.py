@@ -39,8 +39,7 @@ def submit(
         found.top_k(5, test=3)
 
     Args:
-        kind: train, grad-norms, s-test, influence, attribution, baseline, ablation, lds, stability
-            or paper.
+        kind: A kind of run, such as train or influence; `infl submit --help` lists them.
         runs: Folder of all runs: a path, s3:// or gs://.
         ray: Compute on the Ray of this machine, which is started if it is not up. By default the
             run is computed in this process.

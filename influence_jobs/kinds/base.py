@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from influence_jobs.views.base import View
 
 
+#: Headings under which the command line lists the kinds, in its order.
+Panel = Literal["Training", "Norms and scores", "Experiments"]
+
+
 @dataclass(frozen=True)
 class Kind:
     """The classes of one kind of run. They are loaded on first use.
@@ -32,7 +36,7 @@ class Kind:
 
     folder: str
     spec: type[Spec]
-    panel: str
+    panel: Panel
     request: str
     job: str
     view: str

@@ -116,7 +116,8 @@ class Results:
 
         Returns:
             For scores, columns `test`, `side`, `rank`, `score`, `sample` and the task's description
-            of the sample. For norms, `layer` and `norm` replace the first four.
+            of the sample. For norms, `layer` and `norm` replace the first four. For other kinds
+            `sample`, the description, and the number.
 
         Raises:
             SpecError: The run ranks nothing, or has no such query, layer or channel.
@@ -129,7 +130,7 @@ class Results:
             )
         tests = [test] if isinstance(test, int) else test
         ranked = view.top(k, layer=layer, tests=tests, side=side, channel=channel)
-        if view.ranks == "scores":
+        if view.ranks != "norms":
             return pa.Table.from_pylist([row for rows in ranked.values() for row in rows])
         named = {array: self.run.array(array).attrs["layer"] for array in ranked}
         rows = [{"layer": named[array], **row} for array, found in ranked.items() for row in found]

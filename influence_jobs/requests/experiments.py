@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from influence_jobs.kinds.baseline.spec import METHODS as BASELINES
 from influence_jobs.requests.base import Many, One, Options, Say, option
 from influence_jobs.requests.options import (
     EXPERIMENT,
@@ -13,6 +14,9 @@ from influence_jobs.specs.base import Count
 
 if TYPE_CHECKING:
     from influence_jobs.requests.rankings import Rankings, Trained
+
+INFLUENCE = ("helpful", "harmful", "dot-product")
+METHODS = ("attribution", *INFLUENCE, *BASELINES)
 
 
 class SeedsOptions(Options):
@@ -36,8 +40,8 @@ class ExperimentRequest(WeightsRequest, QueriesOptions, CurvatureOptions):
 
     by: Many[str] = option(
         (),
-        "A method to test: attribution, helpful, harmful, random, loss, nearest, dot-product, or a "
-        "run with scores (RUN+RUN: their mean; NAME=RUN: under this name). May be repeated.",
+        f"A method to test: {', '.join(METHODS)}, or a run with scores (RUN+RUN: their mean; "
+        "NAME=RUN: under this name). May be repeated.",
         panel=EXPERIMENT,
         metavar="METHOD",
     )

@@ -1,5 +1,6 @@
 """From the methods of `--by` to rankings of the training samples, of one or more trainings."""
 
+import difflib
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from influence_jobs.kinds.grad_norms.spec import GradNormsSpec
 from influence_jobs.kinds.influence.spec import InfluenceSpec
 from influence_jobs.kinds.train.spec import TrainedCheckpoint, TrainSpec
 from influence_jobs.requests.base import Say
+from influence_jobs.requests.experiments import INFLUENCE, METHODS
 from influence_jobs.requests.options import CurvatureOptions
 from influence_jobs.requests.solving import s_tests_of
 from influence_jobs.requests.subject import Subject
@@ -23,9 +25,6 @@ from influence_jobs.specs.scores import ScoresSpec
 from influence_jobs.store.find import find_run
 from influence_jobs.tasks.base import Task
 from influence_jobs.tasks.layers import weight_layers
-
-INFLUENCE = ("helpful", "harmful", "dot-product")
-METHODS = ("attribution", *INFLUENCE, *BASELINES)
 
 
 def depends_on_training(method: str) -> bool:
@@ -194,7 +193,8 @@ class Rankings:
 
     def _of_runs(self, word: str) -> Ranking:
         name, _, runs = word.rpartition("=")
-        if "-" not in runs:
+        misspelt = difflib.get_close_matches(runs, METHODS, 1, cutoff=0.8)
+        if "-" not in runs or misspelt:
             raise SpecError(
                 f"unknown method {word!r}: choose {', '.join(METHODS)}, or the id of a run with "
                 "scores"
@@ -239,7 +239,8 @@ def scores_named(root: str, word: str) -> ScoresSpec:
     spec = find_run(root, word).spec
     if not isinstance(spec, ScoresSpec):
         raise SpecError(
-            f"{spec.run_id} has no scores: name an influence, attribution or baseline run"
+            f"{spec.run_id} has no scores: name a run that has, such as an influence, attribution "
+            "or baseline run"
         )
     return spec
 

@@ -30,7 +30,8 @@ class View(ABC, Generic[S]):
         run: The run.
 
     Attributes:
-        ranks: What samples are ranked by: "scores", "norms", or "" for no ranking.
+        ranks: What samples are ranked by: "scores" of queries, "norms" of layers, another name for
+            one number a sample, or "" for no ranking.
         writes_report: Whether `infl submit` writes the report of the run at the end.
     """
 

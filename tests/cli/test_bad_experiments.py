@@ -40,7 +40,8 @@ LDS = ("submit", "lds", *DIGITS)
         ),
         ((*ABLATION, "--by", "random", "--by", "random"), "method random is named twice"),
         ((*ABLATION, "--by", "influence-nothing"), "there is no run influence-nothing"),
-        ((*ABLATION, "--by", "grad-norms-digits"), "has no scores: name an influence, attribution"),
+        ((*ABLATION, "--by", "grad-norms-digits"), "has no scores: name a run that has"),
+        ((*ABLATION, "--by", "dot-produkt"), "unknown method 'dot-produkt': choose attribution"),
         (
             (*ABLATION, "--test-set", "paper"),
             "this is not a readable file, and DigitsTask has no named",

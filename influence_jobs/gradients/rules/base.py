@@ -39,14 +39,15 @@ class LayerRule(ABC, Generic[M]):
             wrong.
         read_as: The axes of `kernel_shape`, as a text for the docs.
         channel_axis: The axis of the layer's output with the C outputs. The other axes after the
-            batch are positions.
+            batch are positions. None if the rows of the weight are not outputs, so that attribution
+            cannot use the layer.
     """
 
     layer: ClassVar[type[nn.Module]]
     numbered: ClassVar[bool] = False
     refused_options: ClassVar[tuple[str, ...]] = ()
     read_as: ClassVar[str] = "(C, I, 1, 1)"
-    channel_axis: ClassVar[int] = -1
+    channel_axis: ClassVar[int | None] = -1
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -80,6 +81,7 @@ class LayerRule(ABC, Generic[M]):
 
     def channels_first(self, output: Tensor) -> Tensor:
         """An output of the layer, rearranged to (B, C, *positions)."""
+        assert self.channel_axis is not None
         return output.movedim(self.channel_axis, 1)
 
     @property

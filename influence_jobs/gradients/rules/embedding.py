@@ -14,6 +14,7 @@ class EmbeddingRule(LayerRule[nn.Embedding]):
     """
 
     layer = nn.Embedding
+    channel_axis = None
     # They change weights in the forward pass, or make gradients depend on the batch.
     refused_options = ("max_norm", "scale_grad_by_freq", "sparse")
 

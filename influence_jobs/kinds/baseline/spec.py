@@ -26,6 +26,7 @@ class Baseline:
     of_weights: bool = False
 
 
+# Each is scored by the function of that name in `BaselineJob`: `_random`, ...
 METHODS = {
     "random": Baseline("a uniform random number", "none", "none"),
     "loss": Baseline("the sample's own training loss", "positive = fits badly", "loss", True),

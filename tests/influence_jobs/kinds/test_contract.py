@@ -5,14 +5,16 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib import import_module
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import create_model
 
 from influence_jobs.jobs.base import Job
 from influence_jobs.kinds import find_kind, kind_of, kinds
-from influence_jobs.kinds.base import Kind
+from influence_jobs.kinds.base import Kind, Panel
+from influence_jobs.kinds.baseline.job import BaselineJob, scorer
+from influence_jobs.kinds.baseline.spec import METHODS
 from influence_jobs.kinds.influence.spec import InfluenceSpec
 from influence_jobs.requests.base import Request
 from influence_jobs.specs.base import Spec
@@ -30,6 +32,8 @@ def missing(kind: Kind) -> Iterator[str]:
         "queries" in kind.spec.model_fields or hasattr(kind.spec, "queries")
     ):
         yield f"{kind.name}: {kind.spec.__name__} lacks queries"
+    if kind.panel not in get_args(Panel):
+        yield f"{kind.name}: there is no panel {kind.panel!r}"
     for piece, base in BASES.items():
         try:
             found: Any = getattr(kind, piece)
@@ -56,6 +60,14 @@ def test_a_kind_has_all_its_pieces(name: str) -> None:
 @pytest.mark.parametrize("name", kinds())
 def test_a_job_is_of_its_kinds_spec(name: str) -> None:
     assert kinds()[name].job_type.spec_type is kinds()[name].spec
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_scoring_method_has_all_its_pieces(method: str) -> None:
+    assert hasattr(BaselineJob, scorer(method))
+    for kind in ("ablation", "lds", "stability"):
+        assert method in kinds()[kind].request_type.model_fields["by"].description.split(", ")
+    assert f"{method}: " in kinds()["baseline"].request_type.model_fields["method"].description
 
 
 def test_kinds_are_found_by_name_and_by_spec() -> None:

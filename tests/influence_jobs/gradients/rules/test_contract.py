@@ -166,6 +166,23 @@ def test_gradients_and_shapes(layer: nn.Module, shape: tuple[int, ...]) -> None:
     assert torch.Size(rule.kernel_shape).numel() == rule.weight.numel()
 
 
+@pytest.mark.parametrize(("layer", "shape"), CASES, ids=names)
+def test_rows_of_the_weight_are_channels_of_the_output(
+    layer: nn.Module, shape: tuple[int, ...]
+) -> None:
+    """Attribution multiplies the norm of a row with the channel of the same number."""
+    model, (x, _) = prepared(layer, shape)
+    rule = rule_of(model[0])
+    if rule.channel_axis is None:
+        return
+    output = rule.channels_first(model(x))
+    for channel in range(output.shape[1]):
+        wanted = output[:, channel].square().sum()
+        (gradient,) = torch.autograd.grad(wanted, [model[0].weight], retain_graph=True)
+        seen = gradient.reshape(rule.kernel_shape).flatten(1).abs().sum(1) > 0
+        assert seen.nonzero().flatten().tolist() == [channel]
+
+
 @pytest.mark.parametrize("block", [1, 2**21])
 @pytest.mark.parametrize(("layer", "shape"), CASES, ids=names)
 def test_every_engine(
