@@ -10,6 +10,7 @@ import torch
 
 from influence_jobs.errors import ModelError, StoreError
 from influence_jobs.kinds.grad_norms.spec import GradNormsSpec
+from influence_jobs.kinds.train.spec import TrainedCheckpoint
 from influence_jobs.store import layout
 from influence_jobs.store.checkpoints import file_checkpoint, load_checkpoint, recorded_digest
 from influence_jobs.store.run import Run, now
@@ -89,7 +90,9 @@ def test_a_run_that_has_not_begun_has_nothing_to_verify(
 
 @pytest.mark.parametrize("damage", [lambda f: f.unlink(), lambda f: f.write_bytes(b"x")])
 def test_damaged_weights_are_not_loaded(run: Run, digits_task: Task, damage) -> None:
-    (checkpoint,) = run.spec.checkpoints  # type: ignore[union-attr]
+    assert isinstance(run.spec, GradNormsSpec)
+    (checkpoint,) = run.spec.checkpoints
+    assert isinstance(checkpoint, TrainedCheckpoint)
     model = digits_task.model()
     load_checkpoint(model, run.root, checkpoint)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
