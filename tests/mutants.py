@@ -36,7 +36,11 @@ ROOMS = {
     "influence_jobs/kinds/*.py": (DRIVER, f"{LIBRARY}/kinds", f"{LIBRARY}/jobs"),
     "influence_jobs/kinds/*/job.py": (DRIVER, f"{LIBRARY}/report", f"{LIBRARY}/jobs"),
     "influence_jobs/kinds/*/view.py": (f"{LIBRARY}/report", "tests/cli/test_scores.py"),
-    "influence_jobs/views/*.py": (f"{LIBRARY}/report", "tests/cli/test_scores.py"),
+    "influence_jobs/views/*.py": (
+        f"{LIBRARY}/views",
+        f"{LIBRARY}/report",
+        "tests/cli/test_scores.py",
+    ),
 }
 PYTEST = "-m pytest -x -q -p no:cacheprovider -m 'not slow and not gpu and not ray'"
 BASELINE_S, TIMEOUT_S = 1800, 300  # a change that makes a loop endless counts as noticed

@@ -55,7 +55,7 @@ def ablation_panels(
 
     Args:
         summary: Rows of an ablation run's table `summary`.
-        by: The method.
+        by: The method; not `random`.
         quantity: The measured quantity of the queries.
     """
     modes = [mode for mode in _PANELS if any(row["mode"] == mode for row in summary)]
@@ -71,7 +71,7 @@ def ablation_panels(
 def _against_k(
     axis: Axes, summary: Sequence[Mapping[str, Any]], by: str, mode: str, quantity: str
 ) -> None:
-    for name, color, marker in dict.fromkeys((("random", RANDOM, "s"), (by, METHOD, "o"))):
+    for name, color, marker in (("random", RANDOM, "s"), (by, METHOD, "o")):
         rows = sorted(
             (row for row in summary if (row["mode"], row["by"]) == (mode, name)),
             key=lambda row: row["k"],

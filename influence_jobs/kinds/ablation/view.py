@@ -108,7 +108,7 @@ def ablation_seen(rows: Sequence[Mapping[str, Any]], by: str) -> str:
         found = {row["by"]: row for row in rows if row["mode"] == mode and row["k"] == largest}
         verb = {"relabel": "relabelled", "remove": "removed"}[mode]
         text = f"With {largest:,} samples {verb} the mean changes by {found[by]['mean_change']:.3g}"
-        if "random" in found and by != "random":
+        if "random" in found:
             text += f", with random ones by {found['random']['mean_change']:.3g}"
         said.append(f"{text}.")
     return (

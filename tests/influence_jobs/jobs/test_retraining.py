@@ -15,9 +15,12 @@ from influence_jobs.errors import RuntimeFault, SpecError
 from influence_jobs.experiments.lds import subset
 from influence_jobs.jobs import retraining
 from influence_jobs.jobs.recipe import recipe_of
+from influence_jobs.kinds import open_job
+from influence_jobs.kinds.baseline.spec import BaselineSpec
 from influence_jobs.kinds.lds.spec import LdsSpec
 from influence_jobs.kinds.train.spec import TrainSpec
 from influence_jobs.specs.base import make_spec
+from influence_jobs.specs.queries import Queries, Query
 from influence_jobs.specs.rankings import Ranking
 from influence_jobs.store.run import Run
 from influence_jobs.store.verify import find_damage, mark_undone
@@ -278,3 +281,53 @@ def test_a_network_that_cannot_be_stacked_is_trained_one_variant_at_a_time(
     drive(run.root, run.id, InlineBackend())
     assert widths == [1, 1, 1, 1]
     assert len(trained) == 4
+
+
+def test_each_query_is_measured_in_its_region_and_on_average_over_noise(
+    grad_norms_spec, recipe, trained_root, monkeypatch
+) -> None:
+    import digits
+
+    plain = digits.DigitsTask.test_batch
+
+    def noisy(self, ids, draw):
+        images, labels = plain(self, ids, draw)
+        return images + (1 + draw.index) * draw.seed, labels
+
+    def measure(self, model, batch, quantity, region):
+        images, labels = batch
+        y, x, height, width = region or (0, 0, 8, 8)
+        return (images + labels[:, None, None, None])[:, 0, y : y + height, x : x + width].sum(
+            (1, 2)
+        )
+
+    monkeypatch.setattr(digits.DigitsTask, "test_batch", noisy)
+    monkeypatch.setattr(digits.DigitsTask, "measure", measure)
+    monkeypatch.setattr(
+        digits.DigitsTask, "test_size", lambda _, test: None if test < 9 else (8, 8)
+    )
+    items = (Query(test=7), Query(test=11), Query(test=9, region=(1, 2, 3, 4)), Query(test=0))
+    asked = Queries(items=items, noise_draws=2, seed=3)
+    scores = make_spec(BaselineSpec, task=grad_norms_spec.task, method="random", queries=asked)
+    ranking = Ranking(name="random", scores=(scores,))
+    spec = make_spec(LdsSpec, task=recipe.task, recipe=recipe, rankings=(ranking,))
+    job: Any = open_job(Run(str(trained_root), spec), device="cpu")
+    values, decisions = job._measure()
+    for row, query in enumerate(items):
+        found = [
+            measure(
+                None,
+                None,
+                noisy(job.task, torch.tensor([query.test]), Draw(3, draw)),
+                "",
+                query.region,
+            )
+            for draw in range(2)
+        ]
+        assert values[row] == pytest.approx(float(sum(found)) / 2, rel=1e-6)
+    assert not np.isnan(decisions).any()
+    monkeypatch.setattr(digits.DigitsTask, "output_loss", "mse")
+    assert np.isnan(job._measure()[1]).all()
+    monkeypatch.setattr(digits.DigitsTask, "measure", lambda *_: torch.tensor([torch.nan]))
+    with pytest.raises(SpecError, match="loss on a query is not finite: lower the learning rate"):
+        job._measure()

@@ -242,3 +242,10 @@ def test_norms_that_do_not_fit_are_refused(arrays: Arrays) -> None:
     norms["a"][2, 1] = np.nan
     with pytest.raises(DataError, match="norms of layer a are not finite"):
         attribution_scores(one, norms)
+
+
+def test_a_sample_at_the_limit_is_kept() -> None:
+    norms = np.array([[2.0], [np.nextafter(2.0, 3)]])
+    found = attribution_scores({"a": np.ones((1, 1))}, {"a": norms}, exclude_norm_above=2.0)
+    assert found["a"][0, 0] == 2
+    assert np.isnan(found["a"][0, 1])

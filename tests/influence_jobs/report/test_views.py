@@ -1,11 +1,13 @@
 """What views say of runs, against the stored arrays and tables."""
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from digits import DigitsTask
 from scipy import stats
 
 from infl_cluster.driver import drive
@@ -13,11 +15,14 @@ from infl_cluster.inline import InlineBackend
 from influence_jobs.kinds import view_of
 from influence_jobs.kinds.influence.spec import InfluenceSpec
 from influence_jobs.kinds.paper.spec import PaperSpec
+from influence_jobs.kinds.s_test import view as s_test_view
 from influence_jobs.kinds.s_test.spec import STestSpec
 from influence_jobs.report.html import sections_of
 from influence_jobs.specs.queries import Queries, Query
 from influence_jobs.specs.solvers import IdentitySettings
 from influence_jobs.store.run import Run
+from influence_jobs.tasks.published import OTHER_QUANTITY, Published
+from influence_jobs.views.table import Table
 
 
 def table(run: Run, name: str) -> list[dict[str, Any]]:
@@ -132,7 +137,131 @@ def test_a_column_more_in_a_stored_table_moves_no_cell(
     assert shown() == before
 
 
-# -- figures --------------------------------------------------------------------------------------
+def cells(table: Table) -> list[dict[str, object]]:
+    return [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+
+
+def test_the_tables_of_an_ablation_are_its_summary_and_the_decisions_that_changed(
+    runs_of_all_kinds,
+) -> None:
+    run = runs_of_all_kinds.ablation
+    changes, decisions = view_of(run).tables()
+    results, summary = table(run, "results"), table(run, "summary")
+    assert len(changes.rows) == len(summary) == 2 * 2 * 2
+    for shown, row in zip(cells(changes), summary, strict=True):
+        cell = [r for r in results if all(r[name] == row[name] for name in ("mode", "by", "k"))]
+        changed = [r for r in cell if r["decision"] != r["decision_before"]]
+        assert shown == pytest.approx(
+            {
+                **{name: row[name] for name in ("mode", "by", "k")},
+                "change": np.mean([r["loss"] - r["loss_before"] for r in cell]),
+                "95 % from": row["low"],
+                "to": row["high"],
+                "loss": np.mean([r["loss"] for r in cell]),
+                "before": np.mean([r["loss_before"] for r in cell]),
+                "changed decisions": f"{len(changed)} of 3",
+            },
+            nan_ok=True,
+        )
+    texts = [text for row in cells(decisions) for text in str(row["changed"]).split("; ")]
+    assert texts == [
+        f"{r['test']}: {r['decision_before']} to {r['decision']}"
+        for r in results
+        if r["decision"] != r["decision_before"]
+    ]
+    assert texts
+
+
+def test_an_ablation_of_several_seeds_says_which_decision_is_of_which(runs_of_all_kinds) -> None:
+    run = Run(runs_of_all_kinds.ablation.root, runs_of_all_kinds.ablation.spec)
+    run.spec = run.spec.model_copy(update={"seeds": (0, 1)})
+    rows = cells(view_of(run).tables()[1])
+    assert all(
+        text.endswith(" (seed 0)") for row in rows for text in str(row["changed"]).split("; ")
+    )
+
+
+def test_the_caption_of_an_ablation_tells_what_the_largest_k_does(runs_of_all_kinds) -> None:
+    run = runs_of_all_kinds.ablation
+    (shown,) = view_of(run).figures(print)
+    changes = {(r["mode"], r["by"], r["k"]): r["mean_change"] for r in table(run, "summary")}
+    for mode, verb in (("relabel", "relabelled"), ("remove", "removed")):
+        ours, chance = (changes[mode, by, 300] for by in ("helpful", "random"))
+        assert (
+            f"With 300 samples {verb} the mean changes by {ours:.3g}, with random ones by "
+            f"{chance:.3g}." in shown.caption
+        )
+    assert shown.data.num_rows == len(changes)
+
+
+def test_shares_found_again_stand_beside_the_published_ones(
+    runs_of_all_kinds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = runs_of_all_kinds.stability
+    overlaps = [row["overlap"] for row in table(run, "results")]
+    percent = [f"{100 * share:.0f}%" for share in overlaps]
+    plain, summary = view_of(run).tables()
+    assert plain.title.startswith("Stability of helpful: share of the top 20 also found")
+    assert plain.columns == ("test", "5", "0", "111")
+    assert plain.rows == [("retraining 1", *percent), ("mean", *percent)]
+    (row,) = table(run, "summary")
+    assert summary.rows == [
+        (
+            "helpful",
+            pytest.approx(np.mean(overlaps)),
+            row["low"],
+            row["high"],
+            min(overlaps),
+            max(overlaps),
+            row["mean_rank_correlation"],
+        )
+    ]
+    known = Published(
+        section="4.1",
+        quick_epochs=1,
+        tests=(5, 0, 111),
+        top=20,
+        stability={"helpful": np.array([[0.5, 0.25, 1.0], [0.7, 0.75, 0.0]])},
+        stability_tables={"helpful": "4.2"},
+    )
+    monkeypatch.setattr(DigitsTask, "published", known)
+    beside = view_of(run).tables()[0]
+    assert beside.title == f"Table 4.2. {plain.title}"
+    theirs = [["50%", "25%", "100%"], ["60%", "50%", "50%"]]
+    assert [row[1:] for row in beside.rows] == [
+        tuple(f"{a} ({b})" for a, b in zip(percent, line, strict=True)) for line in theirs
+    ]
+    assert OTHER_QUANTITY in beside.note
+    # Another head, other tests, or a part of the training set: the published numbers are not of it.
+    for other in ({"top": 10}, {"tests": (5, 0)}):
+        monkeypatch.setattr(DigitsTask, "published", replace(known, **other))
+        assert view_of(run).tables()[0] == plain
+    monkeypatch.setattr(DigitsTask, "published", known)
+    part = Run(run.root, run.spec)
+    options = {"task": run.spec.task.model_copy(update={"options": {"limit": 100}})}
+    part.spec = run.spec.model_copy(update=options)
+    assert view_of(part).tables()[0].rows == plain.rows
+
+
+def test_a_long_table_of_vectors_is_cut_and_says_so(
+    runs_of_all_kinds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = runs_of_all_kinds.s_test
+    (whole,) = view_of(run).tables()
+    rows = table(run, "solutions")
+    assert [row["query"] for row in cells(whole)] == [row["query"] for row in rows] == [0, 1, 2]
+    assert [row["lambda"] for row in cells(whole)] == [row["damping"] for row in rows]
+    assert [row["steps"] for row in cells(whole)] == [row["iterations"] for row in rows]
+    assert "The first" not in whole.note
+    monkeypatch.setattr(s_test_view, "MAX_SOLUTIONS", 3)
+    assert view_of(run).tables() == [whole]
+    monkeypatch.setattr(s_test_view, "MAX_SOLUTIONS", 2)
+    (cut,) = view_of(run).tables()
+    assert cut.rows == whole.rows[:2]
+    assert cut.note == f"{whole.note} The first 2 of 3."
+
+
+# -- figures -------------------------------------------------------------------------------------
 
 
 def test_figures_of_a_denoiser_bear_the_research_reports_numbers(denoiser_runs) -> None:
