@@ -21,6 +21,7 @@ from influence_jobs.errors import ModelError
 from influence_jobs.gradients.reference import one_sample
 from influence_jobs.gradients.requirements import require_independent_samples
 from influence_jobs.gradients.rules import LayerRule
+from influence_jobs.gradients.transforms import without_fused_transformers
 from influence_jobs.terms import Precision
 
 #: Of a layer's name, its rule, its input and its output gradient, both of the weights' type.
@@ -198,7 +199,7 @@ class TappedModel(ABC):
             torch.autocast(
                 self._device.type, dtype=torch.bfloat16, enabled=mixed, cache_enabled=False
             ),
-            _transformers_in_the_open(),
+            without_fused_transformers(),
         ):
             losses = self._losses(self._model, batch)
         if not isinstance(losses, Tensor) or losses.ndim != 1:
@@ -304,17 +305,6 @@ def thawed(parameters: Iterable[Tensor]) -> Iterator[None]:
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-
-
-@contextmanager
-def _transformers_in_the_open() -> Iterator[None]:
-    """Without the fused kernels of frozen transformers, which call no layer and no derivative."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _unused(name: str) -> ModelError:

@@ -120,10 +120,11 @@ def _curvature_samples(given: int | str) -> int | None:
 
 
 def _modules(task: Task, solver: SolverSettings) -> tuple[str, ...]:
-    """All modules with parameters of their own; of them those that the solver can do."""
+    """All modules with trained parameters of their own, as far as the solver can do them."""
     kinds = matrix_layers() if solver.needs_factors else (nn.Module,)
     return tuple(
         name
         for name, module in task.model().named_modules()
-        if isinstance(module, kinds) and any(True for _ in module.parameters(recurse=False))
+        if isinstance(module, kinds)
+        and any(parameter.requires_grad for parameter in module.parameters(recurse=False))
     )

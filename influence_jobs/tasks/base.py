@@ -46,6 +46,11 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return pytree.tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
 
 
+def in_double(batch: Batch) -> Batch:
+    """A batch with its floating-point tensors in float64."""
+    return pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, batch)
+
+
 def digest(batch: Batch) -> str:
     """SHA-256 of a batch: of its tensors' bytes, shapes and types, and of what else it holds."""
     found = hashlib.sha256()
@@ -87,9 +92,12 @@ class Task(ABC):
             changing them needs no new training.
         request_options: What else a user may ask for, by name: a type, perhaps with
             `typing_extensions.Doc`. `settle` makes arguments of it.
-        output_loss: What the loss of a sample is of its outputs: cross-entropy of logits and class, or the mean
-            squared error over a sample's outputs. None where it is neither; then there is no Gauss-Newton matrix.
-            Pages compare labels where it is cross-entropy: elsewhere they are no classes.
+        output_loss: What the loss of a sample is of its outputs and targets: "cross-entropy" of logits
+            and classes, "mse", "binary-cross-entropy" of logits, each of one output or of many (mean
+            or sum over a sample's positions; a class of -100 counts for nothing), or a function
+            (outputs, targets) to losses (B,) that is convex in the outputs. None where it is not
+            known; then there is no Gauss-Newton matrix. Pages compare labels where it is
+            cross-entropy: elsewhere they are no classes.
         quantities: What `measure` can measure of a test sample, the default first.
         query_sets: Test ids that belong together, by name.
         published: What the research report found on this task, to print beside what we find.
@@ -99,7 +107,7 @@ class Task(ABC):
     paths: ClassVar[frozenset[str]] = frozenset()
     attribution_options: ClassVar[frozenset[str]] = frozenset()
     request_options: ClassVar[Mapping[str, Any]] = {}
-    output_loss: ClassVar[OutputLoss | None] = None
+    output_loss: ClassVar[OutputLoss | Callable[[Tensor, Tensor], Tensor] | None] = None
     quantities: ClassVar[tuple[str, ...]] = ("loss",)
     query_sets: ClassVar[Mapping[str, tuple[int, ...]]] = {}
     published: ClassVar[Published | None] = None
@@ -148,7 +156,7 @@ class Task(ABC):
         )
 
     def targets(self, batch: Batch) -> Tensor:
-        """What outputs are compared with: classes (B,), or values of the outputs' shape."""
+        """What outputs are compared with: classes (B, ...), or values of the outputs' shape."""
         raise NotImplementedError
 
     def test_data(self) -> Sized:
