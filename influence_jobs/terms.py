@@ -1,4 +1,4 @@
-"""Words that requests, engines and trainer share."""
+"""Types that requests, engines and the trainer share."""
 
 from typing import Literal
 

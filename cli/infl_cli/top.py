@@ -1,4 +1,4 @@
-"""`infl top`: the samples that come first, by gradient norm or by score."""
+"""`infl top`: the samples with the largest gradient norms or scores."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,8 @@ def top(
     layer: Annotated[
         str | None,
         typer.Option(
-            help="Module name of a layer; by default all layers of the run, of scores their sum."
+            help="Module name of a layer. By default norms of all layers, one table for each, and "
+            "scores summed over layers."
         ),
     ] = None,
     test: Annotated[
@@ -41,13 +42,13 @@ def top(
     side: Annotated[
         Literal["helpful", "harmful", "both"],
         typer.Option(
-            help="Of influence: largest scores, smallest, or both.", rich_help_panel=_OF_SCORES
+            help="For influence: largest scores, smallest, or both.", rich_help_panel=_OF_SCORES
         ),
     ] = "both",
     png: Annotated[
         Path | None,
         typer.Option(
-            help="Write a contact sheet: the queries and their samples.",
+            help="Write a contact sheet to this file: the queries and their samples.",
             rich_help_panel=_OF_SCORES,
         ),
     ] = None,
@@ -55,7 +56,7 @@ def top(
         int | None,
         typer.Option(
             min=0,
-            help="Rank by this channel's norm, not by the sum over channels.",
+            help="Rank by the norm of this channel, not by the sum over channels.",
             rich_help_panel=_OF_NORMS,
         ),
     ] = None,
@@ -63,7 +64,7 @@ def top(
     runs: o.Runs = o.DEFAULT_RUNS,
     json: o.Json = False,
 ) -> None:
-    """Print the samples with the largest norms or scores, with their label or file, row and column."""
+    """Print the samples with the largest norms or scores, and their labels, or files and pixels."""
     found = find_run(runs_folder(runs), run)
     if read_status(found)["state"] != "done":
         raise StoreError(

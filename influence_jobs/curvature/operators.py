@@ -1,7 +1,7 @@
-"""Curvature of the mean training loss as a linear map, v -> Gv or v -> Hv, without the matrix.
+"""Curvature of the mean training loss as a linear operator, v -> Gv or v -> Hv, without a matrix.
 
-`curvlinops` has such operators of a fixed data set, and what it has we use (`ek_fac`). These differ in what LiSSA asks
-of them: the mini-batch is another one at every step, and right-hand sides lead, so that one forward pass serves all.
+`curvlinops` has such operators for a fixed data set; `ek_fac` uses it. LiSSA needs another
+mini-batch in every step, and one forward pass for all vectors. So vectors have a leading axis here.
 """
 
 import copy
@@ -27,29 +27,31 @@ from influence_jobs.gradients.taps import thawed
 from influence_jobs.gradients.transforms import all_derivatives
 from influence_jobs.tasks.base import Batch, Draw, Task, device_of, to_device
 
-MAX_BYTES = 2**30  # of activations times vectors in a pass
-MIN_ROWS = 8  # every vector is read once a pass, so fewer vectors are better than fewer samples
-LOOKED_AT = 8  # samples that the first look at a model takes
-AGREEMENT = 1e-3  # relative difference of two ways to a product; rounding makes 1e-6
+MAX_BYTES = 2**30  # largest memory for activations times vectors in a pass
+MIN_ROWS = 8  # least samples in a pass; below it fewer vectors are faster than fewer samples
+LOOKED_AT = 8  # samples in the first check of a model
+AGREEMENT = 1e-3  # allowed relative difference of two ways to a product; rounding causes 1e-6
 
 Parameters = dict[str, Tensor]
 
 
 class Operator(ABC):
-    """A symmetric P x P matrix that is the mean over samples of one such matrix a sample.
+    """A symmetric P x P matrix, the mean of one such matrix per sample.
 
     Args:
-        model: In eval mode; its weights are looked up anew at every product.
-        space: The parameters that count.
-        task: Where samples and losses come from.
-        ids: Samples the mean is over, shape (n,), on the CPU.
-        draw: Realisation of the samples' noise.
-        batch_size: Samples of a pass, at most; fewer where many vectors would take more than `MAX_BYTES`.
+        model: In eval mode; every product uses its current weights.
+        space: The parameters that the matrix is of.
+        task: Gives samples and losses.
+        ids: Samples of the mean, shape (n,), on the CPU.
+        draw: Draw of the samples' noise.
+        batch_size: Largest number of samples in a pass. It is smaller if many vectors would take
+            more than `MAX_BYTES`.
 
     Attributes:
-        positive_semidefinite: Whether it is for every model.
-        cost: Of a product, in gradients of the same samples. What is counted are matrix products of a linear layer
-            of which forward and backward have three; the forward pass that all vectors share is left out.
+        positive_semidefinite: Whether the matrix is positive semidefinite for every model.
+        cost: Cost of a product for one vector, in gradients of the same samples. It counts the
+            matrix products of a linear layer, of which a gradient has three, without the forward
+            pass that all vectors share.
         work: Cost of all products so far, in gradients of one sample.
     """
 
@@ -70,9 +72,9 @@ class Operator(ABC):
         self.model, self.space, self.task, self.ids, self.draw = model, space, task, ids, draw
         self.batch_size = batch_size or task.batch_size
         self.work = 0.0
-        self._sample_bytes: int | None = None  # of activations; known after the first look
-        self._exact = True  # up to rounding
-        # Whether the model can be mapped over so many mini-batches of that size.
+        self._sample_bytes: int | None = None  # activations of a sample; known after `look`
+        self._exact = True  # products are exact up to rounding
+        # By shape (E, B): whether vmap over E mini-batches of B samples works for the model.
         self._batches_together: dict[torch.Size, bool] = {}
 
     @property
@@ -82,26 +84,26 @@ class Operator(ABC):
 
     @property
     def num_samples(self) -> int:
-        """Samples the mean is over."""
+        """Number of samples of the mean."""
         return len(self.ids)
 
     @property
     def gradient_equivalents(self) -> float:
-        """`work` in passes of forward and backward over all n samples, each for one vector."""
+        """`work` in gradients of all n samples."""
         return self.work / self.num_samples
 
     def over(self, ids: Tensor) -> Self:
-        """The operator of other samples (n,), its work counted from zero."""
+        """The operator of other samples (n,), with its work counted from zero."""
         other = copy.copy(self)
         other.ids, other.work = ids, 0.0
         return other
 
     @torch.no_grad()
     def require_finite(self) -> None:
-        """Pass all samples through the model, once.
+        """Compute the losses of all samples once.
 
         Raises:
-            DataError: The loss of a sample is not finite; the message names it.
+            DataError: The loss of a sample is not finite; the message names the sample.
         """
         self.look()
         for ids in torch.split(self.ids, self.batch_size):
@@ -109,8 +111,8 @@ class Operator(ABC):
             bad_B = ~self.task.losses(self.model, batch).isfinite().cpu()
             if bad_B.any():
                 raise DataError(
-                    f"the training loss of sample {int(ids[bad_B][0])} is not finite: check the sample "
-                    "and the checkpoint"
+                    f"the training loss of sample {int(ids[bad_B][0])} is not finite: check the "
+                    "sample and the checkpoint"
                 )
             self._check(batch)
 
@@ -118,16 +120,20 @@ class Operator(ABC):
         """Refuse a batch whose losses are not what the task declares."""
 
     def product(self, v_QP: Tensor, ids: Tensor) -> Tensor:
-        """The matrix of a mini-batch, ids (B,), times every row of v_QP: (Q, P); finite or not.
+        """The matrix of a mini-batch, ids (B,), times every row of v_QP: (Q, P).
+
+        The result is not checked for NaN.
 
         Raises:
-            ModelError: The model is in train mode, uses batch statistics or is not deterministic, or the task's
-                losses are not what it declares.
+            ModelError: The model is in train mode, uses batch statistics or is not deterministic,
+                or the task's losses are not those that it declares.
         """
         return self.space.join(self.products(v_QP[None], ids[None]))[0]
 
     def products(self, v_EQP: Tensor, ids_EB: Tensor) -> Parameters:
-        """Matrices of E mini-batches, each times the rows of its own vectors: {name: (E, Q, *shape)}; finite or not.
+        """Matrices of E mini-batches, each times its own Q vectors: {name: (E, Q, *shape)}.
+
+        The result is not checked for NaN.
 
         Raises:
             ModelError: As `product`.
@@ -137,7 +143,7 @@ class Operator(ABC):
         means = self._means(v_EQP, pieces[0])
         if len(pieces) == 1:
             return means
-        # Not in place: of a parameter that is not used all zeros are one number.
+        # Not in place: the zeros of an unused parameter may share one number in memory.
         total = {name: mean * (pieces[0].shape[1] / size) for name, mean in means.items()}
         for piece in pieces[1:]:
             for name, mean in self._means(v_EQP, piece).items():
@@ -151,8 +157,8 @@ class Operator(ABC):
             ModelError: As `product`.
             DataError: A product is not finite.
         """
-        # Float64: a float32 sum over thousands of batches loses the digits that conjugate gradients live on, and
-        # depends on the size of the batches.
+        # In float64: a float32 sum over thousands of batches loses digits that conjugate gradients
+        # need, and depends on the batch size.
         total_QP = torch.zeros_like(v_QP, dtype=torch.float64)
         for piece in torch.split(self.ids, self._samples_at_once(len(v_QP))):
             part_QP = self.space.join(self._means(v_QP[None], piece[None]))[0]
@@ -168,7 +174,7 @@ class Operator(ABC):
     def _multiply(
         self, parameters: Parameters, vectors: Parameters, batch: Batch, at_once: int
     ) -> Parameters:
-        """The mean over a batch times {name: (Q, *shape)}, so many vectors at once."""
+        """The mean over a batch times {name: (Q, *shape)}, for `at_once` vectors at a time."""
 
     # The transforms keep their own graphs; autograd would keep one more, of the parameters that do
     # not count.
@@ -189,7 +195,7 @@ class Operator(ABC):
         return self._one_by_one(v_EQP, ids_EB)
 
     def _fits(self, passes: int) -> bool:
-        """Whether the activations of so many passes of one sample do."""
+        """Whether the activations of this many passes of one sample fit into `MAX_BYTES`."""
         assert self._sample_bytes is not None
         return passes * self._sample_bytes <= MAX_BYTES
 
@@ -206,7 +212,7 @@ class Operator(ABC):
         return {name: torch.stack([mean[name] for mean in means]) for name in means[0]}
 
     def _together(self, v_EQP: Tensor, ids_EB: Tensor) -> Parameters:
-        """By one pass over all mini-batches."""
+        """`_means` by one pass over all mini-batches."""
         repeats, queries, _ = v_EQP.shape
         leaves, structure = pytree.tree_flatten(self.batch(ids_EB.flatten()))
         mapped = [isinstance(x, Tensor) and x.shape[:1] == (ids_EB.numel(),) for x in leaves]
@@ -224,9 +230,10 @@ class Operator(ABC):
         return result
 
     def _look_together(self, like_EQP: Tensor, shape: torch.Size) -> bool:
-        """Whether that gives the same; a model that looks at values cannot be mapped.
+        """Whether `_together` gives the same as `_one_by_one`.
 
-        By fixed vectors and samples: every worker must decide alike.
+        vmap fails for a model whose control flow depends on values. The vectors and samples of this
+        check are fixed, so that every worker decides alike.
         """
         generator = torch.Generator().manual_seed(0)
         v_EQP = torch.randn(like_EQP.shape, generator=generator).to(like_EQP)
@@ -244,7 +251,7 @@ class Operator(ABC):
         return {name: p.detach() for name, p in self.space.parameters().items()}
 
     def batch(self, ids: Tensor) -> Batch:
-        """Samples on the model's device, in the type of its weights."""
+        """Samples on the model's device, with the dtype of its weights."""
         dtype = next(self.model.parameters()).dtype
         return pytree.tree_map_only(
             Tensor,
@@ -253,7 +260,7 @@ class Operator(ABC):
         )
 
     def look(self) -> None:
-        """Refuse a model or task that would give wrong products, by a few samples; at the first call only.
+        """Check on a few samples that products will be right; only the first call does it.
 
         Raises:
             ModelError: As `product`.
@@ -279,7 +286,7 @@ class Operator(ABC):
         return min(self.batch_size, max(MIN_ROWS, fitting))
 
     def _look(self, batch: Batch, again: Batch) -> None:
-        """Refuse a model or task that would give wrong products, given a few samples fetched twice."""
+        """`look`, given a few samples that were fetched twice."""
         require_independent_samples(self.model)
         require_deterministic(self.task, self.model, batch, again)
         with all_derivatives(self.model):
@@ -328,14 +335,16 @@ class Operator(ABC):
 
     @abstractmethod
     def _plain_product(self, vectors: Parameters, batch: Batch) -> Parameters:
-        """The mean over a batch times {name: shape}, by plain autograd on the model's parameters."""
+        """The mean over a batch times {name: shape}, by plain autograd on the model."""
 
 
 class GaussNewton(Operator):
-    """G = mean of J^T H_out J: J the Jacobian of a sample's outputs, H_out the Hessian of its loss in them.
+    """The Gauss-Newton matrix G, the mean of J^T H_out J over samples.
 
-    The Hessian without the curvature of the network itself, so positive semidefinite where the loss is convex in the
-    outputs (Schraudolph 2002, "Fast curvature matrix-vector products"). `Task.output_loss` says which H_out it is.
+    J is the Jacobian of a sample's outputs, H_out the Hessian of its loss in the outputs, for the
+    loss in `Task.output_loss`. G is the Hessian without the curvature of the network itself. It is
+    positive semidefinite if the loss is convex in the outputs (Schraudolph: "Fast curvature
+    matrix-vector products", 2002).
     """
 
     positive_semidefinite = True
@@ -370,7 +379,7 @@ class GaussNewton(Operator):
         transposed_jacobian = vjp(outputs, parameters)[1]
 
         def product(vector: Parameters) -> Parameters:
-            # The primals carry no vector axis, so vmap goes forward once for all vectors.
+            # The primals have no vector axis, so vmap runs their forward once for all vectors.
             outputs_BC, tangents_BC = jvp(outputs, (parameters,), (vector,))[:2]
             result: Parameters
             (result,) = transposed_jacobian(output_hessian(outputs_BC, targets, tangents_BC))
@@ -381,10 +390,11 @@ class GaussNewton(Operator):
 
 
 class Hessian(Operator):
-    """H, the second derivative of the mean loss; indefinite for networks, before and after training.
+    """The Hessian H of the mean loss. For networks it is indefinite, before and after training.
 
     Args:
-        finite_difference: Differences of gradients instead of exact products; see `_difference`.
+        finite_difference: Use differences of gradients (`_difference`), not exact products. All
+            other arguments are those of `Operator`.
     """
 
     positive_semidefinite = False
@@ -419,8 +429,9 @@ class Hessian(Operator):
         gradient = grad(lambda parameters: losses(parameters).mean())
         if self.finite_difference:
             return _difference(gradient, parameters, vectors, at_once)
-        # Pearlmutter (1994), "Fast exact multiplication by the Hessian". H is symmetric, so the gradient's vjp is its
-        # jvp; and it goes forward and backward once, whatever the number of vectors and chunks.
+        # Pearlmutter: "Fast exact multiplication by the Hessian", 1994. H is symmetric, so the
+        # gradient's vjp equals its jvp, but it needs only one forward and backward pass for all
+        # vectors and chunks.
         transposed_hessian = vjp(gradient, parameters)[1]
         products: Parameters
         (products,) = _mapped(transposed_hessian, vectors, at_once)
@@ -456,9 +467,9 @@ def _require_alike(what: str, ours: Parameters, plain: Parameters) -> None:
 
 
 def _mapped(function: Callable[[Parameters], Any], vectors: Parameters, at_once: int) -> Any:
-    """A function of one vector of all of them, so many at once."""
+    """Apply a function of one vector to all vectors, `at_once` at a time."""
     count = len(next(iter(vectors.values())))
-    # One chunk would be copied on its way out.
+    # A single chunk would cost a copy of the result.
     return vmap(function, chunk_size=at_once if at_once < count else None)(vectors)
 
 
@@ -468,12 +479,14 @@ def _difference(
     vectors: Parameters,
     at_once: int,
 ) -> Parameters:
-    """Central differences: (g(theta + eps v) - g(theta - eps v)) / 2 eps for every vector.
+    """Central differences (g(theta + eps v) - g(theta - eps v)) / 2 eps for every vector.
 
-    The error is eps^2/6 |D^3 g [v, v, v]| by truncation and u |g| / eps by rounding, u the unit roundoff. Their sum is
-    least for a step eps |v| = u^(1/3) times the scale on which g bends, for which |theta| stands (Nocedal and Wright,
-    "Numerical Optimization", section 8.1): .004 |theta| in float32, with a relative error about 1e-4 where the
-    network is smooth. Where the step moves a ReLU over its kink it is larger, by the jump of the gradient there.
+    The truncation error is eps^2/6 |D^3 g [v, v, v]| and the rounding error u |g| / eps, where u is
+    the unit roundoff. Their sum is smallest for a step eps |v| of u^(1/3) times the scale on which
+    g changes (Nocedal and Wright: "Numerical Optimization", section 8.1). |theta| is taken as this
+    scale. In float32 the step is .004 |theta|, and the relative error is about 1e-4 where the
+    network is smooth. If the step crosses the kink of a ReLU, the error grows by the gradient's
+    jump there.
     """
     scale = torch.stack([p.square().sum() for p in parameters.values()]).sum().sqrt()
     unit = torch.finfo(scale.dtype).eps / 2
@@ -490,7 +503,7 @@ def _difference(
 
 
 class _Applied(nn.Module):
-    """function(model, batch) as a module, so that `functional_call` can put parameters into the model."""
+    """function(model, batch) as a module, so that `functional_call` can insert parameters."""
 
     def __init__(self, model: nn.Module, function: Callable[[nn.Module, Batch], Tensor]):
         super().__init__()

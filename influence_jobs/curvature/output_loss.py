@@ -53,7 +53,7 @@ def _of_function(losses: Callable[[Tensor, Tensor], Tensor]) -> Form:
 
 
 def cross_entropy(outputs_BC: Tensor, classes_B: Tensor) -> Tensor:
-    """Of logits, or of log-probabilities, which log-softmax leaves as they are; shape (B,)."""
+    """Cross-entropy (B,) of logits, or of log-probabilities, which log-softmax does not change."""
     return F.cross_entropy(outputs_BC, classes_B, reduction="none")
 
 
@@ -166,13 +166,13 @@ def forms_of(task: Task) -> tuple[Form, ...]:
     if declared is None:
         raise ModelError(
             f"{type(task).__name__} declares no output_loss, which the Gauss-Newton matrix needs: "
-            f"set it to {names} or a function (outputs, targets) -> losses, or use "
+            f"set it to {names}, define it as a method (self, outputs, targets) -> losses, or use "
             "--operator hessian"
         )
     if declared not in FORMS:
         raise ModelError(
-            f"output_loss of {type(task).__name__} is {declared!r}: set it to {names} or a function "
-            "(outputs, targets) -> losses"
+            f"output_loss of {type(task).__name__} is {declared!r}: set it to {names}, or "
+            "define it as a method (self, outputs, targets) -> losses"
         )
     return FORMS[declared]
 

@@ -1,4 +1,4 @@
-"""What a task must be for its curvature to be right; found with a few samples before the first product."""
+"""Checks of a task, on a few samples before the first product, that its curvature will be right."""
 
 from collections.abc import Sequence
 
@@ -10,16 +10,16 @@ from influence_jobs.curvature.output_loss import Form, forms_that_give
 from influence_jobs.errors import DataError, ModelError
 from influence_jobs.tasks.base import Batch, Task
 
-RELATIVE_ERROR = 1e-3  # what float32 and another order of summation may differ by
+RELATIVE_ERROR = 1e-3  # allowed for float32 and another order of summation
 
 
 @torch.no_grad()
 def require_deterministic(task: Task, model: nn.Module, batch: Batch, again: Batch) -> None:
-    """Refuse a loss that changes between two passes over the same samples, fetched twice.
+    """Refuse losses that change between two passes over the same samples, fetched twice.
 
     Raises:
-        ModelError: It does.
-        DataError: It is not finite.
+        ModelError: The losses differ.
+        DataError: A loss is not finite.
     """
     losses_B, again_B = task.losses(model, batch), task.losses(model, again)
     if not losses_B.isfinite().all():
@@ -28,8 +28,8 @@ def require_deterministic(task: Task, model: nn.Module, batch: Batch, again: Bat
         )
     if not _close(losses_B, again_B):
         raise ModelError(
-            f"two passes over the same samples of {type(task).__name__} give other losses: switch "
-            "dropout off in eval mode, and draw noise from the Draw and the sample's id alone"
+            f"two passes over the same samples of {type(task).__name__} give different losses: "
+            "switch dropout off in eval mode, and draw noise from the Draw and the sample's id only"
         )
 
 
@@ -57,14 +57,14 @@ def require_output_loss(
         named = task.output_loss if isinstance(task.output_loss, str) else "output_loss"
         raise ModelError(
             f"losses of {type(task).__name__} are not the {named} of its outputs "
-            f"{tuple(outputs.shape)} and targets, as its output_loss says: correct one of them, give "
-            "output_loss as a function (outputs, targets) -> losses, or use --operator hessian"
+            f"{tuple(outputs.shape)} and targets, as its output_loss says: correct one of them, define "
+            "output_loss as a method (self, outputs, targets) -> losses, or use --operator hessian"
         )
     return found
 
 
 def saved_bytes(task: Task, model: nn.Module, batch: Batch) -> int:
-    """Bytes of activations that a backward pass over a batch needs, at least one a sample."""
+    """Bytes of activations that a backward pass over a batch needs, at least one per sample."""
     sizes: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -80,6 +80,6 @@ def saved_bytes(task: Task, model: nn.Module, batch: Batch) -> int:
 
 
 def _close(a_B: Tensor, b_B: Tensor) -> bool:
-    # Relative to the largest: a loss near zero is a difference of large numbers.
+    # Relative to the largest loss, since a loss near zero may be a difference of large numbers.
     difference = (a_B - b_B).abs().max()
     return bool(difference <= RELATIVE_ERROR * torch.maximum(a_B.abs().max(), b_B.abs().max()))

@@ -1,4 +1,4 @@
-"""The parameters that count, as one vector: what gradients, curvature and scores agree on."""
+"""Chosen parameters of a model as one vector, for gradients, curvature and scores."""
 
 import copy
 import math
@@ -70,7 +70,7 @@ class ParameterSpace:
         return sum(math.prod(shape) for shape in self.shapes.values())
 
     def parameters(self) -> dict[str, Tensor]:
-        """The model's parameters that count, by name, in order."""
+        """The chosen parameters by name, in the model's order."""
         return {name: self._model.get_parameter(name) for name in self.shapes}
 
     def split(self, vectors: Tensor) -> dict[str, Tensor]:
@@ -93,7 +93,7 @@ class ParameterSpace:
         return torch.cat(leading, dim=-1)
 
     def gradient(self, value: Tensor) -> Tensor:
-        """Gradient of a scalar with a graph, shape (P,); zero where it does not depend on a parameter."""
+        """Gradient (P,) of a scalar with a graph; zero for parameters that it does not use."""
         parameters = self.parameters()
         gradients = torch.autograd.grad(value, list(parameters.values()), materialize_grads=True)
         return self.join(dict(zip(parameters, gradients, strict=True)))

@@ -1,4 +1,4 @@
-"""Queries of a spec: are they there, what is their gradient, how are they named in tables."""
+"""The queries of a spec: their checks, gradients and table."""
 
 import copy
 
@@ -15,10 +15,10 @@ from influence_jobs.tasks.base import Batch, Draw, Task, device_of, in_double, t
 
 
 def require_queries(task: Task, queries: Queries) -> None:
-    """Refuse queries that the task's test samples do not have.
+    """Refuse queries that the task does not have.
 
     Raises:
-        SpecError: A test id, a region or the quantity is not there.
+        SpecError: A test id, a region or the quantity does not exist.
     """
     name = type(task).__name__
     if queries.quantity not in task.quantities:
@@ -42,14 +42,15 @@ def require_queries(task: Task, queries: Queries) -> None:
         if y + height > size[0] or x + width > size[1]:
             what = f"point {y},{x}" if (height, width) == (1, 1) else f"region {_comma(query)}"
             raise SpecError(
-                f"{what} is outside test image {query.test}, which is {size[0]} high and {size[1]} wide"
+                f"{what} is outside test image {query.test}, which is {size[0]} high and "
+                f"{size[1]} wide"
             )
 
 
 def query_gradients(
     task: Task, model: nn.Module, space: ParameterSpace, queries: Queries, start: int, stop: int
 ) -> Tensor:
-    """Gradients of the measured quantity for queries start..stop, mean over noise draws, shape (Q, P).
+    """Gradients of the quantity of queries start..stop, mean over noise draws, shape (Q, P).
 
     Raises:
         DataError: A gradient is not finite.
@@ -58,7 +59,7 @@ def query_gradients(
     exact = copy.deepcopy(model).double()
     rows = []
     for query in queries.items[start:stop]:
-        # In float64: with many draws a running float32 mean would lose digits.
+        # In float64: a float32 sum over many draws would lose digits.
         total = torch.zeros(space.size, dtype=torch.float64, device=device)
         for draw in range(queries.noise_draws):
             batch = task.test_batch(torch.tensor([query.test]), Draw(queries.seed, draw))
@@ -75,21 +76,21 @@ def query_gradients(
                 total += space.gradient(measured(model, batch))
         if not total.isfinite().all():
             raise DataError(
-                f"the gradient of the {queries.quantity} of test sample {query.test} is not finite: "
-                "check the sample and the checkpoint"
+                f"the gradient of the {queries.quantity} of test sample {query.test} is not "
+                "finite: check the sample and the checkpoint"
             )
         if not total.any():
             raise DataError(
-                f"the gradient of the {queries.quantity} of test sample {query.test} is exactly zero, "
-                "so no training sample can influence it: does its loss depend on the samples beside "
-                "it, or on no trained parameter?"
+                f"the gradient of the {queries.quantity} of test sample {query.test} is exactly "
+                "zero, so no training sample can influence it: does its loss depend on the samples "
+                "beside it, or on no trained parameter?"
             )
         rows.append((total / queries.noise_draws).to(dtype))
     return torch.stack(rows)
 
 
 def queries_table(task: Task, queries: Queries) -> pa.Table:
-    """One row a query: its test id, region, and what the task says of the test sample."""
+    """One row a query: its test id, region, and the task's description of the test sample."""
     ids = np.array([query.test for query in queries.items])
     return pa.table(
         {
@@ -103,7 +104,7 @@ def queries_table(task: Task, queries: Queries) -> pa.Table:
 
 
 def write_queries(run: Run, task: Task, queries: Queries) -> dict[str, str]:
-    """Keep the table of a run's queries; returns the SHA-256 of its file, by name."""
+    """Write the table of a run's queries; returns the SHA-256 of its file by name."""
     return run.write_table("queries", queries_table(task, queries))
 
 

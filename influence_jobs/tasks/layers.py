@@ -1,4 +1,4 @@
-"""Which layers a model has, in the order in which data flow through them."""
+"""The layers of a model, in forward order, and their numbers."""
 
 import re
 from collections.abc import Sequence
@@ -12,10 +12,11 @@ from influence_jobs.tasks.base import Draw, Task, device_of, to_device
 
 
 def weight_layers(task: Task, model: nn.Module) -> list[str]:
-    """Module names of the layers with a number, in forward order; `--layer 1` is the first.
+    """Module names of the numbered layers, in forward order; `--layer 1` is the first.
 
-    Numbered are the types whose `LayerRule` says so, and what inherits from them. The order is
-    taken from a forward pass of one sample, since registration order need not be it.
+    A layer has a number if the `LayerRule` of its type, or of a type it inherits from, says so. One
+    sample is passed through the model to find the order, which may differ from the order of
+    registration.
     """
     order: list[str] = []
 
@@ -41,10 +42,10 @@ def weight_layers(task: Task, model: nn.Module) -> list[str]:
 
 
 def resolve_layers(wanted: Sequence[str | int], task: Task) -> tuple[str, ...]:
-    """Turn what the user typed (numbers, module names, `all`) into module names in forward order.
+    """Turn numbers, module names and `all` from the user into module names in forward order.
 
     Raises:
-        SpecError: A number is out of range or a name unknown; the message names the valid ones.
+        SpecError: A number is out of range or a name is unknown; the message lists the layers.
     """
     model = task.model()
     order = weight_layers(task, model)
@@ -64,7 +65,7 @@ def resolve_layers(wanted: Sequence[str | int], task: Task) -> tuple[str, ...]:
             raise SpecError(f"layer {word!r} does not exist: the layers are {_numbered(order)}")
     registration = {name: i for i, name in enumerate(modules)}
     position = {name: i for i, name in enumerate(order)}
-    # Layers without a number (BatchNorm, Embedding, ...) follow, as the model lists them.
+    # Layers without a number (BatchNorm, Embedding, ...) come last, in order of registration.
     return tuple(sorted(set(names), key=lambda n: (position.get(n, len(order)), registration[n])))
 
 

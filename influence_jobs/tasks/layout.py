@@ -24,7 +24,7 @@ def in_fast_layout(task: Task, model: nn.Module) -> nn.Module:
         _CHANNELS_LAST[task] = _same_in_channels_last(task, model)
     if not _CHANNELS_LAST[task]:
         return model
-    found: nn.Module = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    found: nn.Module = model.to(memory_format=torch.channels_last)
     return found
 
 
@@ -52,5 +52,6 @@ def _same_in_channels_last(task: Task, model: nn.Module) -> bool:
 def _losses(task: Task, model: nn.Module, batch: object) -> Tensor:
     with torch.enable_grad():
         losses_B = task.losses(model, batch)
-        losses_B.sum().backward()  # type: ignore[no-untyped-call]  (a view may fail only there)
+        # A view may fail in the backward pass only.
+        losses_B.sum().backward()  # type: ignore[no-untyped-call]
     return losses_B.detach()

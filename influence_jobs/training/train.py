@@ -1,4 +1,4 @@
-"""Train one model, step by step, so that it can stop anywhere and go on with the same bits."""
+"""Train one model step by step. It can stop after any step and resume with identical results."""
 
 import hashlib
 import itertools
@@ -25,7 +25,7 @@ class Recipe:
     """How to train.
 
     Attributes:
-        momentum: Of SGD; Adam ignores it.
+        momentum: Momentum of SGD; Adam ignores it.
     """
 
     epochs: int
@@ -38,11 +38,11 @@ class Recipe:
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Run the block with torch's generators at a seed, and leave them as they were."""
+    """Run the block with torch's generators seeded, and restore their states afterwards."""
     generators = [torch.default_generator]
     if device.type == "cuda":
         generators.append(torch.cuda.default_generators[device.index or 0])
-    # Not torch.manual_seed: it looks for every kind of device there is, at 0.1 ms a call.
+    # torch.manual_seed looks for every kind of device, which takes 0.1 ms per call.
     states = [generator.get_state() for generator in generators]
     for generator in generators:
         generator.manual_seed(seed)
@@ -54,14 +54,14 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def step_seed(seed: int, epoch: int, step: int) -> int:
-    """The seed of everything random in one step, such as dropout: below 2**63."""
+    """The seed for random operations in one step, such as dropout; below 2**63."""
     digest = hashlib.blake2b(f"{seed}/{epoch}/{step}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int) -> Tensor:
-    """The order of the samples in an epoch, shape (N,): a function of seed and epoch alone."""
-    # The third counter word keeps it off the streams of the samples' noise, which use the fourth.
+    """The order of the samples in an epoch, shape (N,); it depends on seed and epoch only."""
+    # The third word of the counter keeps this stream apart from the samples' noise.
     bits = np.random.Philox(key=[seed, epoch], counter=[0, 0, 1, 0])
     return torch.from_numpy(np.random.Generator(bits).permutation(num_samples))
 
@@ -100,20 +100,20 @@ def require_full_batches(task: Task, batch_size: int, num_samples: int) -> None:
 
 
 class Trainer:
-    """A model in training.
+    """Trains one model.
 
-    The mean of the batch's losses is minimised; the last batch of an epoch may be smaller.
+    It minimises the mean loss of a batch. The last batch of an epoch may be smaller.
 
     Args:
-        task: What to train.
-        recipe: How.
-        seed: Of initial weights, order of samples, and noise.
-        device: Where.
-        norms: Takes the batch gradient after every step, if in-training norms are wanted.
-        changes: Samples to leave out or to label otherwise.
+        task: The task to train.
+        recipe: How to train it.
+        seed: Seed of initial weights, order of samples and noise.
+        device: Device of the model.
+        norms: Records norms of the batch gradient in every step, if wanted.
+        changes: Samples to remove or relabel.
 
     Raises:
-        SpecError: The task's training set cannot be changed so.
+        SpecError: These changes cannot be made to the task's training set.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class Trainer:
         self.num_samples = len(task.train_data()) - len(self._changes.removed)
         require_full_batches(task, recipe.batch_size, self.num_samples)
         self.steps_per_epoch = math.ceil(self.num_samples / recipe.batch_size)
-        self.epoch, self.step_in_epoch = 0, 0  # finished epochs, steps of the one under way
+        self.epoch, self.step_in_epoch = 0, 0  # finished epochs, and steps of the current one
         self._loss_sum = torch.zeros((), device=device, dtype=torch.float64)
         self._order = self._epoch_order()
 
@@ -147,7 +147,7 @@ class Trainer:
 
     @property
     def samples_seen(self) -> int:
-        """Samples trained on so far, each counted once an epoch."""
+        """Samples trained on so far, each counted once per epoch."""
         in_epoch = min(self.step_in_epoch * self.recipe.batch_size, self.num_samples)
         return self.epoch * self.num_samples + in_epoch
 
@@ -182,7 +182,7 @@ class Trainer:
         return self._changes.order(everything)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on from here; plain tensors and numbers."""
+        """Everything needed to continue from here, as plain tensors and numbers."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -193,7 +193,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state."""
+        """Continue from a saved state."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.epoch, self.step_in_epoch = state["epoch"], state["step_in_epoch"]
@@ -204,7 +204,7 @@ class Trainer:
 
 
 def make_optimizer(recipe: Recipe, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
-    """SGD or Adam of torch, as a recipe asks for it."""
+    """The recipe's optimiser: torch's SGD or Adam."""
     if recipe.optimizer == "adam":
         return torch.optim.Adam(
             parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True

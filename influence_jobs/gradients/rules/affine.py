@@ -1,4 +1,4 @@
-"""Rules of the layers with one scale and one shift per channel or feature, after normalising."""
+"""Rules of normalisation layers: one scale and one shift per channel or feature."""
 
 from abc import abstractmethod
 from typing import TypeVar
@@ -12,14 +12,14 @@ A = TypeVar("A", bound=nn.Module)
 
 
 class AffineRule(LayerRule[A]):
-    """The weight gradient is no larger than the input, so it is formed whole."""
+    """The weight gradient is no larger than the input, so it is stored as a whole."""
 
     read_as = "(C, 1, 1, 1)"
     channel_axis = 1
 
     @abstractmethod
     def normalised(self, a: Tensor) -> Tensor:
-        """What is scaled: the input, normalised."""
+        """The normalised input, before scale and shift."""
 
     def weight_gradient(self, a: Tensor, g: Tensor) -> Tensor:
         return self.sums(g * self.normalised(a))
@@ -28,7 +28,7 @@ class AffineRule(LayerRule[A]):
         return self.sums(g)
 
     def sums(self, values: Tensor) -> Tensor:
-        """Sums (B, *weight shape) over a sample's positions of values shaped like the output."""
+        """Sum values of the output's shape over a sample's positions: (B, *weight shape)."""
         return values.sum(dim=tuple(range(2, values.ndim))) if values.ndim > 2 else values
 
     @property
@@ -46,7 +46,7 @@ class AffineRule(LayerRule[A]):
 
 
 class BatchNorm1dRule(AffineRule[nn.BatchNorm1d]):
-    """In eval mode, with running statistics; the input with positions or without."""
+    """In eval mode, with running statistics; the input may have positions."""
 
     layer = nn.BatchNorm1d
 
@@ -75,7 +75,7 @@ class GroupNormRule(AffineRule[nn.GroupNorm]):
 
 
 class LayerNormRule(AffineRule[nn.LayerNorm]):
-    """C runs over the normalised axes, of which there may be several."""
+    """C counts the elements of the normalised axes, which may be several."""
 
     layer = nn.LayerNorm
 

@@ -1,4 +1,4 @@
-"""Scores that know less than influence or attribution: what a method must beat."""
+"""Baselines: simple scores that influence and attribution must beat."""
 
 from functools import cached_property
 
@@ -22,7 +22,7 @@ from influence_jobs.tasks.base import Draw
 
 
 class BaselineJob(ScoresJob[BaselineSpec]):
-    """Random numbers, the sample's loss, or minus the distance of the pixels."""
+    """Scores by random numbers, the sample's loss, or minus the distance of the pixels."""
 
     spec_type = BaselineSpec
 

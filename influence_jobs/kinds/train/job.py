@@ -1,4 +1,4 @@
-"""Train one model; a run of a single shard that saves its state as it goes."""
+"""Train one model, in a single shard that saves its state from time to time."""
 
 import math
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from influence_jobs.training.train import Trainer, initial_model, require_full_b
 
 
 class TrainJob(Job[TrainSpec]):
-    """One shard: all epochs. A killed training goes on from its last saved state, with the same bits."""
+    """One shard for all epochs. A killed training resumes from its last saved state, bit by bit."""
 
     spec_type = TrainSpec
 
@@ -69,8 +69,8 @@ class TrainJob(Job[TrainSpec]):
                 if not math.isfinite(mean_loss):
                     self._require_finite_at_first()
                     raise SpecError(
-                        f"the training diverged: the mean loss of epoch {trainer.epoch} is {mean_loss}; "
-                        "lower the learning rate"
+                        f"the training diverged: the mean loss of epoch {trainer.epoch} is "
+                        f"{mean_loss}; lower the learning rate"
                     )
                 metrics.append(
                     {"epoch": trainer.epoch, "train_loss": mean_loss, **self._evaluate(trainer)}
@@ -126,7 +126,7 @@ class TrainJob(Job[TrainSpec]):
             DataError: The loss of a sample is not finite before any training.
         """
         model = initial_model(self.task, self.spec.seed, self.device).eval()
-        for ids in torch.arange(len(self.task.train_data())).split(self.task.batch_size):
+        for ids in torch.split(torch.arange(len(self.task.train_data())), self.task.batch_size):
             batch = to_device(self.task.batch(ids, Draw(self.spec.seed)), self.device)
             bad_B = ~self.task.losses(model, batch).isfinite().cpu()
             if bad_B.any():

@@ -1,4 +1,4 @@
-"""New labels and the summary of an ablation, against what is worked out by hand."""
+"""New labels and the summary of an ablation, compared with results worked out by hand."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ def labels(rule: str, query_label: int = 3, seed: int = 0, ids=IDS, own=LABELS) 
     return new_labels(rule, ids, own, query_label, num_classes=10, seed=seed).tolist()
 
 
-def test_the_reports_rule_is_class_0_or_1_where_the_query_is_of_class_0() -> None:
+def test_the_research_reports_rule_is_class_0_or_1_for_queries_of_class_0() -> None:
     assert labels("report", query_label=3) == [0, 0, 0]
     assert labels("report", query_label=0) == [1, 1, 1]
 
@@ -35,8 +35,9 @@ def test_random_labels_are_other_classes_and_depend_on_seed_and_id_alone() -> No
 
 def row(query: int, loss: float, before: float, decision: int | None = 1, **more) -> dict:
     return {
-        "mode": "remove", "by": "helpful", "k": 5, "query": query, "loss": loss, "decision": decision,
-        "loss_before": before, "decision_before": None if decision is None else 1, **more,
+        "mode": "remove", "by": "helpful", "k": 5, "query": query,
+        "loss": loss, "loss_before": before,
+        "decision": decision, "decision_before": None if decision is None else 1, **more,
     }  # fmt: skip
 
 

@@ -37,7 +37,7 @@ def test_what_never_changes_has_no_correlation() -> None:
 
 def test_the_mean_over_queries_has_an_interval_over_subsets() -> None:
     draws = np.random.default_rng(0)
-    common = draws.normal(size=80)  # what all queries share, as retrainings do
+    common = draws.normal(size=80)  # shared by all queries, as the noise of retrainings is
     predicted = draws.normal(size=(30, 80))
     found = 0.5 * predicted + common + 0.1 * draws.normal(size=(30, 80))
     expected = np.mean([lds(p, f).value for p, f in zip(predicted, found, strict=True)])
@@ -45,7 +45,9 @@ def test_the_mean_over_queries_has_an_interval_over_subsets() -> None:
     assert mean.mean == pytest.approx(expected)
     assert mean.low < mean.mean < mean.high
     alone = mean_lds(predicted[:, :20], found[:, :20])
-    assert alone.high - alone.low > 1.3 * (mean.high - mean.low)  # fewer subsets say less
+    assert alone.high - alone.low > 1.3 * (
+        mean.high - mean.low
+    )  # fewer subsets give a wider interval
 
 
 def test_queries_without_a_correlation_do_not_count() -> None:

@@ -1,4 +1,4 @@
-"""Overlap and rank correlation, against sets and ranks taken by hand."""
+"""Overlap and rank correlation, compared with sets and ranks taken by hand."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Ablation and LDS runs, against trainings made one at a time by `Trainer`."""
+"""Ablation and LDS runs, compared with trainings by `Trainer`, one at a time."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +23,7 @@ from influence_jobs.store.run import Run
 from influence_jobs.store.verify import find_damage, mark_undone
 from influence_jobs.tasks.base import Draw
 from influence_jobs.training.changes import Changes
+from influence_jobs.training.ensemble import Variant
 from influence_jobs.training.train import Trainer
 
 N = 1500
@@ -77,7 +78,7 @@ def test_each_row_is_what_a_training_of_its_own_gives(
 def test_a_larger_grid_trains_only_what_is_new(carry_out, grid, fresh_root, trained) -> None:
     root = fresh_root()
     small = carry_out(grid(), root=root)
-    # One unmanipulated model; `loss` ranks alike for all queries, so its removals are one model.
+    # One unchanged model; `loss` ranks the same for all queries, so its removals are one model.
     first = set(trained)
     assert set(trained.values()) == {1}
     large = carry_out(grid(sizes=(100, 200), modes=("remove",)), root=root)
@@ -87,12 +88,43 @@ def test_a_larger_grid_trains_only_what_is_new(carry_out, grid, fresh_root, trai
     assert kept == [row for row in table(small, "results") if row["mode"] == "remove"]
 
 
+def test_a_model_of_other_labels_is_another_model(
+    carry_out, grid, random, fresh_root, trained
+) -> None:
+    root, chosen = fresh_root(), {"modes": ("relabel",), "rankings": (random,)}
+    found = [table(carry_out(grid(**chosen, relabel=rule), root=root), "results")
+             for rule in ("report", "next")]  # fmt: skip
+    # Of either rule a model a query, and the one that nothing was done to.
+    assert len(trained) == 2 * 3 + 1
+    assert set(trained.values()) == {1}
+    for before, after in zip(*found, strict=True):
+        assert before["loss_before"] == after["loss_before"]
+        assert before["loss"] != after["loss"]
+
+
+def test_the_key_of_a_model_has_all_that_distinguishes_its_training_in_any_order() -> None:
+    def key(seed: int, removed: list[int], relabelled: list[int], labels: list[int]) -> str:
+        changes = Changes(*(np.array(values) for values in (removed, relabelled, labels)))
+        return retraining._key(Variant(seed, changes))
+
+    whole = key(0, [9, 7], [3, 5, 1], [1, 2, 3])
+    others = {
+        key(1, [9, 7], [3, 5, 1], [1, 2, 3]),
+        key(0, [9, 8], [3, 5, 1], [1, 2, 3]),
+        key(0, [9, 7], [3, 5, 2], [1, 2, 3]),
+        key(0, [9, 7], [3, 5, 1], [1, 2, 4]),
+        key(0, [9, 7], [3, 5, 1], [2, 1, 3]),
+    }
+    assert len(others - {whole}) == 5
+    assert key(0, [7, 9], [1, 5, 3], [3, 2, 1]) == whole
+
+
 def test_shards_of_any_size_give_the_same_table(carry_out, grid, fresh_root) -> None:
     runs = [carry_out(grid(), root=fresh_root(), shard_rows=rows) for rows in (1, 5, 100)]
     whole, *others = (table(run, "results") for run in runs)
     for other in others:
         for a, b in zip(whole, other, strict=True):
-            # Other ensembles round otherwise, and a network with kinks may amplify it.
+            # Other ensembles round otherwise, and ReLUs may amplify that.
             assert a["loss"] == pytest.approx(b["loss"], rel=0.02, abs=2e-3)
             assert a.keys() == b.keys()
             assert all(a[name] == b[name] for name in ("query", "k", "mode", "by", "seed"))
@@ -133,7 +165,7 @@ def lds_spec(grad_norms_spec, recipe, random, loss):
 
 
 def expected_lds(run: Run, task, recipe: TrainSpec, tests: list[int]) -> Iterator[float]:
-    """Spearman's correlation of minus the summed scores and the losses of models trained one by one."""
+    """Spearman's correlation of minus summed scores and losses of models trained one by one."""
     spec: Any = run.spec
     batch = task.test_batch(torch.tensor(tests), Draw(0))
     losses, sums = [], []
@@ -159,7 +191,7 @@ def test_lds_is_the_correlation_of_summed_scores_with_losses_of_retrained_models
     found = [row["lds"] for row in table(run, "results") if row["method"] == "random"]
     assert found == pytest.approx(list(expected_lds(run, digits_task, recipe, tests)), abs=1e-6)
     assert len(trained) == 12
-    # Another method, another ensemble, and the same trainings.
+    # Another method and another ensemble use the same trainings.
     both = Ranking(name="both", scores=tuple(r.scores[0] for r in run.spec.rankings))
     again = carry_out(lds_spec(rankings=(both,), subsets=8), root=root)
     assert len(trained) == 16
@@ -172,7 +204,7 @@ def test_lds_is_the_correlation_of_summed_scores_with_losses_of_retrained_models
     assert before.items() <= after.items()
 
 
-def test_a_ranking_from_its_other_end_has_no_lds(lds_spec, random) -> None:
+def test_a_ranking_by_smallest_scores_has_no_lds(lds_spec, random) -> None:
     turned = random.model_copy(update={"largest": False, "name": "harmful"})
     with pytest.raises(SpecError, match="leave method harmful out"):
         lds_spec(rankings=(random, turned))
@@ -212,7 +244,7 @@ def test_a_wide_shard_is_cut_into_ensembles_of_the_fastest_width(
     drive(run.root, run.id, InlineBackend(), shard_rows=100)
     # 3 without random samples and 1 without those of the largest loss; 1 unmanipulated.
     assert widths == [4, 1]
-    # What the run's first worker has found stays.
+    # The width that the run's first worker measured stays.
     monkeypatch.setattr(retraining, "measure_widths", lambda *_a, **_k: {1: 5.0})
     for folder in root.glob("retrained-*"):
         folder.rename(root / "gone")

@@ -45,7 +45,7 @@ def denoiser(tmp_path_factory: pytest.TempPathFactory) -> FFDNetTask:
 
 
 def first_map(model: Any, batch: Batch) -> Tensor:
-    """FFDNet's first convolution, (96, h, w), from the folded image written out."""
+    """FFDNet's first convolution, (96, h, w), of the folded image, written out by hand."""
     noisy, sigma, _ = batch
     padded = F.pad(noisy, (0, 0, 0, 1), mode="replicate")[0]
     folded = torch.stack(
@@ -133,7 +133,7 @@ def test_layers_without_one_activation_a_channel_are_refused(layer: str, complai
 
 
 def test_the_channels_of_a_sequence_are_its_last_axis_and_those_of_an_image_its_first() -> None:
-    """Against the mean over positions by hand, of layers that put channels in different places."""
+    """Compared with the mean over positions by hand, for layers with channels on other axes."""
 
     class Places(nn.Module):
         def __init__(self) -> None:

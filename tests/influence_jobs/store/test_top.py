@@ -1,4 +1,4 @@
-"""Rankings read block by block, against sorting the whole array."""
+"""Rankings read block by block, compared with a sort of the whole array."""
 
 from pathlib import Path
 
