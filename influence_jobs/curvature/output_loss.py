@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-import torch
 from torch import Tensor
 from torch.func import grad, jvp
 from torch.nn import functional as F
@@ -67,9 +66,9 @@ def _cross_entropy_hessian(outputs_BC: Tensor, _targets: Tensor, tangents_BC: Te
 def _of_positions(classes: int, reduction: str) -> Form:
     """Cross-entropies of every position, classes along axis 1 or -1, put together by sample."""
 
-    def weights(targets_BT: Tensor) -> Tensor:
+    def weights(targets_BT: Tensor, like: Tensor) -> Tensor:
         """What each position's loss counts in its sample's."""
-        counted_BT = (targets_BT != IGNORED).to(torch.get_default_dtype())
+        counted_BT = (targets_BT != IGNORED).to(like.dtype)
         if reduction == "sum":
             return counted_BT
         if reduction == "mean over all":
@@ -81,12 +80,12 @@ def _of_positions(classes: int, reduction: str) -> Form:
         losses_BT = F.cross_entropy(
             outputs.movedim(classes, 1), targets_BT, ignore_index=IGNORED, reduction="none"
         )
-        return (losses_BT * weights(targets_BT).to(losses_BT)).flatten(1).sum(1)
+        return (losses_BT * weights(targets_BT, losses_BT)).flatten(1).sum(1)
 
     def hessian(outputs: Tensor, targets_BT: Tensor, tangents: Tensor) -> Tensor:
         p = outputs.softmax(classes)
         product = p * (tangents - (p * tangents).sum(classes, keepdim=True))
-        return product * weights(targets_BT).to(product).unsqueeze(classes) / len(outputs)
+        return product * weights(targets_BT, product).unsqueeze(classes) / len(outputs)
 
     axis = "last" if classes == -1 else "second"
     return Form(

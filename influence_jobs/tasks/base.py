@@ -35,7 +35,7 @@ from torch.utils.data import default_collate
 
 from influence_jobs.errors import DataError, SpecError
 from influence_jobs.tasks.published import Published
-from influence_jobs.terms import OutputLoss, Region
+from influence_jobs.terms import Region
 
 Batch = Any  # a pytree of tensors with a leading batch axis
 FINGERPRINT_ROWS = 16  # training samples whose values are part of a fingerprint
