@@ -55,7 +55,7 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
         return len(self.spec.s_tests) * self.spec.noise_draws
 
     @cached_property
-    def parts(self) -> tuple[str, ...]:
+    def kept_layers(self) -> tuple[str, ...]:
         if not self.spec.keep_modules:
             return ()
         return ParameterSpace(self.task.model(), self.spec.s_tests[0].modules).modules
