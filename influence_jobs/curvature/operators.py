@@ -6,7 +6,7 @@ mini-batch in every step, and one forward pass for all vectors. So vectors have 
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -14,15 +14,17 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp, vmap
 from torch.utils import _pytree as pytree
 
-from influence_jobs.curvature.output_loss import OUTPUT_HESSIANS
+from influence_jobs.curvature.output_loss import Form, forms_of
 from influence_jobs.curvature.requirements import (
     require_deterministic,
     require_output_loss,
     saved_bytes,
 )
-from influence_jobs.errors import DataError, SpecError
+from influence_jobs.errors import DataError, ModelError, SpecError
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.gradients.requirements import require_independent_samples
+from influence_jobs.gradients.taps import thawed
+from influence_jobs.gradients.transforms import all_derivatives
 from influence_jobs.tasks.base import Batch, Draw, Task, device_of, to_device
 
 MAX_BYTES = 2**30  # largest memory for activations times vectors in a pass
@@ -103,13 +105,19 @@ class Operator(ABC):
         Raises:
             DataError: The loss of a sample is not finite; the message names the sample.
         """
+        self.look()
         for ids in torch.split(self.ids, self.batch_size):
-            bad_B = ~self.task.losses(self.model, self.batch(ids)).isfinite().cpu()
+            batch = self.batch(ids)
+            bad_B = ~self.task.losses(self.model, batch).isfinite().cpu()
             if bad_B.any():
                 raise DataError(
                     f"the training loss of sample {int(ids[bad_B][0])} is not finite: check the "
                     "sample and the checkpoint"
                 )
+            self._check(batch)
+
+    def _check(self, batch: Batch) -> None:  # noqa: B027  (most operators ask nothing more)
+        """Refuse a batch whose losses are not what the task declares."""
 
     def product(self, v_QP: Tensor, ids: Tensor) -> Tensor:
         """The matrix of a mini-batch, ids (B,), times every row of v_QP: (Q, P).
@@ -168,10 +176,15 @@ class Operator(ABC):
     ) -> Parameters:
         """The mean over a batch times {name: (Q, *shape)}, for `at_once` vectors at a time."""
 
-    # The transforms keep their own graphs; autograd would also keep one of all other parameters.
+    # The transforms keep their own graphs; autograd would keep one more, of the parameters that do
+    # not count.
     @torch.no_grad()
     def _means(self, v_EQP: Tensor, ids_EB: Tensor) -> Parameters:
-        """`products` for mini-batches that fit into memory."""
+        """What `products` gives, for mini-batches that fit into memory."""
+        with all_derivatives(self.model):
+            return self._means_of(v_EQP, ids_EB)
+
+    def _means_of(self, v_EQP: Tensor, ids_EB: Tensor) -> Parameters:
         repeats, queries, _ = v_EQP.shape
         self.work += self.cost * queries * ids_EB.numel()
         if repeats > 1 and self._exact and self._fits(queries * ids_EB.numel()):
@@ -254,7 +267,16 @@ class Operator(ABC):
         """
         if self._sample_bytes is None:
             ids = self.ids[:LOOKED_AT]
-            self._look(self.batch(ids), self.batch(ids))
+            try:
+                self._look(self.batch(ids), self.batch(ids))
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # NotImplementedError is one
+                raise ModelError(
+                    f"torch cannot differentiate {type(self.model).__name__} as the curvature "
+                    f"needs it ({str(error).splitlines()[0]}): packed sequences and operations of "
+                    "one's own are the usual cause; use --solver identity, or replace them"
+                ) from error
             self._sample_bytes = saved_bytes(self.task, self.model, self.batch(ids)) // len(ids)
 
     def _samples_at_once(self, num_vectors: int) -> int:
@@ -267,6 +289,53 @@ class Operator(ABC):
         """`look`, given a few samples that were fetched twice."""
         require_independent_samples(self.model)
         require_deterministic(self.task, self.model, batch, again)
+        with all_derivatives(self.model):
+            self._compare_with_autograd(batch)
+
+    def _compare_with_autograd(self, batch: Batch) -> None:
+        """Compare a gradient and a product with those of plain autograd on the model as it is.
+
+        Raises:
+            ModelError: They differ, as where a model uses a parameter through a handle of its own.
+        """
+        parameters = self.space.parameters()
+        losses = _function_of_parameters(self.model, self.task.losses, batch)
+        ours = grad(lambda parameters: losses(parameters).mean())(self._values())
+        generator = torch.Generator().manual_seed(0)
+        vectors = {
+            name: torch.randn(p.shape, generator=generator).to(p) for name, p in parameters.items()
+        }
+        products = self._multiply(
+            self._values(), {name: v[None] for name, v in vectors.items()}, batch, 1
+        )
+        with thawed(parameters.values()), torch.enable_grad():
+            plain = self._autograd(self.task.losses(self.model, batch).mean())
+            _require_alike("gradient", ours, plain)
+            try:
+                plain = self._plain_product(vectors, batch)
+            except (RuntimeError, NotImplementedError):  # autograd itself knows no such derivative
+                return
+        if self._exact:
+            _require_alike("curvature", {n: p[0] for n, p in products.items()}, plain)
+
+    def _autograd(
+        self, value: Tensor, along: Tensor | None = None, *, create_graph: bool = False
+    ) -> Parameters:
+        """Derivatives of a value by the parameters, zero where it does not depend on one."""
+        parameters = self.space.parameters()
+        found = torch.autograd.grad(
+            value,
+            list(parameters.values()),
+            along,
+            create_graph=create_graph,
+            retain_graph=True,
+            materialize_grads=True,
+        )
+        return dict(zip(parameters, found, strict=True))
+
+    @abstractmethod
+    def _plain_product(self, vectors: Parameters, batch: Batch) -> Parameters:
+        """The mean over a batch times {name: shape}, by plain autograd on the model."""
 
 
 class GaussNewton(Operator):
@@ -281,15 +350,31 @@ class GaussNewton(Operator):
     positive_semidefinite = True
     cost = 4 / 3  # two matrix products in Jv, two in J^T u
 
+    _forms: tuple[Form, ...] = ()
+
     def _look(self, batch: Batch, again: Batch) -> None:
+        require_independent_samples(self.model)
+        self._forms = require_output_loss(self.task, self.model, batch, forms_of(self.task))
         super()._look(batch, again)
-        require_output_loss(self.task, self.model, batch)
+
+    def _plain_product(self, vectors: Parameters, batch: Batch) -> Parameters:
+        targets = self.task.targets(batch)
+        outputs = self.task.outputs(self.model, batch)
+        # J^T w is linear in w, so its derivative along w gives J v.
+        w = torch.zeros_like(outputs, requires_grad=True)
+        tangents = _autograd(self._autograd(outputs, w, create_graph=True), [w], vectors)[0]
+        with torch.no_grad():
+            curved = self._forms[0].hessian(outputs.detach(), targets, tangents)
+        return self._autograd(outputs, curved)
+
+    def _check(self, batch: Batch) -> None:
+        # Of forms that agree on a few samples another batch may tell which is meant.
+        self._forms = require_output_loss(self.task, self.model, batch, self._forms)
 
     def _multiply(
         self, parameters: Parameters, vectors: Parameters, batch: Batch, at_once: int
     ) -> Parameters:
-        assert self.task.output_loss is not None
-        output_hessian = OUTPUT_HESSIANS[self.task.output_loss]
+        output_hessian, targets = self._forms[0].hessian, self.task.targets(batch)
         outputs = _function_of_parameters(self.model, self.task.outputs, batch)
         transposed_jacobian = vjp(outputs, parameters)[1]
 
@@ -297,7 +382,7 @@ class GaussNewton(Operator):
             # The primals have no vector axis, so vmap runs their forward once for all vectors.
             outputs_BC, tangents_BC = jvp(outputs, (parameters,), (vector,))[:2]
             result: Parameters
-            (result,) = transposed_jacobian(output_hessian(outputs_BC, tangents_BC))
+            (result,) = transposed_jacobian(output_hessian(outputs_BC, targets, tangents_BC))
             return result
 
         products: Parameters = _mapped(product, vectors, at_once)
@@ -330,6 +415,13 @@ class Hessian(Operator):
         self.finite_difference = finite_difference
         self._exact = not finite_difference
 
+    def _plain_product(self, vectors: Parameters, batch: Batch) -> Parameters:
+        loss = self.task.losses(self.model, batch).mean()
+        gradient = self._autograd(loss, create_graph=True)
+        parameters = self.space.parameters()
+        found = _autograd(gradient, list(parameters.values()), vectors)
+        return dict(zip(parameters, found, strict=True))
+
     def _multiply(
         self, parameters: Parameters, vectors: Parameters, batch: Batch, at_once: int
     ) -> Parameters:
@@ -344,6 +436,34 @@ class Hessian(Operator):
         products: Parameters
         (products,) = _mapped(transposed_hessian, vectors, at_once)
         return products
+
+
+def _autograd(values: Parameters, by: Sequence[Tensor], along: Parameters) -> tuple[Tensor, ...]:
+    """The derivative of values along vectors, by some tensors."""
+    depending = [name for name, value in values.items() if value.requires_grad]
+    return torch.autograd.grad(
+        [values[name] for name in depending],
+        by,
+        [along[name] for name in depending],
+        materialize_grads=True,
+    )
+
+
+def _require_alike(what: str, ours: Parameters, plain: Parameters) -> None:
+    """Refuse a model whose derivatives are others than plain autograd gives.
+
+    Raises:
+        ModelError: Naming the parameter that differs most.
+    """
+    errors = {name: float((ours[name] - plain[name]).detach().abs().max()) for name in plain}
+    largest = max(float(value.detach().abs().max()) for value in plain.values())
+    worst = max(errors, key=errors.__getitem__)
+    if not errors[worst] <= AGREEMENT * largest + torch.finfo(torch.float32).tiny:
+        raise ModelError(
+            f"the {what} by parameter '{worst}' is not what autograd gives: the model does not use "
+            "the parameter of that name in its forward, but a handle that it keeps elsewhere (a "
+            "list, a copy); use it as an attribute of its module"
+        )
 
 
 def _mapped(function: Callable[[Parameters], Any], vectors: Parameters, at_once: int) -> Any:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from influence_jobs.gradients.reference import LossModule
+from influence_jobs.gradients.transforms import all_derivatives
 
 # Vectors in one forward pass. Each needs memory for tangents of all activations.
 _CHUNK = 16
@@ -53,7 +53,7 @@ def directional_derivatives(
         return derivatives
 
     with (
-        sdpa_kernel(SDPBackend.MATH),  # fused attention kernels have no forward-mode derivative
+        all_derivatives(model),
         _constant_padding(model),
     ):
         dots_QB: Tensor = vmap(along, chunk_size=_CHUNK)(*vectors.values())

@@ -1,8 +1,10 @@
 """Chosen parameters of a model as one vector, for gradients, curvature and scores."""
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -11,16 +13,19 @@ from influence_jobs.errors import ModelError
 
 
 class ParameterSpace:
-    """The parameters of chosen layers, flattened in the model's order into vectors of length P.
+    """The trained parameters of chosen modules, as one vector of length P in the model's order.
+
+    Frozen parameters (`requires_grad` False when the space is made) do not count. A parameter that
+    several modules share counts once, with all its uses, under the first of those that are chosen.
 
     Args:
-        model: The model. Every call reads its current parameters, so weights may be loaded later.
-        modules: Names of the layers' modules. Only a module's own parameters are included, not
-            those of its children. None means all modules.
+        model: Its parameters are looked up anew at every call, so weights may be loaded later.
+        modules: Names of modules whose own parameters count (children name theirs themselves); all
+            modules if None.
 
     Raises:
-        ModelError: There is no such layer, or it has no parameters of its own; or the model has no
-            parameters.
+        ModelError: There is no such module, it has no parameters or only frozen ones, or nothing is
+            left.
     """
 
     def __init__(self, model: nn.Module, modules: Sequence[str] | None = None):
@@ -28,16 +33,36 @@ class ParameterSpace:
         known = dict(model.named_modules())
         for module in modules or ():
             if module not in known:
-                raise ModelError(f"{type(model).__name__} has no layer '{module}'")
-            if not any(True for _ in known[module].parameters(recurse=False)):
-                raise ModelError(f"layer '{module}' has no parameters of its own: leave it out")
+                raise ModelError(f"{type(model).__name__} has no module '{module}'")
+            own = list(known[module].parameters(recurse=False))
+            if not own:
+                raise ModelError(f"module '{module}' has no parameters of its own: leave it out")
+            if not any(parameter.requires_grad for parameter in own):
+                raise ModelError(
+                    f"layer '{module}' is frozen (requires_grad is False), so training does not "
+                    "change it: leave it out"
+                )
+        chosen = set(known if modules is None else modules)
+        names: dict[int, str] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if parameter.requires_grad and name.rpartition(".")[0] in chosen:
+                names.setdefault(id(parameter), name)
         self.shapes: dict[str, torch.Size] = {
-            name: parameter.shape
-            for name, parameter in model.named_parameters()  # a shared parameter occurs once
-            if modules is None or name.rpartition(".")[0] in modules
+            name: model.get_parameter(name).shape for name in names.values()
         }
         if not self.shapes:
-            raise ModelError(f"{type(model).__name__} has no parameters")
+            raise ModelError(f"{type(model).__name__} has no parameters that are trained")
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the modules under which parameters count, in order."""
+        return tuple(dict.fromkeys(name.rpartition(".")[0] for name in self.shapes))
+
+    def of(self, model: nn.Module) -> Self:
+        """The same parameters of another model, such as a copy in float64."""
+        other = copy.copy(self)
+        other._model = model
+        return other
 
     @cached_property
     def size(self) -> int:

@@ -21,6 +21,7 @@ from influence_jobs.errors import ModelError
 from influence_jobs.gradients.reference import one_sample
 from influence_jobs.gradients.requirements import require_independent_samples
 from influence_jobs.gradients.rules import LayerRule
+from influence_jobs.gradients.transforms import without_fused_transformers
 from influence_jobs.terms import Precision
 
 #: Takes a layer's name, rule, input and output gradient, the tensors with the weights' dtype.
@@ -200,7 +201,7 @@ class TappedModel(ABC):
             torch.autocast(
                 self._device.type, dtype=torch.bfloat16, enabled=mixed, cache_enabled=False
             ),
-            _no_transformer_fast_path(),
+            without_fused_transformers(),
         ):
             losses = self._losses(self._model, batch)
         if not isinstance(losses, Tensor) or losses.ndim != 1:
@@ -306,17 +307,6 @@ def thawed(parameters: Iterable[Tensor]) -> Iterator[None]:
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-
-
-@contextmanager
-def _no_transformer_fast_path() -> Iterator[None]:
-    """Switch off torch's fused transformer kernels, which bypass hooks and have no derivative."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _unused(name: str) -> ModelError:

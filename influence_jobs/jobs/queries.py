@@ -1,5 +1,7 @@
 """The queries of a spec: their checks, gradients and table."""
 
+import copy
+
 import numpy as np
 import pyarrow as pa
 import torch
@@ -9,7 +11,7 @@ from influence_jobs.errors import DataError, SpecError
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.specs.queries import Queries, Query
 from influence_jobs.store.run import Run
-from influence_jobs.tasks.base import Draw, Task, device_of, to_device
+from influence_jobs.tasks.base import Batch, Draw, Task, device_of, in_double, to_device
 
 
 def require_queries(task: Task, queries: Queries) -> None:
@@ -53,21 +55,37 @@ def query_gradients(
     Raises:
         DataError: A gradient is not finite.
     """
-    device = device_of(model)
+    device, dtype = device_of(model), next(model.parameters()).dtype
+    exact = copy.deepcopy(model).double()
     rows = []
     for query in queries.items[start:stop]:
         # In float64: a float32 sum over many draws would lose digits.
         total = torch.zeros(space.size, dtype=torch.float64, device=device)
         for draw in range(queries.noise_draws):
             batch = task.test_batch(torch.tensor([query.test]), Draw(queries.seed, draw))
-            value = task.measure(model, to_device(batch, device), queries.quantity, query.region)
-            total += space.gradient(value.sum())
+            batch = to_device(batch, device)
+
+            def measured(model: nn.Module, batch: Batch, query: Query = query) -> Tensor:
+                return task.measure(model, batch, queries.quantity, query.region).sum()
+
+            # In float64: where a query is fitted well its gradient is a difference that float32
+            # cannot tell from zero.
+            try:
+                total += space.of(exact).gradient(measured(exact, in_double(batch)))
+            except RuntimeError:  # a model that only its own type will do for
+                total += space.gradient(measured(model, batch))
         if not total.isfinite().all():
             raise DataError(
                 f"the gradient of the {queries.quantity} of test sample {query.test} is not "
                 "finite: check the sample and the checkpoint"
             )
-        rows.append((total / queries.noise_draws).to(next(model.parameters()).dtype))
+        if not total.any():
+            raise DataError(
+                f"the gradient of the {queries.quantity} of test sample {query.test} is exactly "
+                "zero, so no training sample can influence it: does its loss depend on the samples "
+                "beside it, or on no trained parameter?"
+            )
+        rows.append((total / queries.noise_draws).to(dtype))
     return torch.stack(rows)
 
 

@@ -29,7 +29,7 @@ from influence_jobs.terms import Region
 from influence_jobs.training.changes import Changes
 from influence_jobs.training.ensemble import EnsembleTrainer, Variant
 from influence_jobs.training.ensemble_width import WIDTHS, bytes_per_variant, measure_widths
-from influence_jobs.training.train import Trainer
+from influence_jobs.training.train import Trainer, require_full_batches
 
 MAX_SHARD, MIN_SHARD, AIM_SHARDS = 128, 8, 16
 MEASURED_STEPS = 200_000  # steps over all models; a smaller run does not repay measuring
@@ -75,6 +75,8 @@ class RetrainJob(Job[S]):
     def plan(self, shard_rows: int | None = None) -> Plan:
         require_queries(self.task, self.spec.queries)
         count, num_queries = len(self.sizes), len(self.spec.queries.items)
+        for size in sorted(set(self.sizes)):
+            require_full_batches(self.task, self.spec.recipe.batch_size, size)
         rows = shard_rows or min(max(count // AIM_SHARDS, MIN_SHARD), MAX_SHARD)
         arrays = tuple(
             ArrayLayout(
@@ -218,7 +220,9 @@ class RetrainJob(Job[S]):
         pair = [Variant(0), Variant(1)]
         try:
             EnsembleTrainer(self.task, recipe_of(self.spec.recipe), pair, device=self.device).step()
-        except ModelError:
+        except torch.OutOfMemoryError:
+            raise
+        except (ModelError, RuntimeError):  # one at a time it works, or fails with its own error
             return False
         return True
 

@@ -19,6 +19,7 @@ from influence_jobs.specs.base import Spec
 from influence_jobs.store.checkpoints import load_checkpoint, recorded_digest
 from influence_jobs.store.layout import ArrayLayout
 from influence_jobs.tasks.base import Batch, Draw, to_device
+from influence_jobs.tasks.layout import in_fast_layout
 
 MAX_SHARDS = 256  # a stop loses at most one shard a worker; more shards add overhead
 
@@ -81,8 +82,7 @@ class SampleJob(Job[S]):
     def model(self) -> torch.nn.Module:
         """The model in eval mode, untrained or with the weights that were loaded last."""
         model = self.task.model().to(self.device, self.dtype).eval()
-        # Convolutions and the rules of their gradients are faster in this format.
-        return model.to(memory_format=torch.channels_last)
+        return in_fast_layout(self.task, model)
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Put a checkpoint's weights into the model."""

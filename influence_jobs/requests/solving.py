@@ -121,10 +121,11 @@ def _curvature_samples(given: int | str) -> int | None:
 
 
 def _modules(task: Task, solver: SolverSettings) -> tuple[str, ...]:
-    """The modules with parameters of their own that the solver can handle."""
+    """All modules with trained parameters of their own, as far as the solver can do them."""
     kinds = matrix_layers() if solver.needs_factors else (nn.Module,)
     return tuple(
         name
         for name, module in task.model().named_modules()
-        if isinstance(module, kinds) and any(True for _ in module.parameters(recurse=False))
+        if isinstance(module, kinds)
+        and any(parameter.requires_grad for parameter in module.parameters(recurse=False))
     )

@@ -12,7 +12,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from infl_configs import preset_names, read_preset
-from influence_jobs.errors import ModelError, SpecError
+from influence_jobs.errors import DataError, ModelError, SpecError
 from influence_jobs.kinds.train.spec import (
     Checkpoint,
     FileCheckpoint,
@@ -113,6 +113,12 @@ def task_of(
             ) from None
     task = kind(**complete)
     task.prepare(say)
+    data_kind = type(task.train_data())
+    if not hasattr(data_kind, "__len__"):
+        raise DataError(
+            f"train_data() of {name} gives {data_kind.__name__}, which has no length: samples need "
+            "fixed ids, so give a map-style dataset or a list"
+        )
     data, code = fingerprinted(name, task, like=trained)
     paths = {key: values[key] for key in sorted(kind.paths & values.keys())}
     return TaskSpec(name=name, options=options, paths=paths, data=data, code=code), task

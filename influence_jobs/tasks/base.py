@@ -35,7 +35,7 @@ from torch.utils.data import default_collate
 
 from influence_jobs.errors import DataError, SpecError
 from influence_jobs.tasks.published import Published
-from influence_jobs.terms import OutputLoss, Region
+from influence_jobs.terms import Region
 
 Batch = Any  # a pytree of tensors with a leading batch axis
 FINGERPRINT_ROWS = 16  # training samples whose values are part of a fingerprint
@@ -44,6 +44,11 @@ FINGERPRINT_ROWS = 16  # training samples whose values are part of a fingerprint
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Move every tensor of a batch."""
     return pytree.tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
+
+
+def in_double(batch: Batch) -> Batch:
+    """A batch with its floating-point tensors in float64."""
+    return pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, batch)
 
 
 def digest(batch: Batch) -> str:
@@ -98,10 +103,12 @@ class Task(ABC):
             no new training.
         request_options: Further options for the user, by name: a type, possibly with
             `typing_extensions.Doc`. `settle` turns them into arguments.
-        output_loss: The loss as a function of a sample's outputs: cross-entropy of logits and
-            class, or the mean squared error over the outputs. None for any other loss; then there
-            is no Gauss-Newton matrix. Pages compare labels only with cross-entropy, as only then
-            labels are classes.
+        output_loss: What the loss of a sample is of its outputs and targets. "cross-entropy" of
+            logits and classes, "mse", or "binary-cross-entropy" of logits: each of one output or of
+            several, with the mean or the sum over a sample's positions, where a class of -100 does
+            not count. Or a method `output_loss(self, outputs, targets)` that gives losses (B,), convex
+            in the outputs. Without it (None) there is no Gauss-Newton matrix. Pages compare labels
+            only where it is "cross-entropy", since elsewhere labels are not classes.
         quantities: The quantities that `measure` knows, the default first.
         query_sets: Named sets of test ids.
         published: Results of the research report for this task, printed beside ours.
@@ -111,7 +118,7 @@ class Task(ABC):
     paths: ClassVar[frozenset[str]] = frozenset()
     attribution_options: ClassVar[frozenset[str]] = frozenset()
     request_options: ClassVar[Mapping[str, Any]] = {}
-    output_loss: ClassVar[OutputLoss | None] = None
+    output_loss: ClassVar[Any] = None  # an OutputLoss, a method, or None
     quantities: ClassVar[tuple[str, ...]] = ("loss",)
     query_sets: ClassVar[Mapping[str, tuple[int, ...]]] = {}
     published: ClassVar[Published | None] = None
@@ -161,7 +168,7 @@ class Task(ABC):
         )
 
     def targets(self, batch: Batch) -> Tensor:
-        """The targets that outputs are compared with: classes (B,), or values of their shape."""
+        """What outputs are compared with: classes (B, ...), or values of the outputs' shape."""
         raise NotImplementedError
 
     def test_data(self) -> Sized:

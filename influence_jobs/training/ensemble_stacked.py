@@ -121,9 +121,9 @@ class StackedSteps:
         axes = (0, 0, None if new_labels_MB is None else 0)
         try:
             losses_MB: Tensor = vmap(losses, in_dims=axes)(named, batch, new_labels_MB)
-        except RuntimeError as error:
-            if "vmap" not in str(error):
-                raise
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # an operation that cannot be mapped, or a fault of the model
             raise ModelError(
                 f"{type(self._losses.model).__name__} cannot be trained as an ensemble, "
                 f"one at a time it can: {str(error).splitlines()[0]}"

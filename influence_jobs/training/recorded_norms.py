@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from influence_jobs.errors import ModelError
 from influence_jobs.gradients import norm_shape, reduce_gradient
 from influence_jobs.terms import Reduction
 
@@ -40,6 +41,12 @@ class RecordedNorms:
     ):
         self._reduction = reduction
         self._skip_epochs = skip_epochs
+        for layer in layers:
+            if not model.get_submodule(layer).weight.requires_grad:
+                raise ModelError(
+                    f"layer '{layer}' is frozen (requires_grad is False), so training gives it no "
+                    "gradient: leave it out of --norms-layer"
+                )
         self.sums = {
             layer: torch.zeros(num_samples, *norm_shape(model.get_submodule(layer), reduction))
             for layer in layers

@@ -1,6 +1,7 @@
 """Train one model step by step. It can stop after any step and resume with identical results."""
 
 import hashlib
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,8 +11,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from influence_jobs.errors import SpecError
 from influence_jobs.tasks.base import Draw, Task, to_device
+from influence_jobs.tasks.layout import in_fast_layout
 from influence_jobs.training.changes import Changes, changed_losses
 from influence_jobs.training.recorded_norms import RecordedNorms
 
@@ -65,9 +69,34 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> Tensor:
 def initial_model(task: Task, seed: int, device: torch.device) -> nn.Module:
     """The task's model with the initial weights of a seed, in training mode."""
     with seeded(seed, device):
-        # Convolutions are faster in channels_last; other layers do not change.
-        model = task.model().to(device).to(memory_format=torch.channels_last)
-    return model.train()
+        model = task.model().to(device)
+    return in_fast_layout(task, model).train()
+
+
+def require_full_batches(task: Task, batch_size: int, num_samples: int) -> None:
+    """Refuse a training whose last batch has one sample, if the model cannot be trained on one.
+
+    Batch normalisation cannot, unless a sample has several positions.
+
+    Raises:
+        SpecError: Naming the batch and the cure.
+    """
+    if num_samples % batch_size != 1 or num_samples == 0:
+        return
+    with torch.random.fork_rng(devices=[]):  # the weights do not matter
+        model = task.model().train()
+    if not any(isinstance(module, _BatchNorm) for module in model.modules()):
+        return
+    try:
+        task.losses(model, task.train_batch(torch.tensor([0]), Draw(0)))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        better = next(size for size in itertools.count(batch_size + 1) if num_samples % size != 1)
+        raise SpecError(
+            f"{num_samples:,} samples in batches of {batch_size} leave a last batch of one, which "
+            f"BatchNorm cannot be trained on: choose another --batch-size, such as {better}"
+        ) from None
 
 
 class Trainer:
@@ -105,6 +134,7 @@ class Trainer:
         self._changes.check(task)
         self._new_labels_N = self._changes.new_labels(len(task.train_data()))
         self.num_samples = len(task.train_data()) - len(self._changes.removed)
+        require_full_batches(task, recipe.batch_size, self.num_samples)
         self.steps_per_epoch = math.ceil(self.num_samples / recipe.batch_size)
         self.epoch, self.step_in_epoch = 0, 0  # finished epochs, and steps of the current one
         self._loss_sum = torch.zeros((), device=device, dtype=torch.float64)

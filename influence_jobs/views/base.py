@@ -116,7 +116,7 @@ class View(ABC, Generic[S]):
     @property
     def has_classes(self) -> bool:
         """Whether labels are classes, which can be compared."""
-        return self.task.output_loss == "cross-entropy"
+        return bool(self.task.output_loss == "cross-entropy")
 
     def pictures(
         self,

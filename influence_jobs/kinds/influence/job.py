@@ -54,9 +54,11 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
     def terms(self) -> int:
         return len(self.spec.s_tests) * self.spec.noise_draws
 
-    @property
+    @cached_property
     def kept_layers(self) -> tuple[str, ...]:
-        return self.spec.s_tests[0].modules if self.spec.keep_modules else ()
+        if not self.spec.keep_modules:
+            return ()
+        return ParameterSpace(self.task.model(), self.spec.s_tests[0].modules).modules
 
     @property
     def meaning(self) -> dict[str, str]:
