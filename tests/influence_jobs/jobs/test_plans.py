@@ -58,8 +58,8 @@ def test_a_plan_counts_its_bytes() -> None:
         ArrayLayout("b", (10,), 0, 4, ("sample",), dtype="float64"),
     )
     assert Plan(arrays, (), units=0, batch_size=1, file_bytes=7).disk_bytes == 7 + 120 + 80
-    assert list(Shard("x", 0, 3).repetitions) == [0]
-    assert list(Shard("x", 0, 3, part=3, parts=2).repetitions) == [3, 4]
+    assert list(Shard("x", 0, 3).repeats) == [0]
+    assert list(Shard("x", 0, 3, part=3, parts=2).repeats) == [3, 4]
 
 
 def bounds(plan: Plan) -> list[tuple[int, int]]:
