@@ -1,8 +1,8 @@
-"""How many small changes of the code do the nearest tests notice? `make mutants` asks for a random sample of changes.
+"""How many small changes of the code do the nearest tests notice? `make mutants` tries a sample.
 
-Cosmic Ray makes each change in a copy of the tree: another operator, comparison or number, a condition negated, a
-decorator removed, a loop not entered. A change that no test notices has survived: it is equivalent, or a test is
-missing. Strings are not changed.
+Cosmic Ray makes each change in a copy of the tree: another operator, comparison or number, a
+condition negated, a decorator removed, a loop not entered. A change that no test notices has
+survived: it is equivalent, or a test is missing. Strings are not changed.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def mutations(path: Path) -> Iterator[MutationSpec]:
 
 
 def sample(rooms: list[str], count: int, seed: int) -> list[tuple[str, MutationSpec]]:
-    """Random places, and one change of each: arithmetic, with a dozen changes a place, counts no more than the rest."""
+    """Random places, with one change of each: a place in arithmetic has a dozen changes."""
     by_place: dict[tuple[str, str, tuple[int, int]], list[MutationSpec]] = {}
     for room in rooms:
         for path in sorted(Path().glob(room)):
@@ -93,7 +93,7 @@ def command(*tests: str) -> str:
 
 
 def main() -> None:
-    """Run the sample, tell what became of each change as it goes, and the share noticed at the end."""
+    """Run the sample; print what became of each change, and at the end the share noticed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sample", type=int, default=120, help="how many changes (120)")
     parser.add_argument("--seed", type=int, default=0, help="of the random choice (0)")

@@ -103,7 +103,7 @@ def clamped_outputs(
         rule = nearest_rule(model.get_submodule(layer))
         if rule is not None and rule.channel_axis is None:
             raise ModelError(
-                f"layer {layer} has norms of the rows of its weight, not of its outputs: leave it out"
+                f"layer {layer} has norms of its weight's rows, not of its outputs: leave it out"
             )
         calls[layer].append(output.relu() if rule is None else rule.channels_first(output.relu()))
 
