@@ -57,7 +57,7 @@ def require_output_loss(
         named = task.output_loss if isinstance(task.output_loss, str) else "output_loss"
         raise ModelError(
             f"losses of {type(task).__name__} are not the {named} of its outputs "
-            f"{tuple(outputs.shape)} and targets, as its output_loss says: correct one of them, define "
+            f"{tuple(outputs.shape)} and targets, as its output_loss says: correct one, define "
             "output_loss as a method (self, outputs, targets) -> losses, or use --operator hessian"
         )
     return found
