@@ -107,8 +107,8 @@ class Task(ABC):
             logits and classes, "mse", or "binary-cross-entropy" of logits: each of one output or of
             several, with the mean or the sum over a sample's positions, where a class of -100 does
             not count. Or a method `output_loss(self, outputs, targets)` that gives losses (B,),
-            convex in the outputs. Without it (None) there is no Gauss-Newton matrix. Pages compare labels
-            only where it is "cross-entropy", since elsewhere labels are not classes.
+            convex in the outputs. Without it (None) there is no Gauss-Newton matrix. Pages compare
+            labels only where it is "cross-entropy", since elsewhere labels are not classes.
         quantities: The quantities that `measure` knows, the default first.
         query_sets: Named sets of test ids.
         published: Results of the research report for this task, printed beside ours.
