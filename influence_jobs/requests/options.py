@@ -21,8 +21,9 @@ class WeightsRequest(Request):
 
     checkpoint: Many[str] = option(
         (),
-        "Train run, RUN@EPOCH, RUN@all, or a state-dict file. May be repeated. One is trained by "
-        "the preset if none is named.",
+        "Train run, RUN@EPOCH, RUN@all, a file of weights (torch, safetensors, Lightning), or a "
+        "folder of Hugging Face weights. May be repeated. One is trained by the preset if none is "
+        "named.",
     )
     preset: One[str | None] = option(None, "Training preset: a name, or a YAML file of your own.")
     epochs: One[Count | None] = option(None, "Epochs to train; the preset's by default.")

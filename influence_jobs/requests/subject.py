@@ -24,11 +24,14 @@ from influence_jobs.requests.options import WeightsRequest
 from influence_jobs.specs.base import TaskSpec, first_error, make_spec
 from influence_jobs.store.checkpoints import file_checkpoint, load_checkpoint
 from influence_jobs.store.find import find_run
+from influence_jobs.store.layout import SPEC
 from influence_jobs.store.run import Run
 from influence_jobs.store.status import is_done
 from influence_jobs.tasks.base import Task
 from influence_jobs.tasks.fingerprints import fingerprinted
 from influence_jobs.tasks.registry import arguments_of, name_of, task_class
+
+_WEIGHTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")  # how names of weight files end
 
 
 class Subject(NamedTuple):
@@ -40,21 +43,28 @@ class Subject(NamedTuple):
 
 
 def subject_of(
-    request: WeightsRequest, root: str, say: Say, *, default_checkpoints: Sequence[Checkpoint] = ()
+    request: WeightsRequest,
+    root: str,
+    say: Say,
+    *,
+    default_checkpoints: Sequence[Checkpoint] = (),
+    retrains: bool = False,
 ) -> Subject:
     """The task and checkpoints a user means.
 
     Args:
         default_checkpoints: Those without `--checkpoint`; if empty, a training by the preset.
+        retrains: Models will be trained, so that beside a file of weights the user may say how.
 
     Raises:
         SpecError, ModelError, StoreError, DataError: As `task_of` and `checkpoints_of`.
     """
-    if request.checkpoint and (request.epochs or request.preset):
+    checkpoints = [c for word in request.checkpoint for c in checkpoints_of(word, root)]
+    known = not retrains or any(isinstance(c, TrainedCheckpoint) for c in checkpoints)
+    if checkpoints and known and (request.epochs or request.preset):
         raise SpecError(
             "--epochs and --preset say how to train, but --checkpoint names weights that exist"
         )
-    checkpoints = [c for word in request.checkpoint for c in checkpoints_of(word, root)]
     checkpoints = checkpoints or [*default_checkpoints]
     task, built = task_of(request, say, trained=_trained_task(checkpoints, request.task))
     if not checkpoints:
@@ -199,15 +209,17 @@ def training_of(task: TaskSpec, *, preset: str | None, given: Mapping[str, Any])
 
 
 def checkpoints_of(word: str, root: str) -> list[Checkpoint]:
-    """What `--checkpoint` names: a file, a train run's last epoch, `RUN@EPOCH`, or `RUN@all`.
+    """What `--checkpoint` names: a file or folder, a train run's last epoch, `RUN@EPOCH`, `RUN@all`.
 
     Raises:
         SpecError, ModelError, StoreError: There is nothing of that name, or it is no training.
     """
-    if Path(word).is_file():
-        return [file_checkpoint(word)]
+    path = Path(word).expanduser()
     run_word, _, epoch_word = word.partition("@")
-    if "/" in run_word or run_word.endswith((".pt", ".pth")):
+    # In the folder of all runs, a run's folder has the name of the run.
+    if path.is_file() or (path.is_dir() and not (path / SPEC).is_file()):
+        return [file_checkpoint(str(path))]
+    if "/" in run_word or run_word.endswith(_WEIGHTS):
         raise ModelError(f"there is no checkpoint file {word}")
     spec = find_run(root, run_word).spec
     if not isinstance(spec, TrainSpec):
