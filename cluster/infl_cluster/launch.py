@@ -169,10 +169,9 @@ def _submit(run: Run, how: How, say: Say) -> Callable[[], str | None]:
     for option, value in options.items():
         argv += [] if value is None else [option, str(value)]
     env = {}
-    if ":" in run.spec.task.name:  # one's own task lies where one works
-        env["PYTHONPATH"] = os.pathsep.join(
-            filter(None, [str(Path.cwd()), os.environ.get("PYTHONPATH")])
-        )
+    if ":" in run.spec.task.name:  # one's own task lies in its folder, or where one works
+        places = [run.spec.task.folder, str(Path.cwd()), os.environ.get("PYTHONPATH")]
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, places))
     submission_id = f"{run.id}-{secrets.token_hex(3)}"
     job: dict[str, Any] = {"address": how.address, "submission_id": submission_id}
     run.write_json(layout.JOB, job)  # first: whoever submits may not live to tell

@@ -389,7 +389,7 @@ def _layers(norms: StoredNorms, given: QueryParams) -> tuple[str, ...]:
 def _require_one_task(runs: Sequence[Run]) -> None:
     """Sample ids must mean the same samples in all runs."""
     first = runs[0].spec.task
-    unseen = task_class(first.name).attribution_options
+    unseen = task_class(first).attribution_options
     for run in runs[1:]:
         other = run.spec.task
         options = {**first.options, **dict.fromkeys(unseen)}

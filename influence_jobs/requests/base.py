@@ -90,7 +90,7 @@ class Request(Options, ABC):
 
     Attributes:
         default_task: The task if neither a task nor a training is named.
-        task: Its name, `module:Class`, its class, or an object of it.
+        task: Its name, `file.py:Class`, `module:Class`, its class, or an object of it.
         task_options: Its options; on the command line and in Python they stand among the others.
     """
 
@@ -98,8 +98,9 @@ class Request(Options, ABC):
 
     task: Any = option(
         None,
-        "mnist, mnist-dropout, ffdnet, ffdnet-grey, or your own as module:Class; by default that "
-        "of the run that is named, if any. Its own options are shown with --task NAME --help.",
+        "mnist, mnist-dropout, ffdnet, ffdnet-grey, or your own as file.py:Class or module:Class; "
+        "by default that of the run that is named, if any. Its own options are shown with --task "
+        "NAME --help.",
     )
     task_options: Mapping[str, Any] = {}
 

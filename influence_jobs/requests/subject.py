@@ -29,7 +29,7 @@ from influence_jobs.store.run import Run
 from influence_jobs.store.status import is_done
 from influence_jobs.tasks.base import Task
 from influence_jobs.tasks.fingerprints import fingerprinted
-from influence_jobs.tasks.registry import arguments_of, name_of, task_class
+from influence_jobs.tasks.registry import arguments_of, folder_of, name_of, task_class
 
 _WEIGHTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")  # how names of weight files end
 
@@ -60,8 +60,8 @@ def subject_of(
         SpecError, ModelError, StoreError, DataError: As `task_of` and `checkpoints_of`.
     """
     checkpoints = [c for word in request.checkpoint for c in checkpoints_of(word, root)]
-    known = not retrains or any(isinstance(c, TrainedCheckpoint) for c in checkpoints)
-    if checkpoints and known and (request.epochs or request.preset):
+    settled = not retrains or any(isinstance(c, TrainedCheckpoint) for c in checkpoints)
+    if checkpoints and settled and (request.epochs or request.preset):
         raise SpecError(
             "--epochs and --preset say how to train, but --checkpoint names weights that exist"
         )
@@ -95,7 +95,7 @@ def task_of(
         given = {**wanted.given, **given}
     name = name_of(wanted) if wanted is not None else trained.name if trained else ""
     name = name or request.default_task
-    kind = task_class(name)
+    kind = task_class(wanted if isinstance(wanted, str) else trained or name)
     given = {key: value for key, value in given.items() if value is not None}
     if trained is not None:
         given = kind.inherit({**trained.options, **trained.paths}, given)
@@ -124,7 +124,10 @@ def task_of(
     task.prepare(say)
     data, code = fingerprinted(name, task, like=trained)
     paths = {key: values[key] for key in sorted(kind.paths & values.keys())}
-    return TaskSpec(name=name, options=options, paths=paths, data=data, code=code), task
+    spec = TaskSpec(
+        name=name, options=options, paths=paths, data=data, code=code, folder=folder_of(kind)
+    )
+    return spec, task
 
 
 def _converted(
@@ -203,7 +206,7 @@ def training_of(task: TaskSpec, *, preset: str | None, given: Mapping[str, Any])
                 f"there are {', '.join(sorted(known))}"
             )
     values |= {key: value for key, value in given.items() if value is not None}
-    unlooked = task_class(task.name).attribution_options
+    unlooked = task_class(task).attribution_options
     options = {key: value for key, value in task.options.items() if key not in unlooked}
     return make_spec(TrainSpec, task=task.model_copy(update={"options": options}), **values)
 

@@ -105,14 +105,16 @@ class TaskSpec(Model):
         paths: Keyword arguments of the task that say where its data lie on this machine.
         data: Fingerprint of the data found there (`Task.fingerprint`).
         code: Fingerprint of the user's own code (`tasks.fingerprints`); empty for tasks of ours.
+        folder: Where on this machine the task's module is imported from; empty if it is installed.
     """
 
-    locations = frozenset({"paths"})
+    locations = frozenset({"paths", "folder"})
     name: str
     options: dict[str, Option] = {}
     paths: dict[str, str] = {}
     data: str
     code: str = ""
+    folder: str = ""
 
     @property
     def slug(self) -> str:

@@ -181,13 +181,14 @@ def test_scores_of_a_file_are_put_to_the_test_by_the_tasks_own_training(
         "as infl submit train --task digits:DigitsTask does (1 epochs of sgd, lr 0.003, batches "
         "of 8; --epochs and --preset change it)\n"
     ) in found.err
-    spec = Run.open(str(runs), found.json["run"]).spec
+    spec: Any = Run.open(str(runs), found.json["run"]).spec
     assert spec.recipe.epochs == 1
     (scores,) = spec.rankings[0].scores
     assert scores.checkpoint.path == str(tmp_path / "mine.pt")
 
     asked = StabilityRequest.of({**_options(words), "retrainings": 2, "by": "dot-product"})
-    ((first, *others),) = asked.specs(str(runs), print)[0].methods
+    stability: Any = asked.specs(str(runs), print)[0]
+    ((first, *others),) = stability.methods
     assert first.scores[0].s_tests[0].checkpoint == scores.checkpoint
     assert [r.scores[0].s_tests[0].checkpoint.train.seed for r in others] == [1, 2]
 

@@ -74,7 +74,7 @@ class StabilityView(View[StabilitySpec]):
 
     def _published(self) -> published.Published | None:
         """The research report's figures, if the run is of its test images and training set."""
-        known = task_class(self.spec.task.name).published
+        known = task_class(self.spec.task).published
         tests = tuple(query.test for query in self.spec.queries.items)
         whole = self.spec.task.options.get("limit") is None
         if known is None or not whole or (tests, self.spec.top) != (known.tests, known.top):
