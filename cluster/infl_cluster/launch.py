@@ -11,7 +11,7 @@ from typing import Any
 from infl_cluster.driver import drive
 from infl_cluster.how import How
 from infl_cluster.inline import InlineBackend
-from infl_cluster.watch import size, watch
+from infl_cluster.watch import watch
 from influence_jobs.devices import cores
 from influence_jobs.errors import RuntimeFault, SpecError, StoreError
 from influence_jobs.kinds import open_job
@@ -21,6 +21,7 @@ from influence_jobs.store.folder import for_runs
 from influence_jobs.store.lease import live_holder
 from influence_jobs.store.run import Run
 from influence_jobs.store.status import is_done
+from influence_jobs.terms import size
 
 IDLE_TIMEOUT_S = 600.0  # a head nobody asked for ends itself after so long without a job
 

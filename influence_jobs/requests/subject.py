@@ -81,7 +81,23 @@ def subject_of(
 def task_of(
     request: Request, say: Say, *, trained: TaskSpec | None = None
 ) -> tuple[TaskSpec, Task]:
-    """The task a user asked for, with its data fetched and checked.
+    """The task a user asked for, with its data fetched, checked and fingerprinted.
+
+    Args:
+        trained: As for `built_task`.
+
+    Raises:
+        SpecError, DataError: As `built_task`, and where its data are others each time.
+    """
+    spec, task = built_task(request, say, trained=trained)
+    data, code = fingerprinted(spec.name, task, like=trained)
+    return spec.model_copy(update={"data": data, "code": code}), task
+
+
+def built_task(
+    request: Request, say: Say, *, trained: TaskSpec | None = None
+) -> tuple[TaskSpec, Task]:
+    """The task a user asked for, with its data fetched and checked; its spec lacks fingerprints.
 
     Args:
         trained: The task of a training that is looked at: what was not given is as it was there.
@@ -122,11 +138,8 @@ def task_of(
             ) from None
     task = kind(**complete)
     task.prepare(say)
-    data, code = fingerprinted(name, task, like=trained)
     paths = {key: values[key] for key in sorted(kind.paths & values.keys())}
-    spec = TaskSpec(
-        name=name, options=options, paths=paths, data=data, code=code, folder=folder_of(kind)
-    )
+    spec = TaskSpec(name=name, options=options, paths=paths, data="", folder=folder_of(kind))
     return spec, task
 
 

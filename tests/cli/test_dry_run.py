@@ -28,7 +28,7 @@ def rates(
         return SimpleNamespace(probe=lambda: batch_size)
 
     monkeypatch.setattr(dry_run, "open_job", open_job)
-    monkeypatch.setattr(dry_run, "_probe", probe)
+    monkeypatch.setattr(dry_run, "samples_per_second", probe)
     how: Any = SimpleNamespace(resolved_device=torch.device("cpu"))
     return dry_run._rates(None, how, own, most)  # type: ignore[arg-type]
 
