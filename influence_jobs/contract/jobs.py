@@ -20,7 +20,7 @@ from influence_jobs.training.train import initial_model
 PROBE_S = 0.5
 
 # What is asked of each kind; a query is added where it takes one.
-_ASKED: Mapping[str, Mapping[str, Any]] = {
+ASKED: Mapping[str, Mapping[str, Any]] = {
     "train": {},
     "grad-norms": {"layer": "all"},
     "s-test": {},
@@ -33,14 +33,14 @@ _ASKED: Mapping[str, Mapping[str, Any]] = {
 
 def times(trial: Trial) -> Said:
     """Time and memory of each kind of run over all samples, or why it is refused."""
-    for name, asked in _ASKED.items():
+    for name, asked in ASKED.items():
         words = dict(asked)
         request = find_kind(name).request_type
         if "test" in request.model_fields:
             if len(trial.task.test_data()) == 0:
                 continue
             words["test"] = 0
-        if "operator" in request.model_fields and trial.task.output_loss is None:
+        if name in ("s-test", "influence") and trial.task.output_loss is None:
             words["operator"] = "hessian"
         shown = " ".join([name, *(f"--{key} {value}" for key, value in words.items())])
         try:

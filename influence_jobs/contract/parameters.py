@@ -117,7 +117,7 @@ def _taken(trial: Trial, names: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _norms_seconds(trial: Trial, names: Sequence[str]) -> float:
     with GradNorms(trial.model, names, trial.task.losses, reduction="channel") as norms:
-        return _seconds(trial, lambda: norms(trial.batch))
+        return _seconds(trial, lambda: norms(trial.full_batch))
 
 
 def _dots_seconds(trial: Trial, names: Sequence[str]) -> tuple[float, str]:
@@ -135,13 +135,13 @@ def _dots_seconds(trial: Trial, names: Sequence[str]) -> tuple[float, str]:
     ):
         warnings.simplefilter("always", UserWarning)
         dots.check(trial.fetch(trial.ids[:2]))
-        seconds = _seconds(trial, lambda: dots.total(trial.batch))
+        seconds = _seconds(trial, lambda: dots.total(trial.full_batch))
     said = [str(w.message) for w in caught if "differentiated sample by sample" in str(w.message)]
     return seconds, f" ({said[0]})" if said else ""
 
 
 def _forward_backward(trial: Trial) -> tuple[Tensor | None, ...]:
-    losses_B = trial.task.losses(trial.model, trial.batch)
+    losses_B = trial.task.losses(trial.model, trial.full_batch)
     found: tuple[Tensor | None, ...] = torch.autograd.grad(
         losses_B.sum(), list(trial.trained.values()), allow_unused=True
     )

@@ -60,7 +60,7 @@ def losses(trial: Trial) -> Said:
         bad = (~losses_B.isfinite()).nonzero().flatten()
         more = f", and of {len(bad) - 1} more of {size}" if len(bad) > 1 else ""
         yield fail(
-            f"the loss of sample {int(trial.ids[int(bad[0])])} is {float(losses_B[bad[0]])}{more}: "
+            f"the loss of sample {int(trial.ids[int(bad[0])])} is {float(losses_B.detach()[bad[0]])}{more}: "
             "mend or leave out the sample"
         )
     elif not losses_B.requires_grad:
@@ -69,7 +69,7 @@ def losses(trial: Trial) -> Said:
             "or all parameters are frozen"
         )
     else:
-        low, high = float(losses_B.min()), float(losses_B.max())
+        low, high = map(float, losses_B.detach().aminmax())
         yield ok(f"{size} samples have {size} losses, {low:.3g} to {high:.3g} untrained")
 
 
@@ -102,7 +102,7 @@ def independent(trial: Trial) -> Said:
         return
     worst = int(difference_B.argmax())
     yield fail(
-        f"the loss of sample {int(trial.ids[worst])} is {float(alone_B[worst]):.4g} alone and "
+        f"the loss of sample {int(trial.ids[worst])} is {float(alone_B[worst]) + 0.0:.4g} alone and "
         f"{float(together_B[worst]):.4g} in a batch of {size}: an average, a softmax or a "
         "broadcast over the batch (dim 0) mixes the samples"
     )

@@ -88,6 +88,11 @@ class Trial:
         """Their losses, with a graph."""
         return self.task.losses(self.model, self.batch)
 
+    @cached_property
+    def full_batch(self) -> Batch:
+        """As many samples as pass together in attribution: what times are measured with."""
+        return self.fetch(torch.arange(min(self.task.batch_size, len(self.task.train_data()))))
+
     @property
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters that are not frozen, by name, a tied one once."""
