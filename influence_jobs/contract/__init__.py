@@ -18,9 +18,9 @@ from influence_jobs.requests.subject import built_task
 from influence_jobs.tasks.own_code import described
 
 # Name, what looks, and whether nothing after it makes sense if it fails.
-_CHECKS: tuple[tuple[str, Callable[[Trial], Said], bool], ...] = (
+CHECKS: tuple[tuple[str, Callable[[Trial], Said], bool], ...] = (
     ("data", samples.data, True),
-    ("repeatable", samples.repeatable, False),
+    ("repeatable", samples.repeatable, True),
     ("losses", samples.losses, True),
     ("eval mode", samples.deterministic, True),
     ("independence", samples.independent, True),
@@ -74,7 +74,7 @@ def findings(
         yield Finding("fail", "task", described(error))
         return
     trial = Trial(built, place)
-    for name, look, needed in _CHECKS:
+    for name, look, needed in CHECKS:
         failed = False
         for finding in _found(name, look, trial):
             failed |= finding.mark == "fail"

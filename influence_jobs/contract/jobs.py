@@ -14,6 +14,7 @@ from influence_jobs.kinds import find_kind, open_job
 from influence_jobs.kinds.train.spec import TrainSpec
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.base import Draw, Task, to_device
+from influence_jobs.tasks.own_code import described
 from influence_jobs.terms import duration, size
 from influence_jobs.training.train import initial_model
 
@@ -47,6 +48,8 @@ def times(trial: Trial) -> Said:
             yield ok(f"{shown}: {_estimate(name, words, trial)}")
         except InflError as error:
             yield warn(f"{shown} is refused: {error}")
+        except Exception as error:  # noqa: BLE001  (the other kinds may well work)
+            yield fail(f"{shown}: {described(error)}")
 
 
 def _estimate(name: str, words: Mapping[str, Any], trial: Trial) -> str:

@@ -57,13 +57,15 @@ def tests(trial: Trial) -> Said:
     if count == 0:
         yield warn("no test_data(): scores have no output to explain")
         return
-    batch = to_device(task.test_batch(torch.arange(min(count, 2)), Draw(0)), trial.device)
+    size = task.test_size(0)
+    together = min(count, 2) if size is None else 1  # images may be of any size
+    batch = to_device(task.test_batch(torch.arange(together), Draw(0)), trial.device)
     for quantity in task.quantities:
         values_B = task.measure(trial.model, batch, quantity, None)
-        if values_B.shape != (min(count, 2),) or not values_B.isfinite().all():
+        if values_B.shape != (together,) or not values_B.isfinite().all():
             yield fail(
                 f"measure() of {quantity} gives {values_B.detach().cpu().tolist()} for "
-                f"{min(count, 2)} test samples: one finite number each is needed"
+                f"{together} test samples: one finite number each is needed"
             )
             return
         gradients = torch.autograd.grad(
@@ -75,14 +77,12 @@ def tests(trial: Trial) -> Said:
                 "would be zero"
             )
             return
-    size = task.test_size(0)
     regions = "no regions (test_size() is None)"
     if size is not None:
         regions = f"regions of {size[0]} x {size[1]} pixels"
-        one = to_device(task.test_batch(torch.tensor([0]), Draw(0)), trial.device)
         corner = (size[0] - 1, size[1] - 1, 1, 1)
         for quantity in task.quantities:
-            value_B = task.measure(trial.model, one, quantity, corner)
+            value_B = task.measure(trial.model, batch, quantity, corner)
             if value_B.shape != (1,) or not value_B.isfinite().all():
                 yield fail(f"measure() of {quantity} at one pixel gives {value_B.tolist()}")
                 return

@@ -6,6 +6,7 @@ import traceback
 from functools import cache
 from pathlib import Path
 
+_LONGEST = 200  # characters of an error's own text that are shown
 OURS = ("influence_jobs", "infl_cluster", "infl_cli", "infl_configs")
 
 
@@ -26,6 +27,7 @@ def described(error: BaseException) -> str:
         said, where = error.msg, f" ({error.filename}, line {error.lineno})"
     else:
         said, where = " ".join(str(error).split()), _last_own_line(error)
+    said = said if len(said) <= _LONGEST else f"{said[:_LONGEST]}..."
     return f"{type(error).__name__}{': ' if said else ''}{said}{where}"
 
 
