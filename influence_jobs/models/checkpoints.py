@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from influence_jobs.errors import ModelError
@@ -140,16 +138,25 @@ def _read(source: Path | BinaryIO, called: str) -> dict[str, torch.Tensor]:
         try:
             with path.open("rb") as stream:
                 if path.suffix == ".safetensors":
-                    state |= load_file(path)
+                    state |= _read_safetensors(path)
                 else:
                     state |= _read_torch(stream, called)
         except OSError as error:
             raise ModelError(f"cannot read checkpoint {called}: {error.strerror}") from error
-        except SafetensorError as error:
-            raise ModelError(
-                f"checkpoint {path} is corrupted or truncated ({error}): get it again"
-            ) from error
     return state
+
+
+def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    # Here: the engines run on machines that have torch and numpy alone.
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ModelError(
+            f"checkpoint {path} is corrupted or truncated ({error}): get it again"
+        ) from error
 
 
 def _read_torch(stream: BinaryIO, called: str) -> dict[str, torch.Tensor]:

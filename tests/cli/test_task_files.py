@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
+from infl_cluster import client, launch, ray_job
+from infl_cluster.how import How
 from influence_jobs.errors import SpecError
+from influence_jobs.kinds.train.request import TrainRequest
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.registry import name_of, task_class
 
@@ -133,3 +136,24 @@ def test_a_file_that_another_module_hides(tmp_path: Path) -> None:
         task_class(f"{tmp_path}/nix.py:Toy")
     with pytest.raises(SpecError, match=r"name its class too, as .*json.py:Class"):
         task_class(f"{tmp_path}{os.sep}json.py")
+
+
+def test_workers_are_told_where_the_file_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    (folder / "toy_file.py").write_text(TOY)
+    monkeypatch.chdir(tmp_path)
+    request = TrainRequest.of({"task": "elsewhere/toy_file.py:Toy"})
+    run = Run.create(str(tmp_path / "runs"), request.specs("", print)[0])
+    told: dict[str, Any] = {}
+
+    class Client:
+        def submit(self, argv: Any, *, env: dict[str, str], **others: Any) -> None:
+            told.update(env)
+
+    monkeypatch.setattr(client, "remote_client", lambda address: Client())
+    monkeypatch.setattr(ray_job, "job_watcher", lambda job: None)
+    launch._submit(run, How(address="http://nowhere:8265"), print)
+    assert told["PYTHONPATH"].split(os.pathsep)[:2] == [str(folder), str(tmp_path)]

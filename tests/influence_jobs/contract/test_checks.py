@@ -1,7 +1,7 @@
 """Each check meets a task that breaks what it looks for, and says so."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from influence_jobs import Task
 from influence_jobs.contract import findings, jobs, outputs, parameters, samples
 from influence_jobs.contract.trial import Said, Trial
 from influence_jobs.errors import InflError, SpecError
+from influence_jobs.terms import OutputLoss
 
 SAMPLES = 25
 
@@ -29,7 +30,7 @@ def rows(count: int, seed: int) -> TensorDataset:
 class Right(Task):
     """Keeps the contract; the others change one thing each."""
 
-    output_loss = "cross-entropy"
+    output_loss: ClassVar[OutputLoss | None] = "cross-entropy"
 
     def __init__(self, *, width: int = 5):
         self.width = width
@@ -86,7 +87,8 @@ class Streamed(Right):
     def train_data(self) -> Any:
         class Stream(IterableDataset[Any]):
             def __iter__(self) -> Iterator[Any]:
-                yield from rows(SAMPLES, 0)
+                data = rows(SAMPLES, 0)
+                yield from (data[i] for i in range(SAMPLES))
 
         return Stream()
 
