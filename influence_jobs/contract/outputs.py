@@ -10,6 +10,7 @@ from torch import Tensor
 from influence_jobs.contract.trial import Line, Said, Trial, fail, ok, warn
 from influence_jobs.curvature.requirements import require_output_loss
 from influence_jobs.errors import SpecError
+from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.tasks.base import Draw, Task, to_device
 
 
@@ -68,10 +69,7 @@ def tests(trial: Trial) -> Said:
                 f"{together} test samples: one finite number each is needed"
             )
             return
-        gradients = torch.autograd.grad(
-            values_B[0], list(trial.trained.values()), allow_unused=True, retain_graph=True
-        )
-        if not any(g is not None and g.any() for g in gradients):
+        if not ParameterSpace(trial.model).gradient(values_B[0]).any():
             yield fail(
                 f"the gradient of the {quantity} of test sample 0 is exactly zero, so every score "
                 "would be zero"

@@ -102,17 +102,16 @@ def layers(trial: Trial) -> Said:
 
 def _taken(trial: Trial, names: Sequence[str]) -> tuple[list[str], list[str]]:
     """The layers whose norms can be had and are right, and what is said of the others."""
-    two = trial.fetch(trial.ids[:2])
-    taken, refusals = [], []
-    for name in names:
-        try:
-            with GradNorms(trial.model, [name], trial.task.losses, reduction="layer") as norms:
-                norms.check(two)
-        except InflError as error:
-            refusals.append(str(error))
-        else:
-            taken.append(name)
-    return taken, refusals
+    try:
+        if names:
+            with GradNorms(trial.model, names, trial.task.losses, reduction="layer") as norms:
+                norms.check(trial.fetch(trial.ids[:2]))
+    except InflError as error:
+        if len(names) == 1:
+            return [], [str(error)]
+        each = [_taken(trial, [name]) for name in names]
+        return [n for taken, _ in each for n in taken], [r for _, refused in each for r in refused]
+    return [*names], []
 
 
 def _norms_seconds(trial: Trial, names: Sequence[str]) -> float:

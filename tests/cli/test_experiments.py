@@ -181,6 +181,7 @@ def test_scores_of_a_file_are_put_to_the_test_by_the_tasks_own_training(
         "as infl submit train --task digits:DigitsTask does (1 epochs of sgd, lr 0.003, batches "
         "of 8; --epochs and --preset change it)\n"
     ) in found.err
+    assert infl("report", found.json["run"], "--out", "told").code == 0
     spec: Any = Run.open(str(runs), found.json["run"]).spec
     assert spec.recipe.epochs == 1
     (scores,) = spec.rankings[0].scores
