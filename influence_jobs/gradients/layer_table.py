@@ -37,7 +37,7 @@ def _row(rule: type[LayerRule[Any]]) -> list[str]:
     factored = "yes" if issubclass(rule, MatrixRule) else "refused"
     numbered = "yes" if rule.numbered else "by name"
     forms = ["special" if _overrides(rule, methods) else "derived" for methods in _FORMS.values()]
-    return [rule.layer.__name__, rule.read_as, numbered, *forms, factored, notes]
+    return [rule.type_name(), rule.read_as, numbered, *forms, factored, notes]
 
 
 def _overrides(rule: type[LayerRule[Any]], methods: tuple[str, ...]) -> bool:

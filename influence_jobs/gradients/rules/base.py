@@ -24,6 +24,8 @@ from influence_jobs.terms import Reduction
 M = TypeVar("M", bound=nn.Module)
 
 _RULES: dict[type[nn.Module], "type[LayerRule[Any]]"] = {}
+# Rules of types from packages that are not imported here, by the type's full name.
+_RULES_BY_NAME: dict[str, "type[LayerRule[Any]]"] = {}
 
 
 class LayerRule(ABC, Generic[M]):
@@ -34,6 +36,7 @@ class LayerRule(ABC, Generic[M]):
 
     Attributes:
         layer: The type. A subclass of `LayerRule` without it is a family, and is not registered.
+        layer_named: In its place the full name of a type whose package is not imported here.
         numbered: Whether the layer is one that `--layer 1` counts and `--layer all` takes.
         refused_options: Attributes of the layer that must be off, as the gradient would be wrong.
         read_as: How the weight is read, in words for the docs: the axes of `kernel_shape`.
@@ -41,6 +44,7 @@ class LayerRule(ABC, Generic[M]):
     """
 
     layer: ClassVar[type[nn.Module]]
+    layer_named: ClassVar[str]
     numbered: ClassVar[bool] = False
     refused_options: ClassVar[tuple[str, ...]] = ()
     read_as: ClassVar[str] = "(C, I, 1, 1)"
@@ -48,6 +52,8 @@ class LayerRule(ABC, Generic[M]):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
+        if "layer_named" in vars(cls):
+            _RULES_BY_NAME[cls.layer_named] = cls
         if "layer" not in vars(cls):
             return
         if cls.layer in _RULES:
@@ -57,9 +63,18 @@ class LayerRule(ABC, Generic[M]):
     def __init__(self, module: M) -> None:
         self.module = module
 
+    @classmethod
+    def type_name(cls) -> str:
+        """The layer's type as messages and the docs name it."""
+        return cls.layer.__name__ if hasattr(cls, "layer") else cls.layer_named.rpartition(".")[2]
+
     @abstractmethod
     def weight_gradient(self, a: Tensor, g: Tensor) -> Tensor:
         """Each sample's gradient by the weight, (B, *weight shape)."""
+
+    def recorded(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+        """What the rule reads of a call's arguments, the batch first; None: not such a call."""
+        return args[0] if args else kwargs["input"]
 
     def bias_gradient(self, g: Tensor) -> Tensor:
         """Each sample's gradient by the bias, (B, *bias shape); asked for where there is one."""
@@ -69,6 +84,10 @@ class LayerRule(ABC, Generic[M]):
     def kernel_shape(self) -> tuple[int, ...]:
         """The shape (C, I, *kernel) in which the weight is read, of as many numbers as it has."""
         return len(self.weight), self.weight[0].numel(), 1, 1
+
+    def as_read(self, gradient: Tensor) -> Tensor:
+        """A gradient (B, *weight shape) as it is read, (B, *kernel_shape)."""
+        return gradient.reshape(len(gradient), *self.kernel_shape)
 
     def has_batch_axis(self, output: Tensor) -> bool:
         """Whether an output of the layer is of a batch, not of one bare sample."""
@@ -94,7 +113,7 @@ class LayerRule(ABC, Generic[M]):
         """L2 norms over I of each sample's weight gradient, (B, C, *kernel)."""
 
         def norms(a: Tensor, g: Tensor) -> Tensor:
-            gradient = self.weight_gradient(a, g).reshape(len(g), *self.kernel_shape)
+            gradient = self.as_read(self.weight_gradient(a, g))
             found: Tensor = torch.linalg.vector_norm(gradient, dim=2)
             return found
 
@@ -113,9 +132,12 @@ class LayerRule(ABC, Generic[M]):
 
     def dots(self, vectors: Mapping[str, Tensor], a: Tensor, g: Tensor) -> Tensor:
         """Dot products of vectors, as `arrange` gives them, with each sample's gradient, (B, Q)."""
+        bias_BC = self.bias_gradient(g).flatten(1) if "bias" in vectors else None
+        if "weight" not in vectors:  # it is frozen
+            assert bias_BC is not None
+            return bias_BC @ vectors["bias"].flatten(1).t()
         dots_BQ = self.weight_dots(vectors["weight"], a, g)
-        if "bias" in vectors:
-            bias_BC = self.bias_gradient(g).flatten(1)
+        if bias_BC is not None:
             dots_BQ.addmm_(bias_BC, vectors["bias"].flatten(1).t())
         return dots_BQ
 
@@ -196,12 +218,13 @@ def product_of_rows(a_BTJ: Tensor, g_BTC: Tensor) -> Tensor:
 
 def registered() -> tuple[type[LayerRule[Any]], ...]:
     """All rules, by the name of their layer type."""
-    return tuple(sorted(_RULES.values(), key=lambda rule: rule.layer.__name__))
+    rules = *_RULES.values(), *_RULES_BY_NAME.values()
+    return tuple(sorted(rules, key=lambda rule: rule.type_name()))
 
 
-def supported_layers() -> tuple[type[nn.Module], ...]:
-    """The layer types that have a rule."""
-    return tuple(rule.layer for rule in registered())
+def supported_layers() -> str:
+    """The layer types that have a rule, as messages list them."""
+    return ", ".join(rule.type_name() for rule in registered())
 
 
 def matrix_layers() -> tuple[type[nn.Module], ...]:
@@ -216,7 +239,7 @@ def names_of(layers: Iterable[type[nn.Module]]) -> str:
 
 def supported(module: nn.Module) -> bool:
     """Whether a layer's exact type has a rule; a subclass may compute something else."""
-    return type(module) in _RULES
+    return _rule_for(type(module)) is not None
 
 
 def rule_of(module: nn.Module) -> LayerRule[Any]:
@@ -225,20 +248,25 @@ def rule_of(module: nn.Module) -> LayerRule[Any]:
     Raises:
         ModelError: There is none.
     """
-    if not supported(module):
+    rule = _rule_for(type(module))
+    if rule is None:
         raise ModelError(
             f"no gradient rule for a layer of type {type(module).__name__}; supported: "
-            f"{names_of(supported_layers())} (no subclasses)"
+            f"{supported_layers()} (no subclasses)"
         )
-    return _RULES[type(module)](module)
+    return rule(module)
 
 
 def nearest_rule(module: nn.Module) -> LayerRule[Any] | None:
     """The rule for a layer's type or, failing that, for what it inherits from; None if neither."""
     for kind in type(module).__mro__:
-        if kind in _RULES:
-            return _RULES[kind](module)
+        if rule := _rule_for(kind):
+            return rule(module)
     return None
+
+
+def _rule_for(kind: type) -> type[LayerRule[Any]] | None:
+    return _RULES.get(kind) or _RULES_BY_NAME.get(f"{kind.__module__}.{kind.__qualname__}")
 
 
 def norm_shape(module: nn.Module, reduction: Reduction) -> tuple[int, ...]:
@@ -247,14 +275,19 @@ def norm_shape(module: nn.Module, reduction: Reduction) -> tuple[int, ...]:
     Raises:
         ModelError: No rule for this type of layer.
     """
-    channels, _, *kernel = rule_of(module).kernel_shape
+    return reduced_shape(rule_of(module).kernel_shape, reduction)
+
+
+def reduced_shape(read: tuple[int, ...], reduction: Reduction) -> tuple[int, ...]:
+    """Shape of the norms of a weight that is read as (C, I, *kernel)."""
+    channels, _, *kernel = read
     if reduction == "kernel":
         return channels, *kernel
     return (channels,) if reduction == "channel" else ()
 
 
 def reduce_norms(norms: Tensor, reduction: Reduction) -> Tensor:
-    """From kernel norms (B, C, *kernel) to the norms that `reduce_gradient` defines."""
+    """From kernel norms (B, C, *kernel) to the norms that `reduce_read` defines."""
     if reduction == "kernel":
         return norms
     if reduction == "channel":
@@ -264,12 +297,16 @@ def reduce_norms(norms: Tensor, reduction: Reduction) -> Tensor:
 
 
 def reduce_gradient(module: nn.Module, gradient: Tensor, reduction: Reduction) -> Tensor:
-    """Norms of given weight gradients (B, *weight shape): the definition of the reductions.
+    """Norms of given weight gradients (B, *weight shape) of a layer with a rule."""
+    return reduce_read(rule_of(module).as_read(gradient), reduction)
+
+
+def reduce_read(gradient: Tensor, reduction: Reduction) -> Tensor:
+    """Norms of gradients (B, C, I, *kernel): the definition of the reductions.
 
     `kernel`: L2 over the input axis, (B, C, *kernel). `channel`: the kernel norms summed over the
     kernel, (B, C), section 3.2.3 of the report. `layer`: L2 of the whole gradient, (B,).
     """
-    gradient = gradient.reshape(len(gradient), *rule_of(module).kernel_shape)
     if reduction == "layer":
         return gradient.square().sum(dim=tuple(range(1, gradient.ndim))).sqrt()
     norms = gradient.square().sum(dim=2).sqrt()
