@@ -161,7 +161,7 @@ class Fallback:
 
         mapped = [leaf for leaf, has_samples in zip(leaves, cut, strict=True) if has_samples]
         for block in sample_blocks(len(mapped[0]), parameters.values()):
-            with mappable_kernels():
+            with mappable_kernels(self._model):
                 found = vmap(grad(loss), in_dims=(None, 0))(
                     parameters, [leaf[block] for leaf in mapped]
                 )

@@ -11,31 +11,53 @@ from influence_jobs.errors import ModelError
 
 
 class ParameterSpace:
-    """The parameters of chosen modules, flattened in the model's order into vectors of length P.
+    """The trained parameters of chosen modules, flattened in the model's order, length P.
+
+    Frozen ones (requires_grad is False) do not count. One that several modules share counts once.
 
     Args:
         model: Its parameters are looked up anew at every call, so weights may be loaded later.
-        modules: Names of modules whose own parameters count (children name theirs themselves); all modules if None.
+        modules: Names of modules whose own parameters count (children name theirs themselves), and
+            full names of parameters; all modules if None.
+
+    Attributes:
+        shapes: By full name, in the model's order; a shared one has the name of its first owner.
+        groups: By entry of `modules`, the full names that count for it.
 
     Raises:
-        ModelError: There is no such module, it has no parameters, or nothing is left.
+        ModelError: There is no such module, it has no parameters or only frozen ones, or nothing
+            is left.
     """
 
     def __init__(self, model: nn.Module, modules: Sequence[str] | None = None):
         self._model = model
-        known = dict(model.named_modules())
-        for module in modules or ():
-            if module not in known:
-                raise ModelError(f"{type(model).__name__} has no module '{module}'")
-            if not any(True for _ in known[module].parameters(recurse=False)):
-                raise ModelError(f"module '{module}' has no parameters of its own: leave it out")
+        first = {id(parameter): name for name, parameter in model.named_parameters()}
+        trained = [name for name, value in model.named_parameters() if value.requires_grad]
+        if modules is None:
+            modules = list(dict.fromkeys(name.rpartition(".")[0] for name in trained))
+        named = {
+            entry: [first[id(parameter)] for parameter in _own(model, entry)] for entry in modules
+        }
+        for entry, names in named.items():
+            if not set(names) & set(trained):
+                raise ModelError(
+                    f"'{entry}' is frozen (requires_grad=False), and only trained parameters "
+                    "count: leave it out, or let the model train it"
+                )
+        owner_of: dict[str, str] = {}
+        for name in trained:
+            entries = [entry for entry, names in named.items() if name in names]
+            if entries:
+                owner = name.rpartition(".")[0]
+                owner_of[name] = owner if owner in entries else entries[0]
         self.shapes: dict[str, torch.Size] = {
-            name: parameter.shape
-            for name, parameter in model.named_parameters()  # a shared one is named once
-            if modules is None or name.rpartition(".")[0] in modules
+            name: model.get_parameter(name).shape for name in owner_of
+        }
+        self.groups: dict[str, list[str]] = {
+            entry: [name for name, owner in owner_of.items() if owner == entry] for entry in modules
         }
         if not self.shapes:
-            raise ModelError(f"{type(model).__name__} has no parameters")
+            raise ModelError(f"{type(model).__name__} has no trained parameters")
 
     @cached_property
     def size(self) -> int:
@@ -70,3 +92,17 @@ class ParameterSpace:
         parameters = self.parameters()
         gradients = torch.autograd.grad(value, list(parameters.values()), materialize_grads=True)
         return self.join(dict(zip(parameters, gradients, strict=True)))
+
+
+def _own(model: nn.Module, entry: str) -> list[nn.Parameter]:
+    """A module's own parameters, or a parameter."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if entry in modules:
+        own = list(modules[entry].parameters(recurse=False))
+        if not own:
+            raise ModelError(f"module '{entry}' has no parameters of its own: leave it out")
+        return own
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    if entry not in parameters:
+        raise ModelError(f"{type(model).__name__} has no module '{entry}'")
+    return [parameters[entry]]

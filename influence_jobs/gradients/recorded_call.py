@@ -135,7 +135,7 @@ class RecordedCall:
         output_axes = [self._output_axes[i] for i in differentiable]
         plain = {name: parameter.detach() for name, parameter in parameters.items()}
         for block in sample_blocks(batch, plain.values()):
-            with mappable_kernels():
+            with mappable_kernels(self.module):
                 found: dict[str, Tensor] = vmap(
                     of_one, in_dims=(None, [*axes.values()], output_axes)
                 )(plain, _part(inputs, axes.values(), block), _part(cotangents, output_axes, block))

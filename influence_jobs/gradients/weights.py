@@ -109,18 +109,22 @@ def own_weights(module: nn.Module) -> list[str]:
 
 
 def weights_of(model: nn.Module, module: str) -> list[str]:
-    """Names of the weights of a module, with those of which its own are made (weight_norm).
+    """Names of the weights of a module, with those of which its own are made (weight_norm)."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    return list(
+        dict.fromkeys(
+            name_of(model, full_name(part, own))
+            for part in with_parametrizations(model, module)
+            for own in own_weights(modules[part])
+        )
+    )
 
-    Each is named by its first owner: by the module if it is the module's only one.
-    """
-    modules, first = dict(model.named_modules(remove_duplicate=False)), first_names(model)
-    found: dict[str, None] = {}
-    for part in with_parametrizations(model, module):
-        for own in own_weights(modules[part]):
-            owner, _, own_name = first[full_name(part, own)].rpartition(".")
-            alone = bool(owner) and own_weights(modules[owner]) == [own_name]
-            found[owner if alone else full_name(owner, own_name)] = None
-    return list(found)
+
+def name_of(model: nn.Module, parameter: str) -> str:
+    """What a weight is called: as its first owner, if it is the only weight there."""
+    first = first_names(model)[parameter]
+    owner, _, own = first.rpartition(".")
+    return owner if owner and own_weights(model.get_submodule(owner)) == [own] else first
 
 
 def with_parametrizations(model: nn.Module, module: str) -> Iterator[str]:

@@ -1,14 +1,34 @@
-"""Which layers a model has, in the order in which data flow through them."""
+"""Which layers a model has, in the order in which data flow through them, and what words mean."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
 
 from influence_jobs.errors import SpecError
+from influence_jobs.gradients.kernels import differentiable_kernels
 from influence_jobs.gradients.rules import nearest_rule
+from influence_jobs.gradients.weights import (
+    all_parameters,
+    first_names,
+    full_name,
+    name_of,
+    weight_named,
+    weights_of,
+    with_parametrizations,
+)
 from influence_jobs.tasks.base import Draw, Task, device_of, to_device
+
+Say = Callable[[str], None]
+
+WORDS = (
+    "Layer number (from 1, in forward order), module name, parameter name, a pattern such as "
+    "'*lora*', or all, which is all numbered layers. module:3 is the module named 3. May be "
+    "repeated."
+)
+LISTED = 12  # names in a line
 
 
 def weight_layers(task: Task, model: nn.Module) -> list[str]:
@@ -30,7 +50,7 @@ def weight_layers(task: Task, model: nn.Module) -> list[str]:
     ]
     training = model.training
     try:
-        with torch.no_grad():
+        with torch.no_grad(), differentiable_kernels(model):
             sample = task.batch(torch.tensor([0]), Draw(seed=0))
             task.losses(model.eval(), to_device(sample, device_of(model)))
     finally:
@@ -40,33 +60,192 @@ def weight_layers(task: Task, model: nn.Module) -> list[str]:
     return order
 
 
-def resolve_layers(wanted: Sequence[str | int], task: Task) -> tuple[str, ...]:
-    """Turn what the user typed (numbers, module names, `all`) into module names in forward order.
+def resolve_weights(wanted: Sequence[str | int], task: Task, say: Say) -> tuple[str, ...]:
+    """The weights that a user means, for gradient norms: names as `weight_named` takes them.
+
+    They come in forward order; those of layers without a number follow, as the model lists them.
 
     Raises:
-        SpecError: A number is out of range or a name unknown; the message names the valid ones.
+        SpecError: A word means nothing, or a layer that has no weight or whose weight is frozen.
+        ModelError: A layer has an option that no per-sample gradient can follow.
     """
-    model = task.model()
-    order = weight_layers(task, model)
-    modules = dict(model.named_modules())
-    names: list[str] = []
-    for word in map(str, wanted):
-        if word == "all":
-            names += order
-        elif re.fullmatch(r"-?\d+", word):
-            number = int(word)
-            if not 1 <= number <= len(order):
-                raise SpecError(f"layer {number} does not exist: the layers are {_numbered(order)}")
-            names.append(order[number - 1])
-        elif word in modules and word:
-            names.append(word)
-        else:
-            raise SpecError(f"layer {word!r} does not exist: the layers are {_numbered(order)}")
-    registration = {name: i for i, name in enumerate(modules)}
-    position = {name: i for i, name in enumerate(order)}
-    # Layers without a number (BatchNorm, Embedding, ...) follow, as the model lists them.
-    return tuple(sorted(set(names), key=lambda n: (position.get(n, len(order)), registration[n])))
+    words = _Words(task, say)
+    model = words.model
+
+    def weights(part: str) -> list[str]:
+        """Those that are trained of a module, or of a parameter."""
+        named = [name_of(model, part)] if part in words.parameters else weights_of(model, part)
+        return [name for name in named if weight_named(model, name).parameter in words.trained]
+
+    names: dict[str, None] = {}
+    for part in words.meant(wanted, weights):
+        found = weights(part)
+        if not found and part in words.modules and not weights_of(model, part):
+            raise words.empty(part, "weight")
+        if not found:
+            raise words.frozen(part)
+        names |= dict.fromkeys(found)
+    return words.ordered({name: weight_named(model, name).parameter for name in names})
 
 
-def _numbered(order: Sequence[str]) -> str:
-    return ", ".join(f"{i} ({name})" for i, name in enumerate(order, start=1))
+def resolve_layers(wanted: Sequence[str | int], task: Task, say: Say) -> tuple[str, ...]:
+    """The modules, and parameters, that a user means: what `ParameterSpace` takes.
+
+    All trained parameters of a module count, biases too; shared ones are of their first owner.
+    They come in the order of `resolve_weights`.
+
+    Raises:
+        SpecError: A word means nothing, or what is frozen or has no parameters.
+    """
+    words = _Words(task, say)
+
+    def own(part: str) -> list[str]:
+        """A parameter, or a module's own, by their first names."""
+        if part in words.parameters:
+            return [words.first[part]]
+        return [
+            words.first[full_name(module, name)]
+            for module in with_parametrizations(words.model, part)
+            for name, value in words.modules[module]._parameters.items()
+            if value is not None
+        ]
+
+    def trained(part: str) -> list[str]:
+        return [name for name in own(part) if name in words.trained]
+
+    names: dict[str, str] = {}  # to the parameter that gives the place
+    for part in words.meant(wanted, trained):
+        if not own(part):
+            raise words.empty(part, "parameters")
+        if not trained(part):
+            raise words.frozen(part)
+        for name in trained(part):
+            entry = name if part in words.parameters else name.rpartition(".")[0]
+            names.setdefault(entry, name)
+    return words.ordered(names)
+
+
+def trained_modules(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> tuple[str, ...]:
+    """The modules of some types with trained parameters; a shared one is of its first owner."""
+    owners = dict.fromkeys(
+        name.rpartition(".")[0] for name, value in model.named_parameters() if value.requires_grad
+    )
+    return tuple(name for name in owners if isinstance(model.get_submodule(name), kinds))
+
+
+class _Words:
+    """What words for layers mean in the model of a task."""
+
+    def __init__(self, task: Task, say: Say) -> None:
+        self.model = model = task.model()
+        self._say = say
+        self.order = weight_layers(task, model)
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.parameters = all_parameters(model)
+        self.first = first_names(model)
+        self.trained = {name for name, value in model.named_parameters() if value.requires_grad}
+
+    def meant(
+        self, wanted: Sequence[str | int], counts: Callable[[str], list[str]]
+    ) -> Iterator[str]:
+        """Names of modules, and of parameters, that words stand for.
+
+        Args:
+            counts: What of a module is taken; `all` and patterns leave out what has nothing.
+
+        Raises:
+            SpecError: A word means nothing.
+        """
+        for word in map(str, wanted):
+            named = word.removeprefix("module:")
+            if word == "all":
+                yield from self._all(counts)
+            elif re.fullmatch(r"-?\d+", word):
+                yield self._numbered(word)
+            elif named and (named in self.modules or named in self.parameters):
+                yield named
+            elif re.search(r"[*?[]", named):
+                yield from self._matching(named, counts)
+            else:
+                raise self._unknown(f"layer {word!r}")
+
+    def ordered(self, parameters: Mapping[str, str]) -> tuple[str, ...]:
+        """Names in forward order, as far as they have a number, then as the model lists them.
+
+        Args:
+            parameters: By name the full name of its first parameter.
+        """
+        number = {name: i for i, name in enumerate(self.order)}
+        listed = {name: i for i, name in enumerate(self.parameters)}
+
+        def place(name: str) -> tuple[int, int]:
+            parameter = parameters[name]
+            return number.get(parameter.rpartition(".")[0], len(number)), listed[parameter]
+
+        return tuple(sorted(parameters, key=place))
+
+    def empty(self, part: str, what: str) -> SpecError:
+        """The refusal of a module that owns nothing that could be taken."""
+        inside = any(True for _ in self.modules[part].parameters())
+        cure = f"name what is inside, '{part}.*'" if inside else "leave it out"
+        kind = type(self.modules[part]).__name__
+        return SpecError(f"layer '{part}' ({kind}) has no {what} of its own: {cure}")
+
+    def frozen(self, part: str) -> SpecError:
+        """The refusal of what is not trained."""
+        return SpecError(
+            f"layer '{part}' is frozen (requires_grad=False), and only trained parameters count: "
+            "leave it out, or let the task's model() train it"
+        )
+
+    def _all(self, counts: Callable[[str], list[str]]) -> list[str]:
+        taken = [name for name in self.order if counts(name)]
+        frozen = [name for name in self.order if name not in taken]
+        known = {name for module in taken for name in counts(module)}
+        unnumbered = [
+            f"{name or 'the model itself'} ({type(self.modules[name]).__name__})"
+            for name in self.modules
+            if name not in self.order and not {*counts(name)} <= known
+        ]
+        left = [f"{_listed(unnumbered)} (no number: name them to have them)"] if unnumbered else []
+        left += [f"{_listed(frozen)} (frozen)"] if frozen else []
+        left_out = f"; left out: {'; '.join(left)}" if left else ""
+        if not taken:
+            raise SpecError(f"--layer all takes the trained layers with a number: none{left_out}")
+        self._say(f"--layer all: {len(taken)} of {len(self.order)} numbered layers: "
+                  f"{_listed(taken)}{left_out}")
+        return taken
+
+    def _numbered(self, word: str) -> str:
+        number, other = int(word), word in self.modules
+        if not 1 <= number <= len(self.order):
+            hint = f"; the module named {word} is module:{word}" if other else ""
+            raise self._unknown(f"layer {number}", hint)
+        name = self.order[number - 1]
+        if other and word != name:
+            self._say(f"layer {word} is {name}; the module named {word} would be module:{word}")
+        return name
+
+    def _matching(self, pattern: str, counts: Callable[[str], list[str]]) -> list[str]:
+        """Modules whose name matches, else parameters; of them those that are trained."""
+        modules = [n for n in self.modules if n and fnmatchcase(n, pattern) and counts(n)]
+        known = {name for module in modules for name in counts(module)}
+        single = [
+            name
+            for name in self.parameters
+            if fnmatchcase(name, pattern) and not modules and not {*counts(name)} <= known
+        ]
+        if modules or single:
+            return modules or single
+        if any(fnmatchcase(name, pattern) for name in (*self.modules, *self.parameters)):
+            raise self.frozen(pattern)
+        raise self._unknown(f"layer {pattern!r}")
+
+    def _unknown(self, what: str, hint: str = "") -> SpecError:
+        numbered = (f"{i} ({name})" for i, name in enumerate(self.order, start=1))
+        return SpecError(f"{what} does not exist: the layers are {', '.join(numbered)}{hint}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more

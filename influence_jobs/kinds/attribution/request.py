@@ -37,7 +37,7 @@ class AttributionRequest(WeightsRequest, QueriesOptions):
         from influence_jobs.requests.queries import queries_of
         from influence_jobs.requests.rankings import attribution_of, replayed_norms
         from influence_jobs.requests.subject import subject_of
-        from influence_jobs.tasks.layers import resolve_layers, weight_layers
+        from influence_jobs.tasks.layers import resolve_weights, weight_layers
 
         source = self._source(root)
         at = _weights_of(source) if source is not None else ()
@@ -48,7 +48,7 @@ class AttributionRequest(WeightsRequest, QueriesOptions):
             raise SpecError("activations are those of one checkpoint: name one with --checkpoint")
         asked = queries_of(self, subject.built)
         if self.layer:
-            layers = resolve_layers(self.layer, subject.built)
+            layers = resolve_weights(self.layer, subject.built, say)
         elif source is None:
             layers = tuple(weight_layers(subject.built, subject.built.model())[:-1])
         else:

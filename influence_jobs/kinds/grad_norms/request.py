@@ -30,7 +30,7 @@ class GradNormsRequest(WeightsRequest, SeedOptions):
 
     def specs(self, root: str, say: Say) -> tuple[Spec, ...]:
         from influence_jobs.requests.subject import subject_of
-        from influence_jobs.tasks.layers import resolve_layers
+        from influence_jobs.tasks.layers import resolve_weights
 
         if not self.layer:
             raise SpecError("name at least one layer: --layer 11, --layer main.29, or --layer all")
@@ -39,7 +39,7 @@ class GradNormsRequest(WeightsRequest, SeedOptions):
             GradNormsSpec,
             task=subject.task,
             checkpoints=subject.checkpoints,
-            layers=resolve_layers(self.layer, subject.built),
+            layers=resolve_weights(self.layer, subject.built, say),
             reduction=self.reduce,
             combine=self.combine,
             precision=self.precision,
