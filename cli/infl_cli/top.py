@@ -27,7 +27,8 @@ def top(
     layer: Annotated[
         str | None,
         typer.Option(
-            help="Module name of a layer; by default all layers of the run, of scores their sum."
+            help="Layer: number, module or parameter name, or pattern, as for submit; by default all "
+            "layers of the run, of scores their sum."
         ),
     ] = None,
     test: Annotated[

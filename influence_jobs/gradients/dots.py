@@ -158,9 +158,7 @@ class GradDots(TappedModel):
             self._run(batch, visit)
         return parts
 
-    def _in_forward_mode(
-        self, batch: Any, several: Sequence[Sequence[str]]
-    ) -> list[Tensor] | None:
+    def _in_forward_mode(self, batch: Any, several: Sequence[Sequence[str]]) -> list[Tensor] | None:
         """The products (B, Q) of some groups together, of others together; None if it fails."""
         if not several or self._fallback is not None:
             return None
@@ -196,15 +194,17 @@ class GradDots(TappedModel):
             names,
             forward=self._forward,
             plain=self._plain_gradients,
-            record=lambda batch, calls: self._run(batch, lambda *_: None, calls),
+            record=self._record,
             tolerance=TOLERANCE[self._precision],
         )
         if self._fallback is None and size > 1:
             fallback.find_forms(batch, size, {})
             self._fallback = fallback
-            how = "sample by sample" if "sample" in fallback.forms.values() else "all samples mapped"
+            how = (
+                "sample by sample" if "sample" in fallback.forms.values() else "all samples mapped"
+            )
             warnings.warn(
-                f"parameters of '{groups[0]}' and the like are differentiated {how}, which is "
+                f"parameters of '{names[0]}' and the like are differentiated {how}, which is "
                 f"slow: {self._why_not_forward}",
                 stacklevel=3,
             )

@@ -150,7 +150,7 @@ class GradNorms(TappedModel):
             slow,
             forward=self._forward,
             plain=self._plain_gradients,
-            record=lambda batch, calls: self._run(batch, lambda *_: None, calls),
+            record=self._record,
             tolerance=TOLERANCE[self._precision],
         )
         if slow and usage.size == 1:
@@ -178,9 +178,7 @@ class GradNorms(TappedModel):
         uses = usage.uses(parameter)
         if uses == 0:
             if usage.calls(owner) == 0:
-                raise ModelError(
-                    f"layer '{name}' is not called in the forward: leave it out"
-                )
+                raise ModelError(f"layer '{name}' is not called in the forward: leave it out")
             raise unused(name)
         if weight.rule is None or not weight.ruled:
             kind = type(self._model.get_submodule(owner)).__name__

@@ -24,6 +24,13 @@ from influence_jobs.gradients.reference import LossModule
 from influence_jobs.gradients.rules.blocks import sample_blocks
 
 Form = Literal["layer", "model", "sample"]
+_LISTED = 6  # layers in a line
+# What each form does, and what a pass takes in place of one by rules alone (measured on a CPU).
+_COST: dict[Form, str] = {
+    "layer": "mapped over the samples through its own layer (1.5 to 4 times the pass)",
+    "model": "mapped over the samples through the whole model (2 to 6 times the pass)",
+    "sample": "sample by sample (as slow as batches of one, and more)",
+}
 
 
 class Fallback:
@@ -89,7 +96,7 @@ class Fallback:
             found = _whole(self._by_model(two, left))
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # whatever the user's model raises when it is mapped
+        except Exception as error:  # noqa: BLE001  (the model may raise anything when mapped)
             self._say(left, error)
             return
         for name in left:
@@ -112,6 +119,7 @@ class Fallback:
         """
         for home, call in self._calls.items():
             yield from self._by_layer(call, [n for n, h in self._homes.items() if h == home], size)
+            call.forget()
         if names := self._of("model"):
             yield from self._by_model(batch, names)
         if names := self._of("sample"):
@@ -127,7 +135,8 @@ class Fallback:
             with torch.no_grad():
                 return len(self._forward(batch))
         return next(
-            len(leaf) for leaf, has_samples in zip(leaves, self._flags(leaves), strict=True)
+            len(leaf)
+            for leaf, has_samples in zip(leaves, self._flags(leaves), strict=True)
             if has_samples
         )
 
@@ -192,7 +201,7 @@ class Fallback:
                     found = _whole(self._by_layer(calls[home], [name], 2))
                 except torch.OutOfMemoryError:
                     raise
-                except Exception as error:  # whatever the layer raises when it is mapped
+                except Exception as error:  # noqa: BLE001  (as above)
                     self._say([name], error)
                     continue
                 if self._agree(found[name], wanted[name]):
@@ -238,6 +247,28 @@ class Fallback:
     def _say(self, names: Sequence[str], reason: object) -> None:
         line = str(reason).partition("\n")[0]
         self.reasons |= {name: line for name in names if name not in self.reasons}
+
+
+def slow_lines(slow: Mapping[str, tuple[Form, str]]) -> list[str]:
+    """Lines for people about layers that no rule serves: a form each, with what it costs.
+
+    Args:
+        slow: By layer its form, and why no rule serves it.
+    """
+    lines = []
+    for form, cost in _COST.items():
+        reasons: dict[str, list[str]] = {}
+        for name, (of, reason) in slow.items():
+            if of == form:
+                reasons.setdefault(reason, []).append(name)
+        told = "; ".join(
+            f"{', '.join(names[:_LISTED])}"
+            f"{f' and {len(names) - _LISTED} more' if len(names) > _LISTED else ''} ({reason})"
+            for reason, names in reasons.items()
+        )
+        if told:
+            lines.append(f"gradients without a rule, {cost}: {told}")
+    return lines
 
 
 def _whole(parts: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -56,7 +56,7 @@ class RecordedCall:
     @contextmanager
     def recording(self, tap: Tap) -> Iterator[None]:
         """Record what happens in this block; what was recorded before is forgotten."""
-        self._calls = []
+        self.forget()
         # First in line: it must see the layer's own output, not what another hook makes of it.
         hook = self.module.register_forward_hook(
             partial(self._keep, tap), prepend=True, with_kwargs=True
@@ -69,6 +69,10 @@ class RecordedCall:
     def shapes(self) -> list[tuple[Shapes, Shapes]]:
         """Of each call, the shapes of the tensors that went in and came out."""
         return [([_shape(leaf) for leaf in call.inputs], call.outputs) for call in self._calls]
+
+    def forget(self) -> None:
+        """Free what was recorded."""
+        self._calls = []
 
     def learn_axes(self, one: list[tuple[Shapes, Shapes]], batch: int) -> None:
         """Find where the samples are, from this pass of `batch` of them and one of one sample.
@@ -115,14 +119,14 @@ class RecordedCall:
             leaves = [*call.inputs]
             for (i, axis), leaf in zip(axes.items(), mapped, strict=True):
                 leaves[i] = leaf.unsqueeze(axis)
-            arguments = pytree.tree_unflatten(leaves, call.structure)
+            args, kwargs = pytree.tree_unflatten(leaves, call.structure)
 
             def outputs(parameters: dict[str, Tensor]) -> list[Tensor]:
                 named = {f"module.{name}": value for name, value in parameters.items()}
-                found = pytree.tree_leaves(functional_call(wrapped, named, arguments))
+                found = pytree.tree_leaves(functional_call(wrapped, named, (args, kwargs)))
                 return [found[i] for i in differentiable]
 
-            _, pullback = vjp(outputs, parameters)
+            pullback = vjp(outputs, parameters)[1]
             whole = [
                 cotangent.unsqueeze(self._output_axes[i] or 0)
                 for i, cotangent in zip(differentiable, cotangents, strict=True)
@@ -145,7 +149,9 @@ class RecordedCall:
         """The call, if it is as those that the axes were learned from."""
         where = f"layer '{self.name}'"
         if len(self._calls) != 1:
-            raise ModelError(f"{where} is called {len(self._calls)} times in a forward, once before")
+            raise ModelError(
+                f"{where} is called {len(self._calls)} times in a forward, once before"
+            )
         (call,) = self._calls
         for leaf, version in zip(call.inputs, call.versions, strict=True):
             if isinstance(leaf, Tensor) and leaf._version != version:
@@ -197,9 +203,7 @@ def _shape(leaf: Any) -> torch.Size | None:
 
 def _part(leaves: list[Any], axes: Any, block: slice) -> list[Tensor]:
     length = block.stop - block.start
-    return [
-        leaf.narrow(axis, block.start, length) for leaf, axis in zip(leaves, axes, strict=True)
-    ]
+    return [leaf.narrow(axis, block.start, length) for leaf, axis in zip(leaves, axes, strict=True)]
 
 
 def _batch_axes(several: Shapes, one: Shapes, batch: int) -> list[int | None]:

@@ -204,6 +204,10 @@ class TappedModel(ABC):
                 raise unused(name)
         return call.batch_size
 
+    def _record(self, batch: Any, calls: Sequence[RecordedCall]) -> None:
+        """One forward and one truncated backward to record calls, and for nothing else."""
+        self._run(batch, lambda *_: None, calls)
+
     @property
     def _device(self) -> torch.device:
         return next(self._model.parameters()).device
@@ -289,7 +293,9 @@ class TappedModel(ABC):
         if not losses.requires_grad:
             raise unused(next(iter(self._layers), ""))
 
-    def _plain_gradients(self, sample: Any, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    def _plain_gradients(
+        self, sample: Any, names: Iterable[str] | None = None
+    ) -> dict[str, Tensor]:
         """Gradients of one sample's loss by autograd and nothing else.
 
         Args:
@@ -340,6 +346,7 @@ def thawed(parameters: Iterable[Tensor]) -> Iterator[None]:
 
 
 def unused(name: str) -> ModelError:
+    """The refusal of a layer whose gradient does not exist."""
     return ModelError(
         f"the losses do not depend on layer '{name}' (its output is unused, detached or computed "
         "under no_grad): leave it out"

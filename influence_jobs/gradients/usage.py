@@ -1,13 +1,12 @@
 """How a forward uses layers and parameters: what decides whether a rule holds for them."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -100,10 +99,11 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def _uses(starts: Iterable[Any], stops: Set[Any] = frozenset()) -> Counter[int]:
+def _uses(starts: Iterable[Any], stops: Iterable[Any] = ()) -> Counter[int]:
     """How many operations use each leaf, by the leaf's id, not looking beyond some nodes."""
     uses: Counter[int] = Counter()
-    seen, stack = set(stops), [node for node in starts if node not in stops]
+    seen, stack = set(stops), [*starts]
+    stack = [node for node in stack if node not in seen]
     while stack:
         node = stack.pop()
         for following, _ in node.next_functions if node is not None else ():

@@ -154,7 +154,11 @@ def full_name(module: str, own: str) -> str:
 
 def known_layers(model: nn.Module) -> str:
     """The layers of a model that have a rule, as messages list them."""
-    known = [name for name, module in model.named_modules(remove_duplicate=False) if name and supported(module)]
+    known = [
+        name
+        for name, module in model.named_modules(remove_duplicate=False)
+        if name and supported(module)
+    ]
     more = f" and {len(known) - 12} more" if len(known) > 12 else ""
     return f"it has: {', '.join(known[:12])}{more}"
 

@@ -15,6 +15,11 @@ REDUCE = (
     "kernel; layer: (N), L2 norm of the whole weight gradient."
 )
 
+LAYER = (
+    "Layer number (from 1, in forward order), module name, parameter name, pattern such as "
+    "'*lora*', or all: all that have a number. module:3 is the module named 3. May be repeated."
+)
+
 
 class WeightsRequest(Request):
     """Which of a task's trained weights."""

@@ -46,6 +46,13 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return pytree.tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
 
 
+def to_type(batch: Batch, dtype: torch.dtype) -> Batch:
+    """A batch with its floating-point tensors in another type."""
+    return pytree.tree_map_only(
+        Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, batch
+    )
+
+
 def digest(batch: Batch) -> str:
     """SHA-256 of a batch: of its tensors' bytes, shapes and types, and of what else it holds."""
     found = hashlib.sha256()

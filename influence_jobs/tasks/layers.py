@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from influence_jobs.errors import SpecError
+from influence_jobs.gradients import GradNorms
+from influence_jobs.gradients.fallback import slow_lines
 from influence_jobs.gradients.kernels import differentiable_kernels
 from influence_jobs.gradients.rules import nearest_rule
 from influence_jobs.gradients.weights import (
@@ -19,15 +21,9 @@ from influence_jobs.gradients.weights import (
     weights_of,
     with_parametrizations,
 )
-from influence_jobs.tasks.base import Draw, Task, device_of, to_device
+from influence_jobs.tasks.base import Draw, Task, device_of, to_device, to_type
 
 Say = Callable[[str], None]
-
-WORDS = (
-    "Layer number (from 1, in forward order), module name, parameter name, a pattern such as "
-    "'*lora*', or all, which is all numbered layers. module:3 is the module named 3. May be "
-    "repeated."
-)
 LISTED = 12  # names in a line
 
 
@@ -125,6 +121,46 @@ def resolve_layers(wanted: Sequence[str | int], task: Task, say: Say) -> tuple[s
     return words.ordered(names)
 
 
+def layers_of_run(word: str, names: Sequence[str], task: Task) -> list[str]:
+    """Those of a run's layers that a word means; none if it has no such layer.
+
+    Args:
+        word: As `resolve_weights` takes it.
+        names: Of the run's layers.
+        task: The run's.
+    """
+    named = word.removeprefix("module:")
+    if word == "all":
+        return list(names)
+    if re.fullmatch(r"\d+", word):
+        order = weight_layers(task, task.model())
+        named = order[int(word) - 1] if 1 <= int(word) <= len(order) else ""
+    elif re.search(r"[*?[]", named):
+        return [name for name in names if fnmatchcase(name, named)]
+    if named in names:
+        return [named]
+    model = task.model()
+    if named in all_parameters(model):
+        return [name for name in names if name == name_of(model, named)]
+    modules = dict(model.named_modules(remove_duplicate=False))
+    meant = weights_of(model, named) if named in modules else []
+    return [name for name in names if name in meant]
+
+
+def say_slow_layers(layers: Sequence[str], task: Task, say: Say) -> None:
+    """Tell which weights no rule serves, and what their gradients cost, as two samples show.
+
+    Raises:
+        ModelError: As `GradNorms`.
+    """
+    model = task.model().float().eval()
+    ids = torch.arange(min(2, len(task.train_data())))
+    batch = to_type(task.batch(ids, Draw(seed=0)), torch.float32)
+    with GradNorms(model, layers, task.losses, reduction="layer") as engine:
+        for line in slow_lines(engine.slow_layers(batch)):
+            say(line)
+
+
 def trained_modules(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> tuple[str, ...]:
     """The modules of some types with trained parameters; a shared one is of its first owner."""
     owners = dict.fromkeys(
@@ -212,8 +248,10 @@ class _Words:
         left_out = f"; left out: {'; '.join(left)}" if left else ""
         if not taken:
             raise SpecError(f"--layer all takes the trained layers with a number: none{left_out}")
-        self._say(f"--layer all: {len(taken)} of {len(self.order)} numbered layers: "
-                  f"{_listed(taken)}{left_out}")
+        self._say(
+            f"--layer all: {len(taken)} of {len(self.order)} numbered layers: "
+            f"{_listed(taken)}{left_out}"
+        )
         return taken
 
     def _numbered(self, word: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from influence_jobs.gradients import norm_shape, reduce_gradient
+from influence_jobs.gradients.weights import weight_named
 from influence_jobs.terms import Reduction
 
 
@@ -19,7 +19,7 @@ class RecordedNorms:
 
     Args:
         model: The model that will be trained.
-        layers: Module names.
+        layers: Names of weights, as `weight_named` takes them.
         num_samples: N.
         reduction: As for replayed norms: `kernel`, `channel` or `layer`.
         skip_epochs: First epochs that are not counted.
@@ -39,9 +39,10 @@ class RecordedNorms:
     ):
         self._reduction = reduction
         self._skip_epochs = skip_epochs
+        self._weights = {layer: weight_named(model, layer) for layer in layers}
         self.sums = {
-            layer: torch.zeros(num_samples, *norm_shape(model.get_submodule(layer), reduction))
-            for layer in layers
+            layer: torch.zeros(num_samples, *weight.norm_shape(reduction))
+            for layer, weight in self._weights.items()
         }
 
     @torch.no_grad()
@@ -50,10 +51,10 @@ class RecordedNorms:
         if epoch < self._skip_epochs:
             return
         for layer, sums in self.sums.items():
-            module = model.get_submodule(layer)
-            gradient = module.weight.grad
+            weight = self._weights[layer]
+            gradient = model.get_parameter(weight.parameter).grad
             assert isinstance(gradient, Tensor)
-            norms = reduce_gradient(module, gradient[None], self._reduction)
+            norms = weight.norms(gradient[None], self._reduction)
             # A sample occurs once an epoch, so once in a batch: plain indexing adds.
             sums[ids] += norms.to(sums.device)
 

@@ -74,7 +74,8 @@ class LayerRule(ABC, Generic[M]):
 
     def recorded(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
         """What the rule reads of a call's arguments, the batch first; None: not such a call."""
-        return args[0] if args else kwargs["input"]
+        given: Tensor = args[0] if args else kwargs["input"]
+        return given
 
     def bias_gradient(self, g: Tensor) -> Tensor:
         """Each sample's gradient by the bias, (B, *bias shape); asked for where there is one."""

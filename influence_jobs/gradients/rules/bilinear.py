@@ -20,8 +20,8 @@ class BilinearRule(LayerRule[nn.Bilinear]):
         return torch.cat([*args, *(kwargs[name] for name in names[len(args) :])], dim=-1)
 
     def weight_gradient(self, a: Tensor, g: Tensor) -> Tensor:
-        sizes = (self.module.in1_features, self.module.in2_features)
-        first, second = a.reshape(len(a), -1, sum(sizes)).split(sizes, dim=-1)
+        sizes = [self.module.in1_features, self.module.in2_features]
+        first, second = torch.split(a.reshape(len(a), -1, sum(sizes)), sizes, dim=-1)
         g_BTC = g.reshape(len(g), -1, self.module.out_features)
         return torch.einsum("btc,bti,btj->bcij", g_BTC, first, second)
 

@@ -31,8 +31,9 @@ class ConvolutionTransposeRule(LayerRule[V]):
         return module.out_channels, inputs, *module.kernel_size
 
     def as_read(self, gradient: Tensor) -> Tensor:
-        groups = self.module.groups
-        gradient_BGICk = gradient.unflatten(1, (groups, -1))
+        module = self.module
+        inputs = module.in_channels // module.groups
+        gradient_BGICk = gradient.reshape(len(gradient), -1, inputs, *module.weight.shape[1:])
         return gradient_BGICk.transpose(2, 3).reshape(len(gradient), *self.kernel_shape)
 
     def has_batch_axis(self, output: Tensor) -> bool:

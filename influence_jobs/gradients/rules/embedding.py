@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from influence_jobs.gradients.rules.base import LayerRule
 from influence_jobs.gradients.rules.blocks import in_blocks
 
-
 E = TypeVar("E", nn.Embedding, nn.EmbeddingBag)
 
 
@@ -77,6 +76,8 @@ class EmbeddingBagRule(RowsRule[nn.EmbeddingBag]):
 
     def _positions(self, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         if self.module.mode == "mean":
-            counted = a != self.module.padding_idx if self.module.padding_idx is not None else a >= 0
+            counted = (
+                a != self.module.padding_idx if self.module.padding_idx is not None else a >= 0
+            )
             g = g / counted.sum(1, keepdim=True).clamp(min=1)
         return super()._positions(a, g.unsqueeze(1).expand(-1, a.shape[1], -1))

@@ -6,7 +6,7 @@ from influence_jobs.errors import SpecError
 from influence_jobs.kinds.grad_norms.spec import GradNormsSpec
 from influence_jobs.kinds.train.spec import Checkpoint, TrainedCheckpoint, TrainSpec
 from influence_jobs.requests.base import Many, One, Say, option
-from influence_jobs.requests.options import SCORES, QueriesOptions, WeightsRequest
+from influence_jobs.requests.options import LAYER, SCORES, QueriesOptions, WeightsRequest
 from influence_jobs.specs.base import Positive, Spec
 from influence_jobs.specs.norms import NormsSpec
 
@@ -29,9 +29,7 @@ class AttributionRequest(WeightsRequest, QueriesOptions):
     )
     normalize: bool = option(False, "Divide each sample's norms by their sum.", panel=SCORES)
     keep_layers: bool = option(False, "Keep each layer's part of the scores too.", panel=SCORES)
-    layer: Many[str | int] = option(
-        (), "Layer number (from 1, in forward order), module name, or all. May be repeated."
-    )
+    layer: Many[str | int] = option((), LAYER)
 
     def specs(self, root: str, say: Say) -> tuple[Spec, ...]:
         from influence_jobs.requests.queries import queries_of

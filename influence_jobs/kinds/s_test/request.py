@@ -5,8 +5,8 @@ from influence_jobs.requests.options import CurvatureOptions, QueriesOptions, We
 from influence_jobs.specs.base import Spec
 
 LAYERS_THAT_COUNT = (
-    "Layers whose parameters count: number, module name, or all weight layers as all. May be "
-    "repeated; by default every parameter of the model."
+    "Layers whose parameters count: number, module or parameter name, pattern such as '*lora*', or "
+    "all: all that have a number. May be repeated; by default every trained parameter."
 )
 
 

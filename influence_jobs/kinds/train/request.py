@@ -15,7 +15,6 @@ from influence_jobs.terms import Reduction
 class TrainRequest(Request):
     """Train a model of a task; keeps weights at chosen epochs, and gradient norms if asked."""
 
-
     preset: One[str | None] = option(None, "Training preset: a name, or a YAML file of your own.")
     epochs: One[Count | None] = option(None, "Epochs to train; the preset's by default.")
     seed: One[Seed] = option(0, "Of weights, order and noise.", panel=TRAINING)

@@ -38,7 +38,6 @@ LAMBDA = 0.1
 DOCS = Path(__file__).parents[4] / "docs" / "layers.md"
 
 
-
 class Conv1D(nn.Module):
     """As transformers defines it, under its name; its package need not be there."""
 
@@ -136,9 +135,11 @@ def prepared(layer: nn.Module, shape: tuple[int, ...], rows: int = 4) -> tuple[n
     """A float64 copy alone in a model, and a batch with random weights of its outputs."""
     torch.manual_seed(0)
     layer = copy.deepcopy(layer).double()
-    if getattr(layer, "running_mean", None) is not None:
-        nn.init.normal_(layer.running_mean)
-        nn.init.uniform_(layer.running_var, 0.5, 2)
+    for name, buffer in layer.named_buffers():
+        if name == "running_mean":
+            nn.init.normal_(buffer)
+        if name == "running_var":
+            nn.init.uniform_(buffer, 0.5, 2)
     model = nn.Sequential(layer).eval()
     x = torch.randn(rows, *shape, dtype=torch.float64)
     if isinstance(layer, nn.Embedding | nn.EmbeddingBag):
