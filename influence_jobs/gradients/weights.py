@@ -2,8 +2,8 @@
 
 A layer with one weight gives it its name: `fc` is of the parameter `fc.weight`, `attention` of
 `attention.in_proj_weight`. Of a layer with several (`rnn`), and of the model itself, each has its
-full name: `rnn.weight_ih_l0`, `cls_token`. A weight that several layers share has the name of its
-first owner. Biases do not count.
+full name: `rnn.weight_ih_l0`, `cls_token`. A weight that several layers share has a name by each
+of them. Biases do not count.
 """
 
 import re
@@ -111,20 +111,18 @@ def own_weights(module: nn.Module) -> list[str]:
 def weights_of(model: nn.Module, module: str) -> list[str]:
     """Names of the weights of a module, with those of which its own are made (weight_norm)."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    return list(
-        dict.fromkeys(
-            name_of(model, full_name(part, own))
-            for part in with_parametrizations(model, module)
-            for own in own_weights(modules[part])
-        )
-    )
+    return [
+        name_of(model, full_name(part, own))
+        for part in with_parametrizations(model, module)
+        for own in own_weights(modules[part])
+    ]
 
 
 def name_of(model: nn.Module, parameter: str) -> str:
-    """What a weight is called: as its first owner, if it is the only weight there."""
-    first = first_names(model)[parameter]
-    owner, _, own = first.rpartition(".")
-    return owner if owner and own_weights(model.get_submodule(owner)) == [own] else first
+    """What a weight of that full name is called: as its layer, if it is the only weight there."""
+    layer, _, own = parameter.rpartition(".")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    return layer if layer and own_weights(modules[layer]) == [own] else parameter
 
 
 def with_parametrizations(model: nn.Module, module: str) -> Iterator[str]:

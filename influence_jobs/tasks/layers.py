@@ -1,7 +1,7 @@
 """Which layers a model has, in the order in which data flow through them, and what words mean."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -60,6 +60,7 @@ def resolve_weights(wanted: Sequence[str | int], task: Task, say: Say) -> tuple[
     """The weights that a user means, for gradient norms: names as `weight_named` takes them.
 
     They come in forward order; those of layers without a number follow, as the model lists them.
+    One that is shared comes once: as it was named or, if it was named twice, by its first owner.
 
     Raises:
         SpecError: A word means nothing, or a layer that has no weight or whose weight is frozen.
@@ -68,57 +69,51 @@ def resolve_weights(wanted: Sequence[str | int], task: Task, say: Say) -> tuple[
     words = _Words(task, say)
     model = words.model
 
-    def weights(part: str) -> list[str]:
-        """Those that are trained of a module, or of a parameter."""
+    def weights(part: str) -> dict[str, str]:
+        """By name the parameter of each weight of a module, or of a parameter."""
         named = [name_of(model, part)] if part in words.parameters else weights_of(model, part)
-        return [name for name in named if weight_named(model, name).parameter in words.trained]
+        return {name: weight_named(model, name).parameter for name in named}
 
-    names: dict[str, None] = {}
-    for part in words.meant(wanted, weights):
+    names: dict[str, str] = {}  # by parameter
+    for part in words.meant(wanted, lambda part: [*weights(part).values()]):
         found = weights(part)
-        if not found and part in words.modules and not weights_of(model, part):
-            raise words.empty(part, "weight")
         if not found:
+            raise words.empty(part, "weight")
+        if not words.trained & {*found.values()}:
             raise words.frozen(part)
-        names |= dict.fromkeys(found)
-    return words.ordered({name: weight_named(model, name).parameter for name in names})
+        for name, parameter in found.items():
+            if parameter in words.trained:
+                again = names.get(parameter, name) != name
+                names[parameter] = name_of(model, parameter) if again else name
+    return words.ordered(names.values())
 
 
 def resolve_layers(wanted: Sequence[str | int], task: Task, say: Say) -> tuple[str, ...]:
     """The modules, and parameters, that a user means: what `ParameterSpace` takes.
 
-    All trained parameters of a module count, biases too; shared ones are of their first owner.
-    They come in the order of `resolve_weights`.
+    All trained parameters of a module count, biases too. They come in the order of
+    `resolve_weights`; a module that only shares parameters of another one is left to that.
 
     Raises:
         SpecError: A word means nothing, or what is frozen or has no parameters.
     """
     words = _Words(task, say)
-
-    def own(part: str) -> list[str]:
-        """A parameter, or a module's own, by their first names."""
-        if part in words.parameters:
-            return [words.first[part]]
-        return [
-            words.first[full_name(module, name)]
-            for module in with_parametrizations(words.model, part)
-            for name, value in words.modules[module]._parameters.items()
-            if value is not None
-        ]
-
-    def trained(part: str) -> list[str]:
-        return [name for name in own(part) if name in words.trained]
-
-    names: dict[str, str] = {}  # to the parameter that gives the place
-    for part in words.meant(wanted, trained):
-        if not own(part):
+    entries: set[str] = set()
+    for part in words.meant(wanted, words.own):
+        if not words.own(part):
             raise words.empty(part, "parameters")
-        if not trained(part):
+        if not words.trained & {*words.own(part)}:
             raise words.frozen(part)
-        for name in trained(part):
-            entry = name if part in words.parameters else name.rpartition(".")[0]
-            names.setdefault(entry, name)
-    return words.ordered(names)
+        inside = [part] if part in words.parameters else with_parametrizations(words.model, part)
+        entries |= {entry for entry in inside if words.trained & {*words.own(entry, alone=True)}}
+    kept: list[str] = []
+    counted: set[str] = set()
+    for entry in sorted(entries, key=[*words.modules, *words.parameters].index):
+        own = words.trained & {*words.own(entry, alone=True)}
+        if not own <= counted:
+            kept.append(entry)
+            counted |= own
+    return words.ordered(kept)
 
 
 def layers_of_run(word: str, names: Sequence[str], task: Task) -> list[str]:
@@ -140,11 +135,15 @@ def layers_of_run(word: str, names: Sequence[str], task: Task) -> list[str]:
     if named in names:
         return [named]
     model = task.model()
-    if named in all_parameters(model):
-        return [name for name in names if name == name_of(model, named)]
-    modules = dict(model.named_modules(remove_duplicate=False))
-    meant = weights_of(model, named) if named in modules else []
-    return [name for name in names if name in meant]
+    first, modules = first_names(model), dict(model.named_modules(remove_duplicate=False))
+
+    def parameters(name: str) -> set[str]:
+        if name in first:
+            return {first[name]}
+        weights = weights_of(model, name) if name in modules else []
+        return {weight_named(model, weight).parameter for weight in weights}
+
+    return [name for name in names if parameters(name) & parameters(named)]
 
 
 def say_slow_layers(layers: Sequence[str], task: Task, say: Say) -> None:
@@ -187,7 +186,8 @@ class _Words:
         """Names of modules, and of parameters, that words stand for.
 
         Args:
-            counts: What of a module is taken; `all` and patterns leave out what has nothing.
+            counts: The parameters that are taken of a module, by their first names; `all` and
+                patterns leave out where none is trained.
 
         Raises:
             SpecError: A word means nothing.
@@ -205,20 +205,31 @@ class _Words:
             else:
                 raise self._unknown(f"layer {word!r}")
 
-    def ordered(self, parameters: Mapping[str, str]) -> tuple[str, ...]:
-        """Names in forward order, as far as they have a number, then as the model lists them.
+    def own(self, part: str, *, alone: bool = False) -> list[str]:
+        """By their first names a parameter, or a module's own with those that they are made of.
 
         Args:
-            parameters: By name the full name of its first parameter.
+            alone: Of the module itself only.
         """
+        if part in self.parameters:
+            return [self.first[part]]
+        return [
+            self.first[full_name(module, name)]
+            for module in ([part] if alone else with_parametrizations(self.model, part))
+            for name, value in self.modules[module]._parameters.items()
+            if value is not None
+        ]
+
+    def ordered(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Names in forward order, as far as they have a number, then as the model lists them."""
         number = {name: i for i, name in enumerate(self.order)}
-        listed = {name: i for i, name in enumerate(self.parameters)}
+        listed = {name: i for i, name in enumerate([*self.modules, *self.parameters])}
 
-        def place(name: str) -> tuple[int, int]:
-            parameter = parameters[name]
-            return number.get(parameter.rpartition(".")[0], len(number)), listed[parameter]
+        def place(name: str) -> tuple[int, int, int]:
+            owner = name if name in self.modules else name.rpartition(".")[0]
+            return number.get(owner, len(number)), listed[owner], listed[name]
 
-        return tuple(sorted(parameters, key=place))
+        return tuple(sorted(names, key=place))
 
     def empty(self, part: str, what: str) -> SpecError:
         """The refusal of a module that owns nothing that could be taken."""
@@ -235,13 +246,13 @@ class _Words:
         )
 
     def _all(self, counts: Callable[[str], list[str]]) -> list[str]:
-        taken = [name for name in self.order if counts(name)]
+        taken = [name for name in self.order if self.trained & {*counts(name)}]
         frozen = [name for name in self.order if name not in taken]
         known = {name for module in taken for name in counts(module)}
         unnumbered = [
             f"{name or 'the model itself'} ({type(self.modules[name]).__name__})"
             for name in self.modules
-            if name not in self.order and not {*counts(name)} <= known
+            if name not in self.order and not self.trained & {*counts(name)} <= known
         ]
         left = [f"{_listed(unnumbered)} (no number: name them to have them)"] if unnumbered else []
         left += [f"{_listed(frozen)} (frozen)"] if frozen else []
@@ -265,16 +276,16 @@ class _Words:
         return name
 
     def _matching(self, pattern: str, counts: Callable[[str], list[str]]) -> list[str]:
-        """Modules whose name matches, else parameters; of them those that are trained."""
-        modules = [n for n in self.modules if n and fnmatchcase(n, pattern) and counts(n)]
-        known = {name for module in modules for name in counts(module)}
-        single = [
+        """Modules whose name matches, else parameters; of them those that have a trained one."""
+        found = [
             name
-            for name in self.parameters
-            if fnmatchcase(name, pattern) and not modules and not {*counts(name)} <= known
+            for name in (*self.modules, *self.parameters)
+            if name and fnmatchcase(name, pattern) and self.trained & {*counts(name)}
         ]
-        if modules or single:
-            return modules or single
+        if modules := [name for name in found if name in self.modules]:
+            return modules
+        if found:
+            return found
         if any(fnmatchcase(name, pattern) for name in (*self.modules, *self.parameters)):
             raise self.frozen(pattern)
         raise self._unknown(f"layer {pattern!r}")

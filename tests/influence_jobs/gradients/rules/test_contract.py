@@ -31,7 +31,7 @@ from influence_jobs.gradients.reference import gradients_one_by_one, per_sample_
 from influence_jobs.gradients.rules import base, blocks, conv, linear, registered, rule_of
 from influence_jobs.jobs.norm_arrays import norm_layouts
 from influence_jobs.tasks.base import Task
-from influence_jobs.tasks.layers import resolve_layers, weight_layers
+from influence_jobs.tasks.layers import resolve_weights, weight_layers
 from influence_jobs.terms import Reduction
 
 LAMBDA = 0.1
@@ -471,7 +471,7 @@ def test_a_rule_of_ones_own_works_in_ek_fac() -> None:
 def test_a_rule_of_ones_own_is_numbered_stored_and_in_the_docs() -> None:
     task = OneLayer(nn.Sequential(Scaled(), Doubled(), nn.Tanh(), nn.Linear(3, 2)), (4,))
     assert weight_layers(task, task.model()) == ["0.1", "0.3"]
-    assert resolve_layers(["all", "0.0"], task) == ("0.1", "0.3", "0.0")
+    assert resolve_weights(["all", "0.0"], task, print) == ("0.1", "0.3", "0.0")
     (doubled, scaled) = norm_layouts(
         task.model(),
         ("0.1", "0.0"),
