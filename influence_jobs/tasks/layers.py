@@ -24,7 +24,7 @@ from influence_jobs.gradients.weights import (
 from influence_jobs.tasks.base import Draw, Task, device_of, to_device, to_type
 
 Say = Callable[[str], None]
-LISTED = 12  # names in a line
+LISTED = 4  # names in a line
 
 
 def weight_layers(task: Task, model: nn.Module) -> list[str]:
@@ -249,14 +249,14 @@ class _Words:
         taken = [name for name in self.order if self.trained & {*counts(name)}]
         frozen = [name for name in self.order if name not in taken]
         known = {name for module in taken for name in counts(module)}
-        unnumbered = [
-            f"{name or 'the model itself'} ({type(self.modules[name]).__name__})"
-            for name in self.modules
-            if name not in self.order and not self.trained & {*counts(name)} <= known
-        ]
-        left = [f"{_listed(unnumbered)} (no number: name them to have them)"] if unnumbered else []
-        left += [f"{_listed(frozen)} (frozen)"] if frozen else []
-        left_out = f"; left out: {'; '.join(left)}" if left else ""
+        unnumbered: dict[str, list[str]] = {}  # by type
+        for name, module in self.modules.items():
+            if name not in self.order and not self.trained & {*counts(name)} <= known:
+                kind = type(module).__name__
+                unnumbered.setdefault(kind, []).append(name or "the model itself")
+        left = [f"{kind} {_listed(names)}" for kind, names in unnumbered.items()]
+        left_out = f"; without a number, so to be named: {'; '.join(left)}" if left else ""
+        left_out += f"; frozen: {_listed(frozen)}" if frozen else ""
         if not taken:
             raise SpecError(f"--layer all takes the trained layers with a number: none{left_out}")
         self._say(
