@@ -25,11 +25,11 @@ from influence_jobs.gradients.rules.blocks import sample_blocks
 
 Form = Literal["layer", "model", "sample"]
 _LISTED = 6  # layers in a line
-# What each form does, and what a pass takes in place of one by rules alone (measured on a CPU).
+# What each form does, and what that takes against rules alone (measured on a CPU).
 _COST: dict[Form, str] = {
-    "layer": "mapped over the samples through its own layer (1.5 to 4 times the pass)",
-    "model": "mapped over the samples through the whole model (2 to 6 times the pass)",
-    "sample": "sample by sample (as slow as batches of one, and more)",
+    "layer": "mapped over the samples through their own layer (1 to 3 times the time; recurrent ones 20)",
+    "model": "mapped over the samples through the whole model (1.5 to 4 times the time)",
+    "sample": "sample by sample (as slow as batches of one)",
 }
 
 

@@ -9,7 +9,8 @@ _HEAD = """# Layers
 Which layers have a rule for their per-sample gradients, and how it works. This page is written by
 `python -m influence_jobs.gradients.layer_table > docs/layers.md`.
 
-A rule is looked up by the layer's exact type, for a subclass may compute something else. *derived*
+A rule is for the layer's type, and for a subclass that overrides nothing but `__init__`: another
+may compute something else. *derived*
 follows from the weight and bias gradient, which every rule gives; *special* is a faster way of the
 rule's own. Norms are L2 over I. *number*: whether `--layer all` takes the layer and `--layer 1`
 counts it; the others are named. Influence needs no rule: what has none is differentiated in forward

@@ -48,7 +48,7 @@ def require_supported(name: str, module: nn.Module) -> None:
     where = f"layer '{name}' ({type(module).__name__})"
     if not supported(module):
         raise ModelError(
-            f"{where} has no gradient rule; supported: {supported_layers()} (no subclasses)"
+            f"{where} has no gradient rule; supported: {supported_layers()} (and subclasses that change nothing)"
         )
     # A re-parametrised weight (weight_norm, pruning) is an attribute but no parameter.
     weight = module._parameters.get("weight")

@@ -21,6 +21,16 @@ from influence_jobs.gradients.metric import Metric
 from influence_jobs.gradients.rules.blocks import in_blocks
 from influence_jobs.terms import Reduction
 
+# What a subclass may define anew and still compute the same.
+_CHANGE_NOTHING = {
+    *vars(type("Empty", (), {})),
+    "__init__",
+    "extra_repr",
+    "__repr__",
+    "__annotations__",
+}
+_CHANGE_NOTHING |= {"__static_attributes__", "__firstlineno__", "__constants__", "reset_parameters"}
+
 M = TypeVar("M", bound=nn.Module)
 
 _RULES: dict[type[nn.Module], "type[LayerRule[Any]]"] = {}
@@ -239,21 +249,21 @@ def names_of(layers: Iterable[type[nn.Module]]) -> str:
 
 
 def supported(module: nn.Module) -> bool:
-    """Whether a layer's exact type has a rule; a subclass may compute something else."""
-    return _rule_for(type(module)) is not None
+    """Whether a layer's type has a rule: itself, or what it inherits all that it computes from."""
+    return _exact_rule(type(module)) is not None
 
 
 def rule_of(module: nn.Module) -> LayerRule[Any]:
-    """The rule for a layer's exact type.
+    """The rule for a layer's type, which must compute what the rule knows.
 
     Raises:
         ModelError: There is none.
     """
-    rule = _rule_for(type(module))
+    rule = _exact_rule(type(module))
     if rule is None:
         raise ModelError(
             f"no gradient rule for a layer of type {type(module).__name__}; supported: "
-            f"{supported_layers()} (no subclasses)"
+            f"{supported_layers()} (and subclasses that change nothing)"
         )
     return rule(module)
 
@@ -263,6 +273,17 @@ def nearest_rule(module: nn.Module) -> LayerRule[Any] | None:
     for kind in type(module).__mro__:
         if rule := _rule_for(kind):
             return rule(module)
+    return None
+
+
+def _exact_rule(kind: type) -> type[LayerRule[Any]] | None:
+    """The rule for a type; a subclass that overrides anything may compute something else."""
+    overridden: set[str] = set()
+    for base in kind.__mro__:
+        if rule := _rule_for(base):
+            inherited = {*dir(base)} - _CHANGE_NOTHING
+            return None if overridden & inherited else rule
+        overridden |= {*vars(base)}
     return None
 
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
+from torch.nn.utils.parametrizations import weight_norm
 
 from influence_jobs.curvature import EkFac, GaussNewton
 from influence_jobs.errors import ModelError
@@ -25,6 +26,7 @@ from influence_jobs.gradients import (
     norm_shape,
     reduce_gradient,
     require_supported,
+    supported,
 )
 from influence_jobs.gradients.layer_table import layers_page
 from influence_jobs.gradients.reference import gradients_one_by_one, per_sample_gradients
@@ -494,7 +496,31 @@ def test_a_type_has_one_rule() -> None:
 
 
 class SubLinear(nn.Linear):
-    pass
+    """Computes as Linear does, which is not to be known."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input)
+
+
+class NamedLinear(nn.Linear):
+    """Is made in another way, and computes what it inherits."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size, size)
+
+
+class Padded(nn.Conv2d):
+    """Overrides a part of what a convolution computes."""
+
+    def _conv_forward(self, input: Tensor, *more: Any) -> Tensor:
+        return super()._conv_forward(input.flip(-1), *more)
+
+
+def test_a_subclass_that_changes_nothing_goes_by_the_rule() -> None:
+    assert supported(NamedLinear(3))
+    assert supported(nn.MultiheadAttention(4, 1).out_proj)
+    for layer in (SubLinear(3, 3), Padded(1, 1, 1), weight_norm(nn.Linear(3, 3))):
+        assert not supported(layer)
 
 
 class SubEmbedding(nn.Embedding):
