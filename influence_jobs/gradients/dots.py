@@ -11,6 +11,7 @@ from influence_jobs.errors import ModelError
 from influence_jobs.gradients.fallback import Fallback
 from influence_jobs.gradients.forward_mode import directional_derivatives
 from influence_jobs.gradients.parameters import ParameterSpace
+from influence_jobs.gradients.reference import one_sample
 from influence_jobs.gradients.requirements import (
     require_dtype,
     require_independent_samples,
@@ -81,6 +82,7 @@ class GradDots(TappedModel):
         self._vectors_QP = vectors_QP.detach().to(self._device, self._dtype)
         self._ruled: dict[str, dict[str, Tensor]] | None = None
         self._why_not_forward = ""
+        self._verified = False  # forward mode, by plain autograd
         self._freeze()
 
     def __call__(self, batch: Any) -> dict[str, Tensor]:
@@ -176,12 +178,32 @@ class GradDots(TappedModel):
                         {name: split[name] for name in names},
                     )
                     found.append(dots_BQ.to(self._dtype))
+                if not self._verified and len(found[0]) > 1:
+                    self._verified = True
+                    if not self._as_plain(batch, several, found):
+                        self._why_not_forward = "forward mode differs from plain autograd"
+                        return None
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             self._why_not_forward = str(error).partition("\n")[0]
             return None
         return found
+
+    def _as_plain(
+        self, batch: Any, several: Sequence[Sequence[str]], found: Sequence[Tensor]
+    ) -> bool:
+        """Whether the products of the first two samples agree with plain autograd."""
+        size = len(found[0])
+        for i in range(2):
+            wanted = self._of_gradients(self._plain_gradients(one_sample(batch, i, size)))
+            for groups, dots_BQ in zip(several, found, strict=True):
+                dots_Q = torch.stack([wanted[group][0][0] for group in groups]).sum(0)
+                scale_Q = torch.stack([wanted[group][1][0] for group in groups]).norm(dim=0)
+                limit_Q = TOLERANCE[self._precision] * scale_Q
+                if ((dots_BQ[i] - dots_Q).abs() > limit_Q).any():
+                    return False
+        return True
 
     def _by_gradients(self, batch: Any, groups: Sequence[str]) -> dict[str, Tensor]:
         """The products (B, Q) of groups that have no forward mode, through gradients."""

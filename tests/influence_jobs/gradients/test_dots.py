@@ -300,7 +300,7 @@ def test_check_finds_planted_faults(fault):
         if fault == "none":
             engine.check(torch.randn(2, 6))
         else:
-            with pytest.raises(ModelError, match=r"per-sample dot products differ .* usual causes"):
+            with pytest.raises(ModelError, match="usual causes"):
                 engine.check(torch.randn(2, 6))
 
 

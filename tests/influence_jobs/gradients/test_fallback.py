@@ -224,10 +224,10 @@ def batch_of(case: Case, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     )
 
 
-def expected(case: Case, reduction: Any) -> dict[str, Tensor]:
+def expected(case: Case, reduction: Any, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     weights = {name: weight_named(case.model, name) for name in case.forms}
     parameters = [weight.parameter for weight in weights.values()]
-    gradients = gradients_one_by_one(case.model, parameters, losses, batch_of(case))
+    gradients = gradients_one_by_one(case.model, parameters, losses, batch_of(case, dtype))
     return {
         name: weight.norms(gradients[weight.parameter], reduction)
         for name, weight in weights.items()
@@ -250,7 +250,7 @@ def cut(batch: dict[str, Any], rows: slice) -> dict[str, Any]:
 def test_norms(case: Case, precision: Any, reduction: Any) -> None:
     dtype, bound = {"float32": (torch.float32, 1e-5), "float64": (torch.float64, 1e-10)}[precision]
     case.model.to(dtype)
-    batch, wanted = batch_of(case, dtype), expected(case, reduction)
+    batch, wanted = batch_of(case, dtype), expected(case, reduction, dtype)
     with GradNorms(
         case.model, [*case.forms], losses, reduction=reduction, precision=precision
     ) as engine:
@@ -464,6 +464,6 @@ def test_an_overwritten_input_goes_another_way() -> None:
         GradNorms(
             Overwriting().eval(), ["second"], lambda m, x: m(x).sum(1), reduction="layer"
         ) as e,
-        pytest.raises((ModelError, RuntimeError), match="overwritten|inplace operation"),
+        pytest.raises((ModelError, RuntimeError), match=r"overwritten|inplace operation"),
     ):
         e(torch.randn(B, 6))
