@@ -276,7 +276,7 @@ def test_a_spec_that_was_changed(
     [
         (("train",), "has no gradient norms: infl submit grad-norms --layer all --checkpoint"),
         (("grad", "--layer", "conv9"), "no norms of layer conv9; it has conv1, conv2, head"),
-        (("grad", "--layer", "1"), "no norms of layer 1; it has conv1, conv2, head"),
+        (("grad", "--layer", "4"), "no norms of layer 4; it has conv1, conv2, head"),
         (("grad", "--channel", "12"), "layer conv1 has no channel 12; it has channels 0 to 7"),
     ],
 )

@@ -34,7 +34,7 @@ def losses(model: nn.Module, batch: dict[str, Any]) -> Tensor:
 
 
 class Recurrent(nn.Module):
-    def __init__(self, kind: type[nn.RNNBase], **options: Any) -> None:
+    def __init__(self, kind: Callable[..., nn.RNNBase], **options: Any) -> None:
         super().__init__()
         self.embed = nn.Embedding(9, 6)
         self.rnn = kind(6, 4, **options)
