@@ -1,17 +1,18 @@
-# One front door: `make demo` shows it, `make test` proves it.
+# Start here: `make demo` shows what it does, `make test` runs the tests.
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 RUNS ?= demo-runs
 
-.PHONY: install test slow lint format dist demo bench clean
+.PHONY: install test slow mutants lint format dist demo bench clean
 
 install: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[cli,cloud]" --group dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt \
+	    --editable ".[cli,cloud]" --group dev
 	touch $@
 
 test: install
@@ -19,6 +20,11 @@ test: install
 
 slow: install
 	$(BIN)/python -m pytest -m slow
+
+# How many small changes of the code do the tests notice? Hours; OPTIONS="--sample 20" for less.
+mutants: install
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group mutants
+	$(BIN)/python tests/mutants.py $(OPTIONS)
 
 lint: install
 	$(BIN)/ruff format --check
@@ -30,14 +36,14 @@ format: install
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-# Wheel and sdist, installed and used outside this folder.
+# Build wheel and sdist; install and try them outside this folder.
 dist: install
 	rm -rf dist
 	$(BIN)/python -m build
 	$(BIN)/python tests/packaging/try_dist.py dist
 
-# Real work, end to end, on a Ray of its own: MNIST trained for two epochs and its norms for every layer,
-# then FFDNet trained shortly on sample photographs and the norms of its eleventh layer.
+# Two real runs on a local Ray: train the MNIST classifier for two epochs and store the norms of all
+# layers; then train FFDNet on sample photographs and store the norms of its eleventh layer.
 demo: install
 	$(BIN)/infl submit grad-norms --task mnist --layer all --epochs 2 --runs $(RUNS)
 	$(BIN)/infl submit grad-norms --layer 11 --epochs 2 --runs $(RUNS)
@@ -46,9 +52,10 @@ demo: install
 	@$(BIN)/infl cluster status
 	@echo "The Ray above ends itself when idle; end it now with: $(BIN)/infl cluster down"
 
-# A page for each script, made anew: `make bench`, or `make bench OPTIONS=--full` for all sizes, or `make bench BENCHES=scores`;
-# once every script has one, benchmarks/RESULTS.md. On a machine with nothing else to do. The peers live apart:
-# kronfluence's wheel brings a package named `tests`.
+# Run the benchmarks, on a machine with nothing else to do. Each script writes a page; when all
+# pages exist, they make up benchmarks/RESULTS.md. `make bench OPTIONS=--full` runs all sizes,
+# `make bench BENCHES=scores` one script. The peers have an environment of their own: kronfluence's
+# wheel installs a package named `tests`.
 ALL_BENCHES := norms_mnist norms_ffdnet scores s_test solvers retraining submit scaling simulation
 BENCHES ?= $(ALL_BENCHES)
 PAGES := $(ALL_BENCHES:%=benchmarks/pages/%.md)

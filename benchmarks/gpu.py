@@ -1,12 +1,13 @@
 """The engine on a GPU, without Ray or files: norms, scores, LiSSA, ensembles.
 
-For each workload and precision: samples a second at the best batch that a probe finds, the part of plain forward + backward
-(which ends at the layers asked for) at that batch, the part of the device's bound, and the error against float64. The *bound* of a workload is the longer of
-its matrix products at the measured rate of a large product of that precision, and its reading and writing of inputs and
-results at the measured rate of a large copy (a roofline).
+For each workload and precision the table has: samples a second at the fastest batch size that a
+probe finds; the speed relative to plain forward + backward, which ends at the same layers; the
+speed relative to the bound; and the error relative to float64. The *bound* is a roofline. It is the
+longer of two times: the workload's matrix products at the measured rate of a large product in that
+precision, and its input and output at the measured rate of a large copy.
 
     python benchmarks/gpu.py [--device cuda] [--full]
-    python benchmarks/gpu.py --device cpu     # tiny: does it run?
+    python benchmarks/gpu.py --device cpu     # tiny sizes, to try the script
 """
 
 import contextlib
@@ -33,9 +34,9 @@ from influence_jobs.training.train import Recipe
 
 VECTORS = 10
 CHECKED = 4
-GAIN = 1.05  # by which twice the batch must be faster to go on
+GAIN = 1.05  # the batch is doubled as long as that is faster by this factor
 
-MODES: dict[str, tuple[Precision, bool]] = {  # engine's precision, TF32 allowed
+MODES: dict[str, tuple[Precision, bool]] = {  # precision of the engine, TF32 allowed
     "float32": ("float32", False),
     "tf32": ("float32", True),
     "bf16": ("bfloat16", False),
@@ -44,7 +45,7 @@ MODES: dict[str, tuple[Precision, bool]] = {  # engine's precision, TF32 allowed
 
 @contextlib.contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
-    """With TF32 in products and convolutions, or without."""
+    """Allow TF32 in products and convolutions, or forbid it, for a `with` block."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
     try:
@@ -55,7 +56,7 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Device:
-    """What the device can do: products a second by mode, bytes a second."""
+    """Measured rates of a device: FLOP/s of products by mode, and bytes/s of copies."""
 
     where: torch.device
     flops: dict[str, float]
@@ -63,7 +64,7 @@ class Device:
 
 
 def measured(where: torch.device, side: int) -> Device:
-    """The best of ten large products and of ten large copies."""
+    """The rates of the fastest of ten large products and of ten large copies."""
 
     def best(run: Callable[[], object]) -> float:
         return min(seconds_of(run) for _ in range(10))
@@ -80,16 +81,16 @@ def measured(where: torch.device, side: int) -> Device:
 
 @dataclass
 class Workload:
-    """One thing the engine does with a batch.
+    """One computation of an engine on a batch.
 
     Attributes:
-        name: Of its row.
-        task: Whose samples and losses.
-        flop: Of one sample, in products that no exact method saves.
-        bytes: Of one sample's input and result.
-        make: From model and precision to the engine's answer for a batch.
-        exact: From float64 gradients of some samples by all parameters, to the answer.
-        weights: Which forward + backward differentiates by, as far down as it must; all where empty.
+        name: Name of the row in the table.
+        task: The task with samples and losses.
+        flop: FLOP for one sample, in the products that every exact method needs.
+        bytes: Bytes of one sample's input and result.
+        make: Makes the engine's function of a batch, from a model and a precision.
+        exact: The expected result, from float64 gradients of some samples by all parameters.
+        weights: Weights that plain forward + backward differentiates by; empty for all.
     """
 
     name: str
@@ -102,7 +103,7 @@ class Workload:
 
 
 def norms(name: str, task: Task, layers: list[str], flop: float, numbers: int) -> Workload:
-    """Norms over a weight's inputs, of some layers."""
+    """Gradient norms of some layers, over the input axis of each weight."""
 
     def make(model: nn.Module, precision: Precision) -> Callable[[tuple[Tensor, ...]], Tensor]:
         engine = GradNorms(model, layers, task.losses, reduction="kernel", precision=precision)
@@ -160,7 +161,7 @@ def batch_of(task: Task, size: int, device: torch.device) -> tuple[Tensor, ...]:
 def best_batch(
     run: Callable[[tuple[Tensor, ...]], object], task: Task, device: torch.device, most: int
 ) -> int:
-    """Doubled while that makes samples faster and memory lasts."""
+    """The fastest batch size: doubled as long as that is faster and memory suffices."""
     best, best_rate, size = 0, 0.0, min(32, most)
     while size <= most:
         try:
@@ -223,7 +224,7 @@ def row_of(workload: Workload, mode: str, device: Device, most: int, rounds: int
 
 
 def print_lissa(device: Device, steps: int, rounds: int) -> None:
-    """Products of the published setting, ten queries, batch 8, and of a larger batch."""
+    """Print products a second of LiSSA: ten queries, batch 8 as published, and a larger batch."""
     task = MnistTask()
     torch.manual_seed(0)
     model = task.model().eval().to(device.where)
@@ -245,7 +246,7 @@ def print_lissa(device: Device, steps: int, rounds: int) -> None:
 
 
 def print_ensembles(device: Device, sizes: list[int], steps: int) -> None:
-    """Model-steps of retraining, batch 8."""
+    """Print model-steps a second of retraining, batch 8."""
     recipe = Recipe(10**9, 8, "sgd", lr=0.003, momentum=0.9, weight_decay=0.001)
     rows = []
     for models in sizes:
@@ -267,7 +268,7 @@ def main(
     device: Annotated[str, typer.Option(help="cuda or cpu; cpu runs tiny sizes.")] = "cuda",
     full: Annotated[bool, typer.Option("--full", help="More rounds, larger ensembles.")] = False,
 ) -> None:
-    """Print a table of workloads and precisions, and of LiSSA and ensembles."""
+    """Print tables for workloads in every precision, for LiSSA and for ensembles."""
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no CUDA device here: run it where there is one, or with --device cpu")
     on_gpu = device == "cuda"

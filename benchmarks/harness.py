@@ -1,7 +1,7 @@
-"""What the benchmarks share: contestants that take turns, answers checked before they are timed, and a table of ratios.
+"""Shared by the benchmarks: contestants that take turns, checks of answers, tables of ratios.
 
-Another process on the machine, a clock that changes or a warm cache meet all contestants of a round alike, so the ratio to
-the reference of the same round is what to trust; rates less.
+Other processes on the machine, clock changes and warm caches affect all contestants of a round
+alike. Ratios within a round are therefore more reliable than rates.
 """
 
 import importlib.metadata
@@ -34,10 +34,10 @@ class Contestant:
     """Something to time.
 
     Attributes:
-        name: Of its row in the table.
-        run: Does all its samples once.
-        samples: How many those are; slow contestants take fewer.
-        error: Of its answer, relative to float64; None of a limit, which gives no answer.
+        name: Name of the row in the table.
+        run: Processes all its samples once.
+        samples: Number of samples; slow contestants take fewer.
+        error: Error of its answer relative to float64; None for a limit, which has no answer.
     """
 
     name: str
@@ -47,13 +47,13 @@ class Contestant:
 
 
 def use_worker_allocator() -> None:
-    """Start this script anew with the allocator settings of a job's workers: they count from a process's first moment."""
+    """Restart this script with the allocator settings of workers, which are read at start only."""
     if not MALLOC.items() <= os.environ.items():
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})
 
 
 def header(title: str) -> None:
-    """Print the section's head: the command, the machine, the versions."""
+    """Print the head of a page: title, command, machine and versions."""
     words = ["python", "benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]
     cores = len(os.sched_getaffinity(0))
     print(f"# {title}\n\n`{' '.join(words)}`, {datetime.now(UTC):%Y-%m-%d}\n")
@@ -64,10 +64,10 @@ def header(title: str) -> None:
 
 
 def checked(found: Tensor, expected: Tensor, tolerance: float = 1e-4) -> float:
-    """Largest difference, as a part of the largest expected number.
+    """Largest difference, relative to the largest expected number.
 
     Raises:
-        WrongAnswer: It is above the tolerance, or not a number.
+        WrongAnswer: It is above the tolerance, or NaN.
     """
     expected = expected.double().cpu()
     error = float((found.detach().double().cpu() - expected).abs().max() / expected.abs().max())
@@ -77,13 +77,13 @@ def checked(found: Tensor, expected: Tensor, tolerance: float = 1e-4) -> float:
 
 
 def cut(batch: Sequence[Tensor], samples: int, size: int) -> list[tuple[Tensor, ...]]:
-    """The first samples of tensors (N, ...), in batches: views, so that fetching them costs nothing."""
+    """The first samples of tensors (N, ...), in batches. They are views, which cost nothing."""
     starts = range(0, samples, size)
     return [tuple(part[i : min(i + size, samples)] for part in batch) for i in starts]
 
 
 def over(batches: Sequence[Any], answer: Callable[[Any], object]) -> Callable[[], None]:
-    """A run of `answer` over all batches."""
+    """A function that calls `answer` for every batch."""
 
     def run() -> None:
         for batch in batches:
@@ -93,7 +93,7 @@ def over(batches: Sequence[Any], answer: Callable[[Any], object]) -> Callable[[]
 
 
 def gather(builders: Sequence[Callable[[], Contestant]]) -> list[Contestant]:
-    """The contestants that can be built; says which peers are not installed or answer wrongly."""
+    """The contestants that work; prints which peers are not installed or give wrong answers."""
     contestants = []
     for build in builders:
         try:
@@ -104,7 +104,7 @@ def gather(builders: Sequence[Callable[[], Contestant]]) -> list[Contestant]:
 
 
 def race(contestants: Sequence[Contestant], rounds: int) -> dict[str, list[float]]:
-    """Seconds a sample in every round, each contestant once a round, after a round that does not count."""
+    """Seconds a sample in every round. A first round to warm up is not counted."""
     seconds: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
     for counts in [False] + [True] * rounds:
         for contestant in contestants:
@@ -115,7 +115,7 @@ def race(contestants: Sequence[Contestant], rounds: int) -> dict[str, list[float
 
 
 def seconds_of(run: Callable[[], object]) -> float:
-    """How long a call takes, to the end of what it has started on a GPU."""
+    """Seconds of a call, its work on a GPU included."""
     started = time.perf_counter()
     run()
     if torch.cuda.is_available():
@@ -124,13 +124,13 @@ def seconds_of(run: Callable[[], object]) -> float:
 
 
 def ratios(seconds: dict[str, list[float]], name: str, reference: str) -> list[float]:
-    """Speed of one contestant over the reference's, round by round."""
+    """Speed of one contestant relative to the reference, in every round."""
     pairs = zip(seconds[reference], seconds[name], strict=True)
     return [theirs / own for theirs, own in pairs]
 
 
 def spread(values: Sequence[float]) -> str:
-    """Median, least and most."""
+    """Median, smallest and largest value, as text."""
     middle, least, most = (
         f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
         for value in (statistics.median(values), min(values), max(values))
@@ -139,7 +139,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def print_race(contestants: Sequence[Contestant], rounds: int, unit: str, *references: str) -> None:
-    """Race, and print a row for each contestant with its ratios to the references' speeds."""
+    """Race, and print for each contestant its speed and its ratios to the references."""
     seconds = race(contestants, rounds)
     rows = []
     for contestant in contestants:

@@ -1,8 +1,9 @@
-"""Linear datamodeling scores of every method on the published protocol, by the command line alone.
+"""Linear datamodeling scores of every method on the published protocol, by the command line.
 
-The protocol (dattri, 2024): the perceptron 784-128-64-10 with dropout .1, the first 5,000 training and 500 test images of MNIST,
-SGD of learning rate .01 and momentum .9, batch 64, 50 epochs; random halves of the training set. Each method once with one
-model and, where it depends on a model, with the mean over several. All use the same retrained models.
+The protocol (dattri, 2024): the perceptron 784-128-64-10 with dropout .1; the first 5,000 training
+and 500 test images of MNIST; SGD with learning rate .01, momentum .9, batch 64, 50 epochs; random
+halves of the training set. Each method is measured with one model. Methods that depend on the model
+are also measured with mean scores over several models. All use the same retrained models.
 
     python benchmarks/lds.py --runs lds-runs
 """
@@ -31,7 +32,7 @@ CHEAP = [
     "--max-iterations",
     "30",
 ]
-# Of LiSSA: its effective damping is .01 x 25. More accurate settings take hours for 500 queries.
+# LiSSA's setting: effective damping .01 x 25. More accurate ones take hours for 500 queries.
 PUBLISHED = [
     "--damping",
     ".01",
@@ -53,7 +54,7 @@ METHODS = {
     "attribution": ("attribution",),
     "training loss": ("baseline", "--method", "loss"),
 }
-EARLY_EPOCH = 3  # the models fit their training set all but perfectly later, and gradients vanish
+EARLY_EPOCH = 3  # later the models fit their training set very well, and gradients vanish
 EARLY = ("influence, EK-FAC, epoch 3",)
 ENSEMBLES = {
     "influence, EK-FAC, epoch 3": 10,
@@ -68,7 +69,7 @@ UNTRAINED = {
 
 
 def run(words: Sequence[str], runs: str) -> str:
-    """The id of the run that an `infl submit` makes or finds."""
+    """Run `infl submit` and return the id of its run."""
     command = [INFL, "submit", *words, "--runs", runs, "--local", "--json"]
     answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found: str = json.loads(answer.stdout.splitlines()[-1])["run"]
@@ -82,8 +83,8 @@ def main(
     seeds: Annotated[int, typer.Option(help="Models of each half.")] = 3,
     models: Annotated[int, typer.Option(help="Of an ensemble, at most.")] = 10,
 ) -> None:
-    """Make all scores, then one LDS run of all of them; prints its table."""
-    # Norms are recorded for attribution; the other methods do not mind.
+    """Compute all scores, then one LDS run over all of them; print its table."""
+    # Norms are recorded for attribution; the other methods ignore them.
     norms = ("--norms-layer", "1", "--norms-layer", "2")
     early = ("--save-epoch", str(EARLY_EPOCH))
     trained = [run(("train", *TASK, *norms, *early, "--seed", str(s)), runs) for s in range(models)]

@@ -1,7 +1,8 @@
 """Norms (96, 3, 3) of FFDNet's layer 11, patches of 50x50.
 
-The limit is plain forward, and backward of the mean loss that ends at the layer. Every answer for four patches is first compared
-with float64 gradients, one patch at a time. Peers are asked for that layer alone.
+The limit is plain forward and backward of the mean loss, where backward ends at the layer. Before
+timing, every answer for four patches is compared with float64 gradients, one patch at a time. Peers
+compute that layer only.
 
     python benchmarks/norms_ffdnet.py [--full] [--threads 1] [--weights FFDNet.pth]
 """
@@ -33,7 +34,7 @@ TASK = FFDNetTask(patch_size=50)
 
 
 class Contest:
-    """The network, some patches in memory, and the float64 answer for a few."""
+    """The network, patches in memory, and the float64 answer for a few of them."""
 
     def __init__(self, weights: Path | None, samples: int):
         torch.manual_seed(0)
@@ -46,7 +47,7 @@ class Contest:
         self.expected = exact[WEIGHT].norm(dim=2)
 
     def copy(self) -> nn.Module:
-        """The network, of which only the layer's weight requires a gradient."""
+        """A copy of the network in which only the layer's weight requires a gradient."""
         network = copy.deepcopy(self.network).requires_grad_(False)
         network.get_parameter(WEIGHT).requires_grad_(True)
         return network
@@ -81,7 +82,7 @@ class Contest:
         )
 
     def vmap(self) -> Contestant:
-        """Of the network from that layer on; what comes before needs no gradient."""
+        """Use vmap from that layer on; earlier layers need no gradient."""
         model = self.copy()
         layers = model.main
         head, tail = layers[:LAYER], layers[LAYER:]
@@ -104,9 +105,8 @@ class Contest:
         from opacus import GradSampleModule
 
         network = self.copy()
-        network.main[
-            LAYER
-        ].train()  # it records in train mode only; a convolution has no other use of it
+        # Opacus records in train mode only, which changes nothing else in a convolution.
+        network.main[LAYER].train()
         model = GradSampleModule(network, loss_reduction="sum", strict=False)
         weight = network.get_parameter(WEIGHT)
 
@@ -147,7 +147,7 @@ class Contest:
 
 
 def folded(batch: Batch) -> Tensor:
-    """What `main` of FFDNet is given."""
+    """The input of FFDNet's `main`."""
     noisy, sigma_B, _ = batch
     pixels = nn.functional.pixel_unshuffle(noisy, 2)
     noise_map = sigma_B.view(-1, 1, 1, 1).expand(-1, 1, *pixels.shape[-2:])
@@ -156,10 +156,10 @@ def folded(batch: Batch) -> Tensor:
 
 def main(
     full: Annotated[bool, typer.Option("--full", help="More patches, more rounds.")] = False,
-    threads: Annotated[int, typer.Option(help="Of torch.")] = 1,
+    threads: Annotated[int, typer.Option(help="Threads of torch.")] = 1,
     weights: Annotated[Path | None, typer.Option(help="State dict; else untrained.")] = None,
 ) -> None:
-    """Print a table of patches a second and of ratios to the limit's speed."""
+    """Print patches a second, and ratios to the limit."""
     use_worker_allocator()
     torch.set_num_threads(threads)
     header("Gradient norms of FFDNet's layer 11, patches of 50x50")

@@ -1,7 +1,8 @@
 """Per-node gradient norms of the MNIST network, all three layers, 60,000 images.
 
-The limit is plain forward and backward of the mean loss, which gives no image's norm. Every answer for 128 images is first
-compared with float64 gradients, one image at a time. Peers that form each gradient take fewer images.
+The limit is plain forward and backward of the mean loss, which gives no norm of an image. Before
+timing, every answer for 128 images is compared with float64 gradients, one image at a time. Peers
+that form each gradient take fewer images.
 
     python benchmarks/norms_mnist.py [--full] [--threads 1] [--batch 2000]
 """
@@ -24,14 +25,14 @@ from influence_jobs.tasks.mnist import MnistTask
 LAYERS = ("fc1", "fc2", "fc3")
 WEIGHTS = tuple(f"{layer}.weight" for layer in LAYERS)
 CHECKED = 128
-PEER_BATCH = 64  # the best of 16 to 500 for those that form gradients
+PEER_BATCH = 64  # the fastest of 16 to 500 for peers that form gradients
 
 Batch = Sequence[Tensor]
 TASK = MnistTask()
 
 
 class Contest:
-    """The network, its images in memory, and the float64 answer for some of them."""
+    """The network, images in memory, and the float64 answer for some of them."""
 
     def __init__(self, batch: int, peer_samples: int):
         torch.manual_seed(0)
@@ -143,12 +144,10 @@ def main(
     full: Annotated[
         bool, typer.Option("--full", help="More images for peers, more rounds.")
     ] = False,
-    threads: Annotated[int, typer.Option(help="Of torch.")] = 1,
-    batch: Annotated[
-        int, typer.Option(help="Images a pass, of the limit and this project.")
-    ] = 2000,
+    threads: Annotated[int, typer.Option(help="Threads of torch.")] = 1,
+    batch: Annotated[int, typer.Option(help="Batch size of the limit and of this project.")] = 2000,
 ) -> None:
-    """Print a table of images a second and of ratios to the limit's speed."""
+    """Print images a second, and ratios to the limit."""
     use_worker_allocator()
     torch.set_num_threads(threads)
     header("Per-node gradient norms: MNIST network, three layers")

@@ -1,12 +1,13 @@
-"""Does region influence find what it must? Patches of the test images themselves are planted in the training pool.
+"""Does the influence on a region find the right patches? Those of the test images are planted.
 
     python benchmarks/planted.py --images FOLDER --weights FFDNet.pth [--pool 4] [--samples 256]
 
-Of a folder of photographs the first two are test images; all of their patches join those of the next `--pool` images.
-Two regions of each test image are queries, for every measured quantity, and the patches whose centre is within 9
-pixels of a region's are the planted ones. The table tells where in the ranking the first of them comes, region by region,
-in per cent of the pool. By the loss of the region the ranking is by score, most helpful first; by quantities that a
-sample may raise or lower it is by absolute score.
+The first two photographs of a folder are the test images. The pool has all of their patches, and
+those of the next `--pool` images. The queries are two regions of each test image, for every
+quantity. Patches whose centre is within 9 pixels of a region's centre are the planted ones. For
+each region, the table has the rank of the first planted patch, in per cent of the pool. For the
+loss, patches are ranked by score, most helpful first. A sample may raise or lower the other
+quantities; for these, patches are ranked by absolute score.
 """
 
 import argparse
@@ -23,8 +24,8 @@ from influence_jobs.models.checkpoints import load_weights
 from influence_jobs.tasks.base import Draw
 from influence_jobs.tasks.ffdnet import FFDNetTask
 
-SIDE = 50  # of a region, as of a patch
-NEAR = 9  # pixels; the patches' stride is 17
+SIDE = 50  # pixels; of a region, and of a patch
+NEAR = 9  # pixels; the stride of the patches is 17
 
 
 def main() -> None:
@@ -34,8 +35,8 @@ def main() -> None:
     parser.add_argument("--pool", type=int, default=4)
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--quantity", action="append")
-    parser.add_argument("--draws", type=int, default=8, help="of the test images' noise")
-    parser.add_argument("--train-draws", type=int, default=2, help="of the patches' noise")
+    parser.add_argument("--draws", type=int, default=8, help="noise draws of a test image")
+    parser.add_argument("--train-draws", type=int, default=2, help="noise draws of a patch")
     parser.add_argument("--damping", type=float)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--every", type=int, default=37)
@@ -79,9 +80,8 @@ def study(task: FFDNetTask, options: argparse.Namespace) -> None:
     operator = GaussNewton(model, space, task, ids.sort().values)
     solver = EkFac(options.damping)
     solution = solver.solve(operator, g_QP)
-    print(
-        f"{everyone} patches, lambda {solution.damping:.3g}, residual {solution.residual_Q.mean():.2f}"
-    )
+    residual = solution.residual_Q.mean()
+    print(f"{everyone} patches, lambda {solution.damping:.3g}, residual {residual:.2f}")
     fitted = solver.metrics(operator, power=2)
     metrics = {
         "theta": fitted,

@@ -1,8 +1,9 @@
-"""What a click costs: from the pixel of a test image to the patches on the page, by norms of 200,000 x 96.
+"""Time of a click in the viewer: from the pixel of a test image to the patches on the page.
 
-The viewer runs as `infl view` runs it, and a browser clicks: first on images that were just opened, then again and again on the same.
-The norms are random numbers in a run's arrays, everything else is real: patches of the folder, FFDNet, Zarr, HTTP. Before anything
-counts, one answer is compared with the product over all rows. Run from the project's folder with nothing else going on:
+The viewer runs as in `infl view`, and a browser clicks: first on images that were just opened, then
+several times on the same image. The norms, 200,000 x 96, are random numbers in a run's arrays. All
+else is real: patches of the folder, FFDNet, Zarr, HTTP. Before timing, one answer is compared with
+the product over all rows. Run it from the project's folder, on a machine with nothing else to do:
 
     python benchmarks/point.py --images bsds500 --weights FFDNet_rgb_e20b8_1000.pth
 """
@@ -40,7 +41,7 @@ LAYER = "main.29"
 
 
 def norms_run(root: str, images: Path, weights: Path, samples: int) -> Run:
-    """A run of gradient norms that looks finished and holds random numbers."""
+    """A run of gradient norms that counts as finished and holds random numbers."""
     task = TaskSpec(
         name="ffdnet",
         options={"stride": 17, "limit": samples},
@@ -79,7 +80,7 @@ def check(run: Run) -> None:
 
 
 def click(page: Page, y: float, x: float) -> float:
-    """Seconds from a click, at parts of the image's height and width, until another answer is on the page."""
+    """Seconds from a click until the page has a new answer; y and x are parts of the image."""
     image, answer = page.locator("#image img"), page.locator("#answer h2")
     before = answer.inner_text() if answer.count() else "none"
     box = image.bounding_box()
@@ -99,7 +100,7 @@ def main(
     clicks: Annotated[int, typer.Option(help="On each of three images.")] = 10,
     browser: Annotated[str, typer.Option(help="Chromium.")] = "/usr/bin/chromium",
 ) -> None:
-    """Print one JSON object; seconds."""
+    """Print one JSON object; times are in seconds."""
     torch.set_num_threads(2)
     with tempfile.TemporaryDirectory() as root, socket.socket() as listening:
         run = norms_run(root, images, weights, samples)

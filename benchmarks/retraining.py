@@ -1,16 +1,19 @@
-"""Retraining the MNIST network: many variants side by side against one after the other.
+"""Retraining the MNIST network: many variants side by side compared with one after the other.
 
-Steps of one model, of batch 8, a second, over all models (the report's recipe: SGD, momentum .9, weight decay .001):
+Measured are model-steps a second: steps of one model with batch 8, summed over all models. The
+recipe is that of the research report (SGD, momentum .9, weight decay .001). The contestants:
 
-- `plain`: a loop over preloaded tensors, `nn.Module`, `torch.optim.SGD`; what everything is compared with;
+- `plain`: a loop over preloaded tensors, `nn.Module` and `torch.optim.SGD`; the reference;
 - `trainer`: this project's `Trainer`, one model;
-- `torch.func` and `mlp`: an `EnsembleTrainer` of M models, by its general and its fast path, each model with an order of
-  its own, as after removals;
-- `relabelled`: the fast path with models of one seed that differ in labels only, and so share inputs;
-- two processes of one thread each, as two workers have them: `mlp` and `relabelled` with M models each, and `plain`.
+- `torch.func` and `mlp`: an `EnsembleTrainer` of M models, by its general and its fast path. Each
+  model has its own order of samples, as after removals;
+- `relabelled`: the fast path with models of one seed that differ in labels only, and share inputs;
+- two processes with one thread each, like two workers: `mlp` and `relabelled` with M models each,
+  and `plain`.
 
-First each answer is compared with a float64 loop on the same batches. Contestants take turns in every round, so that what else
-the machine does meets all of them; ratios within a round are to be trusted, rates less. Run from the project's folder:
+Before timing, each answer is compared with a float64 loop on the same batches. Contestants take
+turns in every round, so that other load on the machine affects all of them. Ratios within a round
+are more reliable than rates. Run it from the project's folder:
 
     python benchmarks/retraining.py [--full]
     python benchmarks/retraining.py --device cuda --models 64 --models 512 --models 2048
@@ -42,13 +45,13 @@ BATCH = 8
 PATHS = ("torch.func", "mlp", "relabelled")
 RECIPE = Recipe(1, BATCH, "sgd", lr=0.003, momentum=0.9, weight_decay=0.001)
 CHECKED_STEPS = 320
-# Forward and weight gradient of each layer, and the gradient by its input but for the first.
+# Each layer: forward and the gradient of the weight; all but the first: the gradient of the input.
 FLOPS = 2 * BATCH * (2 * 784 * 128 + 3 * 128 * 64 + 3 * 64 * 10)
 WEIGHTS = sum(p.numel() for p in MnistMLP().parameters())
 
 
 class GeneralMnistTask(MnistTask):
-    """Does not say that its loss is a cross-entropy, and so takes the general path."""
+    """The task without a declared loss; it takes the general path."""
 
     output_loss = None  # type: ignore[assignment]
 
@@ -56,7 +59,7 @@ class GeneralMnistTask(MnistTask):
 def plain_loop(
     model: nn.Module, images: torch.Tensor, labels: torch.Tensor, seed: int
 ) -> Callable[[], int]:
-    """A function that takes one step and returns how many model-steps that were."""
+    """A function that takes one step and returns the number of model-steps, 1."""
     order = epoch_order(len(labels), seed, 0)
     sgd = torch.optim.SGD(model.parameters(), lr=0.003, momentum=0.9, weight_decay=0.001)
     step = 0
@@ -75,12 +78,12 @@ def plain_loop(
 
 
 def relabelled(i: int) -> Changes:
-    """Another thousand samples for each model."""
+    """Relabel a thousand samples, others for each model."""
     return Changes(relabelled=np.arange(1000 * i, 1000 * (i + 1)), labels=np.zeros(1000, np.int64))
 
 
 def contestant(name: str, models: int, device: torch.device) -> Callable[[], int]:
-    """A function that takes some steps and returns how many model-steps they were."""
+    """A function that takes some steps and returns the number of model-steps."""
     endless = replace(RECIPE, epochs=10**9)
     if name == "plain":
         task = MnistTask()
@@ -115,7 +118,10 @@ def rate(advance: Callable[[], int], seconds: float, device: torch.device) -> fl
 
 
 def check(device: torch.device) -> dict[str, float]:
-    """Error of the parameters' change after some steps, relative to a float64 loop; the second of three models."""
+    """Errors of the change of the parameters after some steps, relative to a float64 loop.
+
+    Of ensembles, the second of three models is compared.
+    """
     images, labels = MnistTask().batch(torch.arange(60_000), Draw(0))
     start = initial_model(MnistTask(), 1, torch.device("cpu"))
     exact = initial_model(MnistTask(), 1, torch.device("cpu")).double()
@@ -151,7 +157,7 @@ def check(device: torch.device) -> dict[str, float]:
 def work(
     name: str, models: int, seconds: float, barrier: Barrier, rates: "multiprocessing.Queue[float]"
 ) -> None:
-    """One of two processes: a contestant on one thread."""
+    """The work of one of two processes: a contestant on one thread."""
     torch.set_num_threads(1)
     device = torch.device("cpu")
     advance = contestant(name, models, device)
@@ -175,7 +181,7 @@ def two_processes(name: str, models: int, seconds: float) -> float:
 
 
 def peak_flops(device: torch.device) -> float:
-    """Of a large float32 product, the best of ten."""
+    """FLOP/s of a large float32 product, the fastest of ten."""
     a = torch.randn(2048, 2048, device=device)
     best = float("inf")
     for _ in range(10):
@@ -187,14 +193,14 @@ def peak_flops(device: torch.device) -> float:
 
 def main(
     models: Annotated[list[int] | None, typer.Option(help="Models side by side.")] = None,
-    rounds: Annotated[int | None, typer.Option(help="Of all contestants.")] = None,
-    seconds: Annotated[float, typer.Option(help="For each contestant in a round.")] = 2.0,
+    rounds: Annotated[int | None, typer.Option(help="Rounds.")] = None,
+    seconds: Annotated[float, typer.Option(help="Seconds of each contestant in a round.")] = 2.0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     full: Annotated[bool, typer.Option("--full", help="More models, more rounds.")] = False,
 ) -> None:
-    """Print the check, the floor, and a row for each contestant.
+    """Print errors, the floor, and a row for each contestant.
 
-    The ratio is to `plain` with as many threads, for two processes to the better of those.
+    Ratios are to `plain` with as many threads; those of two processes, to the fastest `plain`.
     """
     use_worker_allocator()
     where = torch.device(device)
@@ -234,8 +240,8 @@ def main(
         for count, peak in peaks.items()
     )
     print(
-        f"- floor: {FLOPS / 1e6:.2f} MFLOP and {16 * WEIGHTS / 1e6:.1f} MB of weights and momentum a "
-        f"model-step; at the rate of a large product {floors} model-steps/s\n"
+        f"- floor: {FLOPS / 1e6:.2f} MFLOP and {16 * WEIGHTS / 1e6:.1f} MB of weights and momentum "
+        f"a model-step; at the rate of a large product {floors} model-steps/s\n"
     )
     rows = [
         [key, f"{statistics.median(values):,.0f}", spread(ratios[key])]

@@ -1,9 +1,11 @@
-"""What LiSSA's s_test costs: MNIST, the report's ten test images, the published setting.
+"""Speed of LiSSA: MNIST, the ten test images of the research report, the published setting.
 
-That is five repeats, depth 1,000, batch 8, damping .01 and scale 25, so lambda .25; ours side by side (`Lissa.solve_repeats`; a
-shard of `infl submit s-test` has up to three). A curvature product for one vector counts as one. The bound is the two products of the first layer that a step of all queries needs, in blocks of 32 steps. First every
-contestant solves for eight copies of one image, where chance plays no part, and is compared with the recursion in
-float64. How near the solvers come is `solvers.py`'s question.
+The setting is five repeats, depth 1,000, batch 8, damping .01 and scale 25, so lambda is .25. Our
+repeats run side by side (`Lissa.solve_repeats`; a shard of `infl submit s-test` has up to three).
+The unit is a curvature product for one vector. The bound is the two products of the first layer
+that a step of all queries needs, in blocks of 32 steps. Before timing, every contestant solves for
+eight copies of one image, where nothing is random, and is compared with the recursion in float64.
+`solvers.py` measures the accuracy of the solvers.
 
     python benchmarks/s_test.py [--full] [--weights CHECKPOINT.pt] [--threads 2]
 """
@@ -41,8 +43,8 @@ BLOCK = 32  # steps of the bound
 
 TASK = MnistTask()
 Weights = Annotated[Path | None, typer.Option(help="State dict; else trained here.")]
-Epochs = Annotated[int, typer.Option(help="Of the training.")]
-Threads = Annotated[int, typer.Option(help="Of torch.")]
+Epochs = Annotated[int, typer.Option(help="Epochs of the training.")]
+Threads = Annotated[int, typer.Option(help="Threads of torch.")]
 Solve = Callable[[Tensor, int], Tensor]  # (ids of the training set, depth) to (Q, P)
 
 
@@ -71,7 +73,7 @@ class Contest:
             batch = TASK.test_batch(torch.tensor([test]), Draw(0))
             rows.append(self.space.gradient(TASK.losses(model, batch).sum()))
         self.rhs_QP = torch.stack(rows)
-        self.copies = torch.full((BATCH,), 7)  # the training set of which there is one mini-batch
+        self.copies = torch.full((BATCH,), 7)  # eight copies of one image: one mini-batch
 
     def operator(self, kind: type[Operator], ids: Tensor) -> Operator:
         return kind(self.model, self.space, TASK, ids)
@@ -135,7 +137,7 @@ class Contest:
         return Contestant("bound", run, DEPTH // BLOCK * BLOCK * len(self.rhs_QP))
 
     def steps(self, kind: type[Operator], blocked: bool) -> Solve:
-        """All repeats side by side."""
+        """Solve by the recursion, all repeats side by side."""
 
         def solve(ids: Tensor, depth: int) -> Tensor:
             operator = self.operator(kind, ids)
@@ -203,9 +205,9 @@ class Contest:
                 damping=LAMBDA / SCALE,
                 scaling=SCALE,
             )
-            with torch.no_grad():  # ours: without it every step's graph stays
+            with torch.no_grad():  # added by us: dattri would keep the graph of every step
                 images, labels = self.data(ids).tensors
-                data = (theta_P, images, labels.float())  # it differentiates by all of them
+                data = (theta_P, images, labels.float())  # dattri differentiates by all of them
                 return inverse(data, self.rhs_QP, in_dims=(None, 0, 0))
 
         return self.entry("dattri, Hessian", Hessian, solve, DEPTH // 50)
@@ -217,7 +219,7 @@ def main(
     epochs: Epochs = 2,
     threads: Threads = 2,
 ) -> None:
-    """Print a table of products a second and of ratios to pyDVL's and the bound's."""
+    """Print products a second, and ratios to pyDVL and to the bound."""
     use_worker_allocator()
     torch.set_num_threads(threads)
     header("LiSSA's products, the published setting")

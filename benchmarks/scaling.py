@@ -1,9 +1,10 @@
 """How speed grows with workers, and cost with samples, queries and parameters.
 
-- Workers: gradient norms in one process of one thread, and in two at once, as two workers have them; the ratio of what
-  they do together. Twice the speed is the limit, and a bare matrix product of the same two shows what this machine gives.
-- Cost: seconds of scores of MNIST images against N samples, Q vectors, and P parameters (a wider first layer), each time
-  over the least; in brackets what exact linearity would give.
+- Workers: gradient norms in one process with one thread, and in two such processes at once, like
+  two workers. The table has the ratio of their speeds. The limit is 2; the ratio of a bare matrix
+  product shows what this machine allows.
+- Cost: seconds of scores of MNIST images by N samples, Q vectors and P parameters (a wider first
+  layer), relative to the smallest; in brackets the ratio of exactly linear growth.
 
     python benchmarks/scaling.py [--full]
 """
@@ -56,7 +57,7 @@ WORK = {
 
 
 def work(name: str, orders: Connection) -> None:
-    """A worker of one thread: told how many seconds to work, it answers with its samples a second; 0 ends it."""
+    """A worker with one thread. It receives seconds to work, sends samples a second; 0 ends it."""
     torch.set_num_threads(1)
     run, samples = WORK[name]()
     while seconds := orders.recv():
@@ -68,7 +69,7 @@ def work(name: str, orders: Connection) -> None:
 
 
 def one_and_two(name: str, rounds: int, seconds: float) -> list[tuple[float, float]]:
-    """Samples a second of one worker, and of two together, in every round after one that does not count."""
+    """Samples a second of one worker and of two together, in every round after a first one."""
     context = multiprocessing.get_context("spawn")
     pipes = [context.Pipe() for _ in range(2)]
     processes = [context.Process(target=work, args=(name, theirs)) for _, theirs in pipes]
@@ -90,7 +91,7 @@ def one_and_two(name: str, rounds: int, seconds: float) -> list[tuple[float, flo
 
 
 def scores(samples: int, queries: int, width: int, batch: int) -> Callable[[], None]:
-    """A run of scores of a perceptron with so wide a first layer."""
+    """A function that computes scores of a perceptron; `width` is that of its first layer."""
     task = MnistTask()
     data = task.batch(torch.arange(samples), Draw(0))
     model = nn.Sequential(
@@ -127,7 +128,7 @@ def main(
         bool, typer.Option("--full", help="More samples, longer, more rounds.")
     ] = False,
 ) -> None:
-    """Print a table for workers, and one each for N, Q and P."""
+    """Print a table for workers, and tables for N, Q and P."""
     use_worker_allocator()
     torch.set_num_threads(1)
     header("Scaling: workers, samples, queries, parameters")

@@ -1,10 +1,12 @@
-"""What scoring costs: dot products of ten vectors with the gradient of every sample's loss.
+"""Speed of scores: dot products of ten vectors with the gradient of every sample's loss.
 
-Of MNIST and its network the ten vectors are the gradients of the report's ten test images, which is what peers without a solver can
-multiply with. Contestants take turns: forward and backward of the mean loss; this project; the peers; and the
-*bound*, the bare matrix products without which no exact method of any vectors gets on - the forward, the gradient of each
-layer's output, the vectors' products - on arrays of the same shapes. Of FFDNet, scores of all parameters, ten random
-vectors, and forward and backward. Every answer is compared with float64 gradients, one sample at a time, before it is timed.
+For MNIST the ten vectors are the gradients of the research report's ten test images: peers without
+a solver can multiply only with such gradients. The contestants are forward and backward of the mean
+loss, this project, the peers, and the *bound*. The bound is the bare matrix products that every
+exact method needs, on arrays of the same shapes: the forward pass, the gradient of each layer's
+output, and the products with the vectors. For FFDNet the ten vectors are random and cover all
+parameters; the contestants are forward and backward, and this project. Before timing, every answer
+is compared with float64 gradients, one sample at a time.
 
     python benchmarks/scores.py [--full] [--threads 1] [--batch 1024]
 """
@@ -34,7 +36,7 @@ Batch = tuple[Tensor, ...]
 
 
 class Contest:
-    """One network, its data in memory, ten vectors, and the float64 scores of some samples."""
+    """A network, its data in memory, ten vectors, and the float64 scores of some samples."""
 
     def __init__(
         self, task: Task, vectors: Callable[[nn.Module], Tensor], samples: int, batch: int, few: int
@@ -75,7 +77,7 @@ class Contest:
 
 
 class MnistContest(Contest):
-    """With the bound and the peers, which take fewer images."""
+    """The contest on MNIST, with the bound and the peers; the peers take fewer images."""
 
     def __init__(self, batch: int, peer_samples: int):
         super().__init__(MnistTask(), self.query_gradients, 60_000, batch, 64)
@@ -204,12 +206,12 @@ def main(
     full: Annotated[
         bool, typer.Option("--full", help="More images for peers, more rounds.")
     ] = False,
-    threads: Annotated[int, typer.Option(help="Of torch.")] = 1,
+    threads: Annotated[int, typer.Option(help="Threads of torch.")] = 1,
     batch: Annotated[
-        int, typer.Option(help="Images a pass, of the limits and this project.")
+        int, typer.Option(help="Batch size of the limits and of this project.")
     ] = 1024,
 ) -> None:
-    """Print a table for each network; ratios of 1 are as fast."""
+    """Print a table for each network, with speeds and ratios to the references."""
     use_worker_allocator()
     torch.set_num_threads(threads)
     rounds = 9 if full else 5

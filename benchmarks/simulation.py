@@ -1,12 +1,15 @@
-"""A simulation: FFDNet norms of two million patches on 1 to 1,024 workers, with stragglers and lost nodes.
+"""Simulate FFDNet norms of two million patches on 1 to 1,024 workers, some slow, some lost.
 
-Measured here and now: the seconds of a shard in one process of one thread - patches decoded and noised, norms of layer 11, an
-array of its size compressed and written - and what Ray costs the driver for each shard, which grows with the number of
-workers it waits for. Assumed, and set by options: the seconds before a worker's first shard, slow workers, nodes that are
-lost, the bandwidth of the storage all share. Every worker takes the next shard when it has finished one, as in a job; the
-driver and the storage serve one shard at a time; what a lost node was doing is done again.
+Measured by this script: the seconds of a shard in one process with one thread, and the driver's
+time for each shard. A shard is: decode patches, add noise, compute norms of layer 11, compress and
+write an array of its size. The driver's time is Ray's, and grows with the number of workers that
+the driver waits for. Assumed, and set by options: the seconds before a worker's first shard, slow
+workers, lost nodes, and the bandwidth of the shared storage. As in a job, a worker takes the next
+shard when it has finished one. The driver and the storage serve one shard at a time. The shards of
+a lost node are computed again.
 
-The last columns tell what a run would gain without one of its troubles: the largest of them is what limits it.
+The last columns have the share of the time that a run would save without one of these causes. The
+largest share is what limits the run.
 
     python benchmarks/simulation.py [--full]
 """
@@ -38,17 +41,18 @@ WORKERS = tuple(2**i for i in range(11))
 
 @dataclass(frozen=True)
 class Cluster:
-    """What a run meets; seconds unless said otherwise.
+    """The conditions of a run; times are in seconds.
 
     Attributes:
-        shard_s: Measured seconds of shards, of which each shard draws one.
-        start_s: Before a worker's first shard.
-        driver_s: Of the driver for a shard, and for each worker that it waits for meanwhile.
-        storage_mb_s: Of all workers together, MB a second.
-        slow: Part of the workers that take `slowness` times as long.
-        lost_per_hour: Of a node.
-        node: Workers of one.
-        notice_s: Until a lost node's shards are given to others, and another node takes its place.
+        shard_s: Measured seconds of shards; each simulated shard draws one of them.
+        start_s: Seconds before a worker's first shard.
+        driver_s: The driver's seconds for a shard, and more for each worker that it waits for.
+        storage_mb_s: Bandwidth of the shared storage, MB a second.
+        slow: Share of the workers that take `slowness` times as long.
+        lost_per_hour: Losses of a node an hour.
+        node: Workers of a node.
+        notice_s: Seconds until the shards of a lost node are given to other workers, and a new node
+            takes its place.
     """
 
     shard_s: tuple[float, ...]
@@ -63,14 +67,14 @@ class Cluster:
 
 
 def simulate(cluster: Cluster, workers: int, seed: int) -> float:
-    """Seconds of a run, from its start to its last shard."""
+    """Seconds of a simulated run, from its start to its last shard."""
     chance = random.Random(seed)
     left = -(-PATCHES // SHARD)
     slowness = [cluster.slowness if chance.random() < cluster.slow else 1.0 for _ in range(workers)]
     horizon = 5 * left * max(cluster.shard_s) / workers + 1000 * cluster.start_s
     losses = [_losses(cluster, horizon, chance) for _ in range(-(-workers // cluster.node))]
     given_at = [0.0] * workers
-    # What happens next: (when, what, whose). In the order of time, for driver and storage serve in that order.
+    # Events (time, what, worker), in order of time: driver and storage serve in that order.
     events = [(cluster.start_s, "ready", worker) for worker in range(workers)]
     idle: list[int] = []
     driver_at = storage_at = end = 0.0
@@ -78,7 +82,7 @@ def simulate(cluster: Cluster, workers: int, seed: int) -> float:
     while unfinished:
         now, what, worker = heapq.heappop(events)
         if what == "ready":
-            if not left:  # until a lost shard comes back
+            if not left:  # idle until a lost shard comes back
                 idle.append(worker)
                 continue
             left -= 1
@@ -108,7 +112,7 @@ def simulate(cluster: Cluster, workers: int, seed: int) -> float:
 
 
 def _losses(cluster: Cluster, horizon: float, chance: random.Random) -> list[float]:
-    """When a node is lost, seconds."""
+    """Times at which a node is lost, in seconds."""
     times, now = [], 0.0
     while cluster.lost_per_hour and now < horizon:
         now += chance.expovariate(cluster.lost_per_hour / 3600)
@@ -117,7 +121,7 @@ def _losses(cluster: Cluster, horizon: float, chance: random.Random) -> list[flo
 
 
 def measured_shards(count: int, patches: int) -> tuple[float, ...]:
-    """Seconds of shards of 1,024 patches, from so many patches each."""
+    """Seconds of shards of 1,024 patches, extrapolated from `patches` each."""
     task = FFDNetTask(patch_size=50)
     model = task.model().eval().to(memory_format=torch.channels_last)
     engine = GradNorms(model, ["main.29"], task.losses, reduction="kernel")
@@ -127,7 +131,7 @@ def measured_shards(count: int, patches: int) -> tuple[float, ...]:
         array = zarr.create_array(
             folder, shape=(SHARD * count, 96, 3, 3), chunks=(SHARD, 96, 3, 3), dtype="float32"
         )
-        for shard in range(-1, count):  # the first does not count
+        for shard in range(-1, count):  # the first one warms up
             chosen = ids.roll(-97 * shard)[:patches]
             parts: list[torch.Tensor] = []
 
@@ -152,11 +156,11 @@ class _Nothing:
 
 @ray.remote(num_cpus=10**6)
 def _never() -> None:
-    """Has no room."""
+    """A task that no node has room for: it stays pending."""
 
 
 def measured_driver() -> tuple[float, float]:
-    """Seconds to give an actor a shard and hear of it, and more for each worker that is waited for as well."""
+    """Seconds from giving a shard to an actor to its answer; and more for each pending worker."""
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         actor = _Nothing.remote()
@@ -179,17 +183,19 @@ def measured_driver() -> tuple[float, float]:
 
 def main(
     full: Annotated[bool, typer.Option("--full", help="More shards measured, more runs.")] = False,
-    start_s: Annotated[float, typer.Option(help="Before a worker's first shard.")] = 10.0,
+    start_s: Annotated[float, typer.Option(help="Seconds before a worker's first shard.")] = 10.0,
     storage_mb_s: Annotated[
-        float, typer.Option(help="Of the shared storage, MB a second.")
+        float, typer.Option(help="Bandwidth of the shared storage, MB a second.")
     ] = 500.0,
-    slow: Annotated[float, typer.Option(help="Part of the workers that are slow.")] = 0.02,
-    slowness: Annotated[float, typer.Option(help="How many times as long those take.")] = 3.0,
+    slow: Annotated[float, typer.Option(help="Share of slow workers.")] = 0.02,
+    slowness: Annotated[
+        float, typer.Option(help="How many times as long slow workers take.")
+    ] = 3.0,
     lost_per_hour: Annotated[float, typer.Option(help="Losses of a node an hour.")] = 0.01,
     node: Annotated[int, typer.Option(help="Workers of a node.")] = 16,
-    notice_s: Annotated[float, typer.Option(help="Until a loss is noticed and made good.")] = 60.0,
+    notice_s: Annotated[float, typer.Option(help="Seconds until a lost node is replaced.")] = 60.0,
 ) -> None:
-    """Print a table of run times, and where adding workers stops to pay."""
+    """Print run times, and the number of workers up to which adding workers pays."""
     use_worker_allocator()
     torch.set_num_threads(1)
     header("Simulation: FFDNet norms, two million patches, 1 to 1,024 workers")
@@ -229,7 +235,7 @@ def main(
         gains = {
             name: max(0.0, 1 - mean_s(other, workers) / seconds) for name, other in without.items()
         }
-        # What is left of the loss: workers that wait for the last ones.
+        # The rest of the loss: workers that wait for the last shards.
         gains["uneven end"] = max(0.0, 1 - efficiency - sum(gains.values()))
         limit = max(gains, key=lambda name: gains[name])
         parts = [f"{gain:.1%}" for gain in gains.values()]

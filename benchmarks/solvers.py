@@ -1,9 +1,11 @@
-"""Time to the right s_test: MNIST, the report's ten test images, every solver until its cosine with the exact answer is .99.
+"""Time of each solver to an accurate s_test: MNIST, the ten test images of the research report.
 
-Two matrices, for the peers have the Hessian only: the Gauss-Newton matrix with lambda .25, and the Hessian with lambda 1, which
-covers its negative eigenvalues. The exact answer is conjugate gradients over all samples to a residual of 1e-5. Each solver
-tries settings from cheap to costly and stops at the first whose median cosine over the queries is .99; one that never gets
-there is listed with what it reached. Seconds of one run, everything that the solver needs to do included.
+An s_test is accurate if its cosine with the exact answer is at least .99, in the median over the
+queries. The exact answer comes from conjugate gradients over all samples, to a residual of 1e-5.
+Each solver tries settings from cheap to costly until one is accurate; all tried settings are
+listed. Times are of one run, everything that the solver needs included. There are two matrices: the
+Gauss-Newton matrix with lambda .25, and, because most peers have it only, the Hessian with lambda
+1, which makes its negative eigenvalues positive.
 
     python benchmarks/solvers.py [--full] [--weights CHECKPOINT.pt] [--threads 2]
 """
@@ -38,7 +40,7 @@ from influence_jobs.curvature.spectrum import smallest_eigenvalue
 WANTED = 0.99  # cosine with the exact answer
 LAMBDA = {GaussNewton: 0.25, Hessian: 1.0}
 SCALE, BATCH, DEPTH, REPEATS = 25.0, 8, 1000, 5  # of LiSSA, as published
-PARTS = (24, 12, 6, 3, 1)  # of the samples: one over these
+PARTS = (24, 12, 6, 3, 1)  # divisors of the number of samples
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,13 @@ class Try:
 
 
 class Ladder:
-    """A matrix, its exact answer, and settings of solvers from cheap to costly."""
+    """A matrix, the exact answer, and the settings of each solver, from cheap to costly."""
 
     def __init__(
         self, contest: Contest, kind: type[GaussNewton] | type[Hessian], repeats: tuple[int, ...]
     ):
         self.contest, self.kind, self.damping = contest, kind, LAMBDA[kind]
-        self.repeats = repeats  # of LiSSA as published
+        self.repeats = repeats  # of LiSSA in its published setting
         self.rhs_QP, self.samples = contest.rhs_QP, contest.samples
         self.shuffled = torch.randperm(self.samples, generator=torch.Generator().manual_seed(0))
         exact = ConjugateGradient(self.damping, tolerance=1e-5)
@@ -140,7 +142,7 @@ class Ladder:
         yield Try("kronfluence, ek-fac", "all samples", solve)
 
     def _multiplied(self, factors: dict[str, dict[str, Tensor]]) -> Tensor:
-        """Kronfluence multiplies gradients by its inverse factors while it scores; the same, for the queries."""
+        """The queries' gradients times the inverse factors, as kronfluence does while it scores."""
         space = self.contest.space
         parts = space.split(self.rhs_QP)
         answers = {}
@@ -209,14 +211,14 @@ class Ladder:
             def solve(part: int = part) -> Tensor:
                 images, labels = self.contest.data(self.ids(part)).tensors
                 inverse = ihvp_cg(loss, max_iter=10, regularization=self.damping)
-                data = (theta_P, images, labels.float())  # it differentiates by all of them
+                data = (theta_P, images, labels.float())  # dattri differentiates by all of them
                 return inverse(data, self.rhs_QP)
 
             yield Try("dattri, cg", f"{self.samples // part:,} samples, 10 steps", solve)
 
 
 def climb(ladder: Ladder, tries: Iterable[Try]) -> Iterator[list[str]]:
-    """A row for each setting, up to the first that is near enough."""
+    """A row for each setting, up to the first accurate one."""
     for this in tries:
         started = time.perf_counter()
         x_QP = this.solve()

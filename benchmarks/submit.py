@@ -1,8 +1,7 @@
-"""What the whole command costs over the bare loop: `infl submit grad-norms --task mnist --layer all`, 60,000 images.
+"""Overhead of the whole command: `infl submit grad-norms --task mnist --layer all`, 60,000 images.
 
-Three things are measured in one go: the bare loop (model, engine, numpy arrays; nothing stored), the parts of a
-shard in one process (compute, write, manifest), and the command on a warm head. Run from the project's folder with
-nothing else going on:
+It is compared with the bare loop (model, engine, numpy arrays; nothing is stored). Ray is up before
+the command starts. Run it from the project's folder, on a machine with nothing else to do:
 
     python benchmarks/submit.py [--full]
 """
@@ -42,7 +41,7 @@ def save_checkpoints(folder: Path, number: int) -> list[Path]:
 
 
 def bare_loop(task: MnistTask, checkpoints: list[Path]) -> float:
-    """Samples a second of forward, truncated backward and norms, summed over checkpoints."""
+    """Samples a second of forward, truncated backward and norms, over all checkpoints."""
     model = MnistMLP().eval()
     n = len(task.train_data())
     sums = {name: np.zeros((n, model.get_submodule(name).out_features)) for name in LAYERS}
@@ -108,7 +107,7 @@ def command(checkpoints: list[Path], runs: Path) -> dict[str, float]:
 def main(
     full: Annotated[bool, typer.Option("--full", help="More rounds.")] = False,
 ) -> None:
-    """Print a column for each number of checkpoints: median, least and most."""
+    """Print a column for each number of checkpoints: median, smallest and largest."""
     rounds = 7 if full else 3
     header("What the whole command costs over the bare loop")
     columns: dict[int, dict[str, list[float]]] = {}

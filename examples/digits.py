@@ -1,4 +1,4 @@
-"""A task of one's own, from start to finish: handwritten digits of 8 x 8 pixels and a small convnet.
+"""A task of your own, from start to finish: digits of 8 x 8 pixels and a small convolutional net.
 
 Run it from this folder::
 
@@ -9,7 +9,7 @@ Run it from this folder::
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
+from typing_extensions import Doc
 
 from influence_jobs import Batch, Task
 
@@ -41,13 +42,12 @@ class DigitsNet(nn.Module):
 
 
 class DigitsTask(Task):
-    """scikit-learn's digits; the last 297 of 1,797 are for testing.
+    """scikit-learn's digits; the last 297 of 1,797 are for testing."""
 
-    Args:
-        width: Channels of the first convolution; set it with `--option width=16`.
-    """
-
-    def __init__(self, *, width: int = 8):
+    # An argument is an option of the commands, here `--width 16`. `Doc` is its help text.
+    def __init__(
+        self, *, width: Annotated[int, Doc("Channels of the first convolution.")] = 8
+    ) -> None:
         self.width = width
 
     @cached_property
@@ -65,7 +65,7 @@ class DigitsTask(Task):
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         return F.cross_entropy(self.outputs(model, batch), self.targets(batch), reduction="none")
 
-    # Scores ask for what the loss is of, and for test samples whose outputs they explain.
+    # Scores also need to know what the loss is computed from, and test samples to explain.
 
     output_loss = "cross-entropy"
 

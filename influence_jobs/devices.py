@@ -21,10 +21,10 @@ def has_cuda() -> bool:
 
 
 def resolved(device: Device) -> Literal["cpu", "cuda"]:
-    """`auto` made definite for this machine.
+    """The device that `auto` means on this machine; another one as it is.
 
     Raises:
-        SpecError: CUDA is asked for where there is none.
+        SpecError: The user wants CUDA and this machine has none.
     """
     if device == "auto":
         return "cuda" if has_cuda() else "cpu"

@@ -1,16 +1,15 @@
-"""The errors a user can cause or cure.
+"""The errors that a user can cause or cure.
 
-Every message says what is wrong, where, and what to do about it, in one line. The command line prints
-that line and leaves with exit code 2; anything that is not an `InflError` is a fault of ours and keeps its traceback.
+Each message is one line: what is wrong, where, and the cure. The command line prints the line and
+exits with code 2. Any other exception is our own fault and keeps its traceback.
 """
 
 import errno
 import re
 from typing import Self
 
-# A full, read-only or forbidden disk: no fault of ours, and the same for whatever is written next.
+# The disk is full, read-only or forbidden: not our fault, and the next write fails as well.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
-
 
 # Messages name every option in one form, `--like-this`, so that the names are data.
 # What follows is its value if it is no English word: it has a digit, is a placeholder, or `all`.
@@ -22,30 +21,33 @@ class InflError(Exception):
 
     @property
     def options(self) -> tuple[str, ...]:
-        """Names of the options that the message is about, as Python has them."""
+        """Names of the options in the message, spelled as in Python."""
         return tuple(match[1].replace("-", "_") for match in _OPTION.finditer(str(self)))
 
     def for_python(self) -> Self:
-        """The same error in the words of a notebook: `like_this=` for `--like-this`."""
+        """The same error for a notebook: `like_this=` instead of `--like-this`."""
         text = _OPTION.sub(lambda match: f"{match[1].replace('-', '_')}=", str(self))
         return type(self)(text)
 
 
 class DataError(InflError):
-    """Training data, images or downloads are missing, unreadable or not what they should be."""
+    """Training data, images or downloads are missing, unreadable or wrong."""
 
 
 class ModelError(InflError):
-    """A checkpoint or model cannot be used: other architecture, corrupted, unsupported layer, train mode."""
+    """A checkpoint or model cannot be used.
+
+    Examples: another architecture, a damaged file, an unsupported layer, train mode.
+    """
 
 
 class SpecError(InflError):
-    """A request cannot be carried out as it was made."""
+    """A request cannot be carried out as it stands."""
 
 
 class StoreError(InflError):
-    """A run folder cannot be read or written, or its contents do not agree with its manifest."""
+    """A run folder cannot be read or written, or it disagrees with its manifest."""
 
 
 class RuntimeFault(InflError):
-    """The cluster did not do what was asked: unreachable, refused, no progress."""
+    """The cluster failed: it is unreachable, it refused, or it makes no progress."""

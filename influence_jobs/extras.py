@@ -1,8 +1,8 @@
-"""What `pip install influence-jobs` leaves out, and the one line that says how to get it."""
+"""Packages that a plain `pip install influence-jobs` leaves out, and how to get them."""
 
 from influence_jobs.errors import InflError
 
-# Extra of pyproject.toml: the import packages that it brings.
+# For each extra of pyproject.toml, the import packages that it installs.
 EXTRAS = {
     "report": ("jinja2", "matplotlib", "starlette", "uvicorn", "xarray"),
     "cli": ("ray", "rich", "skimage", "typer"),
@@ -14,10 +14,10 @@ class MissingExtra(InflError, ImportError):
 
 
 def missing_extra(error: ModuleNotFoundError) -> MissingExtra | None:
-    """The error that names the extra of a missing package; None if the package is in no extra.
+    """The error that names the extra with a missing package; None if no extra has the package.
 
     Args:
-        error: What the import raised.
+        error: The error that the import raised.
     """
     package = (error.name or "").partition(".")[0]
     for extra, packages in EXTRAS.items():

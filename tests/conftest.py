@@ -1,4 +1,4 @@
-"""Fixtures of the whole suite."""
+"""Fixtures for all tests."""
 
 import os
 import shutil
@@ -34,7 +34,7 @@ FOREIGN = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_
 
 
 def _processes_of(head: Head) -> list[psutil.Process]:
-    """Processes that come from a head, found by ancestry and by its folder on their command line."""
+    """Processes of a head, found by ancestry and by its folder on their command line."""
     found = []
     if psutil.pid_exists(head.pid):
         supervisor = psutil.Process(head.pid)
@@ -51,13 +51,13 @@ def _alive(processes: list[psutil.Process]) -> list[psutil.Process]:
 
 @pytest.fixture(scope="session")
 def processes_of() -> Callable[[Head], list[psutil.Process]]:
-    """Finds the processes of a head, without the means that the code under test uses."""
+    """Finds the processes of a head, in another way than the code under test."""
     return _processes_of
 
 
 @pytest.fixture(scope="session")
 def alive() -> Callable[[list[psutil.Process]], list[psutil.Process]]:
-    """Those of some processes that still run."""
+    """The processes that still run."""
     return _alive
 
 
@@ -81,7 +81,7 @@ def ray_head() -> Iterator[Head]:
 
 @pytest.fixture(scope="session")
 def digits_task() -> Task:
-    """The example task: real data, a convnet with BatchNorm, a fraction of a second an epoch."""
+    """The example task: real data, a convolutional net with BatchNorm, fast epochs."""
     return make_task(TaskSpec(name="digits:DigitsTask", data=""))
 
 
@@ -100,7 +100,7 @@ def grad_norms_spec(digits_task: Task) -> GradNormsSpec:
 
 @pytest.fixture(scope="session")
 def trained_root(tmp_path_factory: pytest.TempPathFactory, grad_norms_spec: GradNormsSpec) -> Path:
-    """A folder of runs that holds the example's training and nothing else. Copy it before writing."""
+    """A folder of runs with the example's training only. Copy it before writing."""
     root = tmp_path_factory.mktemp("trained")
     train = GradNormsJob.inputs(grad_norms_spec)[0]
     drive(str(root), Run.create(str(root), train).id, InlineBackend())
@@ -121,7 +121,7 @@ def finished_run(
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
-    """The URL of an empty bucket of a store that speaks S3."""
+    """The URL of an empty bucket of a server that speaks S3."""
     import boto3
     from moto.server import ThreadedMotoServer
 

@@ -1,4 +1,4 @@
-"""What a bare GPU machine needs: the numerical rooms run with torch, numpy and Pillow alone."""
+"""The numerical rooms run with torch, numpy and Pillow alone, as on a bare GPU machine."""
 
 import subprocess
 import sys

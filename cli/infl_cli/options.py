@@ -1,4 +1,4 @@
-"""Options of the commands that do not submit, and how any option is shown."""
+"""Options that several commands share, and the way from a request's fields to Typer's options."""
 
 import inspect
 import types
@@ -34,7 +34,7 @@ DryRun = Annotated[
     bool,
     typer.Option(
         "--dry-run",
-        help="Only print the plan and an estimate from a short probe.",
+        help="Print the plan and estimate the time by a short probe; compute nothing.",
         rich_help_panel="How to run",
     ),
 ]
@@ -48,8 +48,15 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def panel_of(field: FieldInfo) -> str:
+    """Heading under which help lists a field of a request."""
+    extra = field.json_schema_extra
+    assert isinstance(extra, dict)
+    return str(extra["panel"])
+
+
 def as_option(name: str, field: FieldInfo) -> tuple[Any, Any]:
-    """A field of a request as Typer takes it: annotation and default."""
+    """A field of a request as Typer takes it: its annotation and default."""
     extra = field.json_schema_extra
     assert isinstance(extra, dict)
     kind, several = _shown_type(field.annotation)
@@ -58,7 +65,7 @@ def as_option(name: str, field: FieldInfo) -> tuple[Any, Any]:
     said = typer.Option(
         flag(name),
         help=field.description,
-        rich_help_panel=str(extra["panel"]),
+        rich_help_panel=panel_of(field),
         metavar=extra["metavar"],  # type: ignore[arg-type]
     )
     shown: Any = list[kind] if several else kind  # type: ignore[valid-type]
@@ -68,7 +75,7 @@ def as_option(name: str, field: FieldInfo) -> tuple[Any, Any]:
 
 
 def parameters(fields: Mapping[str, FieldInfo]) -> list[inspect.Parameter]:
-    """Fields of a request as parameters of a command."""
+    """The fields of a request as parameters of a command."""
     found = []
     for name, field in fields.items():
         annotation, default = as_option(name, field)
@@ -77,13 +84,13 @@ def parameters(fields: Mapping[str, FieldInfo]) -> list[inspect.Parameter]:
 
 
 def take(command: Callable[..., None], found: Sequence[inspect.Parameter]) -> None:
-    """Let a command that takes any keywords have these parameters, for Typer to see."""
+    """Give a command that takes any keywords a signature with these parameters, for Typer."""
     command.__signature__ = inspect.Signature(found)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in found}
 
 
 def _shown_type(annotation: Any) -> tuple[Any, bool]:
-    """What one value of a field is on the command line, and whether there may be several."""
+    """The type of one value on the command line, and whether the option may be repeated."""
     kind = plain_type(annotation)
     if get_origin(kind) is tuple:
         one = plain_type(get_args(kind)[0])
@@ -94,7 +101,7 @@ def _shown_type(annotation: Any) -> tuple[Any, bool]:
 
 
 def plain_type(annotation: Any) -> Any:
-    """An annotation without limits, and without None."""
+    """The type of an annotation, without its limits and without None."""
     if get_origin(annotation) is Annotated:
         return plain_type(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):

@@ -1,4 +1,4 @@
-"""How results look: tables for people, one JSON line for programs."""
+"""Print results: tables for people, one line of JSON for programs."""
 
 import json
 import math
@@ -11,32 +11,32 @@ from rich.console import Console
 
 from influence_jobs.store.run import Run
 
-# Results go to standard output, everything said on the way to standard error. Names of files and runs are
-# printed as they are: no markup, no emoji, never wrapped or cut.
+# Results go to standard output, messages to standard error. Names of files and runs are printed
+# unchanged: no markup, no emoji, never wrapped or cut.
 out = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 def say(line: str) -> None:
-    """Tell the user something on the way."""
+    """Print a message for the user."""
     err.print(line)
 
 
 def print_json(value: Mapping[str, Any]) -> None:
-    """Print one JSON object on one line of standard output; what is not finite becomes null."""
+    """Print one JSON object on one line of standard output; NaN and infinity become null."""
     strict = json.loads(json.dumps(value), parse_constant=lambda _: None)
     typer.echo(json.dumps(strict))
 
 
 def print_fields(fields: Sequence[tuple[str, object]]) -> None:
-    """Print names and values, one pair a line."""
+    """Print a name and its value on each line."""
     width = max(len(name) for name, _ in fields)
     for name, value in fields:
         out.print(f"{name:<{width}}  {value}")
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print rows under headings, numbers flush right; never narrower than its content."""
+    """Print rows under headings. Numbers are flush right; nothing is cut."""
     flushed = []
     for name, values in zip(columns, zip(*rows, strict=True), strict=True):
         cells = [name, *_cells(values)]
@@ -51,7 +51,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
 
 
 def _cells(values: Sequence[object]) -> list[str]:
-    """A column as text: of fractions five digits of the largest, with decimal points under each other."""
+    """A column as text. Fractions have five digits of the largest, and aligned decimal points."""
     fractions = [value for value in values if isinstance(value, float) and math.isfinite(value)]
     if not fractions:
         return [str(value) for value in values]
@@ -62,7 +62,7 @@ def _cells(values: Sequence[object]) -> list[str]:
 
 
 def run_summary(run: Run, status: str) -> dict[str, Any]:
-    """What `--json` says of a run: run, path, status, arrays and tables."""
+    """What `--json` prints of a run: its id, path, status, arrays and tables."""
     arrays = {}
     for name in run.array_names():
         array = run.array(name)

@@ -22,30 +22,30 @@ def report(
         str | None,
         typer.Option(
             metavar="DIR",
-            help="Folder to write to; by default `report` in the first run's own folder.",
+            help="Folder to write to; by default `report` in the folder of the first run.",
         ),
     ] = None,
     runs: o.Runs = o.DEFAULT_RUNS,
 ) -> None:
-    """Explain runs on one page: what was asked, what came out, how sure it is, how it was made.
+    """Write an HTML page about runs: requests, results, their certainty, and how they were made.
 
-    The page needs no network. Beside it lie its figures as PNG, their data as Parquet, and its tables as Markdown.
+    The page needs no network. Its figures are also written as PNG, their data as Parquet, and its
+    tables as Markdown.
     """
     found = [find_run(runs_folder(runs), word) for word in run]
     if "://" in (out or found[0].root):
-        raise SpecError(
-            f"name a folder on this machine: infl report {found[0].id} --out DIR{for_runs(found[0].root)}"
-        )
+        command = f"infl report {found[0].id} --out DIR{for_runs(found[0].root)}"
+        raise SpecError(f"name a folder on this machine: {command}")
     write_report_of(found, Path(out) if out else report_folder(found[0]))
 
 
 def report_folder(run: Run) -> Path:
-    """Where the report of a run on this machine lies by default."""
+    """The folder that the report of a run on this machine is written to by default."""
     return Path(run.root) / run.id / "report"
 
 
 def write_report_of(runs: list[Run], folder: Path) -> None:
-    """Write the report of finished runs, and say where."""
+    """Write the report of runs, and print its path."""
     from influence_jobs.kinds import view_of
     from influence_jobs.report.html import sections_of, write_report
 

@@ -1,4 +1,4 @@
-"""`infl runs`, `status`, `logs`, `stop`, `resume`, `verify`, `top`: what became of what was submitted."""
+"""`infl runs`, `status`, `logs`, `stop`, `resume`, `verify`: look after runs."""
 
 import inspect
 import os
@@ -31,12 +31,12 @@ def _find(runs: str, run: str) -> Run:
 
 
 def _command(verb: str, run: Run) -> str:
-    """A command the user may want next, written so that it works where they are."""
+    """A command that the user may want next, with `--runs` if it needs it."""
     return f"infl {verb} {run.id}{for_runs(run.root)}"
 
 
 def list_runs(runs: o.Runs = o.DEFAULT_RUNS, json: o.Json = False) -> None:
-    """List the runs there are."""
+    """List all runs."""
     root = runs_folder(runs)
     table: list[dict[str, Any]] = []
     for run_id in run_ids(root):
@@ -59,7 +59,7 @@ def list_runs(runs: o.Runs = o.DEFAULT_RUNS, json: o.Json = False) -> None:
         rows = [(row["run"], row["status"], _percent(row), _when(row)) for row in table]
         render.print_table(("run", "status", "done", "started"), rows)
     else:
-        say(f"no runs in {runs} yet: infl submit grad-norms --layer 11 makes one")
+        say(f"no runs in {runs} yet: infl submit grad-norms --layer 11 starts one")
 
 
 def _percent(row: dict[str, Any]) -> str:
@@ -76,11 +76,11 @@ def status(
     run: o.RunId,
     runs: o.Runs = o.DEFAULT_RUNS,
     follow: Annotated[
-        bool, typer.Option("--follow", help="Stay and show progress until it ends.")
+        bool, typer.Option("--follow", help="Show progress until the run ends.")
     ] = False,
     json: o.Json = False,
 ) -> None:
-    """Say how far a run is."""
+    """Show the progress of a run."""
     found = _find(runs, run)
     now = read_status(found)
     if follow and now["state"] in ("new", "running"):
@@ -115,22 +115,22 @@ def status(
 
 
 def logs(run: o.RunId, runs: o.Runs = o.DEFAULT_RUNS) -> None:
-    """Print what a run's drivers and workers said, oldest first."""
+    """Print the logs of a run, oldest first."""
     found = _find(runs, run)
     names = found.files.names(layout.LOGS)
     for name in names:
         typer.echo(found.files.read(f"{layout.LOGS}/{name}").decode(errors="replace"), nl=False)
     if not names:
-        say(f"{found.id} has no logs yet: no driver has begun it")
+        say(f"{found.id} has no logs yet: it has not begun")
 
 
 def stop(run: o.RunId, runs: o.Runs = o.DEFAULT_RUNS) -> None:
-    """Stop a run; what is finished is kept and `infl resume` goes on from there."""
+    """Stop a run. Finished shards are kept, and `infl resume` goes on from there."""
     from infl_cluster.ray_job import client_of, is_unfinished
 
     found = _find(runs, run)
     job = found.read_json(layout.JOB)
-    asked: set[str] = set()  # drivers and jobs; another driver may be waiting for the first to end
+    asked: set[str] = set()  # drivers and jobs: a second driver may be waiting for the first
     deadline = time.monotonic() + STOP_DEADLINE_S
     while time.monotonic() < deadline:
         holder = live_holder(found.files)
@@ -153,7 +153,7 @@ def stop(run: o.RunId, runs: o.Runs = o.DEFAULT_RUNS) -> None:
 
 
 def resume(**values: Any) -> None:
-    """Go on with a run that was stopped, killed or has failed; finished shards are kept."""
+    """Go on with a run that was stopped, was killed or failed. Finished shards are kept."""
     from infl_cli.launch import bring_to_end
 
     run, json = _find(values.pop("runs"), values.pop("run")), values.pop("json")
@@ -161,7 +161,7 @@ def resume(**values: Any) -> None:
     bring_to_end(run, how, json=json)
 
 
-_PLANNED = ("batch_size", "shard_size")  # which a run keeps
+_PLANNED = ("batch_size", "shard_size")  # fixed by the run's plan
 o.take(
     resume,
     [
@@ -179,34 +179,33 @@ def verify(
     repair: Annotated[
         bool,
         typer.Option(
-            "--repair", help="Mark damaged shards as not done, so that resuming computes them."
+            "--repair", help="Mark damaged shards as not done; infl resume computes them again."
         ),
     ] = False,
     json: o.Json = False,
 ) -> None:
-    """Compare every finished shard with the checksums in the manifest."""
+    """Compare the files of every finished shard with their checksums in the manifest."""
     found = _find(runs, run)
-    report = find_damage(found)
+    check = find_damage(found)
     if repair:
-        mark_undone(found, report.damaged)
+        mark_undone(found, check.damaged)
     if json:
         render.print_json(
             {
                 "run": found.id,
-                "shards": report.planned,
-                "good": report.good,
-                "not_done": report.planned - report.good - len(report.damaged),
-                "damaged": report.damaged,
+                "shards": check.planned,
+                "good": check.good,
+                "not_done": check.planned - check.good - len(check.damaged),
+                "damaged": check.damaged,
             }
         )
     else:
-        for shard, why in report.damaged.items():
+        for shard, why in check.damaged.items():
             say(f"shard {shard}: {why}")
-        render.out.print(f"{found.id}: {report.good} of {report.planned} shards are done and good")
-    count = "1 shard is" if len(report.damaged) == 1 else f"{len(report.damaged)} shards are"
-    if report.damaged and repair:
+        render.out.print(f"{found.id}: {check.good} of {check.planned} shards are done and good")
+    count = "1 shard is" if len(check.damaged) == 1 else f"{len(check.damaged)} shards are"
+    if check.damaged and repair:
         say(f"{count} to be computed again: {_command('resume', found)}")
-    elif report.damaged:
-        raise StoreError(
-            f"{count} damaged: {_command('verify', found)} --repair, then {_command('resume', found)}"
-        )
+    elif check.damaged:
+        repaired = f"{_command('verify', found)} --repair, then {_command('resume', found)}"
+        raise StoreError(f"{count} damaged: {repaired}")

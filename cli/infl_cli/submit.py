@@ -1,8 +1,8 @@
-"""`infl submit`: one command a kind of run, made of the kind's request."""
+"""`infl submit`: one command for each kind of run, made from the kind's request."""
 
 import inspect
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from typer.core import TyperCommand
@@ -12,28 +12,33 @@ from infl_cli.launch import submit
 from infl_cluster.how import How
 from influence_jobs.errors import SpecError
 from influence_jobs.kinds import kinds
-from influence_jobs.kinds.base import Kind
+from influence_jobs.kinds.base import Kind, Panel
+from influence_jobs.requests.base import Request
+from influence_jobs.requests.options import CURVATURE, EXPERIMENT, QUERY, SCORES, TRAINING
 
-# What loads torch is imported when a command runs: help and completion must not wait for it.
+# Modules that load torch are imported when a command runs: help and completion must be fast.
 
 app = typer.Typer(
-    no_args_is_help=True, help="Compute something: a run that can be watched, stopped and resumed."
+    no_args_is_help=True,
+    help="Start a run: train, compute norms or scores, retrain. It can be stopped and resumed.",
 )
-PANELS = ("Training", "Norms and scores", "Experiments")
-HIDDEN = ("task_options",)  # a task's options stand among the others
+PANELS = get_args(Panel)
+OPTION_PANELS = ("What to compute", QUERY, SCORES, EXPERIMENT, TRAINING, CURVATURE)
+HIDDEN = ("task_options",)  # no option of its own: a task's options stand among the others
 TaskOptions = Annotated[
     list[str] | None,
     typer.Option(
         "--option",
         metavar="NAME=VALUE",
-        help="An option of the task, also one that is named like an option of the command. May be "
+        help="Option of the task, for one that has the name of an option of the command. May be "
         "repeated.",
+        rich_help_panel=OPTION_PANELS[0],
     ),
 ]
 
 
 class SubmitCommand(TyperCommand):
-    """A command that also takes the options of a task; its help shows those of `--task NAME`."""
+    """A command that also takes the options of a task. With `--task NAME` its help shows them."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if "--help" in args:
@@ -50,7 +55,7 @@ class SubmitCommand(TyperCommand):
 
 
 def _named(args: Sequence[str], option: str) -> str | None:
-    """The value of an option among words that are not parsed yet."""
+    """The value of an option in words that are not parsed yet."""
     for i, word in enumerate(args):
         if word.startswith(f"{option}="):
             return word.partition("=")[2]
@@ -60,9 +65,9 @@ def _named(args: Sequence[str], option: str) -> str | None:
 
 
 def add_command(kind: Kind) -> None:
-    """Make the command of a kind of run."""
+    """Add the command of a kind of run."""
     request = kind.request_type
-    fields = {name: f for name, f in request.model_fields.items() if name not in HIDDEN}
+    fields = {name: request.model_fields[name] for name in _option_names(request)}
     how = {name: How.model_fields[name] for name in _how_options(kind)}
 
     def command(ctx: typer.Context, **values: Any) -> None:
@@ -98,8 +103,19 @@ def add_command(kind: Kind) -> None:
     )(command)
 
 
+def _option_names(request: type[Request]) -> list[str]:
+    """The options of a request in the order of help: by panel, the task first."""
+
+    def rank(name: str) -> tuple[int, bool]:
+        panel = o.panel_of(request.model_fields[name])
+        place = OPTION_PANELS.index(panel) if panel in OPTION_PANELS else len(OPTION_PANELS)
+        return place, name != "task"
+
+    return sorted((name for name in request.model_fields if name not in HIDDEN), key=rank)
+
+
 def _how_options(kind: Kind) -> list[str]:
-    """The options of how to run that have a meaning for a kind."""
+    """The fields of `How` that have a meaning for a kind."""
     without = {
         "workers": not kind.workers,
         "batch_size": not kind.batched,
@@ -109,7 +125,7 @@ def _how_options(kind: Kind) -> list[str]:
 
 
 def _words(words: Sequence[str]) -> dict[str, Any]:
-    """Options that the command does not know, which are the task's: `--name value` or `--name`."""
+    """The task's options from words unknown to the command: `--name value` or `--name`."""
     found: dict[str, Any] = {}
     waiting = [*words]
     while waiting:

@@ -11,7 +11,7 @@ from influence_jobs.tasks.registry import arguments_of, task_class
 
 
 def task_options(name: str) -> list[Any]:
-    """The options of a task's constructor, and what else it takes, as Typer's parameters."""
+    """The options of a task, as Typer's parameters: its constructor's and its `request_options`."""
     kind = task_class(name)
     shown = {key: (p.annotation, p.default) for key, p in arguments_of(kind).items()}
     shown |= {key: (annotation, False) for key, annotation in kind.request_options.items()}

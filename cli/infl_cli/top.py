@@ -1,4 +1,4 @@
-"""`infl top`: the samples that come first, by gradient norm or by score."""
+"""`infl top`: the samples with the largest gradient norms or scores."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -27,8 +27,8 @@ def top(
     layer: Annotated[
         str | None,
         typer.Option(
-            help="Layer: number, module or parameter name, or pattern, as for submit; by default all "
-            "layers of the run, of scores their sum."
+            help="Layer: number, module or parameter name, or pattern, as for submit. By default "
+            "norms of all layers, one table for each, and scores summed over layers."
         ),
     ] = None,
     test: Annotated[
@@ -42,13 +42,13 @@ def top(
     side: Annotated[
         Literal["helpful", "harmful", "both"],
         typer.Option(
-            help="Of influence: largest scores, smallest, or both.", rich_help_panel=_OF_SCORES
+            help="For influence: largest scores, smallest, or both.", rich_help_panel=_OF_SCORES
         ),
     ] = "both",
     png: Annotated[
         Path | None,
         typer.Option(
-            help="Write a contact sheet: the queries and their samples.",
+            help="Write a contact sheet to this file: the queries and their samples.",
             rich_help_panel=_OF_SCORES,
         ),
     ] = None,
@@ -56,7 +56,7 @@ def top(
         int | None,
         typer.Option(
             min=0,
-            help="Rank by this channel's norm, not by the sum over channels.",
+            help="Rank by the norm of this channel, not by the sum over channels.",
             rich_help_panel=_OF_NORMS,
         ),
     ] = None,
@@ -64,7 +64,7 @@ def top(
     runs: o.Runs = o.DEFAULT_RUNS,
     json: o.Json = False,
 ) -> None:
-    """Print the samples with the largest norms or scores, with their label or file, row and column."""
+    """Print the samples with the largest norms or scores, and their labels, or files and pixels."""
     found = find_run(runs_folder(runs), run)
     if read_status(found)["state"] != "done":
         raise StoreError(
@@ -103,8 +103,12 @@ def top(
         render.print_json({"run": found.id, "top": tables})
     elif scored:
         _print_scores(found, next(iter(tables)), tables[next(iter(tables))])
-    else:
+    elif view.ranks == "norms":
         _print_norms(found, tables, channel)
+    else:
+        for array, table in tables.items():
+            render.out.print(f"{array}: {found.array(array).attrs['quantity']}")
+            render.print_table(tuple(table[0]), [tuple(row.values()) for row in table])
 
 
 def _print_scores(run: Run, array: str, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -27,13 +27,16 @@ def view(
         list[str],
         typer.Argument(metavar="RUN...", help="Ids of runs, or their first characters."),
     ],
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 0,
-    open_browser: Annotated[bool, typer.Option("--open", help="Open a browser there.")] = False,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")
+    ] = 0,
+    open_browser: Annotated[bool, typer.Option("--open", help="Open a browser.")] = False,
     runs: o.Runs = o.DEFAULT_RUNS,
 ) -> None:
-    """Look at runs in a browser: queries, the samples that explain them, points of images, progress.
+    """Look at runs in a browser: queries, their samples, points of images, and progress.
 
-    It listens on this machine alone, to whoever has the address with its token, reads and never writes. Ctrl-C ends it.
+    The viewer listens on this machine only, and asks for the token in the address that it prints.
+    It reads runs and never writes. Ctrl-C ends it.
     """
     import uvicorn
 
@@ -62,9 +65,10 @@ def view(
 
 @contextmanager
 def _in_browser(url: str) -> Iterator[None]:
-    """Open a browser by a file that only we can read: all users see the arguments of a process, and so the token.
+    """Open a browser on a private file that leads to the address.
 
-    The file lies in the home folder, not hidden: a browser in a sandbox sees neither /tmp nor ~/.infl.
+    The address has the token in it, and all users see the arguments of a process. The file lies in
+    the home folder and is not hidden: a browser in a sandbox sees neither /tmp nor ~/.infl.
     """
     with ExitStack() as until_the_end:
         try:
@@ -75,7 +79,7 @@ def _in_browser(url: str) -> Iterator[None]:
         except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
             say(f"{BY_HAND} ({error})")
         else:
-            # Some browsers are waited for until they are closed.
+            # In a thread: some browsers return only when they are closed.
             Thread(target=_open, args=(page.as_uri(),), daemon=True).start()
         yield
 

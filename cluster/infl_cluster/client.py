@@ -1,8 +1,8 @@
-"""The job client: Ray's Jobs REST API with a deadline on every call and a one-line error for every fault.
+"""A client of Ray's Jobs REST API: a deadline for every call, a one-line error for every fault.
 
-Ray's own `JobSubmissionClient` speaks the same API, but it waits for ever when the head hangs, obeys
-`RAY_ADDRESS` over the address it is given (and would send our token there), and follows proxies and
-redirects. This client does none of that, and needs no import of ray.
+Ray's own `JobSubmissionClient` waits for ever if the head hangs. It prefers `RAY_ADDRESS` to the
+address it is given, and would send our token there. It also follows proxies and redirects. This
+client does none of that, and does not import ray.
 """
 
 import http.client
@@ -22,7 +22,7 @@ FINAL_STATUSES = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
 
 
 class UnknownJob(RuntimeFault):
-    """The Ray asked has no job of that id: never submitted there, or the head was started anew."""
+    """The cluster has no job with that id: it was never submitted, or the head was restarted."""
 
 
 class JobClient:
@@ -30,9 +30,9 @@ class JobClient:
 
     Args:
         address: `http://HOST:PORT` or `https://HOST[:PORT][/PREFIX]` of the Ray dashboard.
-        token: Ray's authentication token; None for a cluster that asks for none.
-        token_source: Where the token came from, for the error message when it is refused.
-        timeout_s: How long any call may wait for the cluster.
+        token: Ray's authentication token; None for a cluster that needs none.
+        token_source: Where the token came from; named in the error if the cluster refuses it.
+        timeout_s: Deadline of each call.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class JobClient:
         self._scheme, self._host, self._port, self._prefix = _parse(self.address)
 
     def version(self) -> dict[str, str]:
-        """Return what `/api/version` says: `ray_version`, `session_name` and more.
+        """Return the answer of `/api/version`: `ray_version`, `session_name` and more.
 
         Raises:
             RuntimeFault: Nothing answers there in time, it is not Ray, or it refuses the token.
@@ -63,7 +63,7 @@ class JobClient:
         return answer
 
     def has_node(self) -> bool:
-        """Return whether a node is up; a head answers some seconds before its own is.
+        """Return whether a node is up. A head answers some seconds before its own node is up.
 
         Raises:
             RuntimeFault: The cluster could not be asked.
@@ -81,13 +81,13 @@ class JobClient:
     ) -> str:
         """Start a job and return its submission id.
 
-        The dashboard shows the entry point, the metadata and `env`: put no secret in them.
+        The dashboard shows the entry point, the metadata and `env`: they must hold no secret.
 
         Args:
-            entrypoint: argv of the driver; quoted, so no word of it reaches a shell as syntax.
-            submission_id: Our name for the job; a cluster takes each name once.
+            entrypoint: argv of the driver. Every word is quoted for the shell.
+            submission_id: Our name for the job. A cluster accepts each name once.
             metadata: Shown on the job's page.
-            env: Environment variables set for the driver and its workers.
+            env: Environment variables of the driver and its workers.
 
         Raises:
             RuntimeFault: The id was used before, or the cluster could not be asked.
@@ -111,7 +111,7 @@ class JobClient:
         return str(self._call("GET", _job_path(submission_id))["status"])
 
     def stop(self, submission_id: str) -> None:
-        """Ask a job to end: SIGTERM now, SIGKILL some seconds later. A finished job is left as it is.
+        """Ask a job to end: SIGTERM now, SIGKILL some seconds later. Ignored by a finished job.
 
         Raises:
             UnknownJob: The cluster has no such job.
@@ -120,7 +120,7 @@ class JobClient:
         self._call("POST", _job_path(submission_id, "/stop"))
 
     def logs(self, submission_id: str) -> str:
-        """Return all the driver has printed so far.
+        """Return all that the driver has printed so far.
 
         Raises:
             UnknownJob: The cluster has no such job.
@@ -198,21 +198,21 @@ class JobClient:
         if body is not None and "already exists" in text:
             return RuntimeFault(
                 f"job {body['submission_id']} was submitted to {self.address} before: "
-                "a submission id can be used once"
+                "a submission id can be used only once"
             )
         last_line = text.strip().rsplit("\n", 1)[-1][:300]
         return RuntimeFault(f"Ray at {self.address} answered {status} to {path}: {last_line}")
 
 
 def remote_client(address: str, *, timeout_s: float = 30.0) -> JobClient:
-    """Return a client of the cluster the user names with `--address`.
+    """Return a client of the cluster that the user names with `--address`.
 
-    The token is RAY_AUTH_TOKEN, the content of the file RAY_AUTH_TOKEN_PATH, or that of
-    `~/.ray/auth_token`, in this order; a cluster without one is not used.
+    The token is RAY_AUTH_TOKEN, else the content of the file RAY_AUTH_TOKEN_PATH, else that of
+    `~/.ray/auth_token`. A cluster without a token is refused.
 
     Raises:
-        RuntimeFault: No usable address, no token, or plain http to another machine, where the token
-            could be read on the way.
+        RuntimeFault: No usable address, no token, or plain http to another machine, which would
+            send the token in clear text.
     """
     scheme, host, _, _ = _parse(address)
     if scheme == "http" and not _is_loopback(host):

@@ -1,7 +1,7 @@
 """Carry out a run: its inputs first, then every shard that is not done yet, then its tables.
 
-The driver is the one writer of a run's plan and status and the one that hands out shards. It holds no state that is not
-in the run folder: killed at any point, the next one goes on where it was.
+Only the driver writes a run's plan and status, and only the driver hands out shards. All its state
+is in the run folder: if it is killed, the next driver goes on where it was.
 """
 
 import logging
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class Backend(Protocol):
-    """Where shards are computed."""
+    """Computes shards: in this process, or on Ray."""
 
     def run(
         self,
@@ -44,11 +44,12 @@ class Backend(Protocol):
 
         Args:
             on_receipt: Called with each receipt and whether the shard will be tried again.
-            on_idle: Called about once a second, also while nothing comes, with what it is waiting for if
-                that is worth telling; may raise to give up.
+            on_idle: Called about once a second, also if no receipt arrives. Its argument is what
+                the backend waits for, if the user should know. It may raise to give up.
 
         Raises:
-            RuntimeFault: No worker can be had, or a shard's error makes all others pointless.
+            RuntimeFault: No worker can be started, or a shard failed with an error that all others
+                would have too.
         """
 
 
@@ -60,12 +61,12 @@ def drive(
     shard_rows: int | None = None,
     batch_size: int | None = None,
 ) -> None:
-    """Carry out a run and the runs it needs. Returns at once if it is done.
+    """Carry out a run and the runs that it needs. Returns at once if it is done.
 
     Args:
         root: Folder of all runs.
-        shard_rows: Rows of a shard, if the run has no plan yet.
-        batch_size: Samples a pass, if the run has no plan yet.
+        shard_rows: Rows of a shard; used only if the run has no plan yet.
+        batch_size: Samples a pass; used only if the run has no plan yet.
 
     Raises:
         InflError: The run failed; its status says the same, and finished shards are kept.
@@ -96,18 +97,18 @@ def drive(
 
 
 def _require_current(run: Run) -> None:
-    """Refuse a finished run whose inputs were made anew since: the two must not be mixed.
+    """Refuse a finished run whose inputs have been computed again since.
 
     Raises:
-        StoreError: Naming the run and its input.
+        StoreError: The message names the run and its input.
     """
     plan = run.read_json(layout.PLAN)
     stored = plan["inputs"] if plan else {}
     for name, digest in open_job(run).input_digests().items():
         if stored.get(name) != digest:
             raise StoreError(
-                f"run {run.id} was computed from other weights of {name}, which was made anew since: "
-                "delete the folder of the former and submit again"
+                f"run {run.id} was computed from an earlier {name}, which has been computed again "
+                f"since: delete the folder of {run.id} and submit again"
             )
 
 
@@ -119,7 +120,7 @@ def drive_when_free(
     shard_rows: int | None = None,
     batch_size: int | None = None,
 ) -> None:
-    """Like `drive`, but where another driver is at the run, wait until it has ended; it may finish the run."""
+    """Like `drive`. If another driver works on the run, wait for its end; it may finish the run."""
     while True:
         try:
             drive(root, run_id, backend, shard_rows=shard_rows, batch_size=batch_size)
@@ -129,7 +130,7 @@ def drive_when_free(
 
 
 def _settled_plan(job: Job[Any], shard_rows: int | None) -> Plan:
-    """The plan of the first driver: later ones must not cut shards elsewhere."""
+    """The stored plan of the first driver, or a new one: shards must stay the same."""
     run = job.run_store
     stored = run.read_json(layout.PLAN)
     digests = job.input_digests()
@@ -149,8 +150,8 @@ def _settled_plan(job: Job[Any], shard_rows: int | None) -> Plan:
         name for name, digest in digests.items() if stored["inputs"].get(name) != digest
     ]:
         raise StoreError(
-            f"run {run.id} has shards computed from other weights of {changed[0]}, which was made anew "
-            "since: delete the run's folder and submit it again"
+            f"run {run.id} has shards computed from an earlier {changed[0]}, which has been "
+            "computed again since: delete the run's folder and submit it again"
         )
     shards = tuple(Shard(**shard) for shard in stored["shards"])
     return Plan(job.plan().arrays, shards, stored["units"], stored["batch_size"])
@@ -224,7 +225,7 @@ def _finish(run: Run, job: Job[Any]) -> None:
 
 
 def stop_on_sigterm() -> None:
-    """Turn SIGTERM into SystemExit, so that a stopped driver leaves a true status behind."""
+    """Turn SIGTERM into SystemExit, so that a stopped driver can write its last status."""
 
     def leave(_signal: int, _frame: FrameType | None) -> None:
         sys.exit(143)

@@ -9,7 +9,7 @@ from influence_jobs.errors import InflError
 
 
 def main() -> int:
-    """Carry out a run with workers on the Ray cluster this process was started in."""
+    """Carry out a run with workers on the Ray cluster that started this process."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("root")
     parser.add_argument("run_id")

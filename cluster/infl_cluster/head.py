@@ -1,8 +1,8 @@
-"""The embedded head: one Ray on this machine, started on demand, reused while it lives, stopped by pid.
+"""The embedded head: one Ray on this machine, started on demand, reused, and stopped by pid.
 
-A supervisor process (`infl_cluster.supervisor`) owns the head: it starts Ray, writes `head.json` once Ray
-answers, and takes the record away before it stops Ray. Whoever finds a record can therefore trust it after
-comparing pid, start time and the session name that the head itself reports.
+A supervisor process (`infl_cluster.supervisor`) owns the head. It starts Ray, writes the record
+`head.json` once Ray answers, and removes the record before it stops Ray. A reader of the record
+compares the pid, the start time, and the session name that the head reports.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ KEPT_FOLDERS = 3
 
 @dataclass(frozen=True)
 class Head:
-    """A running local head; `head.json` is this record."""
+    """A running local head, as recorded in `head.json`."""
 
     pid: int
     """Process id of the supervisor, which is also its session id."""
@@ -46,7 +46,7 @@ class Head:
     gcs_address: str
     dashboard_url: str
     metrics_url: str
-    """Prometheus endpoint of the node and its workers; Ray asks for no token there."""
+    """Prometheus endpoint of the node and its workers. Ray asks for no token there."""
     session_name: str
     ray_version: str
     token_path: Path
@@ -58,7 +58,7 @@ class Head:
         """Return a job client of this head.
 
         Raises:
-            RuntimeFault: The token file is gone, so the head is too.
+            RuntimeFault: The token file cannot be read; a head without one is gone.
         """
         try:
             token = self.token_path.read_text()
@@ -95,7 +95,7 @@ def current_head() -> Head | None:
 
 
 def recorded_head() -> Head | None:
-    """Return the head of `head.json`, dead or alive and without asking it; None if there is none."""
+    """Return the head of `head.json`, which may be dead by now; None if there is none."""
     try:
         fields = json.loads((infl_home() / "head.json").read_text())
         fields["token_path"] = Path(fields["token_path"])
@@ -108,16 +108,16 @@ def recorded_head() -> Head | None:
 def ensure_head(
     *, idle_timeout_s: float | None, num_cpus: int | None = None, num_gpus: int | None = None
 ) -> Head:
-    """Return the live head, starting one if there is none.
+    """Return the live head; start one if there is none.
 
     Args:
-        idle_timeout_s: The head ends itself after this long without a job; None keeps it until it is
-            stopped. On a head found running, None also lifts the limit it was started with.
-        num_cpus: CPUs a new head offers; None: all. A head found running keeps what it has.
+        idle_timeout_s: The head ends itself after this long without a job. None keeps it until it
+            is stopped, and also lifts the limit of a head that runs already.
+        num_cpus: CPUs of a new head; None: all. A head that runs already keeps its own.
         num_gpus: The same for GPUs.
 
     Raises:
-        RuntimeFault: The head could not be started, or the one there does not answer.
+        RuntimeFault: The head could not be started, or the running one does not answer.
     """
     home = infl_home()
     try:
@@ -144,7 +144,7 @@ def ensure_head(
 
 
 def stop_head(head: Head) -> None:
-    """Stop a head and everything it started; does nothing to one that is already gone.
+    """Stop a head and all its processes. Does nothing if the head is gone.
 
     Running jobs are asked to end first. Ray's own `ray stop` would end every Ray on the machine.
     """
@@ -159,12 +159,12 @@ def stop_head(head: Head) -> None:
 def head_processes(pid: int, create_time: float, temp_dir: Path) -> list[psutil.Process]:
     """Return the live processes of a head.
 
-    They are those of the supervisor's session and those whose environment names the head's temporary folder.
-    Neither is enough: job drivers open sessions of their own, and Ray's agents overwrite their
-    environment with their title.
+    They are the processes of the supervisor's session, and those whose environment names the head's
+    temporary folder. Both tests are needed: job drivers open sessions of their own, and Ray's
+    agents overwrite their environment with their title.
     """
     try:
-        # Somebody else's by now? Then the old session is empty, or its id would not have been free.
+        # If the pid belongs to another process now, the supervisor's session has no members left.
         reused = not is_same(psutil.Process(pid), create_time)
     except psutil.NoSuchProcess:
         reused = False
@@ -178,12 +178,12 @@ def head_processes(pid: int, create_time: float, temp_dir: Path) -> list[psutil.
             if in_session or process.environ().get("RAY_TMPDIR") == str(temp_dir):
                 found.append(process)
         except (psutil.Error, OSError):
-            continue  # gone meanwhile, or another user's
+            continue  # the process has ended, or belongs to another user
     return found
 
 
 def end_processes(processes: list[psutil.Process], *, grace_s: float = 3.0) -> None:
-    """End processes by SIGTERM, those left after `grace_s` by SIGKILL, and wait until they are gone."""
+    """End processes by SIGTERM, after `grace_s` by SIGKILL, and wait until they are gone."""
     for process in processes:
         try:
             process.terminate()
@@ -199,7 +199,7 @@ def end_processes(processes: list[psutil.Process], *, grace_s: float = 3.0) -> N
 
 
 def write_record(head: Head) -> None:
-    """Write `head.json` whole or not at all, readable by its owner only."""
+    """Write `head.json` atomically, readable by its owner only."""
     path = infl_home() / "head.json"
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix="head.")  # mode 0600
     with os.fdopen(descriptor, "w") as file:
@@ -208,14 +208,14 @@ def write_record(head: Head) -> None:
 
 
 def remove_record(pid: int) -> None:
-    """Remove `head.json` if it is of the head with this supervisor."""
+    """Remove `head.json` if it is the record of this supervisor's head."""
     head = recorded_head()
     if head is not None and head.pid == pid:
         (infl_home() / "head.json").unlink(missing_ok=True)
 
 
 def head_lock(timeout_s: float = 2 * START_DEADLINE_S) -> filelock.BaseFileLock:
-    """Return the lock that a head is started and retired under."""
+    """Return the lock to hold while a head is started or retired."""
     return filelock.FileLock(infl_home() / "head.lock", timeout=timeout_s, mode=0o600)
 
 
@@ -280,7 +280,7 @@ def _wait_until_ready(supervisor: "subprocess.Popen[bytes]", log: Path) -> Head:
     Raises:
         RuntimeFault: It ended instead, or took too long.
     """
-    # The supervisor has its own deadline and says why it failed; ours is for a supervisor that hangs.
+    # The supervisor has its own deadline and says why it failed. This one is for one that hangs.
     deadline = time.monotonic() + START_DEADLINE_S + STOP_DEADLINE_S
     while supervisor.poll() is None and time.monotonic() < deadline:
         head = recorded_head()
@@ -302,7 +302,8 @@ def _check_answer(head: Head) -> None:
         answer = head.client(timeout_s=ANSWER_DEADLINE_S).version()
     except RuntimeFault as fault:
         raise RuntimeFault(
-            f"the local Ray (pid {head.pid}) does not answer, end it with `infl cluster down`: {fault}"
+            f"the local Ray (pid {head.pid}) does not answer, end it with `infl cluster down`: "
+            f"{fault}"
         ) from None
     if answer["session_name"] != head.session_name:
         raise RuntimeFault(

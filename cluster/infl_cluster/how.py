@@ -1,4 +1,4 @@
-"""How a run is to be carried out; none of it changes the result."""
+"""How a run is carried out. None of it changes the result."""
 
 from typing import Literal, Self
 
@@ -13,25 +13,35 @@ HOW = "How to run"
 
 
 class How(Options):
-    """Where work is computed, by how many workers, and in what pieces."""
+    """Where a run is computed, by how many workers, and in what pieces."""
 
     address: One[str | None] = option(
         None,
-        "Dashboard address of a Ray cluster, http(s)://HOST:PORT; a local Ray is started if not "
-        "given.",
+        "Dashboard address of a Ray cluster, http(s)://HOST:PORT; by default the Ray on this "
+        "machine, which is started if it is not up.",
         panel=HOW,
     )
     workers: One[Count | None] = option(
-        None, "Worker processes; one a core or GPU by default.", panel=HOW
+        None, "Worker processes; by default one for each core or GPU.", panel=HOW
     )
-    device: devices.Device = option("auto", "Where workers compute.", panel=HOW)
+    device: devices.Device = option(
+        "auto", "Where to compute; auto: on a GPU of this machine if it has one.", panel=HOW
+    )
     num_gpus: One[float | None] = option(
-        None, "GPUs of each worker; fractions share one. On cuda 1 by default.", panel=HOW, ge=0
+        None,
+        "GPUs of each worker; a fraction shares a GPU. By default 1 with --device cuda.",
+        panel=HOW,
+        ge=0,
     )
     batch_size: One[Count | None] = option(
-        None, "Samples a pass; the task's own by default.", panel=HOW
+        None, "Samples in a forward pass; by default the task's own number.", panel=HOW
     )
-    shard_size: One[Count | None] = option(None, "How many make a shard.", panel=HOW)
+    shard_size: One[Count | None] = option(
+        None,
+        "Samples, or in retraining experiments models, of a shard: the piece of work that a worker "
+        "takes.",
+        panel=HOW,
+    )
     local: bool = option(False, "Compute in this process, without Ray.", panel=HOW)
     detach: bool = option(False, "Return as soon as the job is submitted.", panel=HOW)
 
@@ -52,7 +62,7 @@ class How(Options):
 
     @property
     def resolved_device(self) -> Literal["cpu", "cuda"]:
-        """`auto` made definite: on a cluster elsewhere, the CPU."""
+        """The device that `auto` stands for; on a cluster elsewhere, the CPU."""
         if self.address:
             return "cpu" if self.device == "auto" else self.device
         return devices.resolved(self.device)

@@ -1,4 +1,4 @@
-"""The same work in this process, without Ray: `--local`, tests, and debuggers."""
+"""Compute in this process, without Ray: for `--local`, tests and debuggers."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -34,7 +34,7 @@ class InlineBackend:
                 receipt = runner.run(shard)
                 decision = None
                 if receipt.status == "failed":
-                    # A manifest counts attempts over resumes as well; the limit is for this call.
+                    # The manifest also counts attempts of earlier drivers; the limit does not.
                     decision = policy.decide(replace(receipt, attempt=attempt))
                 on_receipt(receipt, decision is Decision.RETRY)
                 if decision is Decision.ABORT:

@@ -1,4 +1,4 @@
-"""Carry out a run, here or on Ray, and stay with it until it ends."""
+"""Carry out a run, in this process or on Ray, and show its progress until it ends."""
 
 import os
 import secrets
@@ -22,14 +22,14 @@ from influence_jobs.store.lease import live_holder
 from influence_jobs.store.run import Run
 from influence_jobs.store.status import is_done
 
-IDLE_TIMEOUT_S = 600.0  # a head nobody asked for ends itself after so long without a job
+IDLE_TIMEOUT_S = 600.0  # a head started by a run ends itself after so long without a job
 
 
 def carry_out(run: Run, how: How, say: Say) -> bool:
-    """Bring a run to its end and show progress; False if it goes on without us.
+    """Carry out a run and show its progress; False if it goes on in the background.
 
     Args:
-        run: Need not exist yet.
+        run: The run; its folder need not exist yet.
         how: Where and in what pieces.
         say: Takes lines for the user.
 
@@ -56,7 +56,10 @@ def carry_out(run: Run, how: How, say: Say) -> bool:
 
 
 def keep_plan(run: Run, how: How, say: Say) -> How:
-    """The plan of a run's first driver stays: what else is asked for is said to have no effect."""
+    """`how` with the batch and shard sizes of the run's plan, if it has one.
+
+    A plan never changes; the user is told if other sizes were asked for.
+    """
     plan = run.read_json(layout.PLAN)
     if plan is None or not plan["shards"]:
         return how
@@ -68,7 +71,7 @@ def keep_plan(run: Run, how: How, say: Say) -> How:
 
 
 def _forget_last_end(run: Run, *, local: bool) -> None:
-    """Take away what an earlier driver left: how it ended, and for a local start its Ray job."""
+    """Delete the status of an earlier driver, and before a local start its Ray job."""
     if live_holder(run.files) is None:
         run.files.delete(layout.STATUS)
         if local:
@@ -112,7 +115,7 @@ def _carry_out_here(run: Run, how: How, say: Say) -> None:
 
 
 def _carry_out_on_ray(run: Run, how: How, say: Say) -> bool:
-    """False if the run goes on without us."""
+    """Carry out a run on Ray; False if it goes on in the background."""
     from infl_cluster.ray_job import watcher
 
     if live_holder(run.files) is not None:
@@ -142,7 +145,7 @@ def _carry_out_on_ray(run: Run, how: How, say: Say) -> bool:
 
 
 def _submit(run: Run, how: How, say: Say) -> Callable[[], str | None]:
-    """Start the Ray job of a run; tells later why it has ended, once it has."""
+    """Start the Ray job of a run; returns a function that tells why the job ended, once it has."""
     from infl_cluster.client import remote_client
     from infl_cluster.head import ensure_head
     from infl_cluster.ray_job import job_watcher
@@ -169,13 +172,13 @@ def _submit(run: Run, how: How, say: Say) -> Callable[[], str | None]:
     for option, value in options.items():
         argv += [] if value is None else [option, str(value)]
     env = {}
-    if ":" in run.spec.task.name:  # one's own task lies where one works
+    if ":" in run.spec.task.name:  # the user's own task is a file in the current folder
         env["PYTHONPATH"] = os.pathsep.join(
             filter(None, [str(Path.cwd()), os.environ.get("PYTHONPATH")])
         )
     submission_id = f"{run.id}-{secrets.token_hex(3)}"
     job: dict[str, Any] = {"address": how.address, "submission_id": submission_id}
-    run.write_json(layout.JOB, job)  # first: whoever submits may not live to tell
+    run.write_json(layout.JOB, job)  # before submitting: this process may be killed right after
     client.submit(
         argv,
         submission_id=submission_id,

@@ -1,7 +1,7 @@
-"""Prometheus metrics of a run, exported by Ray as `ray_infl_...` at every node's metrics port.
+"""Prometheus metrics of a run. Ray exports them as `ray_infl_...` at the metrics port of each node.
 
-A worker that is replaced starts its series again at zero: sum over workers with rate(), and read progress
-from the run folder.
+The counters of a new worker start at zero: use rate() and sum over workers. The progress of a run
+is in its folder.
 """
 
 from ray.util.metrics import Counter, Gauge
@@ -12,7 +12,7 @@ _TAGS = ("run", "kind")
 
 
 class RunMetrics:
-    """What this process did for a run.
+    """Counts what this process did for a run.
 
     Args:
         run: Run id.

@@ -1,7 +1,7 @@
-"""Shards on Ray: a pool of worker actors, one shard in flight each, and a loop that decides about failures.
+"""Shards on Ray: a pool of worker actors, each with one shard at a time.
 
-The loop replaces a dead worker itself and leaves no retry to Ray: so every attempt is seen, counted and
-decided by one rule, `RetryPolicy`. Work is done at least once; a shard's bytes are the same each time.
+Ray retries nothing: the loop replaces a dead worker itself, so that `RetryPolicy` alone decides
+about every failed attempt. A shard may be computed twice; its bytes are the same each time.
 """
 
 import logging
@@ -25,13 +25,13 @@ from influence_jobs.store.run import Run
 
 log = logging.getLogger(__name__)
 
-Actor = Any  # Ray makes the methods of an actor's handle at run time
+Actor = Any  # Ray adds the methods of an actor's handle at run time
 
 WAIT_S = 0.5
 IDLE_S = 1.0
 START_ATTEMPTS = 3
-TELL_S = 5.0  # a worker placed at once needs a few seconds to start
-# Keep large freed buffers instead of giving them back to the kernel and faulting them in again.
+TELL_S = 5.0  # say that there is no room only after this long: a placed worker starts in seconds
+# glibc keeps large freed buffers: to give them back and fault them in again costs time.
 MALLOC = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "1000000000000",
@@ -52,14 +52,14 @@ def connect() -> None:
 
 
 class ShardWorker:
-    """The actor: holds one runner and hands it shards.
+    """The actor: holds one runner and passes shards to it.
 
     Args:
         root: Folder of all runs.
-        run_id: The run.
+        run_id: Id of the run.
         kind: Kind of the job, for the metrics.
         device: A torch device.
-        threads: Threads for one operation.
+        threads: Threads of one torch operation.
         runner: `module:class` of the runner; tests name their own.
     """
 
@@ -72,7 +72,7 @@ class ShardWorker:
         try:
             make_runner = getattr(import_module(module), name)
             self._runner = make_runner(root, run_id, device=device, threads=threads)
-        except InflError as error:  # as a value: raised here it would be a death to the driver
+        except InflError as error:  # kept: if raised here, the driver would see a dead worker
             self._refusal = str(error)
         except Exception as error:
             log.exception("the worker cannot be made")
@@ -83,11 +83,11 @@ class ShardWorker:
         return f"ShardWorker({self._runner.title if self._runner else self._refusal})"
 
     def refusal(self) -> str | None:
-        """Return why this worker cannot do anything of its run, or None if it can."""
+        """Return why this worker cannot compute its run, or None if it can."""
         return self._refusal
 
     def run(self, shard: Shard) -> Receipt:
-        """Do one shard."""
+        """Compute one shard."""
         receipt: Receipt = self._runner.run(shard)
         if receipt.status == "done":
             self._metrics.finished(receipt)
@@ -95,19 +95,19 @@ class ShardWorker:
 
 
 class RayBackend:
-    """Runs shards on actors of the cluster that this driver was submitted to.
+    """Computes shards on actors of the cluster that this driver was submitted to.
 
-    A worker reserves and computes with as many threads as leave no core idle: the CPUs of the cluster, or of
-    its largest node, divided among the workers.
+    The workers share the CPUs of the cluster equally: each reserves as many CPUs as it uses
+    threads, at most those of the largest node.
 
     Args:
-        workers: Actors at most; by default as many as the cluster has GPUs, or CPUs if the device is the CPU.
-            Fewer work where there are fewer shards or no room for all.
+        workers: Largest number of actors; by default one for each GPU, or for each CPU if the
+            device is the CPU. There are fewer if there are fewer shards or no room for all.
         device: Torch device of a worker.
-        num_gpus: GPUs a worker reserves; by default 1 on cuda.
+        num_gpus: GPUs that a worker reserves; by default 1 on cuda.
         placement_timeout_s: How long to wait for room for the first worker.
         policy: Which failed shards are tried again.
-        runner: `module:class` of what a worker runs shards with.
+        runner: `module:class` of the runner of a worker.
     """
 
     def __init__(
@@ -135,15 +135,15 @@ class RayBackend:
         on_receipt: Callable[[Receipt, bool], None],
         on_idle: Callable[[str | None], None],
     ) -> None:
-        """Do all shards; returns when each is done or given up.
+        """Compute all shards; returns when each is done or given up.
 
         Args:
-            run: The run they belong to.
-            shards: What is left to do.
-            on_receipt: Called with each receipt and whether the shard will be tried again. Where the
+            run: The run of the shards.
+            shards: The shards that are not done.
+            on_receipt: Called with each receipt and whether the shard will be tried again. If the
                 worker died, the receipt counts the attempts of this call only.
-            on_idle: Called about once a second, with what it waits for if no worker has room; may raise to
-                give up.
+            on_idle: Called about once a second; its argument says what the first worker waits for,
+                if there is no room for it. It may raise to give up.
 
         Raises:
             RuntimeFault: A fatal receipt, no room for any worker, or workers that cannot start.
@@ -182,11 +182,11 @@ class RayBackend:
     def _settle(
         self, receipt: Receipt, tries: int, on_receipt: Callable[[Receipt, bool], None]
     ) -> bool:
-        """Pass a receipt on and say whether its shard is to be tried again."""
+        """Pass a receipt on, and return whether its shard is tried again."""
         if receipt.status == "done":
             on_receipt(receipt, False)
             return False
-        # A manifest counts attempts over resumes as well; the limit is for this call.
+        # The manifest also counts attempts of earlier drivers; the limit does not.
         decision = self._policy.decide(replace(receipt, attempt=tries))
         again = decision is Decision.RETRY
         on_receipt(replace(receipt, attempt=max(tries, receipt.attempt)), again)
@@ -195,7 +195,7 @@ class RayBackend:
         return again
 
     def _sizes(self, num_shards: int) -> tuple[int, int]:
-        """Workers, and threads of each."""
+        """The number of workers, and the threads of each."""
         total = ray.cluster_resources()  # type: ignore[no-untyped-call]
         nodes = ray.nodes()  # type: ignore[no-untyped-call]
         largest = max(int(n["Resources"].get("CPU", 0)) for n in nodes if n["Alive"])
@@ -225,7 +225,7 @@ class RayBackend:
             RuntimeFault: No node is large enough for one, and none has joined for too long.
         """
         waited = time.monotonic() - pool.opened_at
-        # The second condition: a placed worker may still be loading its model and data.
+        # A worker with a pid has a place: it is still loading its model and data.
         if pool.has_started or waited < TELL_S or any(actor.pid for actor in _live_actors()):
             return None
         nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
@@ -237,12 +237,12 @@ class RayBackend:
             return f"waiting for a node with room for a worker ({asked}; nodes have {offers})"
         raise RuntimeFault(
             f"no node has room for a worker: each asks for {asked}, the nodes have {offers}; "
-            "ask for less, or add a node"
+            "lower --num-gpus, or add a node"
         )
 
 
 class _Pool:
-    """Actors by what they do: starting, idle, or busy with a shard.
+    """Actors by their state: starting, idle, or busy with a shard.
 
     Args:
         start: Starts one actor.
@@ -263,7 +263,7 @@ class _Pool:
         """Start actors until there are `size`."""
         for _ in range(size - len(self._starting) - len(self.idle) - len(self.busy)):
             actor = self._start()
-            # Answered once the cluster had room for the actor and its runner is made.
+            # The answer comes when the actor has a place and its runner is made.
             self._starting[actor.refusal.remote()] = actor
 
     def give(self, shard: Shard) -> None:
@@ -273,7 +273,7 @@ class _Pool:
         self.busy[reference] = (actor, shard, time.monotonic())
 
     def wait(self, timeout_s: float) -> Receipt | None:
-        """Wait for one actor to finish what it does; return the receipt if that was a shard.
+        """Wait until one actor has started or finished a shard; return the receipt of the shard.
 
         Raises:
             RuntimeFault: Workers refuse the run or die before they can take a shard.
@@ -289,7 +289,7 @@ class _Pool:
         try:
             receipt: Receipt = ray.get(finished[0])
         except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
-            ray.kill(actor)  # it may only be out of reach
+            ray.kill(actor)  # it may be alive, only out of reach
             line = f"worker died: {_cause(error)}"
             seconds = time.monotonic() - since
             return Receipt(shard.id, "failed", line, "transient", seconds=seconds)
@@ -319,13 +319,13 @@ class _Pool:
 
 def _worker_environment(threads: int) -> dict[str, str]:
     environment = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), **MALLOC}
-    if "PYTHONPATH" in os.environ:  # where a task of the user's own lies
+    if "PYTHONPATH" in os.environ:  # leads to the user's own task
         environment["PYTHONPATH"] = os.environ["PYTHONPATH"]
     return environment
 
 
 def _live_actors() -> list[Any]:
-    """Return this job's actors; `pid` is 0 for those that have no place yet."""
+    """Return the live actors of this job; `pid` is 0 for those that have no place yet."""
     job = ray.get_runtime_context().get_job_id()
     return ray.util.state.list_actors(
         filters=[("job_id", "=", job), ("state", "!=", "DEAD")], detail=True
@@ -333,7 +333,7 @@ def _live_actors() -> list[Any]:
 
 
 def _cause(error: Exception) -> str:
-    """Return the gist of Ray's many-line account of a death."""
+    """Return the cause of death from Ray's message of many lines."""
     text = " ".join(str(error).split())
     detail = text.partition("Worker exit detail: ")[2] or text
     return detail.partition(" Some common causes")[0]

@@ -1,4 +1,4 @@
-"""The Ray job that carries out a run, as the run's job.json names it."""
+"""The Ray job that carries out a run; the run's job.json names it."""
 
 import time
 from collections.abc import Callable
@@ -11,15 +11,15 @@ from influence_jobs.store import layout
 from influence_jobs.store.lease import live_holder
 from influence_jobs.store.run import Run
 
-SILENCE_S = 20.0  # a cluster that cannot be asked for so long counts as gone
+SILENCE_S = 20.0  # a cluster that does not answer for so long counts as gone
 
 
 def client_of(job: dict[str, Any]) -> JobClient:
-    """The client of the cluster that a run's job was submitted to.
+    """A client of the cluster that a run's job was submitted to.
 
     Raises:
-        UnknownJob: It was the Ray of this machine, which is gone.
-        RuntimeFault: It cannot be asked.
+        UnknownJob: The cluster was the Ray of this machine, and is gone.
+        RuntimeFault: The cluster cannot be asked.
     """
     if job["address"]:
         return remote_client(job["address"])
@@ -30,7 +30,7 @@ def client_of(job: dict[str, Any]) -> JobClient:
 
 
 def dashboard_of(run: Run) -> str | None:
-    """The page of a run's job in its Ray dashboard; None where it has no job, or that Ray is gone."""
+    """Address of a run's job in its Ray dashboard; None without a job, or if that Ray is gone."""
     job = run.read_json(layout.JOB)
     if job is None:
         return None
@@ -38,14 +38,14 @@ def dashboard_of(run: Run) -> str | None:
     if not address:
         try:
             head = current_head()
-        except RuntimeFault:  # it does not answer: a page without its link is better than none
+        except RuntimeFault:  # Ray does not answer: show the run's page without the link
             return None
         address = head.dashboard_url if head is not None else None
     return f"{address.rstrip('/')}/#/jobs/{job['submission_id']}" if address else None
 
 
 def is_unfinished(job: dict[str, Any]) -> bool:
-    """Whether a run's job waits or runs at its cluster.
+    """Whether a run's job is waiting or running on its cluster.
 
     Raises:
         RuntimeFault: The cluster cannot be asked.
@@ -57,13 +57,13 @@ def is_unfinished(job: dict[str, Any]) -> bool:
 
 
 def watcher(run: Run) -> Callable[[], str | None]:
-    """Tells that nobody works on a run, once that is so, whoever has started it."""
+    """A function that returns None while a driver works on a run, and then why it ended."""
     job_ended: Callable[[], str | None] | None = None
 
     def ended() -> str | None:
         nonlocal job_ended
         if live_holder(run.files) is not None:
-            job_ended = None  # whoever it is may have another job than the one before
+            job_ended = None  # the driver may belong to a newer job
             return None
         if job_ended is None:
             job = run.read_json(layout.JOB)
@@ -76,7 +76,10 @@ def watcher(run: Run) -> Callable[[], str | None]:
 
 
 def job_watcher(job: dict[str, Any]) -> Callable[[], str | None]:
-    """Tells why a job has ended, once it has; a cluster that stays silent counts as gone."""
+    """A function that returns None while a job runs, and then why it ended.
+
+    A cluster that stays silent counts as gone.
+    """
     silent_since: float | None = None
 
     def ended() -> str | None:

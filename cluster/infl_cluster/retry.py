@@ -1,4 +1,4 @@
-"""Which failed shards are tried again: a pure rule on receipts."""
+"""Which failed shards are tried again: a pure function of their receipts."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -16,7 +16,7 @@ class Decision(Enum):
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """Try a shard at most `max_attempts` times, and only where trying again can help."""
+    """Try a shard at most `max_attempts` times, and only if that can help."""
 
     max_attempts: int = 3
 
@@ -24,12 +24,12 @@ class RetryPolicy:
         """Decide about a failed shard.
 
         Args:
-            receipt: A failed receipt. `transient` (a hiccup of storage, a worker's death) is tried
-                again; `user` (bad data in that shard) is not; `fatal` (disk full, run folder gone)
-                would fail every other shard too.
+            receipt: Receipt of a failed shard. A `transient` failure (storage out of reach, a dead
+                worker) is tried again. A `user` failure (bad data in that shard) is not. A `fatal`
+                one (disk full, run folder gone) ends the run: all other shards would fail too.
 
         Raises:
-            ValueError: The receipt is not of a failed shard.
+            ValueError: The shard did not fail.
         """
         match receipt.kind:
             case "transient" if receipt.attempt < self.max_attempts:

@@ -1,4 +1,4 @@
-"""A driver's log, kept in the run folder, since a head and its logs are disposable."""
+"""The log of a driver, kept in the run folder: a head and its logs may be deleted at any time."""
 
 import contextlib
 import logging
@@ -11,7 +11,7 @@ from influence_jobs.store.run import Run
 
 
 class _RunLogHandler(logging.Handler):
-    """Rewrites one small file a record: object stores cannot append, and a driver says little."""
+    """Rewrites one small file for each record: object stores cannot append."""
 
     def __init__(self, run: Run):
         super().__init__(logging.INFO)
@@ -22,13 +22,13 @@ class _RunLogHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._lines.append(self.format(record))
-        with contextlib.suppress(OSError):  # a full disk must not hide the error that is being told
+        with contextlib.suppress(OSError):  # a full disk must not hide the error being logged
             self._run.files.write(self._name, "\n".join(self._lines).encode() + b"\n")
 
 
 @contextlib.contextmanager
 def run_log(run: Run) -> Iterator[None]:
-    """Write what our loggers say into the run while the block lasts."""
+    """Write the records of our loggers to the run's log, for the length of a `with` block."""
     handler = _RunLogHandler(run)
     loggers = [logging.getLogger(name) for name in ("infl_cluster", "influence_jobs")]
     for logger in loggers:
@@ -37,7 +37,7 @@ def run_log(run: Run) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        ours = isinstance(error, InflError)  # any other deserves its traceback
+        ours = isinstance(error, InflError)  # any other error needs its traceback
         logging.getLogger("infl_cluster").error("%s", error, exc_info=not ours)
         raise
     finally:

@@ -1,7 +1,8 @@
-"""What a driver tells the world about its run, in `status.json`, about once a second.
+"""The status of a run, which its driver writes to `status.json` about once a second.
 
-It is written from a thread, so that it also tells that the driver lives while a shard keeps it busy. Progress is counted
-in units (samples passed through a model) and includes what workers report of shards they are still at.
+A thread writes it, so that a driver that is busy with a shard still shows that it is alive.
+Progress is counted in units: samples that went through a model. It includes what workers report of
+unfinished shards.
 """
 
 import threading
@@ -12,15 +13,15 @@ from typing import TYPE_CHECKING, Any, Self
 from influence_jobs.store import layout
 from influence_jobs.store.run import Run, now
 
-if TYPE_CHECKING:  # whoever only reads a status must not load torch
+if TYPE_CHECKING:  # readers of a status must not load torch
     from influence_jobs.jobs.base import Plan, Receipt
 
 BEAT_S = 1.0
-QUIET_S = 300.0  # a run that makes no progress for so long says so
+QUIET_S = 300.0  # after so long without progress, the status says so
 
 
 class StatusWriter:
-    """Keeps a run's status file true while the `with` block lasts."""
+    """Keeps the status file of a run up to date, for the length of a `with` block."""
 
     def __init__(self, run: Run):
         self._run = run
@@ -30,7 +31,7 @@ class StatusWriter:
         self._units_by_shard: dict[str, int] = {}
         self._running: set[str] = set()
         self._before = 0  # units of shards that an earlier driver finished
-        self._resumed: dict[str, int] = {}  # units that shards under way had from earlier attempts
+        self._resumed: dict[str, int] = {}  # units of unfinished shards from earlier attempts
         self._last_units, self._moved_at = 0, now()
         self._status: dict[str, Any] = {
             "state": "running",
@@ -69,20 +70,20 @@ class StatusWriter:
         try:
             self._write()
         except OSError:
-            if error is None:  # a full disk must not hide the error that is being told
+            if error is None:  # a full disk must not hide the run's own error
                 raise
 
     def waits_for(self, run_id: str | None) -> None:
-        """Say that another run is carried out first, or no longer."""
+        """Name the run that is carried out first; None if there is none any more."""
         self._status["phase"] = run_id
         self._write()
 
     def says(self, message: str | None) -> None:
-        """Tell something about a run that goes on."""
+        """Set the message of a running run."""
         self._status["message"] = message
 
     def planned(self, plan: "Plan", done: Mapping[str, Any]) -> None:
-        """Say how much there is to do, and what an earlier driver did."""
+        """Set the amount of work, and how much of it earlier drivers did."""
         rows = sum(shard.stop - shard.start for shard in plan.shards)
         with self._lock:
             self._units_by_shard = {
@@ -101,7 +102,7 @@ class StatusWriter:
         self._write()
 
     def count(self, receipt: "Receipt", *, retried: bool) -> None:
-        """Count what a worker has finished or failed."""
+        """Count a shard that is done or has failed."""
         with self._lock:
             if receipt.status == "done":
                 self._running.discard(receipt.shard)
@@ -134,7 +135,7 @@ class StatusWriter:
             self._status["units_done"] = sum(finished) + sum(
                 units for shard, units in under_way.items() if shard in self._running
             )
-            # A run that waits for an input has that one's progress.
+            # A run that waits for one of its inputs is not quiet: the input makes progress.
             if self._status["units_done"] != self._last_units or self._status["phase"]:
                 self._last_units, self._moved_at = self._status["units_done"], now()
             quiet = now() - self._moved_at

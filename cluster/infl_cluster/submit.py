@@ -1,4 +1,4 @@
-"""Ask from Python: `influence_jobs.submit`."""
+"""Submit runs from Python: `influence_jobs.submit`."""
 
 import sys
 from typing import Any
@@ -28,38 +28,37 @@ def submit(
     quiet: bool = False,
     **options: Any,
 ) -> Results:
-    """Compute something, and the runs it needs; what is done already is found again.
+    """Compute a run and the runs that it needs. A run that is done already is not computed again.
 
-    It takes what `infl submit KIND` takes, under the same names: `--test-set paper` is
+    It takes the options of `infl submit KIND`, under the same names: `--test-set paper` is
     `test_set="paper"`. An option that may be repeated takes a list or one value. `task` may also be
-    a class or an object, `checkpoint`, `norms` and `s_test` the results of a former call::
+    a class or an object; `checkpoint`, `norms` and `s_test` may be results of an earlier call::
 
         trained = submit("train", task=Digits, epochs=5)
         found = submit("influence", checkpoint=trained, test=[3, 7], solver="ek-fac")
         found.top_k(5, test=3)
 
     Args:
-        kind: train, grad-norms, s-test, influence, attribution, baseline, ablation, lds, stability
-            or paper.
+        kind: A kind of run, such as train or influence; `infl submit --help` lists them.
         runs: Folder of all runs: a path, s3:// or gs://.
-        ray: Compute on a Ray of this machine, which is started if there is none, and not in this
-            process.
+        ray: Compute on the Ray of this machine, which is started if it is not up. By default the
+            run is computed in this process.
         address: Compute on the Ray cluster with this dashboard address.
-        workers: Worker processes of Ray; one a core or GPU by default.
+        workers: Worker processes of Ray; by default one for each core or GPU.
         device: Where to compute.
-        num_gpus: GPUs of each worker; fractions share one.
-        batch_size: Samples a pass; of "train", samples a step.
-        shard_size: Samples or models of a shard.
-        detach: Return as soon as Ray has the job.
+        num_gpus: GPUs of each worker; a fraction shares a GPU.
+        batch_size: Samples in a forward pass; for "train", samples in a step.
+        shard_size: Samples of a shard, or models in retraining experiments.
+        detach: Return as soon as the job is submitted to Ray.
         quiet: Show no progress.
-        options: Those of the kind of run, and of its task.
+        options: Options of the kind of run, and of its task.
 
     Returns:
-        The run; of a detached one, what there is so far.
+        The results. Those of a detached run are what is there so far.
 
     Raises:
-        InflError: It cannot be carried out as it was asked, or it failed. What was finished is
-            kept, and the same call goes on there.
+        InflError: The request cannot be carried out, or the run failed. Finished shards are kept,
+            and the same call goes on from there.
     """
 
     def say(line: str) -> None:
@@ -89,7 +88,7 @@ def submit(
         specs = found.request_type.of(options).specs(root, say)
         if len(specs) > 1:
             raise SpecError(
-                f"{kind} of {len(specs)} checkpoints is as many runs: ask for one at a time"
+                f"{kind} at {len(specs)} checkpoints makes {len(specs)} runs: name one at a time"
             )
         run = Run(root, specs[0])
         carry_out(run, how, say)

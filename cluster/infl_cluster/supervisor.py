@@ -1,7 +1,7 @@
 """The process that owns the embedded head: `python -m infl_cluster.supervisor FOLDER`.
 
-It runs `ray start --head --block` as its child, records the head once it answers, ends it after an idle
-time, and on SIGTERM or SIGINT stops the child and everything that came from it.
+It runs `ray start --head --block` as its child, and records the head once it answers. After an idle
+time, or on SIGTERM or SIGINT, it stops the child and all processes that came from it.
 """
 
 import argparse
@@ -25,14 +25,14 @@ from infl_cluster import head as heads
 from infl_cluster.client import JobClient
 from influence_jobs.errors import RuntimeFault
 
-OBJECT_STORE_BYTES = 300_000_000  # our tasks exchange ids and receipts, never arrays
+OBJECT_STORE_BYTES = 300_000_000  # small: our tasks exchange ids and receipts, never arrays
 JOB_STOP_DEADLINE_S = 6.0  # Ray itself gives a job 3 s between SIGTERM and SIGKILL
 RAY_STOP_DEADLINE_S = 10.0
 LONGEST_POLL_S = 10.0
-UNKNOWN_TIMEOUT_S = 30.0  # how long to wait for jobs to end once no record leads to this head
-# Above Ray's worker ports (10002-19999) and below the ports Linux hands out on its own (from 32768).
+UNKNOWN_TIMEOUT_S = 30.0  # a head without a record ends after so long without a job
+# Above Ray's worker ports (10002-19999) and below the ephemeral ports of Linux (from 32768).
 PORTS = range(20000, 32768)
-# Of the caller's Ray settings these name another cluster, or would override the token file.
+# Variables of the caller that name another cluster, or would override the token file.
 FOREIGN_VARIABLES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN")
 
 
@@ -40,7 +40,7 @@ class Supervisor:
     """Starts, watches and stops one head.
 
     Args:
-        folder: The head's own folder; token and Ray's temporary files go there.
+        folder: The head's own folder, for the token and Ray's temporary files.
         idle_timeout_s: End after this long without a job; None: never.
         num_cpus: CPUs to offer; None: all.
         num_gpus: GPUs to offer; None: all.
@@ -56,9 +56,8 @@ class Supervisor:
     ) -> None:
         self._idle_timeout_s = idle_timeout_s
         self._token_path = folder / "token"
-        self._temp_dir = (
-            folder / "ray"
-        )  # Ray opens its folder to everybody; ours around it is closed
+        # Ray makes its folder readable to all users; only the owner can enter the one around it.
+        self._temp_dir = folder / "ray"
         self._create_time = psutil.Process().create_time()
         names = (
             "gcs",
@@ -123,7 +122,7 @@ class Supervisor:
             "RAY_AUTH_TOKEN_PATH": str(self._token_path),
             "RAY_TMPDIR": str(self._temp_dir),
             "RAY_USAGE_STATS_ENABLED": "0",
-            # Otherwise Ray waits 30 s for work to end; we have ended the jobs before.
+            # Otherwise Ray waits 30 s for work to end; the jobs have ended by then.
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
             "AUTOSCALER_METRIC_PORT": str(self._ports["autoscaler"]),
             "DASHBOARD_METRIC_PORT": str(self._ports["dashboard-metrics"]),
@@ -132,7 +131,7 @@ class Supervisor:
     def _wait_until_up(
         self, ray: "subprocess.Popen[bytes]", client: JobClient
     ) -> heads.Head | None:
-        """Wait until head and node are up; None if Ray ended, hung or was to be stopped."""
+        """Wait until head and node are up; None if Ray ended, hung or was told to stop."""
         deadline = time.monotonic() + heads.START_DEADLINE_S
         reason = "the node is missing"
         while ray.poll() is None and not self._stopping:
@@ -163,9 +162,12 @@ class Supervisor:
         )
 
     def _watch(self, ray: "subprocess.Popen[bytes]", client: JobClient) -> int:
-        """Wait until Ray ends (1), we are told to stop (0) or nothing has run for long enough (0).
+        """Wait until Ray ends, a signal arrives, or the head was idle for long enough.
 
-        Without its record nobody finds the head any more: then it ends as soon as its jobs have.
+        A head without its record cannot be found any more, and ends after its jobs.
+
+        Returns:
+            The exit code: 1 if Ray ended by itself, else 0.
         """
         busy_at = known_at = time.time()
         polled_at = 0.0
@@ -193,9 +195,9 @@ class Supervisor:
         return 0
 
     def _retire(self, busy_at: float, idle_timeout_s: float) -> bool:
-        """Take the record away if nobody has used the head for long enough; say whether we did."""
+        """Remove the record if the head was idle for long enough; return whether it was."""
         try:
-            # Who holds the lock may be about to use this head: try again at the next poll.
+            # A process that holds the lock may be about to use this head: try at the next poll.
             with heads.head_lock(timeout_s=0):
                 used_at = max(busy_at, (heads.infl_home() / "head.json").stat().st_mtime)
                 if time.time() - used_at < idle_timeout_s:
@@ -206,7 +208,7 @@ class Supervisor:
             return False
 
     def _stop(self, ray: "subprocess.Popen[bytes]", client: JobClient) -> None:
-        """End the jobs, then Ray, then whatever is left of either."""
+        """End the jobs, then Ray, then the processes that are left of either."""
         if ray.poll() is None:
             _stop_jobs(client)
             ray.terminate()
@@ -223,11 +225,11 @@ def _has_jobs(client: JobClient) -> bool:
     try:
         return bool(client.unfinished())
     except RuntimeFault:
-        return True  # a head too busy to answer is not idle
+        return True  # a head that is too busy to answer is not idle
 
 
 def _stop_jobs(client: JobClient) -> None:
-    """Ask every job to end and give it time to, as far as Ray still can."""
+    """Ask every job to end, and wait for that if Ray still answers."""
     deadline = time.monotonic() + JOB_STOP_DEADLINE_S
     with contextlib.suppress(RuntimeFault):
         for submission_id in client.unfinished():

@@ -1,4 +1,4 @@
-"""Progress of a run, read from its folder: it shows the same wherever the driver is."""
+"""Show the progress of a run. It is read from the run's folder, wherever the driver is."""
 
 import sys
 import time
@@ -12,11 +12,11 @@ from influence_jobs.store.run import Run
 from influence_jobs.store.status import rate_and_eta, read_status, under_way
 
 POLL_S = 0.5
-LINE_EVERY_S = 10.0  # where there is no terminal to draw a bar on
+LINE_EVERY_S = 10.0  # without a terminal, lines replace the bar
 
 
 class Progresses:
-    """A bar for each run that is being carried out: the one asked for and those it needs."""
+    """A progress bar for each run under way: the requested one and those that it needs."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
@@ -34,12 +34,12 @@ class Progresses:
             self._bars.start()
 
     def close(self) -> None:
-        """Leave the bars as they are."""
+        """Stop drawing; the bars stay on the screen."""
         if self._drawn:
             self._bars.stop()
 
     def show(self, run: Run, status: dict[str, Any]) -> None:
-        """Show where a run is."""
+        """Show the progress of a run."""
         total, done = status["units_total"], status["units_done"]
         if not total:
             return
@@ -63,9 +63,9 @@ def watch(
     """Show progress until the run has ended; returns its last status.
 
     Args:
-        ended: Asked about once a second whether something other than the run's own status says that its
-            driver is gone; returns why, or None.
-        say: Takes lines for the user, where there is no terminal to draw bars on.
+        ended: Called about once a second; returns why the run's driver is gone, or None. The run's
+            own status cannot say that.
+        say: Takes lines for the user if there is no terminal.
     """
     bars = Progresses(say)
     asked = time.monotonic()
@@ -89,14 +89,14 @@ def watch(
 
 
 def duration(seconds: float) -> str:
-    """Seconds as 1:02:03, or 0:45."""
+    """Seconds as text: 1:02:03, or 0:45."""
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
 
 
 def size(num_bytes: float) -> str:
-    """Bytes as 12.3 MB."""
+    """A number of bytes as text: 12.3 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if num_bytes < 1000:
             return f"{num_bytes:.3g} {unit}"

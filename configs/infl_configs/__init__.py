@@ -1,4 +1,4 @@
-"""Presets: named defaults as YAML. They are text; the command line turns them into specs."""
+"""Training presets: YAML files, and a reader. Requests turn them into specs."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -14,10 +14,10 @@ def preset_names() -> list[str]:
 
 
 def read_preset(name: str) -> dict[str, Any]:
-    """A preset by name, or from a YAML file of one's own.
+    """A preset, by its name or from a user's YAML file.
 
     Raises:
-        ValueError: There is no such preset, or it is no mapping; the message is for the user.
+        ValueError: There is no such preset, or it is not a mapping; the message is for the user.
     """
     if name in preset_names():
         text = files(__name__).joinpath(f"{name}.yaml").read_text(encoding="utf-8")

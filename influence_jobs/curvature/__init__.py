@@ -1,4 +1,4 @@
-"""Curvature of the training loss as a linear map, and solvers of (curvature + lambda I) x = v."""
+"""Curvature of the training loss as a linear operator A, and solvers of (A + lambda I) x = v."""
 
 from influence_jobs.curvature.cg import ConjugateGradient
 from influence_jobs.curvature.ek_fac import EkFac

@@ -16,15 +16,16 @@ from influence_jobs.errors import SpecError
 
 
 class ConjugateGradient(Solver):
-    """Batched conjugate gradients: all right-hand sides share each pass over the samples.
+    """Conjugate gradients in which all right-hand sides share each pass over the samples.
 
-    Each has its own step lengths, and stands still once it has converged.
+    Each right-hand side has its own step lengths. Once it has converged it does not change.
     Hestenes and Stiefel: "Methods of conjugate gradients for solving linear systems", 1952.
 
     Args:
         damping: Lambda.
-        tolerance: Relative residual at which a right-hand side is done.
-        max_iterations: Passes, at most; what is reached by then is returned, with its residual.
+        tolerance: Relative residual at which a right-hand side has converged.
+        max_iterations: Largest number of passes. Then the current solution is returned, with its
+            residual and a message.
     """
 
     def __init__(
@@ -51,8 +52,9 @@ class ConjugateGradient(Solver):
             if (curvature_Q <= 0).any():
                 lowest = float((curvature_Q / _dot(p_QP, p_QP)).min()) - damping
                 raise SpecError(
-                    f"the curvature has an eigenvalue of {lowest:.3g} or less, which lambda = {damping:.3g} does "
-                    f"not cover: use --operator gauss-newton, or --damping above {-lowest:.3g}"
+                    f"the curvature has an eigenvalue of {lowest:.3g} or less, which lambda = "
+                    f"{damping:.3g} does not make positive: use --operator gauss-newton, or "
+                    f"--damping above {-lowest:.3g}"
                 )
             step_Q = squared_Q[going] / curvature_Q
             x_QP[going] += step_Q[:, None].to(p_QP.dtype) * p_QP
@@ -70,19 +72,19 @@ class ConjugateGradient(Solver):
         messages = []
         if len(going):
             messages.append(
-                f"{len(going)} of {len(rhs_QP)} had not reached a residual of {self.tolerance:g} after "
-                f"{self.max_iterations} iterations"
+                f"{len(going)} of {len(rhs_QP)} had not reached a residual of {self.tolerance:g} "
+                f"after {self.max_iterations} iterations"
             )
         record = {"tolerance": self.tolerance, "messages": messages}
         return Solution(x_QP, relative_Q.cpu(), iterations_Q, damping, cost, record)
 
     def _fraction(self, squared_Q: Tensor, started_Q: Tensor, iterations: int) -> float:
-        """How far the slowest has come: residuals fall about geometrically."""
+        """Fraction of the work done for the slowest; residuals fall about geometrically."""
         fallen = (squared_Q / started_Q).nan_to_num(nan=0).clamp(self.tolerance**2, 1)
         by_residual = float(fallen.log().max()) / (2 * math.log(self.tolerance))
         return max(by_residual, iterations / self.max_iterations)
 
 
 def _dot(a_QP: Tensor, b_QP: Tensor) -> Tensor:
-    # In float64: steps are quotients of these sums, and P is large.
+    # In float64, since step lengths are quotients of these sums and P is large.
     return torch.stack([(a.double() * b.double()).sum() for a, b in zip(a_QP, b_QP, strict=True)])

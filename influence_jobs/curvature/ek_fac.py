@@ -1,8 +1,8 @@
-"""EK-FAC: the Gauss-Newton matrix, layer by layer, diagonal in a Kronecker-factored eigenbasis."""
+"""EK-FAC: the Gauss-Newton matrix of each layer, diagonal in a Kronecker-factored eigenbasis."""
 
 from collections import UserDict
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,36 +20,35 @@ from influence_jobs.errors import ModelError
 from influence_jobs.gradients import MatrixRule, Metric
 from influence_jobs.gradients.rules import matrix_layers, names_of, nearest_rule
 from influence_jobs.gradients.taps import thawed
-from influence_jobs.specs.solvers import SolverSettings
 from influence_jobs.tasks.base import Task
 
 if TYPE_CHECKING:
     from curvlinops import EKFACLinearOperator
 
+
 LOSSES = {"cross-entropy": nn.CrossEntropyLoss, "mse": nn.MSELoss}
 
 
 class EkFac(Solver):
-    """Inverts the EK-FAC approximation of the Gauss-Newton matrix, as curvlinops makes it.
+    """Inverts the EK-FAC approximation of the Gauss-Newton matrix, as computed by curvlinops.
 
-    Two passes over the operator's samples, with one output sampled from the model for each; then
-    nothing iterates. It is for layers whose rule is a `MatrixRule`, called once in a forward pass.
-    George, Laurent, Bouthillier, Ballas, Vincent: "Fast Approximate Natural Gradient Descent in a Kronecker-factored
-    Eigenbasis", NeurIPS 2018; for influence Grosse et al.: "Studying Large Language Model Generalization with
-    Influence Functions", 2023.
+    It takes two passes over the operator's samples, with one target sampled from the model for each
+    sample, and no iterations. It supports layers whose rule is a `MatrixRule` and that are called
+    once in a forward pass.
+
+    George, Laurent, Bouthillier, Ballas, Vincent: "Fast Approximate Natural Gradient Descent in a
+    Kronecker-factored Eigenbasis", NeurIPS 2018; for influence Grosse et al.: "Studying Large
+    Language Model Generalization with Influence Functions", 2023.
 
     Args:
-        damping: Lambda, added to the corrected eigenvalues; None for a part of the largest of them.
-        seed: Of the sampled outputs.
+        damping: Lambda, added to the corrected eigenvalues; None for `AUTOMATIC_DAMPING` times the
+            largest of them.
+        seed: Seed of the sampled targets.
     """
 
     def __init__(self, damping: float | None = None, seed: int = 0):
         super().__init__(damping)
         self.seed = seed
-
-    @classmethod
-    def of(cls, settings: SolverSettings, *, seed: int) -> Self:
-        return cls(**settings.model_dump(exclude={"name", "repeats"}), seed=seed)
 
     def _solve(self, operator: Operator, rhs_QP: Tensor, progress: Progress) -> Solution:
         from curvlinops import KFACInverseLinearOperator  # takes a second to import
@@ -65,7 +64,7 @@ class EkFac(Solver):
         x_QP = operator.space.join(dict(zip(operator.space.shapes, solved, strict=True)))
         _, relative_Q = relative_residual(operator, x_QP, rhs_QP, damping)
         steps_Q = torch.ones(len(rhs_QP), dtype=torch.int64)
-        # Forward and backward over all samples, for the factors and again for the eigenvalues.
+        # A forward and backward pass over all samples for the factors, and one for the eigenvalues.
         return Solution(x_QP, relative_Q.cpu(), steps_Q, damping, 2.0, {"seed": self.seed})
 
     def metrics(self, operator: Operator, *, power: int) -> dict[str, Metric]:
@@ -81,7 +80,7 @@ class EkFac(Solver):
             name[prefix:]: Metric(
                 state["gradient_covariances_eigenvectors"][name],
                 state["input_covariances_eigenvectors"][name],
-                # Without a bias they are listed by the parameter's position, which is the weight's.
+                # Without a bias the eigenvalues are a dict with one entry, for the weight.
                 (_only(eigenvalues) + damping) ** -power,
             )
             for name, eigenvalues in state["corrected_eigenvalues"].items()
@@ -101,7 +100,8 @@ class EkFac(Solver):
             _require_factored(name, model.get_submodule(name.rpartition(".")[0]))
         if task.output_loss is None:
             raise ModelError(
-                f"EK-FAC needs to know what the loss of {type(task).__name__} is of its outputs: declare output_loss"
+                f"EK-FAC needs to know how the loss of {type(task).__name__} depends on its "
+                "outputs: declare output_loss"
             )
         parameters = list(space.parameters().values())
         with thawed(parameters), torch.enable_grad():
@@ -134,7 +134,7 @@ def _require_factored(name: str, module: nn.Module) -> None:
     rule = nearest_rule(module)
     if not isinstance(rule, MatrixRule):
         raise ModelError(
-            f"EK-FAC is of {names_of(matrix_layers())} layers, and parameter {name} is of "
+            f"EK-FAC supports {names_of(matrix_layers())} layers, but parameter {name} is of "
             f"{type(module).__name__}: {cure}"
         )
     if (what := rule.unfactored(name)) is not None:
@@ -142,7 +142,7 @@ def _require_factored(name: str, module: nn.Module) -> None:
 
 
 class _Outputs(nn.Module):
-    """The task's outputs (B, D) of a batch that is wrapped as curvlinops wants it."""
+    """The task's outputs (B, D) for a batch in the form that curvlinops expects."""
 
     def __init__(self, model: nn.Module, task: Task):
         super().__init__()
@@ -153,7 +153,7 @@ class _Outputs(nn.Module):
 
 
 class _Batches:
-    """The operator's samples, batch by batch; they are gone through twice."""
+    """The operator's samples, batch by batch; curvlinops iterates over them twice."""
 
     def __init__(self, operator: Operator, progress: Progress):
         self._operator, self._progress = operator, progress

@@ -1,4 +1,4 @@
-"""curvlinops' EK-FAC for every layer that has a `MatrixRule`; importing it takes a second."""
+"""curvlinops' EK-FAC for every layer with a `MatrixRule`; importing this takes a second."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,15 +12,16 @@ from influence_jobs.gradients.rules import MatrixRule, matrix_layers, nearest_ru
 class RuleEKFAC(EKFACLinearOperator):  # type: ignore[misc]
     """Takes the rows of inputs and of output gradients from each layer's rule.
 
-    curvlinops itself knows the rows of Linear (the input as it is) and of Conv2d (its patches). So
-    it is given rows in place of either, and no module to look at: it then does as for Linear.
+    curvlinops itself knows the rows of Linear (the input itself) and of Conv2d (its patches). Here
+    it gets the rows instead of the layer's input, and None instead of the module. It then handles
+    them like those of Linear.
     """
 
     @classmethod
     def compute_parameter_mapping(
         cls, params: list[Tensor], model_func: nn.Module
     ) -> dict[str, dict[str, int]]:
-        cls._SUPPORTED_MODULES = matrix_layers()  # only now, for a rule may be defined at any time
+        cls._SUPPORTED_MODULES = matrix_layers()  # read late, as rules may be defined at any time
         mapping: dict[str, dict[str, int]] = super().compute_parameter_mapping(params, model_func)
         return mapping
 
@@ -40,7 +41,7 @@ class RuleEKFAC(EKFACLinearOperator):  # type: ignore[misc]
         self, grad_output: Tensor, module: nn.Module, module_name: str
     ) -> None:
         rule, cached = _rule(module), self._cached_activations
-        if module_name in cached:  # no weight, no inputs; as rows they are kept no longer than here
+        if module_name in cached:  # inputs are cached only if the weight is wanted
             cached[module_name] = rule.input_rows(cached[module_name])
         rows = rule.output_rows(grad_output)
         super()._accumulate_corrected_eigenvalues(rows, None, module_name)
@@ -49,5 +50,5 @@ class RuleEKFAC(EKFACLinearOperator):  # type: ignore[misc]
 
 def _rule(module: nn.Module) -> MatrixRule[Any]:
     rule = nearest_rule(module)
-    assert isinstance(rule, MatrixRule)  # others are refused before
+    assert isinstance(rule, MatrixRule)  # `EkFac` has refused all others
     return rule

@@ -1,24 +1,17 @@
-"""No curvature at all: what the others are compared with."""
-
-from typing import Self
+"""The identity in place of a curvature, as a baseline."""
 
 import torch
 from torch import Tensor
 
 from influence_jobs.curvature.operators import Operator
 from influence_jobs.curvature.solver import Progress, Solution, Solver
-from influence_jobs.specs.solvers import SolverSettings
 
 
 class Identity(Solver):
-    """x = v: scores become dot products of gradients. Lambda would only change their unit, so it is 1."""
+    """x = v: scores are dot products of gradients. Lambda would only scale them, so it is 1."""
 
     def __init__(self) -> None:
         super().__init__(1.0)
-
-    @classmethod
-    def of(cls, settings: SolverSettings, *, seed: int) -> Self:
-        return cls()
 
     def _solve(self, operator: Operator, rhs_QP: Tensor, progress: Progress) -> Solution:
         count = len(rhs_QP)

@@ -1,9 +1,9 @@
-"""LiSSA: a stochastic recursion whose mean is the inverse."""
+"""LiSSA: a stochastic recursion whose mean converges to the inverse times a vector."""
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,22 +21,21 @@ from influence_jobs.curvature.solver import (
 )
 from influence_jobs.curvature.spectrum import leading_eigenpair, smallest_eigenvalue, trace
 from influence_jobs.errors import RuntimeFault, SpecError
-from influence_jobs.specs.solvers import SolverSettings
 
-TOLERANCE = 0.1  # relative standard error at which a repeat ends that chooses its own depth
-BLOCKS = 8  # the least number of block averages that a standard error is taken from
-MAX_RELAXATIONS = 400  # the largest chosen depth; in one relaxation an error falls by 1/e
-BURN_IN = 5  # relaxations before averaging begins; under 1 % of the start is left then
-MIN_BATCH = 32  # smaller products waste the machine
-PROBED = 256  # single samples whose curvature is measured to see how much it scatters
+TOLERANCE = 0.1  # relative standard error at which a repeat without a given depth ends
+BLOCKS = 8  # smallest number of block averages for a standard error
+MAX_RELAXATIONS = 400  # largest depth if none is given; an error falls by 1/e in one relaxation
+BURN_IN = 5  # relaxations before averaging begins; less than 1 % of the start is left then
+MIN_BATCH = 32  # smaller products are inefficient
+PROBED = 256  # number of single samples on which the scatter of the curvature is measured
 MAX_RESTARTS = 8
-MAX_DEPTH = 1_000_000  # the most steps that a repeat may need before its depth can be chosen
+MAX_DEPTH = 1_000_000  # steps; if the burn-in and `BLOCKS` blocks need more, LiSSA is refused
 
 
 class Lissa(Solver):
     """h <- v + (1 - d) h - A_B h / s with a new mini-batch B every step; the result is h / s.
 
-    In the mean the recursion's fixed point is h / s = (A + d s I)^-1 v, so lambda = d s is the
+    The fixed point of the recursion's mean is h / s = (A + d s I)^-1 v. So lambda = d s is the
     *effective damping*. Here lambda is given, and d = lambda / s follows from the scale s.
 
     Agarwal, Bullins, Hazan: "Second-order stochastic optimization for machine learning in linear
@@ -46,9 +45,9 @@ class Lissa(Solver):
     A *repeat* is one independent run of the recursion, with mini-batches of its own. The mean of
     several repeats has less noise.
 
-    Settings that are not given are chosen. Let M be the largest eigenvalue and u its eigenvector.
-    c = E|A_i u|^2 / u^T A u tells how much single samples scatter along u; it is at most about the
-    trace of A_i.
+    Settings that are not given are chosen as follows. Let M be the largest eigenvalue, u its
+    eigenvector, and c = E|A_i u|^2 / u^T A u over single samples i. c measures how much single
+    samples scatter along u; it is at most about the trace of A_i.
 
     - Batch size: c / M. The scatter of a mini-batch is then no larger than the curvature itself.
     - Scale: M + lambda + c / B. Steps are stable in mean square down to half of this scale.
@@ -61,15 +60,15 @@ class Lissa(Solver):
     If the depth is given, nothing is averaged: the last iterate is the result, as in published
     codes.
 
-    A repeat that grows faster than any convergent one can is started anew with twice the scale.
+    If a repeat grows faster than a convergent one can, it is restarted with twice the scale.
 
     Args:
         damping: Lambda, the effective damping.
         scale: s; the recursion's own damping d is lambda / s.
-        depth: Steps.
-        batch_size: Samples of a mini-batch, drawn with replacement; only then is the mean of the
-            averages the inverse.
-        seed: Of the mini-batches, which depend on (seed, number of the repeat, step) alone.
+        depth: Number of steps.
+        batch_size: Samples of a mini-batch. They are drawn with replacement, which the mean of the
+            averages needs to be the inverse.
+        seed: Seed of the mini-batches; these depend on (seed, number of the repeat, step) only.
 
     Raises:
         SpecError: A value is not positive.
@@ -91,10 +90,6 @@ class Lissa(Solver):
         self._scale, self._depth, self._batch_size = scale, depth, batch_size
         self._seed = seed
 
-    @classmethod
-    def of(cls, settings: SolverSettings, *, seed: int) -> Self:
-        return cls(**settings.model_dump(exclude={"name", "repeats"}), seed=seed)
-
     def solve_repeats(
         self,
         operator: Operator,
@@ -108,11 +103,11 @@ class Lissa(Solver):
             operator: A.
             rhs_QP: v, on the operator's device.
             repeats: Numbers of the repeats.
-            progress: Told the fraction of the work done.
+            progress: Called with the fraction of the work done.
 
         Returns:
-            For each repeat the solution that it would find alone, up to rounding. That of repeat 0
-            is `solve`'s.
+            For each repeat the solution that it would find alone, up to rounding. Repeat 0 gives
+            the solution of `solve`.
 
         Raises:
             DataError, ModelError, SpecError, RuntimeFault: As `solve`.
@@ -139,7 +134,7 @@ class Lissa(Solver):
             for repeat in waiting:
                 messages[repeat].append(
                     f"diverged by step {ends[repeat].step} at scale {scales[repeat]:.4g}: "
-                    f"started anew at {settings.scale:.4g}"
+                    f"restarted at {settings.scale:.4g}"
                 )
         else:
             raise RuntimeFault(
@@ -180,8 +175,8 @@ class Lissa(Solver):
             record["smallest_eigenvalue"] = smallest
             if smallest <= -damping:
                 messages.append(
-                    f"lambda = {damping:.3g} does not cover the smallest eigenvalue "
-                    f"{smallest:.3g}: the result is not the inverse"
+                    f"lambda = {damping:.3g} does not make the smallest eigenvalue "
+                    f"{smallest:.3g} positive: the result is not the inverse"
                 )
         if self._scale is not None and self._batch_size is not None:
             settings = _Settings(self._scale, self._batch_size)
@@ -214,11 +209,11 @@ class _Settings:
 
 @dataclass(frozen=True)
 class _End:
-    """Where a repeat ended.
+    """The end of a repeat.
 
     Attributes:
-        x_QP: The solution; None if it diverged.
-        step: Steps done.
+        x_QP: The solution; None if the repeat diverged.
+        step: Number of steps.
         error: Relative standard error of the average, the largest over right-hand sides; NaN if
             nothing is averaged.
     """
@@ -229,7 +224,7 @@ class _End:
 
 
 class _Recursion:
-    """E repeats side by side; one that has ended goes on, but its result is already kept."""
+    """E repeats side by side. One that has ended keeps its result but still takes steps."""
 
     def __init__(
         self,
@@ -253,7 +248,7 @@ class _Recursion:
         self._step, self._ends = 0, dict[int, _End]()
 
     def run(self, depth: int | None) -> list[_End]:
-        """Go on until every repeat has ended."""
+        """Take steps until every repeat has ended."""
         if depth is not None:
             self._advance(depth, depth)
             for repeat, x_QP in enumerate(self._steps.h_EQP() / self._scale):
@@ -266,7 +261,7 @@ class _Recursion:
         if (BURN_IN + BLOCKS) * self._relaxation > MAX_DEPTH:
             raise SpecError(
                 f"LiSSA needs {(BURN_IN + BLOCKS) * self._relaxation:,} steps at so small a "
-                "damping: use --solver cg, a larger --damping, or say --depth"
+                "damping: use --solver cg, a larger --damping, or give --depth"
             )
         planned = MAX_RELAXATIONS * self._relaxation
         self._advance(BURN_IN * self._relaxation, planned)
@@ -275,7 +270,7 @@ class _Recursion:
         for blocks in range(1, MAX_RELAXATIONS - BURN_IN + 1):
             block_EQP = torch.zeros_like(sum_EQP, dtype=self._rhs_QP.dtype)
             self._advance(self._relaxation, planned, block_EQP)
-            # In float64: the variance of the blocks is a small difference of large numbers.
+            # In float64, since the variance of the blocks is a small difference of large numbers.
             mean_EQP = (block_EQP / self._relaxation).double()
             sum_EQP += mean_EQP
             squares_EQ += mean_EQP.square().sum(dim=2)
@@ -292,7 +287,7 @@ class _Recursion:
                 return
 
     def _advance(self, steps: int, planned: int, total_EQP: Tensor | None = None) -> None:
-        """Take some steps, as long as a repeat has not ended, and add the iterates to a total."""
+        """Take steps while a repeat has not ended, and add the iterates to a total."""
         left = steps
         while left and len(self._ends) < len(self._batches):
             count = min(left, self._steps.longest)
@@ -305,9 +300,9 @@ class _Recursion:
             self._progress(min(1.0, self._step / planned))
 
     def _diverging(self) -> list[int]:
-        """Repeats whose h has become too long to converge.
+        """Repeats whose h is longer than that of a convergent repeat can be.
 
-        In a convergent repeat a step adds at most |v| in the mean, and |h| is at most
+        In the mean, a step of a convergent repeat adds at most |v| to |h|, and |h| is at most
         s |v| / lambda.
         """
         allowed = 4 * min(self._step + 1, self._relaxation)

@@ -13,17 +13,17 @@ from influence_jobs.curvature.operators import Operator
 
 
 class LissaSteps(ABC):
-    """E repeats of the recursion for Q vectors v, each of which starts at h = v.
+    """E repeats of the recursion for Q vectors v, which start at h = v.
 
     Attributes:
-        longest: The most steps that `take` may be asked for at once.
+        longest: The largest number of steps per call of `take`.
     """
 
     longest: int
 
     @abstractmethod
     def take(self, ids_ESB: Tensor, total_EQP: Tensor | None = None) -> None:
-        """Take S steps of every repeat on these mini-batches, and add every h to a total."""
+        """Take S steps of every repeat on these mini-batches, and add each h to a total."""
 
     @abstractmethod
     def h_EQP(self) -> Tensor:
@@ -52,7 +52,7 @@ def lissa_steps(
         batch_size: B.
         repeats: E.
     """
-    # The joint with `perceptrons`, the only one in `curvature`. Late: that package imports this.
+    # The only use of `perceptrons` in `curvature`. Imported late: that package imports this one.
     from influence_jobs.perceptrons.lissa import perceptron_lissa_steps
 
     if faster := perceptron_lissa_steps(operator, rhs_QP, own_damping, scale, batch_size, repeats):
@@ -61,9 +61,9 @@ def lissa_steps(
 
 
 class AnySteps(LissaSteps):
-    """Every step is one product of the operator, for all repeats together."""
+    """Each step is one product of the operator, for all repeats together."""
 
-    longest = 16  # between two looks for divergence
+    longest = 16  # steps between two checks for divergence
 
     def __init__(
         self, operator: Operator, rhs_QP: Tensor, own_damping: float, scale: float, repeats: int = 1
@@ -75,7 +75,7 @@ class AnySteps(LissaSteps):
     def take(self, ids_ESB: Tensor, total_EQP: Tensor | None = None) -> None:
         for ids_EB in ids_ESB.unbind(1):
             products = self._operator.products(self._h_EQP, ids_EB)
-            for name, h in self._h.items():  # joining the parameters would take one more pass
+            for name, h in self._h.items():  # joined vectors would take one more pass over memory
                 torch.add(self._v[name], h, alpha=self._decay, out=h)
                 h.add_(products[name], alpha=-1 / self._scale)
             if total_EQP is not None:

@@ -1,12 +1,12 @@
-"""Curvature of the mean training loss as a linear map, v -> Gv or v -> Hv, without the matrix.
+"""Curvature of the mean training loss as a linear operator, v -> Gv or v -> Hv, without a matrix.
 
-`curvlinops` has such operators of a fixed data set, and what it has we use (`ek_fac`). These differ in what LiSSA asks
-of them: the mini-batch is another one at every step, and right-hand sides lead, so that one forward pass serves all.
+`curvlinops` has such operators for a fixed data set; `ek_fac` uses it. LiSSA needs another
+mini-batch in every step, and one forward pass for all vectors. So vectors have a leading axis here.
 """
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -14,40 +14,44 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp, vmap
 from torch.utils import _pytree as pytree
 
-from influence_jobs.curvature.output_loss import OUTPUT_HESSIANS
+from influence_jobs.curvature.output_loss import Form, forms_of
 from influence_jobs.curvature.requirements import (
     require_deterministic,
     require_output_loss,
     saved_bytes,
 )
-from influence_jobs.errors import DataError, SpecError
+from influence_jobs.errors import DataError, ModelError, SpecError
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.gradients.requirements import require_independent_samples
+from influence_jobs.gradients.taps import thawed
+from influence_jobs.gradients.transforms import all_derivatives
 from influence_jobs.tasks.base import Batch, Draw, Task, device_of, to_device
 
-MAX_BYTES = 2**30  # of activations times vectors in a pass
-MIN_ROWS = 8  # every vector is read once a pass, so fewer vectors are better than fewer samples
-LOOKED_AT = 8  # samples that the first look at a model takes
-AGREEMENT = 1e-3  # relative difference of two ways to a product; rounding makes 1e-6
+MAX_BYTES = 2**30  # largest memory for activations times vectors in a pass
+MIN_ROWS = 8  # least samples in a pass; below it fewer vectors are faster than fewer samples
+LOOKED_AT = 8  # samples in the first check of a model
+AGREEMENT = 1e-3  # allowed relative difference of two ways to a product; rounding causes 1e-6
 
 Parameters = dict[str, Tensor]
 
 
 class Operator(ABC):
-    """A symmetric P x P matrix that is the mean over samples of one such matrix a sample.
+    """A symmetric P x P matrix, the mean of one such matrix per sample.
 
     Args:
-        model: In eval mode; its weights are looked up anew at every product.
-        space: The parameters that count.
-        task: Where samples and losses come from.
-        ids: Samples the mean is over, shape (n,), on the CPU.
-        draw: Realisation of the samples' noise.
-        batch_size: Samples of a pass, at most; fewer where many vectors would take more than `MAX_BYTES`.
+        model: In eval mode; every product uses its current weights.
+        space: The parameters that the matrix is of.
+        task: Gives samples and losses.
+        ids: Samples of the mean, shape (n,), on the CPU.
+        draw: Draw of the samples' noise.
+        batch_size: Largest number of samples in a pass. It is smaller if many vectors would take
+            more than `MAX_BYTES`.
 
     Attributes:
-        positive_semidefinite: Whether it is for every model.
-        cost: Of a product, in gradients of the same samples. What is counted are matrix products of a linear layer
-            of which forward and backward have three; the forward pass that all vectors share is left out.
+        positive_semidefinite: Whether the matrix is positive semidefinite for every model.
+        cost: Cost of a product for one vector, in gradients of the same samples. It counts the
+            matrix products of a linear layer, of which a gradient has three, without the forward
+            pass that all vectors share.
         work: Cost of all products so far, in gradients of one sample.
     """
 
@@ -68,9 +72,9 @@ class Operator(ABC):
         self.model, self.space, self.task, self.ids, self.draw = model, space, task, ids, draw
         self.batch_size = batch_size or task.batch_size
         self.work = 0.0
-        self._sample_bytes: int | None = None  # of activations; known after the first look
-        self._exact = True  # up to rounding
-        # Whether the model can be mapped over so many mini-batches of that size.
+        self._sample_bytes: int | None = None  # activations of a sample; known after `look`
+        self._exact = True  # products are exact up to rounding
+        # By shape (E, B): whether vmap over E mini-batches of B samples works for the model.
         self._batches_together: dict[torch.Size, bool] = {}
 
     @property
@@ -80,46 +84,56 @@ class Operator(ABC):
 
     @property
     def num_samples(self) -> int:
-        """Samples the mean is over."""
+        """Number of samples of the mean."""
         return len(self.ids)
 
     @property
     def gradient_equivalents(self) -> float:
-        """`work` in passes of forward and backward over all n samples, each for one vector."""
+        """`work` in gradients of all n samples."""
         return self.work / self.num_samples
 
     def over(self, ids: Tensor) -> Self:
-        """The operator of other samples (n,), its work counted from zero."""
+        """The operator of other samples (n,), with its work counted from zero."""
         other = copy.copy(self)
         other.ids, other.work = ids, 0.0
         return other
 
     @torch.no_grad()
     def require_finite(self) -> None:
-        """Pass all samples through the model, once.
+        """Compute the losses of all samples once.
 
         Raises:
-            DataError: The loss of a sample is not finite; the message names it.
+            DataError: The loss of a sample is not finite; the message names the sample.
         """
+        self.look()
         for ids in torch.split(self.ids, self.batch_size):
-            bad_B = ~self.task.losses(self.model, self.batch(ids)).isfinite().cpu()
+            batch = self.batch(ids)
+            bad_B = ~self.task.losses(self.model, batch).isfinite().cpu()
             if bad_B.any():
                 raise DataError(
-                    f"the training loss of sample {int(ids[bad_B][0])} is not finite: check the sample "
-                    "and the checkpoint"
+                    f"the training loss of sample {int(ids[bad_B][0])} is not finite: check the "
+                    "sample and the checkpoint"
                 )
+            self._check(batch)
+
+    def _check(self, batch: Batch) -> None:  # noqa: B027  (most operators ask nothing more)
+        """Refuse a batch whose losses are not what the task declares."""
 
     def product(self, v_QP: Tensor, ids: Tensor) -> Tensor:
-        """The matrix of a mini-batch, ids (B,), times every row of v_QP: (Q, P); finite or not.
+        """The matrix of a mini-batch, ids (B,), times every row of v_QP: (Q, P).
+
+        The result is not checked for NaN.
 
         Raises:
-            ModelError: The model is in train mode, uses batch statistics or is not deterministic, or the task's
-                losses are not what it declares.
+            ModelError: The model is in train mode, uses batch statistics or is not deterministic,
+                or the task's losses are not those that it declares.
         """
         return self.space.join(self.products(v_QP[None], ids[None]))[0]
 
     def products(self, v_EQP: Tensor, ids_EB: Tensor) -> Parameters:
-        """Matrices of E mini-batches, each times the rows of its own vectors: {name: (E, Q, *shape)}; finite or not.
+        """Matrices of E mini-batches, each times its own Q vectors: {name: (E, Q, *shape)}.
+
+        The result is not checked for NaN.
 
         Raises:
             ModelError: As `product`.
@@ -129,7 +143,7 @@ class Operator(ABC):
         means = self._means(v_EQP, pieces[0])
         if len(pieces) == 1:
             return means
-        # Not in place: of a parameter that is not used all zeros are one number.
+        # Not in place: the zeros of an unused parameter may share one number in memory.
         total = {name: mean * (pieces[0].shape[1] / size) for name, mean in means.items()}
         for piece in pieces[1:]:
             for name, mean in self._means(v_EQP, piece).items():
@@ -143,8 +157,8 @@ class Operator(ABC):
             ModelError: As `product`.
             DataError: A product is not finite.
         """
-        # Float64: a float32 sum over thousands of batches loses the digits that conjugate gradients live on, and
-        # depends on the size of the batches.
+        # In float64: a float32 sum over thousands of batches loses digits that conjugate gradients
+        # need, and depends on the batch size.
         total_QP = torch.zeros_like(v_QP, dtype=torch.float64)
         for piece in torch.split(self.ids, self._samples_at_once(len(v_QP))):
             part_QP = self.space.join(self._means(v_QP[None], piece[None]))[0]
@@ -160,12 +174,17 @@ class Operator(ABC):
     def _multiply(
         self, parameters: Parameters, vectors: Parameters, batch: Batch, at_once: int
     ) -> Parameters:
-        """The mean over a batch times {name: (Q, *shape)}, so many vectors at once."""
+        """The mean over a batch times {name: (Q, *shape)}, for `at_once` vectors at a time."""
 
-    # The transforms keep their own graphs; autograd would keep one more, of the parameters that do not count.
+    # The transforms keep their own graphs; autograd would keep one more, of the parameters that do
+    # not count.
     @torch.no_grad()
     def _means(self, v_EQP: Tensor, ids_EB: Tensor) -> Parameters:
         """What `products` gives, for mini-batches that fit into memory."""
+        with all_derivatives(self.model):
+            return self._means_of(v_EQP, ids_EB)
+
+    def _means_of(self, v_EQP: Tensor, ids_EB: Tensor) -> Parameters:
         repeats, queries, _ = v_EQP.shape
         self.work += self.cost * queries * ids_EB.numel()
         if repeats > 1 and self._exact and self._fits(queries * ids_EB.numel()):
@@ -176,7 +195,7 @@ class Operator(ABC):
         return self._one_by_one(v_EQP, ids_EB)
 
     def _fits(self, passes: int) -> bool:
-        """Whether the activations of so many passes of one sample do."""
+        """Whether the activations of this many passes of one sample fit into `MAX_BYTES`."""
         assert self._sample_bytes is not None
         return passes * self._sample_bytes <= MAX_BYTES
 
@@ -193,7 +212,7 @@ class Operator(ABC):
         return {name: torch.stack([mean[name] for mean in means]) for name in means[0]}
 
     def _together(self, v_EQP: Tensor, ids_EB: Tensor) -> Parameters:
-        """By one pass over all mini-batches."""
+        """`_means` by one pass over all mini-batches."""
         repeats, queries, _ = v_EQP.shape
         leaves, structure = pytree.tree_flatten(self.batch(ids_EB.flatten()))
         mapped = [isinstance(x, Tensor) and x.shape[:1] == (ids_EB.numel(),) for x in leaves]
@@ -211,9 +230,10 @@ class Operator(ABC):
         return result
 
     def _look_together(self, like_EQP: Tensor, shape: torch.Size) -> bool:
-        """Whether that gives the same; a model that looks at values cannot be mapped.
+        """Whether `_together` gives the same as `_one_by_one`.
 
-        By fixed vectors and samples: every worker must decide alike.
+        vmap fails for a model whose control flow depends on values. The vectors and samples of this
+        check are fixed, so that every worker decides alike.
         """
         generator = torch.Generator().manual_seed(0)
         v_EQP = torch.randn(like_EQP.shape, generator=generator).to(like_EQP)
@@ -231,7 +251,7 @@ class Operator(ABC):
         return {name: p.detach() for name, p in self.space.parameters().items()}
 
     def batch(self, ids: Tensor) -> Batch:
-        """Samples on the model's device, in the type of its weights."""
+        """Samples on the model's device, with the dtype of its weights."""
         dtype = next(self.model.parameters()).dtype
         return pytree.tree_map_only(
             Tensor,
@@ -240,14 +260,23 @@ class Operator(ABC):
         )
 
     def look(self) -> None:
-        """Refuse a model or task that would give wrong products, by a few samples; at the first call only.
+        """Check on a few samples that products will be right; only the first call does it.
 
         Raises:
             ModelError: As `product`.
         """
         if self._sample_bytes is None:
             ids = self.ids[:LOOKED_AT]
-            self._look(self.batch(ids), self.batch(ids))
+            try:
+                self._look(self.batch(ids), self.batch(ids))
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # NotImplementedError is one
+                raise ModelError(
+                    f"torch cannot differentiate {type(self.model).__name__} as the curvature "
+                    f"needs it ({str(error).splitlines()[0]}): packed sequences and operations of "
+                    "one's own are the usual cause; use --solver identity, or replace them"
+                ) from error
             self._sample_bytes = saved_bytes(self.task, self.model, self.batch(ids)) // len(ids)
 
     def _samples_at_once(self, num_vectors: int) -> int:
@@ -257,38 +286,103 @@ class Operator(ABC):
         return min(self.batch_size, max(MIN_ROWS, fitting))
 
     def _look(self, batch: Batch, again: Batch) -> None:
-        """Refuse a model or task that would give wrong products, given a few samples fetched twice."""
+        """`look`, given a few samples that were fetched twice."""
         require_independent_samples(self.model)
         require_deterministic(self.task, self.model, batch, again)
+        with all_derivatives(self.model):
+            self._compare_with_autograd(batch)
+
+    def _compare_with_autograd(self, batch: Batch) -> None:
+        """Compare a gradient and a product with those of plain autograd on the model as it is.
+
+        Raises:
+            ModelError: They differ, as where a model uses a parameter through a handle of its own.
+        """
+        parameters = self.space.parameters()
+        losses = _function_of_parameters(self.model, self.task.losses, batch)
+        ours = grad(lambda parameters: losses(parameters).mean())(self._values())
+        generator = torch.Generator().manual_seed(0)
+        vectors = {
+            name: torch.randn(p.shape, generator=generator).to(p) for name, p in parameters.items()
+        }
+        products = self._multiply(
+            self._values(), {name: v[None] for name, v in vectors.items()}, batch, 1
+        )
+        with thawed(parameters.values()), torch.enable_grad():
+            plain = self._autograd(self.task.losses(self.model, batch).mean())
+            _require_alike("gradient", ours, plain)
+            try:
+                plain = self._plain_product(vectors, batch)
+            except (RuntimeError, NotImplementedError):  # autograd itself knows no such derivative
+                return
+        if self._exact:
+            _require_alike("curvature", {n: p[0] for n, p in products.items()}, plain)
+
+    def _autograd(
+        self, value: Tensor, along: Tensor | None = None, *, create_graph: bool = False
+    ) -> Parameters:
+        """Derivatives of a value by the parameters, zero where it does not depend on one."""
+        parameters = self.space.parameters()
+        found = torch.autograd.grad(
+            value,
+            list(parameters.values()),
+            along,
+            create_graph=create_graph,
+            retain_graph=True,
+            materialize_grads=True,
+        )
+        return dict(zip(parameters, found, strict=True))
+
+    @abstractmethod
+    def _plain_product(self, vectors: Parameters, batch: Batch) -> Parameters:
+        """The mean over a batch times {name: shape}, by plain autograd on the model."""
 
 
 class GaussNewton(Operator):
-    """G = mean of J^T H_out J: J the Jacobian of a sample's outputs, H_out the Hessian of its loss in them.
+    """The Gauss-Newton matrix G, the mean of J^T H_out J over samples.
 
-    The Hessian without the curvature of the network itself, so positive semidefinite where the loss is convex in the
-    outputs (Schraudolph 2002, "Fast curvature matrix-vector products"). `Task.output_loss` says which H_out it is.
+    J is the Jacobian of a sample's outputs, H_out the Hessian of its loss in the outputs, for the
+    loss in `Task.output_loss`. G is the Hessian without the curvature of the network itself. It is
+    positive semidefinite if the loss is convex in the outputs (Schraudolph: "Fast curvature
+    matrix-vector products", 2002).
     """
 
     positive_semidefinite = True
     cost = 4 / 3  # two matrix products in Jv, two in J^T u
 
+    _forms: tuple[Form, ...] = ()
+
     def _look(self, batch: Batch, again: Batch) -> None:
+        require_independent_samples(self.model)
+        self._forms = require_output_loss(self.task, self.model, batch, forms_of(self.task))
         super()._look(batch, again)
-        require_output_loss(self.task, self.model, batch)
+
+    def _plain_product(self, vectors: Parameters, batch: Batch) -> Parameters:
+        targets = self.task.targets(batch)
+        outputs = self.task.outputs(self.model, batch)
+        # J^T w is linear in w, so its derivative along w gives J v.
+        w = torch.zeros_like(outputs, requires_grad=True)
+        tangents = _autograd(self._autograd(outputs, w, create_graph=True), [w], vectors)[0]
+        with torch.no_grad():
+            curved = self._forms[0].hessian(outputs.detach(), targets, tangents)
+        return self._autograd(outputs, curved)
+
+    def _check(self, batch: Batch) -> None:
+        # Of forms that agree on a few samples another batch may tell which is meant.
+        self._forms = require_output_loss(self.task, self.model, batch, self._forms)
 
     def _multiply(
         self, parameters: Parameters, vectors: Parameters, batch: Batch, at_once: int
     ) -> Parameters:
-        assert self.task.output_loss is not None
-        output_hessian = OUTPUT_HESSIANS[self.task.output_loss]
+        output_hessian, targets = self._forms[0].hessian, self.task.targets(batch)
         outputs = _function_of_parameters(self.model, self.task.outputs, batch)
         transposed_jacobian = vjp(outputs, parameters)[1]
 
         def product(vector: Parameters) -> Parameters:
-            # The primals carry no vector axis, so vmap goes forward once for all vectors.
+            # The primals have no vector axis, so vmap runs their forward once for all vectors.
             outputs_BC, tangents_BC = jvp(outputs, (parameters,), (vector,))[:2]
             result: Parameters
-            (result,) = transposed_jacobian(output_hessian(outputs_BC, tangents_BC))
+            (result,) = transposed_jacobian(output_hessian(outputs_BC, targets, tangents_BC))
             return result
 
         products: Parameters = _mapped(product, vectors, at_once)
@@ -296,10 +390,11 @@ class GaussNewton(Operator):
 
 
 class Hessian(Operator):
-    """H, the second derivative of the mean loss; indefinite for networks, before and after training.
+    """The Hessian H of the mean loss. For networks it is indefinite, before and after training.
 
     Args:
-        finite_difference: Differences of gradients instead of exact products; see `_difference`.
+        finite_difference: Use differences of gradients (`_difference`), not exact products. All
+            other arguments are those of `Operator`.
     """
 
     positive_semidefinite = False
@@ -320,6 +415,13 @@ class Hessian(Operator):
         self.finite_difference = finite_difference
         self._exact = not finite_difference
 
+    def _plain_product(self, vectors: Parameters, batch: Batch) -> Parameters:
+        loss = self.task.losses(self.model, batch).mean()
+        gradient = self._autograd(loss, create_graph=True)
+        parameters = self.space.parameters()
+        found = _autograd(gradient, list(parameters.values()), vectors)
+        return dict(zip(parameters, found, strict=True))
+
     def _multiply(
         self, parameters: Parameters, vectors: Parameters, batch: Batch, at_once: int
     ) -> Parameters:
@@ -327,18 +429,47 @@ class Hessian(Operator):
         gradient = grad(lambda parameters: losses(parameters).mean())
         if self.finite_difference:
             return _difference(gradient, parameters, vectors, at_once)
-        # Pearlmutter (1994), "Fast exact multiplication by the Hessian". H is symmetric, so the gradient's vjp is its
-        # jvp; and it goes forward and backward once, whatever the number of vectors and chunks.
+        # Pearlmutter: "Fast exact multiplication by the Hessian", 1994. H is symmetric, so the
+        # gradient's vjp equals its jvp, but it needs only one forward and backward pass for all
+        # vectors and chunks.
         transposed_hessian = vjp(gradient, parameters)[1]
         products: Parameters
         (products,) = _mapped(transposed_hessian, vectors, at_once)
         return products
 
 
+def _autograd(values: Parameters, by: Sequence[Tensor], along: Parameters) -> tuple[Tensor, ...]:
+    """The derivative of values along vectors, by some tensors."""
+    depending = [name for name, value in values.items() if value.requires_grad]
+    return torch.autograd.grad(
+        [values[name] for name in depending],
+        by,
+        [along[name] for name in depending],
+        materialize_grads=True,
+    )
+
+
+def _require_alike(what: str, ours: Parameters, plain: Parameters) -> None:
+    """Refuse a model whose derivatives are others than plain autograd gives.
+
+    Raises:
+        ModelError: Naming the parameter that differs most.
+    """
+    errors = {name: float((ours[name] - plain[name]).detach().abs().max()) for name in plain}
+    largest = max(float(value.detach().abs().max()) for value in plain.values())
+    worst = max(errors, key=errors.__getitem__)
+    if not errors[worst] <= AGREEMENT * largest + torch.finfo(torch.float32).tiny:
+        raise ModelError(
+            f"the {what} by parameter '{worst}' is not what autograd gives: the model does not use "
+            "the parameter of that name in its forward, but a handle that it keeps elsewhere (a "
+            "list, a copy); use it as an attribute of its module"
+        )
+
+
 def _mapped(function: Callable[[Parameters], Any], vectors: Parameters, at_once: int) -> Any:
-    """A function of one vector of all of them, so many at once."""
+    """Apply a function of one vector to all vectors, `at_once` at a time."""
     count = len(next(iter(vectors.values())))
-    # One chunk would be copied on its way out.
+    # A single chunk would cost a copy of the result.
     return vmap(function, chunk_size=at_once if at_once < count else None)(vectors)
 
 
@@ -348,12 +479,14 @@ def _difference(
     vectors: Parameters,
     at_once: int,
 ) -> Parameters:
-    """Central differences: (g(theta + eps v) - g(theta - eps v)) / 2 eps for every vector.
+    """Central differences (g(theta + eps v) - g(theta - eps v)) / 2 eps for every vector.
 
-    The error is eps^2/6 |D^3 g [v, v, v]| by truncation and u |g| / eps by rounding, u the unit roundoff. Their sum is
-    least for a step eps |v| = u^(1/3) times the scale on which g bends, for which |theta| stands (Nocedal and Wright,
-    "Numerical Optimization", section 8.1): .004 |theta| in float32, with a relative error about 1e-4 where the
-    network is smooth. Where the step moves a ReLU over its kink it is larger, by the jump of the gradient there.
+    The truncation error is eps^2/6 |D^3 g [v, v, v]| and the rounding error u |g| / eps, where u is
+    the unit roundoff. Their sum is smallest for a step eps |v| of u^(1/3) times the scale on which
+    g changes (Nocedal and Wright: "Numerical Optimization", section 8.1). |theta| is taken as this
+    scale. In float32 the step is .004 |theta|, and the relative error is about 1e-4 where the
+    network is smooth. If the step crosses the kink of a ReLU, the error grows by the gradient's
+    jump there.
     """
     scale = torch.stack([p.square().sum() for p in parameters.values()]).sum().sqrt()
     unit = torch.finfo(scale.dtype).eps / 2
@@ -370,7 +503,7 @@ def _difference(
 
 
 class _Applied(nn.Module):
-    """function(model, batch) as a module, so that `functional_call` can put parameters into the model."""
+    """function(model, batch) as a module, so that `functional_call` can insert parameters."""
 
     def __init__(self, model: nn.Module, function: Callable[[nn.Module, Batch], Tensor]):
         super().__init__()

@@ -1,43 +1,195 @@
-"""The losses whose Hessian in the outputs has a closed form: what makes a Gauss-Newton matrix."""
+"""What a sample's loss is of its outputs: the losses themselves, and their Hessian in the outputs.
 
-from collections.abc import Callable
+A task names its loss (`Task.output_loss`), or gives it as a function. Of a named loss there are
+several forms: classes along the first or the last axis, mean or sum over positions. The form that
+gives the task's own losses is found by `forms_that_give`.
+
+Letters: B batch, C classes, T positions (any number of axes); u a tangent of the outputs' shape.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from torch import Tensor
+from torch.func import grad, jvp
 from torch.nn import functional as F
 
+from influence_jobs.errors import ModelError
+from influence_jobs.tasks.base import Task
 from influence_jobs.terms import OutputLoss
+
+IGNORED = -100  # a target that counts for nothing, as in torch
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way in which losses may depend on outputs.
+
+    Attributes:
+        words: What it is, for messages.
+        losses: (outputs, targets) to one loss a sample, (B,).
+        hessian: (outputs, targets, u) to the Hessian of the mean loss in the outputs, times u.
+    """
+
+    words: str
+    losses: Callable[[Tensor, Tensor], Tensor]
+    hessian: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def _of_function(losses: Callable[[Tensor, Tensor], Tensor]) -> Form:
+    """A loss of the task's own, differentiated twice."""
+
+    def hessian(outputs: Tensor, targets: Tensor, tangents: Tensor) -> Tensor:
+        slope = grad(lambda outputs: losses(outputs, targets).mean())
+        result: Tensor = jvp(slope, (outputs,), (tangents,))[1]
+        return result
+
+    return Form("output_loss", losses, hessian)
+
+
+# -- cross-entropy ---------------------------------------------------------------------------------
 
 
 def cross_entropy(outputs_BC: Tensor, classes_B: Tensor) -> Tensor:
-    """Of logits, or of log-probabilities, which log-softmax leaves as they are; shape (B,)."""
+    """Cross-entropy (B,) of logits, or of log-probabilities, which log-softmax does not change."""
     return F.cross_entropy(outputs_BC, classes_B, reduction="none")
 
 
-def mean_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Over all outputs (B, ...) of a sample; shape (B,)."""
-    return (outputs - targets).square().flatten(1).mean(1)
-
-
-def _cross_entropy_hessian(outputs_BC: Tensor, tangents_BC: Tensor) -> Tensor:
-    """(diag(p) - p p^T) u / B, with p the probabilities: the same for logits and log-probabilities."""
+def _cross_entropy_hessian(outputs_BC: Tensor, _targets: Tensor, tangents_BC: Tensor) -> Tensor:
+    """(diag(p) - p p^T) u / B, p the probabilities: the same for logits and log-probabilities."""
     weighted_BC = outputs_BC.softmax(1)
     weighted_BC = weighted_BC * (tangents_BC - (weighted_BC * tangents_BC).sum(1, keepdim=True))
     return weighted_BC / len(outputs_BC)
 
 
-def _mean_squared_error_hessian(outputs: Tensor, tangents: Tensor) -> Tensor:
-    """2 u / (B x outputs of a sample)."""
-    return tangents * (2 / outputs.numel())
+def _of_positions(classes: int, reduction: str) -> Form:
+    """Cross-entropies of every position, classes along axis 1 or -1, put together by sample."""
+
+    def weights(targets_BT: Tensor, like: Tensor) -> Tensor:
+        """What each position's loss counts in its sample's."""
+        counted_BT = (targets_BT != IGNORED).to(like.dtype)
+        if reduction == "sum":
+            return counted_BT
+        if reduction == "mean over all":
+            return counted_BT / counted_BT[0].numel()
+        counts_B = counted_BT.flatten(1).sum(1).clamp_min(1)
+        return counted_BT / counts_B.view(-1, *(1,) * (targets_BT.ndim - 1))
+
+    def losses(outputs: Tensor, targets_BT: Tensor) -> Tensor:
+        losses_BT = F.cross_entropy(
+            outputs.movedim(classes, 1), targets_BT, ignore_index=IGNORED, reduction="none"
+        )
+        return (losses_BT * weights(targets_BT, losses_BT)).flatten(1).sum(1)
+
+    def hessian(outputs: Tensor, targets_BT: Tensor, tangents: Tensor) -> Tensor:
+        p = outputs.softmax(classes)
+        product = p * (tangents - (p * tangents).sum(classes, keepdim=True))
+        return product * weights(targets_BT, product).unsqueeze(classes) / len(outputs)
+
+    axis = "last" if classes == -1 else "second"
+    return Form(
+        f"cross-entropy, classes on the {axis} axis, {reduction} positions", losses, hessian
+    )
 
 
-OUTPUT_LOSSES: Final[dict[OutputLoss, Callable[[Tensor, Tensor], Tensor]]] = {
-    "cross-entropy": cross_entropy,
-    "mse": mean_squared_error,
+# -- squared error and binary cross-entropy --------------------------------------------------------
+
+
+def mean_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Over all outputs (B, ...) of a sample; shape (B,)."""
+    return _by_sample((outputs - targets).square()).mean(1)
+
+
+def _squared_error(words: str, factor: float, *, mean: bool) -> Form:
+    def losses(outputs: Tensor, targets: Tensor) -> Tensor:
+        squares = _by_sample((outputs - targets.reshape(outputs.shape)).square())
+        return factor * (squares.mean(1) if mean else squares.sum(1))
+
+    def hessian(outputs: Tensor, _targets: Tensor, tangents: Tensor) -> Tensor:
+        return tangents * (2 * factor / (outputs.numel() if mean else len(outputs)))
+
+    return Form(words, losses, hessian)
+
+
+def _binary_cross_entropy(words: str, *, mean: bool) -> Form:
+    def losses(outputs: Tensor, targets: Tensor) -> Tensor:
+        targets = targets.reshape(outputs.shape).to(outputs.dtype)
+        found = _by_sample(F.binary_cross_entropy_with_logits(outputs, targets, reduction="none"))
+        return found.mean(1) if mean else found.sum(1)
+
+    def hessian(outputs: Tensor, _targets: Tensor, tangents: Tensor) -> Tensor:
+        p = outputs.sigmoid()
+        return p * (1 - p) * tangents / (outputs.numel() if mean else len(outputs))
+
+    return Form(words, losses, hessian)
+
+
+def _by_sample(values: Tensor) -> Tensor:
+    return values.reshape(len(values), -1)
+
+
+#: The forms of each named loss, the plainest first.
+FORMS: Final[dict[OutputLoss, tuple[Form, ...]]] = {
+    "cross-entropy": (
+        Form("cross-entropy of logits (B, C)", cross_entropy, _cross_entropy_hessian),
+        *(
+            _of_positions(classes, reduction)
+            for reduction in ("mean over counted", "mean over all", "sum")
+            for classes in (-1, 1)
+        ),
+    ),
+    "mse": (
+        _squared_error("squared error, mean over outputs", 1.0, mean=True),
+        _squared_error("squared error, sum over outputs", 1.0, mean=False),
+        _squared_error("half the squared error, mean over outputs", 0.5, mean=True),
+        _squared_error("half the squared error, sum over outputs", 0.5, mean=False),
+    ),
+    "binary-cross-entropy": (
+        _binary_cross_entropy("binary cross-entropy of logits, mean over outputs", mean=True),
+        _binary_cross_entropy("binary cross-entropy of logits, sum over outputs", mean=False),
+    ),
 }
 
-# (outputs, u) -> Hessian of the mean loss over the batch, in the outputs, times u.
-OUTPUT_HESSIANS: Final[dict[OutputLoss, Callable[[Tensor, Tensor], Tensor]]] = {
-    "cross-entropy": _cross_entropy_hessian,
-    "mse": _mean_squared_error_hessian,
-}
+
+def forms_of(task: Task) -> tuple[Form, ...]:
+    """The forms that a task's losses may have.
+
+    Raises:
+        ModelError: It declares no `output_loss`, or one that there is not.
+    """
+    declared = task.output_loss
+    if callable(declared):
+        return (_of_function(declared),)
+    names = ", ".join(map(repr, FORMS))
+    if declared is None:
+        raise ModelError(
+            f"{type(task).__name__} declares no output_loss, which the Gauss-Newton matrix needs: "
+            f"set it to {names}, define it as a method (self, outputs, targets) -> losses, or use "
+            "--operator hessian"
+        )
+    if declared not in FORMS:
+        raise ModelError(
+            f"output_loss of {type(task).__name__} is {declared!r}: set it to {names}, or "
+            "define it as a method (self, outputs, targets) -> losses"
+        )
+    return FORMS[declared]
+
+
+def forms_that_give(
+    losses_B: Tensor,
+    outputs: Tensor,
+    targets: Tensor,
+    forms: Sequence[Form],
+    close: Callable[[Tensor, Tensor], bool],
+) -> tuple[Form, ...]:
+    """Those of some forms that give the losses of a few samples."""
+    found = []
+    for form in forms:
+        try:
+            declared_B = form.losses(outputs, targets)
+        except (RuntimeError, ValueError, IndexError):  # it is of other shapes
+            continue
+        if declared_B.shape == losses_B.shape and close(losses_B, declared_B):
+            found.append(form)
+    return tuple(found)

@@ -1,23 +1,25 @@
-"""What a task must be for its curvature to be right; found with a few samples before the first product."""
+"""Checks of a task, on a few samples before the first product, that its curvature will be right."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from influence_jobs.curvature.output_loss import OUTPUT_LOSSES
+from influence_jobs.curvature.output_loss import Form, forms_that_give
 from influence_jobs.errors import DataError, ModelError
 from influence_jobs.tasks.base import Batch, Task
 
-RELATIVE_ERROR = 1e-3  # what float32 and another order of summation may differ by
+RELATIVE_ERROR = 1e-3  # allowed for float32 and another order of summation
 
 
 @torch.no_grad()
 def require_deterministic(task: Task, model: nn.Module, batch: Batch, again: Batch) -> None:
-    """Refuse a loss that changes between two passes over the same samples, fetched twice.
+    """Refuse losses that change between two passes over the same samples, fetched twice.
 
     Raises:
-        ModelError: It does.
-        DataError: It is not finite.
+        ModelError: The losses differ.
+        DataError: A loss is not finite.
     """
     losses_B, again_B = task.losses(model, batch), task.losses(model, again)
     if not losses_B.isfinite().all():
@@ -26,42 +28,43 @@ def require_deterministic(task: Task, model: nn.Module, batch: Batch, again: Bat
         )
     if not _close(losses_B, again_B):
         raise ModelError(
-            f"two passes over the same samples of {type(task).__name__} give other losses: switch "
-            "dropout off in eval mode, and draw noise from the Draw and the sample's id alone"
+            f"two passes over the same samples of {type(task).__name__} give different losses: "
+            "switch dropout off in eval mode, and draw noise from the Draw and the sample's id only"
         )
 
 
 @torch.no_grad()
-def require_output_loss(task: Task, model: nn.Module, batch: Batch) -> None:
-    """Refuse a task whose losses are not those it declares of its outputs and targets.
+def require_output_loss(
+    task: Task, model: nn.Module, batch: Batch, forms: Sequence[Form]
+) -> tuple[Form, ...]:
+    """The forms of the declared loss that give the losses of a batch.
+
+    Args:
+        forms: What is left of the forms that the task's `output_loss` may have.
 
     Raises:
-        ModelError: They are not, or it declares none.
-        SpecError: It defines no outputs.
+        ModelError: None does.
+        SpecError: The task defines no outputs.
     """
-    name = type(task).__name__
-    outputs = task.outputs(model, batch)
-    if task.output_loss is None:
+    outputs, targets = task.outputs(model, batch), task.targets(batch)
+    if not isinstance(outputs, Tensor):
         raise ModelError(
-            f"{name} declares no output_loss, which the Gauss-Newton matrix needs: set it to "
-            f"{' or '.join(map(repr, OUTPUT_LOSSES))}, or use --operator hessian"
+            f"outputs() of {type(task).__name__} gives {type(outputs).__name__}, not a tensor: "
+            "return the logits or values themselves"
         )
-    if task.output_loss == "cross-entropy" and outputs.ndim != 2:
+    found = forms_that_give(task.losses(model, batch), outputs, targets, forms, _close)
+    if not found:
+        named = task.output_loss if isinstance(task.output_loss, str) else "output_loss"
         raise ModelError(
-            f"outputs of {name} have shape {tuple(outputs.shape)}, but cross-entropy is of logits "
-            "(B, C): reshape them, or use --operator hessian"
+            f"losses of {type(task).__name__} are not the {named} of its outputs "
+            f"{tuple(outputs.shape)} and targets, as its output_loss says: correct one, define "
+            "output_loss as a method (self, outputs, targets) -> losses, or use --operator hessian"
         )
-    declared_B = OUTPUT_LOSSES[task.output_loss](outputs, task.targets(batch))
-    losses_B = task.losses(model, batch)
-    if losses_B.shape != declared_B.shape or not _close(losses_B, declared_B):
-        raise ModelError(
-            f"losses of {name} are not the {task.output_loss} of its outputs and targets, as its "
-            "output_loss says: correct one of them, or use --operator hessian"
-        )
+    return found
 
 
 def saved_bytes(task: Task, model: nn.Module, batch: Batch) -> int:
-    """Bytes of activations that a backward pass over a batch needs, at least one a sample."""
+    """Bytes of activations that a backward pass over a batch needs, at least one per sample."""
     sizes: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -77,6 +80,6 @@ def saved_bytes(task: Task, model: nn.Module, batch: Batch) -> int:
 
 
 def _close(a_B: Tensor, b_B: Tensor) -> bool:
-    # Relative to the largest: a loss near zero is a difference of large numbers.
+    # Relative to the largest loss, since a loss near zero may be a difference of large numbers.
     difference = (a_B - b_B).abs().max()
     return bool(difference <= RELATIVE_ERROR * torch.maximum(a_B.abs().max(), b_B.abs().max()))

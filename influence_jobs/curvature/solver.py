@@ -1,10 +1,11 @@
-"""What every solver of (A + lambda I) x = v takes and gives."""
+"""The interface of solvers of (A + lambda I) x = v."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any, Self
+from inspect import signature
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -12,31 +13,35 @@ from torch import Tensor
 from influence_jobs.curvature.operators import Operator
 from influence_jobs.curvature.spectrum import largest_eigenvalue, smallest_eigenvalue
 from influence_jobs.errors import DataError, SpecError
-from influence_jobs.specs.solvers import SolverSettings
 
-# Part of the largest eigenvalue. Directions that the data determine have larger eigenvalues; the
-# many others are damped.
+if TYPE_CHECKING:  # pydantic is not needed to compute
+    from influence_jobs.specs.solvers import SolverSettings
+
+
+# Lambda as a fraction of the largest eigenvalue. Directions that the data determine have larger
+# eigenvalues; the many others are damped.
 AUTOMATIC_DAMPING = 0.04
 
-Progress = Callable[[float], None]  # takes the fraction done
+Progress = Callable[[float], None]  # takes the fraction of the work done
 
 
 def no_progress(fraction: float) -> None:
-    """Tell nobody."""
+    """Ignore the progress."""
 
 
 @dataclass(frozen=True)
 class Solution:
-    """What a solver found for Q right-hand sides.
+    """The solution for Q right-hand sides.
 
     Attributes:
-        x_QP: About (A + lambda I)^-1 v.
-        residual_Q: ||v - (A + lambda I) x|| / ||v||, with A over all samples of the operator; 0 where v is zero.
-        iterations_Q: Steps taken for each.
+        x_QP: Approximately (A + lambda I)^-1 v.
+        residual_Q: ||v - (A + lambda I) x|| / ||v||, where A is over all samples of the operator;
+            0 if v is zero.
+        iterations_Q: Number of steps for each.
         damping: Lambda, the effective damping.
-        gradient_equivalents: Cost of all right-hand sides together, in passes of forward and backward over all samples
-            of the operator; measuring the spectrum and the residual is not counted.
-        record: What was chosen, measured and what happened on the way; plain JSON data.
+        gradient_equivalents: Cost for all right-hand sides together, in gradients of all samples of
+            the operator. Measuring the spectrum and the residual is not counted.
+        record: Chosen settings, measurements and messages, as plain JSON data.
     """
 
     x_QP: Tensor
@@ -51,8 +56,8 @@ class Solver(ABC):
     """Solves (A + lambda I) x = v for a symmetric operator A.
 
     Args:
-        damping: Lambda; None for `AUTOMATIC_DAMPING` of A's largest eigenvalue, and for a Hessian as much more as its
-            smallest is below zero.
+        damping: Lambda; None for `AUTOMATIC_DAMPING` times A's largest eigenvalue. If the smallest
+            eigenvalue is negative, its absolute value is added.
 
     Raises:
         SpecError: Lambda is not positive.
@@ -71,7 +76,7 @@ class Solver(ABC):
         Args:
             operator: A.
             rhs_QP: v, on the operator's device.
-            progress: Told about the fraction of the work done.
+            progress: Called with the fraction of the work done.
 
         Raises:
             DataError: A right-hand side is not finite.
@@ -89,7 +94,7 @@ class Solver(ABC):
         repeats: Sequence[int],
         progress: Progress = no_progress,
     ) -> list[Solution]:
-        """One solution for each repeat; a solver without randomness has one.
+        """One solution for each repeat; without randomness all of them are alike.
 
         Raises:
             As `solve`.
@@ -97,16 +102,17 @@ class Solver(ABC):
         return [self.solve(operator, rhs_QP, progress) for _ in repeats]
 
     @classmethod
-    def of(cls, settings: SolverSettings, *, seed: int) -> Self:
-        """The solver with some settings; `seed` is of what it draws at random."""
-        return cls(**settings.model_dump(exclude={"name", "repeats"}))
+    def of(cls, settings: "SolverSettings", *, seed: int) -> Self:
+        """The solver with some settings; `seed` is of what it draws at random, if anything."""
+        seeded = {"seed": seed} if "seed" in signature(cls).parameters else {}
+        return cls(**settings.model_dump(exclude={"name", "repeats"}), **seeded)
 
     @abstractmethod
     def _solve(self, operator: Operator, rhs_QP: Tensor, progress: Progress) -> Solution:
         """Solve for finite right-hand sides."""
 
     def damping_for(self, operator: Operator) -> float:
-        """Lambda, chosen if it was not given."""
+        """Lambda; it is chosen if it was not given."""
         if self._damping is not None:
             return self._damping
         chosen = AUTOMATIC_DAMPING * largest_eigenvalue(operator)
@@ -114,12 +120,13 @@ class Solver(ABC):
             chosen = abs(chosen) + max(0.0, -smallest_eigenvalue(operator))
         if not chosen > 0:
             raise SpecError(
-                "the curvature has no positive eigenvalue to choose a damping by: give --damping"
+                "no damping can be chosen, as the curvature has no positive eigenvalue: "
+                "give --damping"
             )
         return chosen
 
 
-def make_solver(settings: SolverSettings, *, seed: int) -> Solver:
+def make_solver(settings: "SolverSettings", *, seed: int) -> Solver:
     """The solver that settings are of; `seed` is of what it draws at random."""
     module, _, name = settings.solver.partition(":")
     kind: type[Solver] = getattr(import_module(f"influence_jobs.curvature.{module}"), name)
@@ -127,7 +134,7 @@ def make_solver(settings: SolverSettings, *, seed: int) -> Solver:
 
 
 def require_finite(rhs_QP: Tensor) -> None:
-    """Refuse right-hand sides that are not numbers.
+    """Refuse right-hand sides that are not finite.
 
     Raises:
         DataError: A right-hand side is not finite.
@@ -141,7 +148,7 @@ def require_finite(rhs_QP: Tensor) -> None:
 def relative_residual(
     operator: Operator, x_QP: Tensor, rhs_QP: Tensor, damping: float
 ) -> tuple[Tensor, Tensor]:
-    """The residual v - (A + lambda I) x, (Q, P), and its length in parts of that of v, (Q,)."""
+    """The residual v - (A + lambda I) x, (Q, P), and its length divided by that of v, (Q,)."""
     residual_QP = rhs_QP - operator @ x_QP - damping * x_QP
     length_Q = torch.linalg.vector_norm(rhs_QP, dim=1)
     relative_Q = torch.linalg.vector_norm(residual_QP, dim=1) / length_Q

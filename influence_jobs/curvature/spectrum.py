@@ -1,4 +1,4 @@
-"""The few numbers of a curvature that settings are chosen by, measured on some of its samples."""
+"""Eigenvalues and trace of a curvature, estimated on some samples, for the choice of settings."""
 
 import numpy as np
 import numpy.typing as npt
@@ -10,18 +10,18 @@ from influence_jobs.curvature.operators import Operator
 from influence_jobs.errors import RuntimeFault
 from influence_jobs.tasks.base import device_of
 
-SAMPLES = 256  # settings need one digit; on a large network every product is dear
+SAMPLES = 256  # settings need one digit only, and products of a large network are expensive
 MAX_ITERATIONS = 20
 TOLERANCE = 0.03
 
 
 def largest_eigenvalue(operator: Operator) -> float:
-    """Largest eigenvalue by magnitude, by power iteration on some samples; the same number at every call."""
+    """The eigenvalue of largest magnitude, by power iteration; the same at every call."""
     return leading_eigenpair(operator)[0]
 
 
 def leading_eigenpair(operator: Operator) -> tuple[float, Tensor]:
-    """Largest eigenvalue by magnitude and its vector (P,), of length one."""
+    """The eigenvalue of largest magnitude and its eigenvector (P,), of length one."""
     part = some_samples(operator)
     vector_1P = _normal(operator, 1)
     vector_1P /= vector_1P.norm()
@@ -39,16 +39,17 @@ def leading_eigenpair(operator: Operator) -> tuple[float, Tensor]:
 
 
 def trace(operator: Operator, probes: int = 16) -> float:
-    """Trace by Hutchinson's estimator on some samples: the mean of u^T A u over random signs u.
+    """The trace by Hutchinson's estimator: the mean of u^T A u over vectors u of random signs.
 
-    Hutchinson: "A stochastic estimator of the trace of the influence matrix for Laplacian smoothing splines", 1989.
+    Hutchinson: "A stochastic estimator of the trace of the influence matrix for Laplacian smoothing
+    splines", 1989.
     """
     signs_KP = _normal(operator, probes).sign()
     return float((signs_KP * (some_samples(operator) @ signs_KP)).sum(dim=1).mean())
 
 
 def smallest_eigenvalue(operator: Operator) -> float:
-    """Smallest eigenvalue, by Lanczos iteration on some samples; how far below zero an indefinite matrix reaches."""
+    """The smallest eigenvalue, by Lanczos iteration; negative for an indefinite matrix."""
     part = some_samples(operator)
     like = next(operator.model.parameters())
 
@@ -74,21 +75,22 @@ def smallest_eigenvalue(operator: Operator) -> float:
     except ArpackNoConvergence as error:
         if not len(error.eigenvalues):
             raise RuntimeFault(
-                "the smallest eigenvalue of the Hessian could not be found: use --operator gauss-newton"
+                "the smallest eigenvalue of the Hessian could not be found: "
+                "use --operator gauss-newton"
             ) from None
         values = error.eigenvalues
     return float(values[0])
 
 
 def some_samples(operator: Operator) -> Operator:
-    """The operator of a fixed random subset of its samples, its work counted apart."""
+    """The operator of a fixed random subset of the samples, with its work counted separately."""
     count = min(SAMPLES, operator.num_samples)
     chosen = torch.randperm(operator.num_samples, generator=torch.Generator().manual_seed(0))
     return operator.over(operator.ids[chosen[:count].sort().values])
 
 
 def _normal(operator: Operator, count: int) -> Tensor:
-    """Fixed random vectors (count, P): settings must not differ from shard to shard."""
+    """Fixed random vectors (count, P), so that every shard finds the same settings."""
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(count, operator.size, generator=generator)
     return vectors.to(device_of(operator.model), next(operator.model.parameters()).dtype)

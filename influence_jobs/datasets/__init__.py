@@ -1,1 +1,1 @@
-"""Training data under stable integer sample ids: MNIST, patches of an image folder, and noise."""
+"""Training data with stable integer sample ids: MNIST, patches of an image folder, and noise."""

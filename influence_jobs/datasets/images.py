@@ -15,7 +15,7 @@ from PIL import Image
 from influence_jobs.errors import DataError
 
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff"})
-_FORMATS = ("JPEG", "PNG", "BMP", "TIFF")  # whatever its suffix says, a file is tried as these only
+_FORMATS = ("JPEG", "PNG", "BMP", "TIFF")  # decoders that are tried, whatever a file's suffix
 _NAMED = 5  # how many files an error message lists
 
 # Photographs that ship with scikit-image and scikit-learn: (package, path within it).
@@ -37,25 +37,25 @@ SAMPLES = {
 class ImageFolder:
     """The jpg, png, bmp and tif images of a folder and its subfolders, sorted by name.
 
-    An image's number is its place in `names`. Colour images come as **BGR**, the channel order of
-    OpenCV, because the published colour FFDNet was trained on it. Alpha is dropped, palettes and CMYK
-    are converted, 16-bit grey keeps its high byte, of a multi-page file the first page counts.
-    Pixels stay as stored: an EXIF orientation is ignored.
+    An image's number is its position in `names`. Colour images are loaded as **BGR**, the channel
+    order of OpenCV, because the published colour FFDNet was trained on it. Alpha is dropped,
+    palettes and CMYK are converted, 16-bit grey keeps its high byte, and only the first page of a
+    multi-page file is read. An EXIF orientation is ignored.
 
     Args:
-        root: A folder, or one of the strings `samples` and `samples-test`: photographs that ship with
-            scikit-image and scikit-learn, disjoint, for training and for testing. (A folder of that
-            name is `./samples`.)
+        root: A folder, or one of the strings `samples` and `samples-test`: two disjoint sets of
+            photographs that ship with scikit-image and scikit-learn, for training and for testing.
+            (For a folder of that name give `./samples`.)
         color: Load (3, H, W) BGR if true, (1, H, W) luma if false.
-        skip: Names to leave out, such as those `check` returned. Whoever skips files
-            should record which.
+        skip: Names to leave out, such as those that `check` returned. The caller should record
+            them.
 
     Attributes:
         names: Path of each image relative to the root, with forward slashes.
         channels: 3 for colour, 1 for grey.
 
     Raises:
-        DataError: The folder is missing or holds no image.
+        DataError: The folder is missing, or no image is left.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class ImageFolder:
         """(height, width) of each image, read from the headers only.
 
         Raises:
-            DataError: Some header cannot be read.
+            DataError: A header cannot be read.
         """
         sizes, bad = [], []
         for name, path in zip(self.names, self._paths, strict=True):
@@ -97,7 +97,7 @@ class ImageFolder:
             (C, H, W) uint8, BGR or grey.
 
         Raises:
-            DataError: It cannot be decoded.
+            DataError: The image cannot be decoded.
         """
         try:
             return _decode(self._paths[index], color=self.channels == 3)
@@ -105,16 +105,16 @@ class ImageFolder:
             raise _unreadable([self.names[index]]) from error
 
     def check(self, *, skip_unreadable: bool) -> list[str]:
-        """Decode every image once, to find the unreadable ones before the work begins.
+        """Decode every image once, to find unreadable ones before the work begins.
 
         Args:
-            skip_unreadable: Return the names of unreadable images, for `skip`, and do not raise.
+            skip_unreadable: Return the names of unreadable images, for `skip`, instead of raising.
 
         Returns:
             Names of the images that cannot be decoded.
 
         Raises:
-            DataError: Some image cannot be decoded, and `skip_unreadable` is false.
+            DataError: An image cannot be decoded, and `skip_unreadable` is false.
         """
 
         def readable(index: int) -> bool:
@@ -135,12 +135,12 @@ class ImageFolder:
         """SHA-256 over the names and contents of all files, in hexadecimal.
 
         Raises:
-            DataError: Some file cannot be read.
+            DataError: A file cannot be read.
         """
         total = hashlib.sha256()
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for name, content in zip(self.names, pool.map(_sha256, self._paths), strict=True):
-                # Neither a name nor a hexadecimal digest holds a NUL: no two folders run together.
+                # Names and hexadecimal digests have no NUL, so different folders never hash alike.
                 total.update(f"{name}\0{content}\0".encode(errors="surrogateescape"))
         return total.hexdigest()
 
@@ -158,7 +158,7 @@ def _images(root: Path) -> dict[str, Path]:
 def _samples(subset: str) -> dict[str, Path]:
     found = {}
     for package, relative in SAMPLES[subset]:
-        # The spec of a top-level package tells its folder without importing it.
+        # The module spec of a top-level package gives its folder without importing the package.
         spec = importlib.util.find_spec(package)
         folders = spec.submodule_search_locations if spec else None
         path = Path(folders[0]) / relative if folders else None
@@ -191,11 +191,13 @@ def _sha256(path: Path) -> str:
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
-        raise DataError(f"cannot read image {path}: {error.strerror}; mend or remove it") from error
+        raise DataError(
+            f"cannot read image {path}: {error.strerror}; repair or remove it"
+        ) from error
 
 
 def _unreadable(names: Sequence[str]) -> DataError:
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return DataError(
-        f"cannot decode {', '.join(names[:_NAMED])}{more}; mend, remove or skip unreadable images"
+        f"cannot decode {', '.join(names[:_NAMED])}{more}; repair, remove or skip unreadable images"
     )

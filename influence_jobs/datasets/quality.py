@@ -1,4 +1,4 @@
-"""How close an image is to the clean one."""
+"""Measures of image quality."""
 
 import torch
 
@@ -6,8 +6,8 @@ import torch
 def psnr(clean_BCHW: torch.Tensor, other_BCHW: torch.Tensor) -> torch.Tensor:
     """Peak signal-to-noise ratio of images in [0, 1].
 
-    Nothing is clipped here. The published figures are of images clipped to [0, 1], so clip a network's
-    output first to compare with them.
+    Nothing is clipped here. Published values are of images clipped to [0, 1], so clip a network's
+    output before you compare with them.
 
     Args:
         clean_BCHW: The true images, white = 1.

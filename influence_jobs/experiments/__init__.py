@@ -1,1 +1,1 @@
-"""Experiments that put scores to the test: designs and statistics, arrays in, numbers out."""
+"""Designs and statistics of the experiments that test scores."""

@@ -1,4 +1,4 @@
-"""Ablation: which labels a manipulation gives, and what came of it."""
+"""Ablation: the new labels of samples, and a summary of the retrainings."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,32 +21,37 @@ def new_labels(
     """The labels that samples get instead of their own, shape (k,).
 
     Args:
-        rule: `report`: all 0, or 1 where the query's own label is 0 (some samples may have that label already); `next`:
-            each sample's own plus one; `random`: another class than its own, by (seed, id).
-        ids: Of the samples, (k,).
+        rule: `report`, as in the research report: 0 for all, or 1 if the query's label is 0 (a
+            sample may already have this label); `next`: a sample's own label plus one; `random`: a
+            class other than its own, drawn by (seed, id).
+        ids: Ids of the samples, (k,).
         labels: Their own labels, (k,).
         query_label: Label of the query.
+        num_classes: Number of classes.
+        seed: Seed of `random`.
     """
     if rule == "report":
         return np.full_like(labels, 1 if query_label == 0 else 0)
     if rule == "next":
         return (labels + 1) % num_classes
-    # The third counter word keeps it off the streams of other draws.
+    # The third word of the counter keeps this stream apart from all others.
     draws = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 3, 0]))
-    shift_N = draws.integers(1, num_classes, size=int(ids.max()) + 1)  # a stream read up to the id
+    shift_N = draws.integers(1, num_classes, size=int(ids.max()) + 1)  # the shift of id i is at i
     return (labels + shift_N[ids]) % num_classes
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What a manipulation did to the loss, on average over queries.
+    """The effect of manipulations on the loss, averaged over queries.
 
     Args:
-        rows: One a retraining and query: `mode`, `by`, `k`, `query`, `loss`, `decision` (None if the task has none),
-            `loss_before` and `decision_before` of the model that nothing was done to, of the same seed.
+        rows: One row per retraining and query: `mode`, `by`, `k`, `query`, `loss`, `decision` (None
+            if the task has none), and `loss_before` and `decision_before` of the model trained on
+            the unchanged data with the same seed.
 
     Returns:
-        One row for each (mode, by, k): the mean change of the loss with its 95 % bootstrap interval over queries (of
-        several seeds the mean counts), the mean loss, and how many of the retrainings changed the decision.
+        One row for each (mode, by, k): the mean change of the loss with its 95 % bootstrap interval
+        over queries (seeds are averaged first), the mean loss, and how many retrainings changed
+        the decision.
     """
     groups: dict[tuple[str, str, int], list[Mapping[str, Any]]] = {}
     for row in rows:

@@ -10,7 +10,7 @@ LEVEL = 0.95
 
 
 class Interval(NamedTuple):
-    """A mean and its 95 % bootstrap interval; the bounds are NaN where there is one value only."""
+    """A mean and its 95 % bootstrap interval; the bounds of a single value are NaN."""
 
     mean: float
     low: float
@@ -20,10 +20,10 @@ class Interval(NamedTuple):
 def mean_interval(values: npt.NDArray[np.floating]) -> Interval:
     """The mean of independent values, with the interval of the BCa bootstrap (Efron 1987).
 
-    Of ten values or so an interval covers less than it says where they are skewed.
+    With about ten skewed values the interval covers the mean less often than it claims.
 
     Args:
-        values: (n,), finite. One a query, say: values of one query are averaged before.
+        values: (n,), finite and independent. Average several values of one query first.
     """
     mean = float(np.mean(values))
     if len(values) < 2:

@@ -1,4 +1,7 @@
-"""Linear datamodeling score: are the losses of models retrained on random subsets in the order that scores predict?
+"""Linear datamodeling score (LDS).
+
+Models are retrained on random subsets of the training set. The LDS is the rank correlation of their
+losses with the losses that scores predict.
 
 Park, Georgiev, Ilyas, Leclerc, Madry: "TRAK: Attributing Model Behavior at Scale", ICML 2023.
 """
@@ -11,19 +14,22 @@ from scipy import stats
 
 from influence_jobs.experiments.intervals import LEVEL, Interval
 
-RESAMPLES = 499  # of the mean over queries: each ranks all of them anew
+RESAMPLES = 499  # few, since each of them ranks the values of all queries anew
 
 
 def subset(num_samples: int, fraction: float, index: int) -> npt.NDArray[np.int64]:
-    """Ids of one random subset, ascending; a function of its index alone, so that more subsets keep the first ones."""
-    # The third counter word keeps it off the streams of other draws.
+    """Ids of one random subset, ascending.
+
+    They depend on the index only, so a run with more subsets keeps the first ones.
+    """
+    # The third word of the counter keeps this stream apart from all others.
     draws = np.random.Generator(np.random.Philox(key=index, counter=[0, 0, 2, 0]))
     size = min(max(round(fraction * num_samples), 1), num_samples - 1)
     return np.sort(draws.choice(num_samples, size, replace=False))
 
 
 class Correlation(NamedTuple):
-    """Spearman's correlation over subsets with its 95 % interval (Fisher's z)."""
+    """Spearman's correlation over subsets, with its 95 % interval (Fisher's z)."""
 
     value: float
     low: float
@@ -33,13 +39,14 @@ class Correlation(NamedTuple):
 def mean_lds(
     predicted_QM: npt.NDArray[np.floating], found_QM: npt.NDArray[np.floating]
 ) -> Interval:
-    """The mean LDS of several queries, with the percentile bootstrap's interval over subsets.
+    """The mean LDS of Q queries, with the interval of the percentile bootstrap over M subsets.
 
-    Queries share subsets and trainings, so what is left to chance are those. Queries without a correlation do not count.
+    All queries share the subsets and trainings, so subsets are resampled, not queries. Queries
+    without a correlation do not count. For the arguments see `lds`.
     """
 
     def mean(subsets: npt.NDArray[np.int64]) -> float:
-        # Spearman's correlations of all queries at once: Pearson's of the ranks.
+        # Spearman's correlations of all queries at once, as Pearson's of the ranks.
         ranks = [stats.rankdata(x[:, subsets], axis=1) for x in (predicted_QM, found_QM)]
         a, b = (r - r.mean(axis=1, keepdims=True) for r in ranks)
         sizes = np.sqrt((a * a).sum(axis=1) * (b * b).sum(axis=1))
@@ -65,16 +72,17 @@ def lds(predicted_M: npt.NDArray[np.floating], found_M: npt.NDArray[np.floating]
     """LDS of one query.
 
     Args:
-        predicted_M: For each of M subsets the sum of its samples' scores, with the sign that a larger one predicts a
-            larger loss: of influence and all scores whose large values are helpful, minus the sum.
-        found_M: The loss on the query of models trained on each subset, mean over seeds.
+        predicted_M: For each of M subsets the sum of its samples' scores, with a sign such that a
+            larger value predicts a larger loss. For scores whose large values are helpful, such as
+            influence, that is minus the sum.
+        found_M: The loss on the query of the models trained on each subset, averaged over seeds.
 
     Returns:
-        NaN where one of them is constant.
+        The correlation; NaN if either argument is constant.
     """
     if np.ptp(predicted_M) == 0 or np.ptp(found_M) == 0:
         return Correlation(np.nan, np.nan, np.nan)
-    # Spearman's correlation is Pearson's of the ranks, and that one comes with an interval.
+    # Spearman's correlation is Pearson's of the ranks, for which scipy gives an interval.
     found = stats.pearsonr(stats.rankdata(predicted_M), stats.rankdata(found_M))
     low, high = found.confidence_interval() if len(found_M) > 3 else (np.nan, np.nan)
     return Correlation(float(found.statistic), float(low), float(high))

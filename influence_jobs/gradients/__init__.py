@@ -1,4 +1,4 @@
-"""Per-sample gradients that are never formed: their norms, dot products and quadratic forms."""
+"""Norms, dot products and quadratic forms of per-sample gradients, which are not stored."""
 
 from influence_jobs.gradients.dots import GradDots
 from influence_jobs.gradients.engine import GradNorms

@@ -1,4 +1,4 @@
-"""Dot products of vectors with every sample's loss gradient, none of which is materialised."""
+"""Dot products of vectors with every sample's loss gradient, without storing the gradients."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -26,26 +26,27 @@ from influence_jobs.terms import Precision
 class GradDots(TappedModel):
     """Dot products v_q . grad loss_b of Q vectors with every sample's loss gradient.
 
-    A layer whose type has a rule goes by it, if it is called once with the batch as first axis and
-    its parameters are used nowhere else. All other parameters - custom ones, attention, recurrent
-    layers, shared weights - are differentiated in forward mode, for all samples of a batch at once;
-    where the model has an operation without a forward-mode derivative, sample by sample with plain
-    autograd, which is slow and warned of. Which is which is found out with the first batch.
+    The rule of a layer is used if its type has one, if the layer is called once with the batch as
+    first axis, and if its parameters are used nowhere else. All other parameters - custom ones,
+    attention, recurrent layers, shared weights - are differentiated in forward mode, for all
+    samples of a batch at once. If the model has an operation without a forward-mode derivative,
+    plain autograd differentiates them sample by sample; this is slow and gives a warning. The first
+    batch decides which parameters take which way.
 
     The model's parameters have `requires_grad` off until `close`; weights may be loaded between
     calls. On CUDA, convolutions run in TF32 unless `torch.backends.cudnn.allow_tf32` is False.
 
     Args:
         model: In eval mode, with weights of float32, or of float64 for `precision="float64"`.
-        space: The parameters that count, of this model.
+        space: The parameters of this model that the gradients are by.
         losses: (model, batch) to one loss per sample (B,), not averaged over the batch. A batch is
             any pytree.
-        vectors_QP: The vectors in that space; copied to the weights' device and type.
+        vectors_QP: The vectors in that space; copied to the device and dtype of the weights.
         precision: `bfloat16` runs forward and backward in mixed precision (autocast); products are
-            always accumulated in the type of the weights.
+            always accumulated in the dtype of the weights.
 
     Raises:
-        ModelError: The vectors are not (Q, P) or not finite, a parameter is of another type, the
+        ModelError: The vectors are not (Q, P) or not finite, a parameter has another dtype, or the
             model is in train mode or uses batch statistics.
     """
 
@@ -70,7 +71,7 @@ class GradDots(TappedModel):
         finite_Q = vectors_QP.isfinite().all(dim=1)
         if not finite_Q.all():
             raise ModelError(
-                f"vector {int((~finite_Q).nonzero()[0])} holds NaN or infinity: make it anew"
+                f"vector {int((~finite_Q).nonzero()[0])} holds NaN or infinity: compute it again"
             )
         self._space = space
         for name, parameter in space.parameters().items():
@@ -89,16 +90,16 @@ class GradDots(TappedModel):
         """Dot products of every sample of a batch, by module.
 
         Args:
-            batch: What `losses` understands.
+            batch: A batch for `losses`.
 
         Returns:
-            {module: (B, Q)} for every module with parameters in the space, whose sum over modules
-            is v_q . grad loss_b; a parameter of several modules counts for the first. float32, or
-            float64 under precision float64. Not checked for NaN.
+            {module: (B, Q)} for every module with parameters in the space. The sum over modules is
+            v_q . grad loss_b; a shared parameter counts for its first module. The dtype is that of
+            the weights. The result is not checked for NaN.
 
         Raises:
             ModelError: A layer with a rule is not called exactly once, is not reached by the
-                gradient, or its input was overwritten; the losses are not (B,); the model went into
+                gradient, or its input was overwritten; the losses are not (B,); the model is in
                 train mode.
         """
         self._route(batch)
@@ -108,15 +109,15 @@ class GradDots(TappedModel):
             parts |= dict(zip(rest, found, strict=True))
         elif rest:
             parts |= self._by_gradients(batch, rest)
-        size, queries = len(next(iter(parts.values()))), len(self._vectors_QP)
-        nothing = torch.zeros(size, queries, dtype=self._dtype, device=self._device)
-        return {group: parts.get(group, nothing) for group in self._space.groups}
+        return {group: parts[group] for group in self._names}
 
     def total(self, batch: Any) -> Tensor:
-        """Dot products of every sample of a batch, (B, Q): all that no rule serves in one pass.
+        """Dot products of every sample of a batch, (B, Q), summed over modules.
+
+        All parameters without a rule take one pass together.
 
         Raises:
-            ModelError: As the call by module.
+            ModelError: As `__call__`.
         """
         self._route(batch)
         parts = list(self._by_rules(batch).values())
@@ -136,15 +137,13 @@ class GradDots(TappedModel):
     def _of_gradients(self, gradients: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         vectors = self._space.split(self._vectors_QP)
         parts: dict[str, tuple[Tensor, Tensor]] = {}
-        for group, names in self._space.groups.items():
-            dots = square = torch.zeros(
-                len(self._vectors_QP), dtype=self._dtype, device=self._device
-            )
+        for group, names in self._names.items():
+            dots = square = torch.zeros((), dtype=self._dtype, device=self._device)
             for name in names:
                 terms_QP = _flat(vectors[name]) * gradients[name].flatten()
                 dots = dots + terms_QP.sum(1)
                 square = square + terms_QP.square().sum(1)
-            # Terms cancel: rounding is relative to their root sum of squares.
+            # Terms may cancel, so rounding is relative to the root of their sum of squares.
             parts[group] = dots.unsqueeze(0), square.sqrt().unsqueeze(0)
         return parts
 
@@ -244,7 +243,7 @@ class GradDots(TappedModel):
         }
 
     def _route(self, batch: Any) -> None:
-        """Tap the layers whose rule holds, as the first batch shows."""
+        """On the first batch, find the layers whose rule holds, and tap them."""
         if self._ruled is not None:
             return
         require_independent_samples(self._model)
@@ -288,4 +287,4 @@ def _own(name: str) -> str:
 
 
 def _flat(vectors: Tensor) -> Tensor:
-    return vectors.reshape(len(vectors), -1)  # a scalar's are (Q,)
+    return vectors.reshape(len(vectors), -1)  # vectors of a scalar parameter are (Q,)

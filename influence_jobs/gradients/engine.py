@@ -1,4 +1,4 @@
-"""Per-sample gradient norms of chosen layers from one forward and one truncated backward."""
+"""Per-sample gradient norms of chosen layers from one forward and one truncated backward pass."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,12 +17,12 @@ from influence_jobs.terms import Precision, Reduction
 
 
 class GradNorms(TappedModel):
-    """Per-sample weight-gradient norms of chosen layers: one forward, one truncated backward.
+    """Per-sample weight-gradient norms of chosen layers, from one forward and one backward pass.
 
-    With G_b the gradient of sample b's loss by a layer's weight (its bias does not count), read as
-    (C, I, *kernel), the reductions are: `kernel`, the L2 norm over I, (B, C, *kernel); `channel`,
-    the kernel norms summed over the kernel, (B, C); `layer`, the L2 norm of all of G_b, (B,). Losses
-    must not be averaged over the batch: an average scales every norm by 1/B.
+    Let G_b (C, I, *kernel) be the gradient of sample b's loss by a layer's weight; the bias does
+    not count. The reductions are: `kernel`, the L2 norm over I, (B, C, *kernel); `channel`, the
+    kernel norms summed over the kernel, (B, C); `layer`, the L2 norm of all of G_b, (B,). Losses
+    must not be averaged over the batch: an average would scale every norm by 1/B.
 
     The model's parameters have `requires_grad` off until `close`. The engine leaves global settings
     alone; on CUDA, convolutions run in TF32 unless `torch.backends.cudnn.allow_tf32` is False.
@@ -33,7 +33,7 @@ class GradNorms(TappedModel):
         losses: (model, batch) to one loss per sample (B,). A batch is any pytree.
         reduction: See above.
         precision: `bfloat16` runs forward and backward in mixed precision (autocast); norms are
-            always accumulated in the type of the weights.
+            always accumulated in the dtype of the weights.
 
     Raises:
         ModelError: A layer is missing or has no weight, or the model is in train mode.
@@ -66,11 +66,11 @@ class GradNorms(TappedModel):
         """Norms of every sample of a batch.
 
         Args:
-            batch: What `losses` understands.
+            batch: A batch for `losses`.
 
         Returns:
-            {layer: norms} in the order of `layers`: (B, C, *kernel), (B, C) or (B,); float32, or
-            float64 under precision float64. Not checked for NaN.
+            {layer: norms} in the order of `layers`: (B, C, *kernel), (B, C) or (B,), with the dtype
+            of the weights. They are not checked for NaN.
 
         Raises:
             ModelError: A layer is not called, or not as in the first batch; it is not reached by

@@ -18,17 +18,17 @@ from torch.func import functional_call, grad, vmap
 from torch.utils import _pytree as pytree
 
 from influence_jobs.errors import ModelError
-from influence_jobs.gradients.kernels import mappable_kernels
 from influence_jobs.gradients.recorded_call import RecordedCall
 from influence_jobs.gradients.reference import LossModule
 from influence_jobs.gradients.rules.blocks import sample_blocks
+from influence_jobs.gradients.transforms import mappable_kernels
 
 Form = Literal["layer", "model", "sample"]
 _LISTED = 6  # layers in a line
 # What each form does, and what that takes against rules alone (measured on a CPU).
 _COST: dict[Form, str] = {
-    "layer": "mapped over the samples through their own layer (1 to 3 times the time; recurrent ones 20)",
-    "model": "mapped over the samples through the whole model (1.5 to 4 times the time)",
+    "layer": "mapped over the samples through their own layer (1 to 3 times as slow, recurrent 20)",
+    "model": "mapped over the samples through the whole model (1.5 to 4 times as slow)",
     "sample": "sample by sample (as slow as batches of one)",
 }
 

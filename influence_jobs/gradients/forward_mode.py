@@ -1,4 +1,4 @@
-"""Directional derivatives of the losses by any parameters: the dot products no rule is needed for."""
+"""Dot products with loss gradients by any parameters, as forward-mode directional derivatives."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from influence_jobs.gradients.reference import LossModule
+from influence_jobs.gradients.transforms import all_derivatives
 
-# Vectors pushed forward together: each holds tangents of the size of its activations.
+# Vectors in one forward pass. Each needs memory for tangents of all activations.
 _CHUNK = 16
 
 
@@ -22,22 +22,22 @@ def directional_derivatives(
     batch: Any,
     vectors: Mapping[str, Tensor],
 ) -> Tensor:
-    """Products grad loss_b . v_q in one forward pass for all samples and a chunk of vectors.
+    """Products grad loss_b . v_q, in one forward pass per chunk of vectors, for all samples.
 
-    Forward-mode differentiation (torch.func.jvp) mapped over the vectors. It follows the parameters
-    wherever the forward uses them, so they may be shared, used as functions or more than once.
+    This is forward-mode differentiation (torch.func.jvp), mapped over the vectors. It covers every
+    use of a parameter: parameters may be shared, used more than once, or used outside a layer.
 
     Args:
         model: In eval mode.
         losses: (model, batch) to one loss per sample (B,).
-        vectors: {parameter: (Q, *shape)}; a parameter that is not named is constant.
+        vectors: {parameter: (Q, *shape)}; all other parameters are constant.
 
     Returns:
         (B, Q).
 
     Raises:
-        RuntimeError: An operation of the forward has no forward-mode derivative (NotImplementedError
-            where torch says so), or cannot be mapped.
+        RuntimeError: An operation has no forward-mode derivative (torch may raise
+            NotImplementedError, a subclass), or vmap does not support it.
     """
     wrapped = LossModule(model, losses)
     names = list(vectors)
@@ -53,7 +53,7 @@ def directional_derivatives(
         return derivatives
 
     with (
-        sdpa_kernel(SDPBackend.MATH),  # the fused attention kernels know no forward mode
+        all_derivatives(model),
         _constant_padding(model),
     ):
         dots_QB: Tensor = vmap(along, chunk_size=_CHUNK)(*vectors.values())
@@ -62,7 +62,7 @@ def directional_derivatives(
 
 @contextmanager
 def _constant_padding(model: nn.Module) -> Iterator[None]:
-    """Embeddings whose padding row passes no derivative on, as in autograd but not in forward mode."""
+    """Treat the padding row of embeddings as constant: autograd does so, forward mode does not."""
 
     def put_back(
         row_D: Tensor, module: nn.Embedding, args: Any, kwargs: dict[str, Any], output: Tensor

@@ -1,4 +1,4 @@
-"""The docs' page of layers, from the rules: `python -m influence_jobs.gradients.layer_table`."""
+"""Writes docs/layers.md from the rules: `python -m influence_jobs.gradients.layer_table`."""
 
 from typing import Any
 
@@ -6,22 +6,20 @@ from influence_jobs.gradients.rules import LayerRule, MatrixRule, registered
 
 _HEAD = """# Layers
 
-Which layers have a rule for their per-sample gradients, and how it works. This page is written by
-`python -m influence_jobs.gradients.layer_table > docs/layers.md`.
+The layers that have a rule for their per-sample gradients, and how it computes them. This page is
+written by `python -m influence_jobs.gradients.layer_table > docs/layers.md`.
 
-A rule is for the layer's type, and for a subclass that overrides nothing but `__init__`: another
-may compute something else. *derived*
-follows from the weight and bias gradient, which every rule gives; *special* is a faster way of the
-rule's own. Norms are L2 over I. *number*: whether `--layer all` takes the layer and `--layer 1`
-counts it; the others are named. Influence needs no rule: what has none is differentiated in forward
-mode.
+A rule is for the layer's type, and for a subclass that overrides nothing but `__init__`; any other
+may compute something else. *derived* means computed from the weight and bias gradient, which every
+rule gives. *special* means that the rule has a faster way of its own. Norms are L2 over I. *number*
+says whether `--layer all` includes the layer and `--layer 1` counts it; other layers must be named.
 
-A new type is one class, in any file of `influence_jobs/gradients/rules/` or beside your task.
+A new type needs one class, in any file of `influence_jobs/gradients/rules/` or beside your task.
 
 | type | weight read as | number | norms | dot products | quadratic forms | EK-FAC | |
 |---|---|---|---|---|---|---|---|
 """
-_FORMS = {  # by column, the methods that a faster way replaces
+_FORMS = {  # by column, the methods that a faster way overrides
     "norms": ("kernel_norms",),
     "dot products": ("dots", "weight_dots"),
     "quadratic forms": ("squared_norms", "weight_squares", "gradient_matrix", "quadratic"),

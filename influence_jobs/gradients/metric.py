@@ -1,4 +1,4 @@
-"""The quadratic form of a layer's gradient that relative influence measures it by."""
+"""The quadratic form that measures a layer's gradient in relative influence."""
 
 from dataclasses import dataclass
 
@@ -9,13 +9,15 @@ from torch import Tensor
 class Metric:
     """A quadratic form of a matrix layer's gradient, diagonal in a Kronecker eigenbasis.
 
-    With G (C, J) the gradient by [weight, bias] - the weight flattened over all axes but its first,
-    the bias its last column if the layer has one - the form is sum_cj D_cj (U^T G V)_cj^2.
+    Let G (C, J) be the gradient by [weight, bias]: the weight is flattened over all axes except the
+    first, and the bias, if there is one, is the last column. The form is
+    sum_cj D_cj (U^T G V)_cj^2.
 
     Attributes:
-        outputs_CC: U, as columns the eigenvectors of the output gradients' second moment.
-        inputs_JJ: V, as columns those of the inputs' second moment, with a one for the bias.
-        weights_CJ: D, none negative.
+        outputs_CC: U. Its columns are eigenvectors of the second moment of the output gradients.
+        inputs_JJ: V. Its columns are eigenvectors of the second moment of the inputs, with a one
+            appended for the bias.
+        weights_CJ: D, not negative.
     """
 
     outputs_CC: Tensor
@@ -23,6 +25,6 @@ class Metric:
     weights_CJ: Tensor
 
     def __call__(self, gradient_CJ: Tensor) -> Tensor:
-        """The form of one gradient."""
+        """The value of the form for one gradient."""
         rotated_CJ = self.outputs_CC.t() @ gradient_CJ @ self.inputs_JJ
         return (self.weights_CJ * rotated_CJ.square()).sum()

@@ -1,8 +1,10 @@
-"""The parameters that count, as one vector: what gradients, curvature and scores agree on."""
+"""Chosen parameters of a model as one vector, for gradients, curvature and scores."""
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +13,11 @@ from influence_jobs.errors import ModelError
 
 
 class ParameterSpace:
-    """The trained parameters of chosen modules, flattened in the model's order, length P.
+    """The trained parameters of chosen modules, as one vector of length P in the model's order.
 
-    Frozen ones (requires_grad is False) do not count. One that several modules share counts once.
+    Frozen parameters (`requires_grad` False when the space is made) do not count. A parameter that
+    several modules share counts once, with all its uses: for its first owner if that is chosen,
+    else for the first of those that are.
 
     Args:
         model: Its parameters are looked up anew at every call, so weights may be loaded later.
@@ -25,8 +29,8 @@ class ParameterSpace:
         groups: By entry of `modules`, the full names that count for it.
 
     Raises:
-        ModelError: There is no such module, it has no parameters or only frozen ones, or nothing
-            is left.
+        ModelError: There is no such module, it has no parameters or only frozen ones, or nothing is
+            left.
     """
 
     def __init__(self, model: nn.Module, modules: Sequence[str] | None = None):
@@ -41,7 +45,7 @@ class ParameterSpace:
         for entry, names in named.items():
             if not set(names) & set(trained):
                 raise ModelError(
-                    f"'{entry}' is frozen (requires_grad=False), and only trained parameters "
+                    f"layer '{entry}' is frozen (requires_grad=False), and only trained parameters "
                     "count: leave it out, or let the model train it"
                 )
         owner_of: dict[str, str] = {}
@@ -59,13 +63,24 @@ class ParameterSpace:
         if not self.shapes:
             raise ModelError(f"{type(model).__name__} has no trained parameters")
 
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The entries for which parameters count, in order."""
+        return tuple(entry for entry, names in self.groups.items() if names)
+
+    def of(self, model: nn.Module) -> Self:
+        """The same parameters of another model, such as a copy in float64."""
+        other = copy.copy(self)
+        other._model = model
+        return other
+
     @cached_property
     def size(self) -> int:
         """P."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
     def parameters(self) -> dict[str, Tensor]:
-        """The model's parameters that count, by name, in order."""
+        """The chosen parameters by name, in the model's order."""
         return {name: self._model.get_parameter(name) for name in self.shapes}
 
     def split(self, vectors: Tensor) -> dict[str, Tensor]:
@@ -88,7 +103,7 @@ class ParameterSpace:
         return torch.cat(leading, dim=-1)
 
     def gradient(self, value: Tensor) -> Tensor:
-        """Gradient of a scalar with a graph, shape (P,); zero where it does not depend on a parameter."""
+        """Gradient (P,) of a scalar with a graph; zero for parameters that it does not use."""
         parameters = self.parameters()
         gradients = torch.autograd.grad(value, list(parameters.values()), materialize_grads=True)
         return self.join(dict(zip(parameters, gradients, strict=True)))
@@ -100,9 +115,9 @@ def _own(model: nn.Module, entry: str) -> list[nn.Parameter]:
     if entry in modules:
         own = list(modules[entry].parameters(recurse=False))
         if not own:
-            raise ModelError(f"module '{entry}' has no parameters of its own: leave it out")
+            raise ModelError(f"layer '{entry}' has no parameters of its own: leave it out")
         return own
     parameters = dict(model.named_parameters(remove_duplicate=False))
     if entry not in parameters:
-        raise ModelError(f"{type(model).__name__} has no module '{entry}'")
+        raise ModelError(f"{type(model).__name__} has no layer '{entry}'")
     return [parameters[entry]]

@@ -1,10 +1,10 @@
 """Quadratic forms of every sample's gradient, layer by layer: its squared length in some metric.
 
-Relative influence divides a score by the length of the sample's gradient, or of its influence on
-the parameters: Barshan, Brunet, Dziugaite: "RelatIF: Identifying Explanatory Training Samples via
-Relative Influence", AISTATS 2020. With a curvature that is diagonal in a Kronecker-factored
-eigenbasis (George et al.: "Fast Approximate Natural Gradient Descent in a Kronecker-factored
-Eigenbasis", NeurIPS 2018) both lengths are square roots of such forms.
+Relative influence divides a score by the length of the sample's gradient, or by the length of its
+influence on the parameters (Barshan, Brunet, Dziugaite: "RelatIF: Identifying Explanatory Training
+Examples via Relative Influence", AISTATS 2020). If the curvature is diagonal in a
+Kronecker-factored eigenbasis (George et al.: "Fast Approximate Natural Gradient Descent in a
+Kronecker-factored Eigenbasis", NeurIPS 2018), both lengths are square roots of such forms.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,15 +22,15 @@ from influence_jobs.terms import Precision
 
 
 class GradQuadratics(TappedModel):
-    """A quadratic form of every sample's gradient by each of some layers.
+    """Quadratic forms of every sample's gradient by the parameters of chosen layers.
 
     The model's parameters have `requires_grad` off until `close`.
 
     Args:
         model: In eval mode, with weights of float32, or of float64 for `precision="float64"`.
-        metrics: {layer: its metric}, None for the squared L2 norm of the gradient by weight and
-            bias. A metric is for layers whose rule is a `MatrixRule`; None is for any with a rule.
-            Each layer is called once in a forward, the batch as first axis.
+        metrics: {layer: its metric}; None means the squared L2 norm of the gradient by weight and
+            bias. A metric needs a layer whose rule is a `MatrixRule`; None needs any rule. Each
+            layer is called once in a forward pass, with the batch as first axis.
         losses: (model, batch) to one loss per sample (B,), not averaged over the batch.
         precision: As for `GradNorms`.
 
@@ -40,7 +40,7 @@ class GradQuadratics(TappedModel):
     """
 
     _result = "quadratic forms"
-    _relative_to = "twice the largest"  # as a square's relative error is twice its root's
+    _relative_to = "twice the largest"  # squaring doubles a relative error
 
     def __init__(
         self,
@@ -70,8 +70,8 @@ class GradQuadratics(TappedModel):
         """The forms of every sample of a batch.
 
         Returns:
-            {layer: (B,)} in the order of `metrics`; float32, or float64 under precision float64.
-            Not checked for NaN.
+            {layer: (B,)} in the order of `metrics`, with the dtype of the weights. They are not
+            checked for NaN.
 
         Raises:
             ModelError: As a call of `GradNorms`.
@@ -110,7 +110,7 @@ class GradQuadratics(TappedModel):
         if not isinstance(rule, MatrixRule):
             raise ModelError(
                 f"layer '{name}' ({type(rule.module).__name__}) has no Kronecker eigenbasis: only "
-                f"{names_of(matrix_layers())} have; give None for its squared gradient norm"
+                f"{names_of(matrix_layers())} have one; give None for its squared gradient norm"
             )
         outputs = len(rule.weight)
         inputs = rule.weight[0].numel() + (rule.bias is not None)
@@ -119,7 +119,7 @@ class GradQuadratics(TappedModel):
         if [tuple(part.shape) for part in parts] != wanted:
             raise ModelError(
                 f"layer '{name}': a metric of shapes {[tuple(part.shape) for part in parts]} does "
-                f"not fit, {wanted} is needed; was it made for another layer?"
+                f"not fit, {wanted} are needed; was it made for another layer?"
             )
         if not all(part.isfinite().all() for part in parts) or (metric.weights_CJ < 0).any():
             raise ModelError(f"layer '{name}': its metric has NaN, infinity or negative weights")

@@ -16,8 +16,8 @@ from torch.func import functional_call, vjp, vmap
 from torch.utils import _pytree as pytree
 
 from influence_jobs.errors import ModelError
-from influence_jobs.gradients.kernels import mappable_kernels
 from influence_jobs.gradients.rules.blocks import sample_blocks
+from influence_jobs.gradients.transforms import mappable_kernels
 
 #: (tensor, on_gradient) to the tensor, whose backward calls `on_gradient` with its gradient.
 Tap = Callable[[Tensor, Callable[[Tensor], None]], Tensor]

@@ -1,4 +1,4 @@
-"""Per-sample gradients written for reading, not for speed: what tests compare the engine with."""
+"""Simple and slow per-sample gradients, as a reference for tests."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -31,13 +31,13 @@ def per_sample_gradients(
     """Weight gradient of every sample's loss, in float64, by vmap over `grad` of one sample.
 
     Args:
-        model: Any model in eval mode; it is copied, not changed.
+        model: Any model in eval mode; it is copied and not changed.
         layers: Module names.
         losses: (model, batch) to one loss per sample (B,).
-        batch: Pytree; its tensors with a first axis of length B are per sample, all else is shared.
+        batch: Pytree. Tensors whose first axis has length B are per sample; all else is shared.
 
     Returns:
-        {layer: (B, *weight shape)}. The gradients of the whole batch are held at once.
+        {layer: (B, *weight shape)}. The gradients of the whole batch are in memory at once.
     """
     with torch.no_grad():
         size = len(losses(model, batch))
@@ -67,16 +67,16 @@ def gradients_one_by_one(
     losses: Callable[[nn.Module, Any], Tensor],
     batch: Any,
 ) -> dict[str, Tensor]:
-    """Gradient of every sample's loss by any parameters, in float64, a batch of one at a time.
+    """Gradient of every sample's loss by any parameters, in float64, one sample at a time.
 
     Args:
-        model: Any model in eval mode; it is copied, not changed.
-        parameters: Their names.
+        model: Any model in eval mode; it is copied and not changed.
+        parameters: Names of the parameters.
         losses: (model, batch) to one loss per sample (B,).
         batch: As for `per_sample_gradients`.
 
     Returns:
-        {parameter: (B, *shape)}, zero where the loss does not depend on it.
+        {parameter: (B, *shape)}; zero if the loss does not depend on the parameter.
     """
     with torch.no_grad():
         size = len(losses(model, batch))

@@ -1,4 +1,4 @@
-"""What a model and its layers must be for the engine to get their per-sample gradients right."""
+"""Checks of a model and its layers that their per-sample gradients will be right."""
 
 from typing import Any
 
@@ -17,10 +17,10 @@ from influence_jobs.gradients.rules import (
 
 
 def require_independent_samples(model: nn.Module) -> None:
-    """Refuse train mode and batch statistics: there one sample's loss depends on the others.
+    """Refuse train mode and batch statistics, which make a sample's loss depend on other samples.
 
     Raises:
-        ModelError: Naming the first such module.
+        ModelError: It names the first such module.
     """
     for name, module in model.named_modules():
         where = f"module '{name}'" if name else "the model"
@@ -30,27 +30,29 @@ def require_independent_samples(model: nn.Module) -> None:
             )
         if isinstance(module, _BatchNorm) and module.running_mean is None:
             raise ModelError(
-                f"{where} ({type(module).__name__}) has no running statistics, uses the batch's: "
-                "samples would influence each other; build it with track_running_stats=True"
+                f"{where} ({type(module).__name__}) has no running statistics and uses the "
+                "batch's: samples would influence each other; build it with "
+                "track_running_stats=True"
             )
 
 
 def require_supported(name: str, module: nn.Module) -> None:
-    """Refuse a layer that has no rule, no weight parameter, or options its rule cannot follow.
+    """Refuse a layer with no rule, no weight parameter, or an option that its rule refuses.
 
     Args:
-        name: The module's path in its model, for the message.
+        name: The module's name in its model, for the message.
         module: The layer.
 
     Raises:
-        ModelError: Naming the layer and its type.
+        ModelError: It names the layer and its type.
     """
     where = f"layer '{name}' ({type(module).__name__})"
     if not supported(module):
         raise ModelError(
-            f"{where} has no gradient rule; supported: {supported_layers()} (and subclasses that change nothing)"
+            f"{where} has no gradient rule; supported: {supported_layers()} "
+            "(and subclasses that change nothing)"
         )
-    # A re-parametrised weight (weight_norm, pruning) is an attribute but no parameter.
+    # A re-parametrised weight (weight_norm, pruning) is an attribute but not a parameter.
     weight = module._parameters.get("weight")
     if weight is None:
         raise ModelError(f"{where} has no weight parameter to differentiate: leave it out")
@@ -60,26 +62,26 @@ def require_supported(name: str, module: nn.Module) -> None:
 
 
 def require_plain(name: str, module: nn.Module) -> None:
-    """Refuse a layer with options that its rule refuses, or the rule of what it inherits from.
+    """Refuse a layer with an option that is refused by its rule or by the rule of a base class.
 
     Raises:
-        ModelError: Naming the layer and the option.
+        ModelError: It names the layer and the option.
     """
     rule = nearest_rule(module)
     for option in rule.refused_options if rule else ():
         if getattr(module, option) not in (None, False):
             raise ModelError(
                 f"layer '{name}' ({type(module).__name__}) uses {option}, which has no per-sample "
-                "rule: build it without"
+                "rule: build the layer without it"
             )
 
 
 def find_rule(model: nn.Module, name: str, dtype: torch.dtype) -> LayerRule[Any]:
-    """The rule of the layer of that name, if an engine can work on it with weights of type `dtype`.
+    """The rule of the layer with this name, for engines that work in `dtype`.
 
     Raises:
-        ModelError: There is no such module, it is not supported, its weight is of another type or
-            shared with another module.
+        ModelError: There is no such layer, it is not supported, or its weight has another dtype or
+            is shared with another module.
     """
     modules: dict[str, nn.Module] = dict(model.named_modules())
     if name not in modules:
@@ -104,14 +106,14 @@ def find_rule(model: nn.Module, name: str, dtype: torch.dtype) -> LayerRule[Any]
 
 
 def require_dtype(name: str, weight: Tensor, dtype: torch.dtype) -> None:
-    """Refuse weights of another type than the engine works in.
+    """Refuse weights of another dtype than the engine works in.
 
     Raises:
-        ModelError: Naming the layer and both types.
+        ModelError: It names the layer and both dtypes.
     """
     if weight.dtype != dtype:
         raise ModelError(
-            f"layer '{name}' has {_name(weight.dtype)} weights, but the precision asked for needs "
+            f"layer '{name}' has {_name(weight.dtype)} weights, but this precision needs "
             f"{_name(dtype)}: convert model and batch"
         )
 

@@ -1,9 +1,9 @@
-"""What every per-sample engine stands on: taps on layers, one forward and one truncated backward.
+"""The base of the per-sample engines: taps on layers, one forward and one truncated backward pass.
 
-A forward hook keeps the input of each tapped layer and passes its output through `_Tap`, whose
-backward hands the output gradient to the engine. With all parameters frozen the taps are the only
-reason for a graph: it starts at the first tapped layer, no weight gradient is computed, and as the
-backward reaches a layer the engine's visit of it runs and its input is freed.
+A forward hook keeps the input of each tapped layer and passes its output through `_Tap`. In the
+backward pass `_Tap` gives the output gradient to the engine. All parameters are frozen, so only the
+taps create an autograd graph. It starts at the first tapped layer, and no weight gradient is
+computed. When the backward pass reaches a layer, the engine visits it, and its input is freed.
 """
 
 from abc import ABC, abstractmethod
@@ -18,23 +18,23 @@ import torch
 from torch import Tensor, nn
 
 from influence_jobs.errors import ModelError
-from influence_jobs.gradients.kernels import differentiable_kernels
 from influence_jobs.gradients.recorded_call import RecordedCall
 from influence_jobs.gradients.reference import one_sample
 from influence_jobs.gradients.requirements import require_independent_samples
 from influence_jobs.gradients.rules import LayerRule
+from influence_jobs.gradients.transforms import differentiable_kernels
 from influence_jobs.terms import Precision
 
-#: Of a layer's name, its rule, its input and its output gradient, both of the weights' type.
+#: Takes a layer's name, rule, input and output gradient, the tensors with the weights' dtype.
 Visit = Callable[[str, LayerRule[Any], Tensor, Tensor], None]
 
-# Largest difference to plain autograd that `check` accepts, as a part of what it is compared with.
+# Largest relative difference from plain autograd that `check` accepts.
 TOLERANCE: dict[Precision, float] = {"float32": 1e-3, "float64": 1e-6, "bfloat16": 5e-2}
 
 
 @dataclass
 class _Call:
-    """What one pass has seen so far."""
+    """The state of one pass."""
 
     visit: Visit
     reached: set[str] = field(default_factory=set)
@@ -43,13 +43,14 @@ class _Call:
 
 
 class _Tap(torch.autograd.Function):
-    """Identity on a layer's output whose backward shows the output gradient to `on_gradient`."""
+    """The identity on a layer's output; its backward calls `on_gradient` with the gradient."""
 
     @staticmethod
     def forward(
         ctx: Any, output: Tensor, anchor: Tensor, on_gradient: Callable[[Tensor], None]
     ) -> Tensor:
-        # Marked dirty, the output itself goes on: no copy, and no view, which in-place ops refuse.
+        # Marked dirty, the output itself is returned. A copy would cost memory, and in-place
+        # operations refuse a view.
         ctx.mark_dirty(output)
         ctx.on_gradient = on_gradient
         return output
@@ -62,7 +63,7 @@ class _Tap(torch.autograd.Function):
 
 
 class TappedModel(ABC):
-    """Base of the engines: from a batch to something of every sample's gradient, layer by layer.
+    """Base class of the engines, which compute a function of every sample's gradient by layer.
 
     The model's parameters have `requires_grad` off until `close`. The engine leaves global settings
     alone; on CUDA, convolutions run in TF32 unless `torch.backends.cudnn.allow_tf32` is False.
@@ -71,13 +72,13 @@ class TappedModel(ABC):
         model: In eval mode, with weights of float32, or of float64 for `precision="float64"`.
         losses: (model, batch) to one loss per sample (B,). A batch is any pytree.
         precision: `bfloat16` runs forward and backward in mixed precision (autocast); the results
-            are always accumulated in the type of the weights.
+            are always accumulated in the dtype of the weights.
 
     Raises:
         ModelError: The model is in train mode or uses batch statistics.
     """
 
-    #: What the engine computes of a sample, and what its errors are relative to, in messages.
+    #: Words for messages: the name of the results, and what errors are relative to.
     _result: str
     _relative_to: str
 
@@ -97,20 +98,21 @@ class TappedModel(ABC):
 
     @abstractmethod
     def __call__(self, batch: Any) -> dict[str, Tensor]:
-        """{module: results with the batch as first axis}."""
+        """Results by module, with the batch as first axis."""
 
     def check(self, batch: Any) -> None:
-        """Compare the first two samples' results with plain autograd of each sample alone.
+        """Compare the results of the first two samples with plain autograd of each sample alone.
 
-        Catches what no look at the modules can: a weight also used outside its module, samples that
-        influence each other, losses averaged over the batch, dropout called as a function.
+        This finds faults that the modules do not show: a weight that is also used outside its
+        module, samples that influence each other, losses averaged over the batch, dropout called as
+        a function.
 
         Args:
-            batch: Best of two samples. Its tensors with a first axis of length B are cut to one
+            batch: Two samples are enough. Tensors whose first axis has length B are cut to one
                 sample; all else is shared.
 
         Raises:
-            ModelError: The results of a layer differ; or as the call itself.
+            ModelError: The results of a layer differ; or as `__call__`.
         """
         results = self(batch)
         size = len(next(iter(results.values())))
@@ -144,22 +146,22 @@ class TappedModel(ABC):
 
     @abstractmethod
     def _parameters(self) -> dict[str, Tensor]:
-        """The parameters whose gradients the results are of, by name."""
+        """The parameters by which the engine differentiates, by name."""
 
     @abstractmethod
     def _of_gradients(self, gradients: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-        """Results (1, ...) of one sample's explicit gradients, and what errors are relative to."""
+        """Results (1, ...) computed from one sample's gradients, and the scale of their errors."""
 
     def _freeze(self) -> None:
         for parameter, _ in self._flags:
             parameter.requires_grad_(False)
 
     def _attach(self, layers: Mapping[str, LayerRule[Any]]) -> None:
-        """Tap the layers of these rules from now on, and no others."""
+        """Tap the layers of these rules in every later pass, and no others."""
         for hook in self._hooks:
             hook.remove()
         self._layers = dict(layers)
-        # First in line: the tap must see the layer's own output, not what another hook makes of it.
+        # Prepended, so that the tap gets the layer's own output before other hooks change it.
         self._hooks = [
             rule.module.register_forward_hook(
                 partial(self._tap, name, rule), prepend=True, with_kwargs=True
@@ -168,7 +170,7 @@ class TappedModel(ABC):
         ]
 
     def _run(self, batch: Any, visit: Visit, calls: Sequence[RecordedCall] = ()) -> int:
-        """One forward and one truncated backward; `visit` sees every tapped layer once.
+        """One forward and one truncated backward pass, with one `visit` per tapped layer.
 
         Args:
             calls: Calls to record besides.
@@ -178,12 +180,12 @@ class TappedModel(ABC):
 
         Raises:
             ModelError: A layer is not called exactly once, is not reached by the gradient, or its
-                input was overwritten; the losses are not (B,); the model went into train mode.
+                input was overwritten; the losses are not (B,); the model is in train mode.
         """
         require_independent_samples(self._model)
         call = self._call = _Call(visit)
         try:
-            # The outer context shields the backward from an autocast of the caller's.
+            # The outer context protects the backward pass from an autocast of the caller.
             with (
                 torch.enable_grad(),
                 torch.autocast(self._device.type, enabled=False),
@@ -215,7 +217,7 @@ class TappedModel(ABC):
     def _forward(self, batch: Any) -> Tensor:
         mixed = self._precision == "bfloat16"
         with (
-            # Frozen weights are never cached; thawed ones must show each use in the graph.
+            # A cached cast would hide uses of a thawed weight from the graph.
             torch.autocast(
                 self._device.type, dtype=torch.bfloat16, enabled=mixed, cache_enabled=False
             ),
@@ -240,12 +242,12 @@ class TappedModel(ABC):
         output: Tensor,
     ) -> Tensor | None:
         call = self._call
-        if call is None:  # a forward that is not ours
+        if call is None:  # a forward pass that is not ours
             return None
         if name in call.reached:
             raise ModelError(
-                f"layer '{name}' is called more than once in a forward: its {self._result} would "
-                "mix the uses; give each use its own module, or leave the layer out"
+                f"layer '{name}' is called more than once in a forward pass: its {self._result} "
+                "would mix the uses; give each use its own module, or leave the layer out"
             )
         call.reached.add(name)
         if not rule.has_batch_axis(output):
@@ -287,7 +289,7 @@ class TappedModel(ABC):
         for name in self._layers:
             if name not in call.reached:
                 raise ModelError(
-                    f"layer '{name}' is not called in the forward, or only its weight is used "
+                    f"layer '{name}' is not called in the forward pass, or only its weight is used "
                     "there: leave it out"
                 )
         if not losses.requires_grad:
@@ -328,13 +330,13 @@ class TappedModel(ABC):
                 f"layer '{name}': per-sample {self._result} differ from one-sample autograd by "
                 f"{worst:.1e} of {self._relative_to} (allowed {limit:g}); usual causes: the weight "
                 "is used outside its module too, samples influence each other (batch statistics), "
-                "losses divided by the batch size, random operations in the forward"
+                "losses divided by the batch size, random operations in the forward pass"
             )
 
 
 @contextmanager
 def thawed(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Parameters that require gradients for a while, whether or not they did before."""
+    """Let parameters require gradients inside the block, and restore their flags afterwards."""
     flags = [(parameter, parameter.requires_grad) for parameter in parameters]
     for parameter, _ in flags:
         parameter.requires_grad_(True)

@@ -55,7 +55,7 @@ class Usage:
         return self._uses[id(parameter)]
 
     def plain(self, module: str, parameters: Iterable[Tensor]) -> bool:
-        """Whether a layer's rule holds: one call for all samples, the only use of its parameters."""
+        """Whether a layer's rule holds: one call for all samples, and no other use."""
         rows = [call.rows for call in self._calls[module]]
         return rows == [self.size] and all(self.uses(parameter) == 1 for parameter in parameters)
 

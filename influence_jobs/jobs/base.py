@@ -1,7 +1,7 @@
-"""One shape for all work: a Job cuts a spec into shards and computes any of them on its own.
+"""The base of all jobs. A job cuts a spec into shards and can compute each shard on its own.
 
-A shard owns whole chunks of the run's arrays and gives the same bytes whoever computes it, in whatever order, batch and
-company. That is what makes work safe to interrupt, repeat and spread.
+A shard owns whole chunks of the run's arrays. Its bytes do not depend on the worker, the order of
+the shards, or other shards. So work can be interrupted, repeated and spread over workers.
 """
 
 import math
@@ -30,9 +30,11 @@ S = TypeVar("S", bound=Spec)
 class Shard:
     """Rows start..stop of a run, computed as one piece.
 
+    The names of the fields are keys of plan.json.
+
     Attributes:
-        part: Which repetition of those rows, for a job that has several; the first, if the shard has more than one.
-        parts: How many repetitions.
+        part: First repeat of these rows in this shard, for a job that repeats its rows.
+        parts: Number of repeats in this shard.
     """
 
     id: str
@@ -42,19 +44,19 @@ class Shard:
     parts: int = 1
 
     @property
-    def repetitions(self) -> range:
-        """All that it has."""
+    def repeats(self) -> range:
+        """The repeats in this shard."""
         return range(self.part, self.part + self.parts)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a job is carried out; none of it changes the result.
+    """How a job is carried out. A plan does not change the result.
 
     Attributes:
-        units: Work of the whole job in samples, each counted as often as it is passed through the model.
-        batch_size: Samples a pass.
-        file_bytes: Size of files that it writes besides the arrays, where that is much.
+        units: Work of the whole job: samples times passes through the model.
+        batch_size: Samples in a batch.
+        file_bytes: Size of the files besides the arrays, if it is large.
     """
 
     arrays: tuple[ArrayLayout, ...]
@@ -65,18 +67,18 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        """Bytes of what it writes, before compression."""
+        """Bytes that the job writes, before compression."""
         sizes = (np.dtype(array.dtype).itemsize * math.prod(array.shape) for array in self.arrays)
         return self.file_bytes + sum(sizes)
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a shard gives.
+    """The result of a shard.
 
     Attributes:
         arrays: Rows of each array, in the array's dtype or wider.
-        files: SHA-256 of each file the job wrote for the shard, by name.
+        files: SHA-256 by name of each file that the job wrote for the shard.
     """
 
     arrays: Mapping[str, npt.NDArray[np.floating[Any]]] = field(default_factory=dict)
@@ -85,14 +87,15 @@ class Result:
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a worker tells the driver about a shard: never the data.
+    """A worker's message to the driver about a shard, without the data.
 
     Attributes:
-        error: One line for a person, if it failed.
-        kind: `user` errors come back however often they are tried, `transient` ones may not, after a `fatal` one
-            no shard can succeed.
-        attempt: How often the shard was started so far.
-        units: Samples passed through the model by this attempt; 0 if the shard was done already.
+        error: One line for people, if the shard failed.
+        kind: A `user` error comes back at every attempt, a `transient` error may not. After a
+            `fatal` error no shard can succeed.
+        attempt: Number of attempts at the shard so far.
+        seconds: Time of this attempt.
+        units: Samples that this attempt passed through the model; 0 if the shard was already done.
     """
 
     shard: str
@@ -104,23 +107,23 @@ class Receipt:
     units: int = 0
 
 
-# Takes the units of the shard done so far; first called with what earlier attempts had left.
+# Takes the units of the shard done so far. The first call has the units of earlier attempts.
 Progress = Callable[[int], None]
 
 
 class Job(ABC, Generic[S]):
-    """A unit of work: from a spec to the arrays of its run.
+    """Computes the arrays and tables of a run from its spec.
 
     Args:
-        run: The run to fill; its spec says what to do.
-        device: Where to compute.
-        batch_size: Samples a pass; the task's own default if None.
+        run: The run to compute.
+        device: The device to compute on.
+        batch_size: Samples in a batch; the task's default if None.
     """
 
     spec_type: ClassVar[type[Spec]]
 
     def __init__(self, run: Run, *, device: torch.device, batch_size: int | None = None):
-        # Torch warns of itself when it first differentiates in forward mode.
+        # Torch warns about its own code at the first forward-mode differentiation.
         warnings.filterwarnings("ignore", "`torch.jit.script", FutureWarning)
         self.run_store = run
         self.spec: S = run.spec  # type: ignore[assignment]
@@ -134,7 +137,7 @@ class Job(ABC, Generic[S]):
 
     @property
     def batch_size(self) -> int:
-        """Samples a pass."""
+        """Samples in a batch."""
         return self._batch_size or self.task.batch_size
 
     @property
@@ -149,7 +152,7 @@ class Job(ABC, Generic[S]):
 
     @abstractmethod
     def plan(self, shard_rows: int | None = None) -> Plan:
-        """Arrays and shards. Shards are rounded up to whole chunks."""
+        """Plan the arrays and shards. Shards are rounded up to whole chunks."""
 
     @abstractmethod
     def run(self, shard: Shard, progress: Progress) -> Result:
@@ -157,21 +160,24 @@ class Job(ABC, Generic[S]):
 
     @abstractmethod
     def probe(self) -> Iterator[int]:
-        """Do a little of the work without writing; yields the units of each piece done."""
+        """Do some of the work without writing, for measuring; yields the units of each piece."""
 
     def input_digests(self) -> dict[str, str]:
-        """SHA-256 of what this run reads of other runs, by name; one run never mixes two versions of it."""
+        """SHA-256 by name of everything that this run reads from other runs.
+
+        The driver compares them, so that a run never mixes two versions of its inputs.
+        """
         return {}
 
     def sweep(self) -> None:
-        """Remove what killed workers left outside the run's folder."""
+        """Remove files that killed workers left outside the run's folder."""
 
     def finish(self) -> Result:
-        """What needs all shards: whole small arrays to write, and the tables it has written."""
+        """Do the work that needs all shards; returns whole small arrays and the tables."""
         return Result()
 
     def write_samples(self) -> dict[str, str]:
-        """Write the table that tells which sample each row is, so that results can be read without the data."""
+        """Write the table that describes each row's sample, so that results need no data."""
         ids = np.arange(len(self.task.train_data()))
         columns = {"sample": ids, **self.task.describe(ids)}
         return self.run_store.write_table("samples", pa.table(columns))

@@ -1,4 +1,4 @@
-"""The arrays that gradient norms are kept in, whether replayed or recorded while training."""
+"""The arrays of gradient norms, replayed or recorded during training."""
 
 import math
 
@@ -11,7 +11,8 @@ from influence_jobs.terms import Reduction
 KERNEL_DIMS = ("kernel_z", "kernel_y", "kernel_x")
 MEANING = {
     "kernel": "L2 norm over the input axis of the weight gradient",
-    "channel": "L2 norm over the input axis of the weight gradient, summed over the kernel positions",
+    "channel": "L2 norm over the input axis of the weight gradient, summed over the kernel "
+    "positions",
     "layer": "L2 norm of the whole weight gradient",
 }
 
@@ -25,11 +26,11 @@ def norm_layouts(
     checkpoints: int | None,
     source: str,
 ) -> tuple[ArrayLayout, ...]:
-    """The arrays of gradient norms, one a layer, all with chunks of the same number of rows.
+    """The layouts of the arrays of norms, one a layer, all with the same number of rows in a chunk.
 
     Args:
         checkpoints: Length of the leading checkpoint axis; None for no such axis.
-        source: What the norms are of, for the arrays' attributes.
+        source: The loss whose gradient is measured, for the arrays' attributes.
     """
     weights = {layer: weight_named(model, layer) for layer in layers}
     trailing = {layer: weight.norm_shape(reduction) for layer, weight in weights.items()}
@@ -56,7 +57,7 @@ def norm_layouts(
 
 
 def _dims(axes: int) -> tuple[str, ...]:
-    """Names of the axes of one sample's norms: none, or the channel and those of the kernel."""
+    """Names of the axes of one sample's norms: none, or the channel and the kernel axes."""
     if axes == 0:
         return ()
     return "channel", *KERNEL_DIMS[len(KERNEL_DIMS) + 1 - axes :]

@@ -1,4 +1,6 @@
-"""Queries of a spec: are they there, what is their gradient, how are they named in tables."""
+"""The queries of a spec: their checks, gradients and table."""
+
+import copy
 
 import numpy as np
 import pyarrow as pa
@@ -9,14 +11,14 @@ from influence_jobs.errors import DataError, SpecError
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.specs.queries import Queries, Query
 from influence_jobs.store.run import Run
-from influence_jobs.tasks.base import Draw, Task, device_of, to_device
+from influence_jobs.tasks.base import Batch, Draw, Task, device_of, to_device, to_type
 
 
 def require_queries(task: Task, queries: Queries) -> None:
-    """Refuse queries that the task's test samples do not have.
+    """Refuse queries that the task does not have.
 
     Raises:
-        SpecError: A test id, a region or the quantity is not there.
+        SpecError: A test id, a region or the quantity does not exist.
     """
     name = type(task).__name__
     if queries.quantity not in task.quantities:
@@ -40,38 +42,55 @@ def require_queries(task: Task, queries: Queries) -> None:
         if y + height > size[0] or x + width > size[1]:
             what = f"point {y},{x}" if (height, width) == (1, 1) else f"region {_comma(query)}"
             raise SpecError(
-                f"{what} is outside test image {query.test}, which is {size[0]} high and {size[1]} wide"
+                f"{what} is outside test image {query.test}, which is {size[0]} high and "
+                f"{size[1]} wide"
             )
 
 
 def query_gradients(
     task: Task, model: nn.Module, space: ParameterSpace, queries: Queries, start: int, stop: int
 ) -> Tensor:
-    """Gradients of the measured quantity for queries start..stop, mean over noise draws, shape (Q, P).
+    """Gradients of the quantity of queries start..stop, mean over noise draws, shape (Q, P).
 
     Raises:
         DataError: A gradient is not finite.
     """
-    device = device_of(model)
+    device, dtype = device_of(model), next(model.parameters()).dtype
+    exact = copy.deepcopy(model).double()
     rows = []
     for query in queries.items[start:stop]:
-        # In float64: with many draws a running float32 mean would lose digits.
+        # In float64: a float32 sum over many draws would lose digits.
         total = torch.zeros(space.size, dtype=torch.float64, device=device)
         for draw in range(queries.noise_draws):
             batch = task.test_batch(torch.tensor([query.test]), Draw(queries.seed, draw))
-            value = task.measure(model, to_device(batch, device), queries.quantity, query.region)
-            total += space.gradient(value.sum())
+            batch = to_device(batch, device)
+
+            def measured(model: nn.Module, batch: Batch, query: Query = query) -> Tensor:
+                return task.measure(model, batch, queries.quantity, query.region).sum()
+
+            # In float64: where a query is fitted well its gradient is a difference that float32
+            # cannot tell from zero.
+            try:
+                total += space.of(exact).gradient(measured(exact, to_type(batch, torch.float64)))
+            except RuntimeError:  # a model that only its own type will do for
+                total += space.gradient(measured(model, batch))
         if not total.isfinite().all():
             raise DataError(
-                f"the gradient of the {queries.quantity} of test sample {query.test} is not finite: "
-                "check the sample and the checkpoint"
+                f"the gradient of the {queries.quantity} of test sample {query.test} is not "
+                "finite: check the sample and the checkpoint"
             )
-        rows.append((total / queries.noise_draws).to(next(model.parameters()).dtype))
+        if not total.any():
+            raise DataError(
+                f"the gradient of the {queries.quantity} of test sample {query.test} is exactly "
+                "zero, so no training sample can influence it: does its loss depend on the samples "
+                "beside it, or on no trained parameter?"
+            )
+        rows.append((total / queries.noise_draws).to(dtype))
     return torch.stack(rows)
 
 
 def queries_table(task: Task, queries: Queries) -> pa.Table:
-    """One row a query: its test id, region, and what the task says of the test sample."""
+    """One row a query: its test id, region, and the task's description of the test sample."""
     ids = np.array([query.test for query in queries.items])
     return pa.table(
         {
@@ -85,7 +104,7 @@ def queries_table(task: Task, queries: Queries) -> pa.Table:
 
 
 def write_queries(run: Run, task: Task, queries: Queries) -> dict[str, str]:
-    """Keep the table of a run's queries; returns the SHA-256 of its file, by name."""
+    """Write the table of a run's queries; returns the SHA-256 of its file by name."""
     return run.write_table("queries", queries_table(task, queries))
 
 

@@ -1,11 +1,11 @@
-"""How a spec says that a model is trained."""
+"""From the spec of a training to the recipe of a trainer."""
 
 from influence_jobs.kinds.train.spec import TrainSpec
 from influence_jobs.training.train import Recipe
 
 
 def recipe_of(spec: TrainSpec) -> Recipe:
-    """What a trainer needs to know of a training."""
+    """The fields of a training that a trainer needs."""
     return Recipe(
         epochs=spec.epochs,
         batch_size=spec.batch_size,

@@ -1,4 +1,4 @@
-"""Experiments that retrain: many variants of one model, trained side by side, each kept for all experiments."""
+"""Experiments that train many variants of one model side by side and keep each of them."""
 
 import itertools
 import json
@@ -29,34 +29,34 @@ from influence_jobs.terms import Region
 from influence_jobs.training.changes import Changes
 from influence_jobs.training.ensemble import EnsembleTrainer, Variant
 from influence_jobs.training.ensemble_width import WIDTHS, bytes_per_variant, measure_widths
-from influence_jobs.training.train import Trainer
+from influence_jobs.training.train import Trainer, require_full_batches
 
 MAX_SHARD, MIN_SHARD, AIM_SHARDS = 128, 8, 16
-MEASURED_STEPS = 200_000  # a run of fewer model-steps is over before measuring pays
-MEMORY_SHARE = 0.5  # of what is free, for the models of one ensemble
+MEASURED_STEPS = 200_000  # steps over all models; a smaller run does not repay measuring
+MEMORY_SHARE = 0.5  # share of the free memory for the models of one ensemble
 LOSSES, DECISIONS = "losses", "decisions"
 WIDTH = "width.json"
 
 S = TypeVar("S", bound=RetrainingSpec)
-# Rows of queries, their test batch, and the region measured of it.
-Asked = tuple[Sequence[int], Batch, Region | None]
+# Rows of queries, their test batch, and the region that is measured.
+QueryBatch = tuple[Sequence[int], Batch, Region | None]
 
 
 class RetrainJob(Job[S]):
-    """Rows are variants, shards are groups of them.
+    """A row is a variant, and a shard is a group of variants.
 
-    A variant's weights are kept in `Retrained` the moment it is trained, and looked up there first: so nothing is
-    trained twice, whichever experiment asked for it and however often it was interrupted.
+    A trained variant is kept in `Retrained` at once, and is looked up there before training. So no
+    variant is trained twice, even by different experiments or after interruptions.
     """
 
     @property
     @abstractmethod
     def sizes(self) -> Sequence[int]:
-        """Samples that each variant is trained on in an epoch, by row."""
+        """Number of samples in an epoch of each variant, by row."""
 
     @abstractmethod
     def variant(self, row: int) -> Variant:
-        """What a row is a training of; needs the runs of the rankings."""
+        """The variant of a row; it needs the finished runs of the rankings."""
 
     @staticmethod
     def inputs(spec: RetrainingSpec) -> tuple[AnySpec, ...]:
@@ -75,6 +75,8 @@ class RetrainJob(Job[S]):
     def plan(self, shard_rows: int | None = None) -> Plan:
         require_queries(self.task, self.spec.queries)
         count, num_queries = len(self.sizes), len(self.spec.queries.items)
+        for size in sorted(set(self.sizes)):
+            require_full_batches(self.task, self.spec.recipe.batch_size, size)
         rows = shard_rows or min(max(count // AIM_SHARDS, MIN_SHARD), MAX_SHARD)
         arrays = tuple(
             ArrayLayout(
@@ -130,7 +132,7 @@ class RetrainJob(Job[S]):
         return Retrained(self.run_store.root, self.spec.recipe)
 
     def _samples(self, variant: Variant) -> int:
-        """Samples that a variant is trained on, each counted once an epoch."""
+        """Samples that a variant is trained on, summed over epochs."""
         n = len(self.task.train_data()) - len(variant.changes.removed)
         return n * self.spec.recipe.epochs
 
@@ -142,7 +144,11 @@ class RetrainJob(Job[S]):
         done: int,
         progress: Progress,
     ) -> dict[str, dict[str, Tensor]]:
-        """Train those variants of a shard that are missing, ensemble by ensemble, and keep them; returns their weights."""
+        """Train and keep the missing variants of a shard, one ensemble at a time.
+
+        Returns:
+            Their weights by key.
+        """
         found: dict[str, dict[str, Tensor]] = {}
         if not missing:
             return found
@@ -153,7 +159,7 @@ class RetrainJob(Job[S]):
             if not keys:
                 continue
             if resumed := state is not None and set(keys) <= set(state["keys"]) <= set(group):
-                # The ensemble that was cut off, some of its members perhaps kept already.
+                # Resume the interrupted ensemble, even if some of its members are already kept.
                 keys = state["keys"]
                 done -= sum(self._samples(variants[key]) for key in set(keys) - missing)
             trainer = self._trainer([variants[key] for key in keys])
@@ -175,8 +181,8 @@ class RetrainJob(Job[S]):
                     self._retrained.write(key, found[key])
             if not healthy.all():
                 raise SpecError(
-                    f"{len(keys) - healthy.sum()} of {len(keys)} trainings diverged: their losses are not finite; "
-                    "lower the learning rate"
+                    f"{len(keys) - healthy.sum()} of {len(keys)} trainings diverged: their losses "
+                    "are not finite; lower the learning rate"
                 )
             done += trainer.samples_seen
         saved.delete()
@@ -192,10 +198,11 @@ class RetrainJob(Job[S]):
         )
 
     def _groups(self, variants: Mapping[str, Variant]) -> list[list[str]]:
-        """Cut a shard's variants into ensembles of about one size, no larger than is fastest and fits.
+        """Cut a shard's variants into ensembles of similar size, at most the fastest width.
 
-        They are the same whatever is trained already. Variants without removals are not mixed with others: they share
-        batches, and are rounded alike whatever else is in their ensemble.
+        The cut does not depend on which variants are already trained. Variants without removals
+        have ensembles of their own: they share batches, and their rounding errors must not depend
+        on other variants.
         """
         sizes = {key: len(variant.changes.removed) for key, variant in variants.items()}
         kinds = [[k for k, n in sizes.items() if n], [k for k, n in sizes.items() if not n]]
@@ -206,16 +213,24 @@ class RetrainJob(Job[S]):
 
     @cached_property
     def _stacks(self) -> bool:
-        """Whether the model can be trained as an ensemble; one with dropout between convolutions cannot."""
+        """Whether the model can be trained as an ensemble.
+
+        A model with dropout between convolutions cannot.
+        """
         pair = [Variant(0), Variant(1)]
         try:
             EnsembleTrainer(self.task, recipe_of(self.spec.recipe), pair, device=self.device).step()
-        except ModelError:
+        except torch.OutOfMemoryError:
+            raise
+        except (ModelError, RuntimeError):  # one at a time it works, or fails with its own error
             return False
         return True
 
     def _width(self) -> int:
-        """How many variants to train side by side: as the run's first worker found it, so that ensembles stay the same."""
+        """Number of variants to train side by side.
+
+        The run's first worker chooses it, so that ensembles are the same in all workers.
+        """
         if not self._stacks:
             return 1
         stored = self.run_store.read_json(WIDTH)
@@ -238,7 +253,7 @@ class RetrainJob(Job[S]):
         return max(rates, key=rates.__getitem__)
 
     def _free_bytes(self) -> int:
-        """Memory that this worker may count on."""
+        """Free memory for this worker, in bytes."""
         if self.device.type == "cuda":
             return torch.cuda.mem_get_info(self.device)[0]
         cores = len(psutil.Process().cpu_affinity())
@@ -253,8 +268,8 @@ class RetrainJob(Job[S]):
         return self.task.model().to(self.device).eval()
 
     @cached_property
-    def _asked(self) -> list[Asked]:
-        """The queries, those that fit into one batch together, once for every noise draw."""
+    def _query_batches(self) -> list[QueryBatch]:
+        """Batches of queries, once for every noise draw. Each image has its own batch."""
         queries = self.spec.queries
         together = [
             i
@@ -277,11 +292,15 @@ class RetrainJob(Job[S]):
 
     @torch.no_grad()
     def _measure(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """What the model makes of the queries: the measured quantity, mean over noise draws, and decisions, (Q,)."""
+        """Measure the model on the queries.
+
+        Returns:
+            The quantity, mean over noise draws, (Q,); the decisions, (Q,).
+        """
         queries = self.spec.queries
         values_Q = np.zeros(len(queries.items))
         decisions_Q = np.full(len(queries.items), np.nan)
-        for rows, batch, region in self._asked:
+        for rows, batch, region in self._query_batches:
             measured: Tensor = self.task.measure(self._model, batch, queries.quantity, region)
             values_Q[rows] += measured.double().cpu().numpy() / queries.noise_draws
             if self.task.output_loss == "cross-entropy":
@@ -293,7 +312,7 @@ class RetrainJob(Job[S]):
         return values_Q, decisions_Q
 
     def probe(self) -> Iterator[int]:
-        # Nothing is removed: what will be is not known before the scores are.
+        # No samples are removed: the scores that choose them may not exist yet.
         count = min(len(self.sizes), WIDTHS[-1]) if self._stacks else 1
         trainer = self._trainer([Variant(seed) for seed in range(count)])
         while not trainer.finished:
@@ -302,11 +321,11 @@ class RetrainJob(Job[S]):
             yield trainer.samples_seen - before
 
     def write_queries(self) -> dict[str, str]:
-        """Keep the table of the queries."""
+        """Write the table of the queries."""
         return write_queries(self.run_store, self.task, self.spec.queries)
 
     def measured(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        """What all shards have measured: losses and decisions, (V, Q)."""
+        """The measurements of all shards: losses and decisions, (V, Q)."""
         count = len(self.sizes)
         losses, decisions = (
             self.run_store.read_rows(name, 0, count) for name in (LOSSES, DECISIONS)
@@ -315,7 +334,7 @@ class RetrainJob(Job[S]):
 
 
 def _pieces(count: int, largest: int) -> Iterator[tuple[int, int]]:
-    """Bounds of as few pieces as can be, of about one size and none too large."""
+    """Bounds of the fewest pieces of similar size with at most `largest` items."""
     pieces = math.ceil(count / largest)
     return itertools.pairwise(count * i // pieces for i in range(pieces + 1))
 

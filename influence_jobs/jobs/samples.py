@@ -1,4 +1,4 @@
-"""Jobs whose shards are ranges of training samples, passed through the model in batches."""
+"""Jobs whose shards are ranges of training samples that pass through the model in batches."""
 
 import math
 from abc import abstractmethod
@@ -18,8 +18,9 @@ from influence_jobs.specs.base import Spec
 from influence_jobs.store.checkpoints import load_checkpoint, recorded_digest
 from influence_jobs.store.layout import ArrayLayout
 from influence_jobs.tasks.base import Batch, Draw, to_device, to_type
+from influence_jobs.tasks.layout import in_fast_layout
 
-MAX_SHARDS = 256  # a stop loses at most one shard a worker; more shards only cost overhead
+MAX_SHARDS = 256  # a stop loses at most one shard a worker; more shards add overhead
 
 S = TypeVar("S", bound=Spec)
 T = TypeVar("T")
@@ -28,21 +29,21 @@ T = TypeVar("T")
 class SampleJob(Job[S]):
     """Base of jobs that compute something for every training sample."""
 
-    _loaded: Checkpoint | None = None  # whose weights the model has
+    _loaded: Checkpoint | None = None  # the checkpoint whose weights the model has
 
     @abstractmethod
     def layouts(self) -> tuple[ArrayLayout, ...]:
-        """The arrays, all with chunks of the same number of samples."""
+        """The layouts of the arrays, all with the same number of samples in a chunk."""
 
     @property
     @abstractmethod
     def passes(self) -> int:
-        """How often every sample goes through the model."""
+        """Number of passes of every sample through the model."""
 
     @property
     @abstractmethod
     def checkpoints(self) -> tuple[Checkpoint, ...]:
-        """The weights the job reads."""
+        """The checkpoints that the job reads."""
 
     def plan(self, shard_rows: int | None = None) -> Plan:
         n = len(self.task.train_data())
@@ -57,13 +58,13 @@ class SampleJob(Job[S]):
         return Plan(arrays, shards, units=n * self.passes, batch_size=self.batch_size)
 
     def batches(self, shard: Shard) -> Iterator[torch.Tensor]:
-        """Ids by batch; a batch never crosses a chunk, so that shard bounds leave no trace in the bytes."""
+        """Ids by batch. No batch crosses a chunk, so the bytes do not depend on shard bounds."""
         for first in range(shard.start, shard.stop, self._chunk_rows):
             last = min(first + self._chunk_rows, shard.stop)
             yield from _split(first, last, self.batch_size)
 
     def all_batches(self) -> Iterator[torch.Tensor]:
-        """Ids by batch, over and over: for probes."""
+        """Ids by batch, in an endless loop, for probes."""
         while True:
             yield from _split(0, len(self.task.train_data()), self.batch_size)
 
@@ -78,17 +79,16 @@ class SampleJob(Job[S]):
 
     @property
     def model(self) -> torch.nn.Module:
-        """The model in eval mode, with the weights loaded last, or untrained."""
-        return self._model[0]
+        """The model in eval mode, untrained or with the weights that were loaded last."""
+        return self._built[0]
 
     @cached_property
-    def _model(self) -> tuple[torch.nn.Module, bool]:
-        """The model, and whether it was built in another type, as samples then are."""
+    def _built(self) -> tuple[torch.nn.Module, bool]:
+        """The model, and whether the task makes it, and so its samples, in another dtype."""
         model = self.task.model()
         types = {p.dtype for p in model.parameters() if p.is_floating_point()}
         model = model.to(self.device, self.dtype).eval()
-        # Convolutions and the rules for their gradients are faster on it; other layers do not mind.
-        return model.to(memory_format=torch.channels_last), bool(types - {self.dtype})
+        return in_fast_layout(self.task, model), bool(types - {self.dtype})
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Put a checkpoint's weights into the model."""
@@ -97,17 +97,17 @@ class SampleJob(Job[S]):
             self._loaded = checkpoint
 
     def batch(self, ids: torch.Tensor, draw: Draw) -> Batch:
-        """Training samples as attribution sees them, on the device."""
+        """Training samples, as attribution uses them, on the device."""
         batch = to_device(self.task.batch(ids, draw), self.device)
-        converts = self._model[1]
+        converts = self._built[1]
         return to_type(batch, self.dtype) if converts else batch
 
     def loaded(
         self, pieces: Iterable[torch.Tensor], draw: Draw
     ) -> Iterator[tuple[torch.Tensor, Batch]]:
-        """Ids with their samples. A GPU does not wait for them: the next ones are fetched while it computes."""
+        """Ids with their samples. For a GPU, a thread fetches the next samples in advance."""
         loaded = ((ids, self.batch(ids, draw)) for ids in pieces)
-        # On a CPU that would take from the computation what it gives.
+        # On a CPU the thread would slow the computation down.
         return loaded if self.device.type == "cpu" else ahead(loaded)
 
     def require_finite(
@@ -116,7 +116,7 @@ class SampleJob(Job[S]):
         """Refuse values (B, ...) with a NaN or infinity.
 
         Raises:
-            DataError: Naming the first sample.
+            DataError: A value is not finite; the message names the first such sample.
         """
         bad = ~np.isfinite(values).reshape(len(values), -1).all(axis=1)
         if not bad.any():
@@ -140,7 +140,7 @@ class SampleJob(Job[S]):
 
 
 def ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items, each made by another thread while the one before is in use."""
+    """The same items; a second thread makes each item while the previous one is in use."""
     end = object()
     with ThreadPoolExecutor(max_workers=1) as pool:
         coming = pool.submit(next, items, end)
@@ -150,7 +150,7 @@ def ahead(items: Iterator[T]) -> Iterator[T]:
 
 
 def trained_inputs(checkpoints: tuple[Checkpoint, ...]) -> tuple[Any, ...]:
-    """The train runs that checkpoints are of, each once."""
+    """The train runs of the checkpoints, each once."""
     trained = [c.train for c in checkpoints if isinstance(c, TrainedCheckpoint)]
     return tuple({train.run_id: train for train in trained}.values())
 

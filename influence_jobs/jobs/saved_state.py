@@ -1,4 +1,4 @@
-"""State of a long shard, saved now and then, so that a killed one goes on from there."""
+"""Saved state of a long shard, so that a killed shard can resume."""
 
 import io
 import time
@@ -10,15 +10,15 @@ import torch
 from influence_jobs.store.files import Files
 
 SAVE_EVERY_S = 30.0
-SAVE_SHARE = 0.03  # at most this part of the time goes into saving
+SAVE_SHARE = 0.03  # saving may take at most this share of the time
 
 
 class SavedState:
-    """One file of state: plain tensors, numbers and containers.
+    """A file of state: plain tensors, numbers and containers.
 
     Args:
-        files: Of the run.
-        name: Of the file.
+        files: The files of the run.
+        name: Name of the file.
     """
 
     def __init__(self, files: Files, name: str):
@@ -26,7 +26,7 @@ class SavedState:
         self._last, self._took_s = time.monotonic(), 0.0
 
     def read(self) -> Any:
-        """What was saved last, on the CPU; None if nothing was."""
+        """The state that was saved last, on the CPU; None if there is none."""
         try:
             data = self._files.read(self._name)
         except FileNotFoundError:
@@ -34,7 +34,7 @@ class SavedState:
         return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
 
     def keep(self, state: Callable[[], Any]) -> None:
-        """Save the state if it is time to."""
+        """Save the state if the last save was long enough ago."""
         started = time.monotonic()
         if started - self._last > max(SAVE_EVERY_S, self._took_s / SAVE_SHARE):
             self._files.write(self._name, saved_bytes(state()))
@@ -42,12 +42,12 @@ class SavedState:
             self._took_s = self._last - started
 
     def delete(self) -> None:
-        """Forget it: the work is done."""
+        """Delete the file, once the work is done."""
         self._files.delete(self._name)
 
 
 def saved_bytes(value: Any) -> bytes:
-    """What `torch.save` writes."""
+    """The bytes that `torch.save` writes."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()

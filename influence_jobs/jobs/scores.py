@@ -1,4 +1,4 @@
-"""What all methods share: scores (Q, N), filled in ranges of training samples."""
+"""The base of jobs with scores (Q, N). A shard is a range of training samples."""
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
@@ -18,27 +18,27 @@ QUERIES_PER_CHUNK = 64
 
 S = TypeVar("S", bound=ScoresSpec)
 
-# By array: scores of every query for the samples of a batch, (Q, B).
+# By array name: scores of every query for the samples of a batch, shape (Q, B).
 Scores = Mapping[str, npt.NDArray[np.floating[Any]]]
 
 
 class ScoresJob(SampleJob[S]):
-    """Base of the jobs whose result is one score for every (query, training sample)."""
+    """Base of the jobs that compute a score for every (query, training sample)."""
 
     @property
     def terms(self) -> int:
-        """Scores are a sum over so many terms: checkpoints, noise draws."""
+        """Number of terms that scores are the sum of, such as checkpoints or noise draws."""
         return 1
 
     @property
-    def parts(self) -> tuple[str, ...]:
-        """Modules whose part of the scores is kept too."""
+    def kept_layers(self) -> tuple[str, ...]:
+        """The layers whose scores are also kept."""
         return ()
 
     @property
     @abstractmethod
     def meaning(self) -> dict[str, str]:
-        """Quantity, sign and unit of the scores, kept as attributes of the arrays."""
+        """Quantity, sign and unit of the scores, stored as attributes of the arrays."""
 
     @abstractmethod
     def score(self, term: int, ids: torch.Tensor) -> Scores:
@@ -46,16 +46,16 @@ class ScoresJob(SampleJob[S]):
 
     @property
     def title(self) -> str:
-        return f"{self.spec.kind} {self.spec.task.slug} {len(self.spec.asked.items)} queries"
+        return f"{self.spec.kind} {self.spec.task.slug} {len(self.spec.queries.items)} queries"
 
     @property
     def passes(self) -> int:
         return self.terms
 
     def layouts(self) -> tuple[ArrayLayout, ...]:
-        n, q = len(self.task.train_data()), len(self.spec.asked.items)
+        n, q = len(self.task.train_data()), len(self.spec.queries.items)
         rows = chunk_rows(n, 4 * min(q, QUERIES_PER_CHUNK))
-        names = {SCORES: "all", **{part_name(module): module for module in self.parts}}
+        names = {SCORES: "all", **{part_name(layer): layer for layer in self.kept_layers}}
         return tuple(
             ArrayLayout(
                 name=name,
@@ -70,18 +70,18 @@ class ScoresJob(SampleJob[S]):
         )
 
     def run(self, shard: Shard, progress: Progress) -> Result:
-        require_queries(self.task, self.spec.asked)
+        require_queries(self.task, self.spec.queries)
         progress(done := 0)
         total: dict[str, npt.NDArray[np.float64]] = {}
         for term in range(self.terms):
             pieces: dict[str, list[npt.NDArray[Any]]] = {}
             for ids in self.batches(shard):
-                for name, part in self.score(term, ids).items():
-                    pieces.setdefault(name, []).append(part)
+                for name, scores in self.score(term, ids).items():
+                    pieces.setdefault(name, []).append(scores)
                 done += len(ids)
                 progress(done)
             for name, blocks in pieces.items():
-                # In float64: terms of either sign may all but cancel.
+                # In float64: terms of opposite signs may almost cancel.
                 values: npt.NDArray[np.float64] = np.concatenate(blocks, axis=1, dtype=np.float64)
                 total[name] = total[name] + values if name in total else values
         return Result(total)
@@ -92,5 +92,5 @@ class ScoresJob(SampleJob[S]):
             yield len(ids)
 
     def finish(self) -> Result:
-        queries = write_queries(self.run_store, self.task, self.spec.asked)
+        queries = write_queries(self.run_store, self.task, self.spec.queries)
         return Result(files={**queries, **self.write_samples()})

@@ -1,4 +1,4 @@
-"""All kinds of runs. A folder in this package is a kind; nothing else names it."""
+"""All kinds of runs. Each folder in this package is a kind; there is no other list of them."""
 
 import pkgutil
 from collections.abc import Mapping
@@ -25,15 +25,15 @@ def kinds() -> Mapping[str, Kind]:
 
 
 def kind_of(spec: Spec) -> Kind:
-    """The kind of a request."""
+    """The kind of a spec."""
     return kinds()[spec.kind]
 
 
 def find_kind(name: str) -> Kind:
-    """The kind of that name.
+    """The kind of this name.
 
     Raises:
-        SpecError: There is none.
+        SpecError: There is no such kind.
     """
     if name not in kinds():
         raise SpecError(f"there is no kind of run {name!r}; there are {', '.join(kinds())}")
@@ -41,13 +41,13 @@ def find_kind(name: str) -> Kind:
 
 
 def open_job(run: "Run", *, device: str = "cpu", batch_size: int | None = None) -> "Job[Any]":
-    """The job that fills a run."""
-    import torch  # here: requests and help must not wait for it
+    """The job that computes a run."""
+    import torch  # late, so that requests and --help are fast
 
     job = kind_of(run.spec).job_type
     return job(run, device=torch.device(device), batch_size=batch_size)
 
 
 def view_of(run: "Run") -> "View[Any]":
-    """What people see of a run."""
+    """The view of a run."""
     return kind_of(run.spec).view_type(run)

@@ -12,26 +12,31 @@ if TYPE_CHECKING:
     from influence_jobs.views.base import View
 
 
+#: Headings under which the command line lists the kinds, in its order.
+Panel = Literal["Training", "Norms and scores", "Experiments"]
+
+
 @dataclass(frozen=True)
 class Kind:
-    """Where the pieces of one kind of run are; they are loaded when they are asked for.
+    """The classes of one kind of run. They are loaded on first use.
 
     Args:
-        folder: The package that holds `spec`, `request`, `job` and `view`.
-        spec: What can be asked for.
+        folder: The package with the modules `spec`, `request`, `job` and `view`.
+        spec: Class of its specs.
         panel: Heading under which the command line lists it.
-        request: Class in `request`: the options of command line and Python, and how a spec is made
-            of them. It loads without torch.
-        job: Class in `job` that computes.
-        view: Class in `view` that people see.
-        shard_unit: What a shard has several of, if the user may say how many.
-        batched: Samples pass through the model in batches, whose size the user may choose.
-        workers: Its work, or that of the runs it needs, spreads over workers.
+        request: Name of the class in `request` that turns options into specs. It loads without
+            torch.
+        job: Name of the class in `job` that computes.
+        view: Name of the class in `view` that shows results.
+        shard_unit: The items of a shard whose number the user may choose; None if there is no
+            choice.
+        batched: Whether samples pass through the model in batches whose size the user may choose.
+        workers: Whether its work, or the work of the runs it needs, spreads over workers.
     """
 
     folder: str
     spec: type[Spec]
-    panel: str
+    panel: Panel
     request: str
     job: str
     view: str
@@ -41,7 +46,7 @@ class Kind:
 
     @property
     def name(self) -> str:
-        """As commands and run ids have it, e.g. `grad-norms`."""
+        """The name in commands and run ids, e.g. `grad-norms`."""
         return str(self.spec.model_fields["kind"].default)
 
     @property

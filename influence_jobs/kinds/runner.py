@@ -1,4 +1,4 @@
-"""What a worker does with a shard: compute, write, then say so in the manifest."""
+"""How a worker does a shard: compute it, write it, then record it in the manifest."""
 
 import contextlib
 import errno
@@ -22,22 +22,22 @@ from influence_jobs.tasks.fingerprints import require_unchanged
 
 log = logging.getLogger(__name__)
 
-REPORT_EVERY_S = 1.0
-# Errors that meet every shard alike, as those of the disk do.
+PROGRESS_EVERY_S = 1.0
+# Errors that every shard would meet.
 FATAL = (ModelError, SpecError, StoreError)
 
 
 class ShardRunner:
-    """Carries out shards of one run, one after the other.
+    """Does shards of one run, one after the other.
 
     Args:
         root: Folder of all runs.
         run_id: The run.
         device: A torch device.
-        threads: Threads torch may use for one operation.
+        threads: Number of threads that torch may use for one operation.
 
     Raises:
-        SpecError: The training data here are not those of the run.
+        SpecError: The training data or the task's code have changed since the run was made.
     """
 
     def __init__(self, root: str, run_id: str, *, device: str = "cpu", threads: int | None = None):
@@ -49,11 +49,11 @@ class ShardRunner:
         self._job = open_job(self._run, device=device, batch_size=plan.get("batch_size"))
         self.kind = self._run.spec.kind
         self.title = self._job.title
-        software()  # now: files may change while a shard is computed, the code that computes does not
+        software()  # read it now: files may change later, but the loaded code does not
         require_unchanged(self._run.id, self._run.spec.task, self._job.task)
 
     def run(self, shard: Shard) -> Receipt:
-        """Do one shard unless its manifest entry says that it is done; errors come back in the receipt."""
+        """Do one shard, unless the manifest says it is done. Errors come back in the receipt."""
         started = time.monotonic()
         attempt = 1
         try:
@@ -62,7 +62,7 @@ class ShardRunner:
                 return Receipt(shard.id, "done", attempt=entry.attempt)
             attempt = entry.attempt + 1 if entry else 1
             units = self._do(shard, attempt, started)
-        except Exception as error:  # a worker must outlive a bad shard
+        except Exception as error:  # a worker must survive a bad shard
             kind = _kind(error)
             if not isinstance(error, (InflError, OSError)):
                 log.exception("shard %s", shard.id)
@@ -98,14 +98,14 @@ class ShardRunner:
         return progress.units
 
     def _keep_traceback(self, shard: Shard) -> None:
-        """Write the error being handled into the run, where it outlives the cluster's logs."""
+        """Write the traceback into the run folder, because the cluster's logs may be lost."""
         name = f"{layout.LOGS}/shard-{shard.id}.log"
-        with contextlib.suppress(OSError):  # the receipt tells the error in any case
+        with contextlib.suppress(OSError):  # the receipt has the error in any case
             self._run.files.write(name, traceback.format_exc().encode())
 
 
 class _Progress:
-    """Writes how far a shard has come, about once a second."""
+    """Writes the progress of a shard, about once a second."""
 
     def __init__(self, run: Run, shard: Shard):
         self._run = run
@@ -119,13 +119,13 @@ class _Progress:
         if self._resumed is None:
             self._resumed = done
         self._done = done
-        if (first and done) or time.monotonic() - self._last >= REPORT_EVERY_S:
+        if (first and done) or time.monotonic() - self._last >= PROGRESS_EVERY_S:
             self._last = time.monotonic()
             self._run.write_json(self._name, {"units": done, "resumed": self._resumed})
 
     @property
     def units(self) -> int:
-        """What this attempt has done."""
+        """Units done by this attempt."""
         return self._done - (self._resumed or 0)
 
 
@@ -134,12 +134,12 @@ def _kind(error: Exception) -> Literal["user", "transient", "fatal"]:
         return "fatal"
     if isinstance(error, OSError):
         return "fatal" if error.errno in DISK_ERRORS else "transient"
-    # Zarr passes on what an object store raises, which are no OSErrors.
+    # Errors of an object store pass through Zarr; they are not OSErrors.
     return "transient" if type(error).__module__.startswith("obstore") else "user"
 
 
 def _is_gpu_failure(error: Exception) -> bool:
-    """Whether a GPU failed such that this process can never use it again."""
+    """Whether a GPU failed so that this process cannot use it again."""
     return isinstance(error, torch.AcceleratorError) or (
         isinstance(error, RuntimeError) and "CUDA error" in str(error)
     )

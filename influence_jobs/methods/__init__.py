@@ -1,1 +1,1 @@
-"""From activations, norms, losses and pixels to scores of every (query, training sample): arrays in, arrays out."""
+"""Scores of every (query, training sample), computed from activations, norms, losses and pixels."""

@@ -1,13 +1,12 @@
-"""The report's first method: a query's activations times the training samples' gradient norms.
+"""Attribution: a query's activations times the training samples' gradient norms.
 
     score(query, i) = sum over layers l and their channels c of  a_lc(query) v_lc(i)
 
-with a the layer's output for the query, clamped at zero, and v the L2 norm over the inputs of the gradient of
-sample i's loss in the weights of channel c. All scores are >= 0: a large one says that a sample moved what the
-query uses, not in which direction.
+Here a is the layer's output for the query, clamped at zero. v is the L2 norm, over the inputs of
+channel c, of the gradient of sample i's loss by the channel's weights. All scores are >= 0: a large
+score says that a sample changed the channels that the query uses, not in which direction.
 
-"Inner workings of a denoising network", method 1. At a point of a convolution's output the activations are those of
-the feature position above it.
+This is method 1 of the research report, "Inner workings of a denoising network".
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,21 +35,24 @@ def query_activations(
 ) -> dict[str, npt.NDArray[np.float32]]:
     """Activations of some layers for every query, averaged over noise draws.
 
-    Of a layer with positions they are the mean over those that the region covers, over all without a
-    region. With a map of (h, w) for an image of (H, W), pixel (y, x) lies under (y*h//H, x*w//W).
+    If a layer's output has positions, its activations are averaged over the positions that the
+    query's region covers, or over all without a region. If the layer's map has the size (h, w) and
+    the image (H, W), pixel (y, x) belongs to position (y*h//H, x*w//W).
 
     Args:
         task: Gives the test samples.
         model: In eval mode, on any device.
         layers: Module names.
-        queries: A test id each, and a region (y, x, height, width) inside `task.test_size`, or None.
-        draws: Draws of the test samples' noise; one suffices for a task without noise.
+        queries: For each query a test id, and None or a region (y, x, height, width) inside
+            `task.test_size`.
+        draws: Draws of the test samples' noise; one is enough for a task without noise.
 
     Returns:
         {layer: (Q, C)}.
 
     Raises:
-        ModelError: A layer is not called once, returns something else, or has no positions for a region.
+        ModelError: A layer is not called exactly once, does not return a tensor (1, ...), or has no
+            positions for a region.
         DataError: Activations are not finite.
     """
     rows_by_test: dict[int, list[int]] = {}
@@ -80,13 +82,15 @@ def query_activations(
 def clamped_outputs(
     task: Task, model: nn.Module, layers: Sequence[str], batch: Batch
 ) -> dict[str, Tensor]:
-    """What layers return for a test batch of one, clamped at zero at once: later in-place operations must not show.
+    """Outputs of layers for a test batch of one sample, clamped at zero.
+
+    They are copied at once, so that later in-place operations do not change them.
 
     Returns:
         {layer: (1, C, *positions)}, whichever axis of the layer's own output has the channels.
 
     Raises:
-        ModelError: A layer is not called once, or returns no tensor of one sample.
+        ModelError: A layer is not called exactly once, or does not return a tensor (1, ...).
     """
     calls: dict[str, list[Tensor]] = {layer: [] for layer in layers}
 
@@ -97,6 +101,10 @@ def clamped_outputs(
                 f"layer {layer} returns {what} for one sample, not a tensor (1, ...): leave it out"
             )
         rule = nearest_rule(model.get_submodule(layer))
+        if rule is not None and rule.channel_axis is None:
+            raise ModelError(
+                f"layer {layer} has norms of its weight's rows, not of its outputs: leave it out"
+            )
         calls[layer].append(output.relu() if rule is None else rule.channels_first(output.relu()))
 
     hooks = [
@@ -106,14 +114,15 @@ def clamped_outputs(
         for layer in layers
     ]
     try:
-        task.measure(model, batch, task.quantities[0], None)  # sees the whole sample
+        task.measure(model, batch, task.quantities[0], None)  # passes the whole sample through
     finally:
         for hook in hooks:
             hook.remove()
     for layer, outputs in calls.items():
         if len(outputs) != 1:
             raise ModelError(
-                f"layer {layer} is called {len(outputs)} times in a forward pass, not once: leave it out"
+                f"layer {layer} is called {len(outputs)} times in a forward pass, not once: "
+                "leave it out"
             )
     return {layer: outputs[0] for layer, outputs in calls.items()}
 
@@ -121,7 +130,7 @@ def clamped_outputs(
 def pool(
     layer: str, activation: Tensor, region: Region | None, size: tuple[int, int] | None
 ) -> Tensor:
-    """The activation of a region of an image of `size`: (C, *positions) to (C,).
+    """Average an activation (C, *positions) over the region of an image of `size`: (C,).
 
     Raises:
         ModelError: The layer has no positions for the region.
@@ -129,7 +138,7 @@ def pool(
     if region is None:
         return activation if activation.ndim == 1 else activation.flatten(1).mean(dim=1)
     if activation.ndim != 3 or size is None:
-        raise ModelError(f"layer {layer} has no positions that a region could choose: leave it out")
+        raise ModelError(f"layer {layer} has no positions to select by region: leave it out")
     y, x, height, width = region
     rows = _covered(y, height, activation.shape[1], size[0])
     columns = _covered(x, width, activation.shape[2], size[1])
@@ -137,7 +146,7 @@ def pool(
 
 
 def _covered(start: int, length: int, positions: int, pixels: int) -> slice:
-    """The feature positions along one axis that lie above some pixels."""
+    """The positions along one axis that some pixels belong to."""
     return slice(start * positions // pixels, (start + length - 1) * positions // pixels + 1)
 
 
@@ -148,22 +157,24 @@ def attribution_scores(
     exclude_norm_above: float | None = None,
     normalize: bool = False,
 ) -> dict[str, npt.NDArray[np.float32]]:
-    """Score some training samples for every query, layer by layer; the method's score is the layers' sum.
+    """Score some training samples for every query, layer by layer.
 
-    Both options look at a sample's *total norm*, the sum of its norms over all channels of all these layers:
-    so a sample is in or out as a whole, and the layers' scores still add up.
+    A sample's score is the sum over the layers. Both options use a sample's *total norm*, the sum
+    of its norms over all channels of all these layers. So a sample is left out of all layers or of
+    none, and the scores of the layers still add up.
 
     Args:
-        activations: {layer: (Q, C)}, >= 0; its layers are the ones used.
+        activations: {layer: (Q, C)}, >= 0, for the layers to use.
         norms: {layer: (B, C)}, or (B, C, kh, kw), which is summed over the kernel.
-        exclude_norm_above: Samples whose total norm is larger are left out: their scores are NaN.
-        normalize: Divide a sample's norms by its total norm; a sample of total norm zero keeps its score, zero.
+        exclude_norm_above: Samples with a larger total norm are left out: their scores are NaN.
+        normalize: Divide a sample's norms by its total norm. If that is zero, so is the score.
 
     Returns:
         {layer: (Q, B)}.
 
     Raises:
-        SpecError: The norms are of whole layers, or of another number of channels than the activations.
+        SpecError: The norms are of whole layers, or of another number of channels than the
+            activations.
         DataError: Norms are not finite.
     """
     norms_BC = {
@@ -183,8 +194,8 @@ def attribution_scores(
 def _by_channel(layer: str, norms: FloatArray, channels: int) -> FloatArray:
     if norms.ndim == 1:
         raise SpecError(
-            f"the norms of layer {layer} are of the whole layer, attribution needs one a channel: "
-            "record them with --reduce channel or kernel"
+            f"the norms of layer {layer} are of the whole layer, but attribution needs one per "
+            "channel: record them with --reduce channel or kernel"
         )
     if norms.shape[1] != channels:
         raise SpecError(

@@ -1,4 +1,4 @@
-"""Scores that know less than gradients do. A method that does not beat them has found nothing."""
+"""Simple scores without gradients. A useful method must be better than these."""
 
 import numpy as np
 import numpy.typing as npt
@@ -7,21 +7,22 @@ from numpy.random import Philox
 from influence_jobs.errors import SpecError
 from influence_jobs.terms import Region
 
-_WORDS = 4  # that Philox makes from one value of its counter
+_WORDS = 4  # random words per value of Philox's counter
 
 
 def random_scores(
     query_ids: npt.NDArray[np.int64], sample_ids: npt.NDArray[np.int64], *, seed: int
 ) -> npt.NDArray[np.float32]:
-    """Uniform numbers in [0, 1); each depends on (seed, query, sample) alone.
+    """Uniform numbers in [0, 1); each depends on (seed, query, sample) only.
 
-    A query owns a stream of the counter-based generator Philox, in which a sample's number is the word at its id.
+    Each query has its own stream of the counter-based generator Philox. A sample's number is the
+    word of this stream at the sample's id.
 
     Salmon et al.: "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 
     Args:
-        query_ids: (Q,), >= 0. Queries of one id get the same scores.
-        sample_ids: (B,), >= 0. All words between the smallest and the largest are drawn.
+        query_ids: (Q,), >= 0. Queries with the same id get the same scores.
+        sample_ids: (B,), >= 0. All words from the smallest to the largest id are drawn.
         seed: 0 to 2**64 - 1.
 
     Returns:
@@ -34,7 +35,7 @@ def random_scores(
     first = block * _WORDS
     count = int(sample_ids.max()) - first + 1
     for row, query in enumerate(query_ids):
-        # Noise (`datasets.noise`) has a 0 where this counter has its 1: the two share no number.
+        # The 1 keeps this stream apart from `datasets.noise`, whose counter has a 0 there.
         counter = np.array([block, 0, 1, 0], dtype=np.uint64)
         stream = Philox(key=np.array([seed, query], dtype=np.uint64), counter=counter)
         words = stream.random_raw(count)[sample_ids - first]
@@ -43,18 +44,18 @@ def random_scores(
 
 
 def loss_scores(losses_B: npt.NDArray[np.floating], num_queries: int) -> npt.NDArray[np.float32]:
-    """A sample's own training loss, whatever the query: (Q, B), hardest samples first."""
+    """A sample's own training loss, the same for every query: (Q, B)."""
     return np.tile(losses_B.astype(np.float32), (num_queries, 1))
 
 
 def nearest_scores(
     query_pixels_QD: npt.NDArray[np.uint8], pixels_BD: npt.NDArray[np.uint8]
 ) -> npt.NDArray[np.float32]:
-    """Minus the Euclidean distance of the pixels, in grey levels of 255, (Q, B): 0 is the same picture."""
-    # Not at the top: none of the other methods needs more than numpy and torch.
+    """Minus the Euclidean distance of the pixels, in grey levels of 255: (Q, B)."""
+    # Imported late: the other methods need only numpy and torch.
     from sklearn.metrics.pairwise import euclidean_distances
 
-    # scikit-learn works on float32 in float64 blocks, where sums of squared bytes are exact.
+    # scikit-learn computes in float64 blocks, in which sums of squared bytes are exact.
     distances = euclidean_distances(
         query_pixels_QD.astype(np.float32), pixels_BD.astype(np.float32)
     )
@@ -64,24 +65,25 @@ def nearest_scores(
 def query_pixels(
     picture: npt.NDArray[np.uint8], region: Region | None, shape: tuple[int, ...]
 ) -> npt.NDArray[np.uint8]:
-    """The part of a test picture to compare with training pictures: of their size, around the region's centre.
+    """Cut a test picture to the size of the training pictures, around the centre of a region.
 
     Args:
         picture: (H, W) or (H, W, 3).
-        region: (y, x, height, width); None for the whole picture. Near an edge the part is moved inside.
-        shape: Of one training picture.
+        region: (y, x, height, width); None for the whole picture. Near an edge the cut is moved
+            inside.
+        shape: Shape of one training picture.
 
     Returns:
-        (D,), D the size of a training picture.
+        (D,), where D is the number of values of a training picture.
 
     Raises:
-        SpecError: The test picture is smaller than training pictures, or grey where they are not.
+        SpecError: The test picture is smaller than training pictures, or only one of them is grey.
     """
     sides, size = picture.shape[:2], shape[:2]
     if picture.shape[2:] != shape[2:] or sides[0] < size[0] or sides[1] < size[1]:
         raise SpecError(
-            f"a test picture of {picture.shape} cannot be compared with training pictures of {shape}: "
-            "choose a larger test image or smaller patches"
+            f"a test picture of {picture.shape} cannot be compared with training pictures of "
+            f"{shape}: choose a larger test image or smaller patches"
         )
     y, x, height, width = region or (0, 0, *sides)
     top = min(max(y + height // 2 - size[0] // 2, 0), sides[0] - size[0])

@@ -1,1 +1,1 @@
-"""The networks: plain `torch.nn.Module`s that know nothing of the rest, and reading their weights."""
+"""Networks as plain `torch.nn.Module`s without ties to the other packages, and weight loading."""

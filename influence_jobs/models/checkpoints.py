@@ -1,4 +1,4 @@
-"""Reading weights from files that may be anything."""
+"""Load weights from files that are not trusted."""
 
 import zipfile
 from collections.abc import Mapping
@@ -14,18 +14,20 @@ _NAMED = 3  # how many offending parameters an error message lists
 
 
 def load_weights(model: nn.Module, source: Path | BinaryIO, *, name: str | None = None) -> None:
-    """Load a state dict into a model, all of it or nothing.
+    """Load a whole state dict into a model, or nothing.
 
-    The file holds a state dict, bare or under the key `model`; a `module.` before every name (left
-    by `DataParallel`) is dropped. Nothing but tensors and plain containers is unpickled.
+    The file holds a state dict, either by itself or under the key `model`. If every name begins
+    with `module.` (as `DataParallel` writes them), this prefix is dropped. Only tensors and plain
+    containers are unpickled.
 
     Args:
-        model: Receives the weights, on whatever device it is; unchanged if this raises.
-        source: File written by `torch.save`.
-        name: What to call it in errors; the path by default.
+        model: Receives the weights, on any device; it is unchanged if this raises.
+        source: A file written by `torch.save`.
+        name: The file's name in messages; by default its path.
 
     Raises:
-        ModelError: The file is missing, corrupted, no state dict, or of another architecture.
+        ModelError: The file is missing or corrupted, holds no state dict, or is of another
+            architecture.
     """
     name = name or str(source)
     state = _read_state_dict(source, name)
@@ -55,12 +57,12 @@ def _read_state_dict(source: Path | BinaryIO, called: str) -> dict[str, torch.Te
         with stream:
             if zipfile.is_zipfile(stream):
                 with zipfile.ZipFile(stream) as archive:
-                    if archive.testzip():  # torch itself does not look at the checksums
+                    if archive.testzip():  # torch does not check the checksums
                         raise zipfile.BadZipFile("checksum")
             stream.seek(0)
             loaded = torch.load(stream, map_location="cpu", weights_only=True)
     except Exception as error:  # bad bytes make the unpickler raise almost anything
-        # torch's own text is left out: it tells the reader how to switch the protection off.
+        # torch's own message is left out: it explains how to switch the protection off.
         raise ModelError(
             f"checkpoint {called} is corrupted, truncated or holds more than tensors; "
             "get it again, or write it with torch.save(model.state_dict(), path)"

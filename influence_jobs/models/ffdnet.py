@@ -1,4 +1,4 @@
-"""FFDNet, the denoiser that is told the noise level."""
+"""FFDNet, a denoiser that takes the noise level as an input."""
 
 import torch
 import torch.nn.functional as F
@@ -6,16 +6,16 @@ from torch import nn
 
 
 class FFDNet(nn.Module):
-    """FFDNet with batch normalisation, predicting the denoised image itself (no residual).
+    """FFDNet with batch normalisation; it predicts the denoised image itself, not the noise.
 
-    The image is folded to half its size (pixel-unshuffle by 2), a constant map of the noise level
-    is appended as the last channel, and 3x3 convolutions work at that size until a pixel-shuffle
-    unfolds their output. Colour: 12 convolutions of 96 channels; grey: 15 of 64. Batch
-    normalisation follows every convolution but the first and the last, and the state dict's names are
-    those of the published colour weights: `main.0.weight` ... `main.32.bias`.
+    Pixel-unshuffle by 2 reduces the image to half its size, and a constant map of the noise level
+    is appended as the last channel. 3x3 convolutions work at that size, and pixel-shuffle restores
+    the full size. Colour: 12 convolutions of 96 channels; grey: 15 of 64. Batch normalisation
+    follows every convolution except the first and the last. Parameters are named as in the
+    published colour weights: `main.0.weight` ... `main.32.bias`.
 
-    The published weights were trained on images read by OpenCV, so colour images are BGR. That is
-    settled where images are read (`influence_jobs.datasets.images`), for every FFDNet.
+    The published weights were trained on images read by OpenCV, so colour images are BGR.
+    `influence_jobs.datasets.images` loads them so.
 
     Zhang, Zuo, Zhang: "FFDNet: Toward a Fast and Flexible Solution for CNN-Based Image Denoising",
     IEEE TIP 2018.
@@ -27,7 +27,7 @@ class FFDNet(nn.Module):
     def __init__(self, color: bool = True) -> None:
         super().__init__()
         convs, width, folded = (12, 96, 12) if color else (15, 64, 4)
-        # ReLU is not in place: hooks may keep a convolution's output.
+        # ReLU is not in place, since hooks may keep a convolution's output.
         layers: list[nn.Module] = [nn.Conv2d(folded + 1, width, 3, padding=1), nn.ReLU()]
         for _ in range(convs - 2):
             layers += [nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
@@ -38,12 +38,12 @@ class FFDNet(nn.Module):
         """Denoise.
 
         Args:
-            noisy_BCHW: Noisy images, pixel values on the scale where white is 1. Any height and
-                width: an odd one is padded by repeating the edge, and cropped again.
+            noisy_BCHW: Noisy images, where white is 1. Odd heights and widths are padded by
+                repeating the edge, and cropped again.
             sigma_B: Standard deviation of each image's noise, on the same scale.
 
         Returns:
-            Denoised images, shaped like the input; not clipped to [0, 1].
+            Denoised images of the input's shape, not clipped to [0, 1].
         """
         height, width = noisy_BCHW.shape[-2:]
         if height % 2 or width % 2:

@@ -1,4 +1,4 @@
-"""The fully connected MNIST classifier."""
+"""The MNIST classifier, a perceptron."""
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ class MnistMLP(nn.Module):
     Its weight layers in forward order are `fc1`, `fc2`, `fc3`.
 
     Args:
-        dropout: Probability with which an output of a hidden layer is dropped in training.
+        dropout: Probability of dropping an output of a hidden layer in training.
     """
 
     def __init__(self, dropout: float = 0.0) -> None:

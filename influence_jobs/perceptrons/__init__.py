@@ -1,11 +1,12 @@
-"""Faster paths for multilayer perceptrons: blocks of LiSSA's steps and blocks of SGD's steps.
+"""Faster LiSSA and faster SGD for perceptrons, both in blocks of steps.
 
-Nothing here changes a result by more than rounding. General code asks at two places, which import
-late because this package imports theirs:
+Nothing here changes a result by more than rounding. General code uses this package in two places.
+They import it late, because it imports their packages:
 
-- `curvature.lissa_steps.lissa_steps` asks `perceptrons.lissa`;
-- `training.ensemble.EnsembleTrainer` asks `perceptrons.ensemble`.
+- `curvature.lissa_steps.lissa_steps` uses `perceptrons.lissa`;
+- `training.ensemble.EnsembleTrainer` uses `perceptrons.ensemble`.
 
-Each is an import and an `if`. Without those lines and this folder the library gives the same
-numbers, slower. The import contracts in pyproject.toml keep it so.
+Each place is an import and an `if`. Without these lines and this folder the library computes the
+same numbers, only more slowly. The import contracts in pyproject.toml ensure that there are no
+other uses.
 """

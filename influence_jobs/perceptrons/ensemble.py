@@ -1,8 +1,8 @@
 """Steps of an ensemble of perceptrons as batched matrix products, with the first layer in blocks.
 
-The bias of a layer is the last column of its weight, so the layer's input has a last column of
-ones. Letters: M models, S steps, B batch, K = S B samples, C outputs of a layer, I its inputs with
-the ones, P weights.
+The bias of a layer is stored as the last column of its weight, so the layer's input has a last
+column of ones. Letters: M models, S steps, B batch, K = S B samples, C outputs of a layer, I its
+inputs with the ones, P weights.
 """
 
 import copy
@@ -32,7 +32,7 @@ from influence_jobs.training.ensemble_norms import EnsembleNorms
 from influence_jobs.training.train import Recipe, Trainer, epoch_order, seeded, step_seed
 
 BLOCK_SAMPLES = 128  # K, by measurement; with more the Gram matrix costs more than it saves
-AGREEMENT = 1e-3  # relative difference of the updates of one block; rounding makes 1e-6
+AGREEMENT = 1e-3  # allowed relative difference of one block's updates; rounding causes 1e-6
 
 
 def perceptron_steps(
@@ -46,13 +46,14 @@ def perceptron_steps(
 
     They apply if the task's `output_loss` is cross-entropy, its model is a `Perceptron`, its
     samples are the same in every epoch and at most `RESIDENT_BYTES` large, and the recipe is SGD
-    with two `sgd_modes`. Whether they agree is tried on the first block of the first variant.
+    with two `sgd_modes`. The first block of the first variant is trained both ways to see whether
+    they agree.
 
     Args:
-        task: What is trained.
-        recipe: How.
+        task: The task to train.
+        recipe: How to train it.
         members: The M variants.
-        norms: Takes norms of the batch gradients.
+        norms: Records norms of the batch gradients, if wanted.
         first: The variant in the first row of `members`.
     """
     if task.output_loss != "cross-entropy":
@@ -96,7 +97,7 @@ def _agrees(
 
 @dataclass(frozen=True)
 class FirstLayerData:
-    """The training set as the first layer is given it.
+    """The training set as inputs of the first layer.
 
     Attributes:
         inputs_NI: The layer's inputs with a column of ones, for its bias, and `padded`.
@@ -108,10 +109,11 @@ class FirstLayerData:
 
 
 def first_layer_data(task: Task, model: nn.Module, perceptron: Perceptron) -> FirstLayerData | None:
-    """Run the task up to the first layer, for all samples.
+    """Compute the first layer's inputs of all samples.
 
-    Returns None if the samples change from epoch to epoch, are too large to keep, or are not
-    vectors.
+    Returns:
+        The data; None if the samples change from epoch to epoch, are too large to keep, or are not
+        vectors.
     """
     batch = fixed_samples(task, device_of(model))
     if batch is None:
@@ -128,10 +130,10 @@ class PerceptronSteps:
     Args:
         perceptron: The layers.
         data: The training set.
-        modes: Of the recipe.
-        recipe: SGD.
+        modes: The recipe's modes.
+        recipe: The recipe, with SGD.
         members: The M variants.
-        norms: Takes norms of the batch gradients.
+        norms: Records norms of the batch gradients, if wanted.
     """
 
     def __init__(
@@ -151,7 +153,7 @@ class PerceptronSteps:
         self._inputs_and_bias = first_MCI.shape[2]  # of the first layer
         self._first = BlockedLayer(padded(first_MCI), modes)
         self._shapes = [weight_MCI.shape[1:] for weight_MCI in others]
-        # In one tensor, so that decay and momentum are one operation for all these layers.
+        # In one tensor, so that decay and momentum take one operation for all these layers.
         nothing = first_MCI.new_empty(len(members.models), 0)
         self._others_MP = torch.cat([nothing, *(w_MCI.flatten(1) for w_MCI in others)], dim=1)
         self._momentum_MP = torch.zeros_like(self._others_MP)
@@ -205,7 +207,7 @@ class PerceptronSteps:
     def _dropout_masks(
         self, rows: slice, steps: int, batch: int, epoch: int, first_step: int
     ) -> list[Tensor]:
-        """Factors (M, S, B, C) of dropout by hidden layer, as `Trainer` draws them."""
+        """Dropout factors (M, S, B, C) of every hidden layer, drawn like those of `Trainer`."""
         if not any(self._perceptron.dropouts):
             return []
         masks = []
@@ -252,7 +254,7 @@ class PerceptronSteps:
         return named
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on from here."""
+        """Everything needed to continue from here."""
         return {
             "first": self._first.modes_MCI[..., : self._inputs_and_bias],
             "others": self._others_MP,
@@ -260,13 +262,13 @@ class PerceptronSteps:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state."""
+        """Continue from a saved state."""
         for name, tensor in self.state_dict().items():
             tensor.copy_(state[name])
 
 
 class _Hidden:
-    """The layers after the first, for some variants and one block; steps write to their weights."""
+    """The layers after the first, for some variants and one block. Steps update their weights."""
 
     def __init__(
         self, weights_MP: Tensor, momentum_MP: Tensor, shapes: Sequence[torch.Size], recipe: Recipe
@@ -278,7 +280,7 @@ class _Hidden:
 
     def forward(self, z_MBC: Tensor, masks: Sequence[Tensor]) -> Tensor:
         """Logits from the first layer's outputs; sets `inputs` (M, B, I) of every later layer."""
-        if not self.inputs:  # once a block; the ones stay in place
+        if not self.inputs:  # once per block; the column of ones is never overwritten
             self.inputs = [
                 w_MCI.new_ones(*z_MBC.shape[:2], w_MCI.shape[2]) for w_MCI in self._weights
             ]
@@ -301,7 +303,7 @@ class _Hidden:
         for a_MBI, w_MCI, p in zip(
             reversed(self.inputs), reversed(self._weights), reversed(dropouts), strict=True
         ):
-            # The sign of an input is ReLU's derivative, or 0 where dropped.
+            # The sign of an input is the derivative of ReLU, or 0 if dropout removed it.
             d_MBC = (d_MBC @ w_MCI[..., :-1]).mul_(a_MBI[..., :-1].sign())
             deltas.append(d_MBC.div_(1 - p) if p else d_MBC)
         return deltas[::-1]

@@ -15,14 +15,14 @@ A step needs h only for the change of the layer's outputs along it, which is
 
     X_t h_t^T = r^t X_t h_0^T + c_t X_t v^T - sum_{u<t} r^(t-1-u) (X_t X_u^T) D_u / s.
 
-The first two terms take one product of the block's inputs with h_0 and one with v; the second is
-nearly free where a query is the loss of one sample (`_Forcing`). X_t X_u^T comes from one Gram
+The first two terms take one product of the block's inputs with h_0 and one with v. The second costs
+almost nothing if each query is the loss of one sample (`_Forcing`). X_t X_u^T comes from one Gram
 matrix that all vectors share. One more product makes the block's updates. No term is left out: the
-result is the recursion's up to rounding.
+result is that of the recursion up to rounding.
 
 Letters: E repeats side by side, each with mini-batches of its own, Q vectors, S steps of a block,
-B samples of a mini-batch, K = S B, C outputs of a layer, I its inputs with the ones that stand for
-its bias, R = Q C rows.
+B samples of a mini-batch, K = S B, C outputs of a layer, I its inputs with a one for the bias,
+R = Q C rows.
 """
 
 from collections.abc import Iterator
@@ -51,7 +51,7 @@ def perceptron_lissa_steps(
     """Blocked steps, or None where they do not apply or do not agree with the operator.
 
     They apply to the Gauss-Newton matrix and the exact Hessian of a cross-entropy, of a model that
-    is a `Perceptron`, over all its parameters. Whether they agree is tried on one mini-batch.
+    is a `Perceptron`, over all its parameters. One mini-batch is used to see whether they agree.
 
     Args:
         operator: A.
@@ -74,12 +74,12 @@ def perceptron_lissa_steps(
     inputs = first_inputs(operator.task, operator.model, perceptron, operator.batch(ids))
     if inputs.ndim != 2:
         return None
-    # With d = 0 and s = 1 the first step makes h = 2 v - A_B v.
+    # With d = 0 and s = 1 the first step gives h = 2 v - A_B v.
     once = PerceptronLissaSteps(operator, perceptron, rhs_QP, 0.0, 1.0, len(ids), 1)
     once.take(ids[None, None])
     expected_QP = operator.product(rhs_QP, ids)
     error_QP = 2 * rhs_QP - once.h_EQP()[0] - expected_QP
-    # Rounding of 2 v - h is relative to v, even if A_B v is small.
+    # The rounding error of 2 v - h is relative to v, even if A_B v is small.
     if error_QP.norm() > AGREEMENT * torch.maximum(expected_QP.norm(), rhs_QP.norm()):
         return None
     return PerceptronLissaSteps(
@@ -90,10 +90,10 @@ def perceptron_lissa_steps(
 class PerceptronLissaSteps(LissaSteps):
     """Derivatives along all vectors as plain matrix products, with the first layer in blocks.
 
-    Along h the outputs z of a layer with inputs a change by R z = (R a) W^T + a h^T. The second
-    derivative of the output loss times R z then goes back through the layers. The Hessian also
-    needs the derivative of the gradient itself (Pearlmutter 1994, "Fast exact multiplication by
-    the Hessian").
+    Let a layer have inputs a and outputs z = a W^T, and let a' and z' be their derivatives along h.
+    Then z' = a' W^T + a h^T. The second derivative of the output loss times z' is propagated back
+    through the layers. The Hessian also needs the derivative of the gradient itself (Pearlmutter:
+    "Fast exact multiplication by the Hessian", 1994). The code writes `rz` for z' and `ra` for a'.
     """
 
     def __init__(
@@ -142,12 +142,12 @@ class PerceptronLissaSteps(LissaSteps):
         block.finish()
 
     def _step(self, rz_EBR: Tensor, seen: "_Seen", d_EBR: Tensor) -> None:
-        """Take one step of all layers but the first, whose D (E, B, R) is filled in.
+        """Take one step of all layers except the first, and fill in the first layer's D.
 
         Args:
-            rz_EBR: Change of the first layer's outputs along every h.
-            seen: The step's samples.
-            d_EBR: D; written to.
+            rz_EBR: Derivative of the first layer's outputs along every h.
+            seen: The network's pass of the step's samples.
+            d_EBR: Receives D.
         """
         (repeats, size, _), vectors = rz_EBR.shape, self._num_vectors
         tangents = []
@@ -203,13 +203,13 @@ class PerceptronLissaSteps(LissaSteps):
 
 @dataclass(frozen=True)
 class _Seen:
-    """What a step needs of the network's forward and backward pass; the same for all vectors.
+    """The results of the network's forward and backward pass in one step, for all vectors.
 
     Attributes:
         inputs: Inputs (E, B, I) of every layer after the first.
         masks: Derivatives (E, B, 1, C) of the ReLU before each of these layers: 0 or 1.
         probabilities_EB1C: Softmax of the logits.
-        mean_probabilities_EB1C: The same divided by B.
+        mean_probabilities_EB1C: The probabilities divided by B.
         deltas: Gradients (E, B, C) of the mean loss by the outputs of every layer after the first.
     """
 
@@ -223,7 +223,7 @@ class _Seen:
 def _network(
     weights: list[Tensor], x_EKI: Tensor, targets_EK: Tensor, size: int
 ) -> Iterator[_Seen]:
-    """Forward and backward pass of all samples of a block together; yields the steps one by one."""
+    """One forward and backward pass of all samples of a block; yields its results step by step."""
     inputs, masks = [], []
     z_EKC = x_EKI @ weights[0].t()
     for w_CI in weights[1:]:
@@ -247,10 +247,10 @@ def _network(
 
 
 class _Forcing:
-    """The first layer's part of v and its product with inputs.
+    """The first layer's part of v, and its product with inputs.
 
-    If every query is the loss of one sample, each of its gradients is an outer product there. The
-    product with inputs is then taken factor by factor, at nearly no cost.
+    If every query is the loss of one sample, its gradient by this layer is an outer product. Then
+    the product with inputs uses the two factors and costs almost nothing.
 
     Attributes:
         v_RI: The first layer's part of v.
@@ -280,7 +280,7 @@ class _Forcing:
 class _Block:
     """A block of steps of the first layer.
 
-    For each step ask for `outputs` and fill in its rows of `d_EKR`; then call `finish`.
+    For each step call `outputs` and fill in its rows of `d_EKR`; then call `finish`.
 
     Attributes:
         outputs: Gives the change (E, B, R) of the layer's outputs along every h in a step.
@@ -309,10 +309,10 @@ class _Block:
         self._shares_K1 = by_row(sum_T[1:].flip(0))
         step_K = torch.arange(steps).repeat_interleave(size)
         lag_KK = step_K[:, None] - step_K - 1
-        answers_KK = torch.where(lag_KK < 0, 0.0, power_T[lag_KK.clamp(min=0)] / -scale)
+        responses_KK = torch.where(lag_KK < 0, 0.0, power_T[lag_KK.clamp(min=0)] / -scale)
         base_EKR = (x_EKI @ h_ERI.mT).mul_(by_row(power_T[:-1]))
         base_EKR.addcmul_(forcing.along(x_EKI), by_row(sum_T[:-1]))
-        pending = PendingOutputs(base_EKR, x_EKI, answers_KK.to(x_EKI), size)
+        pending = PendingOutputs(base_EKR, x_EKI, responses_KK.to(x_EKI), size)
         self.outputs, self.d_EKR = pending.outputs, pending.d_EKC
 
     def total(self) -> Tensor:
@@ -336,9 +336,9 @@ def _by_query(h_ERI: Tensor, vectors: int) -> Tensor:
 
 
 def _with_bias(perceptron: Perceptron, parts: dict[str, Tensor]) -> list[Tensor]:
-    """Weights (Q, C, I - 1) and biases (Q, C) of every layer as one contiguous (Q C, I).
+    """Weights (Q, C, I - 1) and biases (Q, C) of every layer as one contiguous tensor (Q C, I).
 
-    That of the first layer is `padded`.
+    The tensor of the first layer is `padded`.
     """
     first, *others = (
         torch.cat((parts[f"{name}.weight"], parts[f"{name}.bias"][..., None]), dim=2).flatten(0, 1)

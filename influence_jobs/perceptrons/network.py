@@ -1,4 +1,4 @@
-"""Which models are multilayer perceptrons, and what their first layer is given."""
+"""Recognise perceptrons, and compute the inputs of their first layer."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,10 +32,9 @@ class Perceptron:
 def find_perceptron(model: nn.Module) -> Perceptron | None:
     """Recognise a perceptron by its traced forward pass; None if the model is anything else.
 
-    The model may flatten its input. Then follow Linear, ReLU and possibly Dropout, any number of
-    times, and a last Linear, possibly with log-softmax over the classes. The operations
-    form one straight line. Every layer has a bias, is trained and occurs once, and nothing else
-    has parameters.
+    The operations form one straight line. The model may flatten its input. Then follow Linear, ReLU
+    and possibly Dropout, any number of times, and a last Linear, possibly with log-softmax over the
+    classes. Every linear layer has a bias, is trained and occurs once. Nothing else has parameters.
     """
     try:
         nodes = list(fx.symbolic_trace(model).graph.nodes)
@@ -93,7 +92,7 @@ _METHODS = {"flatten": "flatten", "relu": "relu", "log_softmax": "log_softmax"}
 
 
 def _word(node: fx.Node, modules: dict[str, nn.Module]) -> str:
-    """The operation of a node, if a perceptron may have it; else an empty word."""
+    """The operation of a node, if a perceptron may have it; else an empty string."""
     word, dim = "", node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
     if node.op == "call_module":  # by exact type: a subclass may compute something else
         module = modules[str(node.target)]
@@ -106,7 +105,7 @@ def _word(node: fx.Node, modules: dict[str, nn.Module]) -> str:
 
 
 class _Caught(Exception):
-    """Ends a forward pass as soon as the input of the first layer is known."""
+    """Ends a forward pass once the input of the first layer is known."""
 
 
 def first_inputs(task: Task, model: nn.Module, perceptron: Perceptron, batch: Batch) -> Tensor:

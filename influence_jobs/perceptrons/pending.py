@@ -1,14 +1,14 @@
-"""Outputs of a linear layer whose updates wait for the end of a block of steps.
+"""Outputs of a linear layer whose updates are made only at the end of a block of steps.
 
-Blocks of LiSSA and blocks of SGD are both built on this.
+Both LiSSA and SGD use this for their blocks.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-PART_SAMPLES = 64  # fastest by measurement; `PendingOutputs` says what a part is
-ALIGNED = 8  # numbers; products over rows of other lengths lose up to a quarter of their speed
+PART_SAMPLES = 64  # samples of a part (see `PendingOutputs`); fastest by measurement
+ALIGNED = 8  # row lengths are padded to multiples of this; others are up to a quarter slower
 
 
 def padded(rows: Tensor) -> Tensor:
@@ -17,11 +17,11 @@ def padded(rows: Tensor) -> Tensor:
 
 
 class PendingOutputs:
-    """Outputs of every step as if the updates of the steps before it had been made.
+    """Outputs of every step as if the updates of all earlier steps had been made.
 
-    Step s adds D_s^T X_s to the layer's weights, and step t sees a_ts times that update. X_s are
-    the layer's inputs (B, I), and D_s has the shape (B, C) of its outputs. If Z_t are the outputs
-    under the weights as they were when the block began, then the outputs of step t are
+    Step s adds D_s^T X_s to the layer's weights, and step t uses a_ts times that update. X_s are
+    the layer's inputs (B, I), and D_s has the shape (B, C) of its outputs. Let Z_t be the outputs
+    with the weights from the beginning of the block. Then the outputs of step t are
 
         Z_t + sum_{s<t} a_ts (X_t X_s^T) D_s.
 
@@ -35,17 +35,17 @@ class PendingOutputs:
 
     Args:
         z_EKC: Z; it is overwritten.
-        x_EKI: X. Copies with the same inputs may share memory (`expand`); they then share the Gram
-            matrix too.
-        answers_KK: a, by sample; 0 for s >= t.
+        x_EKI: X. If all copies have the same inputs, pass one expanded tensor (`expand`). Then they
+            also share one Gram matrix.
+        responses_KK: a, by sample; 0 for s >= t.
         batch: B.
 
     Attributes:
         d_EKC: D; the caller fills in the rows of each step.
     """
 
-    def __init__(self, z_EKC: Tensor, x_EKI: Tensor, answers_KK: Tensor, batch: int):
-        self._z_EKC, self._answers_KK, self._batch = z_EKC, answers_KK, batch
+    def __init__(self, z_EKC: Tensor, x_EKI: Tensor, responses_KK: Tensor, batch: int):
+        self._z_EKC, self._responses_KK, self._batch = z_EKC, responses_KK, batch
         self._x_EKI = x_EKI if x_EKI.stride(0) else x_EKI[:1]
         self._part = max(1, PART_SAMPLES // batch) * batch
         self.d_EKC = torch.empty_like(z_EKC, memory_format=torch.contiguous_format)
@@ -53,7 +53,7 @@ class PendingOutputs:
     def outputs(self, step: int) -> Tensor:
         """The outputs (E, B, C) of a step.
 
-        Steps must be asked for in order, each after D of the steps before it has been filled in.
+        Call this for the steps in order, each time after D of all earlier steps is filled in.
         """
         start, stop = step * self._batch, (step + 1) * self._batch
         first = start - start % self._part
@@ -69,7 +69,7 @@ class PendingOutputs:
     def _begin_part(self, first: int) -> None:
         last = first + self._part
         gram_EPK = self._x_EKI[:, first:last] @ self._x_EKI[:, :last].mT
-        gram_EPK *= self._answers_KK[first:last, :last]
+        gram_EPK *= self._responses_KK[first:last, :last]
         self._gram_EPK = gram_EPK.expand(len(self._z_EKC), -1, -1)
         if first:
             z_EPC = self._z_EKC[:, first:last]

@@ -1,1 +1,1 @@
-"""What people look at; reads the store and the task's pictures only."""
+"""The HTML report, the viewer, and results in Python. They read the store and pictures only."""

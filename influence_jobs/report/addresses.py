@@ -1,4 +1,4 @@
-"""What the addresses of the viewer's pages ask for."""
+"""Values in the addresses of the viewer's pages."""
 
 from typing import Any
 
@@ -12,10 +12,10 @@ from influence_jobs.errors import SpecError
 
 
 def number(given: QueryParams, name: str, default: int, *, below: int | None = None) -> int:
-    """A whole number from 0 on.
+    """A whole number, 0 or larger.
 
     Raises:
-        SpecError: It is none, or too large.
+        SpecError: The value is not a whole number, or it is too large.
     """
     text = given.get(name, str(default))
     if (
@@ -25,15 +25,15 @@ def number(given: QueryParams, name: str, default: int, *, below: int | None = N
         or (below is not None and int(text) >= below)
     ):
         limit = f" below {below}" if below is not None else ""
-        raise SpecError(f"{name}={text}: a whole number{limit} is wanted")
+        raise SpecError(f"{name}={text}: write a whole number{limit}")
     return int(text)
 
 
 def positive(given: QueryParams, name: str) -> float | None:
-    """A number above 0; None where it is left empty.
+    """A number above 0; None if it is left empty.
 
     Raises:
-        SpecError: It is none.
+        SpecError: The value is not a number above 0.
     """
     text = given.get(name, "")
     if not text:
@@ -43,18 +43,18 @@ def positive(given: QueryParams, name: str) -> float | None:
     except ValueError:
         value = 0.0
     if not 0 < value < float("inf"):
-        raise SpecError(f"{name}={text}: a number above 0 is wanted")
+        raise SpecError(f"{name}={text}: write a number above 0")
     return value
 
 
 def values(samples: pa.Table, name: str) -> list[Any]:
-    """The values of a column, each once, in their order; one that is missing comes last."""
+    """The distinct values of a column, sorted; a missing value comes last."""
     found: list[Any] = pc.unique(samples.column(name)).sort().to_pylist()
     return found
 
 
 def having(samples: pa.Table, name: str, text: str) -> npt.NDArray[np.bool_]:
-    """Which samples have the value of a column that pages write so, shape (N,)."""
+    """Whether a sample's value in a column reads `text`, shape (N,)."""
     column = samples.column(name)
     meant = [value for value in values(samples, name) if str(value) == text]
     found: npt.NDArray[np.bool_] = pc.is_in(column, pa.array(meant, column.type)).to_numpy()

@@ -1,4 +1,4 @@
-"""The samples that explain one point of a test image, from stored norms, at once."""
+"""The samples that explain a point of a test image, computed quickly from stored norms."""
 
 import threading
 from collections.abc import Sequence
@@ -17,22 +17,22 @@ from influence_jobs.tasks.base import Draw, Task
 from influence_jobs.tasks.registry import make_task
 from influence_jobs.views.norms import StoredNorms
 
-MAP_BYTES = 256 * 2**20  # activations that are kept; those of the last image always are
-BLOCK = 16  # chunks of norms that are read together
+MAP_BYTES = 256 * 2**20  # limit of kept activations; the last image is always kept
+BLOCK = 16  # chunks of norms in one read
 
 
 class Explainer:
-    """Explains points by activations times norms; threads may share one.
+    """Explains points by activations times norms. Threads may share an explainer.
 
     Args:
-        norms: Stored norms; their run is finished.
+        norms: Stored norms of a finished run.
     """
 
     def __init__(self, norms: StoredNorms):
         self.norms = norms
         self.task: Task = make_task(norms.task)
-        self._lock = threading.Lock()  # hooks of two forward passes must not meet
-        self._kept: dict[int, dict[str, Tensor]] = {}  # by image and layer, the last image last
+        self._lock = threading.Lock()  # one forward pass with hooks at a time
+        self._kept: dict[int, dict[str, Tensor]] = {}  # by image and layer, the latest image last
         self._model: nn.Module | None = None
 
     def top(
@@ -48,10 +48,10 @@ class Explainer:
         """The k samples that explain a point, and their scores, largest first.
 
         Args:
-            test: A test image.
+            test: Id of a test image.
             point: y and x in pixels.
-            k: How many.
-            layers: Of `norms.layers`; their scores are summed.
+            k: Number of samples.
+            layers: Some of `norms.layers`; their scores are summed.
             normalize: Divide a sample's norms by their sum.
             exclude_norm_above: Leave out samples whose norms sum to more.
 
@@ -63,7 +63,7 @@ class Explainer:
         return [(int(i), float(scores_N[i])) for i in ids]
 
     def prepare(self, test: int, layers: Sequence[str]) -> None:
-        """Compute an image's activations, which is most of what the first of its points takes."""
+        """Compute an image's activations ahead, so that its first point is explained quickly."""
         with self._lock:
             self._maps(test, layers)
 
@@ -90,7 +90,7 @@ class Explainer:
             for layer, map_Chw in maps.items()
         }
         run, names = self.norms.run, {layer: norms_name(layer) for layer in layers}
-        first = names[layers[0]]  # all have chunks of the same number of samples
+        first = names[layers[0]]  # all arrays have the same number of samples in a chunk
         axis = run.row_axis(first)
         count, step = run.array(first).shape[axis], BLOCK * run.array(first).chunks[axis]
         pieces = []
@@ -108,7 +108,7 @@ class Explainer:
         return np.concatenate(pieces)
 
     def _maps(self, test: int, layers: Sequence[str]) -> dict[str, Tensor]:
-        """A test image's activations; other images' are kept while there is room. For one thread at a time."""
+        """A test image's activations, cached while there is room. The caller holds the lock."""
         maps = self._kept.get(test, {})
         if missing := [layer for layer in dict.fromkeys(layers) if layer not in maps]:
             maps = {**maps, **self._activations(test, missing)}
@@ -123,11 +123,11 @@ class Explainer:
 
     @torch.no_grad()
     def _activations(self, test: int, layers: Sequence[str]) -> dict[str, Tensor]:
-        """A test image's activations (C, h, w) by layer, the mean over the draws of its noise."""
+        """A test image's activations (C, h, w) by layer, the mean over draws of its noise."""
         if self._model is None:
             model = self.task.model().eval()
             load_checkpoint(model, self.norms.run.root, self.norms.checkpoint)
-            self._model = model  # only now: a model without its weights must answer nothing
+            self._model = model  # set last: a model without its weights must not be used
         totals: dict[str, Tensor] = {}
         for draw in range(self.norms.noise_draws):
             batch = self.task.test_batch(torch.tensor([test]), Draw(self.norms.seed, draw))

@@ -1,4 +1,4 @@
-"""Who may see the viewer's pages: whoever has the token."""
+"""Access to the viewer's pages: only with the token."""
 
 import hmac
 from urllib.parse import urlencode
@@ -8,8 +8,9 @@ from starlette.responses import PlainTextResponse, RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 HEADERS = {
-    b"content-security-policy": b"default-src 'none'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; "
-    b"script-src 'self'; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    b"content-security-policy": b"default-src 'none'; img-src 'self' data:; "
+    b"style-src 'self' 'unsafe-inline'; script-src 'self'; connect-src 'self'; "
+    b"form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
     b"referrer-policy": b"no-referrer",
     b"x-content-type-options": b"nosniff",
     b"cache-control": b"no-store",
@@ -17,7 +18,7 @@ HEADERS = {
 
 
 class Guarded:
-    """Lets nobody in without the token; adds the headers that keep a page to itself."""
+    """Refuses requests without the token, and adds security headers to every answer."""
 
     def __init__(self, app: ASGIApp, token: str):
         self.app, self.token = app, token
@@ -35,20 +36,19 @@ class Guarded:
         await self._answer(Request(scope))(scope, receive, send_guarded)
 
     def _answer(self, request: Request) -> ASGIApp:
-        cookie = f"infl-{request.url.port}"  # cookies know no ports: several viewers share a host
+        cookie = f"infl-{request.url.port}"  # cookies ignore ports, and viewers share a host
         given = request.query_params.get("token")
         if given is None:
             right = self._is_right(request.cookies.get(cookie, ""))
             return self.app if right else _no_token
         if not self._is_right(given):
             return _no_token
-        # On to the same address without the token, so that it is in no link, history or log.
+        # Redirect to the address without the token: links, history and logs must not have it.
         rest = urlencode([(k, v) for k, v in request.query_params.multi_items() if k != "token"])
-        path = f"/{request.url.path.lstrip('/')}"  # `//host` would be another site's
+        path = f"/{request.url.path.lstrip('/')}"  # `//host` would lead to another site
         answer = RedirectResponse(path + (f"?{rest}" if rest else ""), status_code=303)
-        answer.set_cookie(
-            cookie, given, httponly=True, samesite="lax"
-        )  # strict would fail where the link is clicked on another page
+        # Not "strict": that fails if the user clicks the link on another page.
+        answer.set_cookie(cookie, given, httponly=True, samesite="lax")
         return answer
 
     def _is_right(self, given: str) -> bool:

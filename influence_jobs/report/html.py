@@ -1,4 +1,4 @@
-"""The report: one HTML file that explains runs, and the same figures as PNG and Parquet beside it."""
+"""The report: one HTML file that explains runs, with its figures as PNG and Parquet beside it."""
 
 import base64
 import io
@@ -16,7 +16,7 @@ from PIL import Image
 
 from influence_jobs.errors import SpecError, StoreError
 from influence_jobs.kinds import view_of
-from influence_jobs.report.made import Made, asked, made, needed
+from influence_jobs.report.made import Made, made, needed, request_in_words
 from influence_jobs.specs.base import Spec
 from influence_jobs.store import layout
 from influence_jobs.store.folder import for_runs
@@ -28,23 +28,23 @@ from influence_jobs.views.curves import Panel, chart
 from influence_jobs.views.figure import Shown
 from influence_jobs.views.table import Table, cell_text
 
-THUMBNAIL = 320  # pixels; larger pictures are made smaller
+THUMBNAIL = 320  # pixels; larger pictures are scaled down
 
 
 @dataclass(frozen=True)
 class Section:
-    """What the report says of one run.
+    """The section of the report about one run.
 
     Attributes:
-        asked: The request in words.
-        notes: What cannot be shown, and why.
-        certainty: How sure the result is, a sentence each.
-        made: How it and the runs it stands on were made, the nearest first.
+        request: The request in words, as pairs of name and value.
+        notes: What cannot be shown, with the reason.
+        certainty: How certain the result is, as a list of sentences.
+        made: How the run and the runs it depends on were made, the nearest first.
     """
 
     run: str
     title: str
-    asked: list[tuple[str, str]]
+    request: list[tuple[str, str]]
     figures: list[Shown]
     tables: list[Table]
     notes: list[str]
@@ -53,7 +53,7 @@ class Section:
 
 
 def sections_of(runs: Sequence[Run]) -> list[Section]:
-    """A section for each run, and for each part of a set of runs.
+    """A section for each run; for a set of runs, one for each member.
 
     Raises:
         StoreError: A run is not finished.
@@ -65,9 +65,9 @@ def sections_of(runs: Sequence[Run]) -> list[Section]:
                 f"{run.id} is not finished ({state}): infl resume {run.id}{for_runs(run.root)}"
             )
         whole = view_of(run)
-        for part in whole.parts():
-            if part.id not in found:
-                found[part.id] = _section(view_of(part), whole)
+        for member in whole.members():
+            if member.id not in found:
+                found[member.id] = _section(view_of(member), whole)
     return list(found.values())
 
 
@@ -77,8 +77,8 @@ def _section(view: View[Any], whole: View[Any]) -> Section:
     return Section(
         run=run.id,
         title=view.title,
-        asked=asked(run.spec),
-        figures=whole.part_figures(view, notes.append),
+        request=request_in_words(run.spec),
+        figures=whole.member_figures(view, notes.append),
         tables=view.tables(),
         notes=notes,
         certainty=view.certainty(),
@@ -87,24 +87,24 @@ def _section(view: View[Any], whole: View[Any]) -> Section:
 
 
 def _is_there(root: str, spec: Spec) -> bool:
-    """Recipes of retrainings are specs of no run."""
+    """Whether a spec has a run; the recipe of retrainings may have none."""
     return Run(root, spec).read_json(layout.SPEC) is not None
 
 
 def render_report(title: str, sections: Sequence[Section]) -> str:
-    """One HTML page that needs nothing but itself."""
+    """Render one self-contained HTML page."""
     template = environment().get_template("report.html.j2")
     return template.render(title=title, sections=sections)
 
 
 def write_report(title: str, sections: Sequence[Section], folder: Path) -> list[Path]:
-    """Write `report.html`, `tables.md` if there are tables, and of each figure a PNG and a Parquet file.
+    """Write `report.html`, `tables.md` if there are tables, and a PNG and Parquet of each figure.
 
     Returns:
         The files.
 
     Raises:
-        SpecError: There is a file, or a link to nothing, in the folder's place or in that of one above it.
+        SpecError: The folder, or a folder above it, is a file or a link to nothing.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -134,25 +134,25 @@ def write_report(title: str, sections: Sequence[Section], folder: Path) -> list[
 
 @cache
 def environment() -> Environment:
-    """Jinja2 with our templates; what is not known to a template is an error, what is no markup is escaped."""
-    made_of = Environment(
+    """Jinja2 with our templates. Unknown names are errors, and text is escaped."""
+    jinja = Environment(
         loader=PackageLoader("influence_jobs.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made_of.filters |= {
+    jinja.filters |= {
         "picture": picture_uri,
         "chart": chart_uri,
         "parquet": parquet_uri,
         "cell": cell_text,
     }
-    return made_of
+    return jinja
 
 
 def picture_uri(picture: Picture) -> str:
-    """A picture as a data URI: small ones exactly, as PNG, photographs as JPEG of at most 320 pixels."""
+    """A picture as a data URI: a small one as PNG, a photograph as JPEG of at most 320 pixels."""
     image, buffer = Image.fromarray(picture), io.BytesIO()
     if max(image.size) <= THUMBNAIL // 2:
         image.save(buffer, "PNG", optimize=True)
@@ -163,7 +163,7 @@ def picture_uri(picture: Picture) -> str:
 
 
 def chart_uri(panel: Panel, dark: bool) -> str:
-    """A panel as a data URI of a PNG, in the ink of a light or a dark page."""
+    """A panel as a data URI of a PNG, in ink for a light or a dark page."""
     buffer = io.BytesIO()
     chart([panel], dark=dark).savefig(buffer, format="png", transparent=True)
     return _data_uri("image/png", buffer)
@@ -187,7 +187,7 @@ def _dimensions(array: "zarr.Array[Any]") -> Sequence[str]:
 
 
 def results_html(run: Run) -> str:
-    """What a notebook shows of a run: what was asked, its state, arrays and tables."""
+    """What a notebook shows of a run: its request, state, arrays and tables."""
     arrays = {name: run.array(name) for name in run.array_names()}
     rows = [
         (
@@ -206,7 +206,7 @@ def results_html(run: Run) -> str:
         title=view_of(run).title,
         run=run.id,
         state=read_status(run)["state"],
-        asked=asked(run.spec),
+        request=request_in_words(run.spec),
         arrays=Table("Arrays", ("name", "shape", "dtype", "unit"), rows),
         tables=run.table_names(),
     )

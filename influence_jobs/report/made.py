@@ -1,4 +1,4 @@
-"""What was asked of a run, and how it was made."""
+"""The request of a run in words, and how the run was made."""
 
 import json
 from collections import Counter
@@ -12,8 +12,8 @@ from influence_jobs.store.run import Run
 from influence_jobs.store.status import read_status
 
 
-def asked(spec: Spec) -> list[tuple[str, str]]:
-    """A request in words: names and values of its fields, the task's first."""
+def request_in_words(spec: Spec) -> list[tuple[str, str]]:
+    """A request as pairs of name and value, the task first."""
     task = spec.task
     options = ", ".join(f"{name} {value}" for name, value in task.options.items() if value)
     lines = [("task", f"{task.name}{f' ({options})' if options else ''}"), ("data", task.data)]
@@ -29,13 +29,14 @@ class Made:
     """How one run was made.
 
     Attributes:
-        seeds: Seeds by what they are of.
-        shards: How many were computed; `retries` of them again.
-        seconds: Spent in shards, summed over workers.
-        started, ended: UTC; None where no driver has said.
-        workers: Processes that computed.
-        software: Versions and revisions, each with the shards it computed if several took part.
-        spec: The request as JSON, without paths: whoever reads the page need not know them.
+        seeds: Seeds by name.
+        shards: Number of shards that were computed.
+        retries: Number of repeated attempts at shards.
+        seconds: Time in shards, summed over workers.
+        started, ended: Times in UTC; None if they were not recorded.
+        workers: Number of processes that computed shards.
+        software: Versions and revisions; if there are several, each with its number of shards.
+        spec: The request as JSON, without paths, which are private.
     """
 
     run: str
@@ -59,7 +60,7 @@ def made(run: Run) -> Made:
         ", ".join(f"{name} {value}" for name, value in entry.software.items()) for entry in entries
     )
     software = [
-        (words or "not recorded (made before runs named their software)")
+        (words or "not recorded (the run is older than this record)")
         + (f": {count} of {len(entries)} shards" if len(used) > 1 else "")
         for words, count in used.most_common()
     ]
@@ -96,7 +97,7 @@ def _time(seconds: float | None) -> str | None:
 
 
 def needed(spec: Spec) -> list[Spec]:
-    """A run's own spec and those of all runs it stands on, each once, the nearest first."""
+    """The spec of a run and of all runs that it depends on, each once, the nearest first."""
     found: dict[str, Spec] = {}
 
     def add(value: Any) -> None:

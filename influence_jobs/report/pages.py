@@ -1,4 +1,4 @@
-"""The viewer's pages: what each address answers with."""
+"""The viewer's pages, one for each kind of address."""
 
 import io
 from collections.abc import Callable, Mapping, Sequence
@@ -36,33 +36,34 @@ from influence_jobs.views.sheets import NoData, query_cell, query_words, region_
 
 TOP = 10  # samples in a row
 PER_PAGE = 24  # queries on a page
-INFLUENCED = 20  # queries that a sample's page shows
-QUERY = ("query", "test", "region", "quantity")  # columns of queries that no task describes
-IMAGES = 200  # test images that are listed
+INFLUENCED = 20  # queries on a sample's page, for each side
+QUERY = ("query", "test", "region", "quantity")  # columns that are not the task's description
+IMAGES = 200  # test images in the list
 
 
 class Pages:
-    """Answers requests; Starlette calls it from several threads."""
+    """Answers requests. Starlette calls it from several threads."""
 
     def __init__(self, runs: Sequence[Run], dashboard: Callable[[Run], str | None]):
-        self.asked = runs
+        self.given = runs
         self.dashboard = dashboard
-        parts = [part for run in runs for part in view_of(run).parts()]
-        self.runs = {part.id: part for part in parts}
-        _require_one_task(parts)
+        members = [member for run in runs for member in view_of(run).members()]
+        self.runs = {member.id: member for member in members}
+        _require_one_task(members)
         self.task: Task = NoData()
-        self.absent: str | None = None  # why pictures are
+        self.absent: str | None = None  # the reason if pictures are missing
         try:
-            self.task = make_task(parts[0].spec.task)
-            len(self.task.train_data()), len(self.task.test_data())  # many are read only now
-        except DataError as error:  # what needs no pictures can be shown
+            self.task = make_task(members[0].spec.task)
+            # Many tasks read their data only now.
+            len(self.task.train_data()), len(self.task.test_data())
+        except DataError as error:  # the rest can be shown without pictures
             self.absent = str(error)
         self.explainer = lru_cache(maxsize=4)(self._explainer)
         self.samples = lru_cache(maxsize=len(self.runs))(self._samples)
 
     def render(self, template: str, **values: Any) -> Response:
         page = environment().get_template(template)
-        title = "; ".join(view_of(run).title for run in self.asked)
+        title = "; ".join(view_of(run).title for run in self.given)
         return HTMLResponse(page.render(title=title, link=lambda i: f"/sample/{i}", **values))
 
     def refused(self, _request: Request, error: Exception) -> Response:
@@ -73,11 +74,11 @@ class Pages:
         answer.status_code = status
         return answer
 
-    # -- what there is ----------------------------------------------------------------------------
+    # -- runs and queries -------------------------------------------------------------------------
 
     @property
     def finished(self) -> list[Run]:
-        """Those of the runs that are done."""
+        """The runs that are done."""
         return [run for run in self.runs.values() if read_status(run)["state"] == "done"]
 
     @property
@@ -87,7 +88,7 @@ class Pages:
         return [view for view in views if isinstance(view, ScoresView)]
 
     def queries(self) -> list[dict[str, Any]]:
-        """Queries of all scored runs, each once, as their tables have them."""
+        """Rows of the query tables of all scored runs, each query once."""
         found: dict[tuple[int, str | None], dict[str, Any]] = {}
         for view in self.scored:
             for row in view.run.read_table("queries").to_pylist():
@@ -102,10 +103,10 @@ class Pages:
         return Explainer(norms) if norms is not None else None
 
     def explaining(self) -> Explainer | None:
-        """By the first finished run that has norms a channel, if test samples have points."""
+        """An explainer by the first finished run with norms of channels; None if there is none."""
         if self.absent or len(self.task.test_data()) == 0 or self.task.test_size(0) is None:
             return None
-        # A run with scores knows the layers that were chosen.
+        # Prefer a run with scores: it has the layers that the user chose.
         for run in sorted(self.finished, key=lambda run: view_of(run).ranks != "scores"):
             if (found := self.explainer(run.id)) is not None:
                 return found
@@ -155,7 +156,7 @@ class Pages:
 
     def _states(self) -> list[dict[str, Any]]:
         found = []
-        for run in self.asked:
+        for run in self.given:
             status = read_status(run)
             at, now_at = under_way(run, status)
             found.append(
@@ -186,17 +187,17 @@ class Pages:
         for view in self.scored:
             run = view.run
             table = run.read_table("queries")
-            asked = [
+            matching = [
                 row for row in table.to_pylist() if (row["test"], row["region"]) == (test, region)
             ]
-            if not asked:
+            if not matching:
                 continue
-            query = query or asked[0]
+            query = query or matching[0]
             samples = self.samples(run.id)
             for name in ("label", "file"):
                 if name in samples.column_names and name not in choices:
                     choices[name] = [str(value) for value in values(samples, name)]
-            scores_N = np.array(run.array(SCORES)[asked[0]["query"]], dtype=np.float64)
+            scores_N = np.array(run.array(SCORES)[matching[0]["query"]], dtype=np.float64)
             for name, value in wanted.items():
                 if name in samples.column_names:
                     scores_N[~having(samples, name, value)] = np.nan
@@ -229,7 +230,7 @@ class Pages:
         )
 
     def _query_cell(self, query: Mapping[str, Any]) -> Cell:
-        """A row of a table of queries; in words where its picture is not here."""
+        """The cell of a query, without its picture if the data are missing."""
         known = {name: query[name] for name in query if name not in QUERY}
         try:
             return query_cell(self.task, query["test"], known)[0]
@@ -239,7 +240,7 @@ class Pages:
     def _sample_cells(
         self, ranked: Sequence[RankedRow], known: Mapping[str, Any]
     ) -> Sequence[Cell]:
-        """Ranked samples; in words where their pictures are not here."""
+        """Cells of ranked samples, without pictures if the data are missing."""
         try:
             return sample_cells(self.task, ranked, known)
         except DataError:
@@ -266,7 +267,7 @@ class Pages:
                 lines = []
                 for i in head(scores_Q, INFLUENCED, largest=largest):
                     if len(view.sides) > 1 and (scores_Q[i] if largest else -scores_Q[i]) <= 0:
-                        break  # a sample that helps a query little need not harm it
+                        break  # from here on the effect has the other sign
                     lines.append(
                         (
                             self._query_link(queries[i]),
@@ -303,7 +304,7 @@ class Pages:
         test = request.path_params["test"]
         explainer, size = self._explaining(test)
         norms, given = explainer.norms, request.query_params
-        asked = "y" in given
+        has_point = "y" in given
         layers = _layers(norms, given)
         page = self.render(
             "viewer-image.html.j2",
@@ -314,9 +315,9 @@ class Pages:
             norms=norms,
             chosen=layers,
             values=given,
-            normalize=given.get("normalize") == "yes" if asked else norms.normalize,
-            limit=given.get("limit", "") if asked else norms.exclude_norm_above or "",
-            answer=self._explained(request, test) if asked else None,
+            normalize=given.get("normalize") == "yes" if has_point else norms.normalize,
+            limit=given.get("limit", "") if has_point else norms.exclude_norm_above or "",
+            answer=self._explained(request, test) if has_point else None,
         )
         if set(layers) <= set(norms.layers):
             page.background = BackgroundTask(explainer.prepare, test, layers)
@@ -382,18 +383,18 @@ class Pages:
 
 
 def _layers(norms: StoredNorms, given: QueryParams) -> tuple[str, ...]:
-    """The layers that a click is about: one that is named, or those that are chosen."""
+    """The layer that the address names, or else the chosen layers."""
     return (given["layer"],) if given.get("layer") else norms.chosen
 
 
 def _require_one_task(runs: Sequence[Run]) -> None:
-    """Sample ids must mean the same samples in all runs."""
+    """Refuse runs in which sample ids name different samples."""
     first = runs[0].spec.task
-    unseen = task_class(first.name).attribution_options
+    unused = task_class(first.name).attribution_options
     for run in runs[1:]:
         other = run.spec.task
-        options = {**first.options, **dict.fromkeys(unseen)}
-        others = {**other.options, **dict.fromkeys(unseen)}
+        options = {**first.options, **dict.fromkeys(unused)}
+        others = {**other.options, **dict.fromkeys(unused)}
         if (other.name, other.data, others) != (first.name, first.data, options):
             raise SpecError(
                 f"{run.id} is of another task or data than {runs[0].id}: view them one by one"

@@ -22,7 +22,7 @@ from influence_jobs.views.ranking import Side
 
 
 class Results:
-    """A run, to look at from Python; nothing is read before it is asked for.
+    """A run, to look at from Python. Arrays and tables are read on demand.
 
     Args:
         root: Folder of all runs.
@@ -40,7 +40,7 @@ class Results:
 
     @property
     def spec(self) -> Spec:
-        """What was asked."""
+        """The spec of the run."""
         return self.run.spec
 
     @property
@@ -56,17 +56,17 @@ class Results:
     def __getitem__(self, name: str) -> xr.DataArray:
         """An array with named dimensions, read piece by piece as it is indexed.
 
-        Meaning, sign and unit of the numbers are its `attrs`; queries have their test ids as coordinate `test`. What
-        is not computed yet is NaN.
+        Its `attrs` have meaning, sign and unit of the numbers. The dimension `query` has the test
+        ids as coordinate `test`. Values that are not computed yet are NaN.
 
         Raises:
             StoreError: The run has no such array.
         """
-        self.run.array(name)  # which says what there is
+        self.run.array(name)  # its error names the arrays that exist
         group, _, own = name.rpartition("/")
         folder = f"{layout.ARRAYS}/{group}" if group else layout.ARRAYS
         siblings = [n.removeprefix(f"{group}/") for n in self.arrays if n != name]
-        # Opened on their own: arrays of one group may have dimensions of one name and different lengths.
+        # Opened alone: in one group, a dimension may have several lengths.
         dataset = xr.open_zarr(
             self.run.files.zarr_store(folder),
             consolidated=False,
@@ -105,18 +105,19 @@ class Results:
         layer: str | None = None,
         channel: int | None = None,
     ) -> pa.Table:
-        """The samples that come first, with what they are: as `infl top`.
+        """The top samples with their descriptions, as in `infl top`.
 
         Args:
-            k: How many, of each query and side or of each layer.
-            test: Of scores, only queries of these test samples.
-            side: Of influence, the largest scores (helpful), the smallest (harmful), or both.
-            layer: Of this layer only; of scores, the layer's part.
-            channel: Of norms, by this channel's norm rather than by the sum over channels.
+            k: Number of samples, for each query and side or for each layer.
+            test: Only queries of these test samples (scores only).
+            side: "helpful" for the largest scores, "harmful" for the smallest, or "both".
+            layer: Only this layer; for a run with scores, rank by the scores of this layer.
+            channel: Rank by the norm of this channel instead of the sum over channels (norms only).
 
         Returns:
-            Of scores, columns `test`, `side`, `rank`, `score`, `sample` and what the task says of it; of norms
-            `layer`, `norm` instead of the first four.
+            For scores, columns `test`, `side`, `rank`, `score`, `sample` and the task's description
+            of the sample. For norms, `layer` and `norm` replace the first four. For other kinds
+            `sample`, the description, and the number.
 
         Raises:
             SpecError: The run ranks nothing, or has no such query, layer or channel.
@@ -129,7 +130,7 @@ class Results:
             )
         tests = [test] if isinstance(test, int) else test
         ranked = view.top(k, layer=layer, tests=tests, side=side, channel=channel)
-        if view.ranks == "scores":
+        if view.ranks != "norms":
             return pa.Table.from_pylist([row for rows in ranked.values() for row in rows])
         named = {array: self.run.array(array).attrs["layer"] for array in ranked}
         rows = [{"layer": named[array], **row} for array, found in ranked.items() for row in found]
@@ -159,12 +160,12 @@ class Results:
 
     def _figures(self) -> dict[str, Shown]:
         whole = self._view
-        parts = whole.parts()
-        several = len(parts) > 1
+        members = whole.members()
+        several = len(members) > 1
         return {
-            f"{part.id}/{shown.name}" if several else shown.name: shown
-            for part in parts
-            for shown in whole.part_figures(view_of(part), lambda _: None)
+            f"{member.id}/{shown.name}" if several else shown.name: shown
+            for member in members
+            for shown in whole.member_figures(view_of(member), lambda _: None)
         }
 
     def _repr_html_(self) -> str:
@@ -172,7 +173,10 @@ class Results:
 
 
 def open_run(path: str | PathLike[str]) -> Results:
-    """Open a run by the path of its folder, on a disk, s3:// or gs://; the first characters of its id suffice.
+    """Open a run.
+
+    Args:
+        path: The run's folder, on a disk, s3:// or gs://. The first characters of the id suffice.
 
     Raises:
         StoreError: There is no such run.

@@ -1,4 +1,4 @@
-"""The viewer: runs in a browser, read only, on this machine, for whoever has the token."""
+"""The viewer: shows runs in a browser on this machine, read only, to users with the token."""
 
 from collections.abc import Callable, Sequence
 from importlib import resources
@@ -16,17 +16,18 @@ from influence_jobs.report.guarded import Guarded
 from influence_jobs.report.pages import Pages
 from influence_jobs.store.run import Run
 
-HOSTS = ["127.0.0.1", "localhost"]  # another name would be another site's, rebound to this machine
+HOSTS = ["127.0.0.1", "localhost"]  # any other name is another site that was rebound here
 
 
 def make_viewer(
     runs: Sequence[Run], token: str, dashboard: Callable[[Run], str | None] = lambda _: None
 ) -> Starlette:
-    """The web application: every address answers GET only, and only to those who have the token.
+    """The web application. Every address answers only GET requests with the token.
 
     Args:
-        runs: What is shown, of one task and its data; of a paper run, its parts. They need not be finished.
-        token: Given once as `?token=`, then kept in a cookie.
+        runs: The runs to show, all of one task and its data; they may be unfinished. A set of runs
+            is shown as its members.
+        token: The browser gives it once as `?token=` and then keeps it in a cookie.
         dashboard: The address of the Ray dashboard of a run's job, if it has one.
 
     Raises:

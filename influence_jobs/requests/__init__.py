@@ -1,1 +1,1 @@
-"""From what a user asks, on the command line or in Python, to specs."""
+"""Requests: a user's options, from the command line or Python, become specs."""

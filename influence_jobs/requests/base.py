@@ -1,6 +1,6 @@
-"""A request: the options that a user sets, the same ones on the command line and in Python.
+"""A request: the options that a user sets, the same on the command line and in Python.
 
-This module and the `request` modules of the kinds load without torch: help must not wait for it.
+This module and the `request` modules of the kinds load without torch, so that `--help` is fast.
 """
 
 from abc import ABC, abstractmethod
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def _plain(value: Any) -> Any:
-    """A run by its id, a path as text, a NumPy number as one of Python."""
+    """Results as their run id, a path as text, a NumPy value as a Python one."""
     if hasattr(value, "run"):  # Results
         return value.run.id
     if hasattr(value, "__fspath__"):
@@ -47,14 +47,14 @@ def option(
     metavar: str | None = None,
     **limits: Any,
 ) -> Any:
-    """A field that is an option of the command line: `--like-this` for `like_this`.
+    """A field that is an option: `--like-this` on the command line, `like_this` in Python.
 
     Args:
-        default: Its value if it is not given; `...` if it must be.
-        help: What it is, a sentence or two.
-        panel: Heading under which the command line lists it.
-        metavar: What its value is called there.
-        limits: As pydantic's `Field` takes them: ge, gt, le, lt.
+        default: Value if the option is not given; `...` if it is required.
+        help: Help text, a sentence or two.
+        panel: Heading under which the command line lists the option.
+        metavar: Placeholder of the value in the help.
+        limits: Bounds for pydantic's `Field`: ge, gt, le, lt.
     """
     return Field(
         default, description=help, json_schema_extra={"panel": panel, "metavar": metavar}, **limits
@@ -62,7 +62,7 @@ def option(
 
 
 class Options(BaseModel):
-    """Options that belong together; a request is made of several such classes."""
+    """A group of options; a request inherits several groups."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
@@ -81,43 +81,43 @@ class Options(BaseModel):
             raise SpecError(f"--{name}: {said[:1].lower()}{said[1:]}") from None
 
     def given(self, name: str) -> bool:
-        """Whether an option has another value than its default."""
+        """Whether an option differs from its default."""
         return bool(getattr(self, name) != type(self).model_fields[name].default)
 
 
 class Request(Options, ABC):
-    """What a user asks of one kind of run.
+    """A user's options for one kind of run.
 
     Attributes:
-        default_task: The task if neither a task nor a training is named.
-        task: Its name, `module:Class`, its class, or an object of it.
-        task_options: Its options; on the command line and in Python they stand among the others.
+        default_task: The task if the user names neither a task nor a training.
+        task: The task's name, `module:Class`, class or an instance.
+        task_options: Options of the task; users give them next to the request's own options.
     """
 
     default_task: ClassVar[str] = "mnist"
 
     task: Any = option(
         None,
-        "mnist, mnist-dropout, ffdnet, ffdnet-grey, or your own as module:Class; by default that "
-        "of the run that is named, if any. Its own options are shown with --task NAME --help.",
+        "mnist, mnist-dropout, ffdnet, ffdnet-grey, or your own as module:Class. The default "
+        "is the task of the named run, if any. --task NAME --help shows a task's own options.",
     )
     task_options: Mapping[str, Any] = {}
 
     @abstractmethod
     def specs(self, root: str, say: Say) -> tuple[Spec, ...]:
-        """The runs that are asked for.
+        """The specs of the requested runs.
 
         Args:
-            root: Folder of all runs, where runs that are named lie.
+            root: Folder of all runs; named runs are looked up there.
             say: Takes lines for the user.
 
         Raises:
-            InflError: It cannot be carried out as it was made.
+            InflError: The request cannot be carried out as it stands.
         """
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Self:
-        """A request from options by name; those that it has not are the task's.
+        """A request from options by name; unknown names are taken for options of the task.
 
         Raises:
             SpecError: A value is of another type or out of range.

@@ -1,7 +1,8 @@
-"""The options that experiments share: which methods are put to the test, of which training."""
+"""The options that experiments share: the methods under test, and the training."""
 
 from typing import TYPE_CHECKING
 
+from influence_jobs.kinds.baseline.spec import METHODS as BASELINES
 from influence_jobs.requests.base import Many, One, Options, Say, option
 from influence_jobs.requests.options import (
     EXPERIMENT,
@@ -14,30 +15,33 @@ from influence_jobs.specs.base import Count
 if TYPE_CHECKING:
     from influence_jobs.requests.rankings import Rankings, Trained
 
+INFLUENCE = ("helpful", "harmful", "dot-product")
+METHODS = ("attribution", *INFLUENCE, *BASELINES)
+
 
 class SeedsOptions(Options):
-    """How often each variant is trained."""
+    """Number of trainings of each variant."""
 
     seeds: One[Count] = option(
-        1, "Trainings of each variant, each from another seed.", panel=EXPERIMENT
+        1, "Number of trainings of each variant, each from another seed.", panel=EXPERIMENT
     )
 
 
 class EnsembleOptions(Options):
-    """Of how many models scores are."""
+    """Number of models that scores are averaged over."""
 
     ensemble: One[Count] = option(
-        1, "Scores are the mean over models trained from so many seeds.", panel=EXPERIMENT
+        1, "Use mean scores over so many models, trained from different seeds.", panel=EXPERIMENT
     )
 
 
 class ExperimentRequest(WeightsRequest, QueriesOptions, CurvatureOptions):
-    """Methods that are put to the test by retraining."""
+    """Base of the requests that test methods by retraining."""
 
     by: Many[str] = option(
         (),
-        "attribution, helpful, harmful, random, loss, nearest, dot-product, or a run with scores "
-        "(RUN+RUN: their mean; NAME=RUN: as tables shall call it). May be repeated.",
+        f"A method to test: {', '.join(METHODS)}, or a run with scores (RUN+RUN: their mean; "
+        "NAME=RUN: under this name). May be repeated.",
         panel=EXPERIMENT,
         metavar="METHOD",
     )
@@ -45,9 +49,9 @@ class ExperimentRequest(WeightsRequest, QueriesOptions, CurvatureOptions):
     def rankings(
         self, root: str, say: Say, default_methods: tuple[str, ...]
     ) -> "tuple[Trained, tuple[str, ...], Rankings]":
-        """The training that is looked at, the methods, and what makes rankings by them.
+        """The training, the names of the methods, and the `Rankings` to make rankings with.
 
-        The queries are the task's first named set if the user named none.
+        If the user names no queries, the task's first named set is taken.
         """
         from influence_jobs.requests.queries import queries_of
         from influence_jobs.requests.rankings import Rankings, trained_of

@@ -1,18 +1,18 @@
-"""The options that requests of several kinds share, each written once."""
+"""The options that several kinds of requests share."""
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, create_model
 
 from influence_jobs.requests.base import Many, One, Options, Request, option
-from influence_jobs.specs.base import Count, Seed
+from influence_jobs.specs.base import Count, Seed, in_words
 from influence_jobs.specs.solvers import SolverSettings
 
 TRAINING, SCORES, QUERY = "Training", "Scores", "What to explain"
 CURVATURE, EXPERIMENT = "Curvature", "Experiment"
 REDUCE = (
-    "kernel: (N, C, kh, kw), L2 norm over the inputs; channel: (N, C), those summed over the "
-    "kernel; layer: (N), L2 norm of the whole weight gradient."
+    "What is kept of a sample's weight gradient. kernel: (N, C, kh, kw), L2 norm over the inputs; "
+    "channel: (N, C), the same summed over the kernel; layer: (N), L2 norm of the whole."
 )
 
 LAYER = (
@@ -22,72 +22,85 @@ LAYER = (
 
 
 class WeightsRequest(Request):
-    """Which of a task's trained weights."""
+    """Base of the requests that need trained weights of a task."""
 
     checkpoint: Many[str] = option(
         (),
-        "Train run, RUN@EPOCH, RUN@all, or a state-dict file. May be repeated. One is trained by "
-        "the preset if none is named.",
+        "Weights: a train run (its last epoch), RUN@EPOCH, RUN@all, or a state-dict file. May be "
+        "repeated. By default a model is trained first, as the preset says.",
     )
-    preset: One[str | None] = option(None, "Training preset: a name, or a YAML file of your own.")
-    epochs: One[Count | None] = option(None, "Epochs to train; the preset's by default.")
+    preset: One[str | None] = option(
+        None,
+        "Training preset: a name such as ffdnet-report, or a YAML file of your own; by default the "
+        "task's.",
+    )
+    epochs: One[Count | None] = option(None, "Epochs to train; by default the preset's.")
 
 
 class SeedOptions(Options):
-    """Work that draws random numbers."""
+    """The seed of requests that draw random numbers."""
 
-    seed: One[Seed] = option(0, "Seed of the sample noise, and of what is drawn at random.")
+    seed: One[Seed] = option(0, "Seed of the samples' noise and of all random choices.")
 
 
 class QueriesOptions(SeedOptions):
-    """Which outputs are explained."""
+    """The outputs to explain."""
 
     test: Many[Annotated[int, Field(ge=0)]] = option(
         (), "Id of a test sample. May be repeated.", panel=QUERY
     )
     test_set: One[str | None] = option(
-        None, "A file of test ids, one a line, or a named set of the task's.", panel=QUERY
+        None,
+        "Several test samples: a file of ids, one a line, or a set that the task names.",
+        panel=QUERY,
     )
     point: Many[Any] = option(
         (),
-        "Pixel of the test images, from the upper left. May be repeated.",
+        "A pixel of the test images, counted from the upper left. May be repeated.",
         panel=QUERY,
         metavar="Y,X",
     )
     region: Many[Any] = option(
         (),
-        "Rectangle of the test images, in pixels. May be repeated.",
+        "A rectangle of the test images, in pixels. May be repeated.",
         panel=QUERY,
         metavar="Y,X,H,W",
     )
     quantity: str = option(
         "loss",
-        "What is measured: loss; for denoisers also output (mean square of the region's output) "
-        "or change (of output minus input).",
+        "What is explained: loss; for denoisers also output (mean square of the output in the "
+        "region) or change (mean square of output minus input).",
         panel=QUERY,
     )
     noise_draws: One[Count] = option(
-        1, "Draws of the samples' noise, averaged; for tasks that have noise.", panel=QUERY
+        1, "Number of noise draws to average over, for tasks with noise.", panel=QUERY
     )
 
 
 def _solver_options() -> dict[str, Any]:
     """An option for every setting of a solver; None leaves it at the solver's default."""
-    found: dict[str, Any] = {}
+    kinds: dict[str, Any] = {}
+    helps: dict[str, list[str]] = {}
     for name, settings in SolverSettings.by_name.items():
         for field_name, field in settings.model_fields.items():
             if field_name in ("name", "damping"):
                 continue
             said = (field.description or "").rstrip(".")
-            default = "" if field.default is None else f"; {field.default:g} by default"
+            default = "" if field.default is None else f"; {_in_help(field.default)} by default"
             # Samples of a pass are `batch_size` already.
             option_name = "batch" if field_name == "batch_size" else field_name
-            kind: Any = float if "float" in str(field.annotation) else int
-            found[option_name] = (
-                One[kind | None],  # type: ignore[misc]
-                option(None, f"{name}: {said[:1].lower()}{said[1:]}{default}.", panel=CURVATURE),
-            )
-    return found
+            kinds[option_name] = field.annotation
+            lines = helps.setdefault(option_name, [])
+            lines.append(f"{name}: {said[:1].lower()}{said[1:]}{default}.")
+    one: Any = One
+    return {
+        name: (one[kinds[name] | None], option(None, " ".join(lines), panel=CURVATURE))
+        for name, lines in helps.items()
+    }
+
+
+def _in_help(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else in_words(value)
 
 
 SOLVERS = "; ".join(f"{name}: {s.summary}" for name, s in SolverSettings.by_name.items())
@@ -106,28 +119,28 @@ class CurvatureBase(Options):
     )
     damping: One[float | None] = option(
         None,
-        "Lambda, added to the curvature's eigenvalues; by default a part of the largest. "
-        "With --scale it is LiSSA's own, and lambda is damping x scale, as in published settings.",
+        "Lambda, added to the eigenvalues of the curvature; by default a fraction of the largest. "
+        "With --scale, as in published LiSSA settings, lambda is damping x scale.",
         panel=CURVATURE,
     )
     operator: Literal["gauss-newton", "hessian"] = option(
         "gauss-newton",
-        "Gauss-Newton is positive semidefinite, the Hessian is not.",
+        "The curvature matrix. Gauss-Newton is positive semidefinite, the Hessian is not.",
         panel=CURVATURE,
     )
     product: Literal["exact", "finite-difference"] = option(
-        "exact", "How the Hessian is multiplied.", panel=CURVATURE
+        "exact", "How the Hessian is multiplied with a vector.", panel=CURVATURE
     )
     curvature_samples: Annotated[int | str, BeforeValidator(_number_or_word)] = option(
         10_000,
-        "Random training samples the curvature is measured on, or all.",
+        "Number of random training samples to measure the curvature on, or all.",
         panel=CURVATURE,
     )
 
 
 if TYPE_CHECKING:
     CurvatureOptions = CurvatureBase
-else:  # with an option for every setting of every solver
+else:  # adds one option for each setting of each solver
     CurvatureOptions = create_model(
         "CurvatureOptions", __base__=CurvatureBase, __module__=__name__, **SETTINGS
     )

@@ -1,4 +1,4 @@
-"""From the outputs that a user wants explained to queries."""
+"""From a user's options to queries."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,13 +13,13 @@ from influence_jobs.tasks.base import Task
 
 
 def queries_of(request: QueriesOptions, task: Task, *, default_set: bool = False) -> Queries:
-    """The queries a user asked for: every test sample, at every point and region if any.
+    """The user's queries: every test sample, at every point and region if any is given.
 
     Args:
-        default_set: If none is named, take the task's first named set.
+        default_set: If no test sample is given, take the task's first named set.
 
     Raises:
-        SpecError: None is named, or the task has no such test sample, region or quantity.
+        SpecError: No test sample is given, or the task has no such test sample, region or quantity.
     """
     named = request.test_set
     if default_set and not request.test and named is None:
@@ -57,16 +57,16 @@ def _test_set(word: str | None, task: Task) -> Sequence[int]:
     except (OSError, UnicodeDecodeError) as error:
         named = ", ".join(task.query_sets) or "no named sets"
         raise SpecError(
-            f"--test-set {word}: it is no readable file, and {type(task).__name__} has {named}"
+            f"--test-set {word}: this is not a readable file, and {type(task).__name__} has {named}"
         ) from error
     for line in lines:
         if not line.isdecimal():
-            raise SpecError(f"--test-set {word}: {line!r} is no test id")
+            raise SpecError(f"--test-set {word}: {line!r} is not a test id")
     return [int(line) for line in lines]
 
 
 def _pairs(given: tuple[Any, ...], count: int) -> tuple[Any, ...]:
-    """One point or region given as bare numbers counts as one, not as several."""
+    """Bare numbers, such as `point=(3, 4)`, are one point or region."""
     return (given,) if len(given) == count and all(isinstance(v, int) for v in given) else given
 
 

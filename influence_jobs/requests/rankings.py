@@ -1,5 +1,6 @@
-"""From the words of `--by` to rankings of the training samples, at one training or at several."""
+"""From the methods of `--by` to rankings of the training samples, of one or more trainings."""
 
+import difflib
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from influence_jobs.kinds.grad_norms.spec import GradNormsSpec
 from influence_jobs.kinds.influence.spec import InfluenceSpec
 from influence_jobs.kinds.train.spec import TrainedCheckpoint, TrainSpec
 from influence_jobs.requests.base import Say
+from influence_jobs.requests.experiments import INFLUENCE, METHODS
 from influence_jobs.requests.options import CurvatureOptions
 from influence_jobs.requests.solving import s_tests_of
 from influence_jobs.requests.subject import Subject
@@ -24,37 +26,34 @@ from influence_jobs.store.find import find_run
 from influence_jobs.tasks.base import Task
 from influence_jobs.tasks.layers import weight_layers
 
-INFLUENCE = ("helpful", "harmful", "dot-product")
-METHODS = ("attribution", *INFLUENCE, *BASELINES)
-
 
 def depends_on_training(method: str) -> bool:
-    """Whether a method's scores are others after another training."""
+    """Whether a method's scores change with the training."""
     return method not in BASELINES or BASELINES[method].of_weights
 
 
 class Trained(NamedTuple):
-    """What scores are of: a subject with one training, which has the norms attribution needs."""
+    """A training, and the subject with its final weights."""
 
     subject: Subject
     train: TrainSpec
 
 
 def trained_of(subject: Subject, *, given: bool, methods: Collection[str]) -> Trained:
-    """The training that scores and retrainings are of.
+    """The training that an experiment scores and retrains.
 
     Args:
-        subject: With one checkpoint.
-        given: Whether the user named the checkpoint; else it records norms if a method needs them
-            (Algorithm 1).
-        methods: What will be looked at.
+        subject: A task at one checkpoint.
+        given: Whether the user named the checkpoint. If not, its training records the norms that
+            the methods need (Algorithm 1).
+        methods: The methods under test.
 
     Raises:
-        SpecError: The checkpoint is a file, which does not say how to train, or not the end of its
-            training.
+        SpecError: There are several checkpoints, the checkpoint is a file, which does not say how
+            to train, or it is not the last epoch of its training.
     """
     if len(subject.checkpoints) != 1:
-        raise SpecError("experiments are of one checkpoint: name one with --checkpoint")
+        raise SpecError("an experiment needs exactly one checkpoint: name one with --checkpoint")
     checkpoint = subject.checkpoints[0]
     if not isinstance(checkpoint, TrainedCheckpoint):
         raise SpecError(
@@ -64,8 +63,9 @@ def trained_of(subject: Subject, *, given: bool, methods: Collection[str]) -> Tr
     train = checkpoint.train
     if checkpoint.epoch != train.epochs:
         raise SpecError(
-            f"retrainings end after epoch {train.epochs}, as {train.run_id} does, and scores must "
-            f"be of the same: leave @{checkpoint.epoch} out, or train for {checkpoint.epoch} epochs"
+            f"retrainings end after epoch {train.epochs}, as {train.run_id} does, so scores "
+            f"need that epoch: leave @{checkpoint.epoch} out, or train for "
+            f"{checkpoint.epoch} epochs"
         )
     if given or "attribution" not in methods or train.epochs == 1:
         return Trained(subject, train)
@@ -73,10 +73,10 @@ def trained_of(subject: Subject, *, given: bool, methods: Collection[str]) -> Tr
 
 
 def hidden_layers(task: Task) -> tuple[str, ...]:
-    """The layers whose activations attribution looks at: all trained weight layers but the last.
+    """The layers that attribution uses: all trained weight layers except the last.
 
     Raises:
-        SpecError: There is none.
+        SpecError: There is no such layer.
     """
     model = task.model()
     modules = dict(model.named_modules())
@@ -96,26 +96,26 @@ def of_seed(trained: Trained, seed: int) -> Trained:
 
 
 def trained_at(subject: Subject, train: TrainSpec) -> Trained:
-    """A subject as another training leaves it."""
+    """A subject at the last epoch of another training."""
     checkpoint = TrainedCheckpoint(train=train, epoch=train.epochs)
     return Trained(subject._replace(checkpoints=(checkpoint,)), train)
 
 
 def changed(train: TrainSpec, **values: Any) -> TrainSpec:
-    """A training with some fields set otherwise."""
+    """A training with some fields replaced."""
     kept = {n: getattr(train, n) for n in TrainSpec.model_fields if n != "kind"}
     return make_spec(TrainSpec, **{**kept, **values})
 
 
 class Rankings:
-    """Makes rankings of one training's samples for one set of queries.
+    """Makes rankings of the training samples for one set of queries.
 
     Args:
         trained: The training.
-        queries: What is explained.
-        curvature: How influence is computed.
-        root: Folder of all runs, where runs that are named lie.
-        seed: Of random scores and of the samples' noise.
+        queries: The queries.
+        curvature: The curvature options of influence.
+        root: Folder of all runs; named runs are looked up there.
+        seed: Seed of random scores and of the samples' noise.
         say: Takes lines for the user.
     """
 
@@ -133,12 +133,13 @@ class Rankings:
         self._root, self._seed, self._say = root, seed, say
 
     def of(self, word: str, *, ensemble: int = 1) -> Ranking:
-        """A method by its name, or the scores of runs as RUN, RUN+RUN (their mean), or NAME=RUN.
+        """The ranking by a method's name, or by runs with scores: RUN, RUN+RUN (mean), NAME=RUN.
 
-        Of a run the largest scores come first, under the name `harmful` the smallest.
+        The largest scores come first. If the name is `harmful`, the smallest do.
 
         Args:
-            ensemble: Of a method that depends on the training, the mean over so many seeds.
+            ensemble: Number of seeds whose scores are averaged, if the method depends on the
+                training.
 
         Raises:
             SpecError: There is no such method.
@@ -154,10 +155,10 @@ class Rankings:
     def after_trainings(
         self, words: Sequence[str], *, retrainings: int, ensemble: int
     ) -> tuple[tuple[Ranking, ...], ...]:
-        """For each method its rankings from the training and from others, each of some seeds.
+        """For each method, one ranking of the training and one of each retraining.
 
-        The first is of seeds 0 to `ensemble` - 1 counted from the training's own, the next of
-        those after them.
+        Each ranking is the mean over `ensemble` seeds. The first takes the training's seed and the
+        seeds after it, the next one the seeds that follow.
 
         Raises:
             SpecError: There is no such method, or it does not depend on the training.
@@ -182,7 +183,7 @@ class Rankings:
         )
 
     def _over(self, word: str, trainings: Sequence[Trained]) -> Ranking:
-        """A method's ranking, by the mean of its scores after some trainings."""
+        """A method's ranking by the mean of its scores over some trainings."""
         return make_spec(
             Ranking,
             name=word if len(trainings) == 1 else f"{word} x{len(trainings)}",
@@ -192,25 +193,26 @@ class Rankings:
 
     def _of_runs(self, word: str) -> Ranking:
         name, _, runs = word.rpartition("=")
-        if "-" not in runs:
+        misspelt = difflib.get_close_matches(runs, METHODS, 1, cutoff=0.8)
+        if "-" not in runs or misspelt:
             raise SpecError(
                 f"unknown method {word!r}: choose {', '.join(METHODS)}, or the id of a run with "
                 "scores"
             )
-        specs = tuple(scores_named(self._root, part) for part in runs.split("+"))
+        specs = tuple(scores_named(self._root, run) for run in runs.split("+"))
         return make_spec(Ranking, name=name or runs, scores=specs, largest=name != "harmful")
 
     def _scores(self, method: str, trained: Trained) -> ScoresSpec:
         """A method's scores, as `infl submit influence | attribution | baseline` makes them.
 
-        Attribution takes the norms recorded in training where there are any, else a replay.
+        Attribution takes the norms recorded in training, or replays them if there are none.
         """
         subject, queries = trained.subject, self._queries
         if method in INFLUENCE:
-            asked = self._curvature
+            curvature = self._curvature
             if method == "dot-product":
-                asked = CurvatureOptions(solver="identity")
-            return influence_of(subject, queries, asked, self._say, seed=self._seed)
+                curvature = CurvatureOptions(solver="identity")
+            return influence_of(subject, queries, curvature, self._say, seed=self._seed)
         if method == "attribution":
             layers = hidden_layers(subject.built)
             norms: NormsSpec = trained.train
@@ -232,12 +234,13 @@ def scores_named(root: str, word: str) -> ScoresSpec:
 
     Raises:
         StoreError: There is no such run.
-        SpecError: It has no scores.
+        SpecError: The run has no scores.
     """
     spec = find_run(root, word).spec
     if not isinstance(spec, ScoresSpec):
         raise SpecError(
-            f"{spec.run_id} has no scores: name an influence, attribution or baseline run"
+            f"{spec.run_id} has no scores: name a run that has, such as an influence, attribution "
+            "or baseline run"
         )
     return spec
 
@@ -245,7 +248,7 @@ def scores_named(root: str, word: str) -> ScoresSpec:
 def influence_of(
     subject: Subject, queries: Queries, curvature: CurvatureOptions, say: Say, *, seed: int
 ) -> InfluenceSpec:
-    """Influence through all layers."""
+    """The spec of influence through all layers."""
     return make_spec(
         InfluenceSpec,
         task=subject.task,
@@ -256,7 +259,7 @@ def influence_of(
 
 
 def replayed_norms(subject: Subject, layers: tuple[str, ...], *, seed: int) -> GradNormsSpec:
-    """Norms of some layers at the subject's checkpoint."""
+    """The spec of a replay of some layers' norms at the subject's checkpoints."""
     return make_spec(
         GradNormsSpec,
         task=subject.task,
@@ -273,7 +276,7 @@ def attribution_of(
     layers: tuple[str, ...],
     **fields: Any,
 ) -> AttributionSpec:
-    """Attribution by the norms of some layers."""
+    """The spec of attribution by the norms of some layers."""
     return make_spec(
         AttributionSpec,
         task=subject.task,

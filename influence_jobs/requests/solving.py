@@ -1,4 +1,4 @@
-"""From the options of the curvature to specs of s_test vectors."""
+"""From the curvature options to specs of s_test vectors."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,10 +27,11 @@ def s_tests_of(
     layers: Sequence[str | int] = (),
     seed: int,
 ) -> tuple[STestSpec, ...]:
-    """s_test vectors of the queries at each of the subject's checkpoints.
+    """Specs of the queries' s_test vectors, one for each checkpoint of the subject.
 
     Args:
-        layers: Layers whose parameters count, as the user named them; none for all parameters.
+        layers: The user's names of the layers whose parameters are used; empty for all that the
+            solver can handle.
 
     Raises:
         SpecError: An option does not fit the solver or is out of range, or a layer does not exist.
@@ -60,13 +61,13 @@ def s_tests_of(
 
 
 def require_used(request: CurvatureOptions, methods: Sequence[str]) -> None:
-    """Refuse options of the curvature where no method has one.
+    """Refuse curvature options if no method uses the curvature.
 
     Args:
-        methods: Words that rankings were made of, which refuses those that are misspelt.
+        methods: Names of methods. They must be valid: rankings were made of them before.
 
     Raises:
-        SpecError: Naming the first option.
+        SpecError: Such an option is given; the message names the first.
     """
     if {"helpful", "harmful"} & {*methods}:
         return
@@ -81,7 +82,7 @@ def _solver(request: CurvatureOptions, say: Say) -> SolverSettings:
     scale = getattr(request, "scale", None)
     damping = request.damping
     if damping is not None and scale is not None:
-        damping *= scale  # the fixed point of the published recursion
+        damping *= scale  # effective lambda at the fixed point of the published recursion
     given: Mapping[str, Any] = {
         "damping": damping,
         **{name: getattr(request, name) for name in SETTINGS},
@@ -120,6 +121,6 @@ def _curvature_samples(given: int | str) -> int | None:
 
 
 def _modules(task: Task, solver: SolverSettings) -> tuple[str, ...]:
-    """All modules with trained parameters of their own; of them those that the solver can do."""
+    """All modules with trained parameters of their own, as far as the solver can do them."""
     kinds = matrix_layers() if solver.needs_factors else (nn.Module,)
     return trained_modules(task.model(), kinds)

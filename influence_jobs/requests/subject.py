@@ -1,4 +1,4 @@
-"""What is looked at: a task, with its data fetched and checked, at checkpoints."""
+"""The subject of a request: a task, with its data fetched and checked, at checkpoints."""
 
 import difflib
 import inspect
@@ -12,7 +12,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from infl_configs import preset_names, read_preset
-from influence_jobs.errors import ModelError, SpecError
+from influence_jobs.errors import DataError, ModelError, SpecError
 from influence_jobs.kinds.train.spec import (
     Checkpoint,
     FileCheckpoint,
@@ -32,7 +32,7 @@ from influence_jobs.tasks.registry import arguments_of, name_of, task_class
 
 
 class Subject(NamedTuple):
-    """What is looked at: a task, as a spec and as an object, at checkpoints."""
+    """A task, as a spec and as an object, at checkpoints."""
 
     task: TaskSpec
     built: Task
@@ -42,13 +42,14 @@ class Subject(NamedTuple):
 def subject_of(
     request: WeightsRequest, root: str, say: Say, *, default_checkpoints: Sequence[Checkpoint] = ()
 ) -> Subject:
-    """The task and checkpoints a user means.
+    """The task and checkpoints of a request.
 
     Args:
-        default_checkpoints: Those without `--checkpoint`; if empty, a training by the preset.
+        default_checkpoints: Checkpoints for a request without `--checkpoint`. If empty, a training
+            by the preset is taken.
 
     Raises:
-        SpecError, ModelError, StoreError, DataError: As `task_of` and `checkpoints_of`.
+        SpecError, ModelError, StoreError, DataError: See `task_of` and `checkpoints_of`.
     """
     if request.checkpoint and (request.epochs or request.preset):
         raise SpecError(
@@ -60,7 +61,7 @@ def subject_of(
     if not checkpoints:
         spec = training_of(task, preset=request.preset, given={"epochs": request.epochs})
         checkpoints = [TrainedCheckpoint(train=spec, epoch=spec.epochs)]
-    # A wrong file must be refused now, not by every worker.
+    # Refuse a wrong file here, before workers start.
     model = built.model()
     for checkpoint in checkpoints:
         if isinstance(checkpoint, FileCheckpoint) or is_done(Run(root, checkpoint.train)):
@@ -71,14 +72,14 @@ def subject_of(
 def task_of(
     request: Request, say: Say, *, trained: TaskSpec | None = None
 ) -> tuple[TaskSpec, Task]:
-    """The task a user asked for, with its data fetched and checked.
+    """The task of a request, with its data fetched and checked.
 
     Args:
-        trained: The task of a training that is looked at: what was not given is as it was there.
+        trained: The task of the training in use; it gives the options that the user leaves out.
 
     Raises:
         SpecError: There is no such task, or it does not take one of the options.
-        DataError: Its data cannot be had.
+        DataError: Its data cannot be fetched or read.
     """
     wanted, given = request.task, dict(request.task_options)
     if isinstance(wanted, Task):
@@ -93,10 +94,10 @@ def task_of(
     parameters = arguments_of(kind)
     words = {parameters[key].default for key in kind.paths & parameters.keys()}
     for key in sorted(kind.paths & values.keys()):
-        if values[key] not in words:  # such as `samples`, which names no folder
+        if values[key] not in words:  # a default such as `samples` is not a folder
             values[key] = str(Path(values[key]).expanduser().absolute())
     values = kind.settle(values, say)
-    # Defaults are written out, so that naming one and leaving it out give the same run.
+    # Defaults are written out: whether the user gives a default or not, the run is the same.
     complete = {p.name: values.get(p.name, p.default) for p in parameters.values()}
     missing = [key for key, value in complete.items() if value is inspect.Parameter.empty]
     if missing:
@@ -112,6 +113,12 @@ def task_of(
             ) from None
     task = kind(**complete)
     task.prepare(say)
+    data_kind = type(task.train_data())
+    if not hasattr(data_kind, "__len__"):
+        raise DataError(
+            f"train_data() of {name} gives {data_kind.__name__}, which has no length: samples need "
+            "fixed ids, so give a map-style dataset or a list"
+        )
     data, code = fingerprinted(name, task, like=trained)
     paths = {key: values[key] for key in sorted(kind.paths & values.keys())}
     return TaskSpec(name=name, options=options, paths=paths, data=data, code=code), task
@@ -120,10 +127,10 @@ def task_of(
 def _converted(
     name: str, kind: type[Task], given: Mapping[str, Any], *, others: Iterable[str]
 ) -> dict[str, Any]:
-    """Options as the types that the task's constructor names, or as those of its defaults.
+    """Convert options to the types in the task's constructor, or to the types of its defaults.
 
     Args:
-        others: Names of the request's own options, one of which may have been meant.
+        others: Names of the request's own options; an unknown name may be a misspelt one.
 
     Raises:
         SpecError: The task has no such option, or a value does not fit.
@@ -164,20 +171,20 @@ def _flag(key: str) -> str:
 
 
 def _scalar(value: Any) -> Any:
-    """A word of the command line as the number or truth value that it may be."""
+    """A word of the command line, as a number or truth value if it is one."""
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)  # unlike YAML 1.1, it takes 1e-3 for a number
+        return json.loads(value)  # YAML 1.1 takes 1e-3 for text
     except ValueError:
         return yaml.safe_load(value)
 
 
 def training_of(task: TaskSpec, *, preset: str | None, given: Mapping[str, Any]) -> TrainSpec:
-    """A training of a task: the preset's values, overridden by those given (not None).
+    """The spec of a training: the preset's values, overridden by given values that are not None.
 
     Raises:
-        SpecError: No such preset, or a value out of range.
+        SpecError: There is no such preset, or a value is out of range.
     """
     name = preset or (task.name if task.name in preset_names() else None)
     values: dict[str, Any] = {}
@@ -193,8 +200,8 @@ def training_of(task: TaskSpec, *, preset: str | None, given: Mapping[str, Any])
                 f"there are {', '.join(sorted(known))}"
             )
     values |= {key: value for key, value in given.items() if value is not None}
-    unlooked = task_class(task.name).attribution_options
-    options = {key: value for key, value in task.options.items() if key not in unlooked}
+    unused = task_class(task.name).attribution_options  # training does not depend on them
+    options = {key: value for key, value in task.options.items() if key not in unused}
     return make_spec(TrainSpec, task=task.model_copy(update={"options": options}), **values)
 
 
@@ -202,7 +209,7 @@ def checkpoints_of(word: str, root: str) -> list[Checkpoint]:
     """What `--checkpoint` names: a file, a train run's last epoch, `RUN@EPOCH`, or `RUN@all`.
 
     Raises:
-        SpecError, ModelError, StoreError: There is nothing of that name, or it is no training.
+        SpecError, ModelError, StoreError: The name is unknown, or the run is not a training.
     """
     if Path(word).is_file():
         return [file_checkpoint(word)]
@@ -211,7 +218,7 @@ def checkpoints_of(word: str, root: str) -> list[Checkpoint]:
         raise ModelError(f"there is no checkpoint file {word}")
     spec = find_run(root, run_word).spec
     if not isinstance(spec, TrainSpec):
-        raise SpecError(f"{spec.run_id} is no train run, so it has no weights")
+        raise SpecError(f"{spec.run_id} is not a train run, so it has no weights")
     if epoch_word == "all":
         epochs: Sequence[int] = spec.save_epochs
     elif epoch_word == "":
@@ -219,7 +226,7 @@ def checkpoints_of(word: str, root: str) -> list[Checkpoint]:
     elif re.fullmatch(r"\d+", epoch_word):
         epochs = [int(epoch_word)]
     else:
-        raise SpecError(f"--checkpoint {word}: after @ comes an epoch or all")
+        raise SpecError(f"--checkpoint {word}: write an epoch or all after @")
     for epoch in epochs:
         if epoch not in spec.save_epochs:
             saved = ", ".join(map(str, spec.save_epochs))
@@ -231,10 +238,10 @@ def _trained_task(checkpoints: Sequence[Checkpoint], wanted: Any) -> TaskSpec | 
     """The task that checkpoints were trained on; None if they are files.
 
     Args:
-        wanted: The task, if the user named one.
+        wanted: The task that the user named, if any.
 
     Raises:
-        ModelError: One is of another task.
+        ModelError: A checkpoint belongs to another task.
     """
     trained = [c.train for c in checkpoints if isinstance(c, TrainedCheckpoint)]
     if not trained:

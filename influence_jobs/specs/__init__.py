@@ -1,1 +1,1 @@
-"""What requests of all kinds are made of: frozen, validated values. They load without torch."""
+"""The frozen, validated values that specs of all kinds consist of. They load without torch."""

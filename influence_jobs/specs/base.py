@@ -1,7 +1,7 @@
-"""Frozen, validated requests. What a spec says decides what is computed; its hash names the run.
+"""Frozen, validated specs. A spec decides what is computed, and its hash names the run.
 
-Two kinds of things stay out of the hash: where inputs happen to lie (paths), because their content is hashed instead,
-and how the work is carried out (workers, batches, shards, devices), because it does not change the result.
+Two things stay out of the hash. Paths do, because the content of the inputs is hashed instead. So
+do workers, batches, shards and devices, because they do not change the result.
 """
 
 import hashlib
@@ -25,8 +25,8 @@ from pydantic.fields import FieldInfo
 from influence_jobs.errors import SpecError, StoreError
 from influence_jobs.specs.format_1 import ALWAYS_HASHED
 
-MANY = 12  # items of a list that are written out
-FORMAT = 1  # raise it when the same spec starts to mean other numbers
+MANY = 12  # a list in words shows at most so many items
+FORMAT = 1  # raise it when the same spec starts to give other numbers
 
 Option = bool | int | float | str | tuple[str, ...] | None
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -35,17 +35,18 @@ Positive = Annotated[float, Field(gt=0)]
 
 
 class Model(BaseModel):
-    """A frozen value whose `identity` leaves out the fields named in `locations`.
+    """A frozen value with an `identity` that is hashed.
 
-    It also leaves out fields at their default, so that a field added later changes no run id. The
-    fields of the first format are the exception: they are always part of it.
+    The identity leaves out the fields named in `locations`. It also leaves out fields at their
+    default, so that a new field changes no run id. Only the fields of the first format are always
+    in it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     locations: ClassVar[frozenset[str]] = frozenset()
 
     def identity(self) -> dict[str, Any]:
-        """The part of the value that decides the result, as plain JSON data."""
+        """The fields that decide the result, as plain JSON data."""
         always = {
             name for base in type(self).__mro__ for name in ALWAYS_HASHED.get(base.__name__, ())
         }
@@ -57,7 +58,7 @@ class Model(BaseModel):
         }
 
     def words(self) -> str:
-        """The value as a person reads it, in one line."""
+        """The value in one line for people."""
         fields = {name: getattr(self, name) for name in type(self).model_fields}
         name = fields.pop("name", None)
         said = [f"{k.replace('_', ' ')} {in_words(v)}" for k, v in fields.items() if v is not None]
@@ -69,7 +70,7 @@ def _default(field: FieldInfo) -> Any:
 
 
 def in_words(value: Any) -> str:
-    """A field's value as a person reads it, in one line."""
+    """A field's value in one line for people."""
     if isinstance(value, Model):
         return value.words()
     if isinstance(value, tuple):
@@ -80,7 +81,7 @@ def in_words(value: Any) -> str:
 
 
 def listed(items: Sequence[str]) -> str:
-    """Several values in one line; of many the first ones."""
+    """Several values in one line; a long list is cut short."""
     more = f" and {len(items) - MANY} more" if len(items) > MANY else ""
     between = "; " if any("," in item for item in items) else ", "
     return between.join(items[:MANY]) + more
@@ -97,14 +98,14 @@ def _plain(value: Any) -> Any:
 
 
 class TaskSpec(Model):
-    """Which task, with which options, on which data.
+    """A task with its options and data.
 
     Attributes:
-        name: A registered task, or `module:Class` for one's own.
+        name: A registered task, or `module:Class` for the user's own.
         options: Keyword arguments of the task that change what is computed.
-        paths: Keyword arguments of the task that say where its data lie on this machine.
-        data: Fingerprint of the data found there (`Task.fingerprint`).
-        code: Fingerprint of the user's own code (`tasks.fingerprints`); empty for tasks of ours.
+        paths: Keyword arguments of the task that locate its data on this machine.
+        data: Fingerprint of these data (`Task.fingerprint`).
+        code: Fingerprint of the user's own code (`tasks.fingerprints`); empty for built-in tasks.
     """
 
     locations = frozenset({"paths"})
@@ -121,7 +122,7 @@ class TaskSpec(Model):
 
 
 class Spec(Model):
-    """Base of all job requests. A subclass is found by the default of its `kind`."""
+    """Base of all specs. The default of its field `kind` names a subclass."""
 
     kind: str
     task: TaskSpec
@@ -149,30 +150,33 @@ class Spec(Model):
 
 
 def spec_of(value: Any) -> Any:
-    """Plain data as the spec whose `kind` they name; anything else as it is, for pydantic to judge.
+    """Turn plain data into the spec that its `kind` names; leave any other value to pydantic.
 
     Raises:
-        ValueError: There is no such kind.
+        ValueError: No kind has this name.
     """
     if not isinstance(value, Mapping):
         return value
-    importlib.import_module("influence_jobs.kinds").kinds()  # by name: kinds stand above this room
+    importlib.import_module("influence_jobs.kinds").kinds()  # late: kinds import this module
     kind = value.get("kind")
     if kind not in Spec._by_kind:
         raise ValueError(f"there is no kind of run {kind!r}; there are {', '.join(Spec._by_kind)}")
     return Spec._by_kind[kind].model_validate(value)
 
 
-#: A request of whichever kind.
+#: A spec of any kind.
 AnySpec = Annotated[SerializeAsAny[Spec], BeforeValidator(spec_of)]
 _ANY_SPEC: TypeAdapter[Spec] = TypeAdapter(AnySpec)
 
 
 def parse_spec(text: bytes | str, where: str) -> Spec:
-    """Read a spec back from JSON; `where` names it in the error.
+    """Read a spec from JSON.
+
+    Args:
+        where: Name of the text in the error message.
 
     Raises:
-        StoreError: The text is no spec of ours.
+        StoreError: The text is not a valid spec.
     """
     try:
         return _ANY_SPEC.validate_json(text)
@@ -184,7 +188,7 @@ M = TypeVar("M", bound=Model)
 
 
 def make_spec(kind: type[M], **fields: Any) -> M:
-    """Build a spec, or a part of one, from a user's values.
+    """Build a spec, or a value inside one, from a user's values.
 
     Raises:
         SpecError: A value is out of range; the message names the field.
@@ -197,7 +201,7 @@ def make_spec(kind: type[M], **fields: Any) -> M:
 
 
 def first_error(error: ValidationError) -> str:
-    """The first of pydantic's complaints, as one line."""
+    """The first error of a validation, in one line."""
     first = error.errors()[0]
     field = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")

@@ -1,7 +1,8 @@
-"""The fields that specs had when run ids were first made.
+"""The fields of specs in the first format of run ids.
 
-They are part of the hash whatever their value. A field added later is not named here: it leaves the
-hash at its default, so that the ids of earlier runs stay. Never change this table.
+These fields are always hashed, whatever their value. Later fields are not named here: they are
+hashed only if they differ from their default, so that earlier runs keep their ids. Never change
+this table.
 """
 
 ALWAYS_HASHED: dict[str, frozenset[str]] = {

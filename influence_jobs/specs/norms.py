@@ -1,4 +1,4 @@
-"""Requests whose runs have gradient norms: replayed, or recorded while training."""
+"""Specs of runs with gradient norms, either replayed or recorded during training."""
 
 from abc import abstractmethod
 from typing import Annotated
@@ -10,18 +10,18 @@ from influence_jobs.terms import Reduction
 
 
 class NormsSpec(Spec):
-    """Base of the requests whose runs have gradient norms."""
+    """Base of the specs of runs with gradient norms."""
 
     @property
     @abstractmethod
     def layers_with_norms(self) -> tuple[str, ...]:
-        """Names of the modules."""
+        """Names of the layers that have norms, in forward order."""
 
     @property
     @abstractmethod
     def norms_reduction(self) -> Reduction:
-        """What a sample's norms of one layer are kept as."""
+        """The axes of a sample's norms that are kept; see `terms.Reduction`."""
 
 
-#: A request for norms, of whichever kind.
+#: A spec of any kind whose runs have norms.
 AnyNorms = Annotated[SerializeAsAny[NormsSpec], BeforeValidator(spec_of)]

@@ -1,4 +1,4 @@
-"""What is explained: test samples, or regions of them."""
+"""Queries: the test samples, or regions of them, that are explained."""
 
 from typing import Annotated, Self
 
@@ -25,13 +25,13 @@ class Query(Model):
 
 
 class Queries(Model):
-    """What is explained.
+    """The outputs to explain, and how each is measured.
 
     Attributes:
-        items: The queries; the position of one is its row in the results.
-        quantity: What is measured of the output (`Task.quantities`).
-        noise_draws: Draws of the test samples' noise, averaged, where a task has noise.
-        seed: Seed of that noise.
+        items: The queries; the position of a query is its row in the results.
+        quantity: The quantity measured of the output (`Task.quantities`).
+        noise_draws: The measurement is the mean over this many draws of the test samples' noise.
+        seed: Seed of the noise.
     """
 
     items: Annotated[tuple[Query, ...], Field(min_length=1)]

@@ -1,4 +1,4 @@
-"""Rankings of the training samples, and the experiments that retrain to test them."""
+"""Rankings of the training samples, and the experiments that test them by retraining."""
 
 from typing import Annotated, Self
 
@@ -14,9 +14,9 @@ class Ranking(Model):
     """The training samples in the order of one method's scores.
 
     Attributes:
-        name: The method, as tables show it: attribution, helpful, random, ...
-        scores: The runs with the scores; of several (an ensemble) the mean counts.
-        largest: The largest scores come first, else the smallest.
+        name: The method's name in tables: attribution, helpful, random, ...
+        scores: The runs with the scores. Several runs are an ensemble: their mean is ranked.
+        largest: Whether the largest scores come first, or the smallest.
     """
 
     name: str
@@ -26,17 +26,18 @@ class Ranking(Model):
     @model_validator(mode="after")
     def _one_set_of_queries(self) -> Self:
         for other in self.scores[1:]:
-            if other.asked != self.queries:
+            if other.queries != self.queries:
                 raise ValueError(
                     f"{other.run_id} has other queries than {self.scores[0].run_id}: "
-                    "an ensemble is of the same queries, with the same noise (--seed, --noise-draws)"
+                    "an ensemble needs the same queries with the same noise "
+                    "(--seed, --noise-draws)"
                 )
         return self
 
     @property
     def queries(self) -> Queries:
-        """The queries of its rows."""
-        return self.scores[0].asked
+        """The queries, one a row of the scores."""
+        return self.scores[0].queries
 
     def words(self) -> str:
         order = "" if self.largest else ", smallest first"
@@ -44,9 +45,9 @@ class Ranking(Model):
 
 
 def _require_same_samples(run_id: str, task: TaskSpec, trained: TaskSpec) -> None:
-    """Refuse a task whose sample ids do not mean what they mean in a training."""
+    """Refuse a task whose sample ids name other samples than in a training."""
     same = task.name == trained.name and task.data == trained.data
-    # A training's task has no options but those that it looks at.
+    # A training's task keeps only the options that training depends on.
     other = [k for k, v in trained.options.items() if task.options.get(k) != v]
     if not same or other:
         what = f"option {other[0]}" if same else "task or data"
@@ -54,7 +55,11 @@ def _require_same_samples(run_id: str, task: TaskSpec, trained: TaskSpec) -> Non
 
 
 def require_alike(rankings: tuple[Ranking, ...], trained: TaskSpec) -> None:
-    """Refuse rankings that cannot be compared: other queries, other samples, or one name twice."""
+    """Refuse rankings that cannot be compared.
+
+    Raises:
+        ValueError: They differ in queries or samples, or two have one name.
+    """
     names = [ranking.name for ranking in rankings]
     for name in names:
         if names.count(name) > 1:
@@ -62,10 +67,11 @@ def require_alike(rankings: tuple[Ranking, ...], trained: TaskSpec) -> None:
     for ranking in rankings:
         for scores in ranking.scores:
             _require_same_samples(scores.run_id, scores.task, trained)
-            if scores.asked != rankings[0].queries:
+            if scores.queries != rankings[0].queries:
                 raise ValueError(
                     f"{scores.run_id} has other queries than {rankings[0].scores[0].run_id}: "
-                    "methods are compared on the same queries, with the same noise (--seed, --noise-draws)"
+                    "methods are compared on the same queries with the same noise "
+                    "(--seed, --noise-draws)"
                 )
 
 
@@ -73,9 +79,9 @@ class RetrainingSpec(Spec):
     """Base of the experiments that train many variants of one model.
 
     Attributes:
-        recipe: How each variant is trained; its seed, norms and saved epochs do not count.
-        rankings: What is put to the test, all with the same queries.
-        seeds: Each variant is trained once with each of them.
+        recipe: How each variant is trained; its seed, norms and saved epochs are ignored.
+        rankings: The rankings under test, all with the same queries.
+        seeds: Each variant is trained once from each seed.
     """
 
     recipe: TrainSpec
@@ -95,5 +101,5 @@ class RetrainingSpec(Spec):
 
     @property
     def queries(self) -> Queries:
-        """What is measured of every variant."""
+        """The queries that every variant is measured on."""
         return self.rankings[0].queries

@@ -1,7 +1,6 @@
-"""Requests whose result is a score for every (query, training sample)."""
+"""Specs of runs with a score for every (query, training sample)."""
 
-from abc import abstractmethod
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BeforeValidator, SerializeAsAny
 
@@ -10,13 +9,17 @@ from influence_jobs.specs.queries import Queries
 
 
 class ScoresSpec(Spec):
-    """Base of the requests that give a score to every (query, training sample)."""
+    """Base of the specs of runs with a score for every (query, training sample).
 
-    @property
-    @abstractmethod
-    def asked(self) -> Queries:
-        """The queries of the rows."""
+    Attributes:
+        queries: The queries, one a row of the scores. A subclass has them as a field or a property.
+    """
+
+    if TYPE_CHECKING:  # at run time pydantic would take the property for a field's default
+
+        @property
+        def queries(self) -> Queries: ...
 
 
-#: A request for scores, of whichever kind.
+#: A spec of any kind whose runs have scores.
 AnyScores = Annotated[SerializeAsAny[ScoresSpec], BeforeValidator(spec_of)]

@@ -1,4 +1,4 @@
-"""How the curvature is measured and inverted: settings of each solver, found by its name."""
+"""Settings of the curvature and of each solver. A solver is found by its name."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -11,13 +11,13 @@ Operator = Literal["gauss-newton", "hessian"]
 
 
 class Curvature(Model):
-    """The matrix to invert: that of the mean training loss.
+    """The curvature matrix of the mean training loss.
 
     Attributes:
         operator: Gauss-Newton is positive semidefinite; the Hessian of a network is not.
-        product: The Hessian's, exact (Pearlmutter) or by finite differences.
-        samples: Size of the random subset of training samples it is measured on; None for all.
-        seed: Of the subset, of mini-batches and of the samples' noise.
+        product: How the Hessian is multiplied: exactly (Pearlmutter) or by finite differences.
+        samples: Size of the random subset of training samples that is used; None for all.
+        seed: Seed of the subset, the mini-batches and the samples' noise.
     """
 
     operator: Operator = "gauss-newton"
@@ -28,22 +28,23 @@ class Curvature(Model):
     @model_validator(mode="after")
     def _gauss_newton_is_exact(self) -> Self:
         if self.operator == "gauss-newton" and self.product != "exact":
-            raise ValueError("finite differences are of the Hessian: use --operator hessian")
+            raise ValueError("finite differences need the Hessian: use --operator hessian")
         return self
 
 
 class SolverSettings(Model):
-    """Base of the settings of a solver, which is found by the default of `name`.
+    """Base of the settings of a solver. The default of the field `name` names the solver.
 
     A field's description is the help of the option of that name.
 
     Attributes:
         solver: `module:Class` in `influence_jobs.curvature` that takes these settings.
         summary: The solver in a few words.
-        passes: Products with all samples that it takes, about; the MNIST network's, for estimates.
+        passes: Approximate number of products with all samples, on the MNIST network; for time
+            estimates.
         operators: The matrices that it can invert.
-        uses_curvature: False if it multiplies with no matrix at all.
-        needs_factors: It takes only layers that have Kronecker factors.
+        uses_curvature: False if the solver multiplies with no matrix.
+        needs_factors: Whether it takes only layers with Kronecker factors.
     """
 
     solver: ClassVar[str]
@@ -62,12 +63,16 @@ class SolverSettings(Model):
 
     @property
     def num_repeats(self) -> int:
-        """Independent solutions, of which the mean counts."""
+        """Number of independent solutions; s_test is their mean."""
         return getattr(self, "repeats", 1)
 
 
 class ConjugateGradientSettings(SolverSettings):
-    """Batched conjugate gradients to a relative residual. `damping` is lambda; None chooses it."""
+    """Batched conjugate gradients to a relative residual.
+
+    Attributes:
+        damping: Lambda; None to choose it from the largest eigenvalue.
+    """
 
     solver = "cg:ConjugateGradient"
     summary = "batched conjugate gradients, the default"
@@ -76,16 +81,16 @@ class ConjugateGradientSettings(SolverSettings):
     name: Literal["cg"] = "cg"
     damping: Positive | None = None
     tolerance: Annotated[float, Field(gt=0, lt=1, description="Relative residual.")] = 1e-4
-    max_iterations: Annotated[Count, Field(description="At most.")] = 200
+    max_iterations: Annotated[Count, Field(description="Upper limit of the iterations.")] = 200
 
 
 class LissaSettings(SolverSettings):
-    """Stochastic recursion; see `curvature.lissa`. None leaves a choice to the measured spectrum.
+    """Stochastic recursion; see `curvature.lissa`. A None is chosen from the measured spectrum.
 
     Attributes:
-        damping: Effective damping lambda: the recursion's own is damping / scale.
-        batch_size: Samples of a step.
-        repeats: Independent recursions, averaged.
+        damping: Effective damping lambda; the recursion itself uses damping / scale.
+        batch_size: Samples in a step.
+        repeats: Independent recursions; s_test is their mean.
     """
 
     solver = "lissa:Lissa"
@@ -99,13 +104,13 @@ class LissaSettings(SolverSettings):
         Count | None, Field(description="Steps of a recursion; chosen if not given.")
     ] = None
     batch_size: Annotated[
-        Count | None, Field(description="Samples of a step; chosen if not given.")
+        Count | None, Field(description="Samples in a step; chosen if not given.")
     ] = None
     repeats: Annotated[Count, Field(description="Independent recursions, averaged.")] = 5
 
 
 class EkFacSettings(SolverSettings):
-    """Eigenvalue-corrected Kronecker factors (George et al. 2018) of the layers that have them."""
+    """Eigenvalue-corrected Kronecker factors (George et al. 2018)."""
 
     solver = "ek_fac:EkFac"
     summary = "eigenvalue-corrected Kronecker factors"
@@ -138,5 +143,5 @@ def _settings_of(value: Any) -> Any:
     return SolverSettings.by_name[name].model_validate(value)
 
 
-#: Settings of whichever solver.
+#: Settings of any solver.
 AnySolver = Annotated[SerializeAsAny[SolverSettings], BeforeValidator(_settings_of)]

@@ -1,4 +1,4 @@
-"""Weights on disk: those of train runs, and state dicts in files."""
+"""Load weights: those that a train run kept, or a state dict in a file."""
 
 import hashlib
 import io
@@ -15,10 +15,10 @@ from influence_jobs.store.run import Run, checksum
 
 
 def file_checkpoint(path: str) -> FileCheckpoint:
-    """A file's checkpoint, identified by its content.
+    """The checkpoint in a file, identified by the file's content.
 
     Raises:
-        ModelError: There is no such file.
+        ModelError: The file cannot be read.
     """
     try:
         with Path(path).open("rb") as file:
@@ -35,18 +35,18 @@ def load_checkpoint(
 
     Args:
         model: On any device.
-        root: Folder of all runs, where train runs lie.
-        checkpoint: Which one.
+        root: Folder of all runs; it holds the train run.
+        checkpoint: Which weights to load.
 
     Raises:
-        ModelError: The file is missing, damaged or of another architecture.
-        StoreError: The train run's weights are not what its manifest says.
+        ModelError: The file is missing, changed, damaged or of another architecture.
+        StoreError: The weights of the train run do not match its manifest.
     """
     if isinstance(checkpoint, FileCheckpoint):
         if file_checkpoint(checkpoint.path).sha256 != checkpoint.sha256:
             raise ModelError(
                 f"checkpoint {checkpoint.path} has changed since the run was submitted: "
-                "restore it, or submit anew"
+                "restore it, or submit the run again"
             )
         load_weights(model, Path(checkpoint.path))
         return
@@ -66,7 +66,7 @@ def load_checkpoint(
 
 
 def recorded_digest(root: str, checkpoint: TrainedCheckpoint) -> str:
-    """SHA-256 of a train run's weights, as its manifest has it; empty if they are not there."""
+    """SHA-256 of a train run's weights according to its manifest; empty if it has none."""
     entries = Run(root, checkpoint.train).manifest.done().values()
     recorded = {name: digest for entry in entries for name, digest in entry.files.items()}
     return recorded.get(checkpoint_name(checkpoint.epoch), "")

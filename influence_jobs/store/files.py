@@ -1,7 +1,7 @@
-"""A folder of small files on a local disk or an object store, with the few operations runs need.
+"""A folder of small files on a local disk or in an object store, with the few operations runs need.
 
-Both kinds replace a file atomically and can create one only if it is absent, and what goes wrong is an OSError with
-either. Nothing here knows what the files hold.
+Both kinds replace a file atomically, can create a file only if it is absent, and raise OSError if
+something goes wrong. Nothing here knows what the files hold.
 """
 
 import contextlib
@@ -23,27 +23,31 @@ PARTIAL = ".partial"  # suffix of files being written, ours and Zarr's
 
 
 class Files(Protocol):
-    """Named byte strings below one folder; names are relative posix paths."""
+    """Files below one folder. A file is named by its relative POSIX path."""
 
     url: str
 
     def read(self, name: str) -> bytes:
-        """Raises FileNotFoundError where there is none."""
+        """The bytes of a file.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+        """
 
     def write(self, name: str, data: bytes) -> None:
-        """Replace the file as a whole: readers see the old bytes or the new."""
+        """Replace the file as a whole: a reader sees the old bytes or the new ones, never a mix."""
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write the file if there is none; False if there was one."""
+        """Write the file if it is absent. Returns False if it already existed."""
 
     def delete(self, name: str) -> None:
-        """Remove the file if it is there."""
+        """Remove the file if it exists."""
 
     def names(self, folder: str) -> list[str]:
-        """Names of the files right in a folder, sorted, without the folder; empty if there is none."""
+        """Sorted names of the files directly in a folder, without the folder's own name."""
 
     def folders(self) -> list[str]:
-        """Names of the folders right below this one, sorted."""
+        """Sorted names of the folders directly below this one."""
 
     def sub(self, folder: str) -> "Files":
         """The files below one folder."""
@@ -52,17 +56,17 @@ class Files(Protocol):
         """The folder as a Zarr store."""
 
     def sync(self, names: Iterable[str]) -> None:
-        """Make files that others wrote durable, where a write alone is not; missing ones are passed over."""
+        """Make files durable that other code wrote. Files that are missing are skipped."""
 
     def free_bytes(self) -> int | None:
-        """Bytes that can still be written, where that is known."""
+        """Free space in bytes; None if it is not known."""
 
     def sweep(self, older_than_s: float = 0.0) -> None:
-        """Remove what killed writers left behind: of a folder that others write to, only what is old."""
+        """Remove partial files of killed writers. Give an age if other writers may be active."""
 
 
 class LocalFiles:
-    """Files on a local or shared disk, durable once a call returns."""
+    """Files on a local or shared disk. A file is durable once the call that wrote it returns."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -85,7 +89,7 @@ class LocalFiles:
                 path.hardlink_to(aside)
             except FileExistsError:
                 return False
-            except OSError:  # exFAT and some network disks know no links
+            except OSError:  # exFAT and some network disks have no hard links
                 return _create_in_place(path, data)
             return True
 
@@ -102,7 +106,7 @@ class LocalFiles:
             yield aside
         finally:
             aside.unlink(missing_ok=True)
-        _sync_folder(path.parent)  # the rename itself must survive a power cut
+        _sync_folder(path.parent)  # so that the rename survives a power cut
 
     def delete(self, name: str) -> None:
         (self.root / name).unlink(missing_ok=True)
@@ -163,7 +167,7 @@ def _create_in_place(path: Path, data: bytes) -> bool:
 def _sync_folder(folder: Path) -> None:
     try:
         descriptor = os.open(folder, os.O_RDONLY)
-    except PermissionError:  # Windows opens no folders
+    except PermissionError:  # Windows cannot open a folder
         return
     try:
         os.fsync(descriptor)
@@ -172,7 +176,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 class ObjectFiles:
-    """Files in a bucket of an object store (s3://, gs://, az://), by obstore."""
+    """Files in a bucket of an object store (s3://, gs://, az://), through obstore."""
 
     def __init__(self, url: str):
         from obstore.store import from_url  # an optional extra
@@ -229,12 +233,12 @@ class ObjectFiles:
         return None
 
     def sweep(self, older_than_s: float = 0.0) -> None:
-        """Nothing to do: an object is there as a whole or not at all."""
+        """Nothing to do: an object is never partly written."""
 
 
 @contextlib.contextmanager
 def _os_errors() -> Iterator[None]:
-    """Raise an object store's own errors as OSErrors; it has FileNotFoundError from the start."""
+    """Raise obstore's own errors as OSError. Its error for a missing file already is one."""
     from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
 
     try:
@@ -253,7 +257,7 @@ def open_files(url: str) -> LocalFiles | ObjectFiles:
     """The files at a path or URL.
 
     Raises:
-        StoreError: The URL's kind is unknown, or the extra it needs is not installed.
+        StoreError: The URL's scheme is unknown, or the extra that it needs is not installed.
     """
     scheme, separator, rest = url.partition("://")
     if not separator:

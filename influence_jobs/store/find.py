@@ -1,4 +1,4 @@
-"""Finding runs in the folder of all runs."""
+"""Find runs in the folder of all runs."""
 
 from influence_jobs.errors import StoreError
 from influence_jobs.store import layout
@@ -14,10 +14,10 @@ def run_ids(root: str) -> list[str]:
 
 
 def find_run(root: str, word: str) -> Run:
-    """A run by its id, or by the first characters of the id or of its hash.
+    """The run with this id, or whose id or hash begins with these characters.
 
     Raises:
-        StoreError: None or several runs are called so.
+        StoreError: No run matches, or several do.
     """
     ids = run_ids(root)
     if word in ids:
@@ -26,7 +26,7 @@ def find_run(root: str, word: str) -> Run:
     if len(found) == 1:
         return Run.open(root, found[0])
     if found:
-        raise StoreError(f"{word!r} may be any of {', '.join(found)}: write more of it")
+        raise StoreError(f"{word!r} may be any of {', '.join(found)}: give more characters")
     raise StoreError(
-        f"there is no run {word} in {root}: `infl runs{for_runs(root)}` lists those there are"
+        f"there is no run {word} in {root}: `infl runs{for_runs(root)}` lists the runs there"
     )

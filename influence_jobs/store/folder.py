@@ -1,4 +1,4 @@
-"""The folder of all runs, as the command line names it: `--runs`, $INFL_RUNS, or `runs` in the working directory."""
+"""The folder of all runs: `--runs`, else $INFL_RUNS, else `runs` in the working directory."""
 
 import os
 import shlex
@@ -8,11 +8,11 @@ DEFAULT_RUNS = "runs"
 
 
 def runs_folder(word: str) -> str:
-    """What `--runs` names, whatever the working directory will be."""
+    """The folder that `--runs` names, as a URL or an absolute path."""
     return word if "://" in word else str(Path(word).expanduser().absolute())
 
 
 def for_runs(root: str) -> str:
-    """The `--runs` that a suggested command needs to find the runs of a folder; empty if it needs none."""
+    """The `--runs` option that a suggested command needs; empty if the default is this folder."""
     root, default = runs_folder(root), runs_folder(os.environ.get("INFL_RUNS", DEFAULT_RUNS))
     return "" if root == default else f" --runs {shlex.quote(root)}"

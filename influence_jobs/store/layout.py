@@ -1,19 +1,20 @@
-"""Every name in a run folder, and what its arrays look like.
+"""Every name in a run folder, and the layout of its arrays.
 
 <runs>/<run id>/
-    spec.json           what was asked (specs/); written first; only its paths may change
-    plan.json           how it is cut up: shards, batch size; written once
+    spec.json           the request (specs/); written first; only its paths may change
+    plan.json           the shards and the batch size; written once
     width.json          how many variants a retraining run trains side by side; measured once
-    status.json         what the driver is doing; rewritten about once a second
-    lease.json          which driver may write; lease.json.OWNER, who succeeds a dead OWNER
+    status.json         the state of the driver; rewritten about once a second
+    lease.json          the driver that may write; lease.json.OWNER names OWNER's successor if
+                        OWNER died
     job.json            the Ray job that runs the driver
-    manifest/ID.json    one file a shard: its attempts, and its checksums once its data are written
-    progress/ID.json    how far a shard in work has come
+    manifest/ID.json    one file per shard: its attempts, and checksums once its data are written
+    progress/ID.json    the progress of a shard that is being computed
     data.zarr/          the arrays
-    checkpoints/        weights of a train run, and the states that long shards resume from
-    tables/NAME.parquet small tables; tables/solutions/ID.parquet, one an s-test shard
-    logs/               what drivers said; shard-ID.log, the traceback of an unexpected error
-    report/             what `infl report` wrote; no part of the run
+    checkpoints/        weights of a train run, and states from which long shards resume
+    tables/NAME.parquet small tables; tables/solutions/ID.parquet is one table per s-test shard
+    logs/               logs of the drivers; shard-ID.log has the traceback of an unexpected error
+    report/             pages and figures that `infl report` wrote; not part of the run
 <runs>/retrained-*/     weights of retrained variants, shared by all runs: see store/retrained.py
 """
 
@@ -32,7 +33,7 @@ ARRAYS = "data.zarr"
 LOGS = "logs"
 TABLES = "tables"
 CHECKPOINTS = "checkpoints"
-FINISH = "finish"  # the manifest entry of what is written after all shards
+FINISH = "finish"  # the manifest entry for everything that is written after all shards
 TRAINING_STATE = f"{CHECKPOINTS}/state.pt"
 
 MAX_CHUNK_BYTES = 4 * 2**20
@@ -40,7 +41,7 @@ MIN_CHUNK_ROWS, MAX_CHUNK_ROWS = 256, 1024
 
 
 def checkpoint_name(epoch: int) -> str:
-    """Where a train run keeps the weights after an epoch."""
+    """The file in which a train run keeps its weights after an epoch."""
     return f"{CHECKPOINTS}/epoch-{epoch:04d}.pt"
 
 
@@ -60,7 +61,7 @@ def repeat_name(repeat: int) -> str:
 
 
 def part_name(module: str) -> str:
-    """The array of one module's part of the scores."""
+    """The array with one module's part of the scores."""
     return f"parts/{module}"
 
 
@@ -69,12 +70,12 @@ class ArrayLayout:
     """One array of a run.
 
     Attributes:
-        shape: Full shape; one of the axes has the N samples.
-        row_axis: Which one that is; in s_test vectors, the axis of queries.
-        chunk_rows: Samples in a chunk.
-        chunk_leading: Entries in a chunk along each axis before that one. Axes after it are not cut.
+        shape: Full shape. Rows lie along `row_axis`.
+        row_axis: The axis of the N samples; in s_test vectors, the axis of the queries.
+        chunk_rows: Rows in a chunk.
+        chunk_leading: Entries in a chunk along each axis before `row_axis`. Later axes are not cut.
         dims: A name for every axis.
-        attributes: Unit, sign and source of the numbers, for whoever opens the array later.
+        attributes: Unit, sign and source of the numbers; stored with the array.
     """
 
     name: str
@@ -95,9 +96,10 @@ class ArrayLayout:
 
 
 def chunk_rows(num_rows: int, row_bytes: int) -> int:
-    """Rows in a chunk: a power of two that follows from the array alone, never from workers or shards.
+    """Rows in a chunk: a power of two that depends on the array only, not on workers or shards.
 
-    Aims at 32 chunks, so that small sets still spread over workers, within 256 to 1,024 rows and 4 MiB.
+    It aims at 32 chunks, so that small data sets still spread over workers. A chunk has 256 to
+    1,024 rows, or fewer if those would exceed 4 MiB.
     """
     aim = max(MIN_CHUNK_ROWS, min(MAX_CHUNK_ROWS, num_rows // 32))
     fits = max(1, min(aim, MAX_CHUNK_BYTES // max(1, row_bytes)))

@@ -1,7 +1,8 @@
-"""One driver a run: whoever holds the lease may write.
+"""A lease ensures that only one driver writes to a run.
 
-The lease is a file created only if absent and rewritten as a heartbeat. A holder that has not been heard of for
-`TTL_S`, or whose process is gone from this host, has lost it.
+The lease is a file. A driver creates it only if it is absent, and then rewrites it as a heartbeat.
+A holder on this host is dead once its process has ended. A holder on another host is taken for
+dead if it has not rewritten the file for `TTL_S`. A dead holder has lost the lease.
 """
 
 import contextlib
@@ -47,18 +48,19 @@ class Lease:
     def __enter__(self) -> Self:
         while not self._files.create(layout.LEASE, self._text()):
             holder = self._read(layout.LEASE)
-            if holder is not None:  # else it was given back just now
+            if holder is not None:  # else the holder has just given it back
                 self._take_over(holder)
                 break
         self._thread.start()
         return self
 
     def _take_over(self, holder: dict[str, Any]) -> None:
-        """Become the one successor of a dead holder.
+        """Become the only successor of a dead holder.
 
-        Whoever creates the claim on a holder succeeds it; a successor that died before it had replaced
-        the lease is succeeded the same way. Claims go away only after the lease has changed, which
-        tells a contender that read it earlier, however slow, that it comes too late.
+        Only one driver can create the *claim*, a file that names the holder; it becomes the
+        successor. It may die before it has replaced the lease; then its own successor is found in
+        the same way. Claims are deleted only after the lease has changed. So a slow contender that
+        read the old lease sees that the lease has changed, and gives up.
         """
         claims: list[str] = []
         last = holder
@@ -91,7 +93,7 @@ class Lease:
     ) -> None:
         self._stop.set()
         self._thread.join()
-        with contextlib.suppress(OSError, StoreError):  # the lease runs out by itself
+        with contextlib.suppress(OSError, StoreError):  # the lease also expires by itself
             if not self.lost.is_set() and self._is_ours():
                 self._files.delete(layout.LEASE)
 
@@ -103,7 +105,7 @@ class Lease:
                     return
                 self._files.write(layout.LEASE, self._text())
             except (OSError, StoreError):
-                continue  # a full or slow disk: the work itself will report it
+                continue  # the disk is full or slow: the work itself will report that
 
     def _is_ours(self) -> bool:
         holder = self._read(layout.LEASE)
@@ -131,7 +133,7 @@ class Lease:
 
 
 def holder_of(files: Files) -> dict[str, Any] | None:
-    """What the lease says: owner, host, pid, process_started, beat; None if nobody holds it."""
+    """The content of the lease: owner, host, pid, process_started, beat; None without a holder."""
     try:
         holder: dict[str, Any] = json.loads(files.read(layout.LEASE))
     except (FileNotFoundError, ValueError):
@@ -147,6 +149,6 @@ def is_alive(holder: dict[str, Any]) -> bool:
 
 
 def live_holder(files: Files) -> dict[str, Any] | None:
-    """Who is driving the run of a folder; None if nobody is."""
+    """The holder of the lease of a run's folder, if it is alive; else None."""
     holder = holder_of(files)
     return holder if holder is not None and is_alive(holder) else None

@@ -1,8 +1,9 @@
-"""Which shards are done: one small file a shard, the only truth about a run's completeness.
+"""The manifest says which shards of a run are done, in one small file per shard.
 
-A lost chunk reads back as NaN without an error, and a chunk of NaNs is never written, so the arrays themselves cannot
-tell. The file says "running" with an attempt number while the shard is computed, and "done" with the checksums of what
-was written only after the data are on disk. No two workers share one, and it is replaced atomically.
+The arrays themselves cannot say it: a lost chunk reads back as NaN without an error, and a chunk of
+NaNs is never written. While a shard is computed, its file says "running" and the number of the
+attempt. Only after the data are on disk it says "done", with their checksums. Each file has one
+writer and is replaced atomically.
 """
 
 import json
@@ -21,14 +22,14 @@ class Entry:
 
     Attributes:
         start: First row.
-        stop: Row after the last.
-        attempt: How often the shard was started, this time included.
-        spec: Hash of the spec it was computed for.
+        stop: Row after the last one.
+        attempt: How often the shard was started, including this time.
+        spec: Hash of the spec that it was computed for.
         arrays: SHA-256 of the rows written, by array.
         files: SHA-256 of the files written, by name.
-        seconds: Time taken, writing included.
-        worker: Host and process that did it.
-        software: Versions and revision that did it; empty in runs that are older than this field.
+        seconds: Time taken, including the writing.
+        worker: Host and process that computed it.
+        software: Versions and revision that computed it; empty in runs older than this field.
     """
 
     shard: str
@@ -46,13 +47,13 @@ class Entry:
 
 
 class Manifest:
-    """The entries of one run."""
+    """All entries of one run."""
 
     def __init__(self, files: Files):
         self._files = files
 
     def read(self, shard: str) -> Entry | None:
-        """A shard's entry, or None if it was never started."""
+        """A shard's entry; None if the shard was never started."""
         try:
             text = self._files.read(_name(shard))
         except FileNotFoundError:
@@ -74,7 +75,7 @@ class Manifest:
         return [entry for shard in shards if (entry := self.read(shard))]
 
     def done(self) -> dict[str, Entry]:
-        """The finished shards."""
+        """Entries of the finished shards, by shard."""
         return {entry.shard: entry for entry in self.entries() if entry.state == "done"}
 
 

@@ -1,4 +1,4 @@
-"""Stored scores, as experiments read them."""
+"""Read stored scores for experiments."""
 
 from collections.abc import Iterable, Iterator
 
@@ -12,18 +12,22 @@ from influence_jobs.store.run import Run
 
 
 def needed_runs(rankings: Iterable[Ranking]) -> tuple[AnySpec, ...]:
-    """The score runs of some rankings, each once."""
+    """The runs that hold the scores of some rankings, each once."""
     runs = [scores for ranking in rankings for scores in ranking.scores]
     return tuple({scores.run_id: scores for scores in runs}.values())
 
 
 def digests(root: str, rankings: Iterable[Ranking]) -> dict[str, str]:
-    """What the runs of some rankings hold, by run."""
+    """Digests of the runs that hold the scores of some rankings, by run id."""
     return {spec.run_id: Run(root, spec).digest() for spec in needed_runs(rankings)}
 
 
 def score_blocks(root: str, ranking: Ranking) -> Iterator[tuple[int, npt.NDArray[np.float64]]]:
-    """A ranking's scores in blocks of samples: the first one's id, and scores (Q, B), NaN for samples left out."""
+    """A ranking's scores in blocks of B samples.
+
+    Yields:
+        The id of the block's first sample, and scores (Q, B); NaN for samples that are left out.
+    """
     runs = [Run(root, spec) for spec in ranking.scores]
     array = runs[0].array(SCORES)
     axis = runs[0].row_axis(SCORES)
@@ -34,7 +38,7 @@ def score_blocks(root: str, ranking: Ranking) -> Iterator[tuple[int, npt.NDArray
 
 
 def query_scores(root: str, ranking: Ranking, query: int) -> npt.NDArray[np.float64]:
-    """A ranking's scores of one query, (N,)."""
+    """A ranking's scores for one query, (N,)."""
     runs = [Run(root, spec) for spec in ranking.scores]
     rows = np.stack([np.asarray(run.array(SCORES)[query], dtype=np.float64) for run in runs])
     mean_N: npt.NDArray[np.float64] = rows.mean(axis=0)

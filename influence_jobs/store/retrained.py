@@ -1,11 +1,14 @@
-"""Weights of retrained variants: shared by all experiments in a folder of runs, so that none is trained twice.
+"""Weights of retrained variants, shared by all experiments in a folder of runs.
+
+So no variant is trained twice.
 
 <runs>/retrained-<task>-<hash of the recipe>/
     recipe.json         how all of them were trained
-    manifest/KEY.json   one a variant: the checksum of its weights, written after them
+    manifest/KEY.json   one file per variant: the checksum of its weights, written after them
     checkpoints/KEY-SUM.pt  its weights; SUM is the beginning of their checksum
-KEY is the hash of what distinguishes a variant: seed, samples removed, samples relabelled. Two workers that train the same
-variant at the same time write two files, equal up to rounding, and the manifest names one of them.
+KEY is the hash of what distinguishes a variant: seed, removed samples, relabelled samples and their
+new labels. Two workers may train the same variant at the same time. Then they write two files,
+equal up to rounding, and the manifest names one of them.
 """
 
 import io
@@ -24,7 +27,7 @@ from influence_jobs.store.software import software
 
 log = logging.getLogger(__name__)
 
-WRITTEN_S = 3600.0  # weights take seconds to write: what has not come by then never will
+WRITTEN_S = 3600.0  # weights take seconds to write: a partial file of this age is abandoned
 
 
 class Retrained:
@@ -42,11 +45,11 @@ class Retrained:
         self._manifest = Manifest(self._files)
 
     def sweep(self) -> None:
-        """Remove what killed writers left behind; other drivers may be writing here."""
+        """Remove old partial files of killed writers. Other drivers may be writing here."""
         self._files.sweep(older_than_s=WRITTEN_S)
 
     def read(self, key: str) -> dict[str, Tensor] | None:
-        """Weights of a variant, on the CPU; None if it is not there, or damaged."""
+        """Weights of a variant, on the CPU; None if they are missing or damaged."""
         entry = self._manifest.read(key)
         if entry is None:
             return None
@@ -67,7 +70,7 @@ class Retrained:
         """Keep the weights of a variant."""
         self._files.create("recipe.json", self._recipe.model_dump_json(indent=2).encode())
         buffer = io.BytesIO()
-        # Copies: a row of a stack would be saved with the whole stack.
+        # Cloned, since saving a row of a stack would save the whole stack.
         torch.save(
             {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}, buffer
         )
@@ -90,7 +93,14 @@ class Retrained:
 
 
 def variant_key(seed: int, removed: bytes, relabelled: bytes, labels: bytes) -> str:
-    """The key of a variant, from its seed and the bytes of its sorted ids and their labels (int64)."""
+    """The key of a variant.
+
+    Args:
+        seed: The variant's seed.
+        removed: Bytes of the sorted ids of its removed samples, int64.
+        relabelled: Bytes of the sorted ids of its relabelled samples, int64.
+        labels: Bytes of their new labels, int64.
+    """
     parts = {
         "seed": seed,
         "removed": checksum(removed),

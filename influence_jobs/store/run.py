@@ -27,11 +27,13 @@ from influence_jobs.store.manifest import Manifest
 
 
 class Run:
-    """The run of a spec: where its files are. Making one touches nothing; `open` and `create` do.
+    """The files of one run.
+
+    The constructor touches no file; `open` reads and `create` writes.
 
     Args:
-        root: Folder of all runs: a path, s3:// or gs:// URL.
-        spec: What the run is of.
+        root: Folder of all runs: a path, or an s3://, gs:// or az:// URL.
+        spec: The run's spec.
     """
 
     def __init__(self, root: str, spec: AnySpec):
@@ -53,7 +55,8 @@ class Run:
             text = files.read(layout.SPEC)
         except (FileNotFoundError, NotADirectoryError):
             raise StoreError(
-                f"there is no run {run_id} in {root}: `infl runs{for_runs(root)}` lists those there are"
+                f"there is no run {run_id} in {root}: "
+                f"`infl runs{for_runs(root)}` lists the runs there"
             ) from None
         run = cls(root, parse_spec(text, f"{files.url}/{layout.SPEC}"))
         if run.id != run_id:
@@ -65,9 +68,10 @@ class Run:
 
     @classmethod
     def create(cls, root: str, spec: AnySpec) -> "Run":
-        """The run of a spec, made if it is not there yet.
+        """The run of a spec, created if it does not exist yet.
 
-        A run that is there learns where its inputs lie now: paths are no part of what was asked.
+        If it exists, its spec is updated with the current paths of its inputs. Paths are not part
+        of a spec's identity.
 
         Raises:
             StoreError: The folder cannot be written.
@@ -87,7 +91,7 @@ class Run:
     # -- plan and status --------------------------------------------------------------------------
 
     def read_json(self, name: str) -> dict[str, Any] | None:
-        """A JSON file of the run, or None where there is none."""
+        """A JSON file of the run; None if it does not exist."""
         try:
             data: dict[str, Any] = json.loads(self.files.read(name))
         except FileNotFoundError:
@@ -103,7 +107,7 @@ class Run:
     # -- arrays -----------------------------------------------------------------------------------
 
     def create_arrays(self, layouts: Sequence[ArrayLayout]) -> None:
-        """Create the arrays that are not there yet, at full shape and filled with NaN."""
+        """Create the arrays that do not exist yet, with their full shape and filled with NaN."""
         group = zarr.open_group(self.files.zarr_store(layout.ARRAYS), mode="a")
         group.attrs["run"] = self.id
         for array in layouts:
@@ -115,7 +119,7 @@ class Run:
                 chunks=array.chunks,
                 dtype=array.dtype,
                 fill_value=float("nan"),
-                # Without the checksum a flipped byte reads back as a wrong number, silently.
+                # Without the checksum a damaged byte would silently read back as a wrong number.
                 compressors=[
                     BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle"),
                     Crc32cCodec(),
@@ -126,7 +130,7 @@ class Run:
 
     @cached_property
     def _arrays(self) -> dict[str, "zarr.Array[Any]"]:
-        if not self._has_arrays():  # opening them would make their folder
+        if not self._has_arrays():  # opening would create the folder
             more = for_runs(self.root)
             raise StoreError(
                 f"run {self.id} has no arrays: it has not begun, or they were deleted "
@@ -137,29 +141,28 @@ class Run:
         return {name: node for name, node in members if isinstance(node, zarr.Array)}
 
     def array_names(self) -> list[str]:
-        """Names of all arrays, sorted; none before the run has begun."""
+        """Sorted names of all arrays; empty before the run has begun."""
         return list(self._arrays) if self._has_arrays() else []
 
     def _has_arrays(self) -> bool:
         return self.read_json(f"{layout.ARRAYS}/zarr.json") is not None
 
     def array(self, name: str) -> "zarr.Array[Any]":
-        """An array, unread.
+        """An array; its data are not read yet.
 
         Raises:
             StoreError: The run has no such array.
         """
         found = self._arrays.get(name)
         if found is None:
-            raise StoreError(
-                f"run {self.id} has no array {name!r}; it has {', '.join(self._arrays) or 'none yet'}"
-            )
+            names = ", ".join(self._arrays) or "none yet"
+            raise StoreError(f"run {self.id} has no array {name!r}; it has {names}")
         return found
 
     def write_rows(self, name: str, start: int, values: npt.NDArray[Any]) -> str:
         """Write rows of an array and return the SHA-256 of their bytes (C order, little endian).
 
-        Rows must be whole chunks: two writers in one chunk lose each other's rows.
+        Rows must be whole chunks: two writers of one chunk would overwrite each other's rows.
         """
         array, axis = self.array(name), self.row_axis(name)
         stop = start + values.shape[axis]
@@ -168,7 +171,7 @@ class Run:
             raise StoreError(f"rows {start}..{stop} of {name} are not whole chunks of {rows}")
         values = np.ascontiguousarray(values, dtype=array.dtype)
         array[(*(slice(None),) * axis, slice(start, stop))] = values
-        # Zarr does not sync, and the manifest that vouches for these chunks must not outlive them.
+        # Zarr does not sync; the chunks must be on disk before the manifest says so.
         cells = [range(math.ceil(n / c)) for n, c in zip(array.shape, array.chunks, strict=True)]
         cells[axis] = range(start // rows, math.ceil(stop / rows))
         keys = ("/".join(map(str, index)) for index in itertools.product(*cells))
@@ -176,18 +179,18 @@ class Run:
         return checksum(values)
 
     def read_rows(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
-        """Rows of an array along its sample axis."""
+        """Rows `start` to `stop` of an array, along its row axis."""
         array, axis = self.array(name), self.row_axis(name)
         return np.asarray(array[(*(slice(None),) * axis, slice(start, stop))])
 
     def row_axis(self, name: str) -> int:
-        """Which axis of an array has the samples."""
+        """The axis of an array along which its rows lie."""
         axis = self.array(name).attrs["row_axis"]
         assert isinstance(axis, int)
         return axis
 
     def digest(self) -> str:
-        """What the finished shards hold, as one SHA-256: equal if and only if the manifest's checksums are."""
+        """One SHA-256 over the manifest's checksums of all finished shards."""
         sums = {
             name: [dict(sorted(entry.arrays.items())), dict(sorted(entry.files.items()))]
             for name, entry in sorted(self.manifest.done().items())
@@ -197,7 +200,7 @@ class Run:
     # -- tables and other files -------------------------------------------------------------------
 
     def write_table(self, name: str, table: pa.Table) -> dict[str, str]:
-        """Replace a Parquet table; returns the SHA-256 of its file, by the file's name."""
+        """Replace a Parquet table. Returns {name of its file: the file's SHA-256}."""
         buffer = io.BytesIO()
         pq.write_table(table, buffer)
         file = f"{layout.TABLES}/{name}.parquet"
@@ -219,15 +222,15 @@ class Run:
             ) from None
 
     def table_names(self) -> list[str]:
-        """Names of all tables, sorted."""
+        """Sorted names of all tables."""
         return [name.removesuffix(".parquet") for name in self.files.names(layout.TABLES)]
 
 
 def checksum(data: npt.NDArray[Any] | bytes) -> str:
-    """SHA-256 in hex of bytes, or of an array's bytes in C order."""
+    """SHA-256, in hexadecimal, of bytes or of an array's bytes in C order."""
     return hashlib.sha256(data if isinstance(data, bytes) else data.tobytes()).hexdigest()
 
 
 def now() -> float:
-    """Seconds since 1970, as all files of a run state times."""
+    """Seconds since 1970, the unit of all times in a run's files."""
     return time.time()

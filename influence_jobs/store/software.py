@@ -1,4 +1,4 @@
-"""Which code computes here: versions, and the revision of a checkout."""
+"""Versions of the software that computes, and the git revision of this package."""
 
 import json
 import platform
@@ -14,7 +14,7 @@ GIT_DEADLINE_S = 5.0
 
 @cache
 def software() -> dict[str, str]:
-    """Versions by package, those that are installed, with `python` and, where it is known, the git `revision`."""
+    """Versions of installed packages, of `python`, and the git `revision` if it is known."""
     found = {}
     for package in (PACKAGE, *_OTHERS):
         try:
@@ -28,11 +28,14 @@ def software() -> dict[str, str]:
 
 
 def _checked_out() -> str | None:
-    """The commit of the checkout this file lies in, `+changes` if files differ from it; None outside of one."""
+    """The commit of the checkout that holds this file; None outside of a checkout.
+
+    `+changes` is appended if files differ from that commit.
+    """
     folder = Path(__file__).parent
     command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=12", "--exclude=*"]
     try:
-        # A site-packages folder may lie in a repository of someone else's.
+        # A site-packages folder may lie inside another project's repository.
         tracked = _says(
             ["git", "-C", str(folder), "ls-files", "--error-unmatch", Path(__file__).name]
         )
@@ -49,7 +52,7 @@ def _says(command: list[str]) -> str:
 
 
 def _installed_from() -> str | None:
-    """The commit that pip installed, where it installed from a repository."""
+    """The commit that pip installed; None if it did not install from a repository."""
     try:
         text = distribution(PACKAGE).read_text("direct_url.json")
     except PackageNotFoundError:

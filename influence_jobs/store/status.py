@@ -1,15 +1,18 @@
-"""How far a run is, from what its driver writes into the run's folder."""
+"""The progress of a run, from the status that its driver writes into the run's folder."""
 
 from typing import Any
 
 from influence_jobs.store import layout
 from influence_jobs.store.run import Run, now
 
-STALE_S = 20.0  # a driver silent for so long is taken for dead
+STALE_S = 20.0  # a driver that has not written for this long is taken for dead
 
 
 def read_status(run: Run) -> dict[str, Any]:
-    """A run's status, with `state` corrected to `interrupted` if its driver has gone silent, or `new`."""
+    """A run's status.
+
+    Its `state` is `new` before the first driver, and `interrupted` if the driver stopped writing.
+    """
     status = run.read_json(layout.STATUS)
     if status is None:
         return {"state": "new", "units_done": 0, "units_total": None, "failures": {}}
@@ -19,7 +22,7 @@ def read_status(run: Run) -> dict[str, Any]:
 
 
 def under_way(run: Run, status: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
-    """The run that work is done for: this one, or one that it needs, or that one needs; and its status."""
+    """The run that is being computed, and its status: this run, or one that it depends on."""
     while phase := status.get("phase"):
         run = Run.open(run.root, phase)
         status = read_status(run)
@@ -27,7 +30,7 @@ def under_way(run: Run, status: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
 
 
 def rate_and_eta(status: dict[str, Any]) -> tuple[float, float] | None:
-    """Samples a second since this driver's work began, and the seconds left at that rate."""
+    """Samples per second since this driver's work began, and the seconds left at that rate."""
     done = status["units_done"] - status.get("units_before", 0)
     if not status.get("units_total") or done <= 0:
         return None
@@ -37,7 +40,7 @@ def rate_and_eta(status: dict[str, Any]) -> tuple[float, float] | None:
 
 
 def is_done(run: Run) -> bool:
-    """Whether every shard of a run is finished and so are its tables."""
+    """Whether every shard of a run is finished, and its tables too."""
     status = run.read_json(layout.STATUS)
     plan = run.read_json(layout.PLAN)
     if status is None or plan is None or status["state"] != "done":

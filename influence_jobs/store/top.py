@@ -1,4 +1,4 @@
-"""The largest rows of an array, and the best samples of a query, without reading an array whole."""
+"""Find the largest rows of an array or the best samples of a query, one chunk at a time."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -12,14 +12,14 @@ from influence_jobs.store.run import Run
 def largest_rows(
     run: Run, name: str, k: int, *, channel: int | None = None
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """Rows with the largest `row_totals`, ties in the order of their ids: ids and totals, largest first."""
+    """The k rows with the largest `row_totals`: ids and totals, largest first, ties by id."""
     totals = row_totals(run, name, channel=channel)
     best = np.argsort(-totals, kind="stable")[:k]
     return best, totals[best]
 
 
 def row_totals(run: Run, name: str, *, channel: int | None = None) -> npt.NDArray[np.float64]:
-    """The sum of each row of an array over all axes but the sample axis, shape (N,), or over one channel only."""
+    """The sum of each row of an array over all other axes, (N,); with a channel, of it alone."""
     array, axis = run.array(name), run.row_axis(name)
     num_rows, step = array.shape[axis], array.chunks[axis]
     totals = []
@@ -35,17 +35,18 @@ def row_totals(run: Run, name: str, *, channel: int | None = None) -> npt.NDArra
 def top_scores(
     run: Run, name: str, queries: Sequence[int], k: int, *, largest: bool = True
 ) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]]:
-    """The samples with the largest or smallest scores of some queries, ties in the order of their ids.
+    """The samples with the largest or smallest scores for some queries, best first, ties by id.
 
     Args:
         run: The run.
         name: One of its arrays, (Q, N).
-        queries: Rows of it.
-        k: How many samples for each.
-        largest: Largest scores first, else smallest first.
+        queries: Row numbers in this array.
+        k: Number of samples per query.
+        largest: Largest scores first; else smallest first.
 
     Returns:
-        Ids and scores for each query, shape (k,) or fewer: samples left out (NaN) do not count.
+        Ids and scores for each query, (k,) each. Samples without a score (NaN) are skipped, so
+        there may be fewer.
     """
     array, axis = run.array(name), run.row_axis(name)
     num_rows, step = array.shape[axis], array.chunks[axis]
@@ -63,7 +64,7 @@ def top_of(
     *,
     largest: bool = True,
 ) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]]:
-    """Like `top_scores`, of blocks of samples: the first one's id, and scores (Q, B)."""
+    """Like `top_scores`, from blocks of samples: the first sample's id, and scores (Q, B)."""
     sign = -1.0 if largest else 1.0
     best = [(np.empty(0, dtype=np.int64), np.empty(0)) for _ in queries]
     for start, block in blocks:
@@ -79,11 +80,11 @@ def top_of(
 def ranks(
     run: Run, name: str, row: int
 ) -> tuple[npt.NDArray[np.float64], dict[bool, npt.NDArray[np.int64]], npt.NDArray[np.int64]]:
-    """Where one sample comes for every query of an array (Q, N).
+    """The rank of one sample for every query of an array (Q, N).
 
     Returns:
-        Its scores (Q,); by `largest`, its ranks (Q,) counted from 1; how many samples are ranked (Q,): those left out
-        (NaN) do not count.
+        Its scores (Q,); its ranks (Q,) from 1, by `largest` as in `top_scores`; and how many
+        samples have a rank (Q,). Samples without a score (NaN) have none.
     """
     array, axis = run.array(name), run.row_axis(name)
     num_rows, step = array.shape[axis], array.chunks[axis]

@@ -1,4 +1,4 @@
-"""Does a run hold what its manifest says?"""
+"""Check that the data of a run match its manifest."""
 
 from dataclasses import dataclass, replace
 
@@ -12,12 +12,12 @@ from influence_jobs.store.run import Run, checksum
 
 @dataclass(frozen=True)
 class Verification:
-    """What was found.
+    """The result of a check.
 
     Attributes:
-        planned: Shards of the plan.
-        good: Shards whose data are what the manifest says.
-        damaged: By shard, what is wrong with it.
+        planned: Number of shards in the plan.
+        good: Number of finished shards whose data match the manifest.
+        damaged: What is wrong, by shard.
     """
 
     planned: int
@@ -26,7 +26,7 @@ class Verification:
 
 
 def find_damage(run: Run) -> Verification:
-    """Read every finished shard back and compare it with its checksums.
+    """Read every finished shard and compare it with its checksums.
 
     Raises:
         StoreError: The run has no plan yet.
@@ -54,7 +54,7 @@ def _damage(run: Run, entry: Entry) -> str | None:
     for name, expected in entry.arrays.items():
         try:
             found = checksum(run.read_rows(name, entry.start, entry.stop))
-        except Exception as error:  # noqa: BLE001  codecs raise all kinds of errors on damaged bytes
+        except Exception as error:  # noqa: BLE001  codecs raise any error on damaged bytes
             return f"{name} cannot be read ({str(error).splitlines()[0]})"
         if found != expected:
             return f"{name} is not what was written"
@@ -63,18 +63,23 @@ def _damage(run: Run, entry: Entry) -> str | None:
             if checksum(run.files.read(name)) != expected:
                 return f"{name} is not what was written"
         except FileNotFoundError:
-            return f"{name} is gone"
+            return f"{name} is missing"
     return None
 
 
 def mark_undone(run: Run, shards: dict[str, str]) -> None:
-    """Take the `done` off some shards, so that the next driver computes them again.
+    """Mark shards as not done, so that the next driver computes them again.
+
+    Args:
+        run: The run.
+        shards: Their ids, as keys.
 
     Raises:
-        LeaseHeld: A driver is at the run.
+        LeaseHeld: A driver is running.
     """
     with Lease(run.files):
-        run.files.delete(layout.STATUS)  # first: a status of `done` would outlive a kill in between
+        # First: if this is killed halfway, no status of `done` may be left.
+        run.files.delete(layout.STATUS)
         for shard in shards:
             entry = run.manifest.read(shard)
             if entry is not None:

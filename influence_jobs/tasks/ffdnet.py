@@ -1,4 +1,4 @@
-"""The report's denoiser: FFDNet on patches of photographs with Gaussian noise."""
+"""The denoiser of the research report: FFDNet on patches of photographs with Gaussian noise."""
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
@@ -8,7 +8,6 @@ from typing import Annotated, Any, ClassVar, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from typing_extensions import Doc
 
@@ -18,25 +17,24 @@ from influence_jobs.datasets.patches import Patches
 from influence_jobs.datasets.quality import psnr
 from influence_jobs.errors import SpecError
 from influence_jobs.models.ffdnet import FFDNet
-from influence_jobs.specs.base import Count
-from influence_jobs.tasks.base import Batch, Draw, Task, device_of
+from influence_jobs.tasks.base import Batch, Draw, Task, device_of, require_at_least
 from influence_jobs.tasks.published import FFDNET, FFDNET_GREY, Published
 from influence_jobs.terms import OutputLoss, Region
 
 MAX_TRAIN_SIGMA = 75.0
 EVAL_SIGMA = 25.0
-# Numbers of the first noise draw in training and of test images; attribution of training patches begins at 0.
+# The first noise draw in training and of test images; for training patches in attribution it is 0.
 TRAINING_DRAWS = 2**32
 TEST_DRAWS = 2**33
 
 
 class FFDNetTask(Task):
-    """Patches cut lazily from a folder of images; noise fixed by (seed, patch, draw).
+    """Patches of the images in a folder; the noise depends on (seed, patch, draw) only.
 
-    Test samples are whole images. What is measured of one, or of a region of it, is a mean of squares over pixels
-    and channels: of the error to the clean image (`loss`), of the output itself (`output`), or of the
-    output minus the noisy input (`change`). The error's gradient vanishes where the network fits well; the
-    other two are for that.
+    Test samples are whole images. The quantities of an image, or of a region of it, are means of
+    squares over pixels and channels: of the output minus the clean image (`loss`), of the output
+    itself (`output`), or of the output minus the noisy input (`change`). Where the network fits
+    well the gradient of `loss` vanishes; use one of the other two there.
 
     Training draws noise levels from [0, 75]. `skip` has the names of images to leave out.
     """
@@ -49,7 +47,7 @@ class FFDNetTask(Task):
     }
     output_loss: ClassVar[OutputLoss] = "mse"
     quantities = ("loss", "output", "change")
-    color: ClassVar[bool] = True  # the 12-layer colour network
+    color: ClassVar[bool] = True  # the colour network of 12 layers
     published: ClassVar[Published | None] = FFDNET
 
     def __init__(
@@ -65,14 +63,14 @@ class FFDNetTask(Task):
         test_images: Annotated[
             str, Doc("Folder of test images, for validation and as queries.")
         ] = "samples-test",
-        patch_size: Annotated[Count, Doc("Side of a patch, in pixels.")] = 50,
-        stride: Annotated[Count, Doc("Step between patches, in pixels.")] = 25,
-        sigma: Annotated[
-            float, Field(ge=0), Doc("Noise level in attribution, in grey levels of 255.")
-        ] = 25.0,
+        patch_size: Annotated[int, Doc("Side of a patch, in pixels.")] = 50,
+        stride: Annotated[int, Doc("Step between patches, in pixels.")] = 25,
+        sigma: Annotated[float, Doc("Noise level in attribution, in grey levels of 255.")] = 25.0,
         skip: tuple[str, ...] = (),
-        limit: Annotated[Count | None, Doc("Only the first so many patches.")] = None,
+        limit: Annotated[int | None, Doc("Use only this many patches.")] = None,
     ):
+        require_at_least(1, patch_size=patch_size, stride=stride, limit=limit)
+        require_at_least(0, sigma=sigma)
         self.folder = ImageFolder(images, color=self.color, skip=frozenset(skip))
         self.patches = Patches(self.folder, patch_size, stride)
         self._test_images = test_images
@@ -83,7 +81,7 @@ class FFDNetTask(Task):
     def inherit(cls, trained: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
         kept = dict(trained)
         if "images" in given and Path(given["images"]).absolute() != Path(trained["images"]):
-            kept.pop("skip", None)  # it names files of the training's folder
+            kept.pop("skip", None)  # it names files in the folder used in training
         return {**kept, **given}
 
     @classmethod
@@ -99,12 +97,12 @@ class FFDNetTask(Task):
 
     @cached_property
     def test_folder(self) -> ImageFolder:
-        """The test images; a folder that is not there is found out when it is needed."""
+        """The test images. A missing folder raises only when they are used."""
         return ImageFolder(self._test_images, color=self.color)
 
     @classmethod
     def network(cls) -> FFDNet:
-        """The untrained denoiser, which needs no data."""
+        """The untrained denoiser; this needs no data."""
         return FFDNet(color=cls.color)
 
     def model(self) -> nn.Module:
@@ -121,7 +119,7 @@ class FFDNetTask(Task):
         return _noised(self.patches.get(ids), ids, sigma_B, draw)
 
     def train_batch(self, ids: Tensor, draw: Draw) -> Batch:
-        # Attribution must not meet the very noise that was trained on.
+        # Other draws than in attribution, which must not use the noise that was trained on.
         draw = Draw(draw.seed, TRAINING_DRAWS + draw.index)
         sigma_B = uniform(ids, seed=draw.seed, draw=draw.index) * (MAX_TRAIN_SIGMA / 255)
         return _noised(self.patches.get(ids), ids, sigma_B, draw)
@@ -150,7 +148,7 @@ class FFDNetTask(Task):
     def measure(
         self, model: nn.Module, batch: Batch, quantity: str, region: Region | None
     ) -> Tensor:
-        """A mean square over the region; the model, in eval mode, sees only what that depends on."""
+        """A mean of squares over the region. Only pixels that it depends on enter the model."""
         noisy, sigma_B, clean = batch
         y, x, height, width = region or (0, 0, *noisy.shape[-2:])
         reach = sum(isinstance(module, nn.Conv2d) for module in model.modules())
@@ -194,7 +192,7 @@ class FFDNetTask(Task):
 
 
 def _noised(pixels: Tensor, ids: Tensor, sigma_B: Tensor, draw: Draw) -> Batch:
-    """Bytes (B, C, H, W) as (noisy, sigma, clean), white = 1."""
+    """Pixels (B, C, H, W) in bytes as (noisy, sigma, clean), where white is 1."""
     clean = pixels.float().div_(255)
     noise = gaussian_noise(ids, clean.shape[1:], seed=draw.seed, draw=draw.index)
     noisy = noise.mul_(sigma_B[:, None, None, None]).add_(clean)
@@ -207,10 +205,10 @@ def _mean_square(values_BCHW: Tensor) -> Tensor:
 
 
 def _seen(start: int, length: int, size: int, reach: int) -> slice:
-    """What the network must see along one axis, in pixels, to compute outputs `start` to `start + length`.
+    """The input pixels along one axis that outputs `start` to `start + length` depend on.
 
-    It works on cells of 2 x 2 pixels and each 3x3 convolution reaches one cell further. The slice keeps to whole
-    cells, and ends where the image ends, so that padding is met there and nowhere else.
+    The network works on cells of 2 x 2 pixels, and each 3x3 convolution reaches one cell further.
+    The slice has whole cells and ends at the image's edge, so that only real edges are padded.
     """
     first = start // 2 - reach
     last = (start + length - 1) // 2 + reach
@@ -218,14 +216,14 @@ def _seen(start: int, length: int, size: int, reach: int) -> slice:
 
 
 def _picture(pixels: Tensor) -> npt.NDArray[np.uint8]:
-    """(..., C, H, W) BGR or grey bytes to (..., H, W, 3) RGB or (..., H, W)."""
+    """From BGR or grey bytes (..., C, H, W) to RGB (..., H, W, 3) or grey (..., H, W)."""
     picture = pixels.flip(-3).movedim(-3, -1) if pixels.shape[-3] == 3 else pixels.squeeze(-3)
     array: npt.NDArray[np.uint8] = picture.contiguous().numpy()
     return array
 
 
 class Denoised(NamedTuple):
-    """One denoised image: its name, pixels (C,H,W) in [0, 1], and PSNR in dB before and after."""
+    """One denoised image: its name, pixels (C, H, W) in [0, 1], and PSNR in dB before and after."""
 
     name: str
     image: Tensor
@@ -250,7 +248,7 @@ def denoise(
 
 
 class FFDNetGreyTask(FFDNetTask):
-    """The 15-layer grey network."""
+    """The grey network of 15 layers."""
 
     color = False
     published = FFDNET_GREY

@@ -1,6 +1,7 @@
-"""Fingerprints of a task's data and of its user's code: has what a run was made of changed since?
+"""Fingerprints of a task's data and of the user's code for it.
 
-Neither decides a result by itself, but a result of other data or other code must never be reused.
+They show whether data or code changed since a run was submitted. Results of other data or other
+code must never be reused.
 """
 
 import ast
@@ -21,18 +22,18 @@ from influence_jobs.specs.base import TaskSpec
 from influence_jobs.tasks.base import Task
 
 OURS = ("influence_jobs", "infl_cluster", "infl_cli", "infl_configs")
-# What the first versions wrote: one text for both, the code being the bytes of one file.
+# The first versions wrote one text for both, and hashed the bytes of one file as the code.
 _FIRST_FORM = re.compile(r"(?P<data>\d+ samples), code (?P<code>[0-9a-f]{16}|unknown)")
 
 
 def fingerprinted(name: str, task: Task, *, like: TaskSpec | None = None) -> tuple[str, str]:
-    """The fingerprints (data, code) of a task as it is here.
+    """The fingerprints (data, code) of a task as it is now.
 
     Args:
         name: The task's name.
         task: The task, with its data.
-        like: A spec of the same task. Where nothing has changed since, its fingerprints are kept,
-            also where they were written in an earlier form.
+        like: A spec of the same task. If nothing has changed since, its fingerprints are returned,
+            even if they are in an earlier form.
     """
     if like is not None and like.name == name and not changed(like, task):
         return like.data, like.code
@@ -40,7 +41,7 @@ def fingerprinted(name: str, task: Task, *, like: TaskSpec | None = None) -> tup
 
 
 def changed(spec: TaskSpec, task: Task) -> str:
-    """What of a task is not as it was when a spec was made: "data", "code", or nothing."""
+    """What has changed since a spec was made: "data", "code", or "" for nothing."""
     if spec.code == "" and (first := _FIRST_FORM.fullmatch(spec.data)):
         if f"{len(task.train_data())} samples" != first["data"]:
             return "data"
@@ -51,30 +52,30 @@ def changed(spec: TaskSpec, task: Task) -> str:
 
 
 def require_unchanged(run_id: str, spec: TaskSpec, task: Task) -> None:
-    """Refuse to go on with a run whose data or code are not those that it was submitted with.
+    """Refuse to continue a run whose data or code changed since it was submitted.
 
     Raises:
-        SpecError: Saying which of the two changed.
+        SpecError: One of them changed; the message says which.
     """
     what = changed(spec, task)
     if what == "code":
         file = inspect.getsourcefile(type(task))
         raise SpecError(
             f"run {run_id}: the code of task {spec.name} changed since it was submitted "
-            f"({file}, or a file of yours that it imports): restore it, or submit anew"
+            f"({file}, or a file of yours that it imports): restore it, or submit the run again"
         )
     if what == "data":
         raise SpecError(
             f"run {run_id}: the training data of {spec.name} are not those it was submitted with "
-            f"({task.fingerprint()} instead of {spec.data}): restore them, or submit anew"
+            f"({task.fingerprint()} instead of {spec.data}): restore them, or submit the run again"
         )
 
 
 def code_of(kind: type[Task]) -> str:
     """SHA-256 of the user's own code behind a task; empty for the tasks of this package.
 
-    It covers the file of the class and every file of the user's that it imports, directly or not.
-    Comments, docstrings and blank lines do not count.
+    It covers the file of the class, and every file of the user that this one imports, directly or
+    indirectly. Comments, docstrings and blank lines do not count.
     """
     if kind.__module__.partition(".")[0] in OURS:
         return ""
@@ -96,7 +97,7 @@ def _sources(kind: type[Task]) -> list[str]:
 
 
 def _own_files(module: ModuleType) -> set[Path]:
-    """The source files of a module and of the user's modules that it imports."""
+    """The source files of a module and of all modules of the user that it imports."""
     top = module.__name__.partition(".")[0]
     found: set[Path] = set()
     waiting = [module]
@@ -132,7 +133,7 @@ def _library_folders() -> set[Path]:
 
 
 def _imported(text: str, package: str) -> Iterator[str]:
-    """Names of modules that a source file may import, those inside functions too."""
+    """Names of modules that a source file may import, inside functions too."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -146,7 +147,8 @@ def _imported(text: str, package: str) -> Iterator[str]:
 def code_alone(text: str) -> str:
     """A source text without comments, docstrings and blank lines.
 
-    The rest is kept to the letter: what a parser prints again depends on the version of Python.
+    The rest is kept to the letter. Code printed from a syntax tree would depend on the version of
+    Python.
     """
     lines = text.splitlines()
     spans = [
@@ -168,7 +170,7 @@ def code_alone(text: str) -> str:
 
 
 def _span(lines: list[str], node: ast.stmt) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Where a statement stands, columns in characters: a parser counts bytes."""
+    """Start and end (line, column) of a statement. Columns count characters; `ast` counts bytes."""
     first, last = lines[node.lineno - 1].encode(), lines[(node.end_lineno or 0) - 1].encode()
     start = len(first[: node.col_offset].decode())
     return (node.lineno, start), (node.end_lineno or 0, len(last[: node.end_col_offset].decode()))

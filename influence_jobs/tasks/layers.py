@@ -1,4 +1,4 @@
-"""Which layers a model has, in the order in which data flow through them, and what words mean."""
+"""The layers of a model, in forward order, their numbers, and what words for them mean."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,8 +10,8 @@ from torch import nn
 from influence_jobs.errors import SpecError
 from influence_jobs.gradients import GradNorms
 from influence_jobs.gradients.fallback import slow_lines
-from influence_jobs.gradients.kernels import differentiable_kernels
 from influence_jobs.gradients.rules import nearest_rule
+from influence_jobs.gradients.transforms import differentiable_kernels
 from influence_jobs.gradients.weights import (
     all_parameters,
     first_names,
@@ -28,10 +28,11 @@ LISTED = 4  # names in a line
 
 
 def weight_layers(task: Task, model: nn.Module) -> list[str]:
-    """Module names of the layers with a number, in forward order; `--layer 1` is the first.
+    """Module names of the numbered layers, in forward order; `--layer 1` is the first.
 
-    Numbered are the types whose `LayerRule` says so, and what inherits from them. The order is
-    taken from a forward pass of one sample, since registration order need not be it.
+    A layer has a number if the `LayerRule` of its type, or of a type it inherits from, says so. One
+    sample is passed through the model to find the order, which may differ from the order of
+    registration.
     """
     order: list[str] = []
 

@@ -1,4 +1,4 @@
-"""The report's MNIST classifier: 784-128-64-10, negative log-likelihood, 60,000 images."""
+"""The MNIST classifier of the research report: 784-128-64-10, log-likelihood, 60,000 images."""
 
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -14,8 +14,7 @@ from typing_extensions import Doc
 
 from influence_jobs.datasets.mnist import Mnist, default_data_dir, fetch_mnist, load_mnist
 from influence_jobs.models.mnist_mlp import MnistMLP
-from influence_jobs.specs.base import Count
-from influence_jobs.tasks.base import Batch, Draw, Task, device_of, to_device
+from influence_jobs.tasks.base import Batch, Draw, Task, device_of, require_at_least, to_device
 from influence_jobs.tasks.published import MNIST, Published
 from influence_jobs.terms import OutputLoss
 
@@ -26,7 +25,7 @@ class MnistTask(Task):
     batch_size = 1024
     paths = frozenset({"data_dir"})
     output_loss: ClassVar[OutputLoss] = "cross-entropy"
-    # "Inner workings of a denoising network", section 4.1.
+    # The ten test images of the research report, section 4.1.
     query_sets: ClassVar[Mapping[str, tuple[int, ...]]] = {"paper": MNIST.tests}
     published: ClassVar[Published | None] = MNIST
 
@@ -37,14 +36,15 @@ class MnistTask(Task):
             str | None,
             Doc("Folder of downloaded data; by default INFL_DATA, else your cache folder."),
         ] = None,
-        limit: Annotated[Count | None, Doc("Only the first so many training images.")] = None,
+        limit: Annotated[int | None, Doc("Use only this many training images.")] = None,
     ):
+        require_at_least(1, limit=limit)
         self.data_dir = Path(data_dir) if data_dir else default_data_dir()
         self.limit = limit
 
     @classmethod
     def settle(cls, options: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
-        # Written out: workers have not the environment of whoever submits.
+        # Stored as a path, since workers do not have the environment variables of the submitter.
         return {"data_dir": str(default_data_dir()), **options}
 
     @cached_property
@@ -62,16 +62,16 @@ class MnistTask(Task):
         return self._labels_N
 
     def batch(self, ids: Tensor, draw: Draw) -> Batch:
-        # As bytes in memory: scaling some costs less than fetching them scaled would.
+        # Images are kept as bytes: scaling a batch costs less than reading four times the memory.
         images = self._mnist.train_images[: self.limit].index_select(0, ids)
         return _scaled(images), self._labels_N[ids]
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        # Of log-probabilities this is the cross-entropy; its curvature in them is not, being zero.
+        # On log-probabilities this equals the cross-entropy, but its Hessian in them is zero.
         return F.nll_loss(self.outputs(model, batch), self.targets(batch), reduction="none")
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Log-probabilities (B, 10), which are logits too: softmax gives the probabilities."""
+        """Log-probabilities (B, 10). They are also logits: their softmax is the probabilities."""
         log_probs_BC: Tensor = model(batch[0])
         return log_probs_BC
 
@@ -86,7 +86,7 @@ class MnistTask(Task):
         return _scaled(self._mnist.test_images[ids]), self._mnist.test_labels[ids]
 
     def test_images(self) -> Tensor:
-        """The 10,000 test images as the model takes them, (10000, 784)."""
+        """The 10,000 test images as inputs of the model, (10000, 784)."""
         return _scaled(self._mnist.test_images)
 
     @torch.no_grad()
@@ -116,14 +116,14 @@ class MnistTask(Task):
         fetch_mnist(self.data_dir, say=say)
 
     def fingerprint(self) -> str:
-        # load_mnist has compared the MD5 of every file, so the content is known.
+        # The content is known: load_mnist has checked the MD5 of every file.
         return f"MNIST, {len(self._labels_N)} samples"
 
 
 class MnistDropoutTask(MnistTask):
-    """The same network with dropout of .1, of which linear datamodeling scores are published.
+    """The same network with dropout of .1; dattri published linear datamodeling scores for it.
 
-    Deng et al. 2024, "dattri: A Library for Efficient Data Attribution".
+    Deng et al.: "dattri: A Library for Efficient Data Attribution", 2024.
     """
 
     published = None

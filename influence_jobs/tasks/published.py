@@ -1,6 +1,7 @@
-"""What the research report found, to print beside what we find.
+"""Results of the research report, printed beside ours.
 
-"Inner workings of a denoising network": sections 4.1 (MNIST) and 4.2 (FFDNet).
+The research report is "Inner workings of a denoising network", here sections 4.1 (MNIST) and 4.2
+(FFDNet).
 """
 
 from collections.abc import Mapping
@@ -12,17 +13,18 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class Published:
-    """What the research report tells of one task.
+    """What the research report says about one task.
 
     Attributes:
-        section: Where it tells it.
+        section: Number of the section.
         quick_epochs: Epochs of a training that takes minutes.
-        quick_samples: Training samples of it; None for all.
-        tests: Test ids that are explained.
-        top: Size of the heads that are compared between trainings.
-        stability: By method, the share of the top found again: trainings (rows), tests (columns).
-        stability_tables: By method, the number of that table.
-        norm_limit: Samples of a larger norm, summed over a training, count as outliers.
+        quick_samples: Training samples for that training; None for all.
+        tests: Test ids that the research report explains.
+        top: Number of best samples that are compared between trainings.
+        stability: By method, the share of the top samples found again in another training:
+            trainings (rows), tests (columns).
+        stability_tables: By method, the number of that table in the research report.
+        norm_limit: A sample whose norm, summed over a training, is larger counts as an outlier.
         settled_layer: The layer whose norms explain best: the one before the last.
     """
 
@@ -83,8 +85,9 @@ FFDNET = Published(
 FFDNET_GREY = Published(
     section="4.2", quick_epochs=3, quick_samples=1000, norm_limit=5.0, settled_layer="main.38"
 )
-# Checked in the original code: first gradients without create_graph, and lists joined where a mean was meant.
+# Seen in the original code: first gradients without create_graph, and lists joined, not averaged.
 OTHER_QUANTITY = (
-    "The report's numbers are of something else: its code differentiated the test gradient's graph where the "
-    "Hessian of the training loss was meant, and joined its repeats where it meant their mean."
+    "The numbers of the research report are of another quantity: its code differentiated the graph "
+    "of the test gradient instead of applying the Hessian of the training loss, and concatenated "
+    "its repeats instead of averaging them."
 )

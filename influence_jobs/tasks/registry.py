@@ -1,4 +1,4 @@
-"""Finding a task by name: ours, an installed plug-in's, or `module:Class`."""
+"""Find a task by name: one of ours, one of an installed plug-in, or `module:Class`."""
 
 import importlib
 import inspect
@@ -11,7 +11,7 @@ from influence_jobs.errors import SpecError
 from influence_jobs.specs.base import TaskSpec
 from influence_jobs.tasks.base import Task
 
-ENTRY_POINTS = "influence_jobs.tasks"  # group in which packages announce tasks of their own
+ENTRY_POINTS = "influence_jobs.tasks"  # the group in which packages announce their tasks
 BUILT_IN = {
     "mnist": "influence_jobs.tasks.mnist:MnistTask",
     "mnist-dropout": "influence_jobs.tasks.mnist:MnistDropoutTask",
@@ -21,10 +21,10 @@ BUILT_IN = {
 
 
 def task_class(name: str) -> type[Task]:
-    """The class behind a task's name.
+    """The class of a task.
 
     Raises:
-        SpecError: There is no such task, or what is there is no task.
+        SpecError: There is no such task, or the object of that name is not a task.
     """
     announced = {point.name: point.value for point in entry_points(group=ENTRY_POINTS)}
     known = {**announced, **BUILT_IN}
@@ -32,10 +32,12 @@ def task_class(name: str) -> type[Task]:
     module_name, _, class_name = target.partition(":")
     if not class_name:
         raise SpecError(
-            f"unknown task {name!r}: choose {', '.join(sorted(known))}, or name your own as module:Class"
+            f"unknown task {name!r}: choose {', '.join(sorted(known))}, "
+            "or name your own as module:Class"
         )
     if name not in known and str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # one's own task lies where one works; it shadows nothing
+        # A user's task may lie in the working directory; at the end it shadows no other module.
+        sys.path.append(str(Path.cwd()))
     try:
         found = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError) as error:
@@ -56,10 +58,10 @@ def name_of(task: str | type[Task] | Task) -> str:
 
 
 def make_task(spec: TaskSpec) -> Task:
-    """Build the task a spec describes.
+    """Build the task that a spec describes.
 
     Raises:
-        SpecError: The task is unknown or does not take one of the options.
+        SpecError: The task is unknown, or it does not have one of the options.
     """
     found = task_class(spec.name)
     arguments = {**spec.options, **spec.paths}
@@ -71,7 +73,7 @@ def make_task(spec: TaskSpec) -> Task:
 
 
 def arguments_of(kind: type[Task]) -> dict[str, inspect.Parameter]:
-    """The arguments of a task's constructor, its options; annotations are evaluated."""
+    """The arguments of a task's constructor, which are its options, with evaluated annotations."""
     constructor: Any = kind.__init__
     if constructor is object.__init__:
         return {}

@@ -1,4 +1,4 @@
-"""What one training changes in the training set: samples left out, samples labelled otherwise."""
+"""Changes of the training set for one training: removed samples and relabelled samples."""
 
 from dataclasses import dataclass, field
 
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from influence_jobs.errors import SpecError
 from influence_jobs.tasks.base import Batch, Draw, Task
 
-UNCHANGED = -1  # a new label that stands for the task's own
+UNCHANGED = -1  # stands for the sample's own label
 
 
 def _none() -> npt.NDArray[np.int64]:
@@ -20,15 +20,15 @@ def _none() -> npt.NDArray[np.int64]:
 
 @dataclass(frozen=True, eq=False)
 class Changes:
-    """Samples left out of one training, and samples it labels otherwise.
+    """Samples that one training leaves out, and samples that it gives a new label.
 
-    A removed sample is struck from the epoch's order; the order of the rest stays. A relabelled one stays where it is,
-    and its loss is the cross-entropy of the task's outputs with the new class.
+    Removed samples are taken out of the order of each epoch; the others keep their order. The loss
+    of a relabelled sample is the cross-entropy of the task's outputs with the new class.
 
     Attributes:
-        removed: Ids (R,) that are not trained on.
-        relabelled: Ids (K,) that get another class; where one is removed too, it is removed.
-        labels: Their classes (K,).
+        removed: Ids (R,) of removed samples.
+        relabelled: Ids (K,) of relabelled samples. An id that is also in `removed` is removed.
+        labels: The new classes (K,) of relabelled samples.
     """
 
     removed: npt.NDArray[np.int64] = field(default_factory=_none)
@@ -36,36 +36,38 @@ class Changes:
     labels: npt.NDArray[np.int64] = field(default_factory=_none)
 
     def check(self, task: Task) -> None:
-        """Make sure that the task's training set can be changed so.
+        """Check that these changes can be made to the task's training set.
 
         Raises:
-            SpecError: Ids are repeated or out of range, nothing is left, the task has no classes, or a label is none.
+            SpecError: Ids are repeated or out of range, all samples are removed, the task has no
+                classes, or a new label is not a class.
         """
         n = len(task.train_data())
         for what, ids in (("removed", self.removed), ("relabelled", self.relabelled)):
             if len(ids) and not (ids.min() >= 0 and ids.max() < n):
                 raise SpecError(f"{what} ids must be from 0 to {n - 1}: there are {n} samples")
             if len(np.unique(ids)) < len(ids):
-                raise SpecError(f"an id is {what} twice: name each once")
+                raise SpecError(f"an id is {what} twice: give each id once")
         if len(self.removed) == n:
             raise SpecError(f"all {n} samples are removed: leave some to train on")
         if len(self.labels) != len(self.relabelled):
             raise SpecError(
-                f"{len(self.relabelled)} ids are relabelled with {len(self.labels)} labels: give one each"
+                f"{len(self.relabelled)} ids are relabelled with {len(self.labels)} labels: "
+                "give one label per id"
             )
         if not len(self.relabelled):
             return
         if task.output_loss != "cross-entropy":
             raise SpecError(
-                f"{type(task).__name__} cannot be relabelled: its samples have no classes (output_loss is "
-                f"{task.output_loss!r}, not 'cross-entropy'); remove them instead"
+                f"{type(task).__name__} cannot be relabelled: its samples have no classes "
+                f"(output_loss is {task.output_loss!r}, not 'cross-entropy'); remove them instead"
             )
         classes = num_classes(task)
         if self.labels.min() < 0 or self.labels.max() >= classes:
             raise SpecError(f"new labels must be classes, from 0 to {classes - 1}")
 
     def order(self, order: Tensor) -> Tensor:
-        """Strike the removed from an order of all samples (N,)."""
+        """Take the removed samples out of an order (N,) of all samples."""
         if not len(self.removed):
             return order
         kept_N = torch.ones(len(order), dtype=torch.bool)
@@ -73,7 +75,7 @@ class Changes:
         return order[kept_N[order]]
 
     def new_labels(self, num_samples: int) -> Tensor | None:
-        """The new class of every sample, shape (N,), `UNCHANGED` for most; None where all keep theirs."""
+        """The new label of every sample, (N,), or `UNCHANGED`; None if no sample is relabelled."""
         if not len(self.relabelled):
             return None
         labels_N = torch.full((num_samples,), UNCHANGED)
@@ -83,8 +85,8 @@ class Changes:
 
 @torch.no_grad()
 def num_classes(task: Task) -> int:
-    """Classes of a task whose loss is the cross-entropy."""
-    with torch.random.fork_rng(devices=[]):  # the weights do not matter
+    """Number of classes of a task whose loss is the cross-entropy."""
+    with torch.random.fork_rng(devices=[]):  # any weights will do
         model = task.model().eval()
     return task.outputs(model, task.batch(torch.tensor([0]), Draw(0))).shape[1]
 
@@ -92,7 +94,7 @@ def num_classes(task: Task) -> int:
 def changed_losses(
     task: Task, model: nn.Module, batch: Batch, new_labels_B: Tensor | None
 ) -> Tensor:
-    """The task's losses (B,), with new classes (B,) in place of the targets where there are any."""
+    """The task's losses (B,); new labels (B,), if given, replace the targets."""
     if new_labels_B is None:
         return task.losses(model, batch)
     targets_B = replaced(task.targets(batch), new_labels_B)
@@ -100,5 +102,5 @@ def changed_losses(
 
 
 def replaced(targets: Tensor, new_labels: Tensor) -> Tensor:
-    """Targets with the new labels that are not `UNCHANGED`; both of one shape."""
+    """The targets, replaced by new labels that are not `UNCHANGED`; both have one shape."""
     return torch.where(new_labels == UNCHANGED, targets, new_labels)

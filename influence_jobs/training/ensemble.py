@@ -25,8 +25,8 @@ class Variant:
     """One training of an ensemble.
 
     Attributes:
-        seed: Of initial weights, order of samples, and noise, as for `Trainer`.
-        changes: Samples to leave out or to label otherwise.
+        seed: Seed of initial weights, order of samples and noise, as for `Trainer`.
+        changes: Samples to remove or relabel.
     """
 
     seed: int
@@ -37,7 +37,7 @@ class Steps(Protocol):
     """Models that step together, such as `StackedSteps`.
 
     Attributes:
-        longest: The most steps that `take` may be asked for at once.
+        longest: The largest number of steps per call of `take`.
     """
 
     longest: int
@@ -49,34 +49,33 @@ class Steps(Protocol):
         """Parameters and buffers of one variant."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on from here."""
+        """Everything needed to continue from here."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state."""
+        """Continue from a saved state."""
 
 
 class EnsembleTrainer:
-    """M variants of a model in training.
+    """Trains M variants of a model side by side.
 
-    Each variant ends up as `Trainer` would train it alone, up to rounding. Most models take
-    `StackedSteps`; perceptrons trained by SGD on cross-entropy take a faster path
-    (`perceptrons.ensemble`). Variants of unequal size share steps by the rule of `stretches`.
-    Results are given in the order of `variants`.
+    Each variant ends up as if `Trainer` had trained it alone, up to rounding. Most models use
+    `StackedSteps`; perceptrons trained by SGD on cross-entropy use faster steps
+    (`perceptrons.ensemble`). `stretches` says how variants of unequal size share steps. Results are
+    in the order of `variants`.
 
     Args:
-        task: What to train.
-        recipe: How.
+        task: The task to train.
+        recipe: How to train it.
         variants: The M variants.
-        device: Where.
+        device: Device of the models.
         norms: In-training norms to record, if any.
 
     Attributes:
-        epoch: Finished epochs, of all variants.
-        steps: The path taken.
+        epoch: Number of epochs that all variants have finished.
+        steps: The steps in use.
 
     Raises:
-        SpecError: There are no variants, or the task's training set cannot be changed as one of
-            them asks.
+        SpecError: There are no variants, or the changes of one cannot be made.
         ModelError: The model cannot be trained as an ensemble.
     """
 
@@ -95,7 +94,7 @@ class EnsembleTrainer:
             variant.changes.check(task)
         self.task, self.recipe, self._device = task, recipe, device
         n = len(task.train_data())
-        # Inside, variants are sorted by size, largest first; `_rows` finds them again.
+        # Inside, variants are sorted by size, largest first; `_rows` maps to this order.
         by_size = sorted(range(len(variants)), key=lambda i: len(variants[i].changes.removed))
         self._rows = [by_size.index(i) for i in range(len(variants))]
         self._variants = [variants[i] for i in by_size]
@@ -114,12 +113,12 @@ class EnsembleTrainer:
             )
         self.steps = self._choose_steps(members)
         self._plan = list(stretches(self._sizes, recipe.batch_size, self.steps.longest))
-        self.epoch, self._stretch = 0, 0  # finished epochs, stretches of the one under way
+        self.epoch, self._stretch = 0, 0  # finished epochs, and stretches of the current one
         self._loss_sums_M = torch.zeros(len(variants), dtype=torch.float64, device=device)
         self._order_MN = self._epoch_order()
 
     def _choose_steps(self, members: Members) -> Steps:
-        # The joint with `perceptrons`, the only one in `training`. Late: that package imports this.
+        # The only use of `perceptrons` in `training`. Imported late: that package imports this one.
         from influence_jobs.perceptrons.ensemble import perceptron_steps
 
         first = self._variants[0]
@@ -134,17 +133,17 @@ class EnsembleTrainer:
 
     @property
     def samples_seen(self) -> int:
-        """Samples trained on so far, each counted once an epoch and variant."""
+        """Samples trained on so far, each counted once per epoch and variant."""
         in_epoch = sum(stretch.samples for stretch in self._plan[: self._stretch])
         return self.epoch * sum(self._sizes) + in_epoch
 
     def step(self) -> Tensor | None:
         """Take one stretch of steps.
 
-        A variant that diverges makes its own loss NaN or infinite, and no other's.
+        If a variant diverges, its own loss becomes NaN or infinite; the others are not affected.
 
         Returns:
-            At the end of an epoch its mean training losses (M,), float64; else None.
+            At the end of an epoch the mean training losses (M,) of the epoch, float64; else None.
         """
         stretch = self._plan[self._stretch]
         first = stretch.first_step * self.recipe.batch_size
@@ -183,14 +182,14 @@ class EnsembleTrainer:
         return torch.stack([measure(self.model(i), batch) for i in range(len(self._rows))])
 
     def norms(self, variant: int) -> dict[str, Tensor]:
-        """Norms recorded for one variant so far, as `RecordedNorms.sums`; empty without any."""
+        """Norms recorded for one variant so far, like `RecordedNorms.sums`; empty without norms."""
         if self._norms is None:
             return {}
         row = self._rows[variant]
         return {layer: sums_MN[row].cpu() for layer, sums_MN in self._norms.sums.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on from here; plain tensors and numbers."""
+        """Everything needed to continue from here, as plain tensors and numbers."""
         return {
             "steps": self.steps.state_dict(),
             "epoch": self.epoch,
@@ -200,7 +199,7 @@ class EnsembleTrainer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from the saved state of a trainer that was made with the same arguments."""
+        """Continue from the saved state of a trainer with the same arguments."""
         self.steps.load_state_dict(state["steps"])
         self.epoch, self._stretch = state["epoch"], state["stretch"]
         self._loss_sums_M.copy_(state["loss_sums"])
@@ -212,7 +211,7 @@ class EnsembleTrainer:
 def _new_labels(
     variants: Sequence[Variant], num_samples: int, device: torch.device
 ) -> Tensor | None:
-    """The new labels of every variant, shape (M, N); None where no variant has any."""
+    """The new labels of every variant, shape (M, N); None if no variant has any."""
     labels = [variant.changes.new_labels(num_samples) for variant in variants]
     if all(labels_N is None for labels_N in labels):
         return None

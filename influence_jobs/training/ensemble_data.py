@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from influence_jobs.tasks.base import Batch, Draw, Task, device_of, to_device
 
-RESIDENT_BYTES = 4 * 2**30  # a training set up to this size is kept on the device, as batches
+RESIDENT_BYTES = 4 * 2**30  # a training set up to this size is kept on the device
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,10 +20,10 @@ class Members:
     """M variants before their first step, sorted by size, largest first.
 
     Attributes:
-        models: With initial weights, on their device.
-        seeds: Of their augmentation, noise and dropout.
-        sizes: Samples each is trained on.
-        new_labels_MN: New class of every sample (`Changes.new_labels`); None if no variant has any.
+        models: The models with initial weights, on their device.
+        seeds: Seeds of augmentation, noise and dropout.
+        sizes: Number of samples that each is trained on.
+        new_labels_MN: New label of every sample (`Changes.new_labels`); None if no variant has any.
     """
 
     models: Sequence[nn.Module]
@@ -33,7 +33,7 @@ class Members:
 
     @property
     def device(self) -> torch.device:
-        """Where the models are."""
+        """The device of the models."""
         return device_of(self.models[0])
 
 
@@ -42,10 +42,10 @@ class Stretch:
     """Steps that some variants take together, with batches of one size.
 
     Attributes:
-        rows: The variants, which are sorted by size.
-        first_step: Counted in the epoch.
-        steps: How many.
-        batch_size: B of every one of them.
+        rows: The variants, as rows of `Members`.
+        first_step: Number of the first step in the epoch.
+        steps: Number of steps.
+        batch_size: B of every step.
     """
 
     rows: slice
@@ -63,18 +63,18 @@ class Stretch:
 def stretches(sizes: Sequence[int], batch_size: int, longest: int) -> Iterator[Stretch]:
     """Cut one epoch of variants of unequal size into steps that can be taken together.
 
-    In step t of an epoch a variant of n samples takes a batch of min(B, n - tB) of them. Once that
-    is not positive it waits, unchanged, until the largest variant has finished the epoch. Variants
-    with batches of the same size step together. So each takes the very steps that it would take
-    alone.
+    In step t of an epoch a variant with n samples takes a batch of min(B, n - tB) of them. Once
+    that is not positive, the variant waits, unchanged, until the largest variant has finished the
+    epoch. Variants whose batches have the same size step together. So each variant takes exactly
+    the steps that it would take alone.
 
     Args:
-        sizes: Samples n of each variant, largest first.
+        sizes: Number of samples n of each variant, largest first.
         batch_size: B.
-        longest: The most steps of a stretch.
+        longest: The largest number of steps of a stretch.
 
     Yields:
-        Stretches that hold each variant's steps once and in order.
+        Stretches that contain each variant's steps once and in order.
     """
     changes = {n // batch_size for n in sizes} | {math.ceil(n / batch_size) for n in sizes}
     for start, stop in pairwise(sorted({0} | changes)):
@@ -89,11 +89,11 @@ def stretches(sizes: Sequence[int], batch_size: int, longest: int) -> Iterator[S
 
 
 class _DrawRead(Exception):
-    """A task looked at its draw."""
+    """A task read its draw."""
 
 
 class _UnreadableDraw(Draw):
-    """A draw that must not be looked at."""
+    """A draw that raises when it is read."""
 
     def __getattribute__(self, name: str) -> NoReturn:
         raise _DrawRead
@@ -102,9 +102,11 @@ class _UnreadableDraw(Draw):
 def fixed_samples(task: Task, device: torch.device) -> Batch | None:
     """All training samples as one batch on the device.
 
-    Returns None if they change from epoch to epoch or are larger than `RESIDENT_BYTES`. A task's
-    samples may depend on the draw and the sample's id alone (`Task.batch`). So a task that never
-    reads its draw gives the same samples in every epoch.
+    A task's samples depend on the draw and the sample's id only (`Task.batch`). So a task that does
+    not read its draw gives the same samples in every epoch.
+
+    Returns:
+        The batch; None if the task reads its draw or the batch is larger than `RESIDENT_BYTES`.
     """
     unread = _UnreadableDraw(0)
     try:
@@ -121,9 +123,9 @@ class Feed:
     """Training batches of M variants.
 
     Args:
-        task: Whose samples.
-        seeds: Of each variant; they decide augmentation and noise.
-        device: Where batches go.
+        task: The task that gives the samples.
+        seeds: Seed of each variant, for augmentation and noise.
+        device: Device of the batches.
     """
 
     def __init__(self, task: Task, seeds: Sequence[int], device: torch.device):

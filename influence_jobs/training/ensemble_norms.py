@@ -17,7 +17,7 @@ class NormsWanted:
     Attributes:
         layers: Names of weights, as `weight_named` takes them.
         reduction: As for replayed norms: `kernel`, `channel` or `layer`.
-        skip_epochs: First epochs that are not counted.
+        skip_epochs: Number of first epochs that are not counted.
     """
 
     layers: tuple[str, ...]
@@ -26,18 +26,18 @@ class NormsWanted:
 
 
 class EnsembleNorms:
-    """What `RecordedNorms` accumulates for one training, for M trainings.
+    """Accumulates norms like `RecordedNorms`, but for M trainings at once.
 
     Args:
-        wanted: What to record.
+        wanted: The norms to record.
         model: One of the models.
         num_variants: M.
-        num_samples: N of the whole training set; a removed sample's norms stay 0.
-        device: Where the training is.
+        num_samples: N of the whole training set; the norms of a removed sample stay 0.
+        device: Device of the models.
 
     Attributes:
-        weights: By layer, what the norms are of.
-        sums: By layer the sums so far, shape (M, N, *norm_shape), float32.
+        weights: What the norms are of, by layer.
+        sums: The sums so far, by layer, shape (M, N, *norm_shape), float32.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class EnsembleNorms:
         }
 
     def counts(self, epoch: int) -> bool:
-        """Whether an epoch (from 0) is counted."""
+        """Whether an epoch (counted from 0) is recorded."""
         return epoch >= self._skip_epochs
 
     def add(self, layer: str, rows: slice, ids_MSB: Tensor, norms_MS: Tensor) -> None:
@@ -69,7 +69,7 @@ class EnsembleNorms:
         sums = self.sums[layer].flatten(0, 1)
         row_M = torch.arange(rows.start, rows.stop, device=ids_MSB.device)
         where = (ids_MSB + self._num_samples * row_M[:, None, None]).flatten().to(sums.device)
-        # A variant meets a sample once an epoch, so `where` has nothing twice: plain indexing adds.
+        # A variant sees a sample once per epoch, so `where` has no duplicates and indexing may add.
         sums[where] += norms_MS.flatten(0, 1).repeat_interleave(ids_MSB.shape[2], dim=0)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -77,6 +77,6 @@ class EnsembleNorms:
         return dict(self.sums)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from saved sums."""
+        """Continue from saved sums."""
         for layer, sums in self.sums.items():
             sums.copy_(state[layer])

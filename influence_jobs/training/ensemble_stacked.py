@@ -16,7 +16,7 @@ from influence_jobs.training.train import Recipe, make_optimizer
 
 
 class _Losses(nn.Module):
-    """The task's losses as a module, so that `functional_call` can put the weights in."""
+    """The task's losses as a module, so that `functional_call` can insert the weights."""
 
     def __init__(self, task: Task, model: nn.Module):
         super().__init__()
@@ -30,20 +30,20 @@ class _Losses(nn.Module):
 class StackedSteps:
     """M models as one stack of parameters and buffers.
 
-    Losses of different variants have no parameter in common, so the gradient of their sum is the
-    gradient of each. `vmap` writes statistics of batch normalisation to the stack, each variant's
-    to its own row. The optimiser is torch's own. It has one slice of the stack for every *cohort*:
-    the variants of one size, which always step together. So Adam counts steps rightly for each
-    cohort, and a cohort that waits stays as it is.
+    Losses of different variants share no parameters, so the gradient of their sum holds the
+    gradient of each. `vmap` writes the statistics of batch normalisation into the stack, each
+    variant's into its own row. The optimiser is torch's own. Its parameters are slices of the
+    stack, one for every *cohort*: the variants of one size, which always step together. So Adam
+    counts the steps of each cohort, and a waiting cohort does not change.
 
     Args:
-        task: What is trained.
-        recipe: How.
+        task: The task to train.
+        recipe: How to train it.
         members: The M variants.
-        norms: Takes norms of the batch gradients.
+        norms: Records norms of the batch gradients, if wanted.
 
     Raises:
-        ModelError: The model draws random numbers (dropout), or `vmap` cannot follow it.
+        ModelError: The model draws random numbers (dropout), or `vmap` does not support it.
     """
 
     longest = 1
@@ -63,7 +63,7 @@ class StackedSteps:
         tensors = [
             {**p, **dict(m.named_buffers())} for p, m in zip(parameters, models, strict=True)
         ]
-        # One tensor (M, ...) a name; copies, so that the caller's models stay as they are.
+        # One tensor (M, ...) per name. These are copies: the caller's models do not change.
         self._stack = {
             name: torch.stack([t[name].detach() for t in tensors]).contiguous()
             for name in tensors[0]
@@ -102,7 +102,7 @@ class StackedSteps:
                 inside = slice(members.start - rows.start, members.stop - rows.start)
                 for name, leaf in cohort.items():
                     gradient = gradients[name]
-                    # Contiguous: fused optimisers read memory in order, whatever the strides.
+                    # Contiguous, since fused optimisers read memory in order and ignore strides.
                     leaf.grad = None if gradient is None else gradient[inside].contiguous()
         self._optimizer.step()
         if self._norms is not None and self._norms.counts(epoch):
@@ -120,9 +120,9 @@ class StackedSteps:
         axes = (0, 0, None if new_labels_MB is None else 0)
         try:
             losses_MB: Tensor = vmap(losses, in_dims=axes)(named, batch, new_labels_MB)
-        except RuntimeError as error:
-            if "vmap" not in str(error):
-                raise
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # an operation that cannot be mapped, or a fault of the model
             raise ModelError(
                 f"{type(self._losses.model).__name__} cannot be trained as an ensemble, "
                 f"one at a time it can: {str(error).splitlines()[0]}"
@@ -142,11 +142,11 @@ class StackedSteps:
         return {name: tensor[row] for name, tensor in self._stack.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on from here."""
+        """Everything needed to continue from here."""
         return {"stack": dict(self._stack), "optimizer": self._optimizer.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state."""
+        """Continue from a saved state."""
         for name, tensor in self._stack.items():
             tensor.copy_(state["stack"][name])
         self._optimizer.load_state_dict(state["optimizer"])

@@ -1,4 +1,4 @@
-"""How many variants to train side by side: the memory of one, and the fastest number."""
+"""Choose how many variants to train side by side, by memory and by measured speed."""
 
 import time
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ WIDTHS = (1, 2, 4, 8, 16, 32)
 def bytes_per_variant(
     task: Task, recipe: Recipe, *, device: torch.device, norms: NormsWanted | None = None
 ) -> int:
-    """The most memory that one more variant takes.
+    """The largest amount of memory that one more variant takes.
 
-    Counted are weights, gradients, optimiser, activations, norms and new labels. One training step
-    is taken to count the activations that autograd keeps.
+    It includes weights, gradients, optimiser state, activations, norms and new labels. One forward
+    pass is run to count the activations that autograd keeps.
     """
     n = len(task.train_data())
     model = initial_model(task, 0, device)
@@ -36,7 +36,7 @@ def bytes_per_variant(
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         task.losses(model, to_device(task.train_batch(ids, Draw(0)), device)).mean()
     weights = sum(p.nbytes for p in model.parameters())
-    copies = 4 if recipe.optimizer == "adam" else 3  # weights, gradients, momentum; Adam has two
+    copies = 4 if recipe.optimizer == "adam" else 3  # weights, gradients, one moment or two (Adam)
     recorded = 0
     if norms is not None:
         sums = EnsembleNorms(
@@ -57,15 +57,18 @@ def measure_widths(
     seconds: float = 1.0,
     memory: int | None = None,
 ) -> dict[int, float]:
-    """Steps a second of all models together, by number of models; the fastest number is a good M.
+    """Measure the speed of ensembles of several widths.
 
     Args:
-        task: What will be trained.
-        recipe: How.
-        device: Where.
+        task: The task to train.
+        recipe: How to train it.
+        device: Device of the models.
         widths: Numbers of models to try.
-        seconds: To train each for, after a first stretch of steps that is not counted.
-        memory: Bytes there are; numbers that need more are left out, all but the smallest.
+        seconds: Time to train each, after a first stretch of steps that is not counted.
+        memory: Available bytes. Widths that need more are left out, except the smallest.
+
+    Returns:
+        {width: steps per second of all models together}.
     """
     fits = len(widths) * [True]
     if memory is not None:
@@ -91,6 +94,6 @@ def measure_widths(
 
 
 def _wait(device: torch.device) -> None:
-    """Let queued work finish, so that a clock means something."""
+    """Wait until queued work on the device has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

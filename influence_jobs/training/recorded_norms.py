@@ -1,8 +1,9 @@
-"""Gradient norms recorded while training: the report's Algorithm 1.
+"""Gradient norms recorded during training: Algorithm 1 of the research report.
 
-After each backward the norms of the *batch* gradient of a layer are added to the entry of every sample in the batch.
-They are not per-sample norms: samples of one batch share what they are given, and only the sum over epochs, each with
-another order, tells them apart. For exact norms replay checkpoints (`GradNorms`).
+After each backward pass the norms of a layer's *batch* gradient are added to the sums of every
+sample in the batch. They are not per-sample norms: all samples of a batch get the same norms. Only
+the sum over epochs distinguishes samples, since each epoch has another order. For exact norms
+replay checkpoints (`GradNorms`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from influence_jobs.errors import ModelError
 from influence_jobs.gradients.weights import weight_named
 from influence_jobs.terms import Reduction
 
@@ -18,14 +20,14 @@ class RecordedNorms:
     """Accumulates norms of the batch gradient, by sample.
 
     Args:
-        model: The model that will be trained.
+        model: The model to train.
         layers: Names of weights, as `weight_named` takes them.
         num_samples: N.
         reduction: As for replayed norms: `kernel`, `channel` or `layer`.
-        skip_epochs: First epochs that are not counted.
+        skip_epochs: Number of first epochs that are not counted.
 
     Attributes:
-        sums: By layer the sums so far, shape (N, *norm_shape), float32, on the CPU.
+        sums: The sums so far, by layer, shape (N, *norm_shape), float32, on the CPU.
     """
 
     def __init__(
@@ -40,6 +42,12 @@ class RecordedNorms:
         self._reduction = reduction
         self._skip_epochs = skip_epochs
         self._weights = {layer: weight_named(model, layer) for layer in layers}
+        for layer, weight in self._weights.items():
+            if not model.get_parameter(weight.parameter).requires_grad:
+                raise ModelError(
+                    f"layer '{layer}' is frozen (requires_grad is False), so training gives it no "
+                    "gradient: leave it out of --norms-layer"
+                )
         self.sums = {
             layer: torch.zeros(num_samples, *weight.norm_shape(reduction))
             for layer, weight in self._weights.items()
@@ -47,7 +55,7 @@ class RecordedNorms:
 
     @torch.no_grad()
     def add(self, model: nn.Module, ids: Tensor, epoch: int) -> None:
-        """Count the gradients now in the model for the samples `ids` (B,) of an epoch (from 0)."""
+        """Add norms of the model's gradients to the samples `ids` (B,) of an epoch (from 0)."""
         if epoch < self._skip_epochs:
             return
         for layer, sums in self.sums.items():
@@ -55,7 +63,7 @@ class RecordedNorms:
             gradient = model.get_parameter(weight.parameter).grad
             assert isinstance(gradient, Tensor)
             norms = weight.norms(gradient[None], self._reduction)
-            # A sample occurs once an epoch, so once in a batch: plain indexing adds.
+            # A batch has no sample twice, so indexing may add.
             sums[ids] += norms.to(sums.device)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -63,6 +71,6 @@ class RecordedNorms:
         return dict(self.sums)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from saved sums."""
+        """Continue from saved sums."""
         for layer, sums in self.sums.items():
             sums.copy_(state[layer])

@@ -1,6 +1,7 @@
-"""Train one model, step by step, so that it can stop anywhere and go on with the same bits."""
+"""Train one model step by step. It can stop after any step and resume with identical results."""
 
 import hashlib
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,8 +11,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from influence_jobs.errors import SpecError
 from influence_jobs.tasks.base import Draw, Task, to_device
+from influence_jobs.tasks.layout import in_fast_layout
 from influence_jobs.training.changes import Changes, changed_losses
 from influence_jobs.training.recorded_norms import RecordedNorms
 
@@ -21,7 +25,7 @@ class Recipe:
     """How to train.
 
     Attributes:
-        momentum: Of SGD; Adam ignores it.
+        momentum: Momentum of SGD; Adam ignores it.
     """
 
     epochs: int
@@ -34,11 +38,11 @@ class Recipe:
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Run the block with torch's generators at a seed, and leave them as they were."""
+    """Run the block with torch's generators seeded, and restore their states afterwards."""
     generators = [torch.default_generator]
     if device.type == "cuda":
         generators.append(torch.cuda.default_generators[device.index or 0])
-    # Not torch.manual_seed: it looks for every kind of device there is, at 0.1 ms a call.
+    # torch.manual_seed looks for every kind of device, which takes 0.1 ms per call.
     states = [generator.get_state() for generator in generators]
     for generator in generators:
         generator.manual_seed(seed)
@@ -50,14 +54,14 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def step_seed(seed: int, epoch: int, step: int) -> int:
-    """The seed of everything random in one step, such as dropout: below 2**63."""
+    """The seed for random operations in one step, such as dropout; below 2**63."""
     digest = hashlib.blake2b(f"{seed}/{epoch}/{step}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int) -> Tensor:
-    """The order of the samples in an epoch, shape (N,): a function of seed and epoch alone."""
-    # The third counter word keeps it off the streams of the samples' noise, which use the fourth.
+    """The order of the samples in an epoch, shape (N,); it depends on seed and epoch only."""
+    # The third word of the counter keeps this stream apart from the samples' noise.
     bits = np.random.Philox(key=[seed, epoch], counter=[0, 0, 1, 0])
     return torch.from_numpy(np.random.Generator(bits).permutation(num_samples))
 
@@ -65,26 +69,51 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> Tensor:
 def initial_model(task: Task, seed: int, device: torch.device) -> nn.Module:
     """The task's model with the initial weights of a seed, in training mode."""
     with seeded(seed, device):
-        # Convolutions are faster on channels_last; other layers do not mind.
-        model = task.model().to(device).to(memory_format=torch.channels_last)
-    return model.train()
+        model = task.model().to(device)
+    return in_fast_layout(task, model).train()
+
+
+def require_full_batches(task: Task, batch_size: int, num_samples: int) -> None:
+    """Refuse a training whose last batch has one sample, if the model cannot be trained on one.
+
+    Batch normalisation cannot, unless a sample has several positions.
+
+    Raises:
+        SpecError: Naming the batch and the cure.
+    """
+    if num_samples % batch_size != 1 or num_samples == 0:
+        return
+    with torch.random.fork_rng(devices=[]):  # the weights do not matter
+        model = task.model().train()
+    if not any(isinstance(module, _BatchNorm) for module in model.modules()):
+        return
+    try:
+        task.losses(model, task.train_batch(torch.tensor([0]), Draw(0)))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        better = next(size for size in itertools.count(batch_size + 1) if num_samples % size != 1)
+        raise SpecError(
+            f"{num_samples:,} samples in batches of {batch_size} leave a last batch of one, which "
+            f"BatchNorm cannot be trained on: choose another --batch-size, such as {better}"
+        ) from None
 
 
 class Trainer:
-    """A model in training.
+    """Trains one model.
 
-    The mean of the batch's losses is minimised; the last batch of an epoch may be smaller.
+    It minimises the mean loss of a batch. The last batch of an epoch may be smaller.
 
     Args:
-        task: What to train.
-        recipe: How.
-        seed: Of initial weights, order of samples, and noise.
-        device: Where.
-        norms: Takes the batch gradient after every step, if in-training norms are wanted.
-        changes: Samples to leave out or to label otherwise.
+        task: The task to train.
+        recipe: How to train it.
+        seed: Seed of initial weights, order of samples and noise.
+        device: Device of the model.
+        norms: Records norms of the batch gradient in every step, if wanted.
+        changes: Samples to remove or relabel.
 
     Raises:
-        SpecError: The task's training set cannot be changed so.
+        SpecError: These changes cannot be made to the task's training set.
     """
 
     def __init__(
@@ -105,8 +134,9 @@ class Trainer:
         self._changes.check(task)
         self._new_labels_N = self._changes.new_labels(len(task.train_data()))
         self.num_samples = len(task.train_data()) - len(self._changes.removed)
+        require_full_batches(task, recipe.batch_size, self.num_samples)
         self.steps_per_epoch = math.ceil(self.num_samples / recipe.batch_size)
-        self.epoch, self.step_in_epoch = 0, 0  # finished epochs, steps of the one under way
+        self.epoch, self.step_in_epoch = 0, 0  # finished epochs, and steps of the current one
         self._loss_sum = torch.zeros((), device=device, dtype=torch.float64)
         self._order = self._epoch_order()
 
@@ -117,7 +147,7 @@ class Trainer:
 
     @property
     def samples_seen(self) -> int:
-        """Samples trained on so far, each counted once an epoch."""
+        """Samples trained on so far, each counted once per epoch."""
         in_epoch = min(self.step_in_epoch * self.recipe.batch_size, self.num_samples)
         return self.epoch * self.num_samples + in_epoch
 
@@ -152,7 +182,7 @@ class Trainer:
         return self._changes.order(everything)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on from here; plain tensors and numbers."""
+        """Everything needed to continue from here, as plain tensors and numbers."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -163,7 +193,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state."""
+        """Continue from a saved state."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.epoch, self.step_in_epoch = state["epoch"], state["step_in_epoch"]
@@ -174,7 +204,7 @@ class Trainer:
 
 
 def make_optimizer(recipe: Recipe, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
-    """SGD or Adam of torch, as a recipe asks for it."""
+    """The recipe's optimiser: torch's SGD or Adam."""
     if recipe.optimizer == "adam":
         return torch.optim.Adam(
             parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True

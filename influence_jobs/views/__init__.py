@@ -1,1 +1,1 @@
-"""What the views of all kinds of runs are made of: tables, figures, rankings."""
+"""The building blocks of views of all kinds: tables, figures, rankings."""

@@ -1,4 +1,4 @@
-"""What people see of a run. Each kind has a view of its own; this is what all of them share."""
+"""The base of views. A view shows a run to people; each kind of run has its own."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +13,7 @@ from influence_jobs.tasks.base import Task
 from influence_jobs.tasks.registry import make_task
 from influence_jobs.views.table import Table
 
-if TYPE_CHECKING:  # matplotlib takes a second: only figures need it
+if TYPE_CHECKING:  # matplotlib takes a second to load, and only figures need it
     from influence_jobs.views.contact_sheet import Row
     from influence_jobs.views.figure import Shown
     from influence_jobs.views.norms import StoredNorms
@@ -24,14 +24,15 @@ Say = Callable[[str], None]
 
 
 class View(ABC, Generic[S]):
-    """What people see of a finished run, read from its folder and from the task's pictures.
+    """Shows a finished run. It reads the run's folder and the task's pictures.
 
     Args:
         run: The run.
 
     Attributes:
-        ranks: What it ranks samples by: "scores", "norms", or nothing.
-        writes_report: `infl submit` ends with its report.
+        ranks: What samples are ranked by: "scores" of queries, "norms" of layers, another name for
+            one number a sample, or "" for no ranking.
+        writes_report: Whether `infl submit` writes the report of the run at the end.
     """
 
     ranks: ClassVar[str] = ""
@@ -49,35 +50,35 @@ class View(ABC, Generic[S]):
     @property
     @abstractmethod
     def title(self) -> str:
-        """What the run is, in a few words."""
+        """A few words that describe the run."""
 
     @abstractmethod
     def certainty(self) -> list[str]:
-        """How sure its result is, a sentence each."""
+        """How certain the result is, as a list of sentences."""
 
     @abstractmethod
     def next_step(self) -> str:
-        """The command to go on with."""
+        """The command that the user may want next."""
 
     def tables(self) -> list[Table]:
-        """Its tables for people."""
+        """The tables to show."""
         return []
 
     def figures(self, say: Say) -> "Iterator[Shown]":
-        """Its figures; `say` is told in a line what cannot be shown, and why."""
+        """The figures. `say` takes a line for each figure that cannot be shown, with the reason."""
         return iter(())
 
-    def parts(self) -> list[Run]:
-        """The runs that are shown in its place: itself, unless it is a set of runs."""
+    def members(self) -> list[Run]:
+        """The runs to show: the members of a set of runs, or the run itself."""
         return [self.run]
 
-    def part_figures(self, part: "View[Any]", say: Say) -> "list[Shown]":
-        """The figures of one of its parts, as they are numbered there."""
-        return list(part.figures(say))
+    def member_figures(self, member: "View[Any]", say: Say) -> "list[Shown]":
+        """The figures of a member, with the numbers that they have in this set."""
+        return list(member.figures(say))
 
     @property
     def sides(self) -> dict[str, bool]:
-        """The ends of its ranking: what they are called, and whether that end is the largest."""
+        """The sides of the ranking by name, each with whether its largest values come first."""
         return {}
 
     def top(
@@ -89,33 +90,33 @@ class View(ABC, Generic[S]):
         side: str = "both",
         channel: int | None = None,
     ) -> dict[str, list[dict[str, Any]]]:
-        """The k samples that come first, by array.
+        """The top k samples, by array.
 
         Args:
-            layer: Of this layer only.
-            tests: Of scores, only queries of these test samples.
-            side: Of influence, the largest scores, the smallest, or both.
-            channel: Of norms, by this channel's norm.
+            layer: Only this layer.
+            tests: Only queries of these test samples (scores only).
+            side: "helpful" for the largest scores, "harmful" for the smallest, or "both".
+            channel: Rank by the norm of this channel (norms only).
 
         Raises:
-            SpecError: It ranks no samples, or one of the arguments does not fit.
+            SpecError: The run ranks no samples, or an argument does not fit it.
         """
         raise SpecError(f"{self.run.id} ranks no samples: infl report {self.run.id}{self.more}")
 
     @property
     def stored_norms(self) -> "StoredNorms | None":
-        """The norms, one a channel, that it has or was made of."""
+        """The norms of channels that the run has or was computed from; None if it has none."""
         return None
 
     @property
     def more(self) -> str:
-        """What a suggested command needs to find the run's folder."""
+        """The option that a suggested command needs to find the run's folder."""
         return for_runs(self.run.root)
 
     @property
     def has_classes(self) -> bool:
-        """Labels are classes, so that one is the same as another or not."""
-        return self.task.output_loss == "cross-entropy"
+        """Whether labels are classes, which can be compared."""
+        return bool(self.task.output_loss == "cross-entropy")
 
     def pictures(
         self,
@@ -123,7 +124,7 @@ class View(ABC, Generic[S]):
         ranked: Sequence[RankedRow],
         say: Say,
     ) -> "Sequence[Row]":
-        """Rows of pictures of ranked samples, or none where the task's data are not here."""
+        """Rows of pictures of ranked samples; none if the task's data are missing here."""
         try:
             return make(self.task, ranked)
         except DataError as error:

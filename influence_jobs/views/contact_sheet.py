@@ -21,12 +21,12 @@ Picture = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Cell:
-    """A picture and what it is, a line each.
+    """A picture with lines of text that describe it.
 
     Attributes:
-        picture: None where the task has none.
-        sample: The training sample it shows; None for a query.
-        matches: It has the query's label.
+        picture: The picture; None if the task has none.
+        sample: Id of the training sample; None for a query.
+        matches: Whether the sample has the query's label.
     """
 
     picture: Picture | None
@@ -36,17 +36,17 @@ class Cell:
 
     @property
     def is_photo(self) -> bool:
-        """Whether the picture wants room, rather than to be magnified."""
+        """Whether the picture is large; small pictures are magnified."""
         return self.picture is not None and self.picture.shape[0] > _PHOTO
 
 
 @dataclass(frozen=True)
 class Row:
-    """A query, or what else is explained, and samples, best first.
+    """A query and the samples that explain it, best first.
 
     Attributes:
-        query: None where what is explained has no picture.
-        region: What is explained of it (y, x, height, width), if not all.
+        query: The query; None if the row explains something else, such as an output node.
+        region: The explained region (y, x, height, width) of the query; None for the whole.
         title: What the samples are.
     """
 
@@ -57,7 +57,7 @@ class Row:
 
 
 def contact_sheet(rows: Sequence[Row]) -> Figure:
-    """Draw one line of pictures a row: the query, then its samples. Points and regions are marked."""
+    """Draw each row as a line of pictures: the query with its region marked, then its samples."""
     columns = 1 + max(len(row.samples) for row in rows)
     height = _CELL + _CAPTION + _MARGIN
     figure = Figure(figsize=(columns * (_CELL + 0.25) + 0.3, len(rows) * height + 0.1), dpi=150)
@@ -98,7 +98,7 @@ def _mark(axis: Axes, region: Region | None) -> None:
     if region is None:
         return
     y, x, height, width = region
-    if (height, width) == (1, 1):  # a pixel would not be seen
+    if (height, width) == (1, 1):  # a single pixel would be invisible
         axis.add_patch(Circle((x, y), 8, fill=False, edgecolor=_MARK, linewidth=1.2))
         axis.plot(x, y, marker="+", color=_MARK, markersize=4, markeredgewidth=0.8)
     else:

@@ -1,4 +1,4 @@
-"""Charts: panels that can be drawn side by side for print, or one by one where there is less room."""
+"""Charts: panels that are drawn side by side for print, or one by one on narrow pages."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from influence_jobs.views.ranking import named
 
-# Seen alike on white and on black.
+# These colours are equally visible on white and on black.
 METHOD, RANDOM, OTHER = "#3b82c4", "#d9534f", "#8a8f98"
 _INK = {False: "#1f2328", True: "#e6e8eb"}
 _PANELS = {"relabel": "labels changed", "remove": "samples removed"}
@@ -24,14 +24,14 @@ _SIZE = (4.2, 3.2)  # inches
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes: what is on it, and how that is drawn."""
+    """One pair of axes: its title, and the function that draws on it."""
 
     title: str
     draw: Callable[[Axes], None]
 
 
 def chart(panels: Sequence[Panel], *, dark: bool = False) -> Figure:
-    """Draw panels side by side, in the ink of a light or a dark page; to be saved on its ground or transparent."""
+    """Draw panels side by side, in ink for a light or a dark page."""
     ink = _INK[dark]
     colors = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
     style: Any = {**dict.fromkeys(colors, ink), "font.size": 8, "axes.titlesize": 9}
@@ -51,12 +51,12 @@ def chart(panels: Sequence[Panel], *, dark: bool = False) -> Figure:
 def ablation_panels(
     summary: Sequence[Mapping[str, Any]], by: str, quantity: str = "loss"
 ) -> list[Panel]:
-    """Mean change of the loss against k, one method and random samples, a panel for each mode.
+    """Mean change of the loss against k, for one method and random samples; a panel for each mode.
 
     Args:
         summary: Rows of an ablation run's table `summary`.
-        by: The method.
-        quantity: What was measured of the queries.
+        by: The method; not `random`.
+        quantity: The measured quantity of the queries.
     """
     modes = [mode for mode in _PANELS if any(row["mode"] == mode for row in summary)]
     return [
@@ -71,7 +71,7 @@ def ablation_panels(
 def _against_k(
     axis: Axes, summary: Sequence[Mapping[str, Any]], by: str, mode: str, quantity: str
 ) -> None:
-    for name, color, marker in dict.fromkeys((("random", RANDOM, "s"), (by, METHOD, "o"))):
+    for name, color, marker in (("random", RANDOM, "s"), (by, METHOD, "o")):
         rows = sorted(
             (row for row in summary if (row["mode"], row["by"]) == (mode, name)),
             key=lambda row: row["k"],
@@ -129,7 +129,7 @@ def lds_panels(summary: Sequence[Mapping[str, Any]]) -> list[Panel]:
 def histogram_panels(
     counts: npt.NDArray[np.int64], edges: npt.NDArray[np.float64], limit: float, label: str
 ) -> list[Panel]:
-    """A histogram, with the limit beyond which a value counts as an outlier."""
+    """A histogram with a line at `limit`; values above it count as outliers."""
 
     def draw(axis: Axes) -> None:
         axis.stairs(counts, edges, fill=True, color=METHOD)
@@ -142,7 +142,7 @@ def histogram_panels(
 
 
 def epoch_panels(metrics: Sequence[Mapping[str, float]]) -> list[Panel]:
-    """What a training measured after each epoch, a panel for each figure.
+    """The measurements after each epoch, a panel for each.
 
     Args:
         metrics: Rows of a train run's table `metrics`.

@@ -1,4 +1,4 @@
-"""A figure: what is drawn, what to see in it, and its data."""
+"""A figure with its caption and its data."""
 
 import re
 from collections.abc import Sequence
@@ -13,14 +13,14 @@ from influence_jobs.views.curves import Panel, chart
 
 @dataclass(frozen=True)
 class Shown:
-    """One figure: rows of pictures, or the panels of a chart.
+    """A figure: rows of pictures, or the panels of a chart.
 
     Attributes:
-        name: Of its files, unique in its run.
-        title: What it is.
-        caption: What to see.
-        data: What is drawn, and more of the same kind where not all is.
-        number: Of the research report's figure that it corresponds to.
+        name: Name of its files, unique in the run.
+        title: What the figure shows.
+        caption: What to see in it.
+        data: Its data, including rows that are not drawn.
+        number: Number of the corresponding figure in the research report, if there is one.
     """
 
     name: str
@@ -42,5 +42,5 @@ class Shown:
 
 
 def file_name(text: str) -> str:
-    """A text as part of a file's name."""
+    """A text with only the characters that a file name may have."""
     return re.sub(r"[^\w+-]+", "-", text).strip("-")

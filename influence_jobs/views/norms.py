@@ -1,4 +1,4 @@
-"""The view of gradient norms, whether replayed or recorded while training."""
+"""The view of gradient norms, replayed or recorded during training."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from influence_jobs.views.figure import Shown
 
 PER_ROW = 5  # samples in a row of pictures
-MAX_ROWS = 30  # rows of pictures in a figure; its data have all
-MAX_NODES = 20  # of a layer that counts as one of classes
+MAX_ROWS = 30  # rows of pictures in a figure; its data have all rows
+MAX_NODES = 20  # a last layer with more nodes has no figure of nodes
 BINS = 80
 
 S = TypeVar("S", bound=NormsSpec)
@@ -31,14 +31,16 @@ S = TypeVar("S", bound=NormsSpec)
 
 @dataclass(frozen=True)
 class StoredNorms:
-    """Stored norms, and the weights that a query's activations are taken at.
+    """Stored norms, and how a query's activations are computed to multiply with them.
 
     Attributes:
-        layers: The layers that have norms a channel.
-        chosen: Those that are looked at first, their scores summed.
-        task: Of the test images, with their noise level.
-        seed, noise_draws: Of their noise.
-        normalize, exclude_norm_above: What is asked first; see `AttributionSpec`.
+        run: The run with the norms.
+        checkpoint: The weights that activations are taken at.
+        layers: The layers with a norm for each channel.
+        chosen: The layers that are used by default; their scores are summed.
+        task: The task of the test images, with their noise level.
+        seed, noise_draws: Seed and number of draws of the test images' noise.
+        normalize, exclude_norm_above: Default values; see `AttributionSpec`.
     """
 
     run: Run
@@ -53,7 +55,7 @@ class StoredNorms:
 
 
 class NormsView(View[S]):
-    """Histograms and the samples with the largest norms."""
+    """Shows histograms of norms, and the samples with the largest norms."""
 
     ranks: ClassVar[str] = "norms"
 
@@ -72,7 +74,7 @@ class NormsView(View[S]):
         channel: int | None = None,
     ) -> dict[str, list[dict[str, Any]]]:
         if tests is not None or side != "both":
-            raise SpecError(f"{self.run.id} has norms, which are of no query")
+            raise SpecError(f"{self.run.id} has norms, which do not depend on a query")
         chosen = self.arrays
         if layer is not None and chosen:
             meant = layers_of_run(layer, [*chosen], self.task)
@@ -88,7 +90,7 @@ class NormsView(View[S]):
             yield self._histogram(layer, array)
 
     def outliers_above(self) -> float | None:
-        """A published norm above which samples count as outliers."""
+        """The published norm above which samples count as outliers, if there is one."""
         return None
 
     def _histogram(self, layer: str, array: str) -> "Shown":
@@ -101,13 +103,11 @@ class NormsView(View[S]):
         counts, edges = np.histogram(totals_N, bins=BINS)
         summed = summed_over(self.run, array)
         beyond = int((totals_N > limit).sum())
-        where = (
-            " (the last hundredth)" if published is None else ", where the research report drew it"
-        )
+        where = " (the top 1 %)" if published is None else ", the limit in the research report"
         return Shown(
             f"norms-{file_name(layer)}",
             f"Gradient norms at layer {layer}",
-            f"{beyond:,} of {len(totals_N):,} samples lie beyond {limit:.3g}, the broken line"
+            f"{beyond:,} of {len(totals_N):,} samples lie above {limit:.3g}, the dashed line"
             f"{where}; the largest is {totals_N.max():.3g}, the median {np.median(totals_N):.3g}.",
             pa.table({"from": edges[:-1], "to": edges[1:], "samples": counts}),
             panels=histogram_panels(
@@ -131,14 +131,13 @@ class NormsView(View[S]):
             yield Shown(
                 "largest-norms",
                 f"The {PER_ROW} samples with the largest norms",
-                "Their gradients are the largest; plain attribution tends to rank them high, "
-                "whatever is asked.",
+                "Plain attribution tends to rank samples with large norms high for every query.",
                 pa.Table.from_pylist(rows),
                 rows=pictures,
             )
 
     def nodes(self, say: Say) -> "Iterator[Shown]":
-        """The top samples of every node of the last layer, if these are few: classes."""
+        """The top samples of each node of the last layer, if the nodes are classes."""
         from influence_jobs.views.figure import Shown
         from influence_jobs.views.sheets import node_rows
 
@@ -147,7 +146,7 @@ class NormsView(View[S]):
             return
         try:
             layer = weight_layers(self.task, self.task.model())[-1]
-        except DataError:  # told where pictures were wanted
+        except DataError:  # figures with pictures report it
             return
         if layer not in arrays:
             return

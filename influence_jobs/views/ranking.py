@@ -1,4 +1,4 @@
-"""The samples that come first, by score or by gradient norm, with what they are."""
+"""The top samples by score or by gradient norm, with their descriptions."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
@@ -14,11 +14,11 @@ Side = Literal["helpful", "harmful", "both"]
 
 
 class NothingLeft(SpecError):
-    """All samples were left out."""
+    """All samples are excluded."""
 
 
 def named(method: str, quantity: str) -> str:
-    """A ranking's name, where `helpful` and `harmful` are of another quantity than a loss in words that are true."""
+    """The name of a ranking; `helpful` and `harmful` are replaced if the quantity is not a loss."""
     if quantity == "loss":
         return method
     for word, verb in (("helpful", "lowers"), ("harmful", "raises")):
@@ -35,25 +35,29 @@ def ranked_scores(
     side: str = "both",
     sides: Mapping[str, bool],
 ) -> list[dict[str, Any]]:
-    """The first k samples of each query and side: test, region if any, side, rank, score, and what the sample is.
+    """The top k samples of each query and side.
 
     Args:
-        layer: Of this layer's part only.
+        layer: Rank by the scores of this layer.
         tests: Only queries of these test samples.
-        side: Of influence, the largest scores (helpful), the smallest (harmful), or both.
-        sides: What the ends of the ranking are called, and whether that end is the largest.
+        side: "helpful" for the largest scores, "harmful" for the smallest, or "both".
+        sides: The sides of the ranking by name, each with whether its largest scores come first.
+
+    Returns:
+        Rows with test, region (if any query has one), side, rank, score, and the description of
+        the sample.
 
     Raises:
-        SpecError: The run keeps no such part, or has no such query.
-        NothingLeft: It scores nothing.
-        StoreError: Its scores are gone.
+        SpecError: The run has no scores of this layer, or no such query.
+        NothingLeft: All samples are excluded.
+        StoreError: The scores are missing.
     """
     if side not in get_args(Side):
         raise SpecError(f"side {side!r}: choose {', '.join(get_args(Side))}")
     if k < 1:
-        raise SpecError(f"k = {k}: at least one sample is wanted")
+        raise SpecError(f"k = {k}: k must be at least 1")
     array = SCORES if layer is None else part_name(layer)
-    run.array(SCORES)  # if these are gone, no layer is to blame
+    run.array(SCORES)  # if even these are missing, the layer is not the cause
     if array not in run.array_names():
         kept = [name.partition("/")[2] for name in run.array_names() if name != SCORES]
         there = (
@@ -89,7 +93,7 @@ def ranked_scores(
 
 
 def places(queries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What rows of a table of queries are of: their test sample, and their region if any of them has one."""
+    """The test id of each query, and its region if any of the queries has one."""
     names = ("test", "region") if any(query["region"] for query in queries) else ("test",)
     return [{name: query[name] for name in names} for query in queries]
 
@@ -109,13 +113,13 @@ def ranked_norms(
     *,
     channel: int | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
-    """The k samples with the largest norms, by array: what the sample is, and its norm.
+    """The k samples with the largest norms, by array: description and norm of each sample.
 
     Args:
         run: A run with norms.
         arrays: Its arrays of norms, by layer.
-        k: How many.
-        channel: By this channel's norm, not by the sum over channels.
+        k: Number of samples.
+        channel: Rank by the norm of this channel instead of the sum over channels.
 
     Raises:
         SpecError: The run has no norms, or no such channel.
@@ -139,7 +143,7 @@ def ranked_norms(
 
 
 def summed_over(run: Run, array: str, *, channel: int | None = None) -> str:
-    """The axes of an array of norms that `ranked_norms` sums over, in words; empty where there are none."""
+    """The axes that `ranked_norms` sums over, in words; empty if there are none."""
     axis = run.row_axis(array)
     trailing = run.array(array).ndim - axis - 1
     summed = {

@@ -1,4 +1,4 @@
-"""The view of scores: one for every (query, training sample)."""
+"""The view of scores of every (query, training sample)."""
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,14 +21,14 @@ S = TypeVar("S", bound=ScoresSpec)
 
 
 class ScoresView(View[S]):
-    """Each query's first samples."""
+    """Shows the top samples of each query."""
 
     ranks: ClassVar[str] = "scores"
 
     @property
     @abstractmethod
     def method(self) -> str:
-        """What scores, in words."""
+        """The scoring method in words."""
 
     @property
     def title(self) -> str:
@@ -39,7 +39,7 @@ class ScoresView(View[S]):
         return {self.spec.kind: True}
 
     def ranking(self, side: str) -> str:
-        """One end of the ranking, in words."""
+        """One side of the ranking, in words."""
         return f"{self.method}{f': {side}' if len(self.sides) > 1 else ''}"
 
     def next_step(self) -> str:
@@ -93,19 +93,19 @@ class ScoresView(View[S]):
 
 
 def of_first(ranked: Sequence[RankedRow], count: int) -> list[RankedRow]:
-    """The rows of the first queries."""
+    """The rows of the first `count` queries."""
     return [row for rows in list(by_query(ranked).values())[:count] for row in rows]
 
 
 def scores_seen(
     ranked: Sequence[RankedRow], queries: Sequence[Mapping[str, Any]], *, classes: bool
 ) -> str:
-    """What to see in the top samples of some queries.
+    """The caption of a figure of top samples.
 
     Args:
         ranked: Rows of `ranked_scores`, of one side.
         queries: Rows of the run's table of queries.
-        classes: Labels are classes, so that one is the same as another or not.
+        classes: Whether labels are classes, which can be compared.
     """
     different = len({row["sample"] for row in ranked})
     said = f"{different} different samples in {len(ranked)} places."
@@ -114,7 +114,7 @@ def scores_seen(
         matching = sum(row["label"] == labels[row["test"], row.get("region")] for row in ranked)
         said += f" {matching} have the label of their query (green frame)."
     if any(row.get("region") for row in ranked):
-        said += " The mark is at what is explained."
+        said += " The mark shows the explained point or region."
     if (count := len(by_query(ranked))) > MAX_ROWS:
-        said += f" The first {MAX_ROWS} of {count} queries; the data have all."
+        said += f" Only the first {MAX_ROWS} of {count} queries are drawn; the data have all."
     return said

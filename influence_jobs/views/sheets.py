@@ -1,4 +1,4 @@
-"""Rows of pictures: the samples that explain a query, a node of a layer, or a query after other trainings."""
+"""Rows of pictures: the top samples of a query, of a node or layer, or of several trainings."""
 
 import contextlib
 from collections import Counter
@@ -16,7 +16,7 @@ from influence_jobs.views.contact_sheet import Cell, Picture, Row
 from influence_jobs.views.ranking import by_query
 from influence_jobs.views.table import cell_text
 
-# What a ranked row has besides what the task says of the sample.
+# Columns of ranked rows that are not descriptions of the sample by the task.
 _RANKING = {
     "test",
     "region",
@@ -35,7 +35,7 @@ def score_rows(task: Task, ranked: Sequence[RankedRow]) -> list[Row]:
     """A row for every query and side of `ranked_scores`.
 
     Raises:
-        DataError: The task's data are not there.
+        DataError: The task's data are missing.
     """
     rows = []
     for (test, region, side), line in by_query(ranked).items():
@@ -45,10 +45,12 @@ def score_rows(task: Task, ranked: Sequence[RankedRow]) -> list[Row]:
 
 
 def seed_rows(task: Task, ranked: Sequence[RankedRow]) -> list[Row]:
-    """A row for every query and training; a sample's last line says in how many trainings it came first.
+    """A row for every query and training.
+
+    The last line of a sample is the number of trainings in which it is a top sample.
 
     Args:
-        ranked: As `ranked_scores` gives them, of one side, each row with its `training`.
+        ranked: Rows of `ranked_scores`, of one side, each with its `training`.
     """
     trainings = list(dict.fromkeys(row["training"] for row in ranked))
     rows = []
@@ -64,7 +66,7 @@ def seed_rows(task: Task, ranked: Sequence[RankedRow]) -> list[Row]:
 
 
 def node_rows(task: Task, ranked: Sequence[RankedRow]) -> list[Row]:
-    """A row for every `channel` of a layer; samples match whose label is the channel's number."""
+    """A row for every `channel` of a layer. A sample matches if its label is the channel."""
     return [
         Row(None, None, f"node {channel}", sample_cells(task, of_one, {"label": channel}))
         for channel, of_one in _grouped(ranked, "channel").items()
@@ -87,7 +89,7 @@ def _grouped(ranked: Sequence[RankedRow], name: str) -> dict[Any, list[RankedRow
 
 
 class NoData(Task):
-    """Stands in for a task whose data are not here: its samples have no pictures."""
+    """Replaces a task whose data are missing; its samples have no pictures."""
 
     def model(self) -> nn.Module:
         raise NotImplementedError
@@ -102,10 +104,14 @@ class NoData(Task):
 def query_cell(
     task: Task, test: int, known: Mapping[str, Any] | None = None
 ) -> tuple[Cell, Mapping[str, Any]]:
-    """A test sample's picture, and what is known of it: by default what the task says."""
+    """The cell of a test sample, and its description.
+
+    Args:
+        known: The description; by default the task gives it.
+    """
     known = _known(task, test) if known is None else known
     picture: Picture | None = None
-    with contextlib.suppress(SpecError):  # a task need not have pictures
+    with contextlib.suppress(SpecError):  # a task may have no pictures
         picture = task.test_picture(test)
     return Cell(picture, [f"test {test}", *_described(known)]), known
 
@@ -125,17 +131,17 @@ def sample_cells(
     known: Mapping[str, Any],
     more: Sequence[str] | None = None,
 ) -> list[Cell]:
-    """Pictures of ranked samples, with their score or norm.
+    """Cells of ranked samples, with their score or norm.
 
     Args:
-        known: What the task says of the query: where labels are classes, samples with its label match.
-        more: A further line for each.
+        known: Description of the query. If labels are classes, samples with its label match.
+        more: One more line for each sample.
     """
     if not ranked:
         return []
     cells, classes = [], task.output_loss == "cross-entropy"
     pictures: Sequence[Picture | None] = [None] * len(ranked)
-    with contextlib.suppress(SpecError):  # a task need not have pictures
+    with contextlib.suppress(SpecError):  # a task may have no pictures
         pictures = list(task.pictures(np.array([row["sample"] for row in ranked])))
     for i, (picture, row) in enumerate(zip(pictures, ranked, strict=True)):
         measure = "score" if "score" in row else "norm"
@@ -151,13 +157,13 @@ def sample_cells(
 
 
 def _described(known: Mapping[str, Any]) -> list[str]:
-    """What the task says, in two lines: a file by its name alone, what lies where in it."""
+    """A description in at most two lines: the first value (a file's bare name), then the rest."""
     said = [str(value) if name == "file" else f"{name} {value}" for name, value in known.items()]
     return [*said[:1], *([", ".join(said[1:])] if said[1:] else ())]
 
 
 def region_of(text: str | None) -> Region | None:
-    """A region as tables have it, `y,x,height,width`."""
+    """Parse a region of a table, `y,x,height,width`."""
     if not text:
         return None
     y, x, height, width = map(int, text.split(","))

@@ -1,4 +1,4 @@
-"""Tables as a person reads them."""
+"""Tables for people."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Table:
-    """A table as a person reads it; `note` says what to know about it."""
+    """A table for people; `note` explains it."""
 
     title: str
     columns: Sequence[str]
@@ -22,7 +22,7 @@ class Table:
 
 
 def cell_text(value: object) -> str:
-    """A value as people read it: three digits of a fraction, thousands apart."""
+    """A value as text: fractions with three digits, large numbers with commas."""
     if isinstance(value, float):
         return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.3g}"
     return str(value)

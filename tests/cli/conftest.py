@@ -1,4 +1,4 @@
-"""Running `infl` in this process, on runs and images that are small."""
+"""Run `infl` in this process, on small runs and images."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ class Answer:
 
     @property
     def json(self) -> dict[str, Any]:
-        """What --json promises: one object, the last line of standard output."""
+        """The object that --json prints as the last line of standard output."""
         found: dict[str, Any] = json.loads(self.out.splitlines()[-1])
         return found
 
@@ -42,12 +42,12 @@ Infl = Callable[..., Answer]
 def infl(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Infl]:
-    """Runs `infl` in an empty folder and tells exit code, standard output and standard error."""
+    """Runs `infl` in an empty folder; returns exit code, standard output and standard error."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])  # the command puts the working directory there
     for module in (devices, dry_run, launch):
         monkeypatch.setattr(module, "cores", lambda: 1)
-    for seconds in ("PROBE_S", "TRIED_S"):
+    for seconds in ("PROBE_S", "PROBE_OTHER_S"):
         monkeypatch.setattr(dry_run, seconds, 0.0)
     monkeypatch.setenv("COLUMNS", "80")
     for name in ("INFL_RUNS", "INFL_DATA", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
@@ -76,7 +76,10 @@ def _tree(folder: Path) -> dict[str, bytes | None]:
 
 @pytest.fixture
 def refused(infl: Infl, tmp_path: Path) -> Callable[..., str]:
-    """Runs `infl`, which must refuse in one line with code 2 and write nothing; returns the line."""
+    """Runs `infl`, which must refuse with one line and code 2, and write nothing.
+
+    Returns the line.
+    """
 
     def run(*words: object) -> str:
         before = _tree(tmp_path)
@@ -101,7 +104,7 @@ def runs(tmp_path: Path, finished_run: Run) -> Path:
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """A folder of two small photographs in name only: 40 x 48 pixels of noise."""
+    """A folder of two images with 40 x 48 pixels of noise."""
     folder = tmp_path / "images"
     folder.mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (2, 48, 40, 3), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""Whatever is wrong with a request for an experiment: one line, exit code 2, and nothing is written."""
+"""Wrong requests for experiments: each ends with one line and exit code 2, and writes nothing."""
 
 import shutil
 from collections.abc import Callable
@@ -40,8 +40,12 @@ LDS = ("submit", "lds", *DIGITS)
         ),
         ((*ABLATION, "--by", "random", "--by", "random"), "method random is named twice"),
         ((*ABLATION, "--by", "influence-nothing"), "there is no run influence-nothing"),
-        ((*ABLATION, "--by", "grad-norms-digits"), "has no scores: name an influence, attribution"),
-        ((*ABLATION, "--test-set", "paper"), "it is no readable file, and DigitsTask has no named"),
+        ((*ABLATION, "--by", "grad-norms-digits"), "has no scores: name a run that has"),
+        ((*ABLATION, "--by", "dot-produkt"), "unknown method 'dot-produkt': choose attribution"),
+        (
+            (*ABLATION, "--test-set", "paper"),
+            "this is not a readable file, and DigitsTask has no named",
+        ),
         ((*ABLATION, "--test", "297"), "there is no test sample 297"),
         ((*ABLATION, "--relabel-to", "7"), "'7' is not one of 'report', 'next', 'random'"),
         (

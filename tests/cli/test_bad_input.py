@@ -1,4 +1,4 @@
-"""Whatever is wrong with a request: one line, exit code 2, and nothing is written."""
+"""Wrong requests: each ends with one line and exit code 2, and writes nothing."""
 
 import json
 import os
@@ -104,7 +104,9 @@ FFDNET = (*NORMS, "--task", "ffdnet", "--layer", "11", "--patch-size", "32", "--
         (("runs", "--runs", "ftp://x/y"), "runs cannot be kept at ftp://x/y"),
     ],
 )
-def test_what_is_typed(refused: Refused, words: tuple[str, ...], expected: str) -> None:
+def test_a_wrong_command_line_is_refused(
+    refused: Refused, words: tuple[str, ...], expected: str
+) -> None:
     assert expected in refused(*words)
 
 
@@ -150,8 +152,8 @@ def test_a_layer_that_does_not_exist(
     ("words", "expected"),
     [
         (("train-digits@3",), "keeps no weights of epoch 3; it keeps 1, 2"),
-        (("train-digits@last",), "after @ comes an epoch or all"),
-        (("grad-norms",), "is no train run, so it has no weights"),
+        (("train-digits@last",), "write an epoch or all after @"),
+        (("grad-norms",), "is not a train run, so it has no weights"),
         (("train-nix",), "there is no run train-nix in"),
         (("train-digits", "--task", "mnist"), "is a training of digits:DigitsTask, not of mnist"),
         (("train-digits", "--option", "width=4"), "does not fit DigitsNet: conv1.weight has shape"),
@@ -231,7 +233,12 @@ def test_runs_that_cannot_be_written(refused: Refused, tmp_path: Path) -> None:
 
 def test_a_disk_without_room(refused: Refused, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LocalFiles, "free_bytes", lambda _self: 203_999)
-    words = (*NORMS, "--layer", "all", "--checkpoint", "train-digits@1")
+    words = (
+        *NORMS,
+        *("--layer", "1", "--layer", "2", "--layer", "3"),
+        "--checkpoint",
+        "train-digits@1",
+    )
     assert "too full: the run takes up to 204 kB and 204 kB are free" in refused(*words)
 
 
@@ -257,7 +264,7 @@ def test_a_disk_that_becomes_full(infl: Infl, tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["status", "logs", "stop", "resume", "verify", "top"])
 def test_a_run_that_does_not_exist(refused: Refused, runs: Path, command: str) -> None:
     assert "there is no run nix in" in refused(command, "nix")
-    assert "write more of it" in refused(command, "")
+    assert "give more characters" in refused(command, "")
 
 
 @pytest.mark.parametrize("command", ["status", "resume", "verify", "top"])

@@ -1,4 +1,4 @@
-"""Whatever is wrong with a request for scores: one line, exit code 2, and nothing is written."""
+"""Wrong requests for scores: each ends with one line and exit code 2, and writes nothing."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +23,7 @@ ONE = ("--test", "3")
         ((*S_TEST, *ONE, *ONE), "test 3 is asked for twice"),
         (
             (*S_TEST, "--test-set", "paper"),
-            "it is no readable file, and DigitsTask has no named sets",
+            "this is not a readable file, and DigitsTask has no named sets",
         ),
         ((*S_TEST, *ONE, "--point", "1,1"), "has no image regions: leave --point and --region out"),
         ((*S_TEST, *ONE, "--point", "1"), "--point 1: write Y,X, in whole pixels"),
@@ -48,7 +48,7 @@ ONE = ("--test", "3")
         ),
         (
             (*S_TEST, *ONE, "--product", "finite-difference"),
-            "finite differences are of the Hessian",
+            "finite differences need the Hessian",
         ),
         ((*S_TEST, *ONE, "--solver", "ek-fac", "--operator", "hessian"), "leave --operator out"),
         ((*S_TEST, *ONE, "--curvature-samples", "few"), "write a number of samples, or all"),
@@ -57,11 +57,11 @@ ONE = ("--test", "3")
             (*S_TEST, *ONE, "--noise-draws", "0"),
             "error: --noise-draws: input should be greater than or equal to ",
         ),
-        ((*INFLUENCE, "--s-test", "train-digits"), "is no s-test run"),
+        ((*INFLUENCE, "--s-test", "train-digits"), "is not an s-test run"),
         ((*INFLUENCE, "--s-test", "s-test-nix"), "there is no run s-test-nix"),
-        ((*INFLUENCE, *ONE, "--s-test", "s-test-nix"), "leave those options out"),
-        ((*INFLUENCE, "--s-test", "s-test-nix", "--limit", "3"), "leave those options out"),
-        ((*INFLUENCE, "--s-test", "s-test-nix", "--task", "mnist"), "leave those options out"),
+        ((*INFLUENCE, *ONE, "--s-test", "s-test-nix"), "leave their options out"),
+        ((*INFLUENCE, "--s-test", "s-test-nix", "--limit", "3"), "leave their options out"),
+        ((*INFLUENCE, "--s-test", "s-test-nix", "--task", "mnist"), "leave their options out"),
         ((*ATTRIBUTION, *ONE, "--quantity", "output"), "--quantity is what influence explains"),
         ((*INFLUENCE, *ONE, "--combine", "max"), "'max' is not one of 'sum', 'mean'"),
         ((*ATTRIBUTION, *ONE, "--norms", "nix"), "there is no run nix"),
@@ -83,7 +83,9 @@ ONE = ("--test", "3")
         (("top", "grad", "--png", "x.png"), "--png has no meaning for grad-norms-digitstask"),
     ],
 )
-def test_what_is_typed(refused: Refused, runs: Path, words: tuple[str, ...], expected: str) -> None:
+def test_a_wrong_command_line_is_refused(
+    refused: Refused, runs: Path, words: tuple[str, ...], expected: str
+) -> None:
     assert expected in refused(*words)
 
 
@@ -91,4 +93,6 @@ def test_a_file_of_ids_that_holds_something_else(
     refused: Refused, runs: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "ids.txt").write_text("3\nfour\n")
-    assert "--test-set ids.txt: 'four' is no test id" in refused(*S_TEST, "--test-set", "ids.txt")
+    assert "--test-set ids.txt: 'four' is not a test id" in refused(
+        *S_TEST, "--test-set", "ids.txt"
+    )

@@ -1,4 +1,4 @@
-"""What the commands do and print, computed in this process."""
+"""What the commands do and print; all is computed in this process."""
 
 import json
 import re
@@ -32,7 +32,7 @@ NORMS = ("submit", "grad-norms", "--checkpoint", "train-digits")
 
 @pytest.fixture
 def planned(infl: Infl) -> Callable[..., dict[str, Any]]:
-    """The plan of a request; run ids can be compared without computing anything."""
+    """The plan of a request, with the run's id; nothing is computed."""
 
     def run(*words: object) -> dict[str, Any]:
         answer = infl(*words, "--dry-run", "--json")
@@ -54,7 +54,7 @@ def test_from_a_training_to_its_norms(
     assert run_id.endswith(": done")
     assert Path(path.strip(), table.strip()).is_file()
     assert hint.startswith("next: infl ")
-    # The command that was suggested works as it stands.
+    # The suggested command works unchanged.
     words = hint.removeprefix("next: infl ").split()
     norms = infl(*words, "--local", "--json").json
     assert list(norms) == ["run", "path", "status", "arrays", "tables"]
@@ -192,18 +192,18 @@ def test_what_decides_the_id_of_a_run(
     other_stride = planned(*norms, "--layer", "11", "--stride", "8")
     assert other_stride["run"] != first["run"]
     assert other_stride["needs_first"][0]["run"] != first["needs_first"][0]["run"]
-    # Where data lie does not name a run, what they are does.
+    # The run's id depends on the content of the data, not on their folder.
     images.rename(tmp_path / "samples-of-mine")
     moved = ["samples-of-mine" if word == "images" else word for word in norms]
     assert planned(*moved, "--layer", "11")["run"] == first["run"]
     (tmp_path / "samples-of-mine" / "b.png").unlink()
     fewer = planned(*moved, "--layer", "11")["run"]
     assert fewer != first["run"]
-    monkeypatch.setenv("INFL_DATA", str(tmp_path))  # of no concern to tasks that download nothing
+    monkeypatch.setenv("INFL_DATA", str(tmp_path))  # tasks that download nothing do not look at it
     assert planned(*moved, "--layer", "11")["run"] == fewer
 
 
-def test_ffdnet_on_images_of_ones_own(infl: Infl, images: Path, ffdnet_file: Path) -> None:
+def test_ffdnet_on_the_users_images(infl: Infl, images: Path, ffdnet_file: Path) -> None:
     (images / "broken.jpg").write_bytes(b"no picture")
     words = ("submit", "grad-norms", "--images", "images", "--patch-size", "32", "--stride", "8")
     more = ("--checkpoint", ffdnet_file, "--layer", "11", "--skip-unreadable", "--local")
@@ -327,7 +327,7 @@ def test_after_ctrl_c_a_run_goes_on_where_it_was(
     assert resumed.code == 0
     assert resumed.json["status"] == "done"
     assert len(calls) == 3 + 4
-    # Where standard error is no terminal, progress is lines, and only there.
+    # Without a terminal, progress is printed as lines to standard error.
     assert resumed.out.count("\n") == 1
     progress = re.compile(r"(grad-norms|train)-digitstask-\w+ \d+%  [\d,]+/[\d,]+ samples.*")
     assert all(progress.fullmatch(line) for line in resumed.err.splitlines())

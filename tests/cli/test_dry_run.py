@@ -1,4 +1,4 @@
-"""Which batch size a dry run names as the fastest."""
+"""The batch size that a dry run suggests."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +17,7 @@ PLAN = Plan((), (), units=1000, batch_size=32)
 def rates(
     monkeypatch: pytest.MonkeyPatch, speeds: dict[int, float], own: int, most: int
 ) -> dict[int, float]:
-    """What is found if batches have these speeds; others do not fit into memory."""
+    """The result if batches have these speeds, and all others do not fit into memory."""
 
     def probe(batch_size: int, seconds: float) -> float:
         if batch_size not in speeds:

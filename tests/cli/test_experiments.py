@@ -1,4 +1,4 @@
-"""Experiments from the command line to tables and pictures, as a user goes."""
+"""Experiments from the command line to tables and pictures, in a user's steps."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +37,7 @@ def test_an_ablation_from_request_to_report(infl: Infl, runs: Path, tmp_path: Pa
     results = pq.read_table(folder / "tables/results.parquet").to_pylist()
     assert len(results) == 2 * 2 * 2 * 3
     assert {row["k"] for row in results} == {50, 300}
-    # What scores are for: the samples that helped most are missed more than any others.
+    # Without the most helpful samples the loss rises more than without any others.
     by = {
         (row["mode"], row["by"], row["k"]): row["mean_change"]
         for row in pq.read_table(folder / "tables/summary.parquet").to_pylist()
@@ -65,7 +65,7 @@ def test_stability_trains_other_seeds_and_compares(infl: Infl, runs: Path) -> No
     found = infl(*words)
     assert found.code == 0, found.err
     assert "Stability of harmful: share of the top 20" in found.out
-    assert "the report's" not in found.out  # its numbers are of other queries
+    assert "In brackets" not in found.out  # the research report has numbers of other queries only
     (folder,) = runs.glob("stability-*")
     rows = pq.read_table(folder / "tables/results.parquet").to_pylist()
     assert len(rows) == 3 * 2 * 3
@@ -83,7 +83,7 @@ def test_lds_of_methods_runs_and_ensembles(infl: Infl, runs: Path) -> None:
     words = ("submit", "lds", *DIGITS, *TESTS, "--subsets", 8, "--ensemble", 2)
     found = infl(*words, "--by", "dot-product", "--by", "loss", "--by", f"chance={random}+{other}")
     assert found.code == 2, found.out
-    assert "of the same queries, with the same noise (--seed, --noise-draws)" in found.err
+    assert "needs the same queries with the same noise (--seed, --noise-draws)" in found.err
     found = infl(*words, "--by", "dot-product", "--by", "loss", "--by", f"chance={random}")
     assert found.code == 0, found.err
     assert (
@@ -106,7 +106,7 @@ def test_retrainings_are_of_the_seed_that_was_scored(infl: Infl, runs: Path) -> 
     (folder,) = runs.glob("ablation-*")
     rows = pq.read_table(folder / "tables/results.parquet").to_pylist()
     assert {row["seed"] for row in rows} == {7}
-    # The unmanipulated model is the scored one, trained anew.
+    # The model that nothing is done to is the scored model, trained again.
     scored = infl(
         "submit", "baseline", "--method", "loss", "--checkpoint", train, *TESTS, "--local"
     )
@@ -141,7 +141,7 @@ def test_the_report_of_several_runs_lies_in_the_first_ones_folder(infl: Infl, ru
     assert norms.name in text
     assert train.name in text
     assert drawn(norms / f"report/figures/{norms.name}/norms-conv2.png")
-    # What it wrote is no part of the run.
+    # The report is no part of the run.
     assert infl("verify", "grad-norms").code == 0
 
 

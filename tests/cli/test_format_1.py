@@ -1,4 +1,4 @@
-"""Runs of format 1 (tests/runs_of_format_1) open, verify, resume, report, and are used again."""
+"""Runs of format 1 (tests/runs_of_format_1) open, verify, resume, report, and serve new runs."""
 
 import hashlib
 import json
@@ -31,7 +31,7 @@ INFLUENCE = "influence-tiny-9ae2bd2592df"
 
 @pytest.fixture(scope="module")
 def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The archive's content. Do not write."""
+    """The content of the archive. Do not write."""
     folder = tmp_path_factory.mktemp("format_1")
     with tarfile.open(KEPT / "runs.tar.xz") as archive:
         archive.extractall(folder, filter="data")
@@ -40,7 +40,7 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def asked(unpacked: Path) -> dict[str, list[str]]:
-    """The words of the command that made each run."""
+    """The words of the command that made each run, by run id."""
     lines = json.loads((unpacked / "asked.json").read_text())
     return {run: line.split() for run, line in lines.items()}
 
@@ -54,7 +54,7 @@ def half(unpacked: Path) -> dict[str, str]:
 
 @pytest.fixture
 def kept(unpacked: Path, tmp_path: Path, infl: Infl, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The runs and what they are of, copied into the working directory of `infl`."""
+    """The runs, their task and its files, copied into the working directory of `infl`."""
     monkeypatch.syspath_prepend(KEPT)
     shutil.copytree(unpacked, tmp_path, dirs_exist_ok=True)
     return tmp_path / "runs"
@@ -62,7 +62,7 @@ def kept(unpacked: Path, tmp_path: Path, infl: Infl, monkeypatch: pytest.MonkeyP
 
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """`RUN SHARD` of whatever is computed from now on."""
+    """`RUN SHARD` of every shard that is computed from now on."""
     names: list[str] = []
     run = InlineBackend.run
 
@@ -84,7 +84,7 @@ def arrays_of(runs: Path, run_id: str) -> dict[str, npt.NDArray[Any]]:
 
 
 def require_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Equal but for rounding: another CPU may round otherwise."""
+    """Equal up to rounding: another CPU may round otherwise."""
     assert found.keys() == expected.keys()
     for name, values in expected.items():
         assert found[name].dtype == values.dtype
@@ -112,7 +112,7 @@ def test_every_run_opens_and_says_how_far_it_is(
     assert {row["run"] for row in listed if row["status"] != "done"} == {*half.values()}
     assert {row["status"] for row in listed} == {"done", "stopped"}
     for run_id in run_ids(kept):
-        # The name on the folder is still the hash of what was asked.
+        # The name of the folder is still the hash of the request.
         run = Run.open(str(kept), run_id)
         assert all(entry.spec == run.spec.hash for entry in run.manifest.entries())
         assert infl("status", run_id, "--json").json["run"] == run_id
@@ -127,10 +127,10 @@ def test_every_run_verifies(infl: Infl, kept: Path, half: dict[str, str]) -> Non
         assert (found.json["not_done"] == 0) == whole, run_id
 
 
-def test_asking_again_finds_every_finished_run(
+def test_the_same_request_finds_every_finished_run(
     infl: Infl, kept: Path, asked: dict[str, list[str]], half: dict[str, str], computed: list[str]
 ) -> None:
-    """A request that stands on an old training is found; one's own code is fingerprinted anew."""
+    """Also a request that needs an old training, and one of a user's task."""
     before = run_ids(kept)
     whole = [run_id for run_id in asked if run_id not in half.values()]
     for run_id in [run_id for run_id in whole if not run_id.startswith("train-tiny")]:
@@ -142,7 +142,7 @@ def test_asking_again_finds_every_finished_run(
     assert run_ids(kept) == before
 
 
-def test_where_a_task_s_files_lie_is_still_no_part_of_the_request(
+def test_paths_of_a_tasks_files_are_still_no_part_of_the_request(
     infl: Infl, kept: Path, asked: dict[str, list[str]], computed: list[str]
 ) -> None:
     words = (*asked[NORMS], "--folder", "elsewhere")
@@ -151,7 +151,7 @@ def test_where_a_task_s_files_lie_is_still_no_part_of_the_request(
     assert Run.open(str(kept), NORMS).spec.task.paths == {"folder": str(kept.parent / "elsewhere")}
 
 
-def test_what_was_half_done_is_resumed_and_nothing_is_computed_twice(
+def test_a_half_done_run_is_resumed_and_nothing_is_computed_twice(
     infl: Infl, kept: Path, half: dict[str, str], computed: list[str]
 ) -> None:
     todo = {
@@ -192,7 +192,7 @@ def test_a_stopped_training_goes_on_from_its_saved_state(
 
 
 @pytest.mark.parametrize("run_id", [NORMS, INFLUENCE])
-def test_computed_anew_from_the_old_weights_the_numbers_are_the_same(
+def test_runs_computed_again_from_the_old_weights_have_the_same_numbers(
     run_id: str, infl: Infl, kept: Path, asked: dict[str, list[str]], computed: list[str]
 ) -> None:
     shutil.copytree(kept / TRAIN, kept.parent / "anew" / TRAIN)
@@ -238,7 +238,7 @@ def test_every_kind_is_reported(infl: Infl, kept: Path, half: dict[str, str]) ->
         page = Path(said.out.splitlines()[0]).read_text()
         for run_id in runs[:2]:
             spec = Run.open(str(kept), run_id).spec
-            # The page of a set of runs is made of theirs.
+            # The page of a paper run shows its parts.
             shown = [p.run_id for p in spec.parts] if isinstance(spec, PaperSpec) else [run_id]
             assert all(one in page for one in shown)
 

@@ -1,4 +1,4 @@
-"""Commands and options are a promise: taking one away or renaming it must be on purpose."""
+"""Names of commands and options: nothing may be removed or renamed by accident."""
 
 import subprocess
 import sys
@@ -17,7 +17,10 @@ HOW = f"{WHERE} address device num-gpus local detach"
 TRAINED = f"{HOW} {TASK_DATA} dry-run task checkpoint preset epochs workers"
 QUERIES = "test test-set point region quantity noise-draws seed"
 SCORES = f"{TRAINED} {QUERIES} batch-size shard-size"
-SOLVER = "solver damping operator product curvature-samples tolerance max-iterations scale depth batch repeats"
+SOLVER = (
+    "solver damping operator product curvature-samples tolerance max-iterations scale depth batch "
+    "repeats"
+)
 CURVATURE = f"layer {SOLVER}"
 EXPERIMENT = f"{TRAINED} {QUERIES} {SOLVER} by"
 
@@ -30,10 +33,10 @@ OPTIONS = {
     "verify": f"{WHERE} repair",
     "top": f"{WHERE} k layer channel test side png parquet",
     "denoise": f"{WHERE} checkpoint sigma grey seed out",
-    "submit train": f"{HOW} {TASK_DATA} dry-run task preset epochs seed save-epoch optimizer lr momentum "
-    "weight-decay batch-size norms-layer norms-skip-epochs reduce",
-    "submit grad-norms": f"{HOW} {TASK_DATA} dry-run task layer reduce checkpoint combine precision seed "
-    "preset epochs workers batch-size shard-size",
+    "submit train": f"{HOW} {TASK_DATA} dry-run task preset epochs seed save-epoch optimizer lr "
+    "momentum weight-decay batch-size norms-layer norms-skip-epochs reduce",
+    "submit grad-norms": f"{HOW} {TASK_DATA} dry-run task layer reduce checkpoint combine "
+    "precision seed preset epochs workers batch-size shard-size",
     "submit s-test": f"{SCORES} {CURVATURE}",
     "submit influence": f"{SCORES} {CURVATURE} s-test combine relative keep-layers",
     "submit attribution": f"{SCORES} layer norms exclude-norm-above normalize keep-layers",

@@ -1,4 +1,4 @@
-"""A task with Conv1d, GroupNorm and a layer type of its own, from norms to the report."""
+"""A task with Conv1d, GroupNorm and a layer type of its own: norms, influence and report."""
 
 import json
 from collections.abc import Callable
@@ -84,7 +84,9 @@ class Waves(Task):
 def test_norms_influence_and_report(
     infl: Infl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(base, "_RULES", dict(base._RULES))  # what the task registers goes with it
+    monkeypatch.setattr(
+        base, "_RULES", dict(base._RULES)
+    )  # remove the rules that the task registered
     (tmp_path / "waves_of_test.py").write_text(WAVES)
     task = ("--task", "waves_of_test:Waves", "--local")
     layers = ("--layer", "all", "--layer", "norm", "--reduce", "kernel")

@@ -1,4 +1,4 @@
-"""Runs whose driver is a Ray job, with a cluster that is made up."""
+"""Runs whose driver is a Ray job, on a fake cluster."""
 
 import json
 import os
@@ -31,7 +31,7 @@ TRAIN = ("submit", "train", "--task", "digits:DigitsTask", "--epochs", "1")
 
 
 class FakeCluster:
-    """Takes jobs and lets them wait for ever."""
+    """Accepts jobs and never starts them."""
 
     def __init__(self) -> None:
         self.jobs: dict[str, str] = {}
@@ -61,7 +61,7 @@ class FakeCluster:
 
 @pytest.fixture
 def ray(monkeypatch: pytest.MonkeyPatch) -> FakeCluster:
-    """A cluster that is the local Ray and any other."""
+    """A fake cluster in place of the local Ray and of all others."""
     fake = FakeCluster()
     head = SimpleNamespace(client=lambda: fake, dashboard_url="http://here", token_path="token")
     monkeypatch.setattr(head_module, "ensure_head", lambda **_: head)
@@ -172,7 +172,7 @@ def test_watching_does_not_list_all_runs(
 def test_the_progress_shown_is_of_the_run_that_is_worked_at(
     tmp_path: Path, finished_run: Run
 ) -> None:
-    """A run may wait for one that waits for another itself."""
+    """A run may wait for a second one that waits for a third."""
     spec: Any = finished_run.spec
     train = spec.checkpoints[0].train
     specs = (spec, train.model_copy(update={"seed": 1}), train.model_copy(update={"seed": 2}))

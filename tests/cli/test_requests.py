@@ -1,4 +1,4 @@
-"""What the user typed becomes a spec that means the same wherever it is read."""
+"""The user's words become a spec that means the same on every machine."""
 
 import sys
 from pathlib import Path
@@ -33,7 +33,7 @@ class Plain(Own):
 
 @pytest.fixture
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A module with tasks of one's own, in the working directory."""
+    """A module with a user's tasks, in the working directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "own_task.py").write_text(OWN.replace("{}", "{1: 2}"))

@@ -1,4 +1,4 @@
-"""From `infl submit s-test` to a contact sheet, as a user goes."""
+"""From `infl submit s-test` to a contact sheet, in a user's steps."""
 
 import json
 from collections.abc import Callable
@@ -126,16 +126,16 @@ def test_s_test_runs_have_no_scores_yet(infl: Infl, runs: Path) -> None:
     assert f"{run} is named twice" in twice.err
 
 
-def test_vectors_of_weights_that_were_made_anew_are_refused(infl: Infl, runs: Path) -> None:
+def test_vectors_of_weights_that_were_trained_again_are_refused(infl: Infl, runs: Path) -> None:
     run = infl("submit", "s-test", *DIGITS, *CHEAP, "--test", 5, "--json").json["run"]
     plan = runs / run / "plan.json"
     stored = json.loads(plan.read_text())
     (name,) = stored["inputs"]
-    stored["inputs"][name] = "0" * 64  # as if the training had been done anew since
+    stored["inputs"][name] = "0" * 64  # as if the model had been trained again since
     plan.write_text(json.dumps(stored))
     refused = infl("submit", "influence", "--local", "--s-test", run)
     assert refused.code == 2
-    assert f"run {run} was computed from other weights of {name}" in refused.err
+    assert f"run {run} was computed from an earlier {name}," in refused.err
 
 
 def test_attribution_takes_the_last_epoch_of_norms_over_several(infl: Infl, runs: Path) -> None:

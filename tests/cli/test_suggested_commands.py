@@ -1,4 +1,4 @@
-"""Commands that messages suggest: they find the run wherever `--runs` was."""
+"""Commands that messages suggest find the run, also with `--runs`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +16,7 @@ def test_a_run_that_was_never_begun(infl: Infl, tmp_path: Path, finished_run: Ru
     lines = ("run", run.id), ("path", run.files.url), ("status", "new"), ("next", resume)
     assert infl("status", *where).out == "".join(f"{name:6}  {value}\n" for name, value in lines)
     assert "message  it is not running\n" in infl("status", *where, "--follow").out
-    assert infl("logs", *where).err == f"{run.id} has no logs yet: no driver has begun it\n"
+    assert infl("logs", *where).err == f"{run.id} has no logs yet: it has not begun\n"
     assert infl("stop", *where).err == f"{run.id} is not running\n"
     assert infl("verify", *where).err == (f"error: run {run.id} has not begun: {resume}\n")
     assert f"is not done yet: {resume}\n" in infl("top", *where).err

@@ -1,4 +1,4 @@
-"""`infl view`: it listens on this machine alone, until Ctrl-C."""
+"""`infl view` listens on this machine only, until Ctrl-C."""
 
 import os
 import signal
@@ -52,7 +52,7 @@ def test_a_browser_is_told_the_token_by_a_private_file(runs: Path, tmp_path: Pat
     browser, home = tmp_path / "bin" / "browser", tmp_path / "home"
     browser.parent.mkdir()
     home.mkdir()
-    # One that stays open until it is closed.
+    # A browser that returns only when it is closed.
     browser.write_text(
         f'#!/bin/sh\ncp -p "${{1#file://}}" {tmp_path}/opened.html\n'
         f'echo "$@" > {tmp_path}/aside\nmv {tmp_path}/aside {tmp_path}/words\nexec sleep 60\n'
@@ -70,7 +70,7 @@ def test_a_browser_is_told_the_token_by_a_private_file(runs: Path, tmp_path: Pat
         words = (tmp_path / "words").read_text().strip()
         assert "token" not in words
         page = Path(words.removeprefix("file://"))
-        # Sandboxes hide /tmp and what is hidden in the home folder.
+        # A browser in a sandbox sees neither /tmp nor hidden files of the home folder.
         assert page.is_relative_to(home)
         assert not any(part.startswith(".") for part in page.relative_to(home).parts)
         assert stat.S_IMODE(page.parent.stat().st_mode) == 0o700
@@ -92,7 +92,7 @@ def test_a_browser_is_told_the_token_by_a_private_file(runs: Path, tmp_path: Pat
 def test_where_no_browser_opens_it_says_so(runs: Path, tmp_path: Path, home: str, why: str) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "file").touch()
-    # Where Python looks for browsers.
+    # The variables by which Python finds browsers.
     nowhere = dict.fromkeys(("BROWSER", "DISPLAY", "WAYLAND_DISPLAY"), "")
     nowhere |= {"PATH": str(tmp_path / "home"), "HOME": str(tmp_path / home)}
     viewer = started(runs, "--open", **nowhere, MPLCONFIGDIR=str(tmp_path))

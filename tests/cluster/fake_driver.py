@@ -1,6 +1,6 @@
 """A driver for tests: carries out the requests on its standard input with `RayBackend`.
 
-It has to be a process of its own, as Ray reads its authentication settings once, when it is imported.
+It is a process of its own: Ray reads its authentication settings only once, on import.
 """
 
 import json

@@ -1,6 +1,6 @@
-"""Runners whose shards behave as their ids say; imported by Ray's workers.
+"""Runners whose shards behave as their ids say. Ray's workers import them.
 
-Every start of a shard leaves a file `<shard>.<attempt>` in the root.
+Every start of a shard writes a file `<shard>.<attempt>` to the root.
 """
 
 import os

@@ -16,7 +16,7 @@ from influence_jobs.errors import RuntimeFault
 
 @contextmanager
 def http_server(status=200, body="{}", headers=()):
-    """A server with one answer; yields its address and the requests it got."""
+    """A server that gives one answer; yields its address and the requests that it gets."""
     seen = []
 
     class Handler(BaseHTTPRequestHandler):

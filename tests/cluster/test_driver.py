@@ -1,4 +1,4 @@
-"""The driver with the in-process backend: what must hold whoever computes the shards."""
+"""The driver with the in-process backend: what must hold with every backend."""
 
 import dataclasses
 import json
@@ -86,7 +86,7 @@ def test_norms_are_those_of_each_sample_alone(finished_run: Run, digits_task: ob
     assert isinstance(spec, GradNormsSpec)
     model = task.model().eval()
     load_checkpoint(model, finished_run.root, spec.checkpoints[0])
-    # The largest: float32 loses digits of 1 - p where a sample is fitted all but perfectly.
+    # Only the largest norms: float32 loses digits of 1 - p where a sample is fitted very well.
     rows, _ = largest_rows(finished_run, "norms/conv2", 8)
     ids = torch.from_numpy(rows)
     gradients = per_sample_gradients(model, ["conv2"], task.losses, task.batch(ids, Draw(0)))
@@ -148,9 +148,9 @@ def test_damage_is_found_and_repaired(
     chunks[0].write_bytes(bytes(flipped))
     Path(run.files.url, "data.zarr/norms/head/c/3/0").unlink()
 
-    report = find_damage(run)
-    assert list(report.damaged) == ["000000000-000000256", "000000768-000001024"]
-    mark_undone(run, report.damaged)
+    check = find_damage(run)
+    assert list(check.damaged) == ["000000000-000000256", "000000768-000001024"]
+    mark_undone(run, check.damaged)
     drive(run.root, run.id, InlineBackend())
     assert find_damage(run).damaged == {}
     assert shards_done(run)["000000000-000000256"].attempt == 2
@@ -270,13 +270,13 @@ def test_several_checkpoints_are_summed_or_kept(
     assert kept.array("norms/conv2").chunks == (1, 256, 16)
 
 
-def test_tables_are_verified_and_written_anew(tmp_path: Path, finished_run: Run) -> None:
+def test_tables_are_verified_and_written_again(tmp_path: Path, finished_run: Run) -> None:
     shutil.copytree(finished_run.root, tmp_path / "runs")
     run = Run.open(str(tmp_path / "runs"), finished_run.id)
     table = run.read_table("samples")
     run.files.delete("tables/samples.parquet")
     damaged = find_damage(run).damaged
-    assert damaged == {layout.FINISH: "tables/samples.parquet is gone"}
+    assert damaged == {layout.FINISH: "tables/samples.parquet is missing"}
     mark_undone(run, damaged)
     drive(run.root, run.id, InlineBackend())
     assert run.read_table("samples").equals(table)
@@ -294,7 +294,7 @@ def test_shards_of_two_versions_of_the_weights_are_not_mixed(
     train.manifest.write(dataclasses.replace(entry, files=files))
     mark_undone(run, {"000000000-000000256": "for the test"})
     with pytest.raises(
-        StoreError, match=r"other weights of train-digitstask-\w+@2, which was made anew"
+        StoreError, match=r"an earlier train-digitstask-\w+@2, which has been computed again"
     ):
         drive(run.root, run.id, InlineBackend())
 
@@ -340,7 +340,7 @@ def test_a_run_that_does_not_move_says_so(
         time.sleep(0.05)
         status.waits_for(None)
         assert "no progress for 0 minutes" in str(read_status(run)["message"])
-        status.waits_for("train-something")  # whose progress is its own
+        status.waits_for("train-something")  # it makes progress itself
         time.sleep(0.05)
         status.waits_for("train-something")
         assert read_status(run)["message"] is None

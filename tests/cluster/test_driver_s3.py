@@ -1,4 +1,4 @@
-"""A whole run in a bucket."""
+"""A whole run in an S3 bucket."""
 
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ def root(bucket: str, tmp_path: Path) -> str:
 
 def assert_same(run: Run, expected: Run) -> None:
     assert is_done(run)
-    report = find_damage(run)
-    assert (report.planned, report.damaged) == (report.good, {})
+    check = find_damage(run)
+    assert (check.planned, check.damaged) == (check.good, {})
     assert run.array_names() == expected.array_names() != []
     for name in run.array_names():
         np.testing.assert_array_equal(run.array(name)[:], expected.array(name)[:])

@@ -1,4 +1,4 @@
-"""Kill what can be killed in the middle of a real run, by the command line, and compare the bytes that come out."""
+"""Kill processes in the middle of a run of the command line, and compare the stored bytes."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def home() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def request_(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Twelve shards of about two seconds."""
+    """A request of twelve shards of about two seconds."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("weights") / "ffdnet.pt"
     torch.save(FFDNet(color=True).state_dict(), path)
@@ -100,7 +100,7 @@ def is_done(runs: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def reference(request_: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The same request in one process on all cores, where each worker has one."""
+    """The same request in one process on all cores; each worker has one core."""
     runs = tmp_path_factory.mktemp("reference")
     result = infl(*request_, "--local", runs=runs)
     assert result.returncode == 0, result.stderr

@@ -27,7 +27,7 @@ def home(tmp_path, monkeypatch):
 
 
 def a_head(**fields):
-    """A record that names this very process."""
+    """A record that names this process."""
     values = {
         "pid": os.getpid(),
         "create_time": psutil.Process().create_time(),
@@ -81,12 +81,12 @@ def test_a_head_is_the_same_after_the_clock_was_set(home, tmp_path):
     (tmp_path / "token").write_text("t")
     moved = psutil.Process().create_time() + 0.4
     heads.write_record(a_head(token_path=tmp_path / "token", create_time=moved))
-    with pytest.raises(RuntimeFault, match="does not answer"):  # so it was taken for alive
+    with pytest.raises(RuntimeFault, match="does not answer"):  # the head counts as alive
         current_head()
 
 
 def test_processes_of_a_head_are_found_after_the_clock_was_set():
-    # A session of its own: that of the test run may be led from outside this container.
+    # A session of its own: the leader of the test run's session may be outside this container.
     shell = ["sh", "-c", "sleep 30 & echo $!; wait"]
     with subprocess.Popen(shell, start_new_session=True, stdout=subprocess.PIPE) as leader:
         assert leader.stdout is not None
@@ -119,7 +119,7 @@ def test_a_supervisor_without_its_record_ends_once_no_job_runs(home, tmp_path, m
             return jobs.pop(0) if len(jobs) > 1 else jobs[0]
 
     supervisor = supervisors.Supervisor(tmp_path, idle_timeout_s=None, num_cpus=None, num_gpus=None)
-    # It ends after a while, for a supervisor that would otherwise go on for ever, and return 1.
+    # It ends after a while: a wrong supervisor would otherwise run for ever; this one returns 1.
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(30)"]) as ray:
         assert supervisor._watch(ray, Client()) == 0  # type: ignore[arg-type]
         assert jobs == [[]]
@@ -213,7 +213,7 @@ def test_a_head_that_cannot_start_says_why_and_leaves_nothing(home, tmp_path, mo
     assert recorded_head() is None
     words = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
     assert not [line for line in words if any(str(folder) in word for word in line)]
-    shutil.rmtree(folder.parent)  # in /tmp, as the path of this test's home is long
+    shutil.rmtree(folder.parent)  # in /tmp: the path of this test's home is too long
 
 
 def test_ports_are_free_and_apart_from_those_of_workers():

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.ray
 
 @dataclass
 class Driver:
-    """The process of `fake_driver.py`, and the folder its workers leave marks in."""
+    """The process of `fake_driver.py`, and the folder that its workers write to."""
 
     process: subprocess.Popen
     root: Path
@@ -35,7 +35,7 @@ class Driver:
         self.process.stdin.flush()
 
     def result(self):
-        """Receipts in order of arrival, each with whether it is tried again, and the fault."""
+        """Receipts in order of arrival, each with whether it is tried again; and the fault."""
         for line in self.process.stdout:
             if line.startswith("RESULT "):
                 result = json.loads(line.removeprefix("RESULT "))
@@ -52,7 +52,7 @@ class Driver:
 
 @pytest.fixture(scope="module")
 def driver_process(ray_head):
-    """A driver as Ray starts one for a submitted job, with our fakes on its path."""
+    """A driver as Ray starts it for a submitted job, with our fakes on its path."""
     environment = {
         **os.environ,
         "RAY_ADDRESS": ray_head.gcs_address,
@@ -72,7 +72,7 @@ def driver(driver_process, tmp_path):
 
 
 def live_actors(head):
-    """Representations of the actors that live."""
+    """The `repr` of the live actors."""
     url = f"{head.dashboard_url}/api/v0/actors?detail=1&limit=1000"
     headers = {"Authorization": f"Bearer {head.token_path.read_text()}"}
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as answer:
@@ -117,7 +117,11 @@ def test_a_lone_worker_computes_with_every_core(driver):
 
 
 def test_each_failure_is_handled_by_its_kind(driver):
-    for attempt in (1, 2, 3):  # of an earlier run: they must not use up this one's retries
+    for attempt in (
+        1,
+        2,
+        3,
+    ):  # attempts of an earlier run, which must not use up this one's retries
         (driver.root / f"late.{attempt}").touch()
     receipts, fault = driver.run(["ok-0", "poison", "killed", "hiccup", "late", "killer", "ok-1"])
     assert fault is None

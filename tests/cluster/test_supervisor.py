@@ -1,4 +1,4 @@
-"""Heads of their own: how they end."""
+"""How a head ends; each test starts its own."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 @pytest.fixture
 def home(monkeypatch):
-    """A short INFL_HOME without a head; a head started in it ends with the test."""
+    """An INFL_HOME with a short path and no head; a head started in it ends with the test."""
     with tempfile.TemporaryDirectory(prefix="infl-") as folder:
         monkeypatch.setenv("INFL_HOME", folder)
         yield Path(folder)

@@ -8,7 +8,7 @@ from influence_jobs.errors import DataError
 
 @pytest.fixture(scope="session")
 def mnist_dir() -> Path:
-    """A data folder with the real MNIST, fetched if need be."""
+    """A data folder with the real MNIST, downloaded if it is missing."""
     data_dir = default_data_dir()
     try:
         fetch_mnist(data_dir, say=print)

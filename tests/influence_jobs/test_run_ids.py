@@ -1,8 +1,8 @@
-"""Run ids last: what was asked of an earlier version has the same id in this one.
+"""Run ids last: a request has the same id in this version as in an earlier one.
 
-The ids are what revision 4c8d190 gave. Another id for the same request makes the finished runs of
-earlier versions unreadable. A field that is added must leave the hash at its default; only requests
-that mean other numbers than before (`specs.FORMAT`) may get another id.
+The ids are those of revision 4c8d190. With another id for the same request, the finished runs of
+earlier versions could not be read. A new field is left out of the hash at its default. Only a
+request that means other numbers than before (`specs.FORMAT`) may get another id.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""A run's name is a promise: equal names, equal results."""
+"""Specs with equal results have equal ids; specs with other results have other ids."""
 
 import json
 

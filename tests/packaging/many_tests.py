@@ -1,4 +1,4 @@
-"""The example task with as many test images as MNIST, for test numbers that documentation names."""
+"""The example task with as many test images as MNIST, for the test ids of the documents."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from torch.utils.data import TensorDataset
 
 
 class ManyTestsTask(DigitsTask):
-    """The test images of the example, over and over."""
+    """The test images of the example, repeated."""
 
     def test_data(self) -> TensorDataset:
         ids = np.arange(10_000) % TEST_SAMPLES

@@ -1,4 +1,4 @@
-"""What the documents show works: links, commands, Python; and the pictures they show stay small."""
+"""Links, commands and Python snippets of the documents work, and their pictures are small."""
 
 import os
 import re
@@ -29,7 +29,7 @@ DOCUMENTS = [
 ]
 RESULTS = PROJECT / "docs" / "results"
 
-# A block is not run if a comment right before it says why: <!-- not run: it needs a cluster -->
+# A comment before a block says why it is not run: <!-- not run: it needs a cluster -->
 _BLOCK = re.compile(
     r"^(?P<why><!-- not run: .+? -->\n+)?```(?P<language>\w+)\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,
@@ -37,7 +37,7 @@ _BLOCK = re.compile(
 
 
 def _blocks(document: Path, language: str) -> Iterator[tuple[int, str]]:
-    """The blocks of a language that are to be run: the line that each begins at, and its text."""
+    """The blocks of a language that are run: the first line's number, and the text."""
     text = document.read_text(encoding="utf-8")
     for found in _BLOCK.finditer(text):
         if found["language"] == language and not found["why"]:
@@ -118,7 +118,7 @@ def _losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def _names() -> dict[str, Any]:
-    """What snippets use without saying where it comes from."""
+    """The names that snippets use and do not define."""
     model = _Network()
     return {
         "F": F,
@@ -161,7 +161,7 @@ def test_a_snippet_runs(
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(Path(__file__).parent)  # for many_tests
     names = _names()
-    # The documents name a run of theirs.
+    # The documents name a run that does not exist here.
     exec(re.sub(r"runs/influence-\w+-[0-9a-f]{12}", str(influence_run), text), names)  # noqa: S102
     for kind in names.values():
         if isinstance(kind, type) and issubclass(kind, Task) and kind is not Task:

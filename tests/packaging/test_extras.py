@@ -1,4 +1,4 @@
-"""The library alone, without the packages that the command and the report need."""
+"""The library without the packages of the extras `cli` and `report`."""
 
 import pkgutil
 import subprocess
@@ -13,7 +13,7 @@ from influence_jobs.extras import EXTRAS
 PROJECT = Path(__file__).parents[2]
 ABSENT = tuple(package for packages in EXTRAS.values() for package in packages)
 
-# What draws needs the extra of the report; everything else of the library does not.
+# Modules that draw need the extra `report`; the rest of the library needs no extra.
 DRAWS = tuple(
     f"influence_jobs.{room}"
     for room in ("report.", "views.contact_sheet", "views.curves", "views.figure", "views.sheets")

@@ -1,9 +1,9 @@
-"""Install the wheel into an empty environment and use it; then collect and run tests of the sdist there.
+"""Install the wheel into an empty environment and use it; then run tests of the sdist there.
 
-Called by `make dist` with the folder that `python -m build` has filled. Dependencies come from the environment that runs
-this script: torch and what it brings are gigabytes, and CI has just installed them. The new environment sees that
-environment's packages by a .pth file, which does not follow the .pth file of an editable install, so `influence_jobs` can only
-come from the wheel.
+`make dist` calls it with the folder that `python -m build` has filled. The dependencies are those
+of the environment that runs this script: torch and its packages are gigabytes, and CI has just
+installed them. The new environment sees them by a .pth file. That file does not follow the .pth
+file of an editable install, so `influence_jobs` can only come from the wheel.
 """
 
 import os
@@ -56,11 +56,11 @@ class Tiny(Task):
 
 
 def main(dist: Path) -> None:
-    """Try what was built.
+    """Try the wheel and the sdist.
 
     Raises:
         AssertionError: A file is missing from the wheel.
-        CalledProcessError: Something that should work does not.
+        CalledProcessError: A command failed.
     """
     (wheel,) = dist.glob("*.whl")
     (sdist,) = dist.glob("*.tar.gz")
@@ -93,7 +93,7 @@ def main(dist: Path) -> None:
 
 
 def _environment(folder: Path, wheel: Path) -> Path:
-    """Make an environment with the wheel and this environment's other packages; returns its python."""
+    """Make an environment with the wheel and this one's other packages; returns its python."""
     venv.create(folder, symlinks=True)
     python = folder / "bin" / "python"
     pip = (Path(sys.executable), "-m", "pip", "--python", python)

@@ -1,4 +1,4 @@
-"""Rules of the layers with one weight per channel or feature: scales after normalising, slopes."""
+"""Rules of layers with one weight per channel or feature: normalisation layers, PReLU."""
 
 from abc import abstractmethod
 from typing import ClassVar, TypeVar
@@ -14,14 +14,14 @@ L = TypeVar("L", nn.LayerNorm, nn.RMSNorm)
 
 
 class AffineRule(LayerRule[A]):
-    """The weight gradient is no larger than the input, so it is formed whole."""
+    """The weight gradient is no larger than the input, so it is stored as a whole."""
 
     read_as = "(C, 1, 1, 1)"
     channel_axis = 1
 
     @abstractmethod
     def normalised(self, a: Tensor) -> Tensor:
-        """What the weight is multiplied with: the input, normalised."""
+        """What the weight is multiplied by: the normalised input."""
 
     def weight_gradient(self, a: Tensor, g: Tensor) -> Tensor:
         return self.sums(g * self.normalised(a))
@@ -30,7 +30,7 @@ class AffineRule(LayerRule[A]):
         return self.sums(g)
 
     def sums(self, values: Tensor) -> Tensor:
-        """Sums (B, *weight shape) over a sample's positions of values shaped like the output."""
+        """Sum values of the output's shape over a sample's positions: (B, *weight shape)."""
         return values.sum(dim=tuple(range(2, values.ndim))) if values.ndim > 2 else values
 
     @property
@@ -48,7 +48,7 @@ class AffineRule(LayerRule[A]):
 
 
 class BatchNorm1dRule(AffineRule[nn.BatchNorm1d]):
-    """In eval mode, with running statistics; the input with positions or without."""
+    """In eval mode, with running statistics; the input may have positions."""
 
     layer = nn.BatchNorm1d
 
@@ -123,7 +123,7 @@ class GroupNormRule(AffineRule[nn.GroupNorm]):
 
 
 class LastAxesRule(AffineRule[L]):
-    """C runs over the normalised axes, the last ones, of which there may be several."""
+    """C counts the elements of the normalised axes, the last ones."""
 
     def channels_first(self, output: Tensor) -> Tensor:
         first = output.ndim - len(self.module.normalized_shape)
@@ -160,6 +160,7 @@ class PReLURule(AffineRule[nn.PReLU]):
     """One slope for all channels, or one a channel."""
 
     layer = nn.PReLU
+    channel_axis = None
 
     def normalised(self, a: Tensor) -> Tensor:
         return a.clamp(max=0)

@@ -1,9 +1,9 @@
-"""What a layer type must say of itself, and what every engine gets from that.
+"""What a layer type must define for the engines, and what follows from that.
 
-A `LayerRule` gives a sample's weight and bias gradient, from the layer's input `a` and the gradient
-`g` of the summed losses by its output, both with the batch as first axis and of the weight's type.
-Norms, dot products and quadratic forms follow from these two; a rule overrides any of them where
-there is a faster way, most often one that forms no gradient.
+A `LayerRule` gives each sample's weight and bias gradient. It computes them from the layer's input
+`a` and the gradient `g` of the summed losses by the layer's output. Both have the batch as first
+axis, and the weight's dtype. Norms, dot products and quadratic forms follow from these two
+gradients. A rule overrides them where there is a faster way, often one that stores no gradient.
 
 Letters: B batch, Q vectors, C outputs (rows of the weight), I inputs of one output, J columns of
 the weight as a matrix, T positions.
@@ -39,18 +39,21 @@ _RULES_BY_NAME: dict[str, "type[LayerRule[Any]]"] = {}
 
 
 class LayerRule(ABC, Generic[M]):
-    """The gradients of one type of layer, sample by sample; defining a subclass registers it.
+    """Per-sample gradients of one type of layer. Defining a subclass registers it.
 
     Args:
         module: The layer; its weights may change between calls.
 
     Attributes:
-        layer: The type. A subclass of `LayerRule` without it is a family, and is not registered.
+        layer: The type. A subclass of `LayerRule` without it is a base class and is not registered.
         layer_named: In its place the full name of a type whose package is not imported here.
-        numbered: Whether the layer is one that `--layer 1` counts and `--layer all` takes.
-        refused_options: Attributes of the layer that must be off, as the gradient would be wrong.
-        read_as: How the weight is read, in words for the docs: the axes of `kernel_shape`.
-        channel_axis: Which axis of the layer's output has the C outputs; positions are the others.
+        numbered: Whether `--layer 1` counts the layer and `--layer all` includes it.
+        refused_options: Attributes of the layer that must be off; with them the gradient would be
+            wrong.
+        read_as: The axes of `kernel_shape`, as a text for the docs.
+        channel_axis: The axis of the layer's output with the C outputs. The other axes after the
+            batch are positions. None if the rows of the weight are not outputs, so that attribution
+            cannot use the layer.
     """
 
     layer: ClassVar[type[nn.Module]]
@@ -58,7 +61,7 @@ class LayerRule(ABC, Generic[M]):
     numbered: ClassVar[bool] = False
     refused_options: ClassVar[tuple[str, ...]] = ()
     read_as: ClassVar[str] = "(C, I, 1, 1)"
-    channel_axis: ClassVar[int] = -1
+    channel_axis: ClassVar[int | None] = -1
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -67,7 +70,9 @@ class LayerRule(ABC, Generic[M]):
         if "layer" not in vars(cls):
             return
         if cls.layer in _RULES:
-            raise TypeError(f"{cls.layer.__name__} has a rule: {_RULES[cls.layer].__name__}")
+            raise TypeError(
+                f"{cls.layer.__name__} already has a rule: {_RULES[cls.layer].__name__}"
+            )
         _RULES[cls.layer] = cls
 
     def __init__(self, module: M) -> None:
@@ -88,12 +93,12 @@ class LayerRule(ABC, Generic[M]):
         return given
 
     def bias_gradient(self, g: Tensor) -> Tensor:
-        """Each sample's gradient by the bias, (B, *bias shape); asked for where there is one."""
-        raise NotImplementedError(f"{type(self).__name__} gives no gradient by a bias")
+        """Each sample's gradient by the bias, (B, *bias shape); called only if there is a bias."""
+        raise NotImplementedError(f"{type(self).__name__} defines no bias_gradient()")
 
     @property
     def kernel_shape(self) -> tuple[int, ...]:
-        """The shape (C, I, *kernel) in which the weight is read, of as many numbers as it has."""
+        """The shape (C, I, *kernel) to which norms reshape the weight."""
         return len(self.weight), self.weight[0].numel(), 1, 1
 
     def as_read(self, gradient: Tensor) -> Tensor:
@@ -101,22 +106,23 @@ class LayerRule(ABC, Generic[M]):
         return gradient.reshape(len(gradient), *self.kernel_shape)
 
     def has_batch_axis(self, output: Tensor) -> bool:
-        """Whether an output of the layer is of a batch, not of one bare sample."""
+        """Whether an output of the layer has a batch axis; without it, it is of a single sample."""
         return output.ndim >= 2
 
     def channels_first(self, output: Tensor) -> Tensor:
-        """An output of the layer as (B, C, *positions)."""
+        """An output of the layer, rearranged to (B, C, *positions)."""
+        assert self.channel_axis is not None
         return output.movedim(self.channel_axis, 1)
 
     @property
     def weight(self) -> Tensor:
-        """The layer's weight as it is now."""
+        """The layer's current weight."""
         weight: Tensor = self.module.weight  # type: ignore[assignment]
         return weight
 
     @property
     def bias(self) -> Tensor | None:
-        """The layer's bias as it is now, if it has one."""
+        """The layer's current bias; None if it has none."""
         bias: Tensor | None = getattr(self.module, "bias", None)
         return bias
 
@@ -131,18 +137,18 @@ class LayerRule(ABC, Generic[M]):
         return in_blocks(norms, a, g, self.weight.numel())
 
     def arrange(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Vectors {"weight" or "bias": (Q, *shape)} as `dots` reads them, contiguous."""
+        """Vectors {"weight" or "bias": (Q, *shape)} in the layout that `dots` reads, contiguous."""
         return {
             name: (self.arrange_weight(part) if name == "weight" else part).contiguous()
             for name, part in vectors.items()
         }
 
     def arrange_weight(self, vectors_Q: Tensor) -> Tensor:
-        """Vectors (Q, *weight shape) with their axes in the order of `weight_dots`."""
+        """Vectors (Q, *weight shape), their axes in the order that `weight_dots` reads."""
         return vectors_Q
 
     def dots(self, vectors: Mapping[str, Tensor], a: Tensor, g: Tensor) -> Tensor:
-        """Dot products of vectors, as `arrange` gives them, with each sample's gradient, (B, Q)."""
+        """Dot products (B, Q) of vectors from `arrange` with each sample's gradient."""
         bias_BC = self.bias_gradient(g).flatten(1) if "bias" in vectors else None
         if "weight" not in vectors:  # it is frozen
             assert bias_BC is not None
@@ -153,7 +159,7 @@ class LayerRule(ABC, Generic[M]):
         return dots_BQ
 
     def weight_dots(self, vectors: Tensor, a: Tensor, g: Tensor) -> Tensor:
-        """The weight's part of `dots`, (B, Q), in memory of its own; the vectors are arranged."""
+        """The weight's part of `dots`, (B, Q), a new tensor; vectors from `arrange_weight`."""
 
         def dots(a: Tensor, g: Tensor) -> Tensor:
             return self.weight_gradient(a, g).flatten(1) @ vectors.flatten(1).t()
@@ -168,27 +174,27 @@ class LayerRule(ABC, Generic[M]):
         return squares_B
 
     def weight_squares(self, a: Tensor, g: Tensor) -> Tensor:
-        """The weight's part of `squared_norms`, (B,), of a block of samples."""
+        """The weight's part of `squared_norms`, (B,), for a block of samples."""
         return self.kernel_norms(a, g).flatten(1).square().sum(1)
 
 
 class MatrixRule(LayerRule[M]):
     """The rule of a layer that applies one matrix (C, J) to every position: y_t = W x_t + b.
 
-    A sample's weight gradient is sum_t g_t x_t^T, which the rows x_t and g_t determine. So a rule
-    need say no more than these. From them follow also the quadratic forms in a Kronecker
-    eigenbasis, and EK-FAC's factors, the second moments of the rows.
+    A sample's weight gradient is sum_t g_t x_t^T. So a rule only has to define the rows x_t and
+    g_t. The quadratic forms in a Kronecker eigenbasis and EK-FAC's factors, the second moments of
+    the rows, follow from them too.
     """
 
     numbered = True
 
     @abstractmethod
     def input_rows(self, a: Tensor) -> Tensor:
-        """What the matrix is applied to at every position, (B, T, J)."""
+        """The input x_t of the matrix at every position, (B, T, J)."""
 
     @abstractmethod
     def output_rows(self, g: Tensor) -> Tensor:
-        """The output's gradient at every position, (B, T, C)."""
+        """The gradient g_t of the output at every position, (B, T, C)."""
 
     def weight_gradient(self, a: Tensor, g: Tensor) -> Tensor:
         gradient_BCJ = product_of_rows(self.input_rows(a), self.output_rows(g))
@@ -198,22 +204,22 @@ class MatrixRule(LayerRule[M]):
         return self.output_rows(g).sum(1)
 
     def unfactored(self, parameter: str) -> str | None:
-        """What makes EK-FAC's factors of a parameter's layer wrong; None if they are right."""
+        """Why EK-FAC cannot factor the layer of a parameter; None if it can."""
         return None
 
     def arrange_metric(self, metric: Metric) -> Metric:
-        """A metric with V's rows in the order of the columns of `gradient_matrix`."""
+        """The metric, with the rows of V in the order of the columns of `gradient_matrix`."""
         return metric
 
     def gradient_matrix(self, a: Tensor, g: Tensor) -> Tensor:
-        """Each sample's gradient by [weight, bias], (B, C, J), J counting the bias if there is one."""
+        """Each sample's gradient by [weight, bias], (B, C, J); J includes the bias if any."""
         columns = [self.weight_gradient(a, g).flatten(2)]
         if self.bias is not None:
             columns.append(self.bias_gradient(g).unsqueeze(2))
         return torch.cat(columns, dim=2)
 
     def quadratic(self, metric: Metric, a: Tensor, g: Tensor) -> Tensor:
-        """The form, in a metric as `arrange_metric` gives it, of each sample's gradient, (B,)."""
+        """The form of each sample's gradient, (B,), in a metric from `arrange_metric`."""
 
         def forms(a: Tensor, g: Tensor) -> Tensor:
             rotated_BCJ = metric.outputs_CC.t() @ (self.gradient_matrix(a, g) @ metric.inputs_JJ)
@@ -228,7 +234,7 @@ def product_of_rows(a_BTJ: Tensor, g_BTC: Tensor) -> Tensor:
 
 
 def registered() -> tuple[type[LayerRule[Any]], ...]:
-    """All rules, by the name of their layer type."""
+    """All rules, sorted by the name of their layer type."""
     rules = *_RULES.values(), *_RULES_BY_NAME.values()
     return tuple(sorted(rules, key=lambda rule: rule.type_name()))
 
@@ -239,12 +245,12 @@ def supported_layers() -> str:
 
 
 def matrix_layers() -> tuple[type[nn.Module], ...]:
-    """The layer types that apply one matrix to every position, which EK-FAC is for."""
+    """The layer types that apply one matrix to every position; EK-FAC supports these."""
     return tuple(rule.layer for rule in registered() if issubclass(rule, MatrixRule))
 
 
 def names_of(layers: Iterable[type[nn.Module]]) -> str:
-    """Layer types as messages list them."""
+    """Names of layer types, as a list for messages."""
     return ", ".join(layer.__name__ for layer in layers)
 
 
@@ -257,7 +263,7 @@ def rule_of(module: nn.Module) -> LayerRule[Any]:
     """The rule for a layer's type, which must compute what the rule knows.
 
     Raises:
-        ModelError: There is none.
+        ModelError: There is no such rule.
     """
     rule = _exact_rule(type(module))
     if rule is None:
@@ -269,7 +275,7 @@ def rule_of(module: nn.Module) -> LayerRule[Any]:
 
 
 def nearest_rule(module: nn.Module) -> LayerRule[Any] | None:
-    """The rule for a layer's type or, failing that, for what it inherits from; None if neither."""
+    """The rule for a layer's type or its nearest base class with a rule; None if there is none."""
     for kind in type(module).__mro__:
         if rule := _rule_for(kind):
             return rule(module)
@@ -295,7 +301,7 @@ def norm_shape(module: nn.Module, reduction: Reduction) -> tuple[int, ...]:
     """Shape of one sample's norms, for example (96, 3, 3), (96,) or ().
 
     Raises:
-        ModelError: No rule for this type of layer.
+        ModelError: There is no rule for this type of layer.
     """
     return reduced_shape(rule_of(module).kernel_shape, reduction)
 
@@ -309,7 +315,7 @@ def reduced_shape(read: tuple[int, ...], reduction: Reduction) -> tuple[int, ...
 
 
 def reduce_norms(norms: Tensor, reduction: Reduction) -> Tensor:
-    """From kernel norms (B, C, *kernel) to the norms that `reduce_read` defines."""
+    """Reduce kernel norms (B, C, *kernel) to the norms that `reduce_read` defines."""
     if reduction == "kernel":
         return norms
     if reduction == "channel":
@@ -319,15 +325,16 @@ def reduce_norms(norms: Tensor, reduction: Reduction) -> Tensor:
 
 
 def reduce_gradient(module: nn.Module, gradient: Tensor, reduction: Reduction) -> Tensor:
-    """Norms of given weight gradients (B, *weight shape) of a layer with a rule."""
+    """Norms of weight gradients (B, *weight shape) of a layer with a rule."""
     return reduce_read(rule_of(module).as_read(gradient), reduction)
 
 
 def reduce_read(gradient: Tensor, reduction: Reduction) -> Tensor:
-    """Norms of gradients (B, C, I, *kernel): the definition of the reductions.
+    """Norms of gradients (B, C, I, *kernel). This defines the reductions.
 
     `kernel`: L2 over the input axis, (B, C, *kernel). `channel`: the kernel norms summed over the
-    kernel, (B, C), section 3.2.3 of the report. `layer`: L2 of the whole gradient, (B,).
+    kernel, (B, C), as in section 3.2.3 of the research report. `layer`: L2 of the whole gradient,
+    (B,).
     """
     if reduction == "layer":
         return gradient.square().sum(dim=tuple(range(1, gradient.ndim))).sqrt()
@@ -337,4 +344,4 @@ def reduce_read(gradient: Tensor, reduction: Reduction) -> Tensor:
 
 def _sum_over_kernel(norms: Tensor) -> Tensor:
     kernel = tuple(range(2, norms.ndim))
-    return norms.sum(dim=kernel) if kernel else norms  # a sum over no axis would be over all
+    return norms.sum(dim=kernel) if kernel else norms  # an empty `dim` would sum over all axes

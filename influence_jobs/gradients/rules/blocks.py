@@ -1,24 +1,24 @@
-"""How a layer's work is cut: into blocks of samples, and through the gradient or past it."""
+"""Choose block sizes, and whether dot products form the gradient first."""
 
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
-# Numbers in one temporary: 8 MB stay in a CPU's cache; a GPU wants fewer and larger kernels.
+# Numbers in one temporary tensor: 8 MB fit a CPU's cache; a GPU is faster with large kernels.
 _BLOCK_CPU, _BLOCK_GPU = 2**21, 2**26
-# Multiplications that take as long as writing and reading a number (measured on a CPU: 30 to 150).
+# Multiplications in the time of writing and reading one number (measured on a CPU: 30 to 150).
 _MEMORY = 32
-# Fewer samples in a block would read the vectors too often.
+# With fewer samples in a block the vectors would be read too often.
 _FEWEST_SAMPLES = 16
 
 
 def through_gradient(positions: int, vectors: int) -> bool:
     """Whether forming each sample's weight gradient first is cheaper.
 
-    Per number of the weight and sample: T multiplications for the gradient, Q for the products with
-    it and its way to memory and back, against T Q for the direct order. One position, or one
-    vector, is always direct.
+    Costs are per sample and number of the weight. The gradient takes T multiplications, its
+    products with the vectors take Q, and it is written to memory and read back. The direct order
+    takes T Q multiplications; it is always chosen for one position or one vector.
     """
     return positions + vectors + _MEMORY < positions * vectors
 
@@ -26,7 +26,7 @@ def through_gradient(positions: int, vectors: int) -> bool:
 def in_blocks(
     results: Callable[[Tensor, Tensor], Tensor], a: Tensor, g: Tensor, numbers: int
 ) -> Tensor:
-    """`results` of blocks of samples, each sample needing so many numbers of temporary memory."""
+    """Apply `results` to blocks of samples; each sample takes `numbers` of temporary memory."""
     samples = max(_FEWEST_SAMPLES, (_BLOCK_GPU if g.is_cuda else _BLOCK_CPU) // numbers)
     if samples >= len(g):
         return results(a, g)

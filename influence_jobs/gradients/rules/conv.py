@@ -1,4 +1,4 @@
-"""Rules of convolutions, over any number of kernel axes."""
+"""Rules of convolutions with any number of kernel axes."""
 
 import math
 from collections import defaultdict
@@ -17,10 +17,10 @@ from influence_jobs.gradients.metric import Metric
 from influence_jobs.gradients.rules.base import MatrixRule
 from influence_jobs.gradients.rules.blocks import in_blocks, through_gradient
 
-# Multiplications for a sample's gradient above which torch's own convolution, sample by sample,
-# beats matrix products over the batch (measured on a CPU: by 1.3 on 96 x 96 channels of 25 x 25, by
-# 6 to 39 on a 7 x 7 kernel with stride; half as fast on small layers). A GPU wants few and large
-# kernels.
+# If a sample's gradient takes more multiplications than this, torch's own convolution, sample by
+# sample, is faster than matrix products over the batch. Measured on a CPU: 1.3 times as fast for 96
+# x 96 channels of 25 x 25, 6 to 39 times for a 7 x 7 kernel with stride, half as fast for small
+# layers. A GPU is faster with few large kernels.
 _LARGE_CONVOLUTION = 2**22
 
 V = TypeVar("V", bound=nn.modules.conv._ConvNd)
@@ -28,9 +28,9 @@ Offset = tuple[int, ...]
 
 
 class ConvolutionRule(MatrixRule[V]):
-    """A sample's gradient is made one kernel offset at a time, or by torch's own convolution.
+    """Computes a sample's gradient one kernel offset at a time, or by torch's own convolution.
 
-    Letters: G groups, k one axis or several of the kernel; I are the inputs of one group.
+    Letters: G groups, k the kernel axes, I inputs of one group.
     """
 
     channel_axis = 1
@@ -47,12 +47,12 @@ class ConvolutionRule(MatrixRule[V]):
     def unfactored(self, parameter: str) -> str | None:
         if self.module.groups == 1 and self.module.padding_mode == "zeros":
             return None
-        return f"the convolution of {parameter}, which has groups or pads otherwise than with zeros"
+        return f"the convolution of {parameter}, which has groups or pads with other than zeros"
 
     def input_rows(self, a: Tensor) -> Tensor:
-        """The patches under the kernel; right for one group."""
+        """The patches under the kernel. With several groups they would be wrong."""
         module, a = self.module, self._padded(a)
-        ones = (1,) * (4 - a.ndim)  # `F.unfold` is for images: one of height 1
+        ones = (1,) * (4 - a.ndim)  # `F.unfold` needs images, so a sequence gets height 1
         patches_BJT = F.unfold(
             a.reshape(*a.shape[:2], *ones, *a.shape[2:]),
             (*ones, *module.kernel_size),
@@ -91,7 +91,7 @@ class ConvolutionRule(MatrixRule[V]):
         return self._kernel_first(vectors_Q)
 
     def weight_dots(self, vectors: Tensor, a: Tensor, g: Tensor) -> Tensor:
-        """Direct: the input is convolved with the filters of all Q vectors."""
+        """Convolves the input with the filters of all Q vectors, or forms the gradient first."""
         queries, outputs, inputs = vectors.shape[-3:]
         positions, groups = math.prod(g.shape[2:]), self.module.groups
 
@@ -101,7 +101,7 @@ class ConvolutionRule(MatrixRule[V]):
                 dots_BQ.addmm_(gradient_BGCI.flatten(1), vectors[offset].flatten(1).t())
             return dots_BQ
 
-        # The filters of all vectors that see one group of inputs lie together.
+        # Filters of all vectors for the same group of inputs are next to each other.
         def direct(a: Tensor, g: Tensor) -> Tensor:
             filters_QGCIk = vectors.permute(
                 *range(vectors.ndim - 3, vectors.ndim), *range(vectors.ndim - 3)
@@ -124,7 +124,7 @@ class ConvolutionRule(MatrixRule[V]):
         return Metric(metric.outputs_CC, ordered, metric.weights_CJ)
 
     def gradient_matrix(self, a: Tensor, g: Tensor) -> Tensor:
-        """With columns offset by offset, as the gradient is put together."""
+        """As in `MatrixRule`, but the columns are ordered by kernel offset first."""
         pieces = dict(self._by_offset(a, g))
         columns = [pieces[offset].flatten(1, 2) for offset in sorted(pieces)]
         if self.bias is not None:
@@ -134,11 +134,11 @@ class ConvolutionRule(MatrixRule[V]):
     def _by_offset(self, a: Tensor, g: Tensor) -> Iterator[tuple[Offset, Tensor]]:
         """The weight gradient, one kernel offset at a time, as (B, G, C/G, I).
 
-        Sums g x input over positions, on views of the padded input: in a flattened image of the
-        input's size the pixels under one offset are one slice, if g is spread to that size with
-        zeros. A stride is undone by splitting the input into its phases along every axis, so
-        offsets do not come in their order. Only this split and the padding copy; both memory
-        formats flatten without a copy, so the layout is the model's own.
+        It sums g times the input over positions, on views of the padded input. Zeros are added to g
+        until its rows are as long as the input's. Then, in flattened images, the pixels under one
+        offset are one slice. For a stride the input is split into its phases along every axis, so
+        offsets come in another order. Only this split and the padding copy: both memory formats
+        flatten without a copy.
         """
         module, groups = self.module, self.module.groups
         batch, channels, *out = g.shape
@@ -147,7 +147,7 @@ class ConvolutionRule(MatrixRule[V]):
         for phase, offsets in self._phases.items():
             plane = a[(slice(None), slice(None), *map(slice, phase, ends, module.stride))]
             size = list(plane.shape[2:])
-            steps, spread = [1], []  # from the last axis, as `F.pad` wants them
+            steps, spread = [1], []  # from the last axis, the order of `F.pad`
             for axis in range(len(size) - 1, 0, -1):
                 steps.insert(0, steps[0] * size[axis])
                 spread += [0, size[axis] - out[axis]]
@@ -160,32 +160,33 @@ class ConvolutionRule(MatrixRule[V]):
                 yield offset, g_BGCT @ a_BGIT[..., start : start + length].transpose(2, 3)
 
     def _gradient_of_one(self, a_1: Tensor, g_1: Tensor) -> Tensor:
-        """Weight gradient (C, I, *k) of one sample with its batch axis."""
+        """Weight gradient (C, I, *k) of a batch of one sample."""
         module, padded_1 = self.module, self._padded(a_1)
         return type(self).gradient_of_one(
             padded_1, module.weight.shape, g_1, module.stride, 0, module.dilation, module.groups
         )
 
     def _kernel_first(self, tensor: Tensor) -> Tensor:
-        """A view with the axes of the kernel, which come last, before all others."""
+        """A view with the kernel axes, which are the last ones, moved to the front."""
         others = tensor.ndim - len(self.module.kernel_size)
         return tensor.permute(*range(others, tensor.ndim), *range(others))
 
     def _padded(self, a: Tensor) -> Tensor:
-        """The input as the kernel sees it."""
+        """The input with the layer's padding."""
         if not any(self._padding):
             return a
         zeros = self.module.padding_mode == "zeros"
         return F.pad(a, self._padding, mode="constant" if zeros else self.module.padding_mode)
 
-    # The two depend on the layer's geometry alone, and small layers feel the microseconds.
+    # These two depend on the layer's geometry only. They are cached, as small layers take only
+    # microseconds.
 
     @cached_property
     def _padding(self) -> list[int]:
-        """In the order of `F.pad`: the last axis comes first."""
+        """The padding in the order of `F.pad`: last axis first."""
         module, padding = self.module, list[int]()
         for axis in reversed(range(len(module.kernel_size))):
-            if module.padding == "same":  # an odd total puts the larger half after the image
+            if module.padding == "same":  # of an odd total the larger half comes after the image
                 total = module.dilation[axis] * (module.kernel_size[axis] - 1)
                 padding += [total // 2, total - total // 2]
             elif isinstance(module.padding, str):  # "valid"
@@ -196,7 +197,7 @@ class ConvolutionRule(MatrixRule[V]):
 
     @cached_property
     def _phases(self) -> dict[Offset, list[tuple[Offset, Offset]]]:
-        """By phase of the stride, the kernel's offsets and how far each shifts within the phase."""
+        """By phase of the stride: the kernel's offsets, and the shift of each within the phase."""
         module, phases = self.module, defaultdict[Offset, list[tuple[Offset, Offset]]](list)
         for offset in product(*map(range, module.kernel_size)):
             pixels = tuple(map(mul, offset, module.dilation))
@@ -206,7 +207,7 @@ class ConvolutionRule(MatrixRule[V]):
 
 
 class Conv1dRule(ConvolutionRule[nn.Conv1d]):
-    """Any stride, padding, dilation, groups and padding mode; EK-FAC with one group and zeros."""
+    """Any stride, padding, padding mode, dilation, groups; EK-FAC: one group, zero padding."""
 
     layer = nn.Conv1d
     read_as = "(C, I, kw)"
@@ -215,7 +216,7 @@ class Conv1dRule(ConvolutionRule[nn.Conv1d]):
 
 
 class Conv2dRule(ConvolutionRule[nn.Conv2d]):
-    """Any stride, padding, dilation, groups and padding mode; EK-FAC with one group and zeros."""
+    """Any stride, padding, padding mode, dilation, groups; EK-FAC: one group, zero padding."""
 
     layer = nn.Conv2d
     read_as = "(C, I, kh, kw)"

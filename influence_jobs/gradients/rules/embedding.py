@@ -1,4 +1,4 @@
-"""Rules of Embedding and EmbeddingBag."""
+"""The rules of Embedding and EmbeddingBag."""
 
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -13,12 +13,13 @@ E = TypeVar("E", nn.Embedding, nn.EmbeddingBag)
 
 
 class RowsRule(LayerRule[E]):
-    """C are the rows; only the rows that a sample uses are worked on.
+    """C counts the rows; only the rows that a sample uses take work.
 
     Letters: R rows, D width.
     """
 
-    # They change weights in the forward, or gradients by batch.
+    channel_axis = None
+    # They change weights in the forward pass, or make gradients depend on the batch.
     refused_options = ("max_norm", "scale_grad_by_freq", "sparse")
 
     def weight_gradient(self, a: Tensor, g: Tensor) -> Tensor:
@@ -28,7 +29,7 @@ class RowsRule(LayerRule[E]):
         return gradient_BRD.scatter_add_(1, ids_BTD, g_BTD)
 
     def kernel_norms(self, a: Tensor, g: Tensor) -> Tensor:
-        """Adds up g over the positions of each (sample, row) that occurs; elsewhere it is 0."""
+        """Sums g over the positions of each (sample, row) that occurs; all other norms are 0."""
         ids_BT, g_BTD = self._positions(a, g)
         batch, rows = len(ids_BT), self.module.num_embeddings
         pairs = ids_BT + rows * torch.arange(batch, device=a.device).unsqueeze(1)
@@ -40,7 +41,7 @@ class RowsRule(LayerRule[E]):
         return norms.view(batch, rows, 1, 1)
 
     def arrange_weight(self, vectors_Q: Tensor) -> Tensor:
-        return vectors_Q.transpose(0, 1)  # (R, Q, D): a row of all vectors lies together
+        return vectors_Q.transpose(0, 1)  # (R, Q, D), so that one row of all vectors is contiguous
 
     def weight_dots(self, vectors: Tensor, a: Tensor, g: Tensor) -> Tensor:
         def dots(ids_BT: Tensor, g_BTD: Tensor) -> Tensor:
@@ -50,7 +51,7 @@ class RowsRule(LayerRule[E]):
         return in_blocks(dots, ids_BT, g_BTD, ids_BT.shape[1] * vectors[0].numel())
 
     def _positions(self, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        """Row ids (B, T) and what each position adds to its row's gradient, (B, T, D)."""
+        """Row ids (B, T), and each position's contribution to its row's gradient, (B, T, D)."""
         ids_BT, g_BTD = a.reshape(len(a), -1), g.reshape(len(a), -1, self.module.embedding_dim)
         if self.module.padding_idx is not None:
             g_BTD = g_BTD.masked_fill((ids_BT == self.module.padding_idx).unsqueeze(2), 0)

@@ -1,4 +1,4 @@
-"""Rule of Linear."""
+"""The rule of Linear."""
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from influence_jobs.gradients.rules.blocks import in_blocks, through_gradient
 
 
 class LinearRule(MatrixRule[nn.Linear]):
-    """Any number of position axes; with none, in closed form."""
+    """Any number of position axes; closed form without them."""
 
     layer = nn.Linear
 
@@ -25,7 +25,7 @@ class LinearRule(MatrixRule[nn.Linear]):
 
     def kernel_norms(self, a: Tensor, g: Tensor) -> Tensor:
         norms_BC: Tensor
-        if a.ndim == 2:  # the gradient is the outer product g a^T: its rows have norms |g_c| ||a||
+        if a.ndim == 2:  # the gradient is g a^T, and the norms of its rows are |g_c| ||a||
             norms_BC = g.abs() * torch.linalg.vector_norm(a, dim=1, keepdim=True)
         else:
             norms_BC = torch.linalg.vector_norm(self.weight_gradient(a, g), dim=2)
@@ -35,7 +35,7 @@ class LinearRule(MatrixRule[nn.Linear]):
         return vectors_Q.transpose(1, 2) if self._outputs_first else vectors_Q
 
     def weight_dots(self, vectors: Tensor, a: Tensor, g: Tensor) -> Tensor:
-        """Direct: the input goes through the Q vectors as if they were weights of Q layers."""
+        """Applies the Q vectors to the input like weights, or forms the gradient first."""
         queries, outputs, inputs = vectors.shape
         a_BTI, g_BTC = self.input_rows(a), self.output_rows(g)
         if self._outputs_first:
@@ -47,7 +47,7 @@ class LinearRule(MatrixRule[nn.Linear]):
 
         def direct(a_BTI: Tensor, g_BTC: Tensor) -> Tensor:
             rows_NQC = (a_BTI.flatten(0, 1) @ vectors.flatten(0, 1).t()).view(-1, queries, outputs)
-            # A row vector times a matrix: faster than the matrix times a column.
+            # A row vector times a matrix is faster than a matrix times a column vector.
             dots_NQ = (g_BTC.reshape(-1, 1, outputs) @ rows_NQC.transpose(1, 2)).squeeze(1)
             return dots_NQ.view(-1, positions, queries).sum(1) if positions > 1 else dots_NQ
 
@@ -56,7 +56,7 @@ class LinearRule(MatrixRule[nn.Linear]):
         return in_blocks(direct, a_BTI, g_BTC, positions * queries * outputs)
 
     def quadratic(self, metric: Metric, a: Tensor, g: Tensor) -> Tensor:
-        """For one vector a sample (g U)^2 D ((a V)^2)^T; with positions, rotated rows first."""
+        """Without positions (g U)^2 D ((a V)^2)^T; else g and a are rotated, then multiplied."""
         v_JJ, d_CJ = metric.inputs_JJ, metric.weights_CJ
         inputs = a @ v_JJ if self.bias is None else F.linear(a, v_JJ[:-1].t(), v_JJ[-1])
         outputs = g @ metric.outputs_CC
@@ -71,5 +71,5 @@ class LinearRule(MatrixRule[nn.Linear]):
 
     @property
     def _outputs_first(self) -> bool:
-        """Whether the transposed product, which is the same sum, has smaller intermediates."""
+        """Whether the transposed product, an equal sum, has smaller intermediate results."""
         return self.module.out_features > self.module.in_features

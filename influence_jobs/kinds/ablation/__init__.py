@@ -1,4 +1,4 @@
-"""Ablation: retrain without the top samples, or with other labels on them."""
+"""Ablation: retrain after the top samples are removed or relabelled."""
 
 from influence_jobs.kinds.ablation.spec import AblationSpec
 from influence_jobs.kinds.base import Kind

@@ -1,4 +1,4 @@
-"""Ablation: retrain without a query's top samples, or with other labels on them, and look at the query."""
+"""Ablation: remove or relabel a query's top samples, retrain, and measure the query."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from influence_jobs.training.ensemble import Variant
 
 @dataclass(frozen=True)
 class Cell:
-    """One retraining of the grid; without a mode, the model that nothing is done to."""
+    """One training of the grid. Without a mode, no sample is removed or relabelled."""
 
     seed: int
     mode: str | None = None
@@ -34,9 +34,10 @@ class Cell:
 
 
 class AblationJob(RetrainJob[AblationSpec]):
-    """One row for each (seed, mode, k, method, query), and one for each seed's unmanipulated model.
+    """One row for each (seed, mode, k, method, query), after a row for each seed's unchanged model.
 
-    In this order variants of one shard share steps and, relabelled ones, batches.
+    This order keeps variants of one seed and size together. So the variants of a shard share steps,
+    and those that are relabelled also share batches.
     """
 
     spec_type = AblationSpec
@@ -67,8 +68,8 @@ class AblationJob(RetrainJob[AblationSpec]):
         ids = head(scores_N, cell.k, largest=ranking.largest)
         if len(ids) < cell.k:
             raise SpecError(
-                f"method {ranking.name} scores {len(ids):,} samples only, so its top {cell.k:,} cannot be taken: "
-                "choose a smaller --k"
+                f"method {ranking.name} scores {len(ids):,} samples only, so it has no top "
+                f"{cell.k:,}: choose a smaller --k"
             )
         if cell.mode == "remove":
             return Variant(cell.seed, Changes(removed=ids))
@@ -139,16 +140,16 @@ def _cells(spec: AblationSpec) -> Iterator[Cell]:
 
 
 def require_ablation(spec: AblationSpec, num_samples: int, output_loss: str | None) -> None:
-    """Refuse a grid that cannot be carried out on a task.
+    """Refuse a grid that a task cannot have.
 
     Raises:
-        SpecError: More samples are manipulated than there are, or samples without classes relabelled.
+        SpecError: A k is larger than the training set, or the samples to relabel have no classes.
     """
     largest = max(spec.sizes)
     if largest > num_samples or (largest == num_samples and "remove" in spec.modes):
         raise SpecError(
-            f"--k {largest}: there are {num_samples:,} training samples, and removal must leave some: "
-            "choose a smaller --k"
+            f"--k {largest}: there are {num_samples:,} training samples, and removal must leave "
+            "some: choose a smaller --k"
         )
     if "relabel" in spec.modes and output_loss != "cross-entropy":
         raise SpecError(

@@ -1,4 +1,4 @@
-"""What can be asked of an ablation."""
+"""The request for an ablation."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
@@ -15,30 +15,30 @@ if TYPE_CHECKING:
     from influence_jobs.requests.rankings import Trained
 
 METHODS = ("attribution", "helpful", "harmful", "random")
-SIZES = (200, 500, 1000, 2000, 5000, 10_000)  # the research report's
+SIZES = (200, 500, 1000, 2000, 5000, 10_000)  # of the research report
 
 
 class AblationRequest(ExperimentRequest, SeedsOptions):
-    """Retrain without a query's top k samples, or with other labels on them: what becomes of the query?
+    """Remove or relabel a query's top k samples, retrain, and measure the query again.
 
-    Every retrained model is kept: a larger grid trains only what is new.
+    Every retrained model is kept, so a larger grid trains only its new models.
     """
 
     k: Many[Count] = option(
         (),
-        "How many of the top samples are manipulated. May be repeated; by default the research "
-        "report's 200 to 10000.",
+        "How many of the top samples are relabelled or removed. May be repeated; by default the "
+        "research report's numbers, 200 to 10000.",
         panel=EXPERIMENT,
     )
     mode: Many[Literal["relabel", "remove"]] = option(
         ("relabel", "remove"),
-        "relabel or remove: what is done to the samples. May be repeated; by default both, one after "
-        "the other.",
+        "relabel or remove the samples. May be repeated; by default both, in separate retrainings.",
         panel=EXPERIMENT,
     )
     relabel_to: RelabelRule = option(
         "report",
-        "report: class 0, or 1 for queries of class 0; next: own class + 1; random: another class.",
+        "The new labels. report: class 0, or 1 for queries of class 0, as in the research report; "
+        "next: the sample's class + 1; random: another class at random.",
         panel=EXPERIMENT,
     )
 
@@ -68,14 +68,15 @@ def ablation_of(
     relabel: RelabelRule,
     seeds: int,
 ) -> AblationSpec:
-    """An ablation grid, refused at once if the task cannot have it.
+    """The spec of an ablation.
 
     Args:
-        sizes: The numbers k; if empty the research report's, as far as there are so many samples.
-        seeds: How many, counted from the training's own.
+        sizes: The numbers k; if empty, those numbers of the research report that are smaller than
+            the training set.
+        seeds: Number of seeds, counted from the training's own.
 
     Raises:
-        SpecError: As `require_ablation` says.
+        SpecError: The task cannot have this grid; see `require_ablation`.
     """
     from influence_jobs.kinds.ablation.job import require_ablation
 

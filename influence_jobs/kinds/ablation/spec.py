@@ -1,4 +1,4 @@
-"""Ablation: retrain without a query's top samples, or with other labels on them."""
+"""Ablation: remove or relabel a query's top samples, and retrain."""
 
 from typing import Annotated, Literal, Self
 
@@ -11,13 +11,13 @@ RelabelRule = Literal["report", "next", "random"]
 
 
 class AblationSpec(RetrainingSpec):
-    """Retrain without a query's top k samples, or with other labels on them, and look at the query.
+    """Remove or relabel a query's top k samples, retrain, and measure the query.
 
     Attributes:
         sizes: The numbers k.
-        modes: Remove the samples, relabel them, or one after the other.
-        relabel: report: all to class 0, or 1 if the query's class is 0; next: each to its class + 1; random: each to
-            another class, at random.
+        modes: What is done to the samples; each mode has its own trainings.
+        relabel: The new labels. report: class 0, or class 1 for queries of class 0, as in the
+            research report; next: own class + 1; random: a random other class.
     """
 
     kind: Literal["ablation"] = "ablation"

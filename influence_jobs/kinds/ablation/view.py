@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class AblationView(View[AblationSpec]):
-    """What becomes of the queries when their top samples are manipulated."""
+    """The change of the queries after their top samples are removed or relabelled."""
 
     @property
     def title(self) -> str:
@@ -64,8 +64,8 @@ class AblationView(View[AblationSpec]):
                 )
                 for row in summary
             ],
-            note="Intervals: BCa bootstrap over queries; of few and skewed values they cover less "
-            "than they say.",
+            note="Intervals: BCa bootstrap over queries; with few and skewed values they cover "
+            "less than 95 %.",
         )
 
     def _decisions(self) -> Table:
@@ -101,14 +101,14 @@ class AblationView(View[AblationSpec]):
 
 
 def ablation_seen(rows: Sequence[Mapping[str, Any]], by: str) -> str:
-    """What to see in the curves of an ablation, of one method and of random samples."""
+    """The caption of an ablation figure: one method compared with random samples."""
     said = []
     for mode in dict.fromkeys(row["mode"] for row in rows):
         largest = max(row["k"] for row in rows if row["mode"] == mode)
         found = {row["by"]: row for row in rows if row["mode"] == mode and row["k"] == largest}
         verb = {"relabel": "relabelled", "remove": "removed"}[mode]
         text = f"With {largest:,} samples {verb} the mean changes by {found[by]['mean_change']:.3g}"
-        if "random" in found and by != "random":
+        if "random" in found:
             text += f", with random ones by {found['random']['mean_change']:.3g}"
         said.append(f"{text}.")
     return (

@@ -38,7 +38,7 @@ class AttributionJob(ScoresJob[AttributionSpec]):
         return super().input_digests() | {self._norms.id: self._norms.digest()}
 
     @property
-    def parts(self) -> tuple[str, ...]:
+    def kept_layers(self) -> tuple[str, ...]:
         return self.spec.layers if self.spec.keep_layers else ()
 
     @property
@@ -56,13 +56,13 @@ class AttributionJob(ScoresJob[AttributionSpec]):
     @cached_property
     def _activations(self) -> dict[str, npt.NDArray[np.float32]]:
         self.load(self.spec.checkpoint)
-        asked = self.spec.queries
+        queries = self.spec.queries
         return query_activations(
             self.task,
             self.model,
             self.spec.layers,
-            [(query.test, query.region) for query in asked.items],
-            [Draw(asked.seed, draw) for draw in range(asked.noise_draws)],
+            [(query.test, query.region) for query in queries.items],
+            [Draw(queries.seed, draw) for draw in range(queries.noise_draws)],
         )
 
     def score(self, term: int, ids: torch.Tensor) -> Scores:
@@ -73,7 +73,7 @@ class AttributionJob(ScoresJob[AttributionSpec]):
             exclude_norm_above=self.spec.exclude_norm_above,
             normalize=self.spec.normalize,
         )
-        kept = {part_name(layer): by_layer[layer] for layer in self.parts}
+        kept = {part_name(layer): by_layer[layer] for layer in self.kept_layers}
         return {SCORES: np.stack([*by_layer.values()]).sum(axis=0, dtype=np.float64), **kept}
 
     def _rows(self, layer: str, start: int, stop: int) -> npt.NDArray[Any]:
@@ -84,7 +84,7 @@ class AttributionJob(ScoresJob[AttributionSpec]):
         return values
 
     def probe(self) -> Iterator[int]:
-        # The norms may not exist yet, nor the checkpoint; the time is the same with numbers made up.
+        # The norms may not exist yet. Made-up numbers take the same time.
         layouts = norm_layouts(
             self.task.model(),
             self.spec.layers,
@@ -93,12 +93,12 @@ class AttributionJob(ScoresJob[AttributionSpec]):
             checkpoints=None,
             source="",
         )
-        asked = len(self.spec.queries.items)
+        num_queries = len(self.spec.queries.items)
         norms = {
             layer: np.ones(array.shape)
             for layer, array in zip(self.spec.layers, layouts, strict=True)
         }
-        activations = {layer: np.ones((asked, len(rows[0]))) for layer, rows in norms.items()}
+        activations = {layer: np.ones((num_queries, len(rows[0]))) for layer, rows in norms.items()}
         while True:
             attribution_scores(activations, norms, normalize=self.spec.normalize)
             yield self.batch_size

@@ -1,4 +1,4 @@
-"""What can be asked of attribution scores."""
+"""The request for attribution scores."""
 
 from collections.abc import Sequence
 
@@ -14,21 +14,21 @@ from influence_jobs.specs.norms import NormsSpec
 class AttributionRequest(WeightsRequest, QueriesOptions):
     """Attribution: activations of chosen outputs times the training samples' gradient norms.
 
-    By default over all hidden layers, that is all weight layers but the last.
+    The default is all hidden layers: all weight layers except the last.
     """
 
     norms: One[str | None] = option(
         None,
-        "grad-norms run, or train run with recorded norms, whose norms are used; by default a "
-        "replay at the checkpoint.",
+        "Run with the gradient norms: a grad-norms run, or a train run that recorded norms. By "
+        "default norms are computed at the checkpoint first.",
         panel=SCORES,
         metavar="RUN",
     )
     exclude_norm_above: One[Positive | None] = option(
-        None, "Leave out samples whose norms sum to more.", panel=SCORES
+        None, "Leave out samples whose norms have a larger sum.", panel=SCORES
     )
     normalize: bool = option(False, "Divide each sample's norms by their sum.", panel=SCORES)
-    keep_layers: bool = option(False, "Keep each layer's part of the scores too.", panel=SCORES)
+    keep_layers: bool = option(False, "Also keep the scores of each layer.", panel=SCORES)
     layer: Many[str | int] = option((), LAYER)
 
     def specs(self, root: str, say: Say) -> tuple[Spec, ...]:
@@ -43,8 +43,8 @@ class AttributionRequest(WeightsRequest, QueriesOptions):
         if self.given("quantity"):
             raise SpecError("--quantity is what influence explains: leave it out")
         if len(subject.checkpoints) != 1:
-            raise SpecError("activations are those of one checkpoint: name one with --checkpoint")
-        asked = queries_of(self, subject.built)
+            raise SpecError("activations need exactly one checkpoint: name one with --checkpoint")
+        queries = queries_of(self, subject.built)
         if self.layer:
             layers = resolve_weights(self.layer, subject.built, say)
         elif source is None:
@@ -54,7 +54,7 @@ class AttributionRequest(WeightsRequest, QueriesOptions):
         spec = attribution_of(
             subject,
             source or replayed_norms(subject, layers, seed=self.seed),
-            asked,
+            queries,
             layers,
             exclude_norm_above=self.exclude_norm_above,
             normalize=self.normalize,
@@ -63,7 +63,7 @@ class AttributionRequest(WeightsRequest, QueriesOptions):
         return (spec,)
 
     def _source(self, root: str) -> NormsSpec | None:
-        """The run whose norms the user named."""
+        """The spec of the run that `--norms` names."""
         from influence_jobs.store.find import find_run
 
         if self.norms is None:
@@ -79,7 +79,7 @@ class AttributionRequest(WeightsRequest, QueriesOptions):
 
 
 def _weights_of(source: NormsSpec) -> Sequence[Checkpoint]:
-    """The weights that norms end at: the last epoch, for a sum names checkpoints in no order."""
+    """The last weights that the norms were taken at; a sum keeps no order of its checkpoints."""
     if isinstance(source, TrainSpec):
         return (TrainedCheckpoint(train=source, epoch=source.epochs),)
     assert isinstance(source, GradNormsSpec)

@@ -12,15 +12,16 @@ from influence_jobs.specs.scores import ScoresSpec
 
 
 class AttributionSpec(ScoresSpec):
-    """The report's first method: the query's activations times the samples' gradient norms.
+    """The research report's first method: query activations times the samples' gradient norms.
 
     Attributes:
-        norms: Run that has the norms: replayed, or recorded while training.
-        checkpoint: Weights of the activations.
-        layers: Module names, all in `norms`; scores are summed over them.
+        norms: The run with the norms, replayed or recorded during training.
+        checkpoint: The weights that the activations are taken at.
+        layers: Layer names, all in `norms`; scores are summed over them.
+        queries: The queries, one a row of the scores.
         exclude_norm_above: Leave out samples whose total norm is larger.
         normalize: Divide a sample's norms by their sum.
-        keep_layers: Keep each layer's scores too.
+        keep_layers: Also keep the scores of each layer.
     """
 
     kind: Literal["attribution"] = "attribution"
@@ -41,13 +42,9 @@ class AttributionSpec(ScoresSpec):
                 raise ValueError(f"{self.norms.run_id} has no norms of layer {layer}; it has {has}")
         if self.norms.norms_reduction == "layer":
             raise ValueError(
-                f"{self.norms.run_id} has one norm a layer, and attribution needs one a channel: record them "
-                "with --reduce channel or kernel"
+                f"{self.norms.run_id} has one norm a layer, and attribution needs one a channel: "
+                "record them with --reduce channel or kernel"
             )
         if self.norms.task.data != self.task.data:
             raise ValueError(f"{self.norms.run_id} has the norms of other data")
         return self
-
-    @property
-    def asked(self) -> Queries:
-        return self.queries

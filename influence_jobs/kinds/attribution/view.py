@@ -10,7 +10,7 @@ from influence_jobs.views.scores import ScoresView
 
 
 class AttributionView(ScoresView[AttributionSpec]):
-    """The samples whose norms agree best with each query's activations."""
+    """The samples with the largest products of norms and each query's activations."""
 
     @property
     def method(self) -> str:
@@ -30,14 +30,14 @@ class AttributionView(ScoresView[AttributionSpec]):
         source = view_of(Run(self.run.root, self.spec.norms)).stored_norms
         if source is None:
             return None
-        asked = self.spec.queries
+        queries = self.spec.queries
         return replace(
             source,
             checkpoint=self.spec.checkpoint,
             chosen=self.spec.layers,
             task=self.spec.task,
-            seed=asked.seed,
-            noise_draws=asked.noise_draws,
+            seed=queries.seed,
+            noise_draws=queries.noise_draws,
             normalize=self.spec.normalize,
             exclude_norm_above=self.spec.exclude_norm_above,
         )

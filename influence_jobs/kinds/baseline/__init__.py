@@ -1,4 +1,4 @@
-"""Baselines: scores that know less."""
+"""Baselines: simple scores that a method must beat."""
 
 from influence_jobs.kinds.base import Kind
 from influence_jobs.kinds.baseline.spec import BaselineSpec

@@ -1,4 +1,4 @@
-"""Scores that know less than influence or attribution: what a method must beat."""
+"""Baselines: simple scores that influence and attribution must beat."""
 
 from functools import cached_property
 
@@ -21,8 +21,13 @@ from influence_jobs.store.layout import SCORES
 from influence_jobs.tasks.base import Draw
 
 
+def scorer(method: str) -> str:
+    """The name of the function of `BaselineJob` that scores by a method."""
+    return f"_{method.replace('-', '_')}"
+
+
 class BaselineJob(ScoresJob[BaselineSpec]):
-    """Random numbers, the sample's loss, or minus the distance of the pixels."""
+    """Scores by random numbers, the sample's loss, or minus the distance of the pixels."""
 
     spec_type = BaselineSpec
 
@@ -44,7 +49,7 @@ class BaselineJob(ScoresJob[BaselineSpec]):
         return {"quantity": method.quantity, "sign": method.sign, "unit": method.unit}
 
     def score(self, term: int, ids: torch.Tensor) -> Scores:
-        return {SCORES: getattr(self, f"_{self.spec.method}")(ids)}
+        return {SCORES: getattr(self, scorer(self.spec.method))(ids)}
 
     def _random(self, ids: torch.Tensor) -> npt.NDArray[np.float32]:
         rows = np.arange(len(self.spec.queries.items))

@@ -1,4 +1,4 @@
-"""What can be asked of baselines."""
+"""The request for baselines."""
 
 from typing import Literal
 
@@ -17,11 +17,11 @@ _METHODS = "; ".join(f"{name}: {method.quantity}" for name, method in METHODS.it
 
 
 class BaselineRequest(WeightsRequest, QueriesOptions):
-    """Scores that know less, in the same form: what a method must beat."""
+    """Baselines: simple scores that a method must beat, in the same form as its scores."""
 
     method: Literal[(*METHODS, "dot-product")] = option(  # type: ignore[valid-type]
         ...,
-        f"{_METHODS}; dot-product: of the two gradients (influence without curvature).",
+        f"{_METHODS}; dot-product: dot product of the two gradients (influence without curvature).",
         panel=SCORES,
     )
 
@@ -31,17 +31,17 @@ class BaselineRequest(WeightsRequest, QueriesOptions):
         from influence_jobs.requests.subject import subject_of
 
         subject = subject_of(self, root, say)
-        asked = queries_of(self, subject.built)
+        queries = queries_of(self, subject.built)
         if self.method == "dot-product":
             identity = CurvatureOptions(solver="identity")
-            return (influence_of(subject, asked, identity, say, seed=self.seed),)
+            return (influence_of(subject, queries, identity, say, seed=self.seed),)
         if self.given("quantity"):
             raise SpecError("--quantity is what influence explains: leave it out")
         spec = make_spec(
             BaselineSpec,
             task=subject.task,
             method=self.method,
-            queries=asked,
+            queries=queries,
             checkpoint=subject.checkpoints[0],
             seed=self.seed,
         )

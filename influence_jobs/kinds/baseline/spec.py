@@ -1,4 +1,4 @@
-"""Scores that know less, to compare with."""
+"""Baselines: simple scores to compare with."""
 
 from dataclasses import dataclass
 from typing import Literal, Self
@@ -13,10 +13,11 @@ from influence_jobs.specs.scores import ScoresSpec
 
 @dataclass(frozen=True)
 class Baseline:
-    """What the numbers of one method are.
+    """The meaning of one method's scores.
 
     Attributes:
-        of_weights: They depend on the model's weights.
+        quantity, sign, unit: As in the attributes of the array.
+        of_weights: Whether the scores depend on the model's weights.
     """
 
     quantity: str
@@ -25,6 +26,7 @@ class Baseline:
     of_weights: bool = False
 
 
+# Each is scored by the function of that name in `BaselineJob`: `_random`, ...
 METHODS = {
     "random": Baseline("a uniform random number", "none", "none"),
     "loss": Baseline("the sample's own training loss", "positive = fits badly", "loss", True),
@@ -35,12 +37,13 @@ METHODS = {
 
 
 class BaselineSpec(ScoresSpec):
-    """Scores that know less, to compare with.
+    """Simple scores to compare a method with.
 
     Attributes:
         method: One of `METHODS`.
-        checkpoint: Weights the scores are taken at; None where they depend on none.
-        seed: Of the random numbers, and of the samples' noise.
+        queries: The queries, one a row of the scores.
+        checkpoint: The weights that the scores are taken at; None if they depend on none.
+        seed: Seed of the random numbers and of the samples' noise.
     """
 
     kind: Literal["baseline"] = "baseline"
@@ -60,7 +63,3 @@ class BaselineSpec(ScoresSpec):
         elif self.checkpoint is None:
             raise ValueError(f"the {self.method} is taken at a checkpoint: name one")
         return self
-
-    @property
-    def asked(self) -> Queries:
-        return self.queries

@@ -5,7 +5,7 @@ from influence_jobs.views.scores import ScoresView
 
 
 class BaselineView(ScoresView[BaselineSpec]):
-    """The first samples, which a method must beat."""
+    """The top samples of a baseline."""
 
     @property
     def method(self) -> str:

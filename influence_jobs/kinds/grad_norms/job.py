@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class GradNormsJob(SampleJob[GradNormsSpec]):
-    """Shards are row ranges of all arrays."""
+    """A shard is a range of rows of all arrays."""
 
     spec_type = GradNormsSpec
 
@@ -77,7 +77,7 @@ class GradNormsJob(SampleJob[GradNormsSpec]):
                 if self.spec.combine == "keep":
                     kept[layer].append(values)
                 else:
-                    # In float64: summing must not add rounding of its own to the stored float32.
+                    # In float64: the sum must not add rounding errors to the stored float32.
                     total[layer] = total.get(layer, 0.0) + values.astype(np.float64)
         if self.spec.combine == "keep":
             return Result({norms_name(layer): np.stack(rows) for layer, rows in kept.items()})
@@ -96,7 +96,7 @@ class GradNormsJob(SampleJob[GradNormsSpec]):
             reduction=self.spec.reduction,
             precision=self.spec.precision,
         )
-        # Once a worker: hooks cannot see every way a model may use its weights.
+        # Once a worker: hooks do not see every use that a model makes of its weights.
         first = torch.arange(min(2, len(self.task.train_data())))
         batch = self.batch(first, Draw(self.spec.seed))
         engine.check(batch)
@@ -111,7 +111,7 @@ class GradNormsJob(SampleJob[GradNormsSpec]):
         return norms
 
     def probe(self) -> Iterator[int]:
-        # With untrained weights: the checkpoint may not exist yet, and the time is the same.
+        # The checkpoint may not exist yet. Untrained weights take the same time.
         for ids, batch in self.loaded(self.all_batches(), Draw(self.spec.seed)):
             self._norms(ids, batch)
             yield len(ids)

@@ -1,4 +1,4 @@
-"""What can be asked of gradient norms."""
+"""The request for gradient norms."""
 
 from typing import ClassVar, Literal
 
@@ -22,9 +22,11 @@ class GradNormsRequest(WeightsRequest, SeedOptions):
     layer: Many[str | int] = option((), LAYER)
     reduce: Reduction = option("channel", REDUCE)
     combine: Literal["sum", "keep"] = option(
-        "sum", "Norms of several checkpoints: their sum, or each on a leading axis."
+        "sum", "With several checkpoints: sum their norms, or keep them on a leading axis."
     )
-    precision: Precision = option("float32", "Of the computation; bfloat16 is autocast.")
+    precision: Precision = option(
+        "float32", "Precision of the computation; bfloat16 by torch's autocast."
+    )
 
     def specs(self, root: str, say: Say) -> tuple[Spec, ...]:
         from influence_jobs.requests.subject import subject_of

@@ -11,12 +11,12 @@ from influence_jobs.terms import Precision, Reduction
 
 
 class GradNormsSpec(NormsSpec):
-    """Replay: per-sample gradient norms of layers at checkpoints, model in eval mode.
+    """Replay: per-sample gradient norms of layers at checkpoints, with the model in eval mode.
 
     Attributes:
-        layers: Module names, in forward order.
-        combine: Norms over several checkpoints are summed, or kept on a leading axis.
-        seed: Seed of the samples' noise, where a task has noise.
+        layers: Layer names, in forward order.
+        combine: Norms of several checkpoints are summed, or kept on a leading axis.
+        seed: Seed of the samples' noise, if the task has noise.
     """
 
     kind: Literal["grad-norms"] = "grad-norms"

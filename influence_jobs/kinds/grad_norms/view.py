@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class GradNormsView(NormsView[GradNormsSpec]):
-    """Histograms, and the samples with the largest norms."""
+    """Histograms of the norms, and the samples with the largest norms."""
 
     @property
     def title(self) -> str:

@@ -27,14 +27,14 @@ from influence_jobs.tasks.base import Draw
 
 
 class InfluenceJob(ScoresJob[InfluenceSpec]):
-    """One term for every s_test run and noise draw."""
+    """The scores have one term for every s_test run and noise draw."""
 
     spec_type = InfluenceSpec
     _engines: tuple[int, GradDots, GradQuadratics | None] | None = None
 
     @cached_property
     def _fitted(self) -> dict[int, dict[str, Metric | None]]:
-        """Metrics by s_test run, as far as they were needed."""
+        """Metrics by s_test run, filled on demand."""
         return {}
 
     @staticmethod
@@ -54,13 +54,15 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
     def terms(self) -> int:
         return len(self.spec.s_tests) * self.spec.noise_draws
 
-    @property
-    def parts(self) -> tuple[str, ...]:
-        return self.spec.s_tests[0].modules if self.spec.keep_modules else ()
+    @cached_property
+    def kept_layers(self) -> tuple[str, ...]:
+        if not self.spec.keep_modules:
+            return ()
+        return ParameterSpace(self.task.model(), self.spec.s_tests[0].modules).modules
 
     @property
     def meaning(self) -> dict[str, str]:
-        quantity = self.spec.asked.quantity
+        quantity = self.spec.queries.quantity
         rise = f"N x the predicted rise of the query's {quantity} when the sample is removed"
         if not any(s_test.solver.uses_curvature for s_test in self.spec.s_tests):
             rise = "the dot product of the two gradients, no curvature divided out"
@@ -71,8 +73,10 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
         other = "harmful" if quantity == "loss" else f"it raises the {quantity}"
         size = {
             None: "",
-            "theta": ", per unit of the sample's effect on the parameters of Linear and Conv2d layers",
-            "loss": ", per unit of the sample's effect on the losses through Linear and Conv2d layers",
+            "theta": ", per unit of the sample's effect on the parameters of Linear and Conv2d "
+            "layers",
+            "loss": ", per unit of the sample's effect on the losses through Linear and Conv2d "
+            "layers",
         }[self.spec.relative]
         return {
             "quantity": f"s_test . gradient of the sample's loss: {rise}{size}",
@@ -85,21 +89,21 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
         dots, sizes = self._engines_of(which)
         batch = self.batch(ids, Draw(self.spec.seed, draw))
         found: dict[str, Tensor] = {}
-        if self.parts:
-            found = {part_name(module): part for module, part in dots(batch).items()}
+        if self.kept_layers:
+            found = {part_name(layer): layer_BQ for layer, layer_BQ in dots(batch).items()}
             found[SCORES] = torch.stack([*found.values()]).sum(dim=0)
         else:
             found[SCORES] = dots.total(batch)
-        scores = {name: part_BQ.t().cpu().numpy() for name, part_BQ in found.items()}
+        scores = {name: scores_BQ.t().cpu().numpy() for name, scores_BQ in found.items()}
         for values in scores.values():
             self.require_finite("the gradient", values.T, ids)
         if sizes is not None:
             squared_B = torch.stack([*sizes(batch).values()]).sum(dim=0).double().cpu().numpy()
-            scores = {name: relative_scores(part, squared_B) for name, part in scores.items()}
+            scores = {name: relative_scores(values, squared_B) for name, values in scores.items()}
         terms = self.spec.noise_draws
         if self.spec.combine == "mean":
             terms *= len(self.spec.s_tests)
-        return {name: part / terms for name, part in scores.items()}
+        return {name: values / terms for name, values in scores.items()}
 
     def _engines_of(self, which: int) -> tuple[GradDots, GradQuadratics | None]:
         """The engines of one s_test run, with its checkpoint's weights in the model."""
@@ -114,7 +118,7 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
             space = ParameterSpace(self.model, s_test.modules)
             sizes = None
             if self.spec.relative is not None:
-                if which not in self._fitted:  # which is dear, and the same for every shard
+                if which not in self._fitted:  # slow, and the same for every shard
                     self._fitted[which] = self._metrics(s_test)
                 sizes = GradQuadratics(self.model, self._fitted[which], self.task.losses)
             dots = GradDots(self.model, space, self.task.losses, vectors_QP)
@@ -123,7 +127,7 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
         return self._engines[1:]
 
     def _check(self, dots: GradDots) -> None:
-        # Once a checkpoint: hooks cannot see every way a model may use its weights.
+        # Once a checkpoint: hooks do not see every use that a model makes of its weights.
         first = torch.arange(min(2, len(self.task.train_data())))
         dots.check(self.batch(first, Draw(self.spec.seed)))
 
@@ -132,14 +136,14 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
         return run.read_rows(S_TEST, 0, len(s_test.queries.items))
 
     def _metrics(self, s_test: STestSpec) -> dict[str, Metric | None]:
-        """The quadratic form of each layer's gradient that a relative score is divided by the root of."""
+        """Each layer's quadratic form; relative scores are divided by the root of their sum."""
         solver = s_test.solver
         kinds = matrix_layers()
         modules = dict(self.model.named_modules())
         layers = [m for m in s_test.modules if isinstance(modules.get(m), kinds)]
         if not layers:
             raise SpecError(
-                f"relative influence measures {names_of(kinds)} layers, and none was chosen: "
+                f"relative influence needs {names_of(kinds)} layers, and none was chosen: "
                 "leave --relative out"
             )
         for layer in layers:
@@ -162,12 +166,12 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
         return {**fitted.metrics(operator, power=1 if self.spec.relative == "loss" else 2)}
 
     def _damping(self, s_test: STestSpec) -> float:
-        """The effective damping that the s_test vectors were made with."""
+        """The effective damping of the s_test vectors."""
         table = Run(self.run_store.root, s_test).read_table("solutions")
         return float(table.column("damping")[0].as_py())
 
     def probe(self) -> Iterator[int]:
-        # The s_test vectors may not exist yet, and the time is the same with any.
+        # The s_test vectors may not exist yet. Random vectors take the same time.
         s_test = self.spec.s_tests[0]
         space = ParameterSpace(self.model, s_test.modules)
         vectors_QP = torch.randn(len(s_test.queries.items), space.size)

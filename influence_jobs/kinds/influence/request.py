@@ -1,4 +1,4 @@
-"""What can be asked of influence scores."""
+"""The request for influence scores."""
 
 from typing import Literal
 
@@ -15,31 +15,33 @@ from influence_jobs.requests.options import (
 )
 from influence_jobs.specs.base import Spec, make_spec
 
-# What goes with `--s-test`, which says all the rest.
+# Options that may stand beside `--s-test`, which decides all others.
 _BESIDE_S_TESTS = {"s_test", "checkpoint", "combine", "relative", "keep_layers", "seed"}
 
 
 class InfluenceRequest(WeightsRequest, QueriesOptions, CurvatureOptions):
-    """Influence of every training sample on chosen outputs: positive = helpful, negative = harmful."""
+    """Influence of training samples on chosen outputs: positive = helpful, negative = harmful."""
 
     s_test: Many[str] = option(
         (),
-        "s-test run whose vectors are used, instead of what to explain and how. May be repeated.",
+        "s-test run to take s_test vectors from; queries, solver and checkpoint are the run's. "
+        "May be repeated.",
         panel=SCORES,
         metavar="RUN",
     )
     combine: Literal["sum", "mean"] = option(
         "sum",
-        "Over several checkpoints, sum (TracIn); over several seeds, mean (ensemble).",
+        "How to combine scores: sum over checkpoints (TracIn), or mean over trainings from several "
+        "seeds (ensemble).",
         panel=SCORES,
     )
     relative: Literal["theta", "loss"] | None = option(
         None,
-        "Divide by each sample's effect on the parameters (theta) or on the training losses "
-        "(RelatIF).",
+        "Divide the scores by the size of each sample's effect on the parameters (theta) or on the "
+        "training losses (loss), as RelatIF does.",
         panel=SCORES,
     )
-    keep_layers: bool = option(False, "Keep each layer's part of the scores too.", panel=SCORES)
+    keep_layers: bool = option(False, "Also keep the scores of each layer.", panel=SCORES)
     layer: Many[str | int] = option((), LAYERS_THAT_COUNT)
 
     def specs(self, root: str, say: Say) -> tuple[Spec, ...]:
@@ -62,24 +64,23 @@ class InfluenceRequest(WeightsRequest, QueriesOptions, CurvatureOptions):
         from influence_jobs.requests.subject import subject_of
 
         subject = subject_of(self, root, say)
-        asked = queries_of(self, subject.built)
-        return s_tests_of(self, subject, asked, say, layers=self.layer, seed=self.seed)
+        queries = queries_of(self, subject.built)
+        return s_tests_of(self, subject, queries, say, layers=self.layer, seed=self.seed)
 
     def _found(self, root: str) -> tuple[STestSpec, ...]:
-        """The s-test runs that the user named."""
+        """The specs of the runs that `--s-test` names."""
         from influence_jobs.requests.subject import checkpoints_of
         from influence_jobs.store.find import find_run
 
         if any(self.given(name) for name in type(self).model_fields.keys() - _BESIDE_S_TESTS):
             raise SpecError(
-                "--s-test RUN says what is explained, how and of which task: leave those options "
-                "out"
+                "--s-test RUN decides the task, the queries and the solver: leave their options out"
             )
         found: list[STestSpec] = []
         for word in self.s_test:
             spec = find_run(root, word).spec
             if not isinstance(spec, STestSpec):
-                raise SpecError(f"{spec.run_id} is no s-test run")
+                raise SpecError(f"{spec.run_id} is not an s-test run")
             found.append(spec)
         for word in self.checkpoint:
             for checkpoint in checkpoints_of(word, root):

@@ -15,12 +15,15 @@ class InfluenceSpec(ScoresSpec):
     """s_test . gradient of each training sample's loss: positive = helpful.
 
     Attributes:
-        s_tests: One; or several checkpoints of a training or several trainings, of the same queries.
-        combine: Over several s_tests, the sum (TracIn, over checkpoints) or mean (ensemble, over seeds).
-        relative: Divide by the size of the sample's own effect on the parameters (theta-relative) or on the training
-            losses (loss-relative; Barshan et al. 2020), both by the EK-FAC or identity approximation.
-        keep_modules: Keep each module's part of the scores too.
-        noise_draws: Draws of the training samples' noise, averaged, where a task has noise.
+        s_tests: s_test runs of the same queries, at one or several checkpoints or trainings.
+        combine: Scores of several s_test runs are summed (TracIn, over checkpoints) or averaged
+            (ensemble, over seeds).
+        relative: Divide by the size of the sample's own effect on the parameters (theta-relative)
+            or on the training losses (loss-relative), by the EK-FAC or identity approximation
+            (Barshan et al. 2020).
+        keep_modules: Also keep the scores of each layer.
+        noise_draws: Scores are the mean over this many draws of the training samples' noise.
+        seed: Seed of the noise.
     """
 
     kind: Literal["influence"] = "influence"
@@ -33,7 +36,7 @@ class InfluenceSpec(ScoresSpec):
 
     @model_validator(mode="after")
     def _normalise(self) -> Self:
-        # Neither a sum nor a mean has an order.
+        # The order changes neither a sum nor a mean.
         ordered = sorted(self.s_tests, key=lambda s_test: s_test.run_id)
         object.__setattr__(self, "s_tests", tuple(ordered))
         first = ordered[0]
@@ -49,5 +52,5 @@ class InfluenceSpec(ScoresSpec):
         return self
 
     @property
-    def asked(self) -> Queries:
+    def queries(self) -> Queries:
         return self.s_tests[0].queries

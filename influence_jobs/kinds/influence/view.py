@@ -19,7 +19,7 @@ class InfluenceView(ScoresView[InfluenceSpec]):
 
     @property
     def sides(self) -> dict[str, bool]:
-        if self.spec.asked.quantity == "loss":
+        if self.spec.queries.quantity == "loss":
             return {"helpful": True, "harmful": False}
         return {"lowers it": True, "raises it": False}
 

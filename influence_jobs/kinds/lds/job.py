@@ -1,4 +1,4 @@
-"""Linear datamodeling score: retrain on random subsets, and compare the losses with sums of scores."""
+"""Linear datamodeling score: retrain on random subsets, compare losses with sums of scores."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -17,13 +17,14 @@ from influence_jobs.store.rankings import score_blocks
 from influence_jobs.training.changes import Changes
 from influence_jobs.training.ensemble import Variant
 
-SEED_STEP = 2**32  # between the seeds of one subset
+SEED_STEP = 2**32  # distance between the seeds of one subset
 
 
 class LdsJob(RetrainJob[LdsSpec]):
-    """One row for each (subset, seed), all seeds of a subset together.
+    """One row for each (subset, seed), with all seeds of a subset together.
 
-    The trainings depend on nothing but recipe, subsets and seeds: every method, also in another run, uses the same.
+    The trainings depend only on recipe, subsets and seeds. So all methods share them, in other runs
+    too.
     """
 
     spec_type = LdsSpec
@@ -44,7 +45,7 @@ class LdsJob(RetrainJob[LdsSpec]):
         index, which = divmod(row, len(self.spec.seeds))
         everything = np.arange(len(self.task.train_data()))
         removed = np.setdiff1d(everything, self._subset(index), assume_unique=True)
-        # Seeds of its own for each subset: noise of the training must not be common to all.
+        # Each subset has its own seeds: subsets must not share the noise of training.
         return Variant(index + SEED_STEP * self.spec.seeds[which], Changes(removed=removed))
 
     def finish(self) -> Result:
@@ -79,7 +80,7 @@ class LdsJob(RetrainJob[LdsSpec]):
         return Result(files=files)
 
     def _members(self) -> npt.NDArray[np.bool_]:
-        """Which samples each subset has, (N, M)."""
+        """Whether a sample is in a subset, shape (N, M)."""
         members_NM = np.zeros((len(self.task.train_data()), self.spec.subsets), dtype=bool)
         for index in range(self.spec.subsets):
             members_NM[self._subset(index), index] = True
@@ -88,11 +89,14 @@ class LdsJob(RetrainJob[LdsSpec]):
     def _predicted(
         self, ranking: Ranking, members_NM: npt.NDArray[np.bool_]
     ) -> npt.NDArray[np.float64]:
-        """Minus the sum of each subset's scores, (Q, M): large scores are of samples that lower the loss."""
+        """Minus the sum of each subset's scores, shape (Q, M).
+
+        Minus, because samples with large scores lower the loss.
+        """
         sums_QM = np.zeros((len(self.spec.queries.items), self.spec.subsets))
         for start, block in score_blocks(self.run_store.root, ranking):
             members = members_NM[start : start + block.shape[1]].astype(np.float64)
-            sums_QM += np.nan_to_num(block, nan=0.0) @ members  # samples left out score nothing
+            sums_QM += np.nan_to_num(block, nan=0.0) @ members  # an excluded sample counts as 0
         return -sums_QM
 
     def _by_query(

@@ -1,4 +1,4 @@
-"""What can be asked of a linear datamodeling score."""
+"""The request for a linear datamodeling score."""
 
 from typing import Annotated
 
@@ -18,13 +18,17 @@ METHODS = ("helpful", "dot-product", "attribution", "nearest", "loss", "random")
 
 
 class LdsRequest(ExperimentRequest, SeedsOptions, EnsembleOptions):
-    """Linear datamodeling score: do sums of scores predict the losses of models retrained on subsets?
+    """Linear datamodeling score: do sums of scores predict the losses of retrained models?
 
-    The retrained models are kept: methods added later use the same.
+    Models are retrained on random subsets. They are kept, so methods added later use them too.
     """
 
-    subsets: One[Annotated[int, Field(ge=3)]] = option(100, "Random subsets.", panel=EXPERIMENT)
-    fraction: One[float] = option(0.5, "Of the training set in each subset.", panel=EXPERIMENT)
+    subsets: One[Annotated[int, Field(ge=3)]] = option(
+        100, "Number of random subsets.", panel=EXPERIMENT
+    )
+    fraction: One[float] = option(
+        0.5, "Share of the training set in each subset.", panel=EXPERIMENT
+    )
 
     def specs(self, root: str, say: Say) -> tuple[Spec, ...]:
         from influence_jobs.requests.solving import require_used

@@ -8,13 +8,13 @@ from influence_jobs.specs.rankings import RetrainingSpec
 
 
 class LdsSpec(RetrainingSpec):
-    """Linear datamodeling score: do sums of scores predict the losses of models retrained on random subsets?
+    """Linear datamodeling score: do sums of scores predict the losses of retrained models?
 
     Park et al. 2023, "TRAK: Attributing Model Behavior at Scale".
 
     Attributes:
-        subsets: How many.
-        fraction: Of the training set in each.
+        subsets: Number of random subsets that models are retrained on.
+        fraction: Fraction of the training set in each subset.
     """
 
     kind: Literal["lds"] = "lds"
@@ -26,6 +26,6 @@ class LdsSpec(RetrainingSpec):
         for ranking in self.rankings:
             if not ranking.largest:
                 raise ValueError(
-                    f"sums of scores have no other end: leave method {ranking.name} out"
+                    f"sums of scores have no smallest-first order: leave method {ranking.name} out"
                 )
         return self

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class LdsView(View[LdsSpec]):
-    """How well each method predicts retrained models."""
+    """How well each method predicts the losses of retrained models."""
 
     @property
     def title(self) -> str:
@@ -37,9 +37,9 @@ class LdsView(View[LdsSpec]):
                 f"the samples, {seeds} training{'s' * (seeds > 1)} each",
                 columns=("method", "mean LDS", "95 % from", "to", "queries"),
                 rows=[tuple(row[column] for column in columns) for row in rows],
-                note=f"Spearman's correlation of summed scores and each query's {quantity} over "
-                "subsets, mean over queries; intervals: percentile bootstrap over subsets. Positive: "
-                f"samples that a method ranks first lower the {quantity}.",
+                note=f"Spearman's correlation over subsets of summed scores and each query's "
+                f"{quantity}, mean over queries. Intervals: percentile bootstrap over subsets. "
+                f"Positive: the samples that a method ranks first lower the {quantity}.",
             )
         ]
 
@@ -51,7 +51,7 @@ class LdsView(View[LdsSpec]):
         yield Shown(
             "lds",
             "Linear datamodeling scores",
-            "A method is as good as its bar is long: 1 would predict every retrained model's "
+            "Longer bars are better: a score of 1 predicts the order of all retrained models' "
             f"{self.spec.queries.quantity}. Lines: 95 % intervals over subsets.",
             summary,
             panels=lds_panels(summary.to_pylist()),

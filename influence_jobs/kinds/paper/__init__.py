@@ -1,4 +1,4 @@
-"""The research report's experiments, a set of runs."""
+"""The experiments of the research report, as a set of runs."""
 
 from influence_jobs.kinds.base import Kind
 from influence_jobs.kinds.paper.spec import PaperSpec

@@ -1,4 +1,4 @@
-"""Runs that belong together, carried out as one."""
+"""A set of runs that is carried out as one."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from influence_jobs.store.run import Run
 
 
 class PaperJob(Job[PaperSpec]):
-    """No shards and nothing of its own: its parts are its inputs."""
+    """A job without shards: the runs of the set are its inputs."""
 
     spec_type = PaperSpec
 
@@ -23,7 +23,7 @@ class PaperJob(Job[PaperSpec]):
 
     def input_digests(self) -> dict[str, str]:
         root = self.run_store.root
-        return {part.run_id: Run(root, part).digest() for part in self.spec.parts}
+        return {member.run_id: Run(root, member).digest() for member in self.spec.parts}
 
     def plan(self, shard_rows: int | None = None) -> Plan:
         return Plan((), (), units=0, batch_size=self.batch_size)

@@ -1,4 +1,4 @@
-"""What can be asked of the research report's experiments."""
+"""The request for the experiments of the research report."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from influence_jobs.requests.subject import Subject
 
 METHODS = ("attribution", "helpful", "harmful")
-LISSA_DAMPING = 0.25  # the effective damping of the research report's LiSSA: .01 x 25
+LISSA_DAMPING = 0.25  # effective damping of LiSSA in the research report: .01 x 25
 CURVATURE_SAMPLES, QUICK_CURVATURE_SAMPLES = 2000, 200
 QUICK_SIZES = (1000, 5000)
 
 
 class PaperRequest(WeightsRequest):
-    """The research report's experiments in one run: section 4.1 (MNIST), or with --task ffdnet 4.2.
+    """The experiments of the research report: section 4.1 (MNIST), or 4.2 with --task ffdnet.
 
-    It ends in the tables, and in a page with all figures in the run's folder.
+    It prints the tables and writes a page with all figures into the run's folder.
     """
 
     quick: bool = option(
@@ -40,7 +40,7 @@ class PaperRequest(WeightsRequest):
         from influence_jobs.requests.subject import subject_of
         from influence_jobs.tasks.registry import name_of
 
-        asked = self
+        request = self
         if self.task is not None or not self.checkpoint:
             name = name_of(self.task or self.default_task)
             published = _published(name)
@@ -49,18 +49,18 @@ class PaperRequest(WeightsRequest):
                 if published.quick_samples:
                     options = {"limit": published.quick_samples, **options}
                 epochs = self.epochs or published.quick_epochs
-                asked = self.model_copy(update={"epochs": epochs, "task_options": options})
-        subject = subject_of(asked, root, say)
+                request = self.model_copy(update={"epochs": epochs, "task_options": options})
+        subject = subject_of(request, root, say)
         section = {"4.1": _section_4_1, "4.2": _section_4_2}[_published(subject.task.name).section]
         given = bool(self.checkpoint)
         return (section(subject, say, given=given, quick=self.quick),)
 
 
 def _published(task: str) -> Any:
-    """What the research report tells of a task.
+    """The published facts about a task.
 
     Raises:
-        SpecError: Nothing.
+        SpecError: The research report has no experiments with it.
     """
     from influence_jobs.tasks.registry import task_class
 
@@ -74,13 +74,13 @@ def _published(task: str) -> Any:
 
 
 def _section_4_1(subject: "Subject", say: Say, *, given: bool, quick: bool) -> PaperSpec:
-    """Top samples of the output nodes and of ten test images, stability over seeds, ablation."""
+    """Section 4.1: top samples of output nodes and ten test images, stability, ablation."""
     from influence_jobs.requests.rankings import Rankings, changed, trained_at, trained_of
     from influence_jobs.tasks.layers import weight_layers
 
     trained = trained_of(subject, given=given, methods=())
     if not given:
-        # Those of the last layer too: figure 4.1 is of its nodes.
+        # Figure 4.1 needs the norms of the last layer too.
         layers = weight_layers(subject.built, subject.built.model())
         skipped = int(trained.train.epochs > 1)
         train = changed(trained.train, norm_layers=layers, norm_skip_epochs=skipped)
@@ -112,10 +112,10 @@ def _section_4_1(subject: "Subject", say: Say, *, given: bool, quick: bool) -> P
 
 
 def _section_4_2(subject: "Subject", say: Say, *, given: bool, quick: bool) -> PaperSpec:
-    """Points of two test images by attribution and its modifications, images by influence, norms.
+    """Section 4.2: two test images, their points by attribution and the whole by influence.
 
-    Norms are recorded in training; of a checkpoint that the user named they are replayed, unless
-    its training has them.
+    Norms are recorded during training. At a checkpoint that the user named they are replayed,
+    unless its training recorded them.
     """
     from influence_jobs.requests.rankings import (
         attribution_of,
@@ -129,11 +129,11 @@ def _section_4_2(subject: "Subject", say: Say, *, given: bool, quick: bool) -> P
 
     numbered = weight_layers(subject.built, subject.built.model())
     count = len(numbered)
-    # The one before the last, on which the research report settled, and others to compare with.
+    # The research report settles on the last layer but one; the others are for comparison.
     layers = tuple(numbered[i - 1] for i in (count // 3, 2 * count // 3, count - 1, count))
     norms: NormsSpec
     checkpoint = subject.checkpoints[0]
-    # The published limit is of norms summed over a training; a replay's are of another size.
+    # The published limit is for norms summed over a training; replayed norms have another scale.
     limits: tuple[float, ...] = (_published(subject.task.name).norm_limit,)
     if not given:
         plain = trained_of(subject, given=False, methods=()).train
@@ -167,10 +167,11 @@ def _section_4_2(subject: "Subject", say: Say, *, given: bool, quick: bool) -> P
 
 
 def _points(subject: "Subject", tests: tuple[int, ...]) -> list[Query]:
-    """Two points of each test image, a third from either corner."""
+    """Two points of each test image, at 1/3 and 2/3 of its height and width."""
     found = []
     for test in tests:
         height, width = subject.built.test_size(test) or (1, 1)
-        for part in (1, 2):
-            found.append(Query(test=test, region=(part * height // 3, part * width // 3, 1, 1)))
+        for third in (1, 2):
+            region = (third * height // 3, third * width // 3, 1, 1)
+            found.append(Query(test=test, region=region))
     return found

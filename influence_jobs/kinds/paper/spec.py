@@ -1,4 +1,4 @@
-"""Runs that belong together: the experiments of a section of the research report."""
+"""A set of runs: the experiments of one section of the research report."""
 
 from typing import Annotated, Literal
 
@@ -8,10 +8,10 @@ from influence_jobs.specs.base import AnySpec, Spec
 
 
 class PaperSpec(Spec):
-    """Runs that belong together.
+    """A set of runs.
 
     Attributes:
-        parts: In the order of the research report.
+        parts: The runs of the set, in the order of the research report.
     """
 
     kind: Literal["paper"] = "paper"

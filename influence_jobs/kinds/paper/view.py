@@ -1,4 +1,4 @@
-"""The view of the research report's experiments: its parts, numbered as the research report does."""
+"""The view of a paper run: the figures of its members, numbered as in the research report."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,7 +16,7 @@ from influence_jobs.views.table import Table
 if TYPE_CHECKING:
     from influence_jobs.views.figure import Shown
 
-# Section 4.1: the numbers of its figures, by the names of ours.
+# Section 4.1: number in the research report of each of our figures.
 SECTION_4_1 = {
     "nodes": "4.1",
     "top-attribution": "4.2",
@@ -32,7 +32,7 @@ SECTION_4_1 = {
 
 
 class PaperView(View[PaperSpec]):
-    """Its parts are shown in its place."""
+    """Shows the members of the set instead of the run itself."""
 
     writes_report: ClassVar[bool] = True
 
@@ -46,20 +46,20 @@ class PaperView(View[PaperSpec]):
     def next_step(self) -> str:
         return f"infl view {self.run.id}{self.more}"
 
-    def parts(self) -> list[Run]:
-        return [Run(self.run.root, part) for part in self.spec.parts]
+    def members(self) -> list[Run]:
+        return [Run(self.run.root, member) for member in self.spec.parts]
 
     def tables(self) -> list[Table]:
-        return [table for part in self.parts() for table in view_of(part).tables()]
+        return [table for member in self.members() for table in view_of(member).tables()]
 
-    def part_figures(self, part: View[Any], say: Say) -> "list[Shown]":
+    def member_figures(self, member: View[Any], say: Say) -> "list[Shown]":
         return [
-            replace(shown, number=_number(part.spec, shown.name)) for shown in part.figures(say)
+            replace(shown, number=_number(member.spec, shown.name)) for shown in member.figures(say)
         ]
 
 
 def _number(spec: Spec, name: str) -> str | None:
-    """The research report's number of a figure of one of its experiments."""
+    """The number in the research report of a figure; None if it is not in there."""
     from influence_jobs.views.figure import file_name
 
     published = task_class(spec.task.name).published

@@ -1,4 +1,4 @@
-"""s_test vectors: query gradients with the curvature divided out."""
+"""s_test vectors: query gradients times the inverse of the curvature."""
 
 from influence_jobs.kinds.base import Kind
 from influence_jobs.kinds.s_test.spec import STestSpec

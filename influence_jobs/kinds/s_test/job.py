@@ -1,4 +1,4 @@
-"""s_test vectors: what a query's gradient becomes when the curvature of the training loss is divided out."""
+"""s_test vectors: a query's gradient times the inverse of the curvature of the training loss."""
 
 import json
 from collections.abc import Iterator
@@ -24,17 +24,16 @@ from influence_jobs.store.checkpoints import load_checkpoint, recorded_digest
 from influence_jobs.store.layout import S_TEST, S_TEST_VARIANCE, ArrayLayout, repeat_name
 from influence_jobs.tasks.base import Draw, Task
 
-# All queries of a block advance in one product; a block is a chunk. The bytes are of a shard's vectors.
+# A block of queries, which is a chunk, shares each product. The bytes limit a shard's vectors.
 MAX_QUERIES, MAX_BLOCK_BYTES = 64, 64 * 2**20
-# Repeats of a shard: side by side they take three quarters of the time; more shards keep more
-# workers busy.
+# Repeats in a shard: side by side they take 3/4 of the time, but more shards occupy more workers.
 MAX_REPEATS = 3
-SHARD_TABLES = "solutions"  # folder of one table a shard
-SAMPLES_DRAW = 2**32  # Philox key of the subset, apart from those of the solvers
+SHARD_TABLES = "solutions"  # folder with one table for each shard
+SAMPLES_DRAW = 2**32  # Philox key of the subset; solvers use other keys
 
 
 class STestJob(Job[STestSpec]):
-    """Shards are (block of queries, some repeats)."""
+    """A shard is some blocks of queries, with some of their repeats."""
 
     spec_type = STestSpec
 
@@ -102,7 +101,7 @@ class STestJob(Job[STestSpec]):
         progress(0)
         block = self.plan().arrays[0].chunk_rows
         starts = range(shard.start, shard.stop, block)
-        repeats, units = shard.repetitions, self._units(shard)
+        repeats, units = shard.repeats, self._units(shard)
         vectors: dict[int, list[npt.NDArray[np.floating[Any]]]] = {r: [] for r in repeats}
         rows = []
         for i, start in enumerate(starts):
@@ -123,7 +122,7 @@ class STestJob(Job[STestSpec]):
             repeat_name(repeat) if self._repeats > 1 else S_TEST: np.concatenate(blocks)
             for repeat, blocks in vectors.items()
         }
-        # A table of its own: shards must not write one file together.
+        # One table for each shard: two shards must not write to one file.
         files = self.run_store.write_table(f"{SHARD_TABLES}/{shard.id}", pa.Table.from_pylist(rows))
         return Result(found, files)
 
@@ -149,7 +148,7 @@ class STestJob(Job[STestSpec]):
     @cached_property
     def _operator(self) -> Operator:
         curvature, draw = self.spec.curvature, Draw(self.spec.curvature.seed)
-        # Without curvature neither is used; the Hessian asks nothing of a task but its losses.
+        # The identity solver uses neither. The Hessian needs only the losses of a task.
         if curvature.operator == "gauss-newton" and self.spec.solver.uses_curvature:
             return GaussNewton(
                 self._model, self._space, self.task, self._samples, draw, self.batch_size
@@ -188,7 +187,7 @@ class STestJob(Job[STestSpec]):
 
 
 def curvature_samples(task: Task, curvature: Curvature) -> torch.Tensor:
-    """Ids of the samples a curvature is measured on, ascending: all, or a random subset."""
+    """Ids of the samples that the curvature is measured on, ascending: all or a random subset."""
     n = len(task.train_data())
     if curvature.samples is None or curvature.samples >= n:
         return torch.arange(n)
@@ -197,7 +196,7 @@ def curvature_samples(task: Task, curvature: Curvature) -> torch.Tensor:
 
 
 def _rows(solution: Solution, start: int, repeat: int) -> list[dict[str, Any]]:
-    """The table of one solution, a row a query."""
+    """The rows of a solution in the table, one for each query."""
     return [
         {
             "query": start + i,

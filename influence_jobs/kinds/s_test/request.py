@@ -1,19 +1,20 @@
-"""What can be asked of s_test vectors."""
+"""The request for s_test vectors."""
 
 from influence_jobs.requests.base import Many, Say, option
 from influence_jobs.requests.options import CurvatureOptions, QueriesOptions, WeightsRequest
 from influence_jobs.specs.base import Spec
 
 LAYERS_THAT_COUNT = (
-    "Layers whose parameters count: number, module or parameter name, pattern such as '*lora*', or "
-    "all: all that have a number. May be repeated; by default every trained parameter."
+    "Layer whose parameters are used: number (from 1, in forward order), module or parameter name, "
+    "pattern such as '*lora*', or all: all that have a number. May be repeated; by default every "
+    "trained parameter."
 )
 
 
 class STestRequest(WeightsRequest, QueriesOptions, CurvatureOptions):
-    """s_test vectors: gradients of chosen outputs with the curvature of the training loss divided out.
+    """s_test vectors: gradients of chosen outputs times the inverse curvature of the loss.
 
-    One run for each checkpoint.
+    Each checkpoint has a run of its own.
     """
 
     layer: Many[str | int] = option((), LAYERS_THAT_COUNT)
@@ -24,5 +25,5 @@ class STestRequest(WeightsRequest, QueriesOptions, CurvatureOptions):
         from influence_jobs.requests.subject import subject_of
 
         subject = subject_of(self, root, say)
-        asked = queries_of(self, subject.built)
-        return s_tests_of(self, subject, asked, say, layers=self.layer, seed=self.seed)
+        queries = queries_of(self, subject.built)
+        return s_tests_of(self, subject, queries, say, layers=self.layer, seed=self.seed)

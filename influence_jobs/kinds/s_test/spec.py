@@ -14,7 +14,7 @@ class STestSpec(Spec):
     """s_test = (curvature + lambda I)^-1 gradient of each query's quantity, at one checkpoint.
 
     Attributes:
-        modules: Names of the modules whose parameters count, in the model's order.
+        modules: Names of the layers whose parameters are used, in the model's order.
     """
 
     kind: Literal["s-test"] = "s-test"
@@ -26,7 +26,7 @@ class STestSpec(Spec):
 
     @model_validator(mode="after")
     def _normalise(self) -> Self:
-        if not self.solver.uses_curvature:  # which matrix is not used does not matter
+        if not self.solver.uses_curvature:  # it uses no matrix, so all matrices are the same
             object.__setattr__(self, "curvature", Curvature())
         if self.curvature.operator not in self.solver.operators:
             raise ValueError(

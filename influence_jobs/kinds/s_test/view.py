@@ -1,4 +1,4 @@
-"""The view of s_test vectors: how well each was solved for."""
+"""The view of s_test vectors: how accurate each solution is."""
 
 import json
 from collections.abc import Sequence
@@ -13,14 +13,14 @@ MAX_SOLUTIONS = 50
 
 
 class STestView(View[STestSpec]):
-    """Damping, residual and cost of each vector."""
+    """Shows damping, residual and cost of each vector."""
 
     @property
     def title(self) -> str:
         return f"s_test vectors ({self.spec.task.slug})"
 
     def certainty(self) -> list[str]:
-        """Effective damping, residual, and what happened on the way."""
+        """Effective damping, residual, and the solver's messages."""
         if not self.spec.solver.uses_curvature:
             return ["no curvature: s_test is the query's gradient"]
         rows = self.run.read_table("solutions").to_pylist()
@@ -43,7 +43,7 @@ class STestView(View[STestSpec]):
         return f"infl submit influence --s-test {self.run.id}{self.more}"
 
     def tables(self) -> list[Table]:
-        """How the first vectors were found."""
+        """Damping, residual and cost of the first vectors."""
         rows = self.run.read_table("solutions").to_pylist()
         count = len(rows)
         more = f" The first {MAX_SOLUTIONS} of {count}." if count > MAX_SOLUTIONS else ""
@@ -53,9 +53,9 @@ class STestView(View[STestSpec]):
                 title="s_test vectors",
                 columns=("query", "repeat", "lambda", "residual", "steps", "gradient equivalents"),
                 rows=[tuple(row[column] for column in columns) for row in rows[:MAX_SOLUTIONS]],
-                note="Residual: of (curvature + lambda I) x = gradient, relative to the gradient. "
-                "Gradient equivalents: cost of the query's whole block, in passes over the training "
-                f"set for one vector.{more}",
+                note="Residual: norm of (curvature + lambda I) x - gradient, relative to the "
+                "gradient. Gradient equivalents: cost of the query's whole block, in passes over "
+                f"the training set for one vector.{more}",
             )
         ]
 

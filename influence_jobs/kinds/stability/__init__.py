@@ -1,4 +1,4 @@
-"""Stability of rankings over seeds."""
+"""Stability of rankings over training seeds."""
 
 from influence_jobs.kinds.base import Kind
 from influence_jobs.kinds.stability.spec import StabilitySpec

@@ -1,4 +1,4 @@
-"""Stability: how much of each method's ranking is left after training anew from other seeds."""
+"""Stability: how much of each method's ranking remains after training from other seeds."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -18,7 +18,7 @@ from influence_jobs.store.rankings import digests, needed_runs, query_scores
 
 
 class StabilityJob(Job[StabilitySpec]):
-    """No shards: all that it needs are other runs."""
+    """A job without shards: it compares the results of other runs."""
 
     spec_type = StabilitySpec
 
@@ -77,7 +77,7 @@ def _all(spec: StabilitySpec) -> list[Ranking]:
 
 
 def _summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The mean overlap over queries with its interval, by method; of a query the mean over retrainings counts."""
+    """One row for each method: the overlap, first averaged over retrainings, then over queries."""
     found = []
     for method in dict.fromkeys(row["method"] for row in rows):
         of_method = [row for row in rows if row["method"] == method]

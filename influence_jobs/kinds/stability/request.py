@@ -1,4 +1,4 @@
-"""What can be asked of a stability run."""
+"""The request for a stability run."""
 
 from influence_jobs.kinds.stability.spec import StabilitySpec
 from influence_jobs.requests.base import One, Say, option
@@ -12,8 +12,10 @@ METHODS = ("attribution", "helpful", "harmful")
 class StabilityRequest(ExperimentRequest, EnsembleOptions):
     """Train from other seeds: how many of a query's top samples are found again?"""
 
-    retrainings: One[Count] = option(5, "Compared with the first training.", panel=EXPERIMENT)
-    top: One[Count] = option(100, "Samples that are compared.", panel=EXPERIMENT)
+    retrainings: One[Count] = option(
+        5, "Number of retrainings to compare with the first training.", panel=EXPERIMENT
+    )
+    top: One[Count] = option(100, "Number of top samples to compare.", panel=EXPERIMENT)
 
     def specs(self, root: str, say: Say) -> tuple[Spec, ...]:
         from influence_jobs.requests.solving import require_used

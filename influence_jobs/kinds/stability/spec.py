@@ -10,11 +10,12 @@ from influence_jobs.specs.rankings import Ranking, require_alike
 
 
 class StabilitySpec(Spec):
-    """How much of a ranking is left when the model is trained anew from other seeds.
+    """How much of a ranking remains when the model is trained from other seeds.
 
     Attributes:
-        methods: Rankings of one method from several trainings: the first is compared with each of the others.
-        top: Size of the heads that are compared.
+        methods: For each method its rankings from several trainings. The first ranking is compared
+            with each of the others.
+        top: Number of top samples that are compared.
     """
 
     kind: Literal["stability"] = "stability"

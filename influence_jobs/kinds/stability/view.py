@@ -23,11 +23,11 @@ from influence_jobs.views.table import Table
 if TYPE_CHECKING:
     from influence_jobs.views.figure import Shown
 
-SEED_QUERIES = 3  # queries that are shown after each training
+SEED_QUERIES = 3  # queries whose top samples are shown for each training
 
 
 class StabilityView(View[StabilitySpec]):
-    """How many of the first samples are found again."""
+    """How many of the top samples are found again."""
 
     @property
     def title(self) -> str:
@@ -60,7 +60,7 @@ class StabilityView(View[StabilitySpec]):
         if (known := self._published()) is not None and method in known.stability:
             theirs = known.stability[method]
             title = f"Table {known.stability_tables[method]}. {title}"
-            note = "In brackets: the research report's."
+            note = "In brackets: the numbers of the research report."
             if method != "attribution":
                 note += f" {published.OTHER_QUANTITY}"
         lines: list[tuple[object, ...]] = []
@@ -73,7 +73,7 @@ class StabilityView(View[StabilitySpec]):
         return Table(title, ("test", *names), lines, note)
 
     def _published(self) -> published.Published | None:
-        """The research report's figures, if the run is of its test images and training set."""
+        """The published numbers, if the run has the same test images and training set."""
         known = task_class(self.spec.task.name).published
         tests = tuple(query.test for query in self.spec.queries.items)
         whole = self.spec.task.options.get("limit") is None
@@ -152,7 +152,7 @@ class StabilityView(View[StabilitySpec]):
 
 
 def _percents(ours: npt.NDArray[np.float64], theirs: npt.NDArray[np.float64] | None) -> list[str]:
-    """Shares in per cent, the research report's in brackets."""
+    """Shares in per cent, the published ones in brackets."""
     if theirs is None:
         return [f"{100 * share:.0f}%" for share in ours]
     return [f"{100 * a:.0f}% ({100 * b:.0f}%)" for a, b in zip(ours, theirs, strict=True)]

@@ -1,4 +1,4 @@
-"""Training one model of a task."""
+"""The training of one model of a task."""
 
 from influence_jobs.kinds.base import Kind
 from influence_jobs.kinds.train.spec import TrainSpec

@@ -1,11 +1,12 @@
-"""Train one model; a run of a single shard that saves its state as it goes."""
+"""Train one model, in a single shard that saves its state from time to time."""
 
 import math
 from collections.abc import Iterator
 
 import pyarrow as pa
+import torch
 
-from influence_jobs.errors import SpecError
+from influence_jobs.errors import DataError, SpecError
 from influence_jobs.jobs.base import Job, Plan, Progress, Result, Shard
 from influence_jobs.jobs.norm_arrays import norm_layouts
 from influence_jobs.jobs.recipe import recipe_of
@@ -14,12 +15,13 @@ from influence_jobs.kinds.train.spec import TrainSpec
 from influence_jobs.specs.base import AnySpec
 from influence_jobs.store.layout import TRAINING_STATE, ArrayLayout, checkpoint_name, norms_name
 from influence_jobs.store.run import checksum
+from influence_jobs.tasks.base import Draw, to_device
 from influence_jobs.training.recorded_norms import RecordedNorms
-from influence_jobs.training.train import Trainer
+from influence_jobs.training.train import Trainer, initial_model, require_full_batches
 
 
 class TrainJob(Job[TrainSpec]):
-    """One shard: all epochs. A killed training goes on from its last saved state, with the same bits."""
+    """One shard for all epochs. A killed training resumes from its last saved state, bit by bit."""
 
     spec_type = TrainSpec
 
@@ -37,6 +39,7 @@ class TrainJob(Job[TrainSpec]):
 
     def plan(self, shard_rows: int | None = None) -> Plan:
         n = len(self.task.train_data())
+        require_full_batches(self.task, self.spec.batch_size, n)
         arrays: tuple[ArrayLayout, ...] = ()
         if self.spec.norm_layers:
             arrays = norm_layouts(
@@ -64,9 +67,10 @@ class TrainJob(Job[TrainSpec]):
             progress(trainer.samples_seen)
             if mean_loss is not None:
                 if not math.isfinite(mean_loss):
+                    self._require_finite_at_first()
                     raise SpecError(
-                        f"the training diverged: the mean loss of epoch {trainer.epoch} is {mean_loss}; "
-                        "lower the learning rate"
+                        f"the training diverged: the mean loss of epoch {trainer.epoch} is "
+                        f"{mean_loss}; lower the learning rate"
                     )
                 metrics.append(
                     {"epoch": trainer.epoch, "train_loss": mean_loss, **self._evaluate(trainer)}
@@ -113,3 +117,20 @@ class TrainJob(Job[TrainSpec]):
     def finish(self) -> Result:
         self.run_store.files.delete(TRAINING_STATE)
         return Result(files=self.write_samples() if self.spec.norm_layers else {})
+
+    @torch.no_grad()
+    def _require_finite_at_first(self) -> None:
+        """Tell a sample that is at fault from a training that diverged.
+
+        Raises:
+            DataError: The loss of a sample is not finite before any training.
+        """
+        model = initial_model(self.task, self.spec.seed, self.device).eval()
+        for ids in torch.split(torch.arange(len(self.task.train_data())), self.task.batch_size):
+            batch = to_device(self.task.batch(ids, Draw(self.spec.seed)), self.device)
+            bad_B = ~self.task.losses(model, batch).isfinite().cpu()
+            if bad_B.any():
+                raise DataError(
+                    f"the training loss of sample {int(ids[bad_B][0])} is not finite before any "
+                    "training: check the sample"
+                )

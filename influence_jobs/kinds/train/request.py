@@ -1,4 +1,4 @@
-"""What can be asked of a training."""
+"""The request for a training."""
 
 from typing import Annotated, Any, Literal
 
@@ -13,28 +13,41 @@ from influence_jobs.terms import Reduction
 
 
 class TrainRequest(Request):
-    """Train a model of a task; keeps weights at chosen epochs, and gradient norms if asked."""
+    """Train a model of a task; keep the weights of chosen epochs, and gradient norms on request."""
 
-    preset: One[str | None] = option(None, "Training preset: a name, or a YAML file of your own.")
-    epochs: One[Count | None] = option(None, "Epochs to train; the preset's by default.")
-    seed: One[Seed] = option(0, "Of weights, order and noise.", panel=TRAINING)
+    preset: One[str | None] = option(
+        None,
+        "Training preset: a name such as ffdnet-report, or a YAML file of your own; by default the "
+        "task's.",
+    )
+    epochs: One[Count | None] = option(None, "Epochs to train; by default the preset's.")
+    seed: One[Seed] = option(
+        0, "Seed of the initial weights, the order of samples, and their noise.", panel=TRAINING
+    )
     save_epoch: Many[Count] = option(
-        (), "Keep the weights of this epoch too. May be repeated.", panel=TRAINING
+        (), "Also keep the weights after this epoch. May be repeated.", panel=TRAINING
     )
     optimizer: Literal["sgd", "adam"] | None = option(
-        None, "The preset's, else sgd, by default.", panel=TRAINING
+        None, "By default the preset's, else sgd.", panel=TRAINING
     )
-    lr: One[float | None] = option(None, "Learning rate.", panel=TRAINING)
-    momentum: One[float | None] = option(None, "Of SGD.", panel=TRAINING)
-    weight_decay: One[float | None] = option(None, "L2 penalty.", panel=TRAINING)
-    batch_size: One[Count | None] = option(None, "Samples a step.", panel=TRAINING)
+    lr: One[float | None] = option(None, "Learning rate; by default the preset's.", panel=TRAINING)
+    momentum: One[float | None] = option(
+        None, "Momentum of SGD; by default the preset's.", panel=TRAINING
+    )
+    weight_decay: One[float | None] = option(
+        None, "Weight decay (L2 penalty); by default the preset's.", panel=TRAINING
+    )
+    batch_size: One[Count | None] = option(
+        None, "Samples in a step; by default the preset's.", panel=TRAINING
+    )
     norms_layer: Many[str | int] = option(
         (),
-        "Record this layer's batch-gradient norms while training (Algorithm 1). May be repeated.",
+        "Record the norms of this layer's batch gradients during training (Algorithm 1 of the "
+        "research report). May be repeated.",
         panel=TRAINING,
     )
     norms_skip_epochs: One[Annotated[int, Field(ge=0)] | None] = option(
-        None, "First epochs not recorded; 1 by default.", panel=TRAINING
+        None, "Number of first epochs without recorded norms; by default 1.", panel=TRAINING
     )
     reduce: Reduction | None = option(None, f"{REDUCE} By default channel.")
 
@@ -42,7 +55,7 @@ class TrainRequest(Request):
         return (self.spec(say),)
 
     def spec(self, say: Say) -> TrainSpec:
-        """The training that is asked for."""
+        """The spec of the training."""
         from influence_jobs.requests.subject import task_of, training_of
         from influence_jobs.tasks.layers import resolve_weights
 

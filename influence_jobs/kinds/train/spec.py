@@ -1,4 +1,4 @@
-"""Training one model, and the weights it leaves."""
+"""The training of one model, and the weights that it keeps."""
 
 from pathlib import PurePath
 from typing import Annotated, Literal, Self
@@ -15,8 +15,11 @@ class TrainSpec(NormsSpec):
 
     Attributes:
         save_epochs: Epochs (from 1) whose weights are kept; the last one always is.
-        norm_layers: Module names whose batch-gradient norms are recorded (the report's Algorithm 1).
-        norm_skip_epochs: First epochs left out of the recorded norms, as the original does with one.
+        norm_layers: Layers whose batch-gradient norms are recorded (Algorithm 1 of the research
+            report).
+        norm_reduction: The axes of the norms that are kept; see `terms.Reduction`.
+        norm_skip_epochs: Number of first epochs whose norms are not recorded; 1 in the research
+            report.
     """
 
     kind: Literal["train"] = "train"
@@ -34,7 +37,7 @@ class TrainSpec(NormsSpec):
 
     @model_validator(mode="after")
     def _normalise(self) -> Self:
-        # Two ways to ask for the same thing must give one hash.
+        # Two ways to request the same training must give one hash.
         last = self.epochs
         beyond = [epoch for epoch in self.save_epochs if epoch > last]
         if beyond:
@@ -62,7 +65,7 @@ class TrainSpec(NormsSpec):
 
 
 class TrainedCheckpoint(Model):
-    """The weights of a train run after one of its saved epochs."""
+    """The weights that a train run saved after an epoch."""
 
     train: TrainSpec
     epoch: int

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class TrainView(NormsView[TrainSpec]):
-    """What was measured after each epoch, and the norms that were recorded."""
+    """The measurements after each epoch, and the recorded norms."""
 
     @property
     def title(self) -> str:
@@ -22,8 +22,8 @@ class TrainView(NormsView[TrainSpec]):
 
     def certainty(self) -> list[str]:
         said = (
-            f"One training, from seed {self.spec.seed}; infl submit stability tells what another "
-            "seed changes."
+            f"One training, from seed {self.spec.seed}; infl submit stability measures what "
+            "another seed changes."
         )
         return [said]
 
@@ -58,7 +58,7 @@ class TrainView(NormsView[TrainSpec]):
         said = ", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in last.items() if k != "epoch")
         return Shown(
             "training",
-            "What the training measured after each epoch",
+            "Measurements after each epoch",
             f"After epoch {last['epoch']}: {said}.",
             metrics,
             panels=epoch_panels(metrics.to_pylist()),

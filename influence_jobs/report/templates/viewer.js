@@ -1,6 +1,6 @@
 "use strict";
 
-// While a run is at work, its progress; when all have ended, their results.
+// While a run is at work, update its progress. When all runs have ended, load their results.
 const progress = document.getElementById("progress");
 const atWork = () => progress?.querySelector("[data-state=new], [data-state=running]");
 if (atWork()) {
@@ -14,23 +14,23 @@ if (atWork()) {
   }, 2000);
 }
 
-// A click on the image fills in the form; the answer comes without a new page.
+// A click on the image fills in the form. The answer is shown without loading a new page.
 const form = document.getElementById("point");
 if (form) {
   const image = document.querySelector("#image img");
   const mark = document.querySelector("#image .mark");
   const answer = document.getElementById("answer");
-  let asked = 0;
+  let clicks = 0;
 
   async function explain() {
-    const mine = ++asked;
+    const mine = ++clicks;
     const words = new URLSearchParams(new FormData(form));
     mark.style.left = `${(100 * (Number(form.x.value) + 0.5)) / image.naturalWidth}%`;
     mark.style.top = `${(100 * (Number(form.y.value) + 0.5)) / image.naturalHeight}%`;
     mark.hidden = false;
     const reply = await fetch(`${form.dataset.answer}?${words}`);
     const text = await reply.text();
-    if (mine !== asked) return; // a later click is on its way
+    if (mine !== clicks) return; // a later click replaces this one
     if (reply.ok) answer.innerHTML = text;
     else answer.textContent = new DOMParser().parseFromString(text, "text/html").querySelector("main p")?.textContent ?? "no answer";
   }

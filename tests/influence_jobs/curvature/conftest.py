@@ -1,4 +1,4 @@
-"""A small network with Linear, Conv2d and BatchNorm layers, and its curvature as dense float64 matrices."""
+"""A small network with Linear, Conv2d and BatchNorm layers, and its dense float64 curvature."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Products with the curvature, against dense float64 matrices and against curvlinops."""
+"""Products with the curvature, compared with dense float64 matrices and with curvlinops."""
 
 import pytest
 import torch
@@ -81,14 +81,14 @@ def test_mini_batches_side_by_side_are_each_alone(case, kind, held, monkeypatch)
 
 
 class Looking(SmallNet):
-    """Looks at values, which no transform over mini-batches allows."""
+    """Branches on a tensor's value, which vmap over mini-batches does not allow."""
 
     def forward(self, x):
         return super().forward(x * 2 if x.sum() > 0 else x * 3)
 
 
 class Sharing(Classes):
-    """A batch has a tensor that is no sample's, but as long as two mini-batches."""
+    """A batch has a tensor without a sample axis, as long as two mini-batches."""
 
     def batch(self, ids, draw):
         return *super().batch(ids, draw), torch.arange(2.0, 8.0, dtype=torch.float64)
@@ -119,7 +119,7 @@ def test_finite_differences_are_taken_one_by_one(case):
 
 
 class Idle(SmallNet):
-    """Has a layer that it never uses."""
+    """A model with a layer that it never uses."""
 
     def __init__(self, outputs):
         super().__init__(outputs)
@@ -215,7 +215,7 @@ class Undeclared(Classes):
     ("task", "message"),
     [
         (Mistaken, "losses of Mistaken are not the cross-entropy of its outputs"),
-        (Noisy, "two passes over the same samples of Noisy give other losses"),
+        (Noisy, "two passes over the same samples of Noisy give different losses"),
         (Undeclared, "Undeclared declares no output_loss"),
     ],
 )

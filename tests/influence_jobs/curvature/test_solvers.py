@@ -1,4 +1,4 @@
-"""Solvers of (A + lambda I) x = v, against dense float64 inverses."""
+"""Solvers of (A + lambda I) x = v, compared with dense float64 inverses."""
 
 import math
 
@@ -98,7 +98,7 @@ def test_the_mean_of_lissa_is_the_inverse_within_its_standard_error(case):
 
 @pytest.mark.parametrize("scale", [4.0, 9.0])
 def test_the_fixed_point_of_the_recursion_has_damping_d_times_s(case, scale):
-    # With every sample in every step there is no noise: the recursion itself is seen.
+    # With every sample in every step there is no noise: the test sees the recursion alone.
     operator, v_QP = case.gauss_newton(), randoms(2, case.space.size)
     dense = case.dense_gauss_newton()
     operator.products = lambda h_EQP, ids: case.space.split(h_EQP @ dense)  # type: ignore[method-assign]
@@ -148,7 +148,7 @@ def test_repeats_side_by_side_find_what_each_finds_alone(case, depth, monkeypatc
 
 
 @pytest.mark.parametrize("case", [Classes], indirect=True)
-def test_of_repeats_side_by_side_only_the_diverging_start_anew(case):
+def test_of_repeats_side_by_side_only_the_diverging_ones_restart(case):
     v_QP, settings = randoms(2, case.space.size), {"depth": 150, "batch_size": 2}
     largest = float(torch.linalg.eigvalsh(case.dense_gauss_newton())[-1])
     for scale in torch.linspace(0.2, 1.5, 27).tolist():
@@ -165,7 +165,7 @@ def test_of_repeats_side_by_side_only_the_diverging_start_anew(case):
         assert found.record["scale"] == expected.record["scale"]
 
 
-def test_a_diverging_repeat_starts_anew_with_a_larger_scale_and_says_so(case):
+def test_a_diverging_repeat_restarts_with_a_larger_scale_and_says_so(case):
     v_QP = randoms(2, case.space.size)
     largest = float(torch.linalg.eigvalsh(case.dense_gauss_newton())[-1])
     scale = largest / 8
@@ -195,7 +195,7 @@ def test_a_hessian_that_lambda_does_not_cover_is_told(case):
     v_QP = randoms(1, case.space.size)
     uncovered = Lissa(-smallest / 2, scale=20.0, depth=5, batch_size=4)
     (message,) = uncovered.solve(case.hessian(), v_QP).record["messages"]
-    assert "does not cover the smallest eigenvalue -" in message
+    assert "does not make the smallest eigenvalue -" in message
     covered = Lissa(-smallest * 2, scale=20.0, depth=5, batch_size=4)
     assert covered.solve(case.hessian(), v_QP).record["messages"] == []
 

@@ -30,7 +30,7 @@ NAMES = (
 
 @pytest.fixture
 def copied(mnist_dir: Path, tmp_path: Path) -> Path:
-    """A data folder of the test's own with the real files."""
+    """A data folder for one test, with the real files."""
     raw = tmp_path / "data" / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for name in NAMES:
@@ -69,9 +69,9 @@ def test_the_real_thing(mnist_dir: Path) -> None:
     assert data.train_images.dtype == data.test_images.dtype == torch.uint8
     assert data.train_labels.dtype == data.test_labels.dtype == torch.int64
     assert data.train_labels[:5].tolist() == [5, 0, 4, 1, 9]
-    # The ten test samples the report looks at, and their labels.
-    report = [3520, 3879, 597, 2667, 5673, 8616, 5570, 9489, 3714, 7362]
-    assert data.test_labels[report].tolist() == [6, 9, 0, 8, 0, 4, 5, 1, 6, 7]
+    # The ten test samples of the research report, and their labels.
+    tests = [3520, 3879, 597, 2667, 5673, 8616, 5570, 9489, 3714, 7362]
+    assert data.test_labels[tests].tolist() == [6, 9, 0, 8, 0, 4, 5, 1, 6, 7]
     assert data.train_images.float().mean() / 255 == pytest.approx(0.1307, abs=1e-4)
 
 
@@ -231,7 +231,7 @@ def test_default_data_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 
 
 class TestWheel:
-    """Reading the wheel's one data member."""
+    """Reading the data file of the wheel."""
 
     @staticmethod
     def build(path: Path, pickled: bytes) -> Path:
@@ -288,7 +288,7 @@ class TestWheel:
                 return os.mkdir, (str(marker),)
 
         wheel = self.build(tmp_path / "a.whl", pickle.dumps([Planted()], protocol))
-        with pytest.raises(DataError, match="mkdir is not admitted") as caught:
+        with pytest.raises(DataError, match="mkdir is not allowed") as caught:
             mnist._read_wheel(wheel)
         one_line(caught)
         assert not marker.exists()
@@ -299,7 +299,7 @@ class TestWheel:
     def test_other_functions_are_refused(self, tmp_path: Path, name: str) -> None:
         module, function = name.split()
         wheel = self.build(tmp_path / "a.whl", f"c{module}\n{function}\n.".encode())
-        with pytest.raises(DataError, match="is not admitted"):
+        with pytest.raises(DataError, match="is not allowed"):
             mnist._read_wheel(wheel)
 
     def test_no_wheel_no_member_no_pickle(self, tmp_path: Path) -> None:

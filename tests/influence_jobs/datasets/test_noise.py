@@ -25,7 +25,7 @@ def test_alone_in_a_batch_or_reordered_is_the_same() -> None:
 
 
 def test_an_odd_number_of_values_leaves_nothing_for_the_next_sample() -> None:
-    """Philox makes four words at a time; leftovers in its buffer must not leak."""
+    """Philox makes four words at a time; unused ones must not reach the next sample."""
     for length in range(1, 10):
         both = gaussian_noise(torch.tensor([1, 2]), (length,), seed=3, draw=0)
         alone = gaussian_noise(torch.tensor([2]), (length,), seed=3, draw=0)
@@ -58,7 +58,7 @@ def test_moments_and_independence() -> None:
     assert numbers.max() < 1
     assert numbers.mean() == pytest.approx(0.5, abs=0.01)
     assert numbers.var() == pytest.approx(1 / 12, abs=0.003)
-    # Neither neighbouring ids, nor noise and sigma of one sample, go together.
+    # Neighbouring ids are uncorrelated, and so are noise and sigma of one sample.
     together = torch.corrcoef(
         torch.stack((normal[:-1, 0], normal[1:, 0], numbers[:-1], numbers[1:]))
     )
@@ -66,7 +66,7 @@ def test_moments_and_independence() -> None:
 
 
 def test_values_are_pinned() -> None:
-    """Stored results depend on these: a change of generator must not pass unseen."""
+    """Stored results depend on these values: another generator must fail this test."""
     assert noise([7], seed=11, draw=3).flatten()[:4].tolist() == pytest.approx(
         [-1.1574947, -0.6272866, -1.1070461, -1.3810667]
     )

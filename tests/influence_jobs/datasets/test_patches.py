@@ -36,7 +36,7 @@ def test_locate_is_brute_force_enumeration(
     assert list(located) == [expected[i] for i in some]
 
 
-def test_the_reports_number_of_patches() -> None:
+def test_the_research_reports_number_of_patches() -> None:
     index = PatchIndex([(321, 481), (481, 321)] * 250, 50, 17, [""] * 500)
     assert len(index) == 208_000
     image, row, column = index.locate([0, 25, 26, 415, 416, 416 + 16, 207_999])

@@ -1,7 +1,8 @@
-"""New labels and the summary of an ablation, against what is worked out by hand."""
+"""New labels and the summary of an ablation, compared with results worked out by hand."""
 
 import numpy as np
 import pytest
+from scipy.stats import norm
 
 from influence_jobs.experiments.ablation import new_labels, summary
 from influence_jobs.experiments.intervals import mean_interval
@@ -14,7 +15,7 @@ def labels(rule: str, query_label: int = 3, seed: int = 0, ids=IDS, own=LABELS) 
     return new_labels(rule, ids, own, query_label, num_classes=10, seed=seed).tolist()
 
 
-def test_the_reports_rule_is_class_0_or_1_where_the_query_is_of_class_0() -> None:
+def test_the_research_reports_rule_is_class_0_or_1_for_queries_of_class_0() -> None:
     assert labels("report", query_label=3) == [0, 0, 0]
     assert labels("report", query_label=0) == [1, 1, 1]
 
@@ -35,8 +36,9 @@ def test_random_labels_are_other_classes_and_depend_on_seed_and_id_alone() -> No
 
 def row(query: int, loss: float, before: float, decision: int | None = 1, **more) -> dict:
     return {
-        "mode": "remove", "by": "helpful", "k": 5, "query": query, "loss": loss, "decision": decision,
-        "loss_before": before, "decision_before": None if decision is None else 1, **more,
+        "mode": "remove", "by": "helpful", "k": 5, "query": query,
+        "loss": loss, "loss_before": before,
+        "decision": decision, "decision_before": None if decision is None else 1, **more,
     }  # fmt: skip
 
 
@@ -63,3 +65,26 @@ def test_an_interval_covers_the_mean_as_often_as_it_says() -> None:
     covered = [mean_interval(values).low < 1 < mean_interval(values).high for values in draws]
     assert 0.89 < np.mean(covered) < 0.99
     assert mean_interval(np.full(5, 3.0)) == (3, 3, 3)
+
+
+def test_random_labels_are_the_ones_that_stored_runs_were_trained_on() -> None:
+    assert labels("random") == [4, 8, 7]
+
+
+def test_the_interval_of_a_mean_is_the_bca_bootstraps() -> None:
+    values = np.random.default_rng(2).exponential(size=30)
+    found = mean_interval(values)
+    draws = np.random.default_rng(5)
+    means = np.sort(draws.choice(values, (20_000, 30)).mean(axis=1))
+    below = norm.ppf((means < values.mean()).mean())
+    without = (values.sum() - values) / 29
+    skew = ((without.mean() - without) ** 3).sum() / (
+        6 * ((without - without.mean()) ** 2).sum() ** 1.5
+    )
+    shares = [
+        norm.cdf(below + (below + z) / (1 - skew * (below + z))) for z in norm.ppf([0.025, 0.975])
+    ]
+    assert found.mean == pytest.approx(values.mean())
+    assert (found.low, found.high) == pytest.approx(np.quantile(means, shares), abs=0.02)
+    assert np.isnan(mean_interval(values[:1]).low)
+    assert not np.isnan(mean_interval(values[:2]).low)

@@ -37,7 +37,7 @@ def test_what_never_changes_has_no_correlation() -> None:
 
 def test_the_mean_over_queries_has_an_interval_over_subsets() -> None:
     draws = np.random.default_rng(0)
-    common = draws.normal(size=80)  # what all queries share, as retrainings do
+    common = draws.normal(size=80)  # shared by all queries, as the noise of retrainings is
     predicted = draws.normal(size=(30, 80))
     found = 0.5 * predicted + common + 0.1 * draws.normal(size=(30, 80))
     expected = np.mean([lds(p, f).value for p, f in zip(predicted, found, strict=True)])
@@ -45,10 +45,43 @@ def test_the_mean_over_queries_has_an_interval_over_subsets() -> None:
     assert mean.mean == pytest.approx(expected)
     assert mean.low < mean.mean < mean.high
     alone = mean_lds(predicted[:, :20], found[:, :20])
-    assert alone.high - alone.low > 1.3 * (mean.high - mean.low)  # fewer subsets say less
+    assert alone.high - alone.low > 1.3 * (
+        mean.high - mean.low
+    )  # fewer subsets give a wider interval
 
 
 def test_queries_without_a_correlation_do_not_count() -> None:
     predicted = np.array([[1.0, 2, 3, 4, 5], [0, 0, 0, 0, 0]])
     assert mean_lds(predicted, np.array([[1.0, 2, 3, 4, 5]] * 2)).mean == pytest.approx(1)
     assert np.isnan(mean_lds(predicted[1:], predicted[:1]).mean)
+
+
+def test_the_interval_of_one_query_is_fishers() -> None:
+    predicted, found = np.random.default_rng(0).normal(size=(2, 28))
+    one = lds(predicted, found)
+    half = 1.959964 / np.sqrt(28 - 3)
+    expected = np.tanh(np.arctanh(one.value) + np.array([-half, half]))
+    assert (one.low, one.high) == pytest.approx(tuple(expected), rel=1e-5)
+    assert not np.isnan(lds(predicted[:4], found[:4]).low)
+    few = lds(predicted[:3], found[:3])  # three points leave nothing to an interval
+    assert np.isnan([few.low, few.high]).all()
+    assert not np.isnan(few.value)
+
+
+def test_the_interval_of_the_mean_holds_its_share_of_resamples() -> None:
+    draws = np.random.default_rng(3)
+    predicted = draws.normal(size=(3, 50))
+    found = predicted + draws.normal(size=(3, 50))
+    mean = mean_lds(predicted, found)
+    resampled = []
+    for _ in range(600):
+        chosen = draws.integers(50, size=50)
+        pairs = zip(predicted[:, chosen], found[:, chosen], strict=True)
+        resampled.append(np.mean([spearmanr(*pair).statistic for pair in pairs]))
+    assert (mean.low, mean.high) == pytest.approx(np.percentile(resampled, [2.5, 97.5]), abs=0.05)
+
+
+def test_subsets_are_the_ones_that_stored_runs_were_trained_on() -> None:
+    """Weights are kept by the samples they were trained on: other draws would train all anew."""
+    assert subset(20, 0.25, 0).tolist() == [6, 9, 14, 16, 17]
+    assert subset(20, 0.25, 3).tolist() == [0, 2, 8, 18, 19]

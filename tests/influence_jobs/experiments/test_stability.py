@@ -1,4 +1,4 @@
-"""Overlap and rank correlation, against sets and ranks taken by hand."""
+"""Overlap and rank correlation, compared with sets and ranks taken by hand."""
 
 import numpy as np
 import pytest
@@ -35,3 +35,15 @@ def test_rank_correlation_is_pearsons_of_the_ranks() -> None:
     expected = np.corrcoef(rankdata(a[there]), rankdata(b[there]))[0, 1]
     assert rank_correlation(a, b) == pytest.approx(expected)
     assert np.isnan(rank_correlation(a, np.zeros(50)))
+
+
+def test_two_samples_are_enough_for_a_rank_correlation_and_one_is_not() -> None:
+    a, b = np.array([1.0, 5.0, NAN]), np.array([8.0, 2.0, 3.0])
+    assert rank_correlation(a, b) == pytest.approx(-1)
+    assert np.isnan(rank_correlation(a[1:], b[1:]))
+    assert np.isnan(rank_correlation(np.zeros(3), b))
+
+
+def test_samples_that_one_ranking_leaves_out_are_not_in_common() -> None:
+    a, b = np.array([5.0, 4, NAN, 2, 1]), np.array([NAN, 4.0, 3, 2, 1])
+    assert overlap(a, b, 3, largest=True) == pytest.approx(2 / 3)

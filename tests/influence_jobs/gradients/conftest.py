@@ -1,4 +1,4 @@
-"""Small models that between them hold every supported layer type and every way to wire one."""
+"""Small models. Together they have every supported layer type and every kind of connection."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""The engine's self-check finds the faults that no look at the modules can find."""
+"""The engine's self-check finds faults that an inspection of the modules cannot find."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ class Probe(nn.Module):
             h = h + F.linear(x, self.first.weight.t())
         if self.fault == "batch statistics":
             h = h - h.mean(0)
-        if self.fault == "first sample":  # shows in the second sample only
+        if self.fault == "first sample":  # visible in the second sample only
             h = h * h[:1].detach()
         if self.fault == "dropout":
             h = F.dropout(h, 0.5)
@@ -81,7 +81,7 @@ def test_wrong_rule(monkeypatch):
         check(Probe())
 
 
-def test_not_finite_is_the_callers_business():
+def test_numbers_that_are_not_finite_are_left_to_the_caller():
     check(Probe(), batch=torch.full((2, 6), torch.nan))
 
 

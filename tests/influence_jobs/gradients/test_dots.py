@@ -1,4 +1,4 @@
-"""Dot products with every sample's gradient against float64 gradients of each sample alone."""
+"""Dot products with every sample's gradient, compared with float64 gradients one by one."""
 
 import warnings
 from typing import Any
@@ -101,7 +101,7 @@ def test_linear_in_the_vectors_and_other_batches(case):
 
 
 class Zoo(nn.Module):
-    """What has a rule, and what has none: attention, recurrence, shared and custom parameters."""
+    """Layers with a rule and without: attention, recurrence, shared and custom parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -220,7 +220,7 @@ def test_without_forward_mode_one_sample_at_a_time(mlp_case):
 
 
 class Spare(nn.Module):
-    """With a layer that no forward calls, and one whose output is dropped."""
+    """A model with a layer that is never called, and one whose output is dropped."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The engine against float64 vmap and against its own twins, and what it leaves behind."""
+"""The engine compared with float64 vmap and with itself on changed batches; no side effects."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def reference_of(case, reduction="kernel"):
 
 
 def relative_error(found, expected):
-    """Largest error of each sample, relative to that sample's largest norm; the worst sample's."""
+    """Largest error over all samples, each relative to that sample's largest norm."""
     assert found.shape == expected.shape
     error = (found.cpu().double() - expected.cpu().double()).abs().reshape(len(found), -1).amax(1)
     return (error / expected.cpu().double().reshape(len(found), -1).amax(1)).max().item()
@@ -121,7 +121,7 @@ def test_channels_last_twin(resnet_case):
 
 
 def test_bfloat16_error_is_bounded(case):
-    """Mixed precision costs 5 % of a layer's norm at most, and of its kernel norms on average.
+    """Mixed precision changes a layer's norm by 5 % at most, its kernel norms by 5 % on average.
 
     One sample's kernel norms can be 10 % off where a unit falls to the other side of a ReLU.
     """
@@ -195,7 +195,7 @@ def test_no_backward_below_first_asked_layer():
         GradNorms(model, ["below", "asked"], losses, reduction="layer") as engine,
         pytest.raises(AssertionError, match="below the first"),
     ):
-        engine(batch)  # the guard does guard
+        engine(batch)  # the guard raises if the backward pass reaches it
 
 
 def test_checkpoints_may_be_loaded_in_between(mlp_case):
@@ -277,7 +277,7 @@ class Overwriting(nn.Module):
     def forward(self, x):
         h = self.first(x)
         y = self.second(h)
-        return y + h.relu_()  # h is what `second` saw, until here
+        return y + h.relu_()  # h was the input of `second`
 
 
 def test_overwritten_input_is_refused(mlp_case):
@@ -285,7 +285,7 @@ def test_overwritten_input_is_refused(mlp_case):
     case = mlp_case._replace(model=Overwriting().eval(), layers=["second"], batch=batch)
     with pytest.raises(ModelError, match="layer 'second': its input was overwritten"):
         norms_of(case)
-    case = case._replace(layers=["first"])  # whose output is overwritten: harmless
+    case = case._replace(layers=["first"])  # harmless: its output is overwritten, not its input
     assert_equal_norms(norms_of(case), reference_of(case), 1e-5)
 
 

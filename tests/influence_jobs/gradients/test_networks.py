@@ -1,4 +1,4 @@
-"""The report's networks against the float64 vmap reference, at the layers and reductions that are asked for."""
+"""Norms of the research report's networks, compared with the float64 vmap reference."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +27,7 @@ REDUCTIONS: tuple[Reduction, ...] = ("kernel", "channel", "layer")
 def assert_norms_agree(
     model: nn.Module, layers: list[str], losses: Losses, batch: Batch, precision: Precision
 ) -> None:
-    """Relative to each sample's largest norm, as rounding in its forward pass is relative to that."""
+    """Errors are relative to each sample's largest norm, as rounding in its forward pass is."""
     tolerance = 1e-10 if precision == "float64" else 1e-5
     gradients = per_sample_gradients(model, layers, losses, batch)
     for reduction in REDUCTIONS:
@@ -61,7 +61,7 @@ def test_ffdnet_with_the_published_weights(memory_format: torch.memory_format) -
 
 
 def test_ffdnet_untrained() -> None:
-    """In float64: untrained activations lie so near zero that float32 and float64 differ in their ReLUs."""
+    """In float64: float32 may put an untrained activation on the other side of a ReLU."""
     task = FFDNetTask(patch_size=26, stride=26)
     torch.manual_seed(0)
     model = FFDNet(color=True).double().eval()

@@ -34,7 +34,7 @@ def test_the_gradient_is_autograds_and_zero_for_unused_parameters(model):
 
 
 @pytest.mark.parametrize(
-    ("modules", "message"), [(["9"], "no module '9'"), (["1"], "no parameters of its own")]
+    ("modules", "message"), [(["9"], "no layer '9'"), (["1"], "no parameters of its own")]
 )
 def test_bad_modules_are_named(model, modules, message):
     with pytest.raises(ModelError, match=message):

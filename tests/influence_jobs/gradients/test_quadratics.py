@@ -1,4 +1,4 @@
-"""Quadratic forms of sample gradients against the formula on explicit float64 gradients."""
+"""Quadratic forms of sample gradients, compared with the formula on float64 gradients."""
 
 import pytest
 import torch

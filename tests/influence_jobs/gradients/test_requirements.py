@@ -1,4 +1,4 @@
-"""Every refusal: a ModelError of one line that names the module."""
+"""Every refusal is a ModelError of one line that names the module."""
 
 import pytest
 import torch

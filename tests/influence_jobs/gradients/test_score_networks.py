@@ -1,4 +1,4 @@
-"""Scores of the report's networks and the example's: explicit products of float64 gradients within 1e-5."""
+"""Scores of the research report's and the example's networks, within 1e-5 of float64 products."""
 
 from pathlib import Path
 from typing import Any

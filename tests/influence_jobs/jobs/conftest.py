@@ -30,7 +30,7 @@ def queries() -> Queries:
 
 @pytest.fixture(scope="session")
 def scores_root(tmp_path_factory: pytest.TempPathFactory, trained_root: Path) -> Path:
-    """Runs of all score tests of this session, beside the training that they read."""
+    """Folder of the runs of all score tests of this session, and of their training."""
     root = tmp_path_factory.mktemp("scores") / "runs"
     shutil.copytree(trained_root, root)
     return root

@@ -1,4 +1,4 @@
-"""Attribution and baseline runs, against loops over what is stored."""
+"""Attribution and baseline runs, compared with loops over stored arrays."""
 
 import numpy as np
 import pytest
@@ -58,7 +58,7 @@ def test_scores_are_activations_times_the_stored_norms(
     assert find_damage(run).damaged == {}
 
 
-def test_shards_leave_no_trace_in_the_bytes(
+def test_the_bytes_do_not_depend_on_shards(
     carry_out, fresh_root, grad_norms_spec, checkpoint, queries
 ):
     spec = attribution(grad_norms_spec, checkpoint, queries, normalize=True)

@@ -1,15 +1,17 @@
-"""s-test and influence runs, against explicit gradients and dense solutions."""
+"""s-test and influence runs, compared with explicit gradients and dense solutions."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 
-from influence_jobs.curvature import ConjugateGradient, GaussNewton
+from influence_jobs.curvature import ConjugateGradient, EkFac, GaussNewton
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.gradients.reference import gradients_one_by_one
 from influence_jobs.jobs.queries import query_gradients
+from influence_jobs.kinds import view_of
 from influence_jobs.kinds.influence.spec import InfluenceSpec
 from influence_jobs.kinds.s_test.job import curvature_samples
 from influence_jobs.kinds.s_test.spec import STestSpec
@@ -112,7 +114,7 @@ def test_repeats_share_shards_and_their_mean_and_variance_are_stored(carry_out, 
 
 
 def test_a_plan_of_one_repeat_a_shard_is_kept(carry_out, make_s_test, fresh_root):
-    # As runs have it that began before repeats shared shards.
+    # Runs that began before repeats shared shards have such a plan.
     spec = make_s_test(
         solver=LissaSettings(damping=0.5, scale=30.0, depth=60, batch_size=16, repeats=5)
     )
@@ -153,7 +155,7 @@ def test_scores_are_the_dot_products_with_explicit_gradients(
     assert find_damage(run).damaged == {}
 
 
-def test_shards_leave_no_trace_in_the_bytes(carry_out, make_s_test, fresh_root):
+def test_the_bytes_do_not_depend_on_shards(carry_out, make_s_test, fresh_root):
     spec = influence(make_s_test())
     whole = carry_out(spec).read_rows(SCORES, 0, N)
     cut = carry_out(spec, shard_rows=256, root=fresh_root()).read_rows(SCORES, 0, N)
@@ -181,10 +183,70 @@ def test_relative_to_the_identity_is_the_gradients_length(
     batch = digits_task.batch(ids, Draw(0))
     gradients = gradients_one_by_one(network, list(space.shapes), digits_task.losses, batch)
     length_B = space.join(gradients).norm(dim=1).numpy()
-    clear = length_B > 0.01 * length_B.max()  # of others float32 has no two digits left
+    clear = (
+        length_B > 0.01 * length_B.max()
+    )  # smaller gradients have less than two digits left in float32
     assert clear.sum() > 5
     expected = plain[:, ids] / length_B
     np.testing.assert_allclose(divided[:, ids][:, clear], expected[:, clear], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("relative", ["theta", "loss"])
+def test_relative_scores_are_divided_by_the_sizes_that_solutions_have(
+    carry_out, make_s_test, network, digits_task, relative
+):
+    """Of x = (G + lambda I)^-1 g, solved for: |x| on the parameters, sqrt(g . x) on the losses."""
+    layers = ("conv2", "head")
+    spec = make_s_test(modules=layers, solver=EkFacSettings(damping=0.05))
+    plain = carry_out(influence(spec)).read_rows(SCORES, 0, N)
+    divided = carry_out(influence(spec, relative=relative)).read_rows(SCORES, 0, N)
+    ids = torch.arange(0, N, 31)
+    space = ParameterSpace(network, layers)
+    batch = digits_task.batch(ids, Draw(0))
+    gradients = gradients_one_by_one(network, list(space.shapes), digits_task.losses, batch)
+    g_BP = space.join(gradients).float()
+    samples = curvature_samples(digits_task, spec.curvature)
+    x_BP = EkFac(0.05).solve(GaussNewton(network, space, digits_task, samples), g_BP).x_QP
+    size_B = x_BP.norm(dim=1) if relative == "theta" else (g_BP * x_BP).sum(dim=1).sqrt()
+    clear = g_BP.norm(dim=1) > 0.01 * g_BP.norm(dim=1).max()  # others are rounding
+    assert clear.sum() > 5
+    expected = (plain[:, ids] / size_B.numpy())[:, clear]
+    np.testing.assert_allclose(divided[:, ids][:, clear], expected, rtol=1e-2)
+
+
+def test_the_curvature_subset_shares_no_random_stream_with_the_solver(
+    carry_out, make_s_test, digits_task, fresh_root, monkeypatch
+):
+    keys: Counter[tuple[int, ...]] = Counter()
+    philox = np.random.Philox
+
+    def noted(*, key, **more):
+        keys[tuple(key)] += 1
+        return philox(key=key, **more)
+
+    monkeypatch.setattr(np.random, "Philox", noted)
+    spec = make_s_test(solver=LissaSettings(damping=0.5, scale=30.0, depth=5, repeats=3))
+    root = fresh_root()
+    carry_out(spec, root=root)
+    of_the_run = set(keys)
+    keys.clear()
+    curvature_samples(digits_task, spec.curvature)
+    assert len(keys) == 1
+    assert len(of_the_run) == 3 + 1  # one a repeat, and the subset's
+    assert of_the_run > set(keys)
+
+
+def test_a_view_says_how_well_its_vectors_solve_the_equation(carry_out, make_s_test):
+    (said,) = view_of(carry_out(make_s_test())).certainty()
+    solutions = carry_out(make_s_test()).read_table("solutions")
+    residual, steps = (max(solutions.column(n).to_pylist()) for n in ("residual", "iterations"))
+    assert said == f"effective damping lambda = 0.1; residual up to {residual:.2g}, {steps} steps"
+    assert min(solutions.column("iterations").to_pylist()) < steps
+    lissa = LissaSettings(damping=0.5, scale=30.0, depth=60, batch_size=16, repeats=5)
+    first, *messages = view_of(carry_out(make_s_test(solver=lissa))).certainty()
+    assert first.startswith("effective damping lambda = 0.5; ")
+    assert f"the recursion's own damping {0.5 / 30:.4g} x scale 30, batches of 16" in first
+    assert len(set(messages)) == len(messages)
 
 
 def test_the_two_relative_forms_divide_by_two_sizes(carry_out, make_s_test):
@@ -192,7 +254,7 @@ def test_the_two_relative_forms_divide_by_two_sizes(carry_out, make_s_test):
     plain = carry_out(influence(spec)).read_rows(SCORES, 0, N)
     theta = plain / carry_out(influence(spec, relative="theta")).read_rows(SCORES, 0, N)
     loss = plain / carry_out(influence(spec, relative="loss")).read_rows(SCORES, 0, N)
-    # A sample has one size, whatever the query; and g^T H^-2 g <= g^T H^-1 g / lambda.
+    # A sample's size is the same for all queries; and g^T H^-2 g <= g^T H^-1 g / lambda.
     np.testing.assert_allclose(theta[0], theta[1], rtol=1e-2)
     assert (theta[0] <= loss[0] / np.sqrt(0.1) * 1.001).all()
     assert not np.allclose(theta[0] / loss[0], (theta[0] / loss[0])[0], rtol=1e-2)

@@ -1,4 +1,4 @@
-"""Ablation and LDS runs, against trainings made one at a time by `Trainer`."""
+"""Ablation and LDS runs, compared with trainings by `Trainer`, one at a time."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,14 +15,18 @@ from influence_jobs.errors import RuntimeFault, SpecError
 from influence_jobs.experiments.lds import subset
 from influence_jobs.jobs import retraining
 from influence_jobs.jobs.recipe import recipe_of
+from influence_jobs.kinds import open_job
+from influence_jobs.kinds.baseline.spec import BaselineSpec
 from influence_jobs.kinds.lds.spec import LdsSpec
 from influence_jobs.kinds.train.spec import TrainSpec
 from influence_jobs.specs.base import make_spec
+from influence_jobs.specs.queries import Queries, Query
 from influence_jobs.specs.rankings import Ranking
 from influence_jobs.store.run import Run
 from influence_jobs.store.verify import find_damage, mark_undone
 from influence_jobs.tasks.base import Draw
 from influence_jobs.training.changes import Changes
+from influence_jobs.training.ensemble import Variant
 from influence_jobs.training.train import Trainer
 
 N = 1500
@@ -77,7 +81,7 @@ def test_each_row_is_what_a_training_of_its_own_gives(
 def test_a_larger_grid_trains_only_what_is_new(carry_out, grid, fresh_root, trained) -> None:
     root = fresh_root()
     small = carry_out(grid(), root=root)
-    # One unmanipulated model; `loss` ranks alike for all queries, so its removals are one model.
+    # One unchanged model; `loss` ranks the same for all queries, so its removals are one model.
     first = set(trained)
     assert set(trained.values()) == {1}
     large = carry_out(grid(sizes=(100, 200), modes=("remove",)), root=root)
@@ -87,12 +91,43 @@ def test_a_larger_grid_trains_only_what_is_new(carry_out, grid, fresh_root, trai
     assert kept == [row for row in table(small, "results") if row["mode"] == "remove"]
 
 
+def test_a_model_of_other_labels_is_another_model(
+    carry_out, grid, random, fresh_root, trained
+) -> None:
+    root, chosen = fresh_root(), {"modes": ("relabel",), "rankings": (random,)}
+    found = [table(carry_out(grid(**chosen, relabel=rule), root=root), "results")
+             for rule in ("report", "next")]  # fmt: skip
+    # Of either rule a model a query, and the one that nothing was done to.
+    assert len(trained) == 2 * 3 + 1
+    assert set(trained.values()) == {1}
+    for before, after in zip(*found, strict=True):
+        assert before["loss_before"] == after["loss_before"]
+        assert before["loss"] != after["loss"]
+
+
+def test_the_key_of_a_model_has_all_that_distinguishes_its_training_in_any_order() -> None:
+    def key(seed: int, removed: list[int], relabelled: list[int], labels: list[int]) -> str:
+        changes = Changes(*(np.array(values) for values in (removed, relabelled, labels)))
+        return retraining._key(Variant(seed, changes))
+
+    whole = key(0, [9, 7], [3, 5, 1], [1, 2, 3])
+    others = {
+        key(1, [9, 7], [3, 5, 1], [1, 2, 3]),
+        key(0, [9, 8], [3, 5, 1], [1, 2, 3]),
+        key(0, [9, 7], [3, 5, 2], [1, 2, 3]),
+        key(0, [9, 7], [3, 5, 1], [1, 2, 4]),
+        key(0, [9, 7], [3, 5, 1], [2, 1, 3]),
+    }
+    assert len(others - {whole}) == 5
+    assert key(0, [7, 9], [1, 5, 3], [3, 2, 1]) == whole
+
+
 def test_shards_of_any_size_give_the_same_table(carry_out, grid, fresh_root) -> None:
     runs = [carry_out(grid(), root=fresh_root(), shard_rows=rows) for rows in (1, 5, 100)]
     whole, *others = (table(run, "results") for run in runs)
     for other in others:
         for a, b in zip(whole, other, strict=True):
-            # Other ensembles round otherwise, and a network with kinks may amplify it.
+            # Other ensembles round otherwise, and ReLUs may amplify that.
             assert a["loss"] == pytest.approx(b["loss"], rel=0.02, abs=2e-3)
             assert a.keys() == b.keys()
             assert all(a[name] == b[name] for name in ("query", "k", "mode", "by", "seed"))
@@ -133,7 +168,7 @@ def lds_spec(grad_norms_spec, recipe, random, loss):
 
 
 def expected_lds(run: Run, task, recipe: TrainSpec, tests: list[int]) -> Iterator[float]:
-    """Spearman's correlation of minus the summed scores and the losses of models trained one by one."""
+    """Spearman's correlation of minus summed scores and losses of models trained one by one."""
     spec: Any = run.spec
     batch = task.test_batch(torch.tensor(tests), Draw(0))
     losses, sums = [], []
@@ -159,7 +194,7 @@ def test_lds_is_the_correlation_of_summed_scores_with_losses_of_retrained_models
     found = [row["lds"] for row in table(run, "results") if row["method"] == "random"]
     assert found == pytest.approx(list(expected_lds(run, digits_task, recipe, tests)), abs=1e-6)
     assert len(trained) == 12
-    # Another method, another ensemble, and the same trainings.
+    # Another method and another ensemble use the same trainings.
     both = Ranking(name="both", scores=tuple(r.scores[0] for r in run.spec.rankings))
     again = carry_out(lds_spec(rankings=(both,), subsets=8), root=root)
     assert len(trained) == 16
@@ -172,7 +207,7 @@ def test_lds_is_the_correlation_of_summed_scores_with_losses_of_retrained_models
     assert before.items() <= after.items()
 
 
-def test_a_ranking_from_its_other_end_has_no_lds(lds_spec, random) -> None:
+def test_a_ranking_by_smallest_scores_has_no_lds(lds_spec, random) -> None:
     turned = random.model_copy(update={"largest": False, "name": "harmful"})
     with pytest.raises(SpecError, match="leave method harmful out"):
         lds_spec(rankings=(random, turned))
@@ -212,7 +247,7 @@ def test_a_wide_shard_is_cut_into_ensembles_of_the_fastest_width(
     drive(run.root, run.id, InlineBackend(), shard_rows=100)
     # 3 without random samples and 1 without those of the largest loss; 1 unmanipulated.
     assert widths == [4, 1]
-    # What the run's first worker has found stays.
+    # The width that the run's first worker measured stays.
     monkeypatch.setattr(retraining, "measure_widths", lambda *_a, **_k: {1: 5.0})
     for folder in root.glob("retrained-*"):
         folder.rename(root / "gone")
@@ -246,3 +281,53 @@ def test_a_network_that_cannot_be_stacked_is_trained_one_variant_at_a_time(
     drive(run.root, run.id, InlineBackend())
     assert widths == [1, 1, 1, 1]
     assert len(trained) == 4
+
+
+def test_each_query_is_measured_in_its_region_and_on_average_over_noise(
+    grad_norms_spec, recipe, trained_root, monkeypatch
+) -> None:
+    import digits
+
+    plain = digits.DigitsTask.test_batch
+
+    def noisy(self, ids, draw):
+        images, labels = plain(self, ids, draw)
+        return images + (1 + draw.index) * draw.seed, labels
+
+    def measure(self, model, batch, quantity, region):
+        images, labels = batch
+        y, x, height, width = region or (0, 0, 8, 8)
+        return (images + labels[:, None, None, None])[:, 0, y : y + height, x : x + width].sum(
+            (1, 2)
+        )
+
+    monkeypatch.setattr(digits.DigitsTask, "test_batch", noisy)
+    monkeypatch.setattr(digits.DigitsTask, "measure", measure)
+    monkeypatch.setattr(
+        digits.DigitsTask, "test_size", lambda _, test: None if test < 9 else (8, 8)
+    )
+    items = (Query(test=7), Query(test=11), Query(test=9, region=(1, 2, 3, 4)), Query(test=0))
+    asked = Queries(items=items, noise_draws=2, seed=3)
+    scores = make_spec(BaselineSpec, task=grad_norms_spec.task, method="random", queries=asked)
+    ranking = Ranking(name="random", scores=(scores,))
+    spec = make_spec(LdsSpec, task=recipe.task, recipe=recipe, rankings=(ranking,))
+    job: Any = open_job(Run(str(trained_root), spec), device="cpu")
+    values, decisions = job._measure()
+    for row, query in enumerate(items):
+        found = [
+            measure(
+                None,
+                None,
+                noisy(job.task, torch.tensor([query.test]), Draw(3, draw)),
+                "",
+                query.region,
+            )
+            for draw in range(2)
+        ]
+        assert values[row] == pytest.approx(float(sum(found)) / 2, rel=1e-6)
+    assert not np.isnan(decisions).any()
+    monkeypatch.setattr(digits.DigitsTask, "output_loss", "mse")
+    assert np.isnan(job._measure()[1]).all()
+    monkeypatch.setattr(digits.DigitsTask, "measure", lambda *_: torch.tensor([torch.nan]))
+    with pytest.raises(SpecError, match="loss on a query is not finite: lower the learning rate"):
+        job._measure()

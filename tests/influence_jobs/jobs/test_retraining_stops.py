@@ -1,4 +1,4 @@
-"""Retrainings that are killed, damaged or diverge: what is finished is kept, and trained once."""
+"""Retrainings that are killed, damaged or diverge: finished models are kept and trained once."""
 
 import os
 from collections import Counter
@@ -22,11 +22,11 @@ def rows_of(run: Run) -> list[dict[str, Any]]:
 
 
 class Killed(BaseException):
-    """Not an error that a worker outlives."""
+    """No `Exception`: a worker does not survive it."""
 
 
 def drive_until_kept(run: Run, count: int, *, shard_rows: int) -> set[str]:
-    """Carry a run out until so many variants are kept, and die; returns their keys."""
+    """Carry out a run until so many variants are kept, then die; returns their keys."""
     write, kept = Retrained.write, set()
 
     def killed(self: Retrained, key: str, weights: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a worker makes of errors."""
+"""How a worker reports errors."""
 
 import errno
 import shutil
@@ -65,7 +65,7 @@ def fail_with(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
         (KeyError("a"), "user", "KeyError: 'a'"),
     ],
 )
-def test_errors_are_told_in_one_line_and_by_whom_they_meet(
+def test_errors_are_told_in_one_line_and_sorted_by_whether_to_try_again(
     run: Run, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: str, line: str
 ) -> None:
     fail_with(monkeypatch, error)

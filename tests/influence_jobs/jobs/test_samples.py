@@ -57,7 +57,7 @@ def test_an_error_comes_where_its_item_would():
         next(found)
 
 
-def test_whoever_stops_early_leaves_no_thread():
+def test_a_reader_that_stops_early_leaves_no_thread():
     before = threading.active_count()
     found = ahead(iter(range(100)))
     assert next(found) == 0

@@ -1,4 +1,4 @@
-"""The sign of influence, pinned by retraining without the samples that are said to help or to harm."""
+"""The sign of influence: retrain without the most helpful or the most harmful samples."""
 
 from pathlib import Path
 

@@ -1,29 +1,39 @@
-"""Every kind of run has all its pieces: what is forgotten fails here, not after the compute."""
+"""Every kind of run has all its pieces. A missing piece fails here, not after the compute."""
 
 import inspect
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib import import_module
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import create_model
 
 from influence_jobs.jobs.base import Job
 from influence_jobs.kinds import find_kind, kind_of, kinds
-from influence_jobs.kinds.base import Kind
+from influence_jobs.kinds.base import Kind, Panel
+from influence_jobs.kinds.baseline.job import BaselineJob, scorer
+from influence_jobs.kinds.baseline.spec import METHODS
+from influence_jobs.kinds.influence.spec import InfluenceSpec
 from influence_jobs.requests.base import Request
 from influence_jobs.specs.base import Spec
+from influence_jobs.specs.scores import ScoresSpec
 from influence_jobs.views.base import View
 
 BASES: dict[str, type] = {"request_type": Request, "job_type": Job, "view_type": View}
 
 
 def missing(kind: Kind) -> Iterator[str]:
-    """What a kind forgot, a line each."""
+    """The missing pieces of a kind, a line for each."""
     if not issubclass(kind.spec, Spec) or kind.spec.__module__ != f"{kind.folder}.spec":
         yield f"{kind.name}: its spec is not in {kind.folder}.spec"
+    if issubclass(kind.spec, ScoresSpec) and not (
+        "queries" in kind.spec.model_fields or hasattr(kind.spec, "queries")
+    ):
+        yield f"{kind.name}: {kind.spec.__name__} lacks queries"
+    if kind.panel not in get_args(Panel):
+        yield f"{kind.name}: there is no panel {kind.panel!r}"
     for piece, base in BASES.items():
         try:
             found: Any = getattr(kind, piece)
@@ -52,6 +62,14 @@ def test_a_job_is_of_its_kinds_spec(name: str) -> None:
     assert kinds()[name].job_type.spec_type is kinds()[name].spec
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_scoring_method_has_all_its_pieces(method: str) -> None:
+    assert hasattr(BaselineJob, scorer(method))
+    for kind in ("ablation", "lds", "stability"):
+        assert method in kinds()[kind].request_type.model_fields["by"].description.split(", ")
+    assert f"{method}: " in kinds()["baseline"].request_type.model_fields["method"].description
+
+
 def test_kinds_are_found_by_name_and_by_spec() -> None:
     assert {kind.spec for kind in kinds().values()} == set(Spec._by_kind.values())
     for name, kind in kinds().items():
@@ -62,7 +80,7 @@ def test_kinds_are_found_by_name_and_by_spec() -> None:
 
 
 def test_what_a_kind_forgets_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The contract notices: a view that is not there, or half of one, and an option without help."""
+    """A missing view, half a view, and an option without help are all found."""
     whole = kinds()["baseline"]
     assert list(missing(replace(whole, view="NoView"))) != []
     view = import_module("influence_jobs.kinds.baseline.view")
@@ -76,6 +94,10 @@ def test_what_a_kind_forgets_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     (said,) = missing(replace(whole, view="HalfView"))
     assert "HalfView lacks" in said
     assert "certainty" in said
+
+    with monkeypatch.context() as patch:
+        patch.delattr(InfluenceSpec, "queries")
+        assert list(missing(kinds()["influence"])) == ["influence: InfluenceSpec lacks queries"]
 
     mute = create_model("Mute", __base__=whole.request_type, __doc__="Mute.", unsaid=(int, 0))
 

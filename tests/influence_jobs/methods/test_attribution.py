@@ -45,7 +45,7 @@ def denoiser(tmp_path_factory: pytest.TempPathFactory) -> FFDNetTask:
 
 
 def first_map(model: Any, batch: Batch) -> Tensor:
-    """FFDNet's first convolution, (96, h, w), from the folded image written out."""
+    """FFDNet's first convolution, (96, h, w), of the folded image, written out by hand."""
     noisy, sigma, _ = batch
     padded = F.pad(noisy, (0, 0, 0, 1), mode="replicate")[0]
     folded = torch.stack(
@@ -122,6 +122,7 @@ class OddTask(Task):
         ("twice", "is called 2 times"),
         ("unused", "is called 0 times"),
         ("pair", "returns tuple"),
+        ("tokens", "has norms of the rows of its weight"),  # which may be as many as the outputs
     ],
 )
 def test_layers_without_one_activation_a_channel_are_refused(layer: str, complaint: str) -> None:
@@ -133,7 +134,7 @@ def test_layers_without_one_activation_a_channel_are_refused(layer: str, complai
 
 
 def test_the_channels_of_a_sequence_are_its_last_axis_and_those_of_an_image_its_first() -> None:
-    """Against the mean over positions by hand, of layers that put channels in different places."""
+    """Compared with the mean over positions by hand, for layers with channels on other axes."""
 
     class Places(nn.Module):
         def __init__(self) -> None:
@@ -241,3 +242,10 @@ def test_norms_that_do_not_fit_are_refused(arrays: Arrays) -> None:
     norms["a"][2, 1] = np.nan
     with pytest.raises(DataError, match="norms of layer a are not finite"):
         attribution_scores(one, norms)
+
+
+def test_a_sample_at_the_limit_is_kept() -> None:
+    norms = np.array([[2.0], [np.nextafter(2.0, 3)]])
+    found = attribution_scores({"a": np.ones((1, 1))}, {"a": norms}, exclude_norm_above=2.0)
+    assert found["a"][0, 0] == 2
+    assert np.isnan(found["a"][0, 1])

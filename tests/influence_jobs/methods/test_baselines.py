@@ -36,7 +36,7 @@ def test_random_scores_are_uniform_and_independent() -> None:
 
 
 def test_random_scores_are_a_plain_philox_stream() -> None:
-    """Stored results depend on it."""
+    """Stored results depend on the stream."""
     stream = np.random.Philox(
         key=np.array([5, 3520], dtype=np.uint64), counter=np.array([0, 0, 1, 0], dtype=np.uint64)
     )
@@ -46,7 +46,7 @@ def test_random_scores_are_a_plain_philox_stream() -> None:
 
 
 def test_random_scores_share_no_word_with_the_noise_of_sample_0() -> None:
-    """Both have the seed in the key; noise counts with the sample's id as highest word and zeros below."""
+    """Both use the seed as key. The noise counter's highest word is the id, the others are 0."""
     noise = np.random.Philox(key=np.array([5, 3520], dtype=np.uint64)).random_raw(40)
     numbers = (noise >> np.uint64(40)) * 2.0**-24
     assert not np.isin(random_scores(np.array([3520]), np.arange(20), seed=5), numbers).any()

@@ -22,7 +22,7 @@ def test_both_published_forms_against_dense_algebra() -> None:
             assert loss[q, i] == pytest.approx(
                 score / np.sqrt(g_BP[i] @ inverse @ g_BP[i]), rel=1e-5
             )
-    # Neither notices how large a sample's gradient is.
+    # Neither depends on the length of a sample's gradient.
     twice = relative_scores(2 * scores, 4 * np.sum(steps_BP**2, axis=1))
     np.testing.assert_allclose(twice, theta, rtol=1e-6)
 
@@ -32,6 +32,6 @@ def test_a_sample_without_gradient_scores_zero() -> None:
 
 
 @pytest.mark.parametrize("bad", [-1e-3, np.nan, np.inf])
-def test_squared_sizes_that_are_none_are_refused(bad: float) -> None:
+def test_squared_sizes_that_are_negative_or_not_finite_are_refused(bad: float) -> None:
     with pytest.raises(ModelError, match="not positive definite"):
         relative_scores(np.ones((1, 2)), np.array([1.0, bad]))

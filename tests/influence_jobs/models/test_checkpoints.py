@@ -15,7 +15,7 @@ from influence_jobs.models.mnist_mlp import MnistMLP
 
 
 def refused(path: Path, model: nn.Module | None = None) -> str:
-    """The one line with which a file is refused; the model must be as it was."""
+    """The one line of the refusal of a file; the model must be unchanged."""
     model = model or MnistMLP()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(ModelError) as caught:

@@ -45,7 +45,7 @@ def test_state_dict_has_the_published_names_and_shapes(
 
 
 class Spy(nn.Module):
-    """Stands in for the convolutions: keeps its input and returns the image channels of it."""
+    """Replaces the convolutions: keeps its input and returns the image channels of it."""
 
     def forward(self, folded: torch.Tensor) -> torch.Tensor:
         self.seen = folded

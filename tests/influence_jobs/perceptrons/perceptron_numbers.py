@@ -1,7 +1,7 @@
-"""Everything that has a faster path for perceptrons, in float64: LiSSA, ensembles, and jobs.
+"""Numbers of all that has a faster path for perceptrons, in float64: LiSSA, ensembles, jobs.
 
-Run as a program it writes the numbers, and the paths taken, to a file. It imports nothing of
-`influence_jobs.perceptrons`, so that it also runs where that package does not exist.
+Run as a program, it writes the numbers and the paths taken to a file. It imports nothing of
+`influence_jobs.perceptrons`, so that it also runs without that package.
 """
 
 import sys
@@ -47,7 +47,7 @@ LAYERS = ("1", "4", "7")
 
 
 class PointsTask(Task):
-    """Random points of five classes and a perceptron, perhaps with dropout."""
+    """Random points of five classes and a perceptron, with dropout or without."""
 
     output_loss = "cross-entropy"
 
@@ -111,7 +111,7 @@ def lissa() -> tuple[dict[str, Tensor], set[str]]:
 
 
 def ensembles() -> tuple[dict[str, Tensor], set[str]]:
-    """Variants removed from and relabelled, with norms; with dropout one by one where need be."""
+    """Variants with samples removed and relabelled, with norms, and with dropout."""
     found, paths = {}, set()
     for dropout in (0.0, 0.2):
         task, norms = PointsTask(dropout=dropout), NormsWanted(LAYERS, "channel", skip_epochs=0)
@@ -189,7 +189,7 @@ def jobs() -> dict[str, Tensor]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     (solutions, steps), (trained, trainers) = lissa(), ensembles()
-    # Where this was imported from, lest the wrong tree be tested.
+    # The path of the imported package: the test checks that it is the right one.
     library = sys.modules["influence_jobs"].__file__
     paths = {"library": library, "lissa": steps, "ensembles": trainers}
     torch.save({"paths": paths, "numbers": solutions | trained | jobs()}, sys.argv[1])

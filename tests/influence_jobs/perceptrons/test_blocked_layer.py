@@ -1,4 +1,4 @@
-"""The blocked layer against torch's SGD on the same gradients, in float64."""
+"""The blocked layer compared with torch's SGD on the same gradients, in float64."""
 
 from unittest import mock
 
@@ -69,7 +69,7 @@ def test_no_modes_no_blocks(recipe: Recipe) -> None:
 
 
 def test_tiny_values_do_not_become_subnormal() -> None:
-    """The momentum of units without gradient decays; subnormal numbers would be slow."""
+    """The momentum of units without gradient decays; subnormal numbers are slow."""
     modes = sgd_modes(Recipe(1, 8, "sgd", 0.003, momentum=0.9, weight_decay=0.001))
     assert modes is not None
     layer = BlockedLayer(torch.randn(1, 4, 6), modes)

@@ -1,4 +1,4 @@
-"""Ensembles of perceptrons against `Trainer` training each variant alone, in float64."""
+"""Ensembles of perceptrons compared with `Trainer` on each variant alone, in float64."""
 
 from collections.abc import Sequence
 from pathlib import Path

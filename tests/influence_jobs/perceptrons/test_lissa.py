@@ -1,4 +1,4 @@
-"""Blocked steps of perceptrons against the recursion with dense float64 matrices."""
+"""Blocked steps of perceptrons compared with the recursion with dense float64 matrices."""
 
 from typing import Any
 
@@ -171,7 +171,7 @@ def test_what_is_no_plain_perceptron_takes_one_product_a_step(task, model, why):
         model[2] = nn.Tanh()
     elif why == "subclass":
         model[3] = Widened(5, 4).double()
-    elif why == "hook":  # which no trace shows
+    elif why == "hook":  # invisible in a trace
         model[3].register_forward_hook(lambda module, args, output: output * 1.5)
     elif why == "some layers":
         modules = ["5"]

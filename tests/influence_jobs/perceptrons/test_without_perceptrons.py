@@ -16,18 +16,18 @@ import influence_jobs
 
 PROGRAM = Path(__file__).with_name("perceptron_numbers.py")
 LIBRARY = Path(influence_jobs.__file__).parent
-JOINT = re.compile(r" *# The joint with `perceptrons`.*?return faster\n", re.DOTALL)
-JOINTS = ("curvature/lissa_steps.py", "training/ensemble.py")
+USE = re.compile(r" *# The only use of `perceptrons`.*?return faster\n", re.DOTALL)
+USERS = ("curvature/lissa_steps.py", "training/ensemble.py")
 
 
 @pytest.fixture(scope="module")
 def bare_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the library without the package and without the two joints."""
+    """A copy of the library without the package and the two places that use it."""
     copy = tmp_path_factory.mktemp("bare") / "influence_jobs"
     shutil.copytree(LIBRARY, copy, ignore=shutil.ignore_patterns("perceptrons", "__pycache__"))
-    for name in JOINTS:
-        text, joints = JOINT.subn("", (copy / name).read_text())
-        assert joints == 1
+    for name in USERS:
+        text, uses = USE.subn("", (copy / name).read_text())
+        assert uses == 1
         (copy / name).write_text(text)
     return copy
 
@@ -65,7 +65,7 @@ def test_the_library_without_it_gives_the_same_numbers(bare_library: Path, tmp_p
     }
     assert with_it["numbers"].keys() == without["numbers"].keys()
     for name, expected in without["numbers"].items():
-        # What is stored as float32 (norms, results of jobs) agrees to its own precision.
+        # Numbers stored as float32 (norms, results of jobs) agree to float32 precision.
         close = {torch.float64: 1e-9, torch.float32: 1e-6, torch.int64: 0}[expected.dtype]
         torch.testing.assert_close(
             with_it["numbers"][name],

@@ -1,4 +1,4 @@
-"""Finished runs of every kind, and a browser to look at pages with."""
+"""Finished runs of every kind, and a browser to open pages in."""
 
 import shutil
 import socket
@@ -39,7 +39,7 @@ from influence_jobs.store.run import Run
 from influence_jobs.tasks.registry import make_task
 
 CHROMIUM = [path for name in ("chromium", "google-chrome") if (path := shutil.which(name))]
-# Without these it asks its maker's hosts for updates.
+# Without these options the browser asks its vendor's hosts for updates.
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
 QUIET += ["--disable-background-networking", "--disable-component-update"]
 
@@ -131,13 +131,13 @@ def runs_of_all_kinds(
 
 @pytest.fixture(scope="session")
 def denoiser_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
-    """Norms of patches of two small pictures by an untrained FFDNet, and attribution of a point and a region."""
+    """Runs of an untrained FFDNet on two small pictures: norms, and attribution of two regions."""
     folder = tmp_path_factory.mktemp("denoiser")
     generator = np.random.default_rng(0)
     for name in ("train", "test"):
         (folder / name).mkdir()
         for letter in "ab":
-            # Blocks of one colour: patches differ in what they hold.
+            # Blocks of one colour: patches differ in their colours.
             colours = generator.integers(0, 256, (5, 6, 3), dtype=np.uint8)
             pixels = colours.repeat(16, axis=0).repeat(16, axis=1)
             Image.fromarray(pixels).save(folder / name / f"{letter}.png")
@@ -183,13 +183,13 @@ def _served(
 
 @pytest.fixture(scope="session")
 def served() -> Callable[..., AbstractContextManager[str]]:
-    """The address of a viewer of some runs while it runs in a thread; its token is `right-token`."""
+    """Serves some runs from a thread, with the token `right-token`; gives the address."""
     return _served
 
 
 @pytest.fixture
 def asking() -> Iterator[Callable[..., httpx.Client]]:
-    """Asks a viewer of some runs, with its token."""
+    """A client of a viewer of some runs, with its token."""
     with ExitStack() as stack:
 
         def make(*runs: Run) -> httpx.Client:
@@ -213,7 +213,7 @@ def browser() -> Iterator[Browser]:
 
 @dataclass
 class Watched:
-    """A page, what its console said, and what it asked the network for."""
+    """A page, the messages of its console, and its network requests."""
 
     page: Page
     complaints: list[str] = field(default_factory=list)
@@ -222,7 +222,7 @@ class Watched:
 
 @pytest.fixture
 def watched(browser: Browser) -> Iterator[Callable[..., Watched]]:
-    """Opens an empty page of some width that is watched from its beginning."""
+    """Opens an empty page of some width, and watches it from the beginning."""
     contexts = []
 
     def make(width: int = 1280, scheme: str = "light") -> Watched:
@@ -252,7 +252,7 @@ def watched(browser: Browser) -> Iterator[Callable[..., Watched]]:
 
 @pytest.fixture(scope="session")
 def serious() -> Callable[[Page], list[str]]:
-    """What axe-core finds serious or worse in a page."""
+    """The faults of a page that axe-core calls serious or worse."""
     from axe_playwright_python.sync_playwright import Axe
 
     def find(page: Page) -> list[str]:

@@ -1,4 +1,4 @@
-"""Figures: true captions, and no more work than what is shown."""
+"""Figures: captions are true, and only what is shown is computed."""
 
 import shutil
 from collections import Counter
@@ -38,10 +38,11 @@ def test_pictures_are_made_of_what_is_shown_alone(runs_of_all_kinds, monkeypatch
     )
     shown = shown_of(runs_of_all_kinds.influence)["top-helpful"]
     assert asked[:2] == [[cell.sample for cell in row.samples] for row in expected.rows[:2]]
-    assert len(asked) == 2 * 2  # rows of either side
+    assert len(asked) == 2 * 2  # rows of each side
     assert len(shown.rows) == 2
     assert shown.data.equals(expected.data)
-    assert shown.caption == f"{expected.caption} The first 2 of 3 queries; the data have all."
+    drawn = "Only the first 2 of 3 queries are drawn; the data have all."
+    assert shown.caption == f"{expected.caption} {drawn}"
 
 
 def test_the_scores_of_all_trainings_are_read_once(runs_of_all_kinds, monkeypatch) -> None:

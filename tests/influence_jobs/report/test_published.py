@@ -1,4 +1,4 @@
-"""The report's tables as we copied them, against the means it prints itself."""
+"""The copied tables of the research report have the means that it prints."""
 
 import pytest
 
@@ -13,7 +13,7 @@ MEANS = {
 
 
 @pytest.mark.parametrize("method", MEANS)
-def test_the_means_of_the_copied_numbers_are_those_it_prints(method: str) -> None:
+def test_the_copied_numbers_have_the_printed_means(method: str) -> None:
     shares = MNIST.stability[method]
     assert shares.shape == (5, len(MNIST.tests))
     assert (100 * shares.mean(axis=0)).round().tolist() == MEANS[method]

@@ -18,7 +18,7 @@ from influence_jobs.tasks.base import Task
 
 @pytest.fixture(scope="module")
 def every(runs_of_all_kinds):
-    """All runs, each once: the paper's parts, and those that are not in it."""
+    """All runs, each once: the parts of the paper run, and those that are not in it."""
     kinds = runs_of_all_kinds
     return [kinds.paper, kinds.s_test, kinds.random, kinds.lds]
 
@@ -123,7 +123,7 @@ def test_the_data_are_those_of_the_store(runs_of_all_kinds) -> None:
     assert said == []
 
 
-def test_figures_of_the_reports_experiments_bear_its_numbers(runs_of_all_kinds) -> None:
+def test_figures_of_the_research_reports_experiments_have_its_numbers(runs_of_all_kinds) -> None:
     sections = sections_of([runs_of_all_kinds.paper])
     numbers = {one.name: one.number for section in sections for one in section.figures}
     assert numbers["nodes"] == "4.1"

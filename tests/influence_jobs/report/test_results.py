@@ -1,4 +1,4 @@
-"""Results in Python: lazy arrays with names, tables, rankings, figures."""
+"""Results in Python: arrays with named axes, read on demand; tables, rankings, figures."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The viewer: who may see it, what it answers, and that it writes nothing."""
+"""The viewer: access, answers, and that it writes nothing."""
 
 import http.client
 import shutil
@@ -23,7 +23,7 @@ from influence_jobs.store.checkpoints import load_checkpoint
 from influence_jobs.store.run import Run, now
 from influence_jobs.tasks.base import Draw
 
-TOKEN = "right-token"  # as `served` has it
+TOKEN = "right-token"  # the token of `served`
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def denoiser(denoiser_runs, served) -> Iterator[str]:
 
 @pytest.fixture
 def get(digits) -> Iterator[httpx.Client]:
-    """Asks the digits' viewer with its token."""
+    """A client of the viewer of the digits' runs, with its token."""
     with httpx.Client(base_url=digits, follow_redirects=True) as client:
         assert client.get(f"/?token={TOKEN}").status_code == 200
         yield client
@@ -54,7 +54,7 @@ def files_of(root: str) -> dict[Path, tuple[int, float]]:
     }
 
 
-def test_nobody_comes_in_without_the_token(digits) -> None:
+def test_no_access_without_the_token(digits) -> None:
     addresses = (
         "/",
         "/progress",
@@ -124,7 +124,7 @@ def test_it_only_reads(get, runs_of_all_kinds) -> None:
 )
 def test_what_is_outside_of_the_runs_is_not_there(digits, runs_of_all_kinds, address) -> None:
     kinds = runs_of_all_kinds
-    # A run of the same folder that was not asked for.
+    # A run in the same folder that the viewer does not show.
     path = address.format(run=kinds.influence.id, other=kinds.lds.id)
     # Not httpx, which resolves `..` before it asks.
     host, port = digits.removeprefix("http://").split(":")
@@ -238,7 +238,7 @@ def test_a_click_on_a_pixel_is_answered_with_patches(
     expect(shown.page.locator("#answer p").first).to_contain_text("main.26")
     shown.page.locator("[name=x]").fill("96")
     shown.page.get_by_role("button", name="Explain").click()
-    expect(shown.page.locator("#answer")).to_have_text("x=96: a whole number below 96 is wanted")
+    expect(shown.page.locator("#answer")).to_have_text("x=96: write a whole number below 96")
     assert [text for text in shown.complaints if "400" not in text] == []
     assert all(asked.startswith(denoiser) for asked in shown.requests)
 

@@ -1,4 +1,4 @@
-"""What the viewer's pages say, asked without a browser."""
+"""The content of the viewer's pages, requested without a browser."""
 
 import re
 import shutil
@@ -84,7 +84,7 @@ def test_a_click_asks_what_the_attribution_run_asked(denoiser_runs, asking, tmp_
     expected = Results(run.root, run.id).top_k(10, test=1).column("sample").to_pylist()
     page = viewer.get("/image/1", params=given)
     assert samples_of(page.text) == expected
-    # What was taken out of the form stays out.
+    # An option that was removed from the form stays removed.
     other = viewer.get("/image/1", params={**given, "normalize": "no", "limit": ""}).text
     assert 'name="normalize" value="yes">' in other
     assert samples_of(other) != expected
@@ -92,7 +92,7 @@ def test_a_click_asks_what_the_attribution_run_asked(denoiser_runs, asking, tmp_
 
 @pytest.fixture
 def computed(monkeypatch) -> list[list[str]]:
-    """The layers that each run of the network looked at."""
+    """The layers of each forward pass of the network."""
     asked: list[list[str]] = []
 
     def watched(task, model, layers, batch):

@@ -1,4 +1,4 @@
-"""One contract for all kinds of files: a local folder, and a bucket of a store that speaks S3."""
+"""One contract for all kinds of files: a local folder, and a bucket of an S3 server."""
 
 import errno
 import os

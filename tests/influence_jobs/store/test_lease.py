@@ -30,7 +30,7 @@ def test_a_second_driver_is_refused_while_the_first_lives(tmp_path: Path) -> Non
     with Lease(files), pytest.raises(LeaseHeld, match=f"process {os.getpid()} on "), Lease(files):
         pass
     assert holder_of(files) is None
-    with Lease(files):  # given back, so it can be had again
+    with Lease(files):  # released, so it can be taken again
         pass
 
 
@@ -111,7 +111,7 @@ def test_a_zombie_holds_no_lease() -> None:
 
 
 class Paused(LocalFiles):
-    """Files whose user falls asleep before its first call of an operation."""
+    """Files that pause before the first call of an operation."""
 
     def __init__(self, root: Path, before: str):
         super().__init__(root)

@@ -1,4 +1,4 @@
-"""Weights of retrained variants: there once whole, gone when damaged."""
+"""Weights of retrained variants: readable when complete, missing when damaged."""
 
 import os
 from pathlib import Path
@@ -31,11 +31,11 @@ def test_what_was_written_is_read_by_all_of_the_same_recipe_alone(tmp_path: Path
     assert retrained(tmp_path).read(variant_key(1, b"", b"", b"")) is None
     assert run_ids(str(tmp_path)) == []
     (file,) = tmp_path.glob("*/checkpoints/*.pt")
-    assert file.stat().st_size < 4000  # one row, not the stack
+    assert file.stat().st_size < 4000  # one row, not the whole stack
 
 
 @pytest.mark.parametrize("damage", [lambda f: f.unlink(), lambda f: f.write_bytes(b"x")])
-def test_damaged_weights_are_as_good_as_none(tmp_path: Path, damage) -> None:
+def test_damaged_weights_count_as_missing(tmp_path: Path, damage) -> None:
     retrained(tmp_path).write(KEY, {"weight": torch.zeros(3)})
     (file,) = tmp_path.glob("*/checkpoints/*.pt")
     damage(file)

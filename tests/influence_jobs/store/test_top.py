@@ -1,4 +1,4 @@
-"""Rankings read block by block, against sorting the whole array."""
+"""Rankings read block by block, compared with a sort of the whole array."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from influence_jobs.specs.base import TaskSpec
 from influence_jobs.specs.queries import Queries, Query
 from influence_jobs.store.layout import SCORES, ArrayLayout
 from influence_jobs.store.run import Run
-from influence_jobs.store.top import top_scores
+from influence_jobs.store.top import ranks, row_totals, top_scores
 
 Q, N, CHUNK = 3, 1000, 256
 
@@ -51,3 +51,28 @@ def test_the_best_samples_are_those_of_a_sort_and_left_out_ones_do_not_count(
 
 def test_score_chunks_hold_several_queries(run: Run) -> None:
     assert run.array(SCORES).chunks == (2, CHUNK)
+
+
+def test_a_sample_has_its_rank_among_those_that_a_query_scores(run: Run) -> None:
+    scores = run.read_rows(SCORES, 0, N)
+    for sample in (1, 500, 999):
+        values, by_end, counts = ranks(run, SCORES, sample)
+        assert values.tolist() == scores[:, sample].tolist()
+        assert counts.tolist() == [N - len(range(0, N, 7)), N, N]
+        for query in range(Q):
+            row = scores[query][~np.isnan(scores[query])]
+            assert by_end[True][query] == 1 + (row > scores[query, sample]).sum()
+            assert by_end[False][query] == 1 + (row < scores[query, sample]).sum()
+
+
+def test_totals_of_norms_that_several_checkpoints_have(run: Run) -> None:
+    layout = ArrayLayout("norms/a", (2, N, 3), 1, CHUNK, ("checkpoint", "sample", "channel"))
+    run.create_arrays([layout])
+    run = Run.open(run.root, run.id)
+    norms = np.random.default_rng(1).random((2, N, 3)).astype(np.float32)
+    for start in range(0, N, CHUNK):
+        run.write_rows("norms/a", start, norms[:, start : start + CHUNK])
+    exact = norms.astype(np.float64)
+    np.testing.assert_allclose(row_totals(run, "norms/a"), exact.sum(axis=(0, 2)), rtol=1e-12)
+    by_channel = row_totals(run, "norms/a", channel=1)
+    np.testing.assert_allclose(by_channel, exact[:, :, 1].sum(axis=0), rtol=1e-12)

@@ -1,4 +1,4 @@
-"""The example that users copy from."""
+"""The example task, which users copy."""
 
 import numpy as np
 import torch

@@ -11,7 +11,7 @@ from influence_jobs.tasks.base import Batch, Draw
 from influence_jobs.tasks.ffdnet import FFDNetGreyTask, FFDNetTask
 from influence_jobs.terms import Region
 
-HEIGHT, WIDTH = 87, 90  # wider than any receptive field, one side odd
+HEIGHT, WIDTH = 87, 90  # larger than any receptive field, one side odd
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def task(request: pytest.FixtureRequest, folder: str) -> FFDNetTask:
 
 @pytest.fixture(scope="module")
 def model(task: FFDNetTask) -> nn.Module:
-    """In float64, where rounding cannot hide a pixel that the crop should have shown."""
+    """In float64: a pixel that is missing from the crop must exceed the rounding error."""
     torch.manual_seed(0)
     network = task.model()
     for module in network.modules():
@@ -54,7 +54,7 @@ def double(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def by_hand(model: nn.Module, batch: Batch, quantity: str, region: Region) -> Tensor:
-    """From the whole image, pixel by pixel."""
+    """The measure computed from the whole image, pixel by pixel."""
     noisy, sigma, clean = batch
     output = model(noisy, sigma)
     base = {"loss": clean, "output": torch.zeros_like(clean), "change": noisy}[quantity]

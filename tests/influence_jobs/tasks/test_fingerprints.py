@@ -1,4 +1,4 @@
-"""What changes a fingerprint, and what is said of it: data, code, or nothing."""
+"""What changes a fingerprint, and how it is reported: data, code, or nothing."""
 
 import hashlib
 import importlib
@@ -52,7 +52,7 @@ Write = Callable[..., Task]
 
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
-    """Writes the two files of a user, and gives the task as a new process would find it."""
+    """Writes the two files of a user, and returns the task as a new process would load it."""
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)  # an edit within a second counts
     names = ("own_task", "own_parts", "own_parts.network")
@@ -95,7 +95,7 @@ def test_words_about_code_are_no_code(write: Write) -> None:
     ],
 )
 def test_code_that_changed_is_told_as_code(write: Write, task: str, network: str) -> None:
-    """Also where it lies in another file, which the task imports."""
+    """Also if the code is in another file that the task imports."""
     spec = spec_of(write())
     other = write(task, network)
     assert changed(spec, other) == "code"
@@ -106,7 +106,7 @@ def test_code_that_changed_is_told_as_code(write: Write, task: str, network: str
 
 
 def test_data_that_changed_are_told_as_data(write: Write) -> None:
-    """Also at the same number of rows: a file that was written anew has the same length."""
+    """Also if the number of rows is the same, as in a file with other values."""
     spec = spec_of(write())
     task = write()
     task.train_data = lambda: TensorDataset(torch.arange(40.0)[:, None] + 1, torch.zeros(40))
@@ -116,7 +116,7 @@ def test_data_that_changed_are_told_as_data(write: Write) -> None:
 
 
 def test_the_first_form_is_still_understood(write: Write, tmp_path: Path) -> None:
-    """It had the bytes of the task's file, and no rows."""
+    """It hashed the bytes of the task's file, and no rows."""
     task = write()
     digest = hashlib.sha256((tmp_path / "own_task.py").read_bytes()).hexdigest()[:16]
     first = TaskSpec(name="own_task:Own", data=f"40 samples, code {digest}")

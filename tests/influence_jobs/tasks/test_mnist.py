@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from influence_jobs.tasks.base import Draw
 from influence_jobs.tasks.mnist import MnistTask
 
-LABELS = [6, 9, 0, 8, 0, 4, 5, 1, 6, 7]  # the report's, of its ten test ids
+LABELS = [6, 9, 0, 8, 0, 4, 5, 1, 6, 7]  # of the ten test ids of the research report
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_the_loss_is_the_named_loss_of_the_outputs(task: MnistTask) -> None:
 
 def test_test_samples_are_the_ten_thousand(task: MnistTask) -> None:
     ids = np.array(task.query_sets["paper"])
-    assert len(task.test_data()) == 10_000  # whatever the limit of training images
+    assert len(task.test_data()) == 10_000  # for any limit of training images
     assert task.describe_test(ids)["label"].tolist() == LABELS
     images, labels = task.test_batch(torch.from_numpy(ids), Draw(0))
     assert labels.tolist() == LABELS

@@ -1,4 +1,4 @@
-"""Tasks, recipes and variants of the ensemble tests, and the check that all of them share."""
+"""Tasks, recipes and variants for the tests of ensembles, and the check that they share."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -68,7 +68,7 @@ class Points(Task):
 
 
 class SmoothedPoints(Points):
-    """Claims a cross-entropy it does not have."""
+    """A task that declares a cross-entropy but has another loss."""
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         return F.cross_entropy(
@@ -77,7 +77,7 @@ class SmoothedPoints(Points):
 
 
 class SmallFFDNetTask(FFDNetGreyTask):
-    """Few small patches, in float64."""
+    """A few small patches, in float64."""
 
     def __init__(self) -> None:
         super().__init__(patch_size=8, stride=40, limit=14)
@@ -117,7 +117,7 @@ VARIANTS = (
     Variant(1, Changes(removed=np.arange(85))),
     Variant(4),
 )
-ONE_ORDER = (  # of one seed and nothing removed: they meet the same samples in every step
+ONE_ORDER = (  # same seed, nothing removed: the same samples in every step
     Variant(2),
     Variant(2, Changes(relabelled=np.arange(5, 45), labels=np.arange(40) % 5)),
     Variant(2, Changes(relabelled=np.arange(50), labels=np.full(50, 3))),

@@ -1,4 +1,4 @@
-"""Training with samples removed or relabelled, against a loop written out by hand."""
+"""Training with samples removed or relabelled, compared with a loop written out by hand."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def ids(*values: int) -> np.ndarray:
     return np.array(values, dtype=np.int64)
 
 
-def test_removed_samples_are_struck_from_the_order_and_relabelled_ones_learnt_as_such(
+def test_removed_samples_are_left_out_and_relabelled_ones_have_new_labels(
     digits_task: Task,
 ) -> None:
     removed = np.arange(100, 237)

@@ -1,4 +1,4 @@
-"""Every variant of an ensemble against `Trainer` training it alone, in float64."""
+"""Every variant of an ensemble compared with `Trainer` on it alone, in float64."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -115,7 +115,7 @@ def test_equal_variants_take_all_steps_together() -> None:
 
 
 class Looped(nn.Module):
-    """One that looks at its values."""
+    """A model that branches on a tensor's value."""
 
     def __init__(self) -> None:
         super().__init__()

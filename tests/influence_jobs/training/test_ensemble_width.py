@@ -17,7 +17,8 @@ def test_a_variant_takes_weights_optimizer_activations_and_norms(digits_task: Ta
     sgd = bytes_per_variant(digits_task, SGD, device=CPU)
     assert adam - sgd == weights
     wide = Recipe(epochs=1, batch_size=32, optimizer="sgd", lr=1e-3)
-    # Of 8 x 8 pixels, 8 channels: the convolution's output, the normalised one, what ReLU passes; more below.
+    # Activations of 8 x 8 pixels, 8 channels: outputs of convolution, BatchNorm and ReLU; then
+    # the smaller ones.
     assert bytes_per_variant(digits_task, wide, device=CPU) - sgd > 16 * 3 * 4 * 8 * 64
     norms = NormsWanted(("conv2",), "channel", 0)
     assert bytes_per_variant(digits_task, SGD, device=CPU, norms=norms) - sgd == 1500 * 16 * 4

@@ -58,7 +58,7 @@ def test_training_resumed_from_its_state_gives_the_same_bits(
 
 
 def test_it_is_plain_training(digits_task: Task) -> None:
-    """Against a loop written out by hand: same order, mean loss, torch's own SGD."""
+    """Compared with a loop written out by hand: same order, mean loss, torch's SGD."""
     trained = finish(trainer_of(digits_task, SGD, seed=3))
     torch.manual_seed(3)
     model = digits_task.model().train()
@@ -84,7 +84,7 @@ def test_every_epoch_has_each_sample_once_in_another_order() -> None:
 def test_recorded_norms_are_those_of_the_mean_batch_gradient(
     digits_task: Task, reduction: str
 ) -> None:
-    """Algorithm 1: a sample is given the norms of the gradient of its batch's mean loss, once an epoch."""
+    """Algorithm 1: each epoch adds the norms of the batch's mean gradient to all its samples."""
     trainer = trainer_of(digits_task, SGD, reduction=reduction)
     for _ in range(trainer.steps_per_epoch):
         trainer.step()
@@ -139,7 +139,7 @@ def test_the_reported_loss_is_the_mean_over_the_epoch(digits_task: Task) -> None
 
 
 class DropoutTask(Task):
-    """One whose forward pass draws from torch's global generator."""
+    """A task whose forward pass draws from torch's global generator."""
 
     def model(self) -> nn.Module:
         return nn.Sequential(nn.Linear(4, 32), nn.Dropout(0.5), nn.Linear(32, 1))

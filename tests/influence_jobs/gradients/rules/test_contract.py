@@ -1,4 +1,4 @@
-"""What every rule promises, the registered ones and two that this file defines."""
+"""What every rule promises: the registered rules, and two that this file defines."""
 
 import copy
 from collections.abc import Iterator
@@ -134,7 +134,7 @@ def weighted_sum(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def prepared(layer: nn.Module, shape: tuple[int, ...], rows: int = 4) -> tuple[nn.Module, Any]:
-    """A float64 copy alone in a model, and a batch with random weights of its outputs."""
+    """A model of one float64 copy of a layer, and a batch with random weights of its outputs."""
     torch.manual_seed(0)
     layer = copy.deepcopy(layer).double()
     for name, buffer in layer.named_buffers():
@@ -198,7 +198,7 @@ def check_dots(model: nn.Module, batch: Any, queries: int) -> None:
     gradients = gradients_one_by_one(model, list(space.shapes), weighted_sum, batch)
     with GradDots(model, space, weighted_sum, v_QP, precision="float64") as engine:
         close(engine.total(batch), space.join(gradients) @ v_QP.t())
-        assert list(engine._layers) == ["0"]  # by the rule
+        assert list(engine._layers) == ["0"]  # computed by the rule
 
 
 def check_quadratics(model: nn.Module, batch: Any) -> None:
@@ -245,6 +245,23 @@ def test_gradients_and_shapes(layer: nn.Module, shape: tuple[int, ...]) -> None:
     assert torch.Size(rule.kernel_shape).numel() == rule.weight.numel()
 
 
+@pytest.mark.parametrize(("layer", "shape"), CASES, ids=names)
+def test_rows_of_the_weight_are_channels_of_the_output(
+    layer: nn.Module, shape: tuple[int, ...]
+) -> None:
+    """Attribution multiplies the norm of a row with the channel of the same number."""
+    model, (x, _) = prepared(layer, shape)
+    rule = rule_of(model[0])
+    if rule.channel_axis is None:
+        return
+    output = rule.channels_first(model(x))
+    for channel in range(output.shape[1]):
+        wanted = output[:, channel].square().sum()
+        (gradient,) = torch.autograd.grad(wanted, [model[0].weight], retain_graph=True)
+        moved_C = as_read(model[0], gradient[None])[0].flatten(1).abs().sum(1) > 0
+        assert moved_C.nonzero().flatten().tolist() == [channel]
+
+
 @pytest.mark.parametrize("block", [1, 2**21])
 @pytest.mark.parametrize(("layer", "shape"), CASES, ids=names)
 def test_every_engine(
@@ -260,8 +277,8 @@ def test_every_engine(
 
 
 @pytest.mark.parametrize(("layer", "shape"), CASES, ids=names)
-def test_what_follows_equals_what_is_special(layer: nn.Module, shape: tuple[int, ...]) -> None:
-    """The general forms, with which a new rule begins, against those that the rule overrides."""
+def test_derived_forms_equal_special_ones(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    """The general forms that every rule has, compared with those that a rule overrides."""
     model, batch = prepared(layer, shape)
     rule, x, _, g = seen(model, batch)
     close(LayerRule.kernel_norms(rule, x, g), rule.kernel_norms(x, g))
@@ -315,7 +332,7 @@ def test_conv1d_geometry(made: tuple[nn.Conv1d, Tensor], large: bool, through: b
         check_quadratics(model, batch)
 
 
-def test_conv1d_without_a_batch_axis_is_seen() -> None:
+def test_conv1d_without_a_batch_axis_is_detected() -> None:
     layer = nn.Conv1d(3, 2, 1)
     assert not rule_of(layer).has_batch_axis(layer(torch.randn(3, 5)))
 
@@ -403,7 +420,7 @@ def test_ek_fac_has_the_trace_of_gauss_newton(layer: nn.Module, shape: tuple[int
 
 
 class Doubled(nn.Module):
-    """y = 2 W x + b: unknown to everything but the rule below."""
+    """y = 2 W x + b; only the rule below knows this type."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -427,10 +444,10 @@ class Scaled(nn.Module):
 
 @pytest.fixture
 def own_rules() -> Iterator[None]:
-    """A rule of each kind, of as little as a rule can be, for the time of a test."""
+    """A minimal rule of each kind, registered for the time of a test."""
 
     class DoubledRule(MatrixRule[Doubled]):
-        """A toy."""
+        """The rule of `Doubled`."""
 
         layer = Doubled
 
@@ -441,7 +458,7 @@ def own_rules() -> Iterator[None]:
             return g.reshape(len(g), -1, 3)
 
     class ScaledRule(LayerRule[Scaled]):
-        """Another."""
+        """The rule of `Scaled`."""
 
         layer = Scaled
 
@@ -484,12 +501,13 @@ def test_a_rule_of_ones_own_is_numbered_stored_and_in_the_docs() -> None:
     )
     assert (doubled.shape, scaled.shape) == ((20, 3, 1, 1), (20, 4, 1, 1))
     rows = [line for line in layers_page().splitlines() if line.startswith("| ")]
-    assert "| Doubled | (C, I, 1, 1) | yes | derived | derived | derived | yes | A toy. |" in rows
+    ours = "| Doubled | (C, I, 1, 1) | yes | derived | derived | derived | yes | The rule of `Doubled`. |"
+    assert ours in rows
     assert any(row.startswith("| Scaled ") and "| refused |" in row for row in rows)
 
 
 def test_a_type_has_one_rule() -> None:
-    with pytest.raises(TypeError, match="Linear has a rule: LinearRule"):
+    with pytest.raises(TypeError, match="Linear already has a rule: LinearRule"):
 
         class Second(linear.LinearRule):
             layer = nn.Linear
@@ -528,7 +546,7 @@ class SubEmbedding(nn.Embedding):
 
 
 def test_a_subclass_is_numbered_and_factored_as_what_it_inherits_from() -> None:
-    """So that `--layer all` tells that it has no rule, instead of leaving it out."""
+    """`--layer all` must say that it has no rule, and not leave it out."""
     task = OneLayer(SubLinear(4, 2), (4,))
     assert weight_layers(task, task.model()) == ["0"]
     with pytest.raises(ModelError, match=r"layer '0' \(SubLinear\) has no gradient rule"):
@@ -567,5 +585,5 @@ def test_kernel_axes_of_stored_norms_are_named() -> None:
     assert dims("layer", checkpoints=2) == [("checkpoint", "sample")] * 3
 
 
-def test_the_docs_show_the_rules_as_they_are() -> None:
+def test_the_docs_show_the_current_rules() -> None:
     assert DOCS.read_text() == layers_page(), "run the command that the page names"

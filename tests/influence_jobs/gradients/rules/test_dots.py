@@ -1,4 +1,4 @@
-"""Each rule over its geometry, in both orders, whole and in blocks."""
+"""Dot products of each rule: its layer's options, both orders, whole and in blocks."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def weighted_sum(model, batch):
 
 
 def check_layer(layer, x, queries):
-    """One float64 layer alone against explicit gradients, with a random gradient at its output."""
+    """Compare one float64 layer with explicit gradients, with a random gradient at its output."""
     model = nn.Sequential(layer.double()).eval()
     batch = (x, torch.randn_like(model(x)))
     space = ParameterSpace(model)

@@ -1,4 +1,4 @@
-"""Conv2d over all its geometry, and shapes and edge cases of single rules."""
+"""Norms of Conv2d over all its options, and shapes and edge cases of single rules."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def weighted_sum(model, batch):
 
 
 def check_layer(layer, x, reduction="kernel"):
-    """One float64 layer alone against the reference, with a random gradient at its output."""
+    """Compare one float64 layer with the reference, with a random gradient at its output."""
     model = nn.Sequential(layer.double()).eval()
     batch = (x, torch.randn_like(model(x)))
     (gradient,) = per_sample_gradients(model, ["0"], weighted_sum, batch).values()
@@ -89,7 +89,7 @@ def test_a_large_convolution_is_the_same_whatever_the_batch():
 
 
 def test_linear_with_tiny_gradients_does_not_underflow():
-    """The closed form multiplies norms, not their squares, which float32 would flush to zero."""
+    """The closed form multiplies norms: their squares would underflow in float32."""
     model = nn.Sequential(nn.Linear(3, 2)).eval()
     with GradNorms(
         model, ["0"], lambda model, x: model(x).sum(1) * 1e-25, reduction="channel"

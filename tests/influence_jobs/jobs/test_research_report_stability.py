@@ -1,4 +1,4 @@
-"""Table 4.1 of the report: how many of the 100 most attributed images two trainings share."""
+"""Table 4.1 of the research report: images in the top 100 by attribution of two trainings."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Which of torch's kernels a pass may use: fused ones lack hooks, derivatives or a batched form."""
+"""What a forward pass needs so that torch can differentiate it in every way that we ask for."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,16 +10,40 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 @contextmanager
+def all_derivatives(model: nn.Module) -> Iterator[None]:
+    """Run a model by kernels that have forward-mode and second derivatives; they may be slower.
+
+    Fused attention kernels have neither. Nor have the recurrent layers of oneDNN and cuDNN, which
+    are switched off for models with such layers alone: convolutions are faster by them.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(without_fused_transformers())
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            stack.enter_context(_switched_off(torch.backends.mkldnn))
+            stack.enter_context(_switched_off(torch.backends.cudnn))
+        yield
+
+
+@contextmanager
+def without_fused_transformers() -> Iterator[None]:
+    """Without the fused kernels of frozen transformers, which call no layer and no derivative."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@contextmanager
 def differentiable_kernels(model: nn.Module) -> Iterator[None]:
     """Kernels that call every layer and have a backward in eval mode.
 
     Fused transformers call no layer. cuDNN's recurrent networks have no backward in eval mode.
     """
     with ExitStack() as stack:
-        stack.callback(
-            torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()
-        )
-        torch.backends.mha.set_fastpath_enabled(False)
+        stack.enter_context(without_fused_transformers())
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             stack.enter_context(_switched_off(torch.backends.cudnn))
         yield

@@ -1,0 +1,57 @@
+"""Which memory format suits a model."""
+
+import copy
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from influence_jobs.tasks.base import Draw, Task, device_of, to_device
+
+AGREEMENT = 1e-3  # relative difference of the losses; rounding makes 1e-6
+_CHANNELS_LAST: WeakKeyDictionary[Task, bool] = WeakKeyDictionary()
+
+
+def in_fast_layout(task: Task, model: nn.Module) -> nn.Module:
+    """The model in channels_last if it has 2-D convolutions and computes the same there.
+
+    Convolutions and the rules for their gradients are faster in it. A model that reshapes with
+    `view`, or has weights of five axes, stays as it is. The answer is kept by task, for all its
+    models.
+    """
+    if task not in _CHANNELS_LAST:
+        _CHANNELS_LAST[task] = _same_in_channels_last(task, model)
+    if not _CHANNELS_LAST[task]:
+        return model
+    found: nn.Module = model.to(memory_format=torch.channels_last)
+    return found
+
+
+def _same_in_channels_last(task: Task, model: nn.Module) -> bool:
+    axes = {parameter.ndim for parameter in model.parameters()}
+    if 4 not in axes or max(axes) > 4:
+        return False
+    trial = copy.deepcopy(model).eval()
+    dtype = next(trial.parameters()).dtype
+    ids = torch.arange(min(2, len(task.train_data())))
+    batch = pytree.tree_map_only(
+        Tensor,
+        lambda t: t.to(dtype) if t.is_floating_point() else t,
+        to_device(task.batch(ids, Draw(0)), device_of(trial)),
+    )
+    expected = _losses(task, trial, batch)
+    try:
+        found = _losses(task, trial.to(memory_format=torch.channels_last), batch)
+    except RuntimeError:
+        return False
+    difference = (found - expected).abs().max()
+    return bool(difference <= AGREEMENT * expected.abs().max())
+
+
+def _losses(task: Task, model: nn.Module, batch: object) -> Tensor:
+    with torch.enable_grad():
+        losses_B = task.losses(model, batch)
+        # A view may fail in the backward pass only.
+        losses_B.sum().backward()  # type: ignore[no-untyped-call]
+    return losses_B.detach()

@@ -1,0 +1,364 @@
+"""Curvature of models and losses beyond classifiers, against dense float64 matrices."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+from influence_jobs.curvature import ConjugateGradient, GaussNewton, Hessian
+from influence_jobs.errors import DataError, ModelError
+from influence_jobs.gradients.parameters import ParameterSpace
+from influence_jobs.tasks.base import Batch, Task
+
+N = 6
+IGNORED = -100
+
+
+class Given(Task):
+    """A model, rows, targets, and the loss of one sample's outputs and targets."""
+
+    def __init__(
+        self,
+        network: Callable[[], nn.Module],
+        rows: Tensor,
+        targets: Tensor,
+        loss_of_one: Callable[[Tensor, Tensor], Tensor],
+        output_loss: Any,
+    ):
+        self.network, self.loss_of_one = network, loss_of_one
+        self.data = TensorDataset(rows, targets)
+        self.output_loss = output_loss  # type: ignore[misc]
+
+    def model(self) -> nn.Module:
+        torch.manual_seed(0)
+        return self.network().double()
+
+    def train_data(self) -> TensorDataset:
+        return self.data
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        found: Tensor = model(batch[0])
+        return found
+
+    def targets(self, batch: Batch) -> Tensor:
+        found: Tensor = batch[1]
+        return found
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        pairs = zip(self.outputs(model, batch), batch[1], strict=True)
+        return torch.stack([self.loss_of_one(o, t) for o, t in pairs])
+
+
+def rows(*shape: int) -> Tensor:
+    return torch.randn(N, *shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def classes(count: int, *shape: int) -> Tensor:
+    return torch.randint(count, (N, *shape), generator=torch.Generator().manual_seed(2))
+
+
+def partly_ignored(targets: Tensor) -> Tensor:
+    found = targets.clone()
+    found[1, :2], found[4, 0] = IGNORED, IGNORED
+    return found
+
+
+def tokens(reduction: str) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda o, t: F.cross_entropy(o, t, reduction=reduction, ignore_index=IGNORED)
+
+
+def sequence() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5))  # (B, T, 3) to (B, T, 5)
+
+
+def vector(outputs: int) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, outputs))
+
+
+def image() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.Tanh(), nn.Conv2d(2, 4, 1))
+
+
+def huber(o: Tensor, t: Tensor) -> Tensor:
+    return (1 + (o - t).square()).sqrt().sum() - 1
+
+
+LOSSES = {
+    "mean over tokens": (sequence, rows(4, 3), classes(5, 4), tokens("mean"), "cross-entropy"),
+    "sum over tokens": (sequence, rows(4, 3), classes(5, 4), tokens("sum"), "cross-entropy"),
+    "tokens that do not count": (
+        sequence, rows(4, 3), partly_ignored(classes(5, 4)), tokens("mean"), "cross-entropy",
+    ),
+    "mean over all tokens": (
+        sequence, rows(4, 3), partly_ignored(classes(5, 4)),
+        lambda o, t: tokens("sum")(o, t) / 4, "cross-entropy",
+    ),
+    "pixels": (
+        image, rows(1, 3, 3), classes(4, 3, 3),
+        lambda o, t: F.cross_entropy(o[None], t[None]), "cross-entropy",
+    ),
+    "one number": (
+        lambda: nn.Sequential(vector(1)(), nn.Flatten(0)), rows(3), rows(),
+        lambda o, t: (o - t).square(), "mse",
+    ),
+    "half a sum of squares": (
+        vector(2), rows(3), rows(2), lambda o, t: 0.5 * (o - t).square().sum(), "mse",
+    ),
+    "one logit": (
+        vector(1), rows(3), classes(2).double(),
+        lambda o, t: F.binary_cross_entropy_with_logits(o[0], t), "binary-cross-entropy",
+    ),
+    "labels": (
+        vector(3), rows(3), classes(2, 3).double(),
+        lambda o, t: F.binary_cross_entropy_with_logits(o, t, reduction="sum"),
+        "binary-cross-entropy",
+    ),
+    "a loss of one's own": (
+        vector(2), rows(3), rows(2), huber,
+        lambda outputs, targets: (1 + (outputs - targets).square()).sqrt().sum(1) - 1,
+    ),
+}  # fmt: skip
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.head = nn.Linear(4, 12), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unsqueeze(1).chunk(3, -1)
+        out: Tensor = self.head(F.scaled_dot_product_attention(q, k, v).squeeze(1).mean(1))
+        return out
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self.rnn, self.head = kind(4, 3, batch_first=True), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.rnn(x)[0][:, -1])
+        return out
+
+
+class Tied(nn.Module):
+    """The output layer has the weight of the first, which is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.mid, self.last = nn.Linear(4, 3), nn.Linear(3, 4), nn.Linear(4, 3)
+        self.last.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(torch.tanh(self.mid(self.first(x.mean(1)))))
+        return out
+
+
+class Encoder(nn.Sequential):
+    def __init__(self) -> None:
+        layer = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True)
+        super().__init__(layer, nn.Flatten(), nn.Linear(20, 3))
+
+
+def half_frozen() -> nn.Module:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(20, 4), nn.Tanh(), nn.Linear(4, 3))
+    model[1].weight.requires_grad_(False)
+    return model
+
+
+MODELS = {
+    "attention": Attention,
+    "encoder": Encoder,
+    "LSTM": lambda: Recurrent(nn.LSTM),
+    "GRU": lambda: Recurrent(nn.GRU),
+    "tied": Tied,
+    "frozen": half_frozen,
+}
+
+
+def classifier(network: Callable[[], nn.Module]) -> Given:
+    return Given(network, rows(5, 4), classes(3), F.cross_entropy, "cross-entropy")
+
+
+def dense(task: Given, model: nn.Module, *, hessian: bool) -> Tensor:
+    """The matrix by plain autograd, one sample and one output at a time, in float64."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    size = sum(p.numel() for p in trained)
+    total = torch.zeros(size, size, dtype=torch.float64)
+
+    def flat(value: Tensor, *, graph: bool = False) -> Tensor:
+        found = torch.autograd.grad(
+            value, trained, retain_graph=True, create_graph=graph, materialize_grads=True
+        )
+        return torch.cat([part.reshape(-1) for part in found])
+
+    # The kernels that have second derivatives, as a user would choose them.
+    with (
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+        torch.backends.mkldnn.flags(enabled=False),
+    ):
+        for i in range(N):
+            x, t = task.data[i : i + 1]
+            outputs = task.outputs(model, (x, t))[0]
+            if hessian:
+                slope = flat(task.loss_of_one(outputs, t[0]), graph=True)
+                total += torch.stack([flat(value) for value in slope]) / N
+                continue
+            jacobian = torch.stack([flat(value) for value in outputs.reshape(-1)])
+            curved = torch.autograd.functional.hessian(
+                lambda o, t=t: task.loss_of_one(o, t[0]), outputs.detach()
+            ).reshape(outputs.numel(), outputs.numel())
+            total += jacobian.T @ curved @ jacobian / N
+    return total
+
+
+def operators(task: Given) -> tuple[nn.Module, GaussNewton, Hessian]:
+    model = task.model().eval()
+    space, ids = ParameterSpace(model), torch.arange(N)
+    gauss_newton = GaussNewton(model, space, task, ids, batch_size=4)
+    return model, gauss_newton, Hessian(model, space, task, ids, batch_size=4)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gauss_newton_of_any_loss_of_the_outputs(name: str) -> None:
+    task = Given(*LOSSES[name])
+    model, operator, _ = operators(task)
+    operator.require_finite()
+    v_QP = torch.randn(3, operator.size, dtype=torch.float64)
+    expected = v_QP @ dense(task, model, hessian=False)
+    torch.testing.assert_close(operator @ v_QP, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_products_of_any_model(name: str) -> None:
+    task = classifier(MODELS[name])
+    model, gauss_newton, hessian = operators(task)
+    v_QP = torch.randn(3, gauss_newton.size, dtype=torch.float64)
+    for operator, exact in ((gauss_newton, False), (hessian, True)):
+        expected = v_QP @ dense(task, model.train(False), hessian=exact)
+        torch.testing.assert_close(operator @ v_QP, expected, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_conjugate_gradients_solve_for_any_model(name: str) -> None:
+    task = classifier(MODELS[name])
+    model, operator, _ = operators(task)
+    rhs_QP = torch.randn(2, operator.size, dtype=torch.float64)
+    found = ConjugateGradient(0.1, tolerance=1e-10).solve(operator, rhs_QP).x_QP
+    matrix = dense(task, model, hessian=False) + 0.1 * torch.eye(operator.size).double()
+    torch.testing.assert_close(found, torch.linalg.solve(matrix, rhs_QP.T).T, rtol=1e-6, atol=1e-8)
+
+
+def test_a_tied_weight_counts_once_under_the_layer_that_is_chosen() -> None:
+    model = Tied()
+    assert list(ParameterSpace(model).shapes) == [
+        "first.weight", "first.bias", "mid.weight", "mid.bias", "last.bias",
+    ]  # fmt: skip
+    assert list(ParameterSpace(model, ["mid", "last"]).shapes) == [
+        "mid.weight", "mid.bias", "last.weight", "last.bias",
+    ]  # fmt: skip
+    assert ParameterSpace(model, ["mid", "last"]).modules == ("mid", "last")
+
+
+def test_frozen_parameters_do_not_count_and_a_frozen_layer_is_refused() -> None:
+    model = half_frozen()
+    assert list(ParameterSpace(model).shapes) == ["1.bias", "3.weight", "3.bias"]
+    model[1].bias.requires_grad_(False)
+    with pytest.raises(ModelError, match=r"^layer '1' is frozen \(requires_grad is False\)"):
+        ParameterSpace(model, ["1"])
+    with pytest.raises(ModelError, match="no parameters that are trained"):
+        ParameterSpace(model.requires_grad_(False))
+
+
+class Held(nn.Module):
+    """Keeps handles of its weights where no transform finds them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 3), nn.Linear(3, 3)
+        self.held = list(self.b.parameters())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(torch.tanh(self.a(x.mean(1))), *self.held)
+
+
+@pytest.mark.parametrize("kind", [GaussNewton, Hessian])
+def test_weights_that_no_transform_reaches_are_refused(kind: type[GaussNewton]) -> None:
+    task = classifier(Held)
+    model = task.model().eval()
+    operator = kind(model, ParameterSpace(model), task, torch.arange(N))
+    with pytest.raises(ModelError, match=r"by parameter 'b\.\w+' is not what autograd gives"):
+        operator.product(torch.randn(1, operator.size, dtype=torch.float64), torch.arange(3))
+
+
+class Packed(Recurrent):
+    def __init__(self) -> None:
+        super().__init__(nn.LSTM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        lengths = torch.full((len(x),), x.shape[1])
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
+        out: Tensor = self.head(self.rnn(packed)[1][0][-1])
+        return out
+
+
+def test_what_torch_cannot_differentiate_is_refused_by_name() -> None:
+    _, operator, _ = operators(classifier(Packed))
+    with pytest.raises(
+        ModelError, match=r"^torch cannot differentiate Packed as the curvature needs"
+    ):
+        operator.product(torch.randn(1, operator.size, dtype=torch.float64), torch.arange(3))
+
+
+def test_a_loss_that_is_none_of_the_forms_is_refused() -> None:
+    def weighted(o: Tensor, t: Tensor) -> Tensor:
+        return 0.3 * F.cross_entropy(o, t)
+
+    task = Given(sequence, rows(4, 3), classes(5, 4), weighted, "cross-entropy")
+    with pytest.raises(
+        ModelError, match=r"losses of Given are not the cross-entropy of its outputs \(6"
+    ):
+        operators(task)[1].require_finite()
+    task = Given(sequence, rows(4, 3), classes(5, 4), weighted, "entropy")
+    with pytest.raises(
+        ModelError, match="output_loss of Given is 'entropy': set it to 'cross-entr"
+    ):
+        operators(task)[1].require_finite()
+
+
+def test_a_form_that_a_later_sample_contradicts_is_not_kept() -> None:
+    """The first eight samples have no token that does not count, so two forms give their losses."""
+    targets = classes(5, 4).repeat(2, 1)
+    targets[10, :2] = IGNORED
+    data = rows(4, 3).repeat(2, 1, 1)
+    task = Given(sequence, data, targets, lambda o, t: tokens("sum")(o, t) / 4, "cross-entropy")
+    model = task.model().eval()
+    operator = GaussNewton(model, ParameterSpace(model), task, torch.arange(12), batch_size=4)
+    operator.look()
+    before = operator._forms[0].words
+    operator.require_finite()
+    assert "mean over counted" in before
+    assert "mean over all" in operator._forms[0].words
+
+
+def test_a_query_whose_gradient_is_zero_is_refused() -> None:
+    from influence_jobs.jobs.queries import query_gradients
+    from influence_jobs.specs.queries import Queries, Query
+
+    class MixedBatch(Given):
+        def test_data(self) -> TensorDataset:
+            return self.data
+
+        def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+            logits = self.outputs(model, batch)
+            return F.nll_loss(F.log_softmax(logits, dim=0), batch[1], reduction="none")
+
+    task = MixedBatch(vector(3), rows(3), classes(3), F.cross_entropy, None)
+    model = task.model().eval()
+    queries = Queries(items=(Query(test=2),))
+    with pytest.raises(DataError, match="loss of test sample 2 is exactly zero"):
+        query_gradients(task, model, ParameterSpace(model), queries, 0, 1)

@@ -1,0 +1,131 @@
+"""What `verify` finds, damage by damage, and who else notices."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from influence_jobs.errors import ModelError, StoreError
+from influence_jobs.kinds.grad_norms.spec import GradNormsSpec
+from influence_jobs.kinds.train.spec import TrainedCheckpoint
+from influence_jobs.store import layout
+from influence_jobs.store.checkpoints import file_checkpoint, load_checkpoint, recorded_digest
+from influence_jobs.store.run import Run, now
+from influence_jobs.store.status import STALE_S, read_status
+from influence_jobs.store.verify import find_damage, mark_undone
+from influence_jobs.tasks.base import Task
+
+
+@pytest.fixture
+def run(tmp_path: Path, finished_run: Run) -> Run:
+    """A copy of a finished run, and of the training that it reads."""
+    shutil.copytree(finished_run.root, tmp_path / "runs")
+    return Run.open(str(tmp_path / "runs"), finished_run.id)
+
+
+def spec_of_another(run: Run, shard: str) -> None:
+    entry = run.manifest.read(shard)
+    assert entry is not None
+    run.manifest.write(replace(entry, spec="of another"))
+
+
+def other_numbers(run: Run, shard: str) -> None:
+    entry = run.manifest.read(shard)
+    assert entry is not None
+    rows = run.read_rows("norms/head", entry.start, entry.stop)
+    run.write_rows("norms/head", entry.start, rows + 1)
+
+
+def flipped_bytes(run: Run, shard: str) -> None:
+    for file in Path(run.files.url, "data.zarr/norms/head/c").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[:-3])
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (spec_of_another, "computed for another spec"),
+        (other_numbers, "norms/head is not what was written"),
+        (flipped_bytes, "norms/head cannot be read ("),
+    ],
+)
+def test_a_damaged_shard_is_told_from_the_good_ones(
+    run: Run, damage: Callable[[Run, str], None], told: str
+) -> None:
+    shards = [name for name in run.manifest.done() if name != layout.FINISH]
+    assert find_damage(run).damaged == {}
+    assert find_damage(run).good == find_damage(run).planned == len(shards)
+    damage(run, shards[0])
+    found = find_damage(run)
+    assert set(found.damaged) >= {shards[0]}
+    assert found.damaged[shards[0]].startswith(told)
+    assert found.good == len(shards) - len(found.damaged)
+    mark_undone(run, found.damaged)
+    assert set(run.manifest.done()) == {layout.FINISH, *shards} - set(found.damaged)
+    assert read_status(run)["state"] == "new"
+
+
+def test_tables_are_compared_too(run: Run) -> None:
+    table = f"{layout.TABLES}/samples.parquet"
+    content = run.files.read(table)
+    run.files.write(table, content + b"x")
+    assert find_damage(run).damaged == {layout.FINISH: f"{table} is not what was written"}
+    run.files.delete(table)
+    assert find_damage(run).damaged == {layout.FINISH: f"{table} is gone"}
+    with pytest.raises(StoreError, match="samples is missing or damaged: infl verify"):
+        run.read_table("samples")
+
+
+def test_a_run_that_has_not_begun_has_nothing_to_verify(
+    tmp_path: Path, grad_norms_spec: GradNormsSpec
+) -> None:
+    run = Run.create(str(tmp_path), grad_norms_spec)
+    with pytest.raises(StoreError, match="has not begun: infl resume grad-norms-"):
+        find_damage(run)
+
+
+@pytest.mark.parametrize("damage", [lambda f: f.unlink(), lambda f: f.write_bytes(b"x")])
+def test_damaged_weights_are_not_loaded(run: Run, digits_task: Task, damage) -> None:
+    assert isinstance(run.spec, GradNormsSpec)
+    (checkpoint,) = run.spec.checkpoints
+    assert isinstance(checkpoint, TrainedCheckpoint)
+    model = digits_task.model()
+    load_checkpoint(model, run.root, checkpoint)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    damage(Path(run.root, checkpoint.train.run_id, layout.checkpoint_name(2)))
+    with pytest.raises(StoreError, match=r"is missing or damaged: infl verify train-.* --repair"):
+        load_checkpoint(model, run.root, checkpoint)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    assert recorded_digest(run.root, checkpoint.model_copy(update={"epoch": 9})) == ""
+
+
+def test_a_file_of_weights_that_changed_is_not_loaded(tmp_path: Path, digits_task: Task) -> None:
+    torch.save(digits_task.model().state_dict(), tmp_path / "weights.pth")
+    checkpoint = file_checkpoint(str(tmp_path / "weights.pth"))
+    load_checkpoint(digits_task.model(), "", checkpoint)
+    torch.save(digits_task.model().state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(ModelError, match="has changed since the run was submitted"):
+        load_checkpoint(digits_task.model(), "", checkpoint)
+    with pytest.raises(ModelError, match=r"cannot read checkpoint .*gone: No such file"):
+        file_checkpoint(str(tmp_path / "gone"))
+
+
+@pytest.mark.parametrize(("silent_s", "state"), [(0, "running"), (STALE_S + 5, "interrupted")])
+def test_a_driver_that_says_nothing_for_long_is_gone(run: Run, silent_s: float, state: str) -> None:
+    run.write_json(layout.STATUS, {"state": "running", "updated_at": now() - silent_s})
+    assert read_status(run)["state"] == state
+
+
+def test_damaged_files_of_a_run_are_named(run: Run) -> None:
+    run.files.write(layout.STATUS, b"{")
+    with pytest.raises(StoreError, match=rf"{layout.STATUS} is damaged .*; delete it"):
+        read_status(run)
+    (shard, *_) = run.manifest.done()
+    run.files.write(f"manifest/{shard}.json", b'{"nothing": "known"}')
+    with pytest.raises(StoreError, match=rf"{shard}.json is damaged .*; delete it and resume"):
+        run.manifest.read(shard)
