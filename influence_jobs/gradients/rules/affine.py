@@ -17,7 +17,7 @@ class AffineRule(LayerRule[A]):
     """The weight gradient is no larger than the input, so it is stored as a whole."""
 
     read_as = "(C, 1, 1, 1)"
-    channel_axis = 1
+    channel_axis: ClassVar[int | None] = 1
 
     @abstractmethod
     def normalised(self, a: Tensor) -> Tensor:

@@ -501,8 +501,10 @@ def test_a_rule_of_ones_own_is_numbered_stored_and_in_the_docs() -> None:
     )
     assert (doubled.shape, scaled.shape) == ((20, 3, 1, 1), (20, 4, 1, 1))
     rows = [line for line in layers_page().splitlines() if line.startswith("| ")]
-    ours = "| Doubled | (C, I, 1, 1) | yes | derived | derived | derived | yes | The rule of `Doubled`. |"
-    assert ours in rows
+    (doubled_row,) = [row for row in rows if row.startswith("| Doubled ")]
+    assert doubled_row.startswith(
+        "| Doubled | (C, I, 1, 1) | yes | derived | derived | derived | yes"
+    )
     assert any(row.startswith("| Scaled ") and "| refused |" in row for row in rows)
 
 
