@@ -27,8 +27,8 @@ def top(
     layer: Annotated[
         str | None,
         typer.Option(
-            help="Module name of a layer. By default norms of all layers, one table for each, and "
-            "scores summed over layers."
+            help="Layer: number, module or parameter name, or pattern, as for submit. By default "
+            "norms of all layers, one table for each, and scores summed over layers."
         ),
     ] = None,
     test: Annotated[

@@ -1,16 +1,14 @@
 """Dot products of vectors with every sample's loss gradient, without storing the gradients."""
 
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from influence_jobs.errors import ModelError
+from influence_jobs.gradients.fallback import Fallback
 from influence_jobs.gradients.forward_mode import directional_derivatives
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.gradients.reference import one_sample
@@ -20,7 +18,8 @@ from influence_jobs.gradients.requirements import (
     require_plain,
 )
 from influence_jobs.gradients.rules import LayerRule, rule_of, supported
-from influence_jobs.gradients.taps import TappedModel, thawed
+from influence_jobs.gradients.taps import TOLERANCE, TappedModel, thawed
+from influence_jobs.gradients.usage import Usage
 from influence_jobs.terms import Precision
 
 
@@ -75,15 +74,16 @@ class GradDots(TappedModel):
                 f"vector {int((~finite_Q).nonzero()[0])} holds NaN or infinity: compute it again"
             )
         self._space = space
-        self._names: dict[str, list[str]] = {}
         for name, parameter in space.parameters().items():
-            module, _, own = name.rpartition(".")
+            module = name.rpartition(".")[0]
             require_dtype(module, parameter, self._dtype)
             require_plain(module, model.get_submodule(module))
-            self._names.setdefault(module, []).append(own)
+        self._names = {group: names for group, names in space.groups.items() if names}
+        self._fallback: Fallback | None = None
         self._vectors_QP = vectors_QP.detach().to(self._device, self._dtype)
         self._ruled: dict[str, dict[str, Tensor]] | None = None
-        self._in_forward_mode = True
+        self._why_not_forward = ""
+        self._verified = False  # forward mode, by plain autograd
         self._freeze()
 
     def __call__(self, batch: Any) -> dict[str, Tensor]:
@@ -104,10 +104,12 @@ class GradDots(TappedModel):
         """
         self._route(batch)
         parts = self._by_rules(batch)
-        for name in self._names:
-            if name not in parts:
-                parts[name] = self._by_derivatives(batch, [name])
-        return {name: parts[name] for name in self._names}
+        rest = [group for group in self._names if group not in parts]
+        if found := self._in_forward_mode(batch, [[group] for group in rest]):
+            parts |= dict(zip(rest, found, strict=True))
+        elif rest:
+            parts |= self._by_gradients(batch, rest)
+        return {group: parts[group] for group in self._names}
 
     def total(self, batch: Any) -> Tensor:
         """Dot products of every sample of a batch, (B, Q), summed over modules.
@@ -119,8 +121,11 @@ class GradDots(TappedModel):
         """
         self._route(batch)
         parts = list(self._by_rules(batch).values())
-        if rest := [name for name in self._names if name not in self._layers]:
-            parts.append(self._by_derivatives(batch, rest))
+        rest = [group for group in self._names if group not in self._layers]
+        if found := self._in_forward_mode(batch, [rest] if rest else []):
+            parts += found
+        elif rest:
+            parts += self._by_gradients(batch, rest).values()
         total_BQ = parts[0]
         for part_BQ in parts[1:]:
             total_BQ += part_BQ
@@ -132,14 +137,14 @@ class GradDots(TappedModel):
     def _of_gradients(self, gradients: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         vectors = self._space.split(self._vectors_QP)
         parts: dict[str, tuple[Tensor, Tensor]] = {}
-        for module, owned in self._names.items():
+        for group, names in self._names.items():
             dots = square = torch.zeros((), dtype=self._dtype, device=self._device)
-            for name in _full(module, owned):
+            for name in names:
                 terms_QP = _flat(vectors[name]) * gradients[name].flatten()
                 dots = dots + terms_QP.sum(1)
                 square = square + terms_QP.square().sum(1)
             # Terms may cancel, so rounding is relative to the root of their sum of squares.
-            parts[module] = dots.unsqueeze(0), square.sqrt().unsqueeze(0)
+            parts[group] = dots.unsqueeze(0), square.sqrt().unsqueeze(0)
         return parts
 
     def _by_rules(self, batch: Any) -> dict[str, Tensor]:
@@ -154,34 +159,88 @@ class GradDots(TappedModel):
             self._run(batch, visit)
         return parts
 
-    def _by_derivatives(self, batch: Any, modules: Iterable[str]) -> Tensor:
+    def _in_forward_mode(self, batch: Any, several: Sequence[Sequence[str]]) -> list[Tensor] | None:
+        """The products (B, Q) of some groups together, of others together; None if it fails."""
+        if not several or self._fallback is not None:
+            return None
         require_independent_samples(self._model)
         split = self._space.split(self._vectors_QP)
-        names = [name for module in modules for name in _full(module, self._names[module])]
-        vectors = {name: split[name] for name in names}
-        if self._in_forward_mode:
-            try:
-                with torch.autocast(self._device.type, enabled=False):
-                    return directional_derivatives(
-                        self._model, lambda _, batch: self._forward(batch), batch, vectors
-                    ).to(self._dtype)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                self._in_forward_mode = False
-                warnings.warn(
-                    f"parameters of '{names[0]}' and the like are differentiated sample by sample, "
-                    f"which is slow: {str(error).partition(chr(10))[0]}",
-                    stacklevel=3,
-                )
+        found = []
+        try:
+            with torch.autocast(self._device.type, enabled=False):
+                for groups in several:
+                    names = [name for group in groups for name in self._names[group]]
+                    dots_BQ = directional_derivatives(
+                        self._model,
+                        lambda _, batch: self._forward(batch),
+                        batch,
+                        {name: split[name] for name in names},
+                    )
+                    found.append(dots_BQ.to(self._dtype))
+                if not self._verified and len(found[0]) > 1:
+                    self._verified = True
+                    if not self._as_plain(batch, several, found):
+                        self._why_not_forward = "forward mode differs from plain autograd"
+                        return None
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self._why_not_forward = str(error).partition("\n")[0]
+            return None
+        return found
+
+    def _as_plain(
+        self, batch: Any, several: Sequence[Sequence[str]], found: Sequence[Tensor]
+    ) -> bool:
+        """Whether the products of the first two samples agree with plain autograd."""
+        size = len(found[0])
+        for i in range(2):
+            wanted = self._of_gradients(self._plain_gradients(one_sample(batch, i, size)))
+            for groups, dots_BQ in zip(several, found, strict=True):
+                dots_Q = torch.stack([wanted[group][0][0] for group in groups]).sum(0)
+                scale_Q = torch.stack([wanted[group][1][0] for group in groups]).norm(dim=0)
+                limit_Q = TOLERANCE[self._precision] * scale_Q
+                if ((dots_BQ[i] - dots_Q).abs() > limit_Q).any():
+                    return False
+        return True
+
+    def _by_gradients(self, batch: Any, groups: Sequence[str]) -> dict[str, Tensor]:
+        """The products (B, Q) of groups that have no forward mode, through gradients."""
+        require_independent_samples(self._model)
+        names = [name for group in groups for name in self._names[group]]
         with torch.no_grad():
             size = len(self._forward(batch))
-        flat_QP = torch.cat([_flat(part) for part in vectors.values()], dim=1)
-        rows = []
-        for i in range(size):
-            gradients = self._plain_gradients(one_sample(batch, i, size))
-            rows.append(flat_QP @ torch.cat([gradients[name].flatten() for name in names]))
-        return torch.stack(rows)
+        fallback = self._fallback or Fallback(
+            self._model,
+            names,
+            forward=self._forward,
+            plain=self._plain_gradients,
+            record=self._record,
+            tolerance=TOLERANCE[self._precision],
+        )
+        if self._fallback is None and size > 1:
+            fallback.find_forms(batch, size, {})
+            self._fallback = fallback
+            how = (
+                "sample by sample" if "sample" in fallback.forms.values() else "all samples mapped"
+            )
+            warnings.warn(
+                f"parameters of '{names[0]}' and the like are differentiated {how}, which is "
+                f"slow: {self._why_not_forward}",
+                stacklevel=3,
+            )
+        vectors = self._space.split(self._vectors_QP)
+        pieces: dict[str, list[Tensor]] = {name: [] for name in names}
+        with torch.autocast(self._device.type, enabled=False):
+            for found in fallback.gradients(batch, size):
+                for name, gradient in found.items():
+                    dots_BQ = gradient.to(self._dtype).flatten(1) @ _flat(vectors[name]).t()
+                    pieces[name].append(dots_BQ)
+        by_name = {name: torch.cat(parts) for name, parts in pieces.items()}
+        return {
+            group: torch.stack([by_name[name] for name in self._names[group]]).sum(0)
+            for group in groups
+        }
 
     def _route(self, batch: Any) -> None:
         """On the first batch, find the layers whose rule holds, and tap them."""
@@ -191,70 +250,41 @@ class GradDots(TappedModel):
         vectors = self._space.split(self._vectors_QP)
         rules = self._plainly_used(batch)
         self._ruled = {
-            name: rule.arrange({own: vectors[f"{name}.{own}"] for own in self._names[name]})
-            for name, rule in rules.items()
+            group: rule.arrange({_own(name): vectors[name] for name in self._names[group]})
+            for group, rule in rules.items()
         }
         self._attach(rules)
 
     def _plainly_used(self, batch: Any) -> dict[str, LayerRule[Any]]:
-        """Rules of the layers that are called once for all samples and used in no other way.
-
-        Each use of a parameter is an edge to its leaf in the autograd graph of the losses.
-        """
-        candidates = {
-            name: rule_of(self._model.get_submodule(name))
-            for name, owned in self._names.items()
-            if set(owned) in ({"weight"}, {"weight", "bias"})
-            and _has_rule(self._model.get_submodule(name), len(owned))
-        }
-        calls: dict[str, list[int]] = {name: [] for name in candidates}
-
-        def count(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
-            calls[name].append(len(output) if candidates[name].has_batch_axis(output) else 0)
-
-        with ExitStack() as stack:
-            stack.enter_context(
-                thawed(p for rule in candidates.values() for p in rule.module.parameters())
-            )
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(torch.autocast(self._device.type, enabled=False))
-            for name, rule in candidates.items():
-                hook = rule.module.register_forward_hook(partial(count, name))
-                stack.callback(hook.remove)
-            losses = self._forward(batch)
-        uses = _uses(losses)
+        """Rules of the groups whose layer is called once, for all samples, and used so alone."""
+        modules = {}
+        for group, names in self._names.items():
+            owners = {name.rpartition(".")[0] for name in names}
+            module = self._model.get_submodule(owners.pop())
+            if not owners and supported(module) and _has_no_more(module):
+                modules[group] = module
+        parameters = self._space.parameters()
+        with (
+            thawed(parameters[name] for group in modules for name in self._names[group]),
+            torch.enable_grad(),
+            torch.autocast(self._device.type, enabled=False),
+        ):
+            usage = Usage(lambda: self._forward(batch), modules)
         return {
-            name: rule
-            for name, rule in candidates.items()
-            if calls[name] == [len(losses)]
-            and all(uses[id(p)] == 1 for p in rule.module.parameters())
+            group: rule_of(module)
+            for group, module in modules.items()
+            if usage.plain(group, [parameters[name] for name in self._names[group]])
         }
 
 
-def _has_rule(module: nn.Module, parameters: int) -> bool:
-    return supported(module) and parameters == sum(1 for _ in module.parameters())
+def _has_no_more(module: nn.Module) -> bool:
+    """Whether a module has no parameters but those that its rule knows."""
+    return {name for name, _ in module.named_parameters()} <= {"weight", "bias"}
+
+
+def _own(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _flat(vectors: Tensor) -> Tensor:
     return vectors.reshape(len(vectors), -1)  # vectors of a scalar parameter are (Q,)
-
-
-def _full(module: str, names: Iterable[str]) -> list[str]:
-    return [f"{module}.{name}" if module else name for name in names]
-
-
-def _uses(losses: Tensor) -> Counter[int]:
-    """Number of operations that use each leaf of the autograd graph, by the leaf's id."""
-    uses: Counter[int] = Counter()
-    seen, stack = set(), [losses.grad_fn]
-    while stack:
-        node = stack.pop()
-        for following, _ in node.next_functions if node is not None else ():
-            if following is None:
-                continue
-            if (leaf := getattr(following, "variable", None)) is not None:
-                uses[id(leaf)] += 1
-            elif following not in seen:
-                seen.add(following)
-                stack.append(following)
-    return uses

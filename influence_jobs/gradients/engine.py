@@ -3,12 +3,16 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from influence_jobs.errors import ModelError
-from influence_jobs.gradients.requirements import find_rule
-from influence_jobs.gradients.rules import LayerRule, reduce_gradient, reduce_norms
-from influence_jobs.gradients.taps import TappedModel
+from influence_jobs.gradients.fallback import Fallback, Form
+from influence_jobs.gradients.requirements import require_dtype, require_independent_samples
+from influence_jobs.gradients.rules import LayerRule, reduce_norms
+from influence_jobs.gradients.taps import TOLERANCE, TappedModel, thawed, unused
+from influence_jobs.gradients.usage import Usage
+from influence_jobs.gradients.weights import Weight, weight_named
 from influence_jobs.terms import Precision, Reduction
 
 
@@ -25,14 +29,14 @@ class GradNorms(TappedModel):
 
     Args:
         model: In eval mode, with weights of float32, or of float64 for `precision="float64"`.
-        layers: Module names. Each is called once in a forward pass, with the batch as first axis.
+        layers: Names of layers with one weight, or full names of parameters; see `Weight`.
         losses: (model, batch) to one loss per sample (B,). A batch is any pytree.
         reduction: See above.
         precision: `bfloat16` runs forward and backward in mixed precision (autocast); norms are
             always accumulated in the dtype of the weights.
 
     Raises:
-        ModelError: A layer is missing or not supported, or the model is in train mode.
+        ModelError: A layer is missing or has no weight, or the model is in train mode.
     """
 
     _result = "norms"
@@ -49,11 +53,14 @@ class GradNorms(TappedModel):
     ) -> None:
         super().__init__(model, losses, precision)
         self._reduction: Reduction = reduction
-        found = {name: find_rule(model, name, self._dtype) for name in layers}
-        if not found:
+        self._weights = {name: weight_named(model, name) for name in layers}
+        if not self._weights:
             raise ModelError("no layer was named: name at least one")
+        for name, weight in self._weights.items():
+            require_dtype(name, model.get_parameter(weight.parameter), self._dtype)
+        self._fallback: Fallback | None = None
+        self._reasons: dict[str, str] = {}  # of the layers that do not go by a rule
         self._freeze()
-        self._attach(found)
 
     def __call__(self, batch: Any) -> dict[str, Tensor]:
         """Norms of every sample of a batch.
@@ -66,23 +73,137 @@ class GradNorms(TappedModel):
             of the weights. They are not checked for NaN.
 
         Raises:
-            ModelError: A layer is not called exactly once, is not reached by the gradient, or its
-                input was overwritten; the losses are not (B,); the model is in train mode.
+            ModelError: A layer is not called, or not as in the first batch; it is not reached by
+                the gradient, or its input was overwritten; the losses are not (B,); the model went
+                into train mode.
         """
+        fallback = self._routed(batch)
         norms: dict[str, Tensor] = {}
 
         def visit(name: str, rule: LayerRule[Any], a: Tensor, g: Tensor) -> None:
             norms[name] = reduce_norms(rule.kernel_norms(a, g), self._reduction)
 
-        self._run(batch, visit)
-        return {name: norms[name] for name in self._layers}
+        with torch.autocast(self._device.type, enabled=False):
+            if self._layers or fallback.calls:
+                size = self._run(batch, visit, fallback.calls)
+            else:
+                size = fallback.size_of(batch)
+            pieces: dict[str, list[Tensor]] = {name: [] for name in self._weights}
+            for found in fallback.gradients(batch, size):
+                for name, weight in self._weights.items():
+                    if name not in norms and weight.parameter in found:
+                        gradient = found[weight.parameter].to(self._dtype)
+                        pieces[name].append(weight.norms(gradient, self._reduction))
+        return {
+            name: norms[name] if name in norms else torch.cat(pieces[name])
+            for name in self._weights
+        }
+
+    def slow_layers(self, batch: Any) -> dict[str, tuple[Form, str]]:
+        """The layers that no rule serves: by which form of `Fallback` each goes, and why.
+
+        Args:
+            batch: Of two samples or more.
+
+        Raises:
+            ModelError: As a call.
+        """
+        fallback = self._routed(batch)
+        return {
+            name: (fallback.forms[self._weights[name].parameter], why)
+            for name, why in self._reasons.items()
+        }
+
+    def _routed(self, batch: Any) -> Fallback:
+        """Which layers go by their rule, and the fallback of the others, as the first batch shows.
+
+        One sample does not show the forms: it goes by plain autograd, and the next batch decides.
+        """
+        if self._fallback is not None:
+            return self._fallback
+        require_independent_samples(self._model)
+        modules = dict(self._model.named_modules())
+        weights = self._weights.values()
+        parameters = self._parameters()
+        homes = {
+            w.parameter: [home for home in _ancestors(w.parameter) if home in modules]
+            for w in weights
+        }
+        names = {name for of in homes.values() for name in of} | {w.owner for w in weights}
+        with (
+            thawed(parameters.values()),
+            torch.enable_grad(),
+            torch.autocast(self._device.type, enabled=False),
+        ):
+            usage = Usage(lambda: self._forward(batch), {name: modules[name] for name in names})
+        rules: dict[str, LayerRule[Any]] = {}
+        for name, weight in self._weights.items():
+            reason = self._why_not_by_rule(name, weight, usage)
+            if reason is None and weight.rule is not None:
+                rules[name] = weight.rule
+            elif reason is not None:
+                self._reasons[name] = reason
+        self._attach(rules)
+        slow = list(dict.fromkeys(self._weights[name].parameter for name in self._reasons))
+        fallback = Fallback(
+            self._model,
+            slow,
+            forward=self._forward,
+            plain=self._plain_gradients,
+            record=self._record,
+            tolerance=TOLERANCE[self._precision],
+        )
+        if slow and usage.size == 1:
+            return fallback
+        if slow:
+            within = {
+                name: [
+                    home
+                    for home in homes[name]
+                    if usage.within(self._model.get_parameter(name), home)
+                ]
+                for name in slow
+            }
+            fallback.find_forms(batch, usage.size, within)
+        self._fallback = fallback
+        return fallback
+
+    def _why_not_by_rule(self, name: str, weight: Weight, usage: Usage) -> str | None:
+        """What speaks against the rule; None if nothing does.
+
+        Raises:
+            ModelError: The losses do not depend on the weight.
+        """
+        parameter, owner = self._model.get_parameter(weight.parameter), weight.owner
+        uses = usage.uses(parameter)
+        if uses == 0:
+            if usage.calls(owner) == 0:
+                raise ModelError(f"layer '{name}' is not called in the forward: leave it out")
+            raise unused(name)
+        if weight.rule is None or not weight.ruled:
+            kind = type(self._model.get_submodule(owner)).__name__
+            return f"no rule for {weight.parameter.rpartition('.')[2]} of {kind}"
+        if usage.plain(owner, [parameter]):
+            return None
+        if uses > 1:
+            return f"its weight is used {uses} times in a forward"
+        return "its rule is not for the way it is called"
 
     def _parameters(self) -> dict[str, Tensor]:
-        return {name: self._model.get_parameter(f"{name}.weight") for name in self._layers}
+        return {
+            name: self._model.get_parameter(weight.parameter)
+            for name, weight in self._weights.items()
+        }
 
     def _of_gradients(self, gradients: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         parts: dict[str, tuple[Tensor, Tensor]] = {}
-        for name, rule in self._layers.items():
-            norms = reduce_gradient(rule.module, gradients[name].unsqueeze(0), self._reduction)
+        for name, weight in self._weights.items():
+            norms = weight.norms(gradients[name].unsqueeze(0), self._reduction)
             parts[name] = norms, norms.nan_to_num(nan=0, posinf=0).amax().expand_as(norms)
         return parts
+
+
+def _ancestors(parameter: str) -> list[str]:
+    """The modules that a parameter is in but for the model itself, the smallest first."""
+    parts = parameter.split(".")
+    return [".".join(parts[:i]) for i in range(len(parts) - 1, 0, -1)]

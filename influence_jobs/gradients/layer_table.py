@@ -9,11 +9,10 @@ _HEAD = """# Layers
 The layers that have a rule for their per-sample gradients, and how it computes them. This page is
 written by `python -m influence_jobs.gradients.layer_table > docs/layers.md`.
 
-A rule is found by the layer's exact type, since a subclass may compute something else. *derived*
-means computed from the weight and bias gradient, which every rule gives. *special* means that the
-rule has a faster way of its own. Norms are L2 over I. *number* says whether `--layer all` includes
-the layer and `--layer 1` counts it; other layers must be named. Influence needs no rule: layers
-without one are differentiated in forward mode.
+A rule is for the layer's type, and for a subclass that overrides nothing but `__init__`; any other
+may compute something else. *derived* means computed from the weight and bias gradient, which every
+rule gives. *special* means that the rule has a faster way of its own. Norms are L2 over I. *number*
+says whether `--layer all` includes the layer and `--layer 1` counts it; other layers must be named.
 
 A new type needs one class, in any file of `influence_jobs/gradients/rules/` or beside your task.
 
@@ -37,7 +36,7 @@ def _row(rule: type[LayerRule[Any]]) -> list[str]:
     factored = "yes" if issubclass(rule, MatrixRule) else "refused"
     numbered = "yes" if rule.numbered else "by name"
     forms = ["special" if _overrides(rule, methods) else "derived" for methods in _FORMS.values()]
-    return [rule.layer.__name__, rule.read_as, numbered, *forms, factored, notes]
+    return [rule.type_name(), rule.read_as, numbered, *forms, factored, notes]
 
 
 def _overrides(rule: type[LayerRule[Any]], methods: tuple[str, ...]) -> bool:

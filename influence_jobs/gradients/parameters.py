@@ -16,12 +16,17 @@ class ParameterSpace:
     """The trained parameters of chosen modules, as one vector of length P in the model's order.
 
     Frozen parameters (`requires_grad` False when the space is made) do not count. A parameter that
-    several modules share counts once, with all its uses, under the first of those that are chosen.
+    several modules share counts once, with all its uses: for its first owner if that is chosen,
+    else for the first of those that are.
 
     Args:
         model: Its parameters are looked up anew at every call, so weights may be loaded later.
-        modules: Names of modules whose own parameters count (children name theirs themselves); all
-            modules if None.
+        modules: Names of modules whose own parameters count (children name theirs themselves), and
+            full names of parameters; all modules if None.
+
+    Attributes:
+        shapes: By full name, in the model's order; a shared one has the name of its first owner.
+        groups: By entry of `modules`, the full names that count for it.
 
     Raises:
         ModelError: There is no such module, it has no parameters or only frozen ones, or nothing is
@@ -30,33 +35,38 @@ class ParameterSpace:
 
     def __init__(self, model: nn.Module, modules: Sequence[str] | None = None):
         self._model = model
-        known = dict(model.named_modules())
-        for module in modules or ():
-            if module not in known:
-                raise ModelError(f"{type(model).__name__} has no module '{module}'")
-            own = list(known[module].parameters(recurse=False))
-            if not own:
-                raise ModelError(f"module '{module}' has no parameters of its own: leave it out")
-            if not any(parameter.requires_grad for parameter in own):
+        first = {id(parameter): name for name, parameter in model.named_parameters()}
+        trained = [name for name, value in model.named_parameters() if value.requires_grad]
+        if modules is None:
+            modules = list(dict.fromkeys(name.rpartition(".")[0] for name in trained))
+        named = {
+            entry: [first[id(parameter)] for parameter in _own(model, entry)] for entry in modules
+        }
+        for entry, names in named.items():
+            if not set(names) & set(trained):
                 raise ModelError(
-                    f"layer '{module}' is frozen (requires_grad is False), so training does not "
-                    "change it: leave it out"
+                    f"layer '{entry}' is frozen (requires_grad=False), and only trained parameters "
+                    "count: leave it out, or let the model train it"
                 )
-        chosen = set(known if modules is None else modules)
-        names: dict[int, str] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            if parameter.requires_grad and name.rpartition(".")[0] in chosen:
-                names.setdefault(id(parameter), name)
+        owner_of: dict[str, str] = {}
+        for name in trained:
+            entries = [entry for entry, names in named.items() if name in names]
+            if entries:
+                owner = name.rpartition(".")[0]
+                owner_of[name] = owner if owner in entries else entries[0]
         self.shapes: dict[str, torch.Size] = {
-            name: model.get_parameter(name).shape for name in names.values()
+            name: model.get_parameter(name).shape for name in owner_of
+        }
+        self.groups: dict[str, list[str]] = {
+            entry: [name for name, owner in owner_of.items() if owner == entry] for entry in modules
         }
         if not self.shapes:
-            raise ModelError(f"{type(model).__name__} has no parameters that are trained")
+            raise ModelError(f"{type(model).__name__} has no trained parameters")
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """Names of the modules under which parameters count, in order."""
-        return tuple(dict.fromkeys(name.rpartition(".")[0] for name in self.shapes))
+        """The entries for which parameters count, in order."""
+        return tuple(entry for entry, names in self.groups.items() if names)
 
     def of(self, model: nn.Module) -> Self:
         """The same parameters of another model, such as a copy in float64."""
@@ -97,3 +107,17 @@ class ParameterSpace:
         parameters = self.parameters()
         gradients = torch.autograd.grad(value, list(parameters.values()), materialize_grads=True)
         return self.join(dict(zip(parameters, gradients, strict=True)))
+
+
+def _own(model: nn.Module, entry: str) -> list[nn.Parameter]:
+    """A module's own parameters, or a parameter."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if entry in modules:
+        own = list(modules[entry].parameters(recurse=False))
+        if not own:
+            raise ModelError(f"layer '{entry}' has no parameters of its own: leave it out")
+        return own
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    if entry not in parameters:
+        raise ModelError(f"{type(model).__name__} has no layer '{entry}'")
+    return [parameters[entry]]

@@ -9,7 +9,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from influence_jobs.errors import ModelError
 from influence_jobs.gradients.rules import (
     LayerRule,
-    names_of,
     nearest_rule,
     rule_of,
     supported,
@@ -49,8 +48,10 @@ def require_supported(name: str, module: nn.Module) -> None:
     """
     where = f"layer '{name}' ({type(module).__name__})"
     if not supported(module):
-        listed = names_of(supported_layers())
-        raise ModelError(f"{where} has no gradient rule; supported: {listed} (no subclasses)")
+        raise ModelError(
+            f"{where} has no gradient rule; supported: {supported_layers()} "
+            "(and subclasses that change nothing)"
+        )
     # A re-parametrised weight (weight_norm, pruning) is an attribute but not a parameter.
     weight = module._parameters.get("weight")
     if weight is None:

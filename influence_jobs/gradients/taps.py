@@ -7,8 +7,8 @@ computed. When the backward pass reaches a layer, the engine visits it, and its 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
@@ -18,17 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from influence_jobs.errors import ModelError
+from influence_jobs.gradients.recorded_call import RecordedCall
 from influence_jobs.gradients.reference import one_sample
 from influence_jobs.gradients.requirements import require_independent_samples
 from influence_jobs.gradients.rules import LayerRule
-from influence_jobs.gradients.transforms import without_fused_transformers
+from influence_jobs.gradients.transforms import differentiable_kernels
 from influence_jobs.terms import Precision
 
 #: Takes a layer's name, rule, input and output gradient, the tensors with the weights' dtype.
 Visit = Callable[[str, LayerRule[Any], Tensor, Tensor], None]
 
 # Largest relative difference from plain autograd that `check` accepts.
-_TOLERANCE: dict[Precision, float] = {"float32": 1e-3, "float64": 1e-6, "bfloat16": 5e-2}
+TOLERANCE: dict[Precision, float] = {"float32": 1e-3, "float64": 1e-6, "bfloat16": 5e-2}
 
 
 @dataclass
@@ -156,7 +157,9 @@ class TappedModel(ABC):
             parameter.requires_grad_(False)
 
     def _attach(self, layers: Mapping[str, LayerRule[Any]]) -> None:
-        """Tap the layers of these rules in every later pass."""
+        """Tap the layers of these rules in every later pass, and no others."""
+        for hook in self._hooks:
+            hook.remove()
         self._layers = dict(layers)
         # Prepended, so that the tap gets the layer's own output before other hooks change it.
         self._hooks = [
@@ -166,8 +169,14 @@ class TappedModel(ABC):
             for name, rule in self._layers.items()
         ]
 
-    def _run(self, batch: Any, visit: Visit) -> None:
+    def _run(self, batch: Any, visit: Visit, calls: Sequence[RecordedCall] = ()) -> int:
         """One forward and one truncated backward pass, with one `visit` per tapped layer.
+
+        Args:
+            calls: Calls to record besides.
+
+        Returns:
+            B.
 
         Raises:
             ModelError: A layer is not called exactly once, is not reached by the gradient, or its
@@ -177,7 +186,13 @@ class TappedModel(ABC):
         call = self._call = _Call(visit)
         try:
             # The outer context protects the backward pass from an autocast of the caller.
-            with torch.enable_grad(), torch.autocast(self._device.type, enabled=False):
+            with (
+                torch.enable_grad(),
+                torch.autocast(self._device.type, enabled=False),
+                ExitStack() as stack,
+            ):
+                for recorded in calls:
+                    stack.enter_context(recorded.recording(self._through_tap))
                 losses = self._forward(batch)
                 self._refuse_unreached(call, losses)
                 call.batch_size = len(losses)
@@ -188,7 +203,12 @@ class TappedModel(ABC):
             self._call = None
         for name in self._layers:
             if name not in call.done:
-                raise _unused(name)
+                raise unused(name)
+        return call.batch_size
+
+    def _record(self, batch: Any, calls: Sequence[RecordedCall]) -> None:
+        """One forward and one truncated backward to record calls, and for nothing else."""
+        self._run(batch, lambda *_: None, calls)
 
     @property
     def _device(self) -> torch.device:
@@ -201,7 +221,7 @@ class TappedModel(ABC):
             torch.autocast(
                 self._device.type, dtype=torch.bfloat16, enabled=mixed, cache_enabled=False
             ),
-            without_fused_transformers(),
+            differentiable_kernels(self._model),
         ):
             losses = self._losses(self._model, batch)
         if not isinstance(losses, Tensor) or losses.ndim != 1:
@@ -235,7 +255,13 @@ class TappedModel(ABC):
                 f"layer '{name}' returns shape {tuple(output.shape)}, which has no batch axis: "
                 "its first axis must be the sample"
             )
-        a = (args[0] if args else kwargs["input"]).detach()  # shares the version counter
+        recorded = rule.recorded(args, kwargs)
+        if recorded is None:
+            raise ModelError(
+                f"layer '{name}' ({rule.type_name()}) is called with other arguments than in the "
+                "first batch: make all calls alike, or leave the layer out"
+            )
+        a = recorded.detach()  # shares the version counter
         version = a._version
 
         def on_gradient(g: Tensor) -> None:
@@ -253,6 +279,9 @@ class TappedModel(ABC):
             call.visit(name, rule, inputs, g.to(self._dtype))
             call.done.add(name)
 
+        return self._through_tap(output, on_gradient)
+
+    def _through_tap(self, output: Tensor, on_gradient: Callable[[Tensor], None]) -> Tensor:
         tapped: Tensor = _Tap.apply(output, self._anchor, on_gradient)
         return tapped
 
@@ -264,11 +293,20 @@ class TappedModel(ABC):
                     "there: leave it out"
                 )
         if not losses.requires_grad:
-            raise _unused(next(iter(self._layers)))
+            raise unused(next(iter(self._layers), ""))
 
-    def _plain_gradients(self, sample: Any) -> dict[str, Tensor]:
-        """Gradients of one sample's loss by `_parameters`, from plain autograd."""
-        parameters = self._parameters()
+    def _plain_gradients(
+        self, sample: Any, names: Iterable[str] | None = None
+    ) -> dict[str, Tensor]:
+        """Gradients of one sample's loss by autograd and nothing else.
+
+        Args:
+            names: Full names of parameters; by default those of `_parameters`, by its names.
+        """
+        if names is None:
+            parameters = self._parameters()
+        else:
+            parameters = {name: self._model.get_parameter(name) for name in names}
         with thawed(parameters.values()), torch.enable_grad():
             loss = self._forward(sample)
             if len(loss) != 1:
@@ -283,7 +321,7 @@ class TappedModel(ABC):
         return dict(zip(parameters, gradients, strict=True))
 
     def _require_equal(self, name: str, found: Tensor, expected: Tensor, scale: Tensor) -> None:
-        limit = _TOLERANCE[self._precision]
+        limit = TOLERANCE[self._precision]
         error = (found - expected).abs()
         wrong = (error > limit * scale) | (found.isnan() != expected.isnan())
         if wrong.any():
@@ -309,7 +347,8 @@ def thawed(parameters: Iterable[Tensor]) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-def _unused(name: str) -> ModelError:
+def unused(name: str) -> ModelError:
+    """The refusal of a layer whose gradient does not exist."""
     return ModelError(
         f"the losses do not depend on layer '{name}' (its output is unused, detached or computed "
         "under no_grad): leave it out"

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from influence_jobs.gradients import norm_shape, require_supported
+from influence_jobs.gradients.weights import weight_named
 from influence_jobs.store.layout import ArrayLayout, chunk_rows, norms_name
 from influence_jobs.terms import Reduction
 
@@ -32,11 +32,8 @@ def norm_layouts(
         checkpoints: Length of the leading checkpoint axis; None for no such axis.
         source: The loss whose gradient is measured, for the arrays' attributes.
     """
-    trailing = {}
-    for layer in layers:
-        module = model.get_submodule(layer)
-        require_supported(layer, module)
-        trailing[layer] = norm_shape(module, reduction)
+    weights = {layer: weight_named(model, layer) for layer in layers}
+    trailing = {layer: weight.norm_shape(reduction) for layer, weight in weights.items()}
     widest = max(4 * math.prod(shape) for shape in trailing.values())
     rows = chunk_rows(num_samples, widest)
     leading: tuple[int, ...] = () if checkpoints is None else (checkpoints,)
@@ -49,6 +46,7 @@ def norm_layouts(
             dims=(*("checkpoint" for _ in leading), "sample", *_dims(len(shape))),
             attributes={
                 "layer": layer,
+                "parameter": weights[layer].parameter,
                 "quantity": MEANING[reduction],
                 "of": source,
                 "unit": "loss per unit of weight",

@@ -11,7 +11,7 @@ from influence_jobs.errors import DataError, SpecError
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.specs.queries import Queries, Query
 from influence_jobs.store.run import Run
-from influence_jobs.tasks.base import Batch, Draw, Task, device_of, in_double, to_device
+from influence_jobs.tasks.base import Batch, Draw, Task, device_of, to_device, to_type
 
 
 def require_queries(task: Task, queries: Queries) -> None:
@@ -71,7 +71,7 @@ def query_gradients(
             # In float64: where a query is fitted well its gradient is a difference that float32
             # cannot tell from zero.
             try:
-                total += space.of(exact).gradient(measured(exact, in_double(batch)))
+                total += space.of(exact).gradient(measured(exact, to_type(batch, torch.float64)))
             except RuntimeError:  # a model that only its own type will do for
                 total += space.gradient(measured(model, batch))
         if not total.isfinite().all():

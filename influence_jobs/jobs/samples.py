@@ -10,7 +10,6 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils import _pytree as pytree
 
 from influence_jobs.errors import DataError
 from influence_jobs.jobs.base import Job, Plan, Result, Shard
@@ -18,7 +17,7 @@ from influence_jobs.kinds.train.spec import Checkpoint, TrainedCheckpoint
 from influence_jobs.specs.base import Spec
 from influence_jobs.store.checkpoints import load_checkpoint, recorded_digest
 from influence_jobs.store.layout import ArrayLayout
-from influence_jobs.tasks.base import Batch, Draw, to_device
+from influence_jobs.tasks.base import Batch, Draw, to_device, to_type
 from influence_jobs.tasks.layout import in_fast_layout
 
 MAX_SHARDS = 256  # a stop loses at most one shard a worker; more shards add overhead
@@ -75,14 +74,21 @@ class SampleJob(Job[S]):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of weights and samples."""
+        """Of weights and samples in the computation, whatever the model is built in."""
         return torch.float32
 
-    @cached_property
+    @property
     def model(self) -> torch.nn.Module:
         """The model in eval mode, untrained or with the weights that were loaded last."""
-        model = self.task.model().to(self.device, self.dtype).eval()
-        return in_fast_layout(self.task, model)
+        return self._built[0]
+
+    @cached_property
+    def _built(self) -> tuple[torch.nn.Module, bool]:
+        """The model, and whether the task makes it, and so its samples, in another dtype."""
+        model = self.task.model()
+        types = {p.dtype for p in model.parameters() if p.is_floating_point()}
+        model = model.to(self.device, self.dtype).eval()
+        return in_fast_layout(self.task, model), bool(types - {self.dtype})
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Put a checkpoint's weights into the model."""
@@ -93,11 +99,8 @@ class SampleJob(Job[S]):
     def batch(self, ids: torch.Tensor, draw: Draw) -> Batch:
         """Training samples, as attribution uses them, on the device."""
         batch = to_device(self.task.batch(ids, draw), self.device)
-        if self.dtype is torch.float32:
-            return batch
-        return pytree.tree_map_only(
-            torch.Tensor, lambda t: t.to(self.dtype) if t.is_floating_point() else t, batch
-        )
+        converts = self._built[1]
+        return to_type(batch, self.dtype) if converts else batch
 
     def loaded(
         self, pieces: Iterable[torch.Tensor], draw: Draw

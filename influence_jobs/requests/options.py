@@ -15,6 +15,11 @@ REDUCE = (
     "channel: (N, C), the same summed over the kernel; layer: (N), L2 norm of the whole."
 )
 
+LAYER = (
+    "Layer number (from 1, in forward order), module name, parameter name, pattern such as "
+    "'*lora*', or all: all that have a number. module:3 is the module named 3. May be repeated."
+)
+
 
 class WeightsRequest(Request):
     """Base of the requests that need trained weights of a task."""

@@ -15,7 +15,7 @@ from influence_jobs.specs.base import make_spec
 from influence_jobs.specs.queries import Queries
 from influence_jobs.specs.solvers import Curvature, LissaSettings, SolverSettings
 from influence_jobs.tasks.base import Task
-from influence_jobs.tasks.layers import resolve_layers
+from influence_jobs.tasks.layers import resolve_layers, trained_modules
 
 
 def s_tests_of(
@@ -45,7 +45,7 @@ def s_tests_of(
         seed=seed,
     )
     built = subject.built
-    modules = resolve_layers(layers, built) if layers else _modules(built, solver)
+    modules = resolve_layers(layers, built, say) if layers else _modules(built, solver)
     return tuple(
         make_spec(
             STestSpec,
@@ -123,9 +123,4 @@ def _curvature_samples(given: int | str) -> int | None:
 def _modules(task: Task, solver: SolverSettings) -> tuple[str, ...]:
     """All modules with trained parameters of their own, as far as the solver can do them."""
     kinds = matrix_layers() if solver.needs_factors else (nn.Module,)
-    return tuple(
-        name
-        for name, module in task.model().named_modules()
-        if isinstance(module, kinds)
-        and any(parameter.requires_grad for parameter in module.parameters(recurse=False))
-    )
+    return trained_modules(task.model(), kinds)

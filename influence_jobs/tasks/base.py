@@ -46,9 +46,11 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return pytree.tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
 
 
-def in_double(batch: Batch) -> Batch:
-    """A batch with its floating-point tensors in float64."""
-    return pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, batch)
+def to_type(batch: Batch, dtype: torch.dtype) -> Batch:
+    """A batch with its floating-point tensors in another type."""
+    return pytree.tree_map_only(
+        Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, batch
+    )
 
 
 def digest(batch: Batch) -> str:

@@ -1,14 +1,30 @@
-"""The layers of a model, in forward order, and their numbers."""
+"""The layers of a model, in forward order, their numbers, and what words for them mean."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
 
 from influence_jobs.errors import SpecError
+from influence_jobs.gradients import GradNorms
+from influence_jobs.gradients.fallback import slow_lines
 from influence_jobs.gradients.rules import nearest_rule
-from influence_jobs.tasks.base import Draw, Task, device_of, to_device
+from influence_jobs.gradients.transforms import differentiable_kernels
+from influence_jobs.gradients.weights import (
+    all_parameters,
+    first_names,
+    full_name,
+    name_of,
+    weight_named,
+    weights_of,
+    with_parametrizations,
+)
+from influence_jobs.tasks.base import Draw, Task, device_of, to_device, to_type
+
+Say = Callable[[str], None]
+LISTED = 4  # names in a line
 
 
 def weight_layers(task: Task, model: nn.Module) -> list[str]:
@@ -31,7 +47,7 @@ def weight_layers(task: Task, model: nn.Module) -> list[str]:
     ]
     training = model.training
     try:
-        with torch.no_grad():
+        with torch.no_grad(), differentiable_kernels(model):
             sample = task.batch(torch.tensor([0]), Draw(seed=0))
             task.losses(model.eval(), to_device(sample, device_of(model)))
     finally:
@@ -41,33 +57,245 @@ def weight_layers(task: Task, model: nn.Module) -> list[str]:
     return order
 
 
-def resolve_layers(wanted: Sequence[str | int], task: Task) -> tuple[str, ...]:
-    """Turn numbers, module names and `all` from the user into module names in forward order.
+def resolve_weights(wanted: Sequence[str | int], task: Task, say: Say) -> tuple[str, ...]:
+    """The weights that a user means, for gradient norms: names as `weight_named` takes them.
+
+    They come in forward order; those of layers without a number follow, as the model lists them.
+    One that is shared comes once: as it was named or, if it was named twice, by its first owner.
 
     Raises:
-        SpecError: A number is out of range or a name is unknown; the message lists the layers.
+        SpecError: A word means nothing, or a layer that has no weight or whose weight is frozen.
+        ModelError: A layer has an option that no per-sample gradient can follow.
     """
+    words = _Words(task, say)
+    model = words.model
+
+    def weights(part: str) -> dict[str, str]:
+        """By name the parameter of each weight of a module, or of a parameter."""
+        named = [name_of(model, part)] if part in words.parameters else weights_of(model, part)
+        return {name: weight_named(model, name).parameter for name in named}
+
+    names: dict[str, str] = {}  # by parameter
+    for part in words.meant(wanted, lambda part: [*weights(part).values()]):
+        found = weights(part)
+        if not found:
+            raise words.empty(part, "weight")
+        if not words.trained & {*found.values()}:
+            raise words.frozen(part)
+        for name, parameter in found.items():
+            if parameter in words.trained:
+                again = names.get(parameter, name) != name
+                names[parameter] = name_of(model, parameter) if again else name
+    return words.ordered(names.values())
+
+
+def resolve_layers(wanted: Sequence[str | int], task: Task, say: Say) -> tuple[str, ...]:
+    """The modules, and parameters, that a user means: what `ParameterSpace` takes.
+
+    All trained parameters of a module count, biases too. They come in the order of
+    `resolve_weights`; a module that only shares parameters of another one is left to that.
+
+    Raises:
+        SpecError: A word means nothing, or what is frozen or has no parameters.
+    """
+    words = _Words(task, say)
+    entries: set[str] = set()
+    for part in words.meant(wanted, words.own):
+        if not words.own(part):
+            raise words.empty(part, "parameters")
+        if not words.trained & {*words.own(part)}:
+            raise words.frozen(part)
+        inside = [part] if part in words.parameters else with_parametrizations(words.model, part)
+        entries |= {entry for entry in inside if words.trained & {*words.own(entry, alone=True)}}
+    kept: list[str] = []
+    counted: set[str] = set()
+    for entry in sorted(entries, key=[*words.modules, *words.parameters].index):
+        own = words.trained & {*words.own(entry, alone=True)}
+        if not own <= counted:
+            kept.append(entry)
+            counted |= own
+    return words.ordered(kept)
+
+
+def layers_of_run(word: str, names: Sequence[str], task: Task) -> list[str]:
+    """Those of a run's layers that a word means; none if it has no such layer.
+
+    Args:
+        word: As `resolve_weights` takes it.
+        names: Of the run's layers.
+        task: The run's.
+    """
+    named = word.removeprefix("module:")
+    if word == "all":
+        return list(names)
+    if re.fullmatch(r"\d+", word):
+        order = weight_layers(task, task.model())
+        named = order[int(word) - 1] if 1 <= int(word) <= len(order) else ""
+    elif re.search(r"[*?[]", named):
+        return [name for name in names if fnmatchcase(name, named)]
+    if named in names:
+        return [named]
     model = task.model()
-    order = weight_layers(task, model)
-    modules = dict(model.named_modules())
-    names: list[str] = []
-    for word in map(str, wanted):
-        if word == "all":
-            names += order
-        elif re.fullmatch(r"-?\d+", word):
-            number = int(word)
-            if not 1 <= number <= len(order):
-                raise SpecError(f"layer {number} does not exist: the layers are {_numbered(order)}")
-            names.append(order[number - 1])
-        elif word in modules and word:
-            names.append(word)
-        else:
-            raise SpecError(f"layer {word!r} does not exist: the layers are {_numbered(order)}")
-    registration = {name: i for i, name in enumerate(modules)}
-    position = {name: i for i, name in enumerate(order)}
-    # Layers without a number (BatchNorm, Embedding, ...) come last, in order of registration.
-    return tuple(sorted(set(names), key=lambda n: (position.get(n, len(order)), registration[n])))
+    first, modules = first_names(model), dict(model.named_modules(remove_duplicate=False))
+
+    def parameters(name: str) -> set[str]:
+        if name in first:
+            return {first[name]}
+        weights = weights_of(model, name) if name in modules else []
+        return {weight_named(model, weight).parameter for weight in weights}
+
+    return [name for name in names if parameters(name) & parameters(named)]
 
 
-def _numbered(order: Sequence[str]) -> str:
-    return ", ".join(f"{i} ({name})" for i, name in enumerate(order, start=1))
+def say_slow_layers(layers: Sequence[str], task: Task, say: Say) -> None:
+    """Tell which weights no rule serves, and what their gradients cost, as two samples show.
+
+    Raises:
+        ModelError: As `GradNorms`.
+    """
+    model = task.model().float().eval()
+    ids = torch.arange(min(2, len(task.train_data())))
+    batch = to_type(task.batch(ids, Draw(seed=0)), torch.float32)
+    with GradNorms(model, layers, task.losses, reduction="layer") as engine:
+        for line in slow_lines(engine.slow_layers(batch)):
+            say(line)
+
+
+def trained_modules(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> tuple[str, ...]:
+    """The modules of some types with trained parameters; a shared one is of its first owner."""
+    owners = dict.fromkeys(
+        name.rpartition(".")[0] for name, value in model.named_parameters() if value.requires_grad
+    )
+    return tuple(name for name in owners if isinstance(model.get_submodule(name), kinds))
+
+
+class _Words:
+    """What words for layers mean in the model of a task."""
+
+    def __init__(self, task: Task, say: Say) -> None:
+        self.model = model = task.model()
+        self._say = say
+        self.order = weight_layers(task, model)
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.parameters = all_parameters(model)
+        self.first = first_names(model)
+        self.trained = {name for name, value in model.named_parameters() if value.requires_grad}
+
+    def meant(
+        self, wanted: Sequence[str | int], counts: Callable[[str], list[str]]
+    ) -> Iterator[str]:
+        """Names of modules, and of parameters, that words stand for.
+
+        Args:
+            counts: The parameters that are taken of a module, by their first names; `all` and
+                patterns leave out where none is trained.
+
+        Raises:
+            SpecError: A word means nothing.
+        """
+        for word in map(str, wanted):
+            named = word.removeprefix("module:")
+            if word == "all":
+                yield from self._all(counts)
+            elif re.fullmatch(r"-?\d+", word):
+                yield self._numbered(word)
+            elif named and (named in self.modules or named in self.parameters):
+                yield named
+            elif re.search(r"[*?[]", named):
+                yield from self._matching(named, counts)
+            else:
+                raise self._unknown(f"layer {word!r}")
+
+    def own(self, part: str, *, alone: bool = False) -> list[str]:
+        """By their first names a parameter, or a module's own with those that they are made of.
+
+        Args:
+            alone: Of the module itself only.
+        """
+        if part in self.parameters:
+            return [self.first[part]]
+        return [
+            self.first[full_name(module, name)]
+            for module in ([part] if alone else with_parametrizations(self.model, part))
+            for name, value in self.modules[module]._parameters.items()
+            if value is not None
+        ]
+
+    def ordered(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Names in forward order, as far as they have a number, then as the model lists them."""
+        number = {name: i for i, name in enumerate(self.order)}
+        listed = {name: i for i, name in enumerate([*self.modules, *self.parameters])}
+
+        def place(name: str) -> tuple[int, int, int]:
+            owner = name if name in self.modules else name.rpartition(".")[0]
+            return number.get(owner, len(number)), listed[owner], listed[name]
+
+        return tuple(sorted(names, key=place))
+
+    def empty(self, part: str, what: str) -> SpecError:
+        """The refusal of a module that owns nothing that could be taken."""
+        inside = any(True for _ in self.modules[part].parameters())
+        cure = f"name what is inside, '{part}.*'" if inside else "leave it out"
+        kind = type(self.modules[part]).__name__
+        return SpecError(f"layer '{part}' ({kind}) has no {what} of its own: {cure}")
+
+    def frozen(self, part: str) -> SpecError:
+        """The refusal of what is not trained."""
+        return SpecError(
+            f"layer '{part}' is frozen (requires_grad=False), and only trained parameters count: "
+            "leave it out, or let the task's model() train it"
+        )
+
+    def _all(self, counts: Callable[[str], list[str]]) -> list[str]:
+        taken = [name for name in self.order if self.trained & {*counts(name)}]
+        frozen = [name for name in self.order if name not in taken]
+        known = {name for module in taken for name in counts(module)}
+        unnumbered: dict[str, list[str]] = {}  # by type
+        for name, module in self.modules.items():
+            if name not in self.order and not self.trained & {*counts(name)} <= known:
+                kind = type(module).__name__
+                unnumbered.setdefault(kind, []).append(name or "the model itself")
+        left = [f"{kind} {_listed(names)}" for kind, names in unnumbered.items()]
+        left_out = f"; without a number, so to be named: {'; '.join(left)}" if left else ""
+        left_out += f"; frozen: {_listed(frozen)}" if frozen else ""
+        if not taken:
+            raise SpecError(f"--layer all takes the trained layers with a number: none{left_out}")
+        self._say(
+            f"--layer all: {len(taken)} of {len(self.order)} numbered layers: "
+            f"{_listed(taken)}{left_out}"
+        )
+        return taken
+
+    def _numbered(self, word: str) -> str:
+        number, other = int(word), word in self.modules
+        if not 1 <= number <= len(self.order):
+            hint = f"; the module named {word} is module:{word}" if other else ""
+            raise self._unknown(f"layer {number}", hint)
+        name = self.order[number - 1]
+        if other and word != name:
+            self._say(f"layer {word} is {name}; the module named {word} would be module:{word}")
+        return name
+
+    def _matching(self, pattern: str, counts: Callable[[str], list[str]]) -> list[str]:
+        """Modules whose name matches, else parameters; of them those that have a trained one."""
+        found = [
+            name
+            for name in (*self.modules, *self.parameters)
+            if name and fnmatchcase(name, pattern) and self.trained & {*counts(name)}
+        ]
+        if modules := [name for name in found if name in self.modules]:
+            return modules
+        if found:
+            return found
+        if any(fnmatchcase(name, pattern) for name in (*self.modules, *self.parameters)):
+            raise self.frozen(pattern)
+        raise self._unknown(f"layer {pattern!r}")
+
+    def _unknown(self, what: str, hint: str = "") -> SpecError:
+        numbered = (f"{i} ({name})" for i, name in enumerate(self.order, start=1))
+        return SpecError(f"{what} does not exist: the layers are {', '.join(numbered)}{hint}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more

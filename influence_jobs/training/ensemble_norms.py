@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from influence_jobs.gradients import norm_shape
+from influence_jobs.gradients.weights import weight_named
 from influence_jobs.terms import Reduction
 
 
@@ -15,7 +15,7 @@ class NormsWanted:
     """Which in-training norms to record.
 
     Attributes:
-        layers: Module names.
+        layers: Names of weights, as `weight_named` takes them.
         reduction: As for replayed norms: `kernel`, `channel` or `layer`.
         skip_epochs: Number of first epochs that are not counted.
     """
@@ -36,6 +36,7 @@ class EnsembleNorms:
         device: Device of the models.
 
     Attributes:
+        weights: What the norms are of, by layer.
         sums: The sums so far, by layer, shape (M, N, *norm_shape), float32.
     """
 
@@ -51,13 +52,12 @@ class EnsembleNorms:
         self.reduction = wanted.reduction
         self._skip_epochs = wanted.skip_epochs
         self._num_samples = num_samples
-        shapes = {
-            layer: norm_shape(model.get_submodule(layer), wanted.reduction)
-            for layer in wanted.layers
-        }
+        self.weights = {layer: weight_named(model, layer) for layer in wanted.layers}
         self.sums = {
-            layer: torch.zeros(num_variants, num_samples, *shape, device=device)
-            for layer, shape in shapes.items()
+            layer: torch.zeros(
+                num_variants, num_samples, *weight.norm_shape(wanted.reduction), device=device
+            )
+            for layer, weight in self.weights.items()
         }
 
     def counts(self, epoch: int) -> bool:

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from influence_jobs.errors import ModelError
-from influence_jobs.gradients import reduce_gradient
 from influence_jobs.tasks.base import Batch, Task
 from influence_jobs.training.changes import changed_losses
 from influence_jobs.training.ensemble_data import Feed, Members
@@ -132,11 +131,10 @@ class StackedSteps:
 
     def _record(self, rows: slice, ids_MSB: Tensor, gradients: Mapping[str, Tensor | None]) -> None:
         assert self._norms is not None
-        for layer in self._norms.sums:
-            gradient = gradients[f"{layer}.weight"]
+        for layer, weight in self._norms.weights.items():
+            gradient = gradients[weight.parameter]
             assert gradient is not None
-            module = self._losses.model.get_submodule(layer)
-            norms_M = reduce_gradient(module, gradient, self._norms.reduction)
+            norms_M = weight.norms(gradient, self._norms.reduction)
             self._norms.add(layer, rows, ids_MSB, norms_M[:, None])
 
     def weights(self, row: int) -> dict[str, Tensor]:

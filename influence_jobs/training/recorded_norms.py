@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from influence_jobs.errors import ModelError
-from influence_jobs.gradients import norm_shape, reduce_gradient
+from influence_jobs.gradients.weights import weight_named
 from influence_jobs.terms import Reduction
 
 
@@ -21,7 +21,7 @@ class RecordedNorms:
 
     Args:
         model: The model to train.
-        layers: Module names.
+        layers: Names of weights, as `weight_named` takes them.
         num_samples: N.
         reduction: As for replayed norms: `kernel`, `channel` or `layer`.
         skip_epochs: Number of first epochs that are not counted.
@@ -41,15 +41,16 @@ class RecordedNorms:
     ):
         self._reduction = reduction
         self._skip_epochs = skip_epochs
-        for layer in layers:
-            if not model.get_submodule(layer).weight.requires_grad:
+        self._weights = {layer: weight_named(model, layer) for layer in layers}
+        for layer, weight in self._weights.items():
+            if not model.get_parameter(weight.parameter).requires_grad:
                 raise ModelError(
                     f"layer '{layer}' is frozen (requires_grad is False), so training gives it no "
                     "gradient: leave it out of --norms-layer"
                 )
         self.sums = {
-            layer: torch.zeros(num_samples, *norm_shape(model.get_submodule(layer), reduction))
-            for layer in layers
+            layer: torch.zeros(num_samples, *weight.norm_shape(reduction))
+            for layer, weight in self._weights.items()
         }
 
     @torch.no_grad()
@@ -58,10 +59,10 @@ class RecordedNorms:
         if epoch < self._skip_epochs:
             return
         for layer, sums in self.sums.items():
-            module = model.get_submodule(layer)
-            gradient = module.weight.grad
+            weight = self._weights[layer]
+            gradient = model.get_parameter(weight.parameter).grad
             assert isinstance(gradient, Tensor)
-            norms = reduce_gradient(module, gradient[None], self._reduction)
+            norms = weight.norms(gradient[None], self._reduction)
             # A batch has no sample twice, so indexing may add.
             sums[ids] += norms.to(sums.device)
 

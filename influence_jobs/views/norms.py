@@ -14,7 +14,7 @@ from influence_jobs.specs.norms import NormsSpec
 from influence_jobs.store.layout import norms_name
 from influence_jobs.store.run import Run
 from influence_jobs.store.top import row_totals
-from influence_jobs.tasks.layers import weight_layers
+from influence_jobs.tasks.layers import layers_of_run, weight_layers
 from influence_jobs.views.base import Say, View
 from influence_jobs.views.ranking import ranked_norms, summed_over
 
@@ -75,7 +75,14 @@ class NormsView(View[S]):
     ) -> dict[str, list[dict[str, Any]]]:
         if tests is not None or side != "both":
             raise SpecError(f"{self.run.id} has norms, which do not depend on a query")
-        return ranked_norms(self.run, self.arrays, k, layer=layer, channel=channel)
+        chosen = self.arrays
+        if layer is not None and chosen:
+            meant = layers_of_run(layer, [*chosen], self.task)
+            if not meant:
+                has = ", ".join(chosen)
+                raise SpecError(f"{self.run.id} has no norms of layer {layer}; it has {has}")
+            chosen = {name: chosen[name] for name in meant}
+        return ranked_norms(self.run, chosen, k, channel=channel)
 
     def histograms(self) -> "Iterator[Shown]":
         """The distribution of every layer's norms."""
@@ -152,7 +159,7 @@ class NormsView(View[S]):
         ranked = [
             {"channel": channel, **row}
             for channel in range(shape[0])
-            for row in ranked_norms(self.run, arrays, PER_ROW, layer=layer, channel=channel)[array]
+            for row in ranked_norms(self.run, {layer: array}, PER_ROW, channel=channel)[array]
         ]
         matching = sum(row["label"] == row["channel"] for row in ranked)
         if pictures := self.pictures(node_rows, ranked, say):

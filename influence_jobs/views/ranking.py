@@ -111,7 +111,6 @@ def ranked_norms(
     arrays: Mapping[str, str],
     k: int,
     *,
-    layer: str | None = None,
     channel: int | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
     """The k samples with the largest norms, by array: description and norm of each sample.
@@ -120,24 +119,19 @@ def ranked_norms(
         run: A run with norms.
         arrays: Its arrays of norms, by layer.
         k: Number of samples.
-        layer: Only this layer.
         channel: Rank by the norm of this channel instead of the sum over channels.
 
     Raises:
-        SpecError: The run has no norms, or no such layer or channel.
+        SpecError: The run has no norms, or no such channel.
     """
     if not arrays:
         raise SpecError(
             f"{run.id} has no gradient norms: "
             f"infl submit grad-norms --layer all --checkpoint {run.id}{for_runs(run.root)}"
         )
-    if layer is not None and layer not in arrays:
-        raise SpecError(f"{run.id} has no norms of layer {layer}; it has {', '.join(arrays)}")
     samples = run.read_table("samples")
     tables: dict[str, list[dict[str, Any]]] = {}
     for name, array in arrays.items():
-        if layer not in (None, name):
-            continue
         shape = run.array(array).shape[run.row_axis(array) + 1 :]
         if channel is not None and not (shape and channel < shape[0]):
             channels = f"channels 0 to {shape[0] - 1}" if shape else "one norm a sample"

@@ -9,6 +9,7 @@ import pyarrow as pa
 from influence_jobs.errors import SpecError
 from influence_jobs.specs.scores import ScoresSpec
 from influence_jobs.store.layout import SCORES, part_name
+from influence_jobs.tasks.layers import layers_of_run
 from influence_jobs.views.base import RankedRow, Say, View
 from influence_jobs.views.norms import MAX_ROWS, PER_ROW
 from influence_jobs.views.ranking import NothingLeft, by_query, ranked_scores
@@ -57,6 +58,15 @@ class ScoresView(View[S]):
             raise SpecError(f"{self.run.id} has scores, which have no channels")
         if side != "both" and len(self.sides) == 1:
             raise SpecError(f"--side has no meaning for {self.run.id}: leave it out")
+        if layer is not None:
+            start = len(part_name(""))
+            kept = [n[start:] for n in self.run.array_names() if n.startswith(part_name(""))]
+            meant = layers_of_run(layer, kept, self.task) if kept else []
+            if len(meant) > 1:
+                raise SpecError(
+                    f"--layer {layer} is of {len(meant)} layers: name one of {', '.join(meant)}"
+                )
+            layer = meant[0] if meant else layer
         rows = ranked_scores(self.run, k, layer=layer, tests=tests, side=side, sides=self.sides)
         return {SCORES if layer is None else part_name(layer): rows}
 

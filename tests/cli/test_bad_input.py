@@ -233,7 +233,12 @@ def test_runs_that_cannot_be_written(refused: Refused, tmp_path: Path) -> None:
 
 def test_a_disk_without_room(refused: Refused, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LocalFiles, "free_bytes", lambda _self: 203_999)
-    words = (*NORMS, "--layer", "all", "--checkpoint", "train-digits@1")
+    words = (
+        *NORMS,
+        *("--layer", "1", "--layer", "2", "--layer", "3"),
+        "--checkpoint",
+        "train-digits@1",
+    )
     assert "too full: the run takes up to 204 kB and 204 kB are free" in refused(*words)
 
 
@@ -278,7 +283,7 @@ def test_a_spec_that_was_changed(
     [
         (("train",), "has no gradient norms: infl submit grad-norms --layer all --checkpoint"),
         (("grad", "--layer", "conv9"), "no norms of layer conv9; it has conv1, conv2, head"),
-        (("grad", "--layer", "1"), "no norms of layer 1; it has conv1, conv2, head"),
+        (("grad", "--layer", "4"), "no norms of layer 4; it has conv1, conv2, head"),
         (("grad", "--channel", "12"), "layer conv1 has no channel 12; it has channels 0 to 7"),
     ],
 )

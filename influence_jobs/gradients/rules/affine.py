@@ -1,7 +1,7 @@
-"""Rules of normalisation layers: one scale and one shift per channel or feature."""
+"""Rules of layers with one weight per channel or feature: normalisation layers, PReLU."""
 
 from abc import abstractmethod
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,17 +9,19 @@ from torch import Tensor, nn
 from influence_jobs.gradients.rules.base import LayerRule
 
 A = TypeVar("A", bound=nn.Module)
+I = TypeVar("I", nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+L = TypeVar("L", nn.LayerNorm, nn.RMSNorm)
 
 
 class AffineRule(LayerRule[A]):
     """The weight gradient is no larger than the input, so it is stored as a whole."""
 
     read_as = "(C, 1, 1, 1)"
-    channel_axis = 1
+    channel_axis: ClassVar[int | None] = 1
 
     @abstractmethod
     def normalised(self, a: Tensor) -> Tensor:
-        """The normalised input, before scale and shift."""
+        """What the weight is multiplied by: the normalised input."""
 
     def weight_gradient(self, a: Tensor, g: Tensor) -> Tensor:
         return self.sums(g * self.normalised(a))
@@ -65,6 +67,52 @@ class BatchNorm2dRule(AffineRule[nn.BatchNorm2d]):
         return F.batch_norm(a, module.running_mean, module.running_var, eps=module.eps)
 
 
+class BatchNorm3dRule(AffineRule[nn.BatchNorm3d]):
+    """In eval mode, with running statistics."""
+
+    layer = nn.BatchNorm3d
+
+    def normalised(self, a: Tensor) -> Tensor:
+        module = self.module
+        return F.batch_norm(a, module.running_mean, module.running_var, eps=module.eps)
+
+
+class InstanceNormRule(AffineRule[I]):
+    """Normalised by the sample's own statistics, or by running ones if the layer tracks them."""
+
+    positions: ClassVar[int]
+
+    def has_batch_axis(self, output: Tensor) -> bool:
+        return output.ndim == 2 + self.positions
+
+    def normalised(self, a: Tensor) -> Tensor:
+        module = self.module
+        own = not module.track_running_stats
+        mean, variance = module.running_mean, module.running_var
+        return F.instance_norm(a, mean, variance, use_input_stats=own, eps=module.eps)
+
+
+class InstanceNorm1dRule(InstanceNormRule[nn.InstanceNorm1d]):
+    """With affine=True; by each sample's own statistics or by running ones."""
+
+    layer = nn.InstanceNorm1d
+    positions = 1
+
+
+class InstanceNorm2dRule(InstanceNormRule[nn.InstanceNorm2d]):
+    """With affine=True; by each sample's own statistics or by running ones."""
+
+    layer = nn.InstanceNorm2d
+    positions = 2
+
+
+class InstanceNorm3dRule(InstanceNormRule[nn.InstanceNorm3d]):
+    """With affine=True; by each sample's own statistics or by running ones."""
+
+    layer = nn.InstanceNorm3d
+    positions = 3
+
+
 class GroupNormRule(AffineRule[nn.GroupNorm]):
     """Any number of groups and of position axes."""
 
@@ -74,17 +122,12 @@ class GroupNormRule(AffineRule[nn.GroupNorm]):
         return F.group_norm(a, self.module.num_groups, eps=self.module.eps)
 
 
-class LayerNormRule(AffineRule[nn.LayerNorm]):
-    """C counts the elements of the normalised axes, which may be several."""
-
-    layer = nn.LayerNorm
+class LastAxesRule(AffineRule[L]):
+    """C counts the elements of the normalised axes, the last ones."""
 
     def channels_first(self, output: Tensor) -> Tensor:
         first = output.ndim - len(self.module.normalized_shape)
         return output.flatten(first).movedim(-1, 1)
-
-    def normalised(self, a: Tensor) -> Tensor:
-        return F.layer_norm(a, self.module.normalized_shape, eps=self.module.eps)
 
     def sums(self, values: Tensor) -> Tensor:
         first = values.ndim - len(self.module.normalized_shape)
@@ -93,3 +136,35 @@ class LayerNormRule(AffineRule[nn.LayerNorm]):
 
     def has_batch_axis(self, output: Tensor) -> bool:
         return output.ndim > len(self.module.normalized_shape)
+
+
+class LayerNormRule(LastAxesRule[nn.LayerNorm]):
+    """C runs over the normalised axes, of which there may be several."""
+
+    layer = nn.LayerNorm
+
+    def normalised(self, a: Tensor) -> Tensor:
+        return F.layer_norm(a, self.module.normalized_shape, eps=self.module.eps)
+
+
+class RMSNormRule(LastAxesRule[nn.RMSNorm]):
+    """C runs over the normalised axes, of which there may be several."""
+
+    layer = nn.RMSNorm
+
+    def normalised(self, a: Tensor) -> Tensor:
+        return F.rms_norm(a, list(self.module.normalized_shape), eps=self.module.eps)
+
+
+class PReLURule(AffineRule[nn.PReLU]):
+    """One slope for all channels, or one a channel."""
+
+    layer = nn.PReLU
+    channel_axis = None
+
+    def normalised(self, a: Tensor) -> Tensor:
+        return a.clamp(max=0)
+
+    def sums(self, values: Tensor) -> Tensor:
+        sums_BC = super().sums(values)
+        return sums_BC.sum(1, keepdim=True) if self.weight.numel() == 1 else sums_BC

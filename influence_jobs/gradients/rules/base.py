@@ -21,9 +21,21 @@ from influence_jobs.gradients.metric import Metric
 from influence_jobs.gradients.rules.blocks import in_blocks
 from influence_jobs.terms import Reduction
 
+# What a subclass may define anew and still compute the same.
+_CHANGE_NOTHING = {
+    *vars(type("Empty", (), {})),
+    "__init__",
+    "extra_repr",
+    "__repr__",
+    "__annotations__",
+}
+_CHANGE_NOTHING |= {"__static_attributes__", "__firstlineno__", "__constants__", "reset_parameters"}
+
 M = TypeVar("M", bound=nn.Module)
 
 _RULES: dict[type[nn.Module], "type[LayerRule[Any]]"] = {}
+# Rules of types from packages that are not imported here, by the type's full name.
+_RULES_BY_NAME: dict[str, "type[LayerRule[Any]]"] = {}
 
 
 class LayerRule(ABC, Generic[M]):
@@ -34,6 +46,7 @@ class LayerRule(ABC, Generic[M]):
 
     Attributes:
         layer: The type. A subclass of `LayerRule` without it is a base class and is not registered.
+        layer_named: In its place the full name of a type whose package is not imported here.
         numbered: Whether `--layer 1` counts the layer and `--layer all` includes it.
         refused_options: Attributes of the layer that must be off; with them the gradient would be
             wrong.
@@ -44,6 +57,7 @@ class LayerRule(ABC, Generic[M]):
     """
 
     layer: ClassVar[type[nn.Module]]
+    layer_named: ClassVar[str]
     numbered: ClassVar[bool] = False
     refused_options: ClassVar[tuple[str, ...]] = ()
     read_as: ClassVar[str] = "(C, I, 1, 1)"
@@ -51,6 +65,8 @@ class LayerRule(ABC, Generic[M]):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
+        if "layer_named" in vars(cls):
+            _RULES_BY_NAME[cls.layer_named] = cls
         if "layer" not in vars(cls):
             return
         if cls.layer in _RULES:
@@ -62,9 +78,19 @@ class LayerRule(ABC, Generic[M]):
     def __init__(self, module: M) -> None:
         self.module = module
 
+    @classmethod
+    def type_name(cls) -> str:
+        """The layer's type as messages and the docs name it."""
+        return cls.layer.__name__ if hasattr(cls, "layer") else cls.layer_named.rpartition(".")[2]
+
     @abstractmethod
     def weight_gradient(self, a: Tensor, g: Tensor) -> Tensor:
         """Each sample's gradient by the weight, (B, *weight shape)."""
+
+    def recorded(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+        """What the rule reads of a call's arguments, the batch first; None: not such a call."""
+        given: Tensor = args[0] if args else kwargs["input"]
+        return given
 
     def bias_gradient(self, g: Tensor) -> Tensor:
         """Each sample's gradient by the bias, (B, *bias shape); called only if there is a bias."""
@@ -74,6 +100,10 @@ class LayerRule(ABC, Generic[M]):
     def kernel_shape(self) -> tuple[int, ...]:
         """The shape (C, I, *kernel) to which norms reshape the weight."""
         return len(self.weight), self.weight[0].numel(), 1, 1
+
+    def as_read(self, gradient: Tensor) -> Tensor:
+        """A gradient (B, *weight shape) as it is read, (B, *kernel_shape)."""
+        return gradient.reshape(len(gradient), *self.kernel_shape)
 
     def has_batch_axis(self, output: Tensor) -> bool:
         """Whether an output of the layer has a batch axis; without it, it is of a single sample."""
@@ -100,7 +130,7 @@ class LayerRule(ABC, Generic[M]):
         """L2 norms over I of each sample's weight gradient, (B, C, *kernel)."""
 
         def norms(a: Tensor, g: Tensor) -> Tensor:
-            gradient = self.weight_gradient(a, g).reshape(len(g), *self.kernel_shape)
+            gradient = self.as_read(self.weight_gradient(a, g))
             found: Tensor = torch.linalg.vector_norm(gradient, dim=2)
             return found
 
@@ -119,9 +149,12 @@ class LayerRule(ABC, Generic[M]):
 
     def dots(self, vectors: Mapping[str, Tensor], a: Tensor, g: Tensor) -> Tensor:
         """Dot products (B, Q) of vectors from `arrange` with each sample's gradient."""
+        bias_BC = self.bias_gradient(g).flatten(1) if "bias" in vectors else None
+        if "weight" not in vectors:  # it is frozen
+            assert bias_BC is not None
+            return bias_BC @ vectors["bias"].flatten(1).t()
         dots_BQ = self.weight_dots(vectors["weight"], a, g)
-        if "bias" in vectors:
-            bias_BC = self.bias_gradient(g).flatten(1)
+        if bias_BC is not None:
             dots_BQ.addmm_(bias_BC, vectors["bias"].flatten(1).t())
         return dots_BQ
 
@@ -202,12 +235,13 @@ def product_of_rows(a_BTJ: Tensor, g_BTC: Tensor) -> Tensor:
 
 def registered() -> tuple[type[LayerRule[Any]], ...]:
     """All rules, sorted by the name of their layer type."""
-    return tuple(sorted(_RULES.values(), key=lambda rule: rule.layer.__name__))
+    rules = *_RULES.values(), *_RULES_BY_NAME.values()
+    return tuple(sorted(rules, key=lambda rule: rule.type_name()))
 
 
-def supported_layers() -> tuple[type[nn.Module], ...]:
-    """The layer types that have a rule."""
-    return tuple(rule.layer for rule in registered())
+def supported_layers() -> str:
+    """The layer types that have a rule, as messages list them."""
+    return ", ".join(rule.type_name() for rule in registered())
 
 
 def matrix_layers() -> tuple[type[nn.Module], ...]:
@@ -221,30 +255,46 @@ def names_of(layers: Iterable[type[nn.Module]]) -> str:
 
 
 def supported(module: nn.Module) -> bool:
-    """Whether a layer's exact type has a rule; a subclass may compute something else."""
-    return type(module) in _RULES
+    """Whether a layer's type has a rule: itself, or what it inherits all that it computes from."""
+    return _exact_rule(type(module)) is not None
 
 
 def rule_of(module: nn.Module) -> LayerRule[Any]:
-    """The rule for a layer's exact type.
+    """The rule for a layer's type, which must compute what the rule knows.
 
     Raises:
         ModelError: There is no such rule.
     """
-    if not supported(module):
+    rule = _exact_rule(type(module))
+    if rule is None:
         raise ModelError(
             f"no gradient rule for a layer of type {type(module).__name__}; supported: "
-            f"{names_of(supported_layers())} (no subclasses)"
+            f"{supported_layers()} (and subclasses that change nothing)"
         )
-    return _RULES[type(module)](module)
+    return rule(module)
 
 
 def nearest_rule(module: nn.Module) -> LayerRule[Any] | None:
     """The rule for a layer's type or its nearest base class with a rule; None if there is none."""
     for kind in type(module).__mro__:
-        if kind in _RULES:
-            return _RULES[kind](module)
+        if rule := _rule_for(kind):
+            return rule(module)
     return None
+
+
+def _exact_rule(kind: type) -> type[LayerRule[Any]] | None:
+    """The rule for a type; a subclass that overrides anything may compute something else."""
+    overridden: set[str] = set()
+    for base in kind.__mro__:
+        if rule := _rule_for(base):
+            inherited = {*dir(base)} - _CHANGE_NOTHING
+            return None if overridden & inherited else rule
+        overridden |= {*vars(base)}
+    return None
+
+
+def _rule_for(kind: type) -> type[LayerRule[Any]] | None:
+    return _RULES.get(kind) or _RULES_BY_NAME.get(f"{kind.__module__}.{kind.__qualname__}")
 
 
 def norm_shape(module: nn.Module, reduction: Reduction) -> tuple[int, ...]:
@@ -253,14 +303,19 @@ def norm_shape(module: nn.Module, reduction: Reduction) -> tuple[int, ...]:
     Raises:
         ModelError: There is no rule for this type of layer.
     """
-    channels, _, *kernel = rule_of(module).kernel_shape
+    return reduced_shape(rule_of(module).kernel_shape, reduction)
+
+
+def reduced_shape(read: tuple[int, ...], reduction: Reduction) -> tuple[int, ...]:
+    """Shape of the norms of a weight that is read as (C, I, *kernel)."""
+    channels, _, *kernel = read
     if reduction == "kernel":
         return channels, *kernel
     return (channels,) if reduction == "channel" else ()
 
 
 def reduce_norms(norms: Tensor, reduction: Reduction) -> Tensor:
-    """Reduce kernel norms (B, C, *kernel) to the norms that `reduce_gradient` defines."""
+    """Reduce kernel norms (B, C, *kernel) to the norms that `reduce_read` defines."""
     if reduction == "kernel":
         return norms
     if reduction == "channel":
@@ -270,13 +325,17 @@ def reduce_norms(norms: Tensor, reduction: Reduction) -> Tensor:
 
 
 def reduce_gradient(module: nn.Module, gradient: Tensor, reduction: Reduction) -> Tensor:
-    """Norms of weight gradients (B, *weight shape). This defines the reductions.
+    """Norms of weight gradients (B, *weight shape) of a layer with a rule."""
+    return reduce_read(rule_of(module).as_read(gradient), reduction)
+
+
+def reduce_read(gradient: Tensor, reduction: Reduction) -> Tensor:
+    """Norms of gradients (B, C, I, *kernel). This defines the reductions.
 
     `kernel`: L2 over the input axis, (B, C, *kernel). `channel`: the kernel norms summed over the
     kernel, (B, C), as in section 3.2.3 of the research report. `layer`: L2 of the whole gradient,
     (B,).
     """
-    gradient = gradient.reshape(len(gradient), *rule_of(module).kernel_shape)
     if reduction == "layer":
         return gradient.square().sum(dim=tuple(range(1, gradient.ndim))).sqrt()
     norms = gradient.square().sum(dim=2).sqrt()

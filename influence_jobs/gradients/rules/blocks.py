@@ -1,6 +1,6 @@
 """Choose block sizes, and whether dot products form the gradient first."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -32,3 +32,12 @@ def in_blocks(
         return results(a, g)
     blocks = zip(torch.split(a, samples), torch.split(g, samples), strict=True)
     return torch.cat([results(*block) for block in blocks])
+
+
+def sample_blocks(samples: int, parameters: Iterable[Tensor]) -> Iterator[slice]:
+    """Blocks of samples whose gradients by these parameters may be held at once."""
+    chosen = [*parameters]
+    held = 2**28 if chosen[0].is_cuda else 2**24  # 64 MB in float32 on a CPU
+    size = max(1, held // sum(parameter.numel() for parameter in chosen))
+    for start in range(0, samples, size):
+        yield slice(start, min(start + size, samples))

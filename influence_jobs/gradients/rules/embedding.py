@@ -1,4 +1,7 @@
-"""The rule of Embedding."""
+"""The rules of Embedding and EmbeddingBag."""
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -6,14 +9,15 @@ from torch import Tensor, nn
 from influence_jobs.gradients.rules.base import LayerRule
 from influence_jobs.gradients.rules.blocks import in_blocks
 
+E = TypeVar("E", nn.Embedding, nn.EmbeddingBag)
 
-class EmbeddingRule(LayerRule[nn.Embedding]):
+
+class RowsRule(LayerRule[E]):
     """C counts the rows; only the rows that a sample uses take work.
 
     Letters: R rows, D width.
     """
 
-    layer = nn.Embedding
     channel_axis = None
     # They change weights in the forward pass, or make gradients depend on the batch.
     refused_options = ("max_norm", "scale_grad_by_freq", "sparse")
@@ -52,3 +56,29 @@ class EmbeddingRule(LayerRule[nn.Embedding]):
         if self.module.padding_idx is not None:
             g_BTD = g_BTD.masked_fill((ids_BT == self.module.padding_idx).unsqueeze(2), 0)
         return ids_BT, g_BTD
+
+
+class EmbeddingRule(RowsRule[nn.Embedding]):
+    """C are the rows; only the rows that a sample uses are worked on."""
+
+    layer = nn.Embedding
+
+
+class EmbeddingBagRule(RowsRule[nn.EmbeddingBag]):
+    """Sums and means of ids (B, N), unweighted; other calls go by the fallback."""
+
+    layer = nn.EmbeddingBag
+
+    def recorded(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+        more = args[1:] + tuple(value for name, value in kwargs.items() if name != "input")
+        ids = super().recorded(args, kwargs)
+        plain = self.module.mode != "max" and all(value is None for value in more)
+        return ids if plain and ids is not None and ids.ndim == 2 else None
+
+    def _positions(self, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        if self.module.mode == "mean":
+            counted = (
+                a != self.module.padding_idx if self.module.padding_idx is not None else a >= 0
+            )
+            g = g / counted.sum(1, keepdim=True).clamp(min=1)
+        return super()._positions(a, g.unsqueeze(1).expand(-1, a.shape[1], -1))

@@ -6,7 +6,7 @@ from influence_jobs.errors import SpecError
 from influence_jobs.kinds.grad_norms.spec import GradNormsSpec
 from influence_jobs.kinds.train.spec import Checkpoint, TrainedCheckpoint, TrainSpec
 from influence_jobs.requests.base import Many, One, Say, option
-from influence_jobs.requests.options import SCORES, QueriesOptions, WeightsRequest
+from influence_jobs.requests.options import LAYER, SCORES, QueriesOptions, WeightsRequest
 from influence_jobs.specs.base import Positive, Spec
 from influence_jobs.specs.norms import NormsSpec
 
@@ -29,15 +29,13 @@ class AttributionRequest(WeightsRequest, QueriesOptions):
     )
     normalize: bool = option(False, "Divide each sample's norms by their sum.", panel=SCORES)
     keep_layers: bool = option(False, "Also keep the scores of each layer.", panel=SCORES)
-    layer: Many[str | int] = option(
-        (), "Layer number (from 1, in forward order), module name, or all. May be repeated."
-    )
+    layer: Many[str | int] = option((), LAYER)
 
     def specs(self, root: str, say: Say) -> tuple[Spec, ...]:
         from influence_jobs.requests.queries import queries_of
         from influence_jobs.requests.rankings import attribution_of, replayed_norms
         from influence_jobs.requests.subject import subject_of
-        from influence_jobs.tasks.layers import resolve_layers, weight_layers
+        from influence_jobs.tasks.layers import resolve_weights, weight_layers
 
         source = self._source(root)
         at = _weights_of(source) if source is not None else ()
@@ -48,7 +46,7 @@ class AttributionRequest(WeightsRequest, QueriesOptions):
             raise SpecError("activations need exactly one checkpoint: name one with --checkpoint")
         queries = queries_of(self, subject.built)
         if self.layer:
-            layers = resolve_layers(self.layer, subject.built)
+            layers = resolve_weights(self.layer, subject.built, say)
         elif source is None:
             layers = tuple(weight_layers(subject.built, subject.built.model())[:-1])
         else:

@@ -1,5 +1,6 @@
 """Replay: per-sample gradient norms of chosen layers at saved checkpoints."""
 
+import logging
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
@@ -9,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from influence_jobs.gradients import GradNorms
+from influence_jobs.gradients.fallback import slow_lines
 from influence_jobs.jobs.base import Progress, Result, Shard
 from influence_jobs.jobs.norm_arrays import norm_layouts
 from influence_jobs.jobs.samples import SampleJob, trained_inputs
@@ -17,6 +19,8 @@ from influence_jobs.kinds.train.spec import Checkpoint
 from influence_jobs.specs.base import AnySpec
 from influence_jobs.store.layout import ArrayLayout, norms_name
 from influence_jobs.tasks.base import Batch, Draw
+
+log = logging.getLogger(__name__)
 
 
 class GradNormsJob(SampleJob[GradNormsSpec]):
@@ -94,7 +98,10 @@ class GradNormsJob(SampleJob[GradNormsSpec]):
         )
         # Once a worker: hooks do not see every use that a model makes of its weights.
         first = torch.arange(min(2, len(self.task.train_data())))
-        engine.check(self.batch(first, Draw(self.spec.seed)))
+        batch = self.batch(first, Draw(self.spec.seed))
+        engine.check(batch)
+        for line in slow_lines(engine.slow_layers(batch)):
+            log.info(line)
         return engine
 
     def _norms(self, ids: torch.Tensor, batch: Batch) -> dict[str, npt.NDArray[Any]]:

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 from influence_jobs.errors import SpecError
 from influence_jobs.kinds.grad_norms.spec import GradNormsSpec
 from influence_jobs.requests.base import Many, Say, option
-from influence_jobs.requests.options import REDUCE, SeedOptions, WeightsRequest
+from influence_jobs.requests.options import LAYER, REDUCE, SeedOptions, WeightsRequest
 from influence_jobs.specs.base import Spec, make_spec
 from influence_jobs.terms import Precision, Reduction
 
@@ -19,9 +19,7 @@ class GradNormsRequest(WeightsRequest, SeedOptions):
 
     default_task: ClassVar[str] = "ffdnet"
 
-    layer: Many[str | int] = option(
-        (), "Layer number (from 1, in forward order), module name, or all. May be repeated."
-    )
+    layer: Many[str | int] = option((), LAYER)
     reduce: Reduction = option("channel", REDUCE)
     combine: Literal["sum", "keep"] = option(
         "sum", "With several checkpoints: sum their norms, or keep them on a leading axis."
@@ -32,16 +30,18 @@ class GradNormsRequest(WeightsRequest, SeedOptions):
 
     def specs(self, root: str, say: Say) -> tuple[Spec, ...]:
         from influence_jobs.requests.subject import subject_of
-        from influence_jobs.tasks.layers import resolve_layers
+        from influence_jobs.tasks.layers import resolve_weights, say_slow_layers
 
         if not self.layer:
             raise SpecError("name at least one layer: --layer 11, --layer main.29, or --layer all")
         subject = subject_of(self, root, say)
+        layers = resolve_weights(self.layer, subject.built, say)
+        say_slow_layers(layers, subject.built, say)
         spec = make_spec(
             GradNormsSpec,
             task=subject.task,
             checkpoints=subject.checkpoints,
-            layers=resolve_layers(self.layer, subject.built),
+            layers=layers,
             reduction=self.reduce,
             combine=self.combine,
             precision=self.precision,

@@ -139,12 +139,19 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
         """Each layer's quadratic form; relative scores are divided by the root of their sum."""
         solver = s_test.solver
         kinds = matrix_layers()
-        layers = [m for m in s_test.modules if isinstance(self.model.get_submodule(m), kinds)]
+        modules = dict(self.model.named_modules())
+        layers = [m for m in s_test.modules if isinstance(modules.get(m), kinds)]
         if not layers:
             raise SpecError(
                 f"relative influence needs {names_of(kinds)} layers, and none was chosen: "
                 "leave --relative out"
             )
+        for layer in layers:
+            if not all(p.requires_grad for p in modules[layer].parameters()):
+                raise SpecError(
+                    f"relative influence measures whole layers, and '{layer}' is partly frozen: "
+                    "leave --relative or the layer out"
+                )
         if not solver.uses_curvature:
             return dict.fromkeys(layers)
         operator = GaussNewton(

@@ -5,8 +5,9 @@ from influence_jobs.requests.options import CurvatureOptions, QueriesOptions, We
 from influence_jobs.specs.base import Spec
 
 LAYERS_THAT_COUNT = (
-    "Layer whose parameters are used: its number (from 1, in forward order), its module name, or "
-    "all for all weight layers. May be repeated; by default every parameter of the model."
+    "Layer whose parameters are used: number (from 1, in forward order), module or parameter name, "
+    "pattern such as '*lora*', or all: all that have a number. May be repeated; by default every "
+    "trained parameter."
 )
 
 

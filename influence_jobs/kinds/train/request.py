@@ -57,7 +57,7 @@ class TrainRequest(Request):
     def spec(self, say: Say) -> TrainSpec:
         """The spec of the training."""
         from influence_jobs.requests.subject import task_of, training_of
-        from influence_jobs.tasks.layers import resolve_layers
+        from influence_jobs.tasks.layers import resolve_weights
 
         task, built = task_of(self, say)
         given: dict[str, Any] = {
@@ -77,7 +77,7 @@ class TrainRequest(Request):
         }
         if self.norms_layer:
             given |= {
-                "norm_layers": resolve_layers(self.norms_layer, built),
+                "norm_layers": resolve_weights(self.norms_layer, built, say),
                 "norm_reduction": self.reduce,
                 "norm_skip_epochs": self.norms_skip_epochs,
             }

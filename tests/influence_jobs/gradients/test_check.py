@@ -54,10 +54,17 @@ def test_sound_model_passes(rows):
     check(Probe(), batch=torch.randn(rows, 6), precision="bfloat16")
 
 
-@pytest.mark.parametrize("fault", ["functional use", "batch statistics", "first sample", "dropout"])
+@pytest.mark.parametrize("fault", ["batch statistics", "first sample", "dropout"])
 def test_planted_fault_is_found(fault):
     with pytest.raises(ModelError, match=r"layer 'first': per-sample norms differ .* usual causes"):
         check(Probe(fault))
+
+
+def test_a_use_outside_the_layer_is_counted():
+    model = Probe("functional use").eval()
+    with GradNorms(model, ["first", "second"], losses, reduction="channel") as engine:
+        engine.check(torch.randn(5, 6))
+        assert list(engine.slow_layers(torch.randn(5, 6))) == ["first"]
 
 
 def test_losses_divided_by_the_batch_size():

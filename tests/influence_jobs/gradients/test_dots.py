@@ -134,7 +134,7 @@ class Zoo(nn.Module):
         return self.head(h).mean(1) / self.temperature
 
 
-ZOO_RULED = {"norm", "groups", "batch_norm", "wide", "narrow"}
+ZOO_RULED = {"norm", "groups", "batch_norm", "wide", "narrow", "head"}  # of the head its bias
 
 
 @pytest.fixture
@@ -300,7 +300,7 @@ def test_check_finds_planted_faults(fault):
         if fault == "none":
             engine.check(torch.randn(2, 6))
         else:
-            with pytest.raises(ModelError, match=r"per-sample dot products differ .* usual causes"):
+            with pytest.raises(ModelError, match="usual causes"):
                 engine.check(torch.randn(2, 6))
 
 

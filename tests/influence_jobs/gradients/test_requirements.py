@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import prune
 
 from influence_jobs.errors import ModelError
 from influence_jobs.gradients import GradNorms, require_supported
@@ -26,28 +25,16 @@ def refused(message, model, layer, x=None, losses=sums, precision="float32", tra
     assert not any(module._forward_hooks for module in model.modules())
 
 
-class SubLinear(nn.Linear):
-    pass
+def test_layers_without_a_weight():
+    model = nn.Sequential(nn.ModuleDict({"inner": nn.ReLU()}))
+    refused(r"layer '0\.inner' \(ReLU\) has no weight of its own: leave it out", model, "0.inner")
+    model = nn.Sequential(nn.Sequential(nn.Linear(6, 6)))
+    refused(r"layer '0' \(Sequential\) has no weight .* name what is inside, '0\.\*'", model, "0")
 
 
-@pytest.mark.parametrize(
-    "layer",
-    [
-        nn.Conv3d(1, 1, 1),
-        nn.ConvTranspose2d(1, 1, 1),
-        nn.InstanceNorm1d(3),
-        nn.LSTM(3, 3),
-        nn.ReLU(),
-        SubLinear(2, 2),
-    ],
-    ids=lambda layer: type(layer).__name__,
-)
-def test_unsupported_type(layer):
-    model = nn.Sequential(nn.ModuleDict({"inner": layer}))
-    kind = type(layer).__name__
-    refused(
-        rf"layer '0\.inner' \({kind}\) has no gradient rule; supported: .*Linear", model, "0.inner"
-    )
+def test_several_weights():
+    model = nn.Sequential(nn.LSTM(3, 3))
+    refused(r"layer '0' \(LSTM\) has several weights: name one of 0\.weight_ih_l0, ", model, "0")
 
 
 def test_unknown_name():
@@ -66,15 +53,7 @@ def test_no_layers():
     "layer", [nn.BatchNorm2d(3, affine=False), nn.LayerNorm(3, elementwise_affine=False)]
 )
 def test_layer_without_weight(layer):
-    refused(r"layer '0' \(\w+Norm\w*\) has no weight parameter", nn.Sequential(layer), "0")
-
-
-def test_reparametrised_weight():
-    pruned = nn.Linear(6, 6)
-    prune.l1_unstructured(pruned, "weight", amount=0.5)
-    refused(r"layer '0' \(Linear\) has no weight parameter", nn.Sequential(pruned), "0")
-    normed = nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))
-    refused("layer '0' .* has no gradient rule", nn.Sequential(normed), "0")
+    refused(r"layer '0' \(\w+Norm\w*\) has no weight of its own", nn.Sequential(layer), "0")
 
 
 @pytest.mark.parametrize(
@@ -101,22 +80,6 @@ def test_weight_types():
         require_supported("fc", integer)
 
 
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(6, 4)
-        self.head = nn.Linear(4, 6, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, ids):
-        return self.head(self.embed(ids))
-
-
-def test_shared_weight():
-    refused("layer 'head' shares its weight with 'embed'", Tied(), "head")
-    refused("layer 'embed' shares its weight with 'head'", Tied(), "embed")
-
-
 def test_train_mode():
     refused(
         r"the model \(Sequential\) is in train mode",
@@ -135,11 +98,6 @@ def test_train_mode():
 def test_batch_statistics_in_eval_mode():
     model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6, track_running_stats=False))
     refused(r"module '1' \(BatchNorm1d\) has no running statistics", model, "0")
-
-
-def test_called_twice():
-    layer = nn.Linear(6, 6)
-    refused("layer '0' is called more than once", nn.Sequential(layer, nn.ReLU(), layer), "0")
 
 
 class Partial(nn.Module):
@@ -171,15 +129,6 @@ def test_layer_not_reached():
         engine(torch.randn(4, 6))
 
 
-def test_weight_used_only_as_a_function():
-    attention = nn.MultiheadAttention(6, 1)
-
-    def losses(model, x):
-        return model(x, x, x)[0].flatten(1).sum(1)
-
-    refused(r"'out_proj' \(\w+\) has no gradient rule", attention, "out_proj", losses=losses)
-
-
 @pytest.mark.parametrize(
     "losses,what",
     [
@@ -204,17 +153,6 @@ def test_first_axis_is_not_the_sample():
     def folded(model, x):
         return model(x).view(2, 12).sum(1)
 
-    refused("layer '0' returns 4 rows for a batch of 2", model, "0", losses=folded)
-
-
-@pytest.mark.parametrize(
-    "layer,shape",
-    [(nn.Linear(6, 3), (6,)), (nn.Conv2d(6, 3, 1), (6, 2, 2)), (nn.LayerNorm((4, 6)), (4, 6))],
-)
-def test_no_batch_axis(layer, shape):
-    model = nn.Sequential(layer)
-
-    def one(model, x):
-        return model(x).sum().view(1)
-
-    refused(r"layer '0' returns shape .* no batch axis", model, "0", torch.randn(shape), losses=one)
+    refused(
+        "a sample's loss in Sequential is another in a batch than alone", model, "0", losses=folded
+    )

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
+from torch.nn.utils.parametrizations import weight_norm
 
 from influence_jobs.curvature import EkFac, GaussNewton
 from influence_jobs.errors import ModelError
@@ -25,17 +26,41 @@ from influence_jobs.gradients import (
     norm_shape,
     reduce_gradient,
     require_supported,
+    supported,
 )
 from influence_jobs.gradients.layer_table import layers_page
 from influence_jobs.gradients.reference import gradients_one_by_one, per_sample_gradients
 from influence_jobs.gradients.rules import base, blocks, conv, linear, registered, rule_of
 from influence_jobs.jobs.norm_arrays import norm_layouts
 from influence_jobs.tasks.base import Task
-from influence_jobs.tasks.layers import resolve_layers, weight_layers
+from influence_jobs.tasks.layers import resolve_weights, weight_layers
 from influence_jobs.terms import Reduction
 
 LAMBDA = 0.1
 DOCS = Path(__file__).parents[4] / "docs" / "layers.md"
+
+
+class Conv1D(nn.Module):
+    """As transformers defines it, under its name; its package need not be there."""
+
+    __module__ = "transformers.pytorch_utils"
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(nx, nf))
+        self.bias = nn.Parameter(torch.randn(nf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+def paired(layer: nn.Bilinear) -> nn.Bilinear:
+    """A layer of two inputs that makes the second from the first."""
+    layer.register_forward_pre_hook(
+        lambda module, args: (args[0][..., : module.in1_features], args[0].sin())
+    )
+    return layer
+
 
 # Layers of every type with a rule, and the shape of one sample; an int is a number of ids.
 EXAMPLES: dict[type[nn.Module], list[tuple[nn.Module, tuple[int, ...]]]] = {
@@ -54,6 +79,36 @@ EXAMPLES: dict[type[nn.Module], list[tuple[nn.Module, tuple[int, ...]]]] = {
     ],
     nn.BatchNorm1d: [(nn.BatchNorm1d(4, eps=0.1), (4,)), (nn.BatchNorm1d(4), (4, 6))],
     nn.BatchNorm2d: [(nn.BatchNorm2d(3, eps=0.1), (3, 4, 2))],
+    nn.Conv3d: [
+        (nn.Conv3d(2, 3, (2, 1, 3), padding=(1, 0, 2), stride=(2, 1, 1)), (2, 4, 3, 4)),
+        (nn.Conv3d(4, 2, 2, dilation=(1, 2, 1), groups=2, bias=False), (4, 3, 4, 3)),
+    ],
+    nn.ConvTranspose1d: [
+        (nn.ConvTranspose1d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2), (4, 5)),
+    ],
+    nn.ConvTranspose2d: [
+        (nn.ConvTranspose2d(3, 2, (3, 2), stride=(2, 1), padding=1, dilation=(1, 2)), (3, 4, 5)),
+        (nn.ConvTranspose2d(4, 2, 2, stride=2, groups=2, bias=False), (4, 2, 3)),
+    ],
+    nn.ConvTranspose3d: [(nn.ConvTranspose3d(2, 3, (2, 1, 2), stride=2), (2, 2, 3, 2))],
+    nn.BatchNorm3d: [(nn.BatchNorm3d(3, eps=0.1), (3, 2, 2, 3))],
+    nn.InstanceNorm1d: [(nn.InstanceNorm1d(3, affine=True), (3, 6))],
+    nn.InstanceNorm2d: [
+        (nn.InstanceNorm2d(3, affine=True, track_running_stats=True), (3, 4, 2)),
+        (nn.InstanceNorm2d(3, affine=True, eps=0.1), (3, 4, 2)),
+    ],
+    nn.InstanceNorm3d: [(nn.InstanceNorm3d(2, affine=True), (2, 3, 2, 2))],
+    nn.RMSNorm: [(nn.RMSNorm(3), (4, 3)), (nn.RMSNorm((4, 3), eps=0.1), (2, 4, 3))],
+    nn.PReLU: [(nn.PReLU(3), (3, 4)), (nn.PReLU(), (3, 4, 2)), (nn.PReLU(5), (5,))],
+    nn.Bilinear: [
+        (paired(nn.Bilinear(5, 5, 3)), (5,)),
+        (paired(nn.Bilinear(2, 4, 3, bias=False)), (3, 4)),
+    ],
+    nn.EmbeddingBag: [
+        (nn.EmbeddingBag(5, 3, mode="sum"), (4,)),
+        (nn.EmbeddingBag(5, 3, mode="mean", padding_idx=1), (6,)),
+    ],
+    Conv1D: [(Conv1D(3, 5), (5,)), (Conv1D(3, 5), (4, 5))],
     nn.GroupNorm: [(nn.GroupNorm(2, 6), (6,)), (nn.GroupNorm(3, 6, eps=0.1), (6, 2, 3))],
     nn.LayerNorm: [(nn.LayerNorm(3), (4, 3)), (nn.LayerNorm((4, 3), bias=False), (2, 4, 3))],
     nn.Embedding: [(nn.Embedding(5, 3), ()), (nn.Embedding(5, 3, padding_idx=1), (4, 2))],
@@ -63,6 +118,7 @@ ONE_POSITION: dict[type[nn.Module], tuple[nn.Module, tuple[int, ...]]] = {
     nn.Linear: (nn.Linear(4, 2), (4,)),
     nn.Conv1d: (nn.Conv1d(2, 2, 3), (2, 3)),
     nn.Conv2d: (nn.Conv2d(1, 2, (2, 3)), (1, 2, 3)),
+    nn.Conv3d: (nn.Conv3d(1, 2, (2, 1, 2)), (1, 2, 1, 2)),
 }
 CASES = [(layer, shape) for examples in EXAMPLES.values() for layer, shape in examples]
 MATRIX_CASES = [(layer, shape) for layer, shape in CASES if type(layer) in ONE_POSITION]
@@ -81,12 +137,14 @@ def prepared(layer: nn.Module, shape: tuple[int, ...], rows: int = 4) -> tuple[n
     """A model of one float64 copy of a layer, and a batch with random weights of its outputs."""
     torch.manual_seed(0)
     layer = copy.deepcopy(layer).double()
-    if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
-        nn.init.normal_(layer.running_mean)
-        nn.init.uniform_(layer.running_var, 0.5, 2)
+    for name, buffer in layer.named_buffers():
+        if name == "running_mean":
+            nn.init.normal_(buffer)
+        if name == "running_var":
+            nn.init.uniform_(buffer, 0.5, 2)
     model = nn.Sequential(layer).eval()
     x = torch.randn(rows, *shape, dtype=torch.float64)
-    if isinstance(layer, nn.Embedding):
+    if isinstance(layer, nn.Embedding | nn.EmbeddingBag):
         x = torch.randint(0, layer.num_embeddings, (rows, *shape))
     return model, (x, torch.randn_like(model(x)))
 
@@ -95,9 +153,22 @@ def close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
 
 
+def seen(model: nn.Module, batch: Any) -> tuple[LayerRule[Any], Tensor, Tensor, Tensor]:
+    """The rule of the model's one layer, what it records of a call, the output, its gradient."""
+    x, weights = batch
+    rule, recorded = rule_of(model[0]), []
+    hook = model[0].register_forward_hook(
+        lambda module, args, kwargs, y: recorded.append(rule.recorded(args, kwargs)),
+        with_kwargs=True,
+    )
+    y = model(x)
+    hook.remove()
+    return rule, recorded[0], y, torch.autograd.grad((y.sin() * weights).sum(), y)[0]
+
+
 def check_norms(model: nn.Module, batch: Any) -> None:
     (gradient,) = per_sample_gradients(model, ["0"], weighted_sum, batch).values()
-    kernel = gradient.reshape(len(gradient), *rule_of(model[0]).kernel_shape).norm(dim=2)
+    kernel = as_read(model[0], gradient).norm(dim=2)
     channel, layer = kernel.reshape(*kernel.shape[:2], -1).sum(2), gradient.flatten(1).norm(dim=1)
     expected_by: dict[Reduction, Tensor] = {"kernel": kernel, "channel": channel, "layer": layer}
     for reduction, expected in expected_by.items():
@@ -109,6 +180,16 @@ def check_norms(model: nn.Module, batch: Any) -> None:
         assert found.shape[1:] == norm_shape(model[0], reduction)
         close(found, expected)
         close(reduce_gradient(model[0], gradient, reduction), expected)
+
+
+def as_read(layer: nn.Module, gradient: Tensor) -> Tensor:
+    """A gradient (B, *weight shape) as (B, C, I, *kernel), written out for each family."""
+    if isinstance(layer, nn.modules.conv._ConvTransposeNd):  # (I, C / groups, *kernel)
+        groups = gradient.chunk(layer.groups, dim=1)
+        return torch.cat([group.transpose(1, 2) for group in groups], dim=1)
+    if isinstance(layer, Conv1D):
+        return gradient.transpose(1, 2)[..., None, None]
+    return gradient.reshape(len(gradient), *rule_of(layer).kernel_shape)
 
 
 def check_dots(model: nn.Module, batch: Any, queries: int) -> None:
@@ -146,18 +227,16 @@ def check_quadratics(model: nn.Module, batch: Any) -> None:
 
 
 def test_every_rule_has_examples() -> None:
-    assert set(EXAMPLES) == {rule.layer for rule in registered()}
+    assert {layer.__name__ for layer in EXAMPLES} == {rule.type_name() for rule in registered()}
     assert set(ONE_POSITION) == set(base.matrix_layers())
 
 
 @pytest.mark.parametrize(("layer", "shape"), CASES, ids=names)
 def test_gradients_and_shapes(layer: nn.Module, shape: tuple[int, ...]) -> None:
-    model, (x, weights) = prepared(layer, shape)
-    rule = rule_of(model[0])
-    y = model(x)
-    g = torch.autograd.grad((y.sin() * weights).sum(), y)[0]
+    model, batch = prepared(layer, shape)
+    rule, x, y, g = seen(model, batch)
     parameters = [f"0.{own}" for own, _ in model[0].named_parameters()]
-    expected = gradients_one_by_one(model, parameters, weighted_sum, (x, weights))
+    expected = gradients_one_by_one(model, parameters, weighted_sum, batch)
     close(rule.weight_gradient(x, g), expected["0.weight"])
     if "0.bias" in expected:
         close(rule.bias_gradient(g), expected["0.bias"])
@@ -179,8 +258,8 @@ def test_rows_of_the_weight_are_channels_of_the_output(
     for channel in range(output.shape[1]):
         wanted = output[:, channel].square().sum()
         (gradient,) = torch.autograd.grad(wanted, [model[0].weight], retain_graph=True)
-        seen = gradient.reshape(rule.kernel_shape).flatten(1).abs().sum(1) > 0
-        assert seen.nonzero().flatten().tolist() == [channel]
+        moved_C = as_read(model[0], gradient[None])[0].flatten(1).abs().sum(1) > 0
+        assert moved_C.nonzero().flatten().tolist() == [channel]
 
 
 @pytest.mark.parametrize("block", [1, 2**21])
@@ -200,10 +279,8 @@ def test_every_engine(
 @pytest.mark.parametrize(("layer", "shape"), CASES, ids=names)
 def test_derived_forms_equal_special_ones(layer: nn.Module, shape: tuple[int, ...]) -> None:
     """The general forms that every rule has, compared with those that a rule overrides."""
-    model, (x, weights) = prepared(layer, shape)
-    rule = rule_of(model[0])
-    y = model(x)
-    g = torch.autograd.grad((y.sin() * weights).sum(), y)[0]
+    model, batch = prepared(layer, shape)
+    rule, x, _, g = seen(model, batch)
     close(LayerRule.kernel_norms(rule, x, g), rule.kernel_norms(x, g))
     close(LayerRule.weight_squares(rule, x, g), rule.weight_squares(x, g))
     v_Q = torch.randn(3, *rule.weight.shape, dtype=torch.float64)
@@ -413,7 +490,7 @@ def test_a_rule_of_ones_own_works_in_ek_fac() -> None:
 def test_a_rule_of_ones_own_is_numbered_stored_and_in_the_docs() -> None:
     task = OneLayer(nn.Sequential(Scaled(), Doubled(), nn.Tanh(), nn.Linear(3, 2)), (4,))
     assert weight_layers(task, task.model()) == ["0.1", "0.3"]
-    assert resolve_layers(["all", "0.0"], task) == ("0.1", "0.3", "0.0")
+    assert resolve_weights(["all", "0.0"], task, print) == ("0.1", "0.3", "0.0")
     (doubled, scaled) = norm_layouts(
         task.model(),
         ("0.1", "0.0"),
@@ -424,7 +501,10 @@ def test_a_rule_of_ones_own_is_numbered_stored_and_in_the_docs() -> None:
     )
     assert (doubled.shape, scaled.shape) == ((20, 3, 1, 1), (20, 4, 1, 1))
     rows = [line for line in layers_page().splitlines() if line.startswith("| ")]
-    assert "| Doubled | (C, I, 1, 1) | yes | derived | derived | derived | yes | A toy. |" in rows
+    (doubled_row,) = [row for row in rows if row.startswith("| Doubled ")]
+    assert doubled_row.startswith(
+        "| Doubled | (C, I, 1, 1) | yes | derived | derived | derived | yes"
+    )
     assert any(row.startswith("| Scaled ") and "| refused |" in row for row in rows)
 
 
@@ -436,7 +516,31 @@ def test_a_type_has_one_rule() -> None:
 
 
 class SubLinear(nn.Linear):
-    pass
+    """Computes as Linear does, which is not to be known."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input)
+
+
+class NamedLinear(nn.Linear):
+    """Is made in another way, and computes what it inherits."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size, size)
+
+
+class Padded(nn.Conv2d):
+    """Overrides a part of what a convolution computes."""
+
+    def _conv_forward(self, input: Tensor, *more: Any) -> Tensor:
+        return super()._conv_forward(input.flip(-1), *more)
+
+
+def test_a_subclass_that_changes_nothing_goes_by_the_rule() -> None:
+    assert supported(NamedLinear(3))
+    assert supported(nn.MultiheadAttention(4, 1).out_proj)
+    for layer in (SubLinear(3, 3), Padded(1, 1, 1), weight_norm(nn.Linear(3, 3))):
+        assert not supported(layer)
 
 
 class SubEmbedding(nn.Embedding):

@@ -138,6 +138,6 @@ def test_norm_shape(layer, kernel):
 
 
 def test_norm_shape_refuses_unsupported_types():
-    assert not supported(nn.Conv3d(1, 1, 1))
-    with pytest.raises(ModelError, match=r"type Conv3d; supported: .*Conv1d, Conv2d.*Linear"):
-        norm_shape(nn.Conv3d(1, 1, 1), "layer")
+    assert not supported(nn.LSTM(1, 1))
+    with pytest.raises(ModelError, match=r"type LSTM; supported: .*Conv1D, Conv1d, Conv2d.*Linear"):
+        norm_shape(nn.LSTM(1, 1), "layer")

@@ -1,0 +1,117 @@
+"""How a forward uses layers and parameters: what decides whether a rule holds for them."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from influence_jobs.gradients.rules import LayerRule, rule_of, supported
+
+
+@dataclass
+class _Call:
+    rows: int  # of the output that the layer's rule works on; 0 where the rule is not for the call
+    inputs: list[Any]  # nodes of the graph
+    outputs: set[Any]
+    leaves: set[int]  # ids of the leaves among the inputs
+
+
+class Usage:
+    """What one forward pass shows of some modules and of their parameters.
+
+    Each use of a parameter is an edge to its leaf in the graph of the losses.
+
+    Args:
+        forward: From the batch to one loss a sample; the parameters require gradients.
+        modules: By name, those to look at.
+
+    Attributes:
+        size: B.
+    """
+
+    def __init__(self, forward: Callable[[], Tensor], modules: Mapping[str, nn.Module]) -> None:
+        self._calls: dict[str, list[_Call]] = {name: [] for name in modules}
+        with ExitStack() as stack:
+            for name, module in modules.items():
+                rule = rule_of(module) if supported(module) else None
+                hook = partial(self._note, name, rule)
+                stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+            losses = forward()
+        self.size = len(losses)
+        self._losses = losses.grad_fn
+        self._uses = _uses([self._losses])
+
+    def calls(self, module: str) -> int:
+        """How often a module is called."""
+        return len(self._calls[module])
+
+    def uses(self, parameter: Tensor) -> int:
+        """How many operations on the way to the losses use a parameter."""
+        return self._uses[id(parameter)]
+
+    def plain(self, module: str, parameters: Iterable[Tensor]) -> bool:
+        """Whether a layer's rule holds: one call for all samples, and no other use."""
+        rows = [call.rows for call in self._calls[module]]
+        return rows == [self.size] and all(self.uses(parameter) == 1 for parameter in parameters)
+
+    def within(self, parameter: Tensor, module: str) -> bool:
+        """Whether a module is called once, and all uses of a parameter are in that call."""
+        if len(self._calls[module]) != 1:
+            return False
+        (call,) = self._calls[module]
+        outside = _uses([self._losses, *call.inputs], call.outputs)
+        return not outside[id(parameter)] and id(parameter) not in call.leaves
+
+    def _note(
+        self,
+        name: str,
+        rule: LayerRule[Any] | None,
+        _module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+    ) -> None:
+        rows = 0
+        if (
+            rule is not None
+            and rule.recorded(args, kwargs) is not None
+            and isinstance(output, Tensor)
+            and rule.has_batch_axis(output)
+        ):
+            rows = len(output)
+        inputs = [leaf for leaf in _tensors((args, kwargs)) if leaf.requires_grad]
+        self._calls[name].append(
+            _Call(
+                rows,
+                [leaf.grad_fn for leaf in inputs if leaf.grad_fn is not None],
+                {leaf.grad_fn for leaf in _tensors(output) if leaf.grad_fn is not None},
+                {id(leaf) for leaf in inputs if leaf.is_leaf},
+            )
+        )
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _uses(starts: Iterable[Any], stops: Iterable[Any] = ()) -> Counter[int]:
+    """How many operations use each leaf, by the leaf's id, not looking beyond some nodes."""
+    uses: Counter[int] = Counter()
+    seen, stack = set(stops), [*starts]
+    stack = [node for node in stack if node not in seen]
+    while stack:
+        node = stack.pop()
+        for following, _ in node.next_functions if node is not None else ():
+            if following is None:
+                continue
+            if (leaf := getattr(following, "variable", None)) is not None:
+                uses[id(leaf)] += 1
+            elif following not in seen:
+                seen.add(following)
+                stack.append(following)
+    return uses
