@@ -1,8 +1,8 @@
 """Norms of the whole weight gradient, every Linear and Conv2d layer, of three common networks with random weights.
 
 LeNet on images of 28x28; a ResNet-18 of torchvision on 64x64, in eval mode; a BERT of transformers (hidden 128, 4 layers, 128
-tokens) that classifies. The limit is plain forward and backward of the mean loss by those weights, which gives no sample's norm.
-Every answer for four samples is first compared with float64 gradients, one sample at a time.
+tokens) that classifies. The limit is plain forward and backward of the mean loss by all parameters, which gives no sample's
+norm. Every answer for four samples is first compared with float64 gradients, one sample at a time.
 
     python benchmarks/norms_models.py [--full] [--threads 1] [--batch 16] [--only ResNet-18]
 """
@@ -133,7 +133,7 @@ class Contest:
         return Contestant(name, over(batches, norms), self.samples, error)
 
     def limit(self) -> Contestant:
-        model = self.copy()
+        model = copy.deepcopy(self.network)
 
         def step(batch: Batch) -> None:
             model.zero_grad()

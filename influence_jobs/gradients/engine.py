@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from influence_jobs.errors import ModelError
 from influence_jobs.gradients.requirements import find_rule
-from influence_jobs.gradients.rules import LayerRule, reduce_gradient, reduce_norms
+from influence_jobs.gradients.rules import LayerRule, reduce_gradient
 from influence_jobs.gradients.taps import TappedModel
 from influence_jobs.terms import Precision, Reduction
 
@@ -72,7 +72,7 @@ class GradNorms(TappedModel):
         norms: dict[str, Tensor] = {}
 
         def visit(name: str, rule: LayerRule[Any], a: Tensor, g: Tensor) -> None:
-            norms[name] = reduce_norms(rule.kernel_norms(a, g), self._reduction)
+            norms[name] = rule.norms(a, g, self._reduction)
 
         self._run(batch, visit)
         return {name: norms[name] for name in self._layers}

@@ -250,6 +250,14 @@ class TappedModel(ABC):
             call.visit(name, rule, inputs, g.to(self._dtype))
             call.done.add(name)
 
+        if type(rule.module) is nn.Linear and output._is_view():
+            # Over positions it is a view of a matrix. A view tapped in place would be copied thrice
+            # on the way back; the matrix is the layer's own, and nobody has seen it.
+            shape = output.shape
+            matrix: Tensor = _Tap.apply(
+                output._base, self._anchor, lambda g: on_gradient(g.view(shape))
+            )
+            return matrix.view(shape)
         tapped: Tensor = _Tap.apply(output, self._anchor, on_gradient)
         return tapped
 
