@@ -49,7 +49,7 @@ demo: install
 # A page for each script, made anew: `make bench`, or `make bench OPTIONS=--full` for all sizes, or `make bench BENCHES=scores`;
 # once every script has one, benchmarks/RESULTS.md. On a machine with nothing else to do. The peers live apart:
 # kronfluence's wheel brings a package named `tests`.
-ALL_BENCHES := norms_mnist norms_ffdnet scores s_test solvers retraining submit scaling simulation
+ALL_BENCHES := norms_mnist norms_ffdnet norms_models scores s_test solvers retraining submit scaling simulation
 BENCHES ?= $(ALL_BENCHES)
 PAGES := $(ALL_BENCHES:%=benchmarks/pages/%.md)
 PEERS := .venv-bench

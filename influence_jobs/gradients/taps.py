@@ -250,16 +250,15 @@ class TappedModel(ABC):
             call.visit(name, rule, inputs, g.to(self._dtype))
             call.done.add(name)
 
-        if type(rule.module) is nn.Linear and output._is_view():
-            # Over positions it is a view of a matrix. A view tapped in place would be copied thrice
-            # on the way back; the matrix is the layer's own, and nobody has seen it.
-            shape = output.shape
-            matrix: Tensor = _Tap.apply(
-                output._base, self._anchor, lambda g: on_gradient(g.view(shape))
-            )
-            return matrix.view(shape)
-        tapped: Tensor = _Tap.apply(output, self._anchor, on_gradient)
-        return tapped
+        # A Linear over positions returns a view of the matrix that it made, which nobody else has.
+        # Tapped itself, the view would cost three copies on the way back.
+        matrix = _viewed_whole(output) if type(rule.module) is nn.Linear else None
+        if matrix is None:
+            tapped: Tensor = _Tap.apply(output, self._anchor, on_gradient)
+            return tapped
+        shape = output.shape
+        tapped = _Tap.apply(matrix, self._anchor, lambda g: on_gradient(g.reshape(shape)))
+        return tapped.view(shape)
 
     def _refuse_unreached(self, call: _Call, losses: Tensor) -> None:
         for name in self._layers:
@@ -323,6 +322,14 @@ def _transformers_in_the_open() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def _viewed_whole(tensor: Tensor) -> Tensor | None:
+    """What a tensor is a view of, if it is that in another shape and no more."""
+    base: Tensor | None = tensor._base
+    if base is not None and base.numel() == tensor.numel():
+        return base if base.is_contiguous() and tensor.is_contiguous() else None
+    return None
 
 
 def _unused(name: str) -> ModelError:

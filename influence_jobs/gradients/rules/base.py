@@ -179,8 +179,8 @@ class MatrixRule(LayerRule[M]):
 
     def kernel_rows(self, a: Tensor) -> Tensor:
         """The input's rows with one kernel offset after the other, (B, T, k, I)."""
-        rows_BTIk = self.input_rows(a).unflatten(2, (self.kernel_shape[1], -1))
-        return rows_BTIk.transpose(2, 3)
+        rows_BTJ = self.input_rows(a)
+        return rows_BTJ.reshape(*rows_BTJ.shape[:2], self.kernel_shape[1], -1).transpose(2, 3)
 
     def sample_shape(self, g: Tensor) -> SampleShape:
         """The sizes of a sample, from the output's gradient."""
@@ -264,7 +264,6 @@ class MatrixRule(LayerRule[M]):
 
     def quadratic(self, metric: Metric, a: Tensor, g: Tensor) -> Tensor:
         """The form, in a metric as `arrange_metric` gives it, of each sample's gradient, (B,)."""
-
         u_CC, v_JJ, d_CJ = metric.outputs_CC, metric.inputs_JJ, metric.weights_CJ
 
         def rotated_gradient(a: Tensor, g: Tensor) -> Tensor:
@@ -287,7 +286,7 @@ class MatrixRule(LayerRule[M]):
 
 def product_of_rows(a_BTJ: Tensor, g_BTC: Tensor) -> Tensor:
     """The gradient (B, C, J) of a matrix: sum_t g_t a_t^T."""
-    return g_BTC.transpose(1, 2) @ a_BTJ
+    return torch.bmm(g_BTC.transpose(1, 2), a_BTJ)
 
 
 def registered() -> tuple[type[LayerRule[Any]], ...]:

@@ -106,9 +106,7 @@ def through_patches(shape: SampleShape, *, own: bool) -> bool:
     patches = cost(t * shape.weights, written=t * shape.columns + shape.weights)
     if own:
         return patches < cost(t * shape.weights, written=2 * shape.weights, calls=1)
-    return patches < cost(
-        t * shape.weights, written=shape.weights, read=k * t * (c + shape.inputs)
-    )
+    return patches < cost(t * shape.weights, written=shape.weights, read=k * t * (c + shape.inputs))
 
 
 def rows_rotated_first(shape: SampleShape) -> bool:

@@ -75,13 +75,18 @@ class ConvolutionRule(MatrixRule[V]):
         steps = a.stride()[2:]
         windows = a.as_strided(
             (len(a), *out, *module.kernel_size, a.shape[1]),
-            (a.stride(0), *map(mul, steps, module.stride), *map(mul, steps, module.dilation), a.stride(1)),
+            (
+                a.stride(0),
+                *map(mul, steps, module.stride),
+                *map(mul, steps, module.dilation),
+                a.stride(1),
+            ),
         )
         # The copy goes along what lies together, if that is long.
         if a.stride(-1) == 1 and out[-1] > a.shape[1]:
             order = 0, *range(1 + axes, 2 + 2 * axes), *range(1, 1 + axes)
             rows_BkIT = windows.permute(order).reshape(len(a), offsets, -1, positions)
-            return rows_BkIT.flatten(1, 2).transpose(1, 2).unflatten(2, (offsets, -1))
+            return rows_BkIT.permute(0, 3, 1, 2)
         return windows.reshape(len(a), positions, offsets, -1)
 
     def output_rows(self, g: Tensor) -> Tensor:
@@ -185,7 +190,7 @@ class ConvolutionRule(MatrixRule[V]):
         rows_BTkI = self.kernel_rows(a)
         gradient_BCJ = product_of_rows(rows_BTkI.flatten(2), self.output_rows(g))
         norms_BCk: Tensor = torch.linalg.vector_norm(
-            gradient_BCJ.unflatten(2, rows_BTkI.shape[2:]), dim=3
+            gradient_BCJ.view(*gradient_BCJ.shape[:2], *rows_BTkI.shape[2:]), dim=3
         )
         return norms_BCk.reshape(len(g), *self.weight.shape[:1], *self.module.kernel_size)
 
