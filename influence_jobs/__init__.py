@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from infl_cluster.submit import submit
+    from influence_jobs.contract import check
     from influence_jobs.curvature import (
         ConjugateGradient,
         EkFac,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from influence_jobs.tasks.base import Batch, Draw, Task
 
 _HOMES = {
+    "influence_jobs.contract": ("check",),
     "influence_jobs.tasks.base": ("Batch", "Draw", "Task"),
     "influence_jobs.gradients": ("GradDots", "GradNorms", "GradQuadratics"),
     "influence_jobs.gradients.parameters": ("ParameterSpace",),
@@ -65,6 +67,7 @@ __all__ = [
     "Solution",
     "Solver",
     "Task",
+    "check",
     "open_run",
     "submit",
 ]

@@ -1,4 +1,4 @@
-"""Types that requests, engines and the trainer share."""
+"""Words that requests, engines and trainer share, and how times and sizes are written."""
 
 from typing import Literal
 
@@ -6,3 +6,19 @@ Reduction = Literal["kernel", "channel", "layer"]
 Precision = Literal["float32", "float64", "bfloat16"]
 OutputLoss = Literal["cross-entropy", "mse", "binary-cross-entropy"]
 Region = tuple[int, int, int, int]  # y, x, height, width in pixels
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 1:02:03, or 0:45."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
+
+
+def size(num_bytes: float) -> str:
+    """Bytes as 12.3 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} TB"

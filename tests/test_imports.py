@@ -20,7 +20,17 @@ MODULES = (
     "influence_jobs.training.recorded_norms",
     "influence_jobs.training.train",
 )
-ABSENT = ("ray", "zarr", "pydantic", "typer", "pyarrow", "torchvision", "platformdirs", "filelock")
+ABSENT = (
+    "ray",
+    "zarr",
+    "pydantic",
+    "typer",
+    "pyarrow",
+    "torchvision",
+    "platformdirs",
+    "filelock",
+    "safetensors",
+)
 
 SCRIPT = f"""
 import importlib, sys

@@ -1,22 +1,21 @@
 """`--dry-run`: disk, memory and time of a run, estimated from its plan and a short probe."""
 
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import psutil
 import torch
 
 from infl_cli import render
 from infl_cluster.how import How
-from infl_cluster.watch import duration, size
 from influence_jobs.devices import cores
 from influence_jobs.errors import StoreError
 from influence_jobs.jobs.base import Plan
+from influence_jobs.jobs.estimate import samples_per_second, worker_bytes
 from influence_jobs.jobs.samples import SampleJob
 from influence_jobs.kinds import open_job
 from influence_jobs.store.run import Run
 from influence_jobs.store.status import is_done
+from influence_jobs.terms import duration, size
 
 PROBE_S = 2.0
 PROBE_OTHER_S = 0.5  # for each other batch size
@@ -60,9 +59,7 @@ def print_plan(run: Run, how: How, *, json: bool) -> None:
     own = _estimate(run, how, try_others=how.batch_size is None)
     plan = own.plan
     disk = plan.disk_bytes
-    memory = psutil.Process().memory_info().rss + (disk - plan.file_bytes) / max(
-        1, len(plan.shards)
-    )
+    memory = worker_bytes(plan)
     total = own.seconds + sum(needed.seconds for needed in needs.values())
     summary = {
         "run": run.id,
@@ -124,7 +121,7 @@ def _estimate(run: Run, how: How, *, try_others: bool = False) -> Estimate:
         return Estimate(plan, batch_size, workers=1, rate=1.0)
     workers = min(how.num_workers, len(plan.shards))
     torch.set_num_threads(max(1, cores() // workers))
-    rate = _probe(job.probe(), PROBE_S) * workers
+    rate = samples_per_second(job.probe(), PROBE_S) * workers
     rates = {}
     if try_others and isinstance(job, SampleJob):
         rates = _rates(run, how, batch_size, array.chunks[array.row_axis])
@@ -139,26 +136,12 @@ def _rates(run: Run, how: How, own: int, most: int) -> dict[int, float]:
     for batch_size in tried:
         job = open_job(run, device=how.resolved_device, batch_size=batch_size)
         try:
-            rates[batch_size] = _probe(job.probe(), PROBE_OTHER_S)
+            rates[batch_size] = samples_per_second(job.probe(), PROBE_OTHER_S)
         except torch.OutOfMemoryError:
             break
         if batch_size > own and rates[batch_size] < max(rates.values()):
             break
     return rates
-
-
-def _probe(pieces: Iterator[int], seconds: float) -> float:
-    """Samples a second of one worker."""
-    started = time.monotonic()
-    first, units = next(pieces), 0
-    warm = time.monotonic()
-    for done in pieces:
-        units += done
-        if time.monotonic() - warm > seconds:
-            break
-    if units == 0:
-        return first / (warm - started)
-    return units / (time.monotonic() - warm)  # without the first piece, which warms caches up
 
 
 def _missing(run: Run) -> list[Run]:

@@ -7,6 +7,7 @@ import typer
 from typer.core import TyperGroup
 
 from infl_cli import (
+    check,
     cluster,
     data,
     report,
@@ -37,6 +38,8 @@ app.add_typer(submit.app, name="submit")
 app.command("runs")(runs.list_runs)
 for command in (runs.status, runs.logs, runs.stop, runs.resume, runs.verify):
     app.command()(command)
+app.command("init")(check.init)
+app.command("check", context_settings=check.CONTEXT)(check.check)
 app.command("top")(top.top)
 app.command("report")(report.report)
 app.command("view")(view.view)

@@ -13,7 +13,7 @@ from infl_cli import options as o
 from infl_cli import render
 from infl_cli.render import say
 from infl_cluster.how import How
-from infl_cluster.watch import duration, watch
+from infl_cluster.watch import watch
 from influence_jobs.errors import RuntimeFault, StoreError
 from influence_jobs.store import layout
 from influence_jobs.store.find import find_run, run_ids
@@ -22,6 +22,7 @@ from influence_jobs.store.lease import live_holder
 from influence_jobs.store.run import Run
 from influence_jobs.store.status import rate_and_eta, read_status
 from influence_jobs.store.verify import find_damage, mark_undone
+from influence_jobs.terms import duration
 
 STOP_DEADLINE_S = 15.0
 

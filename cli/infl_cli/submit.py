@@ -48,9 +48,9 @@ class SubmitCommand(TyperCommand):
     def get_params(self, ctx: Any) -> list[Any]:
         found = super().get_params(ctx)
         if name := ctx.meta.get("infl.task"):
-            from infl_cli.task_help import task_options
+            from infl_cli.task_help import shown_options
 
-            found = [*found[:-1], *task_options(name), found[-1]]  # the last one is --help
+            found = [*found[:-1], *shown_options(name), found[-1]]  # the last one is --help
         return found
 
 
@@ -73,7 +73,7 @@ def add_command(kind: Kind) -> None:
     def command(ctx: typer.Context, **values: Any) -> None:
         given = {n: values[n] for n in fields if values[n] is not None}
         asked = How.checked({n: values[n] for n in how if values[n] is not None})
-        options = {**_words(ctx.args), **_pairs(values["option"] or ())}
+        options = task_options(ctx.args, values["option"] or ())
         wanted = request.of({**given, "task_options": options})
         submit(kind, wanted, asked, values["runs"], json=values["json"], dry_run=values["dry_run"])
 
@@ -122,6 +122,19 @@ def _how_options(kind: Kind) -> list[str]:
         "shard_size": kind.shard_unit is None,
     }
     return [name for name in How.model_fields if not without.get(name, False)]
+
+
+def task_options(words: Sequence[str], pairs: Sequence[str]) -> dict[str, Any]:
+    """The options of a task by name.
+
+    Args:
+        words: `--name value`, as the command did not understand them.
+        pairs: `NAME=VALUE`, as `--option` takes them.
+
+    Raises:
+        SpecError: A word or a pair is written in another way.
+    """
+    return {**_words(words), **_pairs(pairs)}
 
 
 def _words(words: Sequence[str]) -> dict[str, Any]:

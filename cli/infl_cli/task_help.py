@@ -10,8 +10,8 @@ from infl_cli.options import KEYWORD_ONLY, SCALARS, flag, plain_type, take
 from influence_jobs.tasks.registry import arguments_of, task_class
 
 
-def task_options(name: str) -> list[Any]:
-    """The options of a task, as Typer's parameters: its constructor's and its `request_options`."""
+def shown_options(name: str) -> list[Any]:
+    """The options of a task's constructor, and what else it takes, as Typer's parameters."""
     kind = task_class(name)
     shown = {key: (p.annotation, p.default) for key, p in arguments_of(kind).items()}
     shown |= {key: (annotation, False) for key, annotation in kind.request_options.items()}

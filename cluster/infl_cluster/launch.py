@@ -11,7 +11,7 @@ from typing import Any
 from infl_cluster.driver import drive
 from infl_cluster.how import How
 from infl_cluster.inline import InlineBackend
-from infl_cluster.watch import size, watch
+from infl_cluster.watch import watch
 from influence_jobs.devices import cores
 from influence_jobs.errors import RuntimeFault, SpecError, StoreError
 from influence_jobs.kinds import open_job
@@ -21,6 +21,7 @@ from influence_jobs.store.folder import for_runs
 from influence_jobs.store.lease import live_holder
 from influence_jobs.store.run import Run
 from influence_jobs.store.status import is_done
+from influence_jobs.terms import size
 
 IDLE_TIMEOUT_S = 600.0  # a head started by a run ends itself after so long without a job
 
@@ -172,10 +173,9 @@ def _submit(run: Run, how: How, say: Say) -> Callable[[], str | None]:
     for option, value in options.items():
         argv += [] if value is None else [option, str(value)]
     env = {}
-    if ":" in run.spec.task.name:  # the user's own task is a file in the current folder
-        env["PYTHONPATH"] = os.pathsep.join(
-            filter(None, [str(Path.cwd()), os.environ.get("PYTHONPATH")])
-        )
+    if ":" in run.spec.task.name:  # one's own task lies in its folder, or where one works
+        places = [run.spec.task.folder, str(Path.cwd()), os.environ.get("PYTHONPATH")]
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, places))
     submission_id = f"{run.id}-{secrets.token_hex(3)}"
     job: dict[str, Any] = {"address": how.address, "submission_id": submission_id}
     run.write_json(layout.JOB, job)  # before submitting: this process may be killed right after

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from influence_jobs.store.run import Run
 from influence_jobs.store.status import rate_and_eta, read_status, under_way
+from influence_jobs.terms import duration
 
 POLL_S = 0.5
 LINE_EVERY_S = 10.0  # without a terminal, lines replace the bar
@@ -86,19 +87,3 @@ def watch(
             time.sleep(POLL_S)
     finally:
         bars.close()
-
-
-def duration(seconds: float) -> str:
-    """Seconds as text: 1:02:03, or 0:45."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
-
-
-def size(num_bytes: float) -> str:
-    """A number of bytes as text: 12.3 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.3g} TB"

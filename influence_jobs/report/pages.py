@@ -390,7 +390,7 @@ def _layers(norms: StoredNorms, given: QueryParams) -> tuple[str, ...]:
 def _require_one_task(runs: Sequence[Run]) -> None:
     """Refuse runs in which sample ids name different samples."""
     first = runs[0].spec.task
-    unused = task_class(first.name).attribution_options
+    unused = task_class(first).attribution_options
     for run in runs[1:]:
         other = run.spec.task
         options = {**first.options, **dict.fromkeys(unused)}

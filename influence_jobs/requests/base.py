@@ -89,17 +89,18 @@ class Request(Options, ABC):
     """A user's options for one kind of run.
 
     Attributes:
-        default_task: The task if the user names neither a task nor a training.
-        task: The task's name, `module:Class`, class or an instance.
-        task_options: Options of the task; users give them next to the request's own options.
+        default_task: The task if neither a task nor a training is named.
+        task: Its name, `file.py:Class`, `module:Class`, its class, or an object of it.
+        task_options: Its options; on the command line and in Python they stand among the others.
     """
 
     default_task: ClassVar[str] = "mnist"
 
     task: Any = option(
         None,
-        "mnist, mnist-dropout, ffdnet, ffdnet-grey, or your own as module:Class. The default "
-        "is the task of the named run, if any. --task NAME --help shows a task's own options.",
+        "mnist, mnist-dropout, ffdnet, ffdnet-grey, or your own as file.py:Class or module:Class; "
+        "by default that of the run that is named, if any. Its own options are shown with --task "
+        "NAME --help.",
     )
     task_options: Mapping[str, Any] = {}
 

@@ -54,12 +54,17 @@ class ExperimentRequest(WeightsRequest, QueriesOptions, CurvatureOptions):
         If the user names no queries, the task's first named set is taken.
         """
         from influence_jobs.requests.queries import queries_of
-        from influence_jobs.requests.rankings import Rankings, trained_of
+        from influence_jobs.requests.rankings import Rankings, recipe_for_file, trained_of
         from influence_jobs.requests.subject import subject_of
 
         methods = self.by or default_methods
-        subject = subject_of(self, root, say)
-        trained = trained_of(subject, given=bool(self.checkpoint), methods=methods)
+        subject = subject_of(self, root, say, retrains=True)
+        trained = trained_of(
+            subject,
+            given=bool(self.checkpoint),
+            methods=methods,
+            recipe=recipe_for_file(subject, self, say),
+        )
         queries = queries_of(self, subject.built, default_set=True)
         rankings = Rankings(trained, queries, self, root=root, seed=self.seed, say=say)
         return trained, methods, rankings

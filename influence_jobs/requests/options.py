@@ -26,8 +26,9 @@ class WeightsRequest(Request):
 
     checkpoint: Many[str] = option(
         (),
-        "Weights: a train run (its last epoch), RUN@EPOCH, RUN@all, or a state-dict file. May be "
-        "repeated. By default a model is trained first, as the preset says.",
+        "Train run, RUN@EPOCH, RUN@all, a file of weights (torch, safetensors, Lightning), or a "
+        "folder of Hugging Face weights. May be repeated. One is trained by the preset if none is "
+        "named.",
     )
     preset: One[str | None] = option(
         None,

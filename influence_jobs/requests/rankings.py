@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from influence_jobs.errors import SpecError
@@ -12,12 +13,12 @@ from influence_jobs.kinds.baseline.spec import METHODS as BASELINES
 from influence_jobs.kinds.baseline.spec import BaselineSpec
 from influence_jobs.kinds.grad_norms.spec import GradNormsSpec
 from influence_jobs.kinds.influence.spec import InfluenceSpec
-from influence_jobs.kinds.train.spec import TrainedCheckpoint, TrainSpec
+from influence_jobs.kinds.train.spec import FileCheckpoint, TrainedCheckpoint, TrainSpec
 from influence_jobs.requests.base import Say
 from influence_jobs.requests.experiments import INFLUENCE, METHODS
-from influence_jobs.requests.options import CurvatureOptions
+from influence_jobs.requests.options import CurvatureOptions, WeightsRequest
 from influence_jobs.requests.solving import s_tests_of
-from influence_jobs.requests.subject import Subject
+from influence_jobs.requests.subject import Subject, training_of
 from influence_jobs.specs.base import make_spec
 from influence_jobs.specs.norms import NormsSpec
 from influence_jobs.specs.queries import Queries
@@ -34,33 +35,47 @@ def depends_on_training(method: str) -> bool:
 
 
 class Trained(NamedTuple):
-    """A training, and the subject with its final weights."""
+    """What scores are of, and how variants are trained.
+
+    Attributes:
+        subject: With one checkpoint.
+        train: The training that left it, with the norms that attribution needs; of a checkpoint
+            in a file the task's own.
+    """
 
     subject: Subject
     train: TrainSpec
 
 
-def trained_of(subject: Subject, *, given: bool, methods: Collection[str]) -> Trained:
-    """The training that an experiment scores and retrains.
+def trained_of(
+    subject: Subject,
+    *,
+    given: bool,
+    methods: Collection[str],
+    recipe: TrainSpec | None = None,
+) -> Trained:
+    """The training that scores and retrainings are of.
 
     Args:
-        subject: A task at one checkpoint.
-        given: Whether the user named the checkpoint. If not, its training records the norms that
-            the methods need (Algorithm 1).
-        methods: The methods under test.
+        subject: With one checkpoint.
+        given: Whether the user named the checkpoint; else it records norms if a method needs them
+            (Algorithm 1).
+        methods: What will be looked at.
+        recipe: How models are retrained if the checkpoint is a file, which does not say it.
 
     Raises:
-        SpecError: There are several checkpoints, the checkpoint is a file, which does not say how
-            to train, or it is not the last epoch of its training.
+        SpecError: The checkpoint is a file and there is no recipe, or not the end of its training.
     """
     if len(subject.checkpoints) != 1:
         raise SpecError("an experiment needs exactly one checkpoint: name one with --checkpoint")
     checkpoint = subject.checkpoints[0]
-    if not isinstance(checkpoint, TrainedCheckpoint):
-        raise SpecError(
-            "a file of weights does not say how it was trained: name a train run with "
-            "--checkpoint, or leave it out"
-        )
+    if isinstance(checkpoint, FileCheckpoint):
+        if recipe is None:
+            raise SpecError(
+                "a file of weights does not say how it was trained: name a train run with "
+                "--checkpoint, or leave it out"
+            )
+        return Trained(subject, recipe)
     train = checkpoint.train
     if checkpoint.epoch != train.epochs:
         raise SpecError(
@@ -71,6 +86,27 @@ def trained_of(subject: Subject, *, given: bool, methods: Collection[str]) -> Tr
     if given or "attribution" not in methods or train.epochs == 1:
         return Trained(subject, train)
     return trained_at(subject, changed(train, norm_layers=hidden_layers(subject.built)))
+
+
+def recipe_for_file(subject: Subject, request: WeightsRequest, say: Say) -> TrainSpec | None:
+    """How models are retrained if scores are of a file's weights; else None.
+
+    It is the training that `infl submit train` would make of the task.
+
+    Raises:
+        SpecError: No such preset.
+    """
+    files = [c for c in subject.checkpoints if isinstance(c, FileCheckpoint)]
+    if not files:
+        return None
+    train = training_of(subject.task, preset=request.preset, given={"epochs": request.epochs})
+    say(
+        f"{Path(files[0].path).name} does not say how it was trained: scores are of its weights, "
+        f"models are retrained as infl submit train --task {subject.task.name} does "
+        f"({train.epochs} epochs of {train.optimizer}, lr {train.lr:g}, batches of "
+        f"{train.batch_size}; --epochs and --preset change it)"
+    )
+    return train
 
 
 def hidden_layers(task: Task) -> tuple[str, ...]:
@@ -93,7 +129,9 @@ def hidden_layers(task: Task) -> tuple[str, ...]:
 
 
 def of_seed(trained: Trained, seed: int) -> Trained:
-    """The same training from another seed."""
+    """The same training from a seed; from its own it is what it is, also where that is a file."""
+    if seed == trained.train.seed:
+        return trained
     return trained_at(trained.subject, changed(trained.train, seed=seed))
 
 

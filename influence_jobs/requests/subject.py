@@ -12,7 +12,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from infl_configs import preset_names, read_preset
-from influence_jobs.errors import DataError, ModelError, SpecError
+from influence_jobs.errors import ModelError, SpecError
 from influence_jobs.kinds.train.spec import (
     Checkpoint,
     FileCheckpoint,
@@ -24,11 +24,14 @@ from influence_jobs.requests.options import WeightsRequest
 from influence_jobs.specs.base import TaskSpec, first_error, make_spec
 from influence_jobs.store.checkpoints import file_checkpoint, load_checkpoint
 from influence_jobs.store.find import find_run
+from influence_jobs.store.layout import SPEC
 from influence_jobs.store.run import Run
 from influence_jobs.store.status import is_done
 from influence_jobs.tasks.base import Task
 from influence_jobs.tasks.fingerprints import fingerprinted
-from influence_jobs.tasks.registry import arguments_of, name_of, task_class
+from influence_jobs.tasks.registry import arguments_of, folder_of, name_of, task_class
+
+_WEIGHTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")  # how names of weight files end
 
 
 class Subject(NamedTuple):
@@ -40,22 +43,28 @@ class Subject(NamedTuple):
 
 
 def subject_of(
-    request: WeightsRequest, root: str, say: Say, *, default_checkpoints: Sequence[Checkpoint] = ()
+    request: WeightsRequest,
+    root: str,
+    say: Say,
+    *,
+    default_checkpoints: Sequence[Checkpoint] = (),
+    retrains: bool = False,
 ) -> Subject:
     """The task and checkpoints of a request.
 
     Args:
-        default_checkpoints: Checkpoints for a request without `--checkpoint`. If empty, a training
-            by the preset is taken.
+        default_checkpoints: Those without `--checkpoint`; if empty, a training by the preset.
+        retrains: Models will be trained, so that beside a file of weights the user may say how.
 
     Raises:
         SpecError, ModelError, StoreError, DataError: See `task_of` and `checkpoints_of`.
     """
-    if request.checkpoint and (request.epochs or request.preset):
+    checkpoints = [c for word in request.checkpoint for c in checkpoints_of(word, root)]
+    settled = not retrains or any(isinstance(c, TrainedCheckpoint) for c in checkpoints)
+    if checkpoints and settled and (request.epochs or request.preset):
         raise SpecError(
             "--epochs and --preset say how to train, but --checkpoint names weights that exist"
         )
-    checkpoints = [c for word in request.checkpoint for c in checkpoints_of(word, root)]
     checkpoints = checkpoints or [*default_checkpoints]
     task, built = task_of(request, say, trained=_trained_task(checkpoints, request.task))
     if not checkpoints:
@@ -72,7 +81,23 @@ def subject_of(
 def task_of(
     request: Request, say: Say, *, trained: TaskSpec | None = None
 ) -> tuple[TaskSpec, Task]:
-    """The task of a request, with its data fetched and checked.
+    """The task a user asked for, with its data fetched, checked and fingerprinted.
+
+    Args:
+        trained: As for `built_task`.
+
+    Raises:
+        SpecError, DataError: As `built_task`, and where its data are others each time.
+    """
+    spec, task = built_task(request, say, trained=trained)
+    data, code = fingerprinted(spec.name, task, like=trained)
+    return spec.model_copy(update={"data": data, "code": code}), task
+
+
+def built_task(
+    request: Request, say: Say, *, trained: TaskSpec | None = None
+) -> tuple[TaskSpec, Task]:
+    """The task a user asked for, with its data fetched and checked; its spec lacks fingerprints.
 
     Args:
         trained: The task of the training in use; it gives the options that the user leaves out.
@@ -86,7 +111,7 @@ def task_of(
         given = {**wanted.given, **given}
     name = name_of(wanted) if wanted is not None else trained.name if trained else ""
     name = name or request.default_task
-    kind = task_class(name)
+    kind = task_class(wanted if isinstance(wanted, str) else trained or name)
     given = {key: value for key, value in given.items() if value is not None}
     if trained is not None:
         given = kind.inherit({**trained.options, **trained.paths}, given)
@@ -113,15 +138,9 @@ def task_of(
             ) from None
     task = kind(**complete)
     task.prepare(say)
-    data_kind = type(task.train_data())
-    if not hasattr(data_kind, "__len__"):
-        raise DataError(
-            f"train_data() of {name} gives {data_kind.__name__}, which has no length: samples need "
-            "fixed ids, so give a map-style dataset or a list"
-        )
-    data, code = fingerprinted(name, task, like=trained)
     paths = {key: values[key] for key in sorted(kind.paths & values.keys())}
-    return TaskSpec(name=name, options=options, paths=paths, data=data, code=code), task
+    spec = TaskSpec(name=name, options=options, paths=paths, data="", folder=folder_of(kind))
+    return spec, task
 
 
 def _converted(
@@ -200,21 +219,23 @@ def training_of(task: TaskSpec, *, preset: str | None, given: Mapping[str, Any])
                 f"there are {', '.join(sorted(known))}"
             )
     values |= {key: value for key, value in given.items() if value is not None}
-    unused = task_class(task.name).attribution_options  # training does not depend on them
-    options = {key: value for key, value in task.options.items() if key not in unused}
+    unlooked = task_class(task).attribution_options
+    options = {key: value for key, value in task.options.items() if key not in unlooked}
     return make_spec(TrainSpec, task=task.model_copy(update={"options": options}), **values)
 
 
 def checkpoints_of(word: str, root: str) -> list[Checkpoint]:
-    """What `--checkpoint` names: a file, a train run's last epoch, `RUN@EPOCH`, or `RUN@all`.
+    """What `--checkpoint` names: a file, a folder, a run's last epoch, `RUN@EPOCH` or `RUN@all`.
 
     Raises:
         SpecError, ModelError, StoreError: The name is unknown, or the run is not a training.
     """
-    if Path(word).is_file():
-        return [file_checkpoint(word)]
+    path = Path(word).expanduser()
     run_word, _, epoch_word = word.partition("@")
-    if "/" in run_word or run_word.endswith((".pt", ".pth")):
+    # In the folder of all runs, a run's folder has the name of the run.
+    if path.is_file() or (path.is_dir() and not (path / SPEC).is_file()):
+        return [file_checkpoint(str(path))]
+    if "/" in run_word or run_word.endswith(_WEIGHTS):
         raise ModelError(f"there is no checkpoint file {word}")
     spec = find_run(root, run_word).spec
     if not isinstance(spec, TrainSpec):

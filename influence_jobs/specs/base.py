@@ -103,17 +103,19 @@ class TaskSpec(Model):
     Attributes:
         name: A registered task, or `module:Class` for the user's own.
         options: Keyword arguments of the task that change what is computed.
-        paths: Keyword arguments of the task that locate its data on this machine.
-        data: Fingerprint of these data (`Task.fingerprint`).
-        code: Fingerprint of the user's own code (`tasks.fingerprints`); empty for built-in tasks.
+            paths: Keyword arguments of the task that say where its data lie on this machine.
+        data: Fingerprint of the data found there (`Task.fingerprint`).
+        code: Fingerprint of the user's own code (`tasks.fingerprints`); empty for tasks of ours.
+        folder: Where on this machine the task's module is imported from; empty if it is installed.
     """
 
-    locations = frozenset({"paths"})
+    locations = frozenset({"paths", "folder"})
     name: str
     options: dict[str, Option] = {}
     paths: dict[str, str] = {}
     data: str
     code: str = ""
+    folder: str = ""
 
     @property
     def slug(self) -> str:

@@ -1,4 +1,4 @@
-"""Load weights: those that a train run kept, or a state dict in a file."""
+"""Weights on disk: those of train runs, and state dicts in files and folders."""
 
 import hashlib
 import io
@@ -8,24 +8,28 @@ from torch import nn
 
 from influence_jobs.errors import ModelError, StoreError
 from influence_jobs.kinds.train.spec import FileCheckpoint, TrainedCheckpoint
-from influence_jobs.models.checkpoints import load_weights
+from influence_jobs.models.checkpoints import load_weights, weight_files
 from influence_jobs.store.folder import for_runs
 from influence_jobs.store.layout import checkpoint_name
 from influence_jobs.store.run import Run, checksum
 
 
 def file_checkpoint(path: str) -> FileCheckpoint:
-    """The checkpoint in a file, identified by the file's content.
+    """The checkpoint of a file or of a folder of weights, identified by its content.
 
     Raises:
-        ModelError: The file cannot be read.
+        ModelError: There is no such file, or the folder holds no weights.
     """
-    try:
-        with Path(path).open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise ModelError(f"cannot read checkpoint {path}: {error.strerror}") from error
-    return FileCheckpoint(path=str(Path(path).absolute()), sha256=digest)
+    digests = []
+    for weights in weight_files(Path(path)):
+        try:
+            with weights.open("rb") as file:
+                digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+        except OSError as error:
+            raise ModelError(f"cannot read checkpoint {weights}: {error.strerror}") from error
+    # A folder with one file of weights is that file.
+    whole = digests[0] if len(digests) == 1 else checksum("".join(digests).encode())
+    return FileCheckpoint(path=str(Path(path).absolute()), sha256=whole)
 
 
 def load_checkpoint(

@@ -9,9 +9,7 @@ import hashlib
 import inspect
 import io
 import re
-import site
 import sys
-import sysconfig
 import tokenize
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,9 +18,9 @@ from types import ModuleType
 from influence_jobs.errors import SpecError
 from influence_jobs.specs.base import TaskSpec
 from influence_jobs.tasks.base import Task
+from influence_jobs.tasks.own_code import OURS, is_own
 
-OURS = ("influence_jobs", "infl_cluster", "infl_cli", "infl_configs")
-# The first versions wrote one text for both, and hashed the bytes of one file as the code.
+# What the first versions wrote: one text for both, the code being the bytes of one file.
 _FIRST_FORM = re.compile(r"(?P<data>\d+ samples), code (?P<code>[0-9a-f]{16}|unknown)")
 
 
@@ -104,7 +102,10 @@ def _own_files(module: ModuleType) -> set[Path]:
     while waiting:
         file = _file(waiting[-1])
         module = waiting.pop()
-        if file is None or file in found or not _is_own(file, module.__name__, top):
+        if file is None or file in found:
+            continue
+        beside = module.__name__.partition(".")[0] == top and top not in OURS
+        if not (beside or is_own(file, module.__name__)):
             continue
         found.add(file)
         package = module.__package__ or ""
@@ -117,19 +118,6 @@ def _own_files(module: ModuleType) -> set[Path]:
 def _file(module: ModuleType) -> Path | None:
     name = getattr(module, "__file__", None)
     return Path(name).resolve() if name and name.endswith(".py") else None
-
-
-def _is_own(file: Path, name: str, top: str) -> bool:
-    first = name.partition(".")[0]
-    if first in OURS:
-        return False
-    return first == top or not any(file.is_relative_to(folder) for folder in _library_folders())
-
-
-def _library_folders() -> set[Path]:
-    paths = sysconfig.get_paths()
-    names = [paths[key] for key in ("stdlib", "platstdlib", "purelib", "platlib")]
-    return {Path(name).resolve() for name in (*names, *site.getsitepackages())}
 
 
 def _imported(text: str, package: str) -> Iterator[str]:

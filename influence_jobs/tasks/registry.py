@@ -1,15 +1,17 @@
-"""Find a task by name: one of ours, one of an installed plug-in, or `module:Class`."""
+"""Finding a task by name: ours, an installed plug-in's, `module:Class`, or `file.py:Class`."""
 
 import importlib
 import inspect
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, get_type_hints
+from types import ModuleType
+from typing import Any, NamedTuple, get_type_hints
 
 from influence_jobs.errors import SpecError
 from influence_jobs.specs.base import TaskSpec
 from influence_jobs.tasks.base import Task
+from influence_jobs.tasks.own_code import described, is_own
 
 ENTRY_POINTS = "influence_jobs.tasks"  # the group in which packages announce their tasks
 BUILT_IN = {
@@ -20,41 +22,141 @@ BUILT_IN = {
 }
 
 
-def task_class(name: str) -> type[Task]:
-    """The class of a task.
+def task_class(task: str | TaskSpec) -> type[Task]:
+    """The class behind a task's name.
+
+    Args:
+        task: Its name, or a spec, which knows in which folder the task's module was found.
 
     Raises:
-        SpecError: There is no such task, or the object of that name is not a task.
+        SpecError: There is no such task, it cannot be imported, or what is there is no task.
     """
-    announced = {point.name: point.value for point in entry_points(group=ENTRY_POINTS)}
-    known = {**announced, **BUILT_IN}
-    target = known.get(name, name)
-    module_name, _, class_name = target.partition(":")
-    if not class_name:
+    name = task if isinstance(task, str) else task.name
+    known = _known()
+    found = _located(known.get(name, name))
+    if not found.class_name:
         raise SpecError(
-            f"unknown task {name!r}: choose {', '.join(sorted(known))}, "
-            "or name your own as module:Class"
+            f"unknown task {name!r}: choose {', '.join(sorted(known))}, or name your own as "
+            "module:Class or file.py:Class"
         )
-    if name not in known and str(Path.cwd()) not in sys.path:
-        # A user's task may lie in the working directory; at the end it shadows no other module.
-        sys.path.append(str(Path.cwd()))
-    try:
-        found = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
-        raise SpecError(f"task {name!r} cannot be imported: {error}") from error
-    if not (inspect.isclass(found) and issubclass(found, Task)):
+    if name not in known:
+        # One's own task lies where one works, or beside the file named; it shadows nothing.
+        folder = "" if isinstance(task, str) else task.folder
+        for path in filter(None, (found.folder, str(Path.cwd()), folder)):
+            if path not in sys.path:
+                sys.path.append(path)
+    module = _imported(name, found)
+    kind = getattr(module, found.class_name, None)
+    if kind is None:
+        tasks = ", ".join(other.__name__ for other in _tasks_in(module)) or "none"
+        raise SpecError(
+            f"task {name!r} cannot be imported: {module.__file__} has no {found.class_name}; tasks "
+            f"in it: {tasks}"
+        )
+    if not (inspect.isclass(kind) and issubclass(kind, Task)):
         raise SpecError(f"task {name!r} is not a subclass of influence_jobs.Task")
-    return found
+    return kind
 
 
 def name_of(task: str | type[Task] | Task) -> str:
-    """A task's name, from its name, its class, or an object of it."""
+    """A task's name, from its name, its class, or an object of it.
+
+    `file.py:Class` is `file:Class`, wherever the file lies and one works.
+
+    Raises:
+        SpecError: There is no such file.
+    """
     if isinstance(task, str):
-        return task
+        found = _located(task)
+        return f"{found.module}:{found.class_name}" if found.file else task
     kind = task if inspect.isclass(task) else type(task)
     target = f"{kind.__module__}:{kind.__qualname__}"
     built_in = {other: name for name, other in BUILT_IN.items()}
     return built_in.get(target, target)
+
+
+def folder_of(kind: type[Task]) -> str:
+    """The folder from which a user's own task is imported; empty for what is installed."""
+    module = sys.modules.get(kind.__module__)
+    file = getattr(module, "__file__", None)
+    if file is None or not is_own(Path(file).resolve(), kind.__module__):
+        return ""
+    path = Path(file).absolute()
+    levels = kind.__module__.count(".") + (path.name == "__init__.py")
+    return str(path.parents[levels])
+
+
+class _Located(NamedTuple):
+    """Where a task is to be imported from.
+
+    Attributes:
+        file, folder: If the name has a file, that file, and the folder to import it from.
+    """
+
+    module: str
+    class_name: str
+    file: Path | None = None
+    folder: str = ""
+
+
+def _known() -> dict[str, str]:
+    announced = {point.name: point.value for point in entry_points(group=ENTRY_POINTS)}
+    return {**announced, **BUILT_IN}
+
+
+def _located(target: str) -> _Located:
+    """The module and class of `module:Class` or `path/to/file.py:Class`.
+
+    Raises:
+        SpecError: There is no such file, or no class is named.
+    """
+    place, _, class_name = target.rpartition(":")
+    if not place:
+        place, class_name = class_name, ""
+    if not place.endswith(".py"):
+        return _Located(place, class_name)
+    file = Path(place).expanduser().absolute()
+    if not file.is_file():
+        raise SpecError(f"task {target!r}: there is no file {place}")
+    if not class_name:
+        raise SpecError(f"task {target!r}: name its class too, as {place}:Class")
+    parts, folder = [file.stem], file.parent
+    # A module of a package is imported as that; where one works, `file` is enough.
+    while folder != Path.cwd() and (folder / "__init__.py").is_file():
+        parts, folder = [folder.name, *parts], folder.parent
+    return _Located(".".join(parts), class_name, file, str(folder))
+
+
+def _imported(name: str, found: _Located) -> ModuleType:
+    """The module of a task.
+
+    Raises:
+        SpecError: It cannot be imported, or is another one than the file that was named.
+    """
+    try:
+        module = importlib.import_module(found.module)
+    except (Exception, SystemExit) as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name == found.module
+        said = str(error) if missing else described(error)
+        raise SpecError(f"task {name!r} cannot be imported: {said}") from error
+    loaded = getattr(module, "__file__", None)
+    if found.file and (loaded is None or not found.file.samefile(loaded)):
+        raise SpecError(
+            f"task {name!r} cannot be imported: there is another module {found.module} "
+            f"({loaded or 'of Python itself'}); rename the file"
+        )
+    return module
+
+
+def _tasks_in(module: ModuleType) -> list[type[Task]]:
+    """The tasks that a module defines itself."""
+    return [
+        value
+        for value in vars(module).values()
+        if inspect.isclass(value)
+        and issubclass(value, Task)
+        and value.__module__ == module.__name__
+    ]
 
 
 def make_task(spec: TaskSpec) -> Task:
@@ -63,7 +165,7 @@ def make_task(spec: TaskSpec) -> Task:
     Raises:
         SpecError: The task is unknown, or it does not have one of the options.
     """
-    found = task_class(spec.name)
+    found = task_class(spec)
     arguments = {**spec.options, **spec.paths}
     takes = arguments_of(found)
     for name in arguments:

@@ -123,14 +123,6 @@ def test_samples_without_classes_cannot_be_relabelled(refused: Refused, images: 
     assert "use --mode remove" in line
 
 
-def test_a_file_of_weights_does_not_say_how_to_train(
-    refused: Refused, images: Path, ffdnet_file: Path
-) -> None:
-    words = ("submit", "lds", "--task", "ffdnet", "--images", images, "--patch-size", 20)
-    line = refused(*words, "--local", "--test", 0, "--checkpoint", ffdnet_file)
-    assert "a file of weights does not say how it was trained" in line
-
-
 def test_scores_of_other_queries_are_not_compared(
     infl: Callable[..., object], refused: Refused, runs: Path
 ) -> None:

@@ -156,7 +156,7 @@ def test_a_layer_that_does_not_exist(
         (("grad-norms",), "is not a train run, so it has no weights"),
         (("train-nix",), "there is no run train-nix in"),
         (("train-digits", "--task", "mnist"), "is a training of digits:DigitsTask, not of mnist"),
-        (("train-digits", "--option", "width=4"), "does not fit DigitsNet: conv1.weight has shape"),
+        (("train-digits", "--option", "width=4"), "does not fit DigitsNet: other shapes: conv1"),
         (("train-digits", "--epochs", "3"), "--checkpoint names weights that exist"),
         (("missing.pth",), "there is no checkpoint file missing.pth"),
         (("mlp.pth", "--task", "digits:DigitsTask"), "does not fit DigitsNet"),

@@ -28,7 +28,7 @@ def rates(
         return SimpleNamespace(probe=lambda: batch_size)
 
     monkeypatch.setattr(dry_run, "open_job", open_job)
-    monkeypatch.setattr(dry_run, "_probe", probe)
+    monkeypatch.setattr(dry_run, "samples_per_second", probe)
     how: Any = SimpleNamespace(resolved_device=torch.device("cpu"))
     return dry_run._rates(None, how, own, most)  # type: ignore[arg-type]
 
@@ -83,3 +83,10 @@ def test_a_faster_batch_is_named_unless_the_user_chose_one(
     assert f"faster      3.00 times with --batch-size {best}\n" in infl(*words).out
     chosen = infl(*words, "--batch-size", "10", "--json").json
     assert (chosen["batch_size"], chosen["fastest_batch_size"]) == (10, 10)
+
+
+def test_losses_are_estimated_before_there_are_weights(infl: Infl) -> None:
+    words = ("submit", "baseline", "--task", "digits:DigitsTask", "--method", "loss", "--test", 3)
+    answer = infl(*words, "--dry-run", "--json")
+    assert answer.code == 0, answer.err
+    assert answer.json["samples"] == 1500

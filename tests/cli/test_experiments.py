@@ -1,6 +1,7 @@
 """Experiments from the command line to tables and pictures, in a user's steps."""
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
+from influence_jobs.kinds.stability.request import StabilityRequest
 from influence_jobs.models.checkpoints import load_weights
 from influence_jobs.specs.base import TaskSpec
+from influence_jobs.store.run import Run
 from influence_jobs.tasks.base import Draw
 from influence_jobs.tasks.registry import make_task
 
@@ -163,3 +166,36 @@ def test_an_ablation_on_ray_is_the_same_as_in_process(
     for a, b in zip(rows, expected, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=0.02, abs=2e-3)
         assert a["test"] == b["test"]
+
+
+def test_scores_of_a_file_are_put_to_the_test_by_the_tasks_own_training(
+    infl: Infl, runs: Path, tmp_path: Path
+) -> None:
+    (saved,) = runs.glob("train-*/checkpoints/*2.pt")
+    shutil.copy(saved, tmp_path / "mine.pt")
+    words = ("--task", "digits:DigitsTask", "--checkpoint", "mine.pt", "--epochs", 1, "--test", 3)
+    found = infl("submit", "ablation", "--local", *words, "--k", 50, "--by", "loss", "--json")
+    assert found.code == 0, found.err
+    assert (
+        "mine.pt does not say how it was trained: scores are of its weights, models are retrained "
+        "as infl submit train --task digits:DigitsTask does (1 epochs of sgd, lr 0.003, batches "
+        "of 8; --epochs and --preset change it)\n"
+    ) in found.err
+    assert infl("report", found.json["run"], "--out", "told").code == 0
+    spec: Any = Run.open(str(runs), found.json["run"]).spec
+    assert spec.recipe.epochs == 1
+    (scores,) = spec.rankings[0].scores
+    assert scores.checkpoint.path == str(tmp_path / "mine.pt")
+
+    asked = StabilityRequest.of({**_options(words), "retrainings": 2, "by": "dot-product"})
+    stability: Any = asked.specs(str(runs), print)[0]
+    ((first, *others),) = stability.methods
+    assert first.scores[0].s_tests[0].checkpoint == scores.checkpoint
+    assert [r.scores[0].s_tests[0].checkpoint.train.seed for r in others] == [1, 2]
+
+    refused = infl("submit", "grad-norms", "--local", *words[:-2], "--layer", "all")
+    assert "--checkpoint names weights that exist" in refused.err
+
+
+def _options(words: Sequence[Any]) -> dict[str, Any]:
+    return {str(k).removeprefix("--"): v for k, v in zip(words[::2], words[1::2], strict=True)}

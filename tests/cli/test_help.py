@@ -25,6 +25,8 @@ CURVATURE = f"layer {SOLVER}"
 EXPERIMENT = f"{TRAINED} {QUERIES} {SOLVER} by"
 
 OPTIONS = {
+    "init": "",
+    "check": f"{TASK_DATA} device json",
     "runs": WHERE,
     "status": f"{WHERE} follow",
     "logs": "runs",

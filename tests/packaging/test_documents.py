@@ -16,10 +16,11 @@ import typer
 import yaml
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import TensorDataset, default_collate
+from torch.utils.data import TensorDataset
 
-from infl_cli.main import app
-from influence_jobs import Task
+from infl_cli.main import app, main
+from influence_jobs import Draw, Task
+from influence_jobs.contract import CHECKS
 
 PROJECT = Path(__file__).parents[2]
 DOCUMENTS = [
@@ -90,6 +91,35 @@ def test_a_command_is_understood(line: str) -> None:
         name = words.pop(0)
         command = command.commands[name]
     command.make_context(name, words)  # parses, and calls nothing
+
+
+YOUR_MODEL = PROJECT / "docs" / "your-model.md"
+
+
+def test_from_an_empty_file_to_the_first_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    _, text = next(_blocks(YOUR_MODEL, "sh"))
+    lines = text.splitlines()
+    assert [line.split()[1] for line in lines][:2] == ["init", "check"]
+    for line in lines:
+        monkeypatch.setattr(sys, "argv", shlex.split(line))
+        with pytest.raises(SystemExit) as leaving:
+            main()
+        assert leaving.value.code == 0, (line, *capsys.readouterr())
+
+
+def test_every_hook_of_a_task_is_in_the_table() -> None:
+    hooks = {name for name in vars(Task) if name[0] != "_"} - {"given", "published"}
+    rows = re.findall(r"^\| `(\w+)", YOUR_MODEL.read_text(encoding="utf-8"), re.MULTILINE)
+    assert {name for name in rows if name in vars(Task)} == hooks
+
+
+def test_every_check_is_in_the_table() -> None:
+    text = YOUR_MODEL.read_text(encoding="utf-8")
+    assert [name for name, *_ in CHECKS if f"\n| {name} |" not in text] == []
 
 
 class _Block(nn.Module):
@@ -166,6 +196,5 @@ def test_a_snippet_runs(
     for kind in names.values():
         if isinstance(kind, type) and issubclass(kind, Task) and kind is not Task:
             task = kind()
-            data = task.train_data()
-            batch = default_collate([data[i] for i in range(4)])
+            batch = task.batch(torch.arange(4), Draw(0))
             assert task.losses(task.model(), batch).shape == (4,)

@@ -1,5 +1,6 @@
 """Baselines: simple scores that influence and attribution must beat."""
 
+from collections.abc import Iterator
 from functools import cached_property
 
 import numpy as np
@@ -50,6 +51,11 @@ class BaselineJob(ScoresJob[BaselineSpec]):
 
     def score(self, term: int, ids: torch.Tensor) -> Scores:
         return {SCORES: getattr(self, scorer(self.spec.method))(ids)}
+
+    def probe(self) -> Iterator[int]:
+        # With untrained weights: the checkpoint may not exist yet, and the time is the same.
+        self._loaded = self.spec.checkpoint
+        yield from super().probe()
 
     def _random(self, ids: torch.Tensor) -> npt.NDArray[np.float32]:
         rows = np.arange(len(self.spec.queries.items))

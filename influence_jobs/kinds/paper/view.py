@@ -62,7 +62,7 @@ def _number(spec: Spec, name: str) -> str | None:
     """The number in the research report of a figure; None if it is not in there."""
     from influence_jobs.views.figure import file_name
 
-    published = task_class(spec.task.name).published
+    published = task_class(spec.task).published
     if published is None or published.section != "4.2":
         return SECTION_4_1.get(name)
     layer = published.settled_layer

@@ -73,8 +73,8 @@ class StabilityView(View[StabilitySpec]):
         return Table(title, ("test", *names), lines, note)
 
     def _published(self) -> published.Published | None:
-        """The published numbers, if the run has the same test images and training set."""
-        known = task_class(self.spec.task.name).published
+        """The research report's figures, if the run is of its test images and training set."""
+        known = task_class(self.spec.task).published
         tests = tuple(query.test for query in self.spec.queries.items)
         whole = self.spec.task.options.get("limit") is None
         if known is None or not whole or (tests, self.spec.top) != (known.tests, known.top):

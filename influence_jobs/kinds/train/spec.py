@@ -84,7 +84,7 @@ class TrainedCheckpoint(Model):
 
 
 class FileCheckpoint(Model):
-    """A state dict in a file, identified by its content."""
+    """A state dict in a file, or in those of a folder, identified by its content."""
 
     locations = frozenset({"path"})
     path: str

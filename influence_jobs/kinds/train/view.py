@@ -38,7 +38,7 @@ class TrainView(NormsView[TrainSpec]):
         yield from self.nodes(say)
 
     def outliers_above(self) -> float | None:
-        published = task_class(self.spec.task.name).published
+        published = task_class(self.spec.task).published
         return published.norm_limit if published else None
 
     @property

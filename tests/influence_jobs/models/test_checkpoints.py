@@ -1,4 +1,5 @@
 import io
+import json
 import os
 import pickle
 from pathlib import Path
@@ -6,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from influence_jobs.errors import ModelError
-from influence_jobs.models.checkpoints import load_weights
+from influence_jobs.models.checkpoints import load_weights, weight_files
 from influence_jobs.models.ffdnet import FFDNet
 from influence_jobs.models.mnist_mlp import MnistMLP
+from influence_jobs.store.checkpoints import file_checkpoint
 
 
 def refused(path: Path, model: nn.Module | None = None) -> str:
@@ -28,8 +31,19 @@ def refused(path: Path, model: nn.Module | None = None) -> str:
     return message
 
 
-@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"model": s, "epoch": 3}])
-@pytest.mark.parametrize("prefix", ["", "module."])
+LIGHTNING = {"epoch": 3, "hyper_parameters": {"lr": 0.1}, "callbacks": {"best": torch.ones(1)}}
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda s: s,
+        lambda s: {"model": s, "epoch": 3},
+        lambda s: {"model_state_dict": s, "optimizer_state_dict": {"state": {}}},
+        lambda s: {"state_dict": s, **LIGHTNING},
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "module.", "model.", "_orig_mod.", "module._orig_mod."])
 @pytest.mark.parametrize("zipped", [True, False])
 def test_loads_what_training_scripts_save(
     tmp_path: Path, wrap: Any, prefix: str, zipped: bool
@@ -56,7 +70,8 @@ def test_a_stream_is_called_by_its_name(tmp_path: Path) -> None:
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     assert "No such file" in refused(tmp_path / "none.pth")
-    assert "Is a directory" in refused(tmp_path)
+    assert "No such file" in refused(tmp_path / "none.safetensors")
+    assert "holds no weights; looked for model.safetensors, model.safe" in refused(tmp_path)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -97,7 +112,7 @@ def test_planted_code_is_not_run(tmp_path: Path) -> None:
     planted = {"fc1.weight": Planted(marker)}
     for zipped in (True, False):
         torch.save(planted, path, _use_new_zipfile_serialization=zipped)
-        assert "more than tensors" in refused(path)
+        assert "holds more than tensors (posix.mkdir), which may run code" in refused(path)
     path.write_bytes(pickle.dumps(planted, protocol=2))
     refused(path)
     assert not marker.exists()
@@ -118,17 +133,104 @@ def test_other_architecture_names_the_first_few(tmp_path: Path) -> None:
     torch.save(MnistMLP().state_dict(), path)
     message = refused(path, FFDNet())
     assert "does not fit FFDNet" in message
-    assert "main.0.weight is missing; main.0.bias is missing; main.2.weight is missing" in message
-    assert "more" in message
+    assert "it lacks main.0.weight, main.0.bias, main.2.weight and " in message
+    assert "; it has besides fc1.weight, fc1.bias, fc2.weight and 3 more: name a" in message
 
     torch.save(MnistMLP().state_dict() | {"extra": torch.zeros(1)}, path)
-    assert "MnistMLP: extra is unknown; name" in refused(path)
-
-    torch.save(FFDNet(color=False).state_dict(), path)
-    assert "is unknown" in refused(path, FFDNet())
+    assert "MnistMLP: it has besides extra: name" in refused(path)
 
 
 def test_other_shape(tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     torch.save(MnistMLP().state_dict() | {"fc2.bias": torch.zeros(65)}, path)
     assert "fc2.bias has shape (65,), not (64,)" in refused(path)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_safetensors(tmp_path: Path, prefix: str) -> None:
+    saved, loaded, path = MnistMLP(), MnistMLP(), tmp_path / "weights.safetensors"
+    save_file({prefix + k: v for k, v in saved.state_dict().items()}, path)
+    load_weights(loaded, path)
+    assert torch.equal(loaded.fc3.weight, saved.fc3.weight)
+    path.write_bytes(path.read_bytes()[:-50])
+    assert "corrupted or truncated" in refused(path)
+
+
+def folder(path: Path, form: str, state: dict[str, torch.Tensor]) -> None:
+    """Write weights as transformers does."""
+    if form in ("model.safetensors", "pytorch_model.bin"):
+        save = save_file if form == "model.safetensors" else torch.save
+        save(state, path / form)
+        return
+    kind = form.removesuffix(".index.json")
+    save = save_file if kind == "model.safetensors" else torch.save
+    stem, _, end = kind.partition(".")
+    names = [f"{stem}-0000{i}-of-00002.{end}" for i in (1, 2)]
+    parts = [dict([*state.items()][::2]), dict([*state.items()][1::2])]
+    for name, part in zip(names, parts, strict=True):
+        save(part, path / name)
+    where = {key: name for name, part in zip(names, parts, strict=True) for key in part}
+    (path / form).write_text(json.dumps({"weight_map": where}))
+
+
+FORMS = [
+    f"{kind}{index}"
+    for kind in ("model.safetensors", "pytorch_model.bin")
+    for index in ("", ".index.json")
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_folder_of_hugging_face_weights(tmp_path: Path, form: str) -> None:
+    saved, loaded = MnistMLP(), MnistMLP()
+    folder(tmp_path, form, saved.state_dict())
+    load_weights(loaded, tmp_path)
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, saved.state_dict()[name])
+    # What is hashed is what is loaded.
+    before = file_checkpoint(str(tmp_path)).sha256
+    part = weight_files(tmp_path)[-1]
+    content = bytearray(part.read_bytes())
+    content[-100] ^= 1
+    part.write_bytes(content)
+    assert file_checkpoint(str(tmp_path)).sha256 != before
+
+
+def test_one_file_alone_is_the_folder_that_holds_it(tmp_path: Path) -> None:
+    folder(tmp_path, "model.safetensors", MnistMLP().state_dict())
+    inside = file_checkpoint(str(tmp_path / "model.safetensors"))
+    assert file_checkpoint(str(tmp_path)).identity() == inside.identity()
+
+
+@pytest.mark.parametrize("name", ["../weights.bin", "gone.bin"])
+def test_an_index_leads_to_files_beside_it_only(tmp_path: Path, name: str) -> None:
+    torch.save(MnistMLP().state_dict(), tmp_path / "weights.bin")
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    (inner / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    assert f"lacks {name}, which pytorch_model.bin.index.json names" in refused(inner)
+    (inner / "pytorch_model.bin.index.json").write_text("{")
+    assert "has no weight_map" in refused(inner)
+
+
+class Tied(nn.Module):
+    """The name of each parameter begins with "model.", and one weight has two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model: Any = nn.ModuleDict({"embed": nn.Embedding(5, 3), "head": nn.Linear(3, 5)})
+        self.model["head"].weight = self.model["embed"].weight
+
+
+def test_own_names_stay_and_a_tied_weight_needs_one_name(tmp_path: Path) -> None:
+    saved, loaded, path = Tied(), Tied(), tmp_path / "weights.pt"
+    state = saved.state_dict()
+    del state["model.head.weight"]
+    for prefix in ("", "model.", "module."):
+        torch.save({prefix + name: tensor for name, tensor in state.items()}, path)
+        nn.init.zeros_(loaded.model["embed"].weight)
+        load_weights(loaded, path)
+        assert torch.equal(loaded.model["embed"].weight, saved.model["embed"].weight)
+    del state["model.embed.weight"]
+    torch.save(state, path)
+    assert "it lacks model.embed.weight, model.head.weight: name" in refused(path, loaded)

@@ -1,0 +1,124 @@
+"""Checks of what scores ask for besides losses: outputs, targets, test samples, what people see."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from influence_jobs.contract.trial import Line, Said, Trial, fail, ok, warn
+from influence_jobs.curvature.output_loss import forms_of
+from influence_jobs.curvature.requirements import require_output_loss
+from influence_jobs.errors import SpecError
+from influence_jobs.gradients.parameters import ParameterSpace
+from influence_jobs.tasks.base import Draw, Task, to_device
+
+
+@torch.no_grad()
+def gauss_newton(trial: Trial) -> Said:
+    """The losses are what `output_loss` says of outputs and targets."""
+    task = trial.task
+    if task.output_loss is None:
+        yield warn(
+            "no output_loss, so no Gauss-Newton matrix, EK-FAC or relabelling: define outputs(), "
+            "targets() and output_loss, or use --operator hessian"
+        )
+        return
+    outputs, targets = task.outputs(trial.model, trial.batch), task.targets(trial.batch)
+    if wrong := _wrong_targets(task, outputs, targets):
+        yield fail(wrong)
+        return
+    form = require_output_loss(task, trial.model, trial.batch, forms_of(task))[0]
+    yield ok(
+        f"losses are the {form.words} of outputs {tuple(outputs.shape)} and targets "
+        f"{tuple(targets.shape)}"
+    )
+
+
+def _wrong_targets(task: Task, outputs: Tensor, targets: Tensor) -> str:
+    """What is wrong with the shape or type of the targets, or nothing."""
+    shape, size = tuple(targets.shape), len(outputs)
+    if task.output_loss == "mse" and targets.shape != outputs.shape:
+        return (
+            f"targets() has shape {shape}, outputs() {tuple(outputs.shape)}: give both the same "
+            "shape, or one is broadcast against the other"
+        )
+    if task.output_loss == "cross-entropy" and outputs.ndim == 2:
+        if shape != (size,):
+            return f"targets() has shape {shape}, not ({size},): give each sample its class"
+        if targets.is_floating_point():
+            return f"targets() is {targets.dtype}: classes are whole numbers, use .long()"
+    return ""
+
+
+def tests(trial: Trial) -> Said:
+    """Test samples can be measured, and their gradient is something."""
+    task = trial.task
+    count = len(task.test_data())
+    if count == 0:
+        yield warn("no test_data(): scores have no output to explain")
+        return
+    size = task.test_size(0)
+    together = min(count, 2) if size is None else 1  # images may be of any size
+    batch = to_device(task.test_batch(torch.arange(together), Draw(0)), trial.device)
+    for quantity in task.quantities:
+        values_B = task.measure(trial.model, batch, quantity, None)
+        if values_B.shape != (together,) or not values_B.isfinite().all():
+            yield fail(
+                f"measure() of {quantity} gives {values_B.detach().cpu().tolist()} for "
+                f"{together} test samples: one finite number each is needed"
+            )
+            return
+        if not ParameterSpace(trial.model).gradient(values_B[0]).any():
+            yield fail(
+                f"the gradient of the {quantity} of test sample 0 is exactly zero, so every score "
+                "would be zero"
+            )
+            return
+    regions = "no regions (test_size() is None)"
+    if size is not None:
+        regions = f"regions of {size[0]} x {size[1]} pixels"
+        corner = (size[0] - 1, size[1] - 1, 1, 1)
+        for quantity in task.quantities:
+            value_B = task.measure(trial.model, batch, quantity, corner)
+            if value_B.shape != (1,) or not value_B.isfinite().all():
+                yield fail(f"measure() of {quantity} at one pixel gives {value_B.tolist()}")
+                return
+    measured = ", ".join(task.quantities)
+    yield ok(f"{count:,} test samples; measured is {measured}; {regions}")
+
+
+def people(trial: Trial) -> Said:
+    """What a person is shown of samples fits them."""
+    task, ids = trial.task, trial.ids.numpy()
+    yield _columns("describe()", task.describe(ids), len(ids))
+    count = min(2, len(task.test_data()))
+    if count:
+        yield _columns("describe_test()", task.describe_test(np.arange(count)), count)
+    try:
+        yield _pictures("pictures()", task.pictures(ids), len(ids))
+        if count:
+            yield _pictures("test_picture()", task.test_picture(0)[None], 1)
+    except SpecError as error:
+        yield ok(f"{error}: pages show no pictures")
+
+
+def _columns(name: str, columns: Mapping[str, Any], size: int) -> Line:
+    if not columns:
+        return ok(f"no {name}: tables name samples by their ids alone")
+    for key, values in columns.items():
+        if len(values) != size:
+            return fail(f"{name} has {len(values)} values of {key} for {size} samples")
+    return ok(f"{name} has {', '.join(columns)}")
+
+
+def _pictures(name: str, pictures: Any, size: int) -> Line:
+    shape, kind = pictures.shape, pictures.dtype
+    image = len(shape) == 3 or (len(shape) == 4 and shape[3] == 3)
+    if shape[0] != size or not image or kind != np.uint8:
+        return fail(
+            f"{name} gives {shape} {kind} for {size} samples: (B, H, W) or (B, H, W, 3) of uint8 "
+            "is needed"
+        )
+    return ok(f"{name} gives {' x '.join(map(str, shape[1:]))} pixels")

@@ -1,0 +1,110 @@
+"""Checks of the training data and of a loss for every sample."""
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from influence_jobs.contract.trial import Said, Trial, fail, ok
+from influence_jobs.curvature.requirements import RELATIVE_ERROR, require_deterministic
+from influence_jobs.gradients.requirements import require_independent_samples
+from influence_jobs.tasks.base import Draw, digest
+
+
+def data(trial: Trial) -> Said:
+    """Samples are counted, and fetched as a batch."""
+    train_data = trial.task.train_data()
+    try:
+        n = len(train_data)
+    except TypeError:
+        yield fail(
+            f"train_data() is a {type(train_data).__name__} without a length: a sample's position "
+            "is its id, so put the samples into a list, or a Dataset with __len__ and __getitem__"
+        )
+        return
+    if n == 0:
+        yield fail("train_data() is empty")
+        return
+    leaves = pytree.tree_leaves(trial.batch)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    shown = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors)
+    yield ok(f"{n:,} training samples; a batch of {len(trial.ids)} is {shown or 'no tensors'}")
+
+
+def repeatable(trial: Trial) -> Said:
+    """The same samples are the same numbers each time they are fetched."""
+    right = True
+    for name, fetch in (("batch", trial.task.batch), ("train_batch", trial.task.train_batch)):
+        if digest(fetch(trial.ids, Draw(0))) != digest(fetch(trial.ids, Draw(0))):
+            right = False
+            augment = ", and augment in train_batch()" if name == "batch" else ""
+            yield fail(
+                f"{name}() gives other numbers each time the same samples are fetched, so no "
+                "result could be repeated: let it draw from (draw.seed, draw.index, sample id) "
+                f"alone{augment}"
+            )
+    if right:
+        yield ok("fetched twice, samples are the same numbers")
+
+
+def losses(trial: Trial) -> Said:
+    """One finite number a sample, which depends on the parameters."""
+    losses_B, size = trial.losses_B, len(trial.ids)
+    if not isinstance(losses_B, Tensor) or not losses_B.is_floating_point():
+        yield fail(f"losses() gives {_kind(losses_B)}, not a tensor of {size} floats")
+    elif losses_B.shape != (size,):
+        cure = "sum or average over every axis but the first"
+        if losses_B.numel() == 1:
+            cure = 'one number for the whole batch: leave the mean out (reduction="none")'
+        yield fail(f"losses() has shape {tuple(losses_B.shape)}, not ({size},): {cure}")
+    elif not losses_B.isfinite().all():
+        bad = (~losses_B.isfinite()).nonzero().flatten()
+        more = f", and of {len(bad) - 1} more of {size}" if len(bad) > 1 else ""
+        yield fail(
+            f"the loss of sample {int(trial.ids[int(bad[0])])} is "
+            f"{float(losses_B.detach()[bad[0]])}{more}: "
+            "mend or leave out the sample"
+        )
+    elif not losses_B.requires_grad:
+        yield fail(
+            "losses() has no gradient: the outputs are detached, computed under torch.no_grad(), "
+            "or all parameters are frozen"
+        )
+    else:
+        low, high = map(float, losses_B.detach().aminmax())
+        yield ok(f"{size} samples have {size} losses, {low:.3g} to {high:.3g} untrained")
+
+
+def _kind(value: object) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+
+
+def deterministic(trial: Trial) -> Said:
+    """In eval mode two passes over the same samples give the same losses."""
+    require_deterministic(trial.task, trial.model, trial.batch, trial.batch)
+    yield ok("two passes in eval mode give the same losses")
+
+
+@torch.no_grad()
+def independent(trial: Trial) -> Said:
+    """A sample's loss is the same alone as in a batch."""
+    require_independent_samples(trial.model)
+    together_B = trial.losses_B.detach()
+    alone_B = torch.cat(
+        [trial.task.losses(trial.model, trial.fetch(i)) for i in trial.ids.unsqueeze(1)]
+    )
+    scale = torch.maximum(together_B.abs().max(), alone_B.abs().max())
+    difference_B = (together_B - alone_B).abs()
+    size = len(together_B)
+    if difference_B.max() <= RELATIVE_ERROR * scale:
+        yield ok("a sample's loss is the same alone and in a batch")
+        return
+    if (together_B * size - alone_B).abs().max() <= RELATIVE_ERROR * alone_B.abs().max():
+        yield fail(f"losses are divided by the size of the batch ({size}): leave that out")
+        return
+    worst = int(difference_B.argmax())
+    yield fail(
+        f"the loss of sample {int(trial.ids[worst])} is {float(alone_B[worst]) + 0.0:.4g} alone "
+        "and "
+        f"{float(together_B[worst]):.4g} in a batch of {size}: an average, a softmax or a "
+        "broadcast over the batch (dim 0) mixes the samples"
+    )

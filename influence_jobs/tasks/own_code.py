@@ -1,0 +1,48 @@
+"""The user's own code among all that is loaded: where it lies, and which line of it failed."""
+
+import site
+import sysconfig
+import traceback
+from functools import cache
+from pathlib import Path
+
+_LONGEST = 200  # characters of an error's own text that are shown
+OURS = ("influence_jobs", "infl_cluster", "infl_cli", "infl_configs")
+
+
+def is_own(file: Path, module: str) -> bool:
+    """Whether a file is the user's: neither of this package nor installed.
+
+    Args:
+        module: Its name as a module.
+    """
+    if module.partition(".")[0] in OURS:
+        return False
+    return not any(file.is_relative_to(folder) for folder in _library_folders())
+
+
+def described(error: BaseException) -> str:
+    """An error of the user's code in one line, with their last line that it came through."""
+    if isinstance(error, SyntaxError):
+        said, where = error.msg, f" ({error.filename}, line {error.lineno})"
+    else:
+        said, where = " ".join(str(error).split()), _last_own_line(error)
+    said = said if len(said) <= _LONGEST else f"{said[:_LONGEST]}..."
+    return f"{type(error).__name__}{': ' if said else ''}{said}{where}"
+
+
+def _last_own_line(error: BaseException) -> str:
+    where = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        file = frame.f_code.co_filename
+        module = str(frame.f_globals.get("__name__", ""))
+        if not file.startswith("<frozen") and is_own(Path(file).resolve(), module):
+            where = f" ({file}, line {line})"
+    return where
+
+
+@cache
+def _library_folders() -> frozenset[Path]:
+    paths = sysconfig.get_paths()
+    names = [paths[key] for key in ("stdlib", "platstdlib", "purelib", "platlib")]
+    return frozenset(Path(name).resolve() for name in (*names, *site.getsitepackages()))
