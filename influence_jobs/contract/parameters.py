@@ -13,9 +13,10 @@ from influence_jobs.contract.trial import Said, Trial, fail, ok, warn
 from influence_jobs.curvature.requirements import RELATIVE_ERROR
 from influence_jobs.errors import InflError
 from influence_jobs.gradients import GradDots, GradNorms
+from influence_jobs.gradients.fallback import Form
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.gradients.reference import LossModule
-from influence_jobs.gradients.rules import supported
+from influence_jobs.gradients.weights import weight_named, weights_of
 from influence_jobs.models.checkpoints import tied_names
 from influence_jobs.specs.base import listed
 from influence_jobs.tasks.layers import weight_layers
@@ -76,42 +77,61 @@ def reached(trial: Trial) -> Said:
 
 def layers(trial: Trial) -> Said:
     """Which layers have a rule, which take a slow path and how slow, which are named only."""
-    trained = {name.rpartition(".")[0] for name in trial.trained}
-    modules = {name: m for name, m in trial.model.named_modules() if name in trained}
-    ruled = [name for name, module in modules.items() if supported(module)]
+    model, trained = trial.model, set(trial.trained)
+    owners = dict.fromkeys(name.rpartition(".")[0] for name in trial.trained)
+    weights = {
+        name: weight.owner
+        for owner in owners
+        for name in weights_of(model, owner)
+        if (weight := weight_named(model, name)).parameter in trained
+    }
+    modules = {name: model.get_submodule(owner) for name, owner in weights.items()}
     plain_s = _seconds(trial, lambda: _forward_backward(trial))
-    taken, refusals = _taken(trial, ruled)
-    if taken:
-        norms_s = _norms_seconds(trial, taken)
+    taken, refusals = _taken(trial, list(weights))
+    slow = {name: how for name, how in taken.items() if how is not None}
+    if ruled := [name for name, how in taken.items() if how is None]:
+        norms_s = _norms_seconds(trial, ruled)
         yield ok(
-            f"with a rule: {_typed(modules, taken)}; norms of them take {norms_s / plain_s:.1f} x "
+            f"with a rule: {_typed(modules, ruled)}; norms of them take {norms_s / plain_s:.1f} x "
             "a forward and backward pass"
         )
     for line in refusals:
         yield warn(f"grad-norms refuses: {line}")
-    if slow := [name for name in modules if name not in ruled]:
-        dots_s, said = _dots_seconds(trial, slow)
+    if slow:
+        norms_s = _norms_seconds(trial, list(slow))
+        dots_s, said = _dots_seconds(trial, [weight_named(model, n).parameter for n in slow])
         yield warn(
-            f"without a rule: {_typed(modules, slow)}; grad-norms of them need one, influence "
-            f"takes {dots_s / plain_s:.1f} x a forward and backward pass for one query{said}"
+            f"without a rule: {_typed(modules, list(slow))}; norms of them take "
+            f"{norms_s / plain_s:.1f} x, influence takes {dots_s / plain_s:.1f} x a forward and "
+            f"backward pass for one query{said}"
         )
-    numbered = weight_layers(trial.task, trial.model)
-    if by_name := [name for name in ruled if name not in numbered]:
+    numbered = weight_layers(trial.task, model)
+    if by_name := [name for name, owner in weights.items() if owner not in numbered]:
         yield ok(f"--layer all leaves out, name them: {_typed(modules, by_name)}")
 
 
-def _taken(trial: Trial, names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The layers whose norms can be had and are right, and what is said of the others."""
+def _taken(
+    trial: Trial, names: Sequence[str]
+) -> tuple[dict[str, tuple[Form, str] | None], list[str]]:
+    """The weights whose norms can be had and are right, and what is said of the others.
+
+    Returns:
+        By weight None if a rule serves it, else the form that does and why; the refusals.
+    """
     try:
         if names:
+            batch = trial.fetch(trial.ids[:2])
             with GradNorms(trial.model, names, trial.task.losses, reduction="layer") as norms:
-                norms.check(trial.fetch(trial.ids[:2]))
+                norms.check(batch)
+                slow = norms.slow_layers(batch)
+            return {name: slow.get(name) for name in names}, []
     except InflError as error:
         if len(names) == 1:
-            return [], [str(error)]
+            return {}, [str(error)]
         each = [_taken(trial, [name]) for name in names]
-        return [n for taken, _ in each for n in taken], [r for _, refused in each for r in refused]
-    return [*names], []
+        taken = {name: how for found, _ in each for name, how in found.items()}
+        return taken, [line for _, refused in each for line in refused]
+    return {}, []
 
 
 def _norms_seconds(trial: Trial, names: Sequence[str]) -> float:

@@ -142,7 +142,8 @@ class GradDots(TappedModel):
             for name in names:
                 terms_QP = _flat(vectors[name]) * gradients[name].flatten()
                 dots = dots + terms_QP.sum(1)
-                square = square + terms_QP.square().sum(1)
+                # In float64, where squares of small gradients do not vanish.
+                square = square + terms_QP.double().square().sum(1)
             # Terms may cancel, so rounding is relative to the root of their sum of squares.
             parts[group] = dots.unsqueeze(0), square.sqrt().unsqueeze(0)
         return parts

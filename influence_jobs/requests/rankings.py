@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from influence_jobs.errors import SpecError
+from influence_jobs.gradients.weights import weight_named, weights_of
 from influence_jobs.jobs.queries import require_queries
 from influence_jobs.kinds.attribution.spec import AttributionSpec
 from influence_jobs.kinds.baseline.spec import METHODS as BASELINES
@@ -115,11 +116,12 @@ def hidden_layers(task: Task) -> tuple[str, ...]:
         SpecError: There is no such layer.
     """
     model = task.model()
-    modules = dict(model.named_modules())
     found = tuple(
         layer
         for layer in weight_layers(task, model)[:-1]
-        if all(p.requires_grad for p in modules[layer].parameters())
+        if layer
+        and weights_of(model, layer) == [layer]
+        and model.get_parameter(weight_named(model, layer).parameter).requires_grad
     )
     if not found:
         raise SpecError("attribution needs a hidden layer that is trained: leave it out of --by")

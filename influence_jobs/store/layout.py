@@ -62,7 +62,7 @@ def repeat_name(repeat: int) -> str:
 
 def part_name(module: str) -> str:
     """The array with one module's part of the scores."""
-    return f"parts/{module}"
+    return f"parts/{module or '(model)'}"  # the model itself has no name
 
 
 @dataclass(frozen=True)

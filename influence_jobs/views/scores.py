@@ -59,8 +59,9 @@ class ScoresView(View[S]):
         if side != "both" and len(self.sides) == 1:
             raise SpecError(f"--side has no meaning for {self.run.id}: leave it out")
         if layer is not None:
-            start = len(part_name(""))
-            kept = [n[start:] for n in self.run.array_names() if n.startswith(part_name(""))]
+            kept = [
+                name.removeprefix("parts/") for name in self.run.array_names() if name != SCORES
+            ]
             meant = layers_of_run(layer, kept, self.task) if kept else []
             if len(meant) > 1:
                 raise SpecError(

@@ -73,7 +73,7 @@ def test_from_a_training_to_its_norms(
     monkeypatch.setattr(InlineBackend, "run", lambda *_a, **_k: pytest.fail("computed again"))
     again = infl(*words, "--local", "--json")
     assert again.json == norms
-    assert again.err == f"{norms['run']} is already done\n"
+    assert again.err.splitlines()[-1] == f"{norms['run']} is already done"
 
 
 def test_checkpoints_of_chosen_epochs(infl: Infl, runs: Path) -> None:
@@ -154,11 +154,11 @@ def test_a_batch_never_crosses_a_chunk(planned: Callable[..., dict[str, Any]], r
 
 
 def test_a_run_keeps_its_plan(infl: Infl, runs: Path, finished_run: Run) -> None:
-    words = (*NORMS, "--layer", "all", "--dry-run", "--json")
+    words = (*NORMS, *("--layer", "1", "--layer", "2", "--layer", "3"), "--dry-run", "--json")
     kept = f"{finished_run.id} keeps its plan: shards of 256 rows, batches of 64\n"
     for more in (("--batch-size", "32"), ("--shard-size", "300")):
         answer = infl(*words, *more)
-        assert answer.err == kept
+        assert answer.err.endswith(kept)
         assert (answer.json["batch_size"], answer.json["shards"]) == (64, 6)
     assert infl(*words, "--batch-size", "64", "--shard-size", "200").err == ""
 

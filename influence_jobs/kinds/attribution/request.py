@@ -33,9 +33,9 @@ class AttributionRequest(WeightsRequest, QueriesOptions):
 
     def specs(self, root: str, say: Say) -> tuple[Spec, ...]:
         from influence_jobs.requests.queries import queries_of
-        from influence_jobs.requests.rankings import attribution_of, replayed_norms
+        from influence_jobs.requests.rankings import attribution_of, hidden_layers, replayed_norms
         from influence_jobs.requests.subject import subject_of
-        from influence_jobs.tasks.layers import resolve_weights, weight_layers
+        from influence_jobs.tasks.layers import resolve_weights
 
         source = self._source(root)
         at = _weights_of(source) if source is not None else ()
@@ -47,8 +47,15 @@ class AttributionRequest(WeightsRequest, QueriesOptions):
         queries = queries_of(self, subject.built)
         if self.layer:
             layers = resolve_weights(self.layer, subject.built, say)
+            modules = dict(subject.built.model().named_modules())
+            for layer in layers:
+                if layer not in modules:
+                    raise SpecError(
+                        f"attribution is of layers with outputs, and '{layer}' is a parameter: "
+                        "leave it out"
+                    )
         elif source is None:
-            layers = tuple(weight_layers(subject.built, subject.built.model())[:-1])
+            layers = hidden_layers(subject.built)
         else:
             layers = source.layers_with_norms
         spec = attribution_of(
