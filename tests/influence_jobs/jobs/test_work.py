@@ -17,33 +17,16 @@ from influence_jobs.kinds.attribution.spec import AttributionSpec
 from influence_jobs.kinds.influence.spec import InfluenceSpec
 from influence_jobs.kinds.lds.spec import LdsSpec
 from influence_jobs.kinds.s_test.job import curvature_samples
-from influence_jobs.kinds.s_test.spec import STestSpec
 from influence_jobs.specs.base import AnySpec, make_spec
 from influence_jobs.specs.solvers import (
     ConjugateGradientSettings,
     Curvature,
-    IdentitySettings,
 )
 from influence_jobs.store.layout import SCORES
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.base import Draw
 
 N = 1500
-
-
-@pytest.fixture(scope="module")
-def s_test_of(grad_norms_spec, checkpoint, queries):
-    def make(**fields: Any) -> STestSpec:
-        chosen = {
-            "task": grad_norms_spec.task,
-            "checkpoint": checkpoint,
-            "modules": ("conv2", "head"),
-            "queries": queries,
-            "solver": IdentitySettings(),
-        }
-        return make_spec(STestSpec, **(chosen | fields))
-
-    return make
 
 
 @pytest.fixture(scope="module")
