@@ -99,7 +99,7 @@ def test_captions_of_scores_say_what_is_marked_and_what_is_left_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rows = ranked((5, None), (5, "1,2,3,4"))
-    queries = [
+    queries: list[dict[str, Any]] = [
         {"test": 5, "region": None, "label": 1},
         {"test": 5, "region": "1,2,3,4", "label": 7},
     ]
