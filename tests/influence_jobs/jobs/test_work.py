@@ -31,7 +31,7 @@ N = 1500
 
 @pytest.fixture(scope="module")
 def specs(grad_norms_spec, checkpoint, queries, s_test_of, recipe, random) -> dict[str, AnySpec]:
-    """One of each kind that has shards; the influence is of two checkpoints, two draws of each."""
+    """One of each kind that has shards; the influence is of two checkpoints, three draws of each."""
     task, first = grad_norms_spec.task, checkpoint.model_copy(update={"epoch": 1})
     kept = grad_norms_spec.model_copy(
         update={"checkpoints": (first, checkpoint), "combine": "keep"}
@@ -42,7 +42,7 @@ def specs(grad_norms_spec, checkpoint, queries, s_test_of, recipe, random) -> di
         "train": recipe,
         "grad-norms": kept,
         "s-test": cg,
-        "influence": make_spec(InfluenceSpec, task=task, s_tests=both, noise_draws=2),
+        "influence": make_spec(InfluenceSpec, task=task, s_tests=both, noise_draws=3),
         "attribution": make_spec(
             AttributionSpec,
             task=task,
@@ -84,7 +84,7 @@ def test_norms_of_several_checkpoints_count_together(carry_out, specs) -> None:
 
 
 def test_every_draw_of_every_checkpoint_counts_once(carry_out, specs, monkeypatch) -> None:
-    """Of a task without noise all draws are alike; with `batch` shifted by the draw they are not."""
+    """Of a task without noise all draws are alike."""
     spec = specs["influence"].model_copy(update={"seed": 5})
     one = spec.model_copy(update={"noise_draws": 1})
     alike, alone = (carry_out(each).read_rows(SCORES, 0, N) for each in (spec, one))
@@ -103,7 +103,7 @@ def test_every_draw_of_every_checkpoint_counts_once(carry_out, specs, monkeypatc
     for term in range(job.terms):
         job.score(term, torch.arange(N))
     checks = 2 * 2  # two samples a checkpoint, before its first batch
-    assert asked == {Draw(5, 0): 2 * N + checks, Draw(5, 1): 2 * N}
+    assert asked == {Draw(5, 0): 2 * N + checks, Draw(5, 1): 2 * N, Draw(5, 2): 2 * N}
 
 
 def test_a_sample_without_a_finite_gradient_is_named(specs, carry_out, monkeypatch) -> None:
