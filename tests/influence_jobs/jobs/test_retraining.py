@@ -168,7 +168,7 @@ def lds_spec(grad_norms_spec, recipe, random, loss):
 
 
 def expected_lds(run: Run, task, recipe: TrainSpec, tests: list[int]) -> Iterator[float]:
-    """Spearman's correlation of minus the summed scores and the losses of models trained one by one."""
+    """Spearman's correlation of minus summed scores and losses of models trained one by one."""
     spec: Any = run.spec
     batch = task.test_batch(torch.tensor(tests), Draw(0))
     losses, sums = [], []

@@ -31,7 +31,7 @@ N = 1500
 
 @pytest.fixture(scope="module")
 def specs(grad_norms_spec, checkpoint, queries, s_test_of, recipe, random) -> dict[str, AnySpec]:
-    """One of each kind that has shards; the influence is of two checkpoints, three draws of each."""
+    """One of each kind that has shards; influence is of two checkpoints and three draws."""
     task, first = grad_norms_spec.task, checkpoint.model_copy(update={"epoch": 1})
     kept = grad_norms_spec.model_copy(
         update={"checkpoints": (first, checkpoint), "combine": "keep"}

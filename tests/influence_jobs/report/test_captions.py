@@ -41,7 +41,8 @@ def test_a_histogram_says_how_many_lie_beyond_its_line(
     rest = f"; the largest is {totals.max():.3g}, the median {np.median(totals):.3g}."
     beyond = (totals > last).sum()
     assert caption() == (
-        f"{beyond:,} of 1,500 samples lie beyond {last:.3g}, the broken line (the last hundredth){rest}"
+        f"{beyond:,} of 1,500 samples lie beyond {last:.3g}, the broken line (the last hundredth)"
+        f"{rest}"
     )
     limit = float(np.median(totals))
     known = Published(section="4.2", quick_epochs=1, norm_limit=limit)
@@ -49,8 +50,8 @@ def test_a_histogram_says_how_many_lie_beyond_its_line(
     beyond = (totals > limit).sum()
     assert 500 < beyond < 1000
     assert caption() == (
-        f"{beyond:,} of 1,500 samples lie beyond {limit:.3g}, the broken line, where the research report "
-        f"drew it{rest}"
+        f"{beyond:,} of 1,500 samples lie beyond {limit:.3g}, the broken line, where the research "
+        f"report drew it{rest}"
     )
 
 
