@@ -281,12 +281,12 @@ def test_layers_by_rule_on_the_slow_path_and_by_name() -> None:
     fast, slow, by_name = looked(parameters.layers, RecurrentTask())
     assert fast.startswith("ok: with a rule: norm (LayerNorm), head (Linear); norms of them take ")
     assert slow.startswith(
-        "warn: without a rule: cell.weight_ih_l0 (GRU), cell.weight_hh_l0 (GRU); norms of them take "
+        "warn: without a rule: cell.weight_ih_l0 (GRU), cell.weight_hh_l0 (GRU); norms of them "
     )
     assert " x a forward and backward pass for one query" in slow
     assert by_name == (
-        "ok: --layer all leaves out, name them: cell.weight_ih_l0 (GRU), cell.weight_hh_l0 (GRU), norm "
-        "(LayerNorm)"
+        "ok: --layer all leaves out, name them: cell.weight_ih_l0 (GRU), cell.weight_hh_l0 (GRU), "
+        "norm (LayerNorm)"
     )
     lines = looked(parameters.layers, FrozenTied())
     assert any(said.startswith("warn: without a rule: 0 (Linear); ") for said in lines)
