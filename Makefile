@@ -56,7 +56,8 @@ demo: install
 # pages exist, they make up benchmarks/RESULTS.md. `make bench OPTIONS=--full` runs all sizes,
 # `make bench BENCHES=scores` one script. The peers have an environment of their own: kronfluence's
 # wheel installs a package named `tests`.
-ALL_BENCHES := norms_mnist norms_ffdnet scores s_test solvers retraining submit scaling simulation
+ALL_BENCHES := norms_mnist norms_ffdnet norms_models scores s_test solvers retraining submit \
+	scaling simulation
 BENCHES ?= $(ALL_BENCHES)
 PAGES := $(ALL_BENCHES:%=benchmarks/pages/%.md)
 PEERS := .venv-bench

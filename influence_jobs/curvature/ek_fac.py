@@ -20,11 +20,14 @@ from influence_jobs.errors import ModelError
 from influence_jobs.gradients import MatrixRule, Metric
 from influence_jobs.gradients.rules import matrix_layers, names_of, nearest_rule
 from influence_jobs.gradients.taps import thawed
+from influence_jobs.gradients.usage import Usage
 from influence_jobs.tasks.base import Task
 
 if TYPE_CHECKING:
     from curvlinops import EKFACLinearOperator
 
+
+_CURE = "leave its layer out (--layer), or use --solver cg"
 
 LOSSES = {"cross-entropy": nn.CrossEntropyLoss, "mse": nn.MSELoss}
 
@@ -105,6 +108,7 @@ class EkFac(Solver):
             )
         parameters = list(space.parameters().values())
         with thawed(parameters), torch.enable_grad():
+            _require_called_once(operator)
             factors = RuleEKFAC(
                 _Outputs(model, task),
                 LOSSES[task.output_loss](),
@@ -130,15 +134,31 @@ def _only(eigenvalues: Tensor | dict[int, Tensor]) -> Tensor:
 
 
 def _require_factored(name: str, module: nn.Module) -> None:
-    cure = "leave its layer out (--layer), or use --solver cg"
     rule = nearest_rule(module)
     if not isinstance(rule, MatrixRule):
         raise ModelError(
             f"EK-FAC supports {names_of(matrix_layers())} layers, but parameter {name} is of "
-            f"{type(module).__name__}: {cure}"
+            f"{type(module).__name__}: {_CURE}"
         )
     if (what := rule.unfactored(name)) is not None:
-        raise ModelError(f"EK-FAC cannot factor {what}: {cure}")
+        raise ModelError(f"EK-FAC cannot factor {what}: {_CURE}")
+
+
+def _require_called_once(operator: Operator) -> None:
+    """Refuse weights that the model uses otherwise than in one call of their layer."""
+    model, parameters = operator.model, operator.space.parameters()
+    owners = {name: name.rpartition(".")[0] for name in parameters}
+    modules = {owner: model.get_submodule(owner) for owner in owners.values()}
+    batch = operator.batch(operator.ids[:2])
+    usage = Usage(lambda: operator.task.losses(model, batch), modules)
+    for name, parameter in parameters.items():
+        uses, calls = usage.uses(parameter), usage.calls(owners[name])
+        if (uses, calls) != (1, 1):
+            raise ModelError(
+                f"EK-FAC cannot factor {name}: a forward uses it {uses} times and calls its layer "
+                f"{calls} times, and only one use in one call is right (MultiheadAttention never "
+                f"calls its out_proj): {_CURE}"
+            )
 
 
 class _Outputs(nn.Module):

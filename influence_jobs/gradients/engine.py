@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from influence_jobs.errors import ModelError
 from influence_jobs.gradients.fallback import Fallback, Form
 from influence_jobs.gradients.requirements import require_dtype, require_independent_samples
-from influence_jobs.gradients.rules import LayerRule, reduce_norms
+from influence_jobs.gradients.rules import LayerRule
 from influence_jobs.gradients.taps import TOLERANCE, TappedModel, thawed, unused
 from influence_jobs.gradients.usage import Usage
 from influence_jobs.gradients.weights import Weight, weight_named
@@ -81,7 +81,7 @@ class GradNorms(TappedModel):
         norms: dict[str, Tensor] = {}
 
         def visit(name: str, rule: LayerRule[Any], a: Tensor, g: Tensor) -> None:
-            norms[name] = reduce_norms(rule.kernel_norms(a, g), self._reduction)
+            norms[name] = rule.norms(a, g, self._reduction)
 
         with torch.autocast(self._device.type, enabled=False):
             if self._layers or fallback.calls:

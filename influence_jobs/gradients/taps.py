@@ -279,7 +279,13 @@ class TappedModel(ABC):
             call.visit(name, rule, inputs, g.to(self._dtype))
             call.done.add(name)
 
-        return self._through_tap(output, on_gradient)
+        # A Linear over positions returns a view of a matrix that it alone made. A tap on the view
+        # would cost three copies in the backward pass.
+        matrix = _viewed_whole(output) if type(rule.module) is nn.Linear else None
+        if matrix is None:
+            return self._through_tap(output, on_gradient)
+        shape = output.shape
+        return self._through_tap(matrix, lambda g: on_gradient(g.reshape(shape))).view(shape)
 
     def _through_tap(self, output: Tensor, on_gradient: Callable[[Tensor], None]) -> Tensor:
         tapped: Tensor = _Tap.apply(output, self._anchor, on_gradient)
@@ -345,6 +351,14 @@ def thawed(parameters: Iterable[Tensor]) -> Iterator[None]:
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+def _viewed_whole(tensor: Tensor) -> Tensor | None:
+    """What a tensor is a view of, if the view changes its shape only."""
+    base: Tensor | None = tensor._base
+    if base is not None and base.numel() == tensor.numel():
+        return base if base.is_contiguous() and tensor.is_contiguous() else None
+    return None
 
 
 def unused(name: str) -> ModelError:

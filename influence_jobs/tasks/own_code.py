@@ -18,6 +18,8 @@ def is_own(file: Path, module: str) -> bool:
     """
     if module.partition(".")[0] in OURS:
         return False
+    if {"site-packages", "dist-packages"} & set(file.parts):  # of this or another environment
+        return False
     return not any(file.is_relative_to(folder) for folder in _library_folders())
 
 

@@ -9,16 +9,23 @@ Letters: B batch, Q vectors, C outputs (rows of the weight), I inputs of one out
 the weight as a matrix, T positions.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from influence_jobs.errors import ModelError
 from influence_jobs.gradients.metric import Metric
-from influence_jobs.gradients.rules.blocks import in_blocks
+from influence_jobs.gradients.rules.blocks import (
+    SampleShape,
+    in_blocks,
+    rows_rotated_first,
+    through_gram,
+)
 from influence_jobs.terms import Reduction
 
 # What a subclass may define anew and still compute the same.
@@ -126,6 +133,10 @@ class LayerRule(ABC, Generic[M]):
         bias: Tensor | None = getattr(self.module, "bias", None)
         return bias
 
+    def norms(self, a: Tensor, g: Tensor, reduction: Reduction) -> Tensor:
+        """Norms of each sample's weight gradient, as `reduce_gradient` defines them."""
+        return reduce_norms(self.kernel_norms(a, g), reduction)
+
     def kernel_norms(self, a: Tensor, g: Tensor) -> Tensor:
         """L2 norms over I of each sample's weight gradient, (B, C, *kernel)."""
 
@@ -184,9 +195,18 @@ class MatrixRule(LayerRule[M]):
     A sample's weight gradient is sum_t g_t x_t^T. So a rule only has to define the rows x_t and
     g_t. The quadratic forms in a Kronecker eigenbasis and EK-FAC's factors, the second moments of
     the rows, follow from them too.
+
+    With few positions, norms come from Gram matrices of the rows, without the gradient:
+    |sum_t g_t x_t^T|^2 = sum_tu (x_t . x_u)(g_t . g_u). These sums are taken in float64, because
+    cancellation would cost half of float32's digits.
     """
 
     numbered = True
+
+    @property
+    def one_matrix(self) -> bool:
+        """Whether the rows are right: every output sees all inputs."""
+        return True
 
     @abstractmethod
     def input_rows(self, a: Tensor) -> Tensor:
@@ -196,6 +216,16 @@ class MatrixRule(LayerRule[M]):
     def output_rows(self, g: Tensor) -> Tensor:
         """The gradient g_t of the output at every position, (B, T, C)."""
 
+    def kernel_rows(self, a: Tensor) -> Tensor:
+        """The input's rows with one kernel offset after the other, (B, T, k, I)."""
+        rows_BTJ = self.input_rows(a)
+        return rows_BTJ.reshape(*rows_BTJ.shape[:2], self.kernel_shape[1], -1).transpose(2, 3)
+
+    def sample_shape(self, g: Tensor) -> SampleShape:
+        """The sizes of a sample, from the output's gradient."""
+        outputs, inputs, *kernel = self.kernel_shape
+        return SampleShape(math.prod(g.shape[1:]) // outputs, outputs, inputs, math.prod(kernel))
+
     def weight_gradient(self, a: Tensor, g: Tensor) -> Tensor:
         gradient_BCJ = product_of_rows(self.input_rows(a), self.output_rows(g))
         return gradient_BCJ.reshape(len(g), *self.weight.shape)
@@ -203,34 +233,99 @@ class MatrixRule(LayerRule[M]):
     def bias_gradient(self, g: Tensor) -> Tensor:
         return self.output_rows(g).sum(1)
 
+    def by_gram(self, g: Tensor, *, whole: bool) -> bool:
+        """Whether norms, one of all of the gradient or one a kernel, come from Gram matrices."""
+        return self.one_matrix and through_gram(self.sample_shape(g), whole=whole, device=g.device)
+
+    def norms(self, a: Tensor, g: Tensor, reduction: Reduction) -> Tensor:
+        if reduction == "layer" and self.by_gram(g, whole=True):
+            return self.gram_squares(a, g).sqrt().to(g.dtype)
+        return super().norms(a, g, reduction)
+
+    def kernel_norms(self, a: Tensor, g: Tensor) -> Tensor:
+        if self.by_gram(g, whole=False):
+            return self.gram_kernel_norms(a, g)
+        return super().kernel_norms(a, g)
+
+    def weight_squares(self, a: Tensor, g: Tensor) -> Tensor:
+        if self.by_gram(g, whole=True):
+            return self.gram_squares(a, g).to(g.dtype)
+        return super().weight_squares(a, g)
+
+    def gram_squares(self, a: Tensor, g: Tensor) -> Tensor:
+        """Squared norm of each sample's weight gradient, (B,), in float64."""
+
+        def squares(a: Tensor, g: Tensor) -> Tensor:
+            x_BTJ, g_BTC = self.kernel_rows(a).flatten(2).double(), self.output_rows(g).double()
+            products_BTT = (x_BTJ @ x_BTJ.transpose(1, 2)).mul_(g_BTC @ g_BTC.transpose(1, 2))
+            return products_BTT.sum((1, 2)).clamp_(min=0)
+
+        return in_blocks(squares, a, g, 2 * self.sample_shape(g).rows)
+
+    def gram_kernel_norms(self, a: Tensor, g: Tensor) -> Tensor:
+        """The kernel norms (B, C, *kernel): of an output and offset, sqrt(g_c^T (X X^T) g_c)."""
+        kernel, shape = self.kernel_shape[2:], self.sample_shape(g)
+
+        def norms(a: Tensor, g: Tensor) -> Tensor:
+            rows_BkTI = self.kernel_rows(a).transpose(1, 2)
+            x_BkTI = rows_BkTI.to(torch.float64, memory_format=torch.contiguous_format)
+            g_BTC = self.output_rows(g).double()
+            grams_BTT = (x_BkTI @ x_BkTI.transpose(2, 3)).flatten(1, 2)  # one below the other
+            products_BkTC = (grams_BTT @ g_BTC).view(*x_BkTI.shape[:3], -1).mul_(g_BTC.unsqueeze(1))
+            norms_BkC = products_BkTC.sum(2).clamp_(min=0).sqrt_().to(g.dtype)
+            return norms_BkC.transpose(1, 2).reshape(len(g), -1, *kernel)
+
+        largest = shape.offsets * shape.positions * max(shape.positions, shape.outputs)
+        return in_blocks(norms, a, g, 2 * max(shape.rows, largest))
+
     def unfactored(self, parameter: str) -> str | None:
         """Why EK-FAC cannot factor the layer of a parameter; None if it can."""
         return None
 
     def arrange_metric(self, metric: Metric) -> Metric:
         """The metric, with the rows of V in the order of the columns of `gradient_matrix`."""
-        return metric
+        numbers, inputs = self.weight[0].numel(), self.kernel_shape[1]
+        weight_rows, bias_rows = metric.inputs_JJ[:numbers], metric.inputs_JJ[numbers:]
+        rows_IkJ = weight_rows.reshape(inputs, -1, weight_rows.shape[1])
+        ordered = torch.cat([rows_IkJ.transpose(0, 1).flatten(0, 1), bias_rows])
+        return Metric(metric.outputs_CC, ordered, metric.weights_CJ)
 
     def gradient_matrix(self, a: Tensor, g: Tensor) -> Tensor:
-        """Each sample's gradient by [weight, bias], (B, C, J); J includes the bias if any."""
-        columns = [self.weight_gradient(a, g).flatten(2)]
+        """Each sample's gradient by [weight, bias], (B, C, J), ordered by kernel offset.
+
+        J includes the bias if any.
+        """
+        gradient_BCIk = self.weight_gradient(a, g).reshape(len(g), *self.kernel_shape[:2], -1)
+        columns = [gradient_BCIk.transpose(2, 3).flatten(2)]
         if self.bias is not None:
             columns.append(self.bias_gradient(g).unsqueeze(2))
         return torch.cat(columns, dim=2)
 
     def quadratic(self, metric: Metric, a: Tensor, g: Tensor) -> Tensor:
         """The form of each sample's gradient, (B,), in a metric from `arrange_metric`."""
+        u_CC, v_JJ, d_CJ = metric.outputs_CC, metric.inputs_JJ, metric.weights_CJ
+
+        def rotated_gradient(a: Tensor, g: Tensor) -> Tensor:
+            return u_CC.t() @ (self.gradient_matrix(a, g) @ v_JJ)
+
+        def rotated_rows(a: Tensor, g: Tensor) -> Tensor:
+            rows_BTJ, weight_rows = self.kernel_rows(a).flatten(2), v_JJ[: self.weight[0].numel()]
+            inputs = F.linear(rows_BTJ, weight_rows.t(), None if self.bias is None else v_JJ[-1])
+            return product_of_rows(inputs, self.output_rows(g) @ u_CC)
+
+        shape = self.sample_shape(g)
+        rows_first = self.one_matrix and rows_rotated_first(shape)
+        rotated_BCJ = rotated_rows if rows_first else rotated_gradient
 
         def forms(a: Tensor, g: Tensor) -> Tensor:
-            rotated_BCJ = metric.outputs_CC.t() @ (self.gradient_matrix(a, g) @ metric.inputs_JJ)
-            return rotated_BCJ.square_().flatten(1) @ metric.weights_CJ.flatten()
+            return rotated_BCJ(a, g).square_().flatten(1) @ d_CJ.flatten()
 
-        return in_blocks(forms, a, g, metric.weights_CJ.numel())
+        return in_blocks(forms, a, g, max(d_CJ.numel(), shape.rows if rows_first else 0))
 
 
 def product_of_rows(a_BTJ: Tensor, g_BTC: Tensor) -> Tensor:
     """The gradient (B, C, J) of a matrix: sum_t g_t a_t^T."""
-    return g_BTC.transpose(1, 2) @ a_BTJ
+    return torch.bmm(g_BTC.transpose(1, 2), a_BTJ)
 
 
 def registered() -> tuple[type[LayerRule[Any]], ...]:

@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import grad
 
-from influence_jobs.gradients.metric import Metric
-from influence_jobs.gradients.rules.base import MatrixRule
-from influence_jobs.gradients.rules.blocks import in_blocks, through_gradient
+from influence_jobs.gradients.rules.base import MatrixRule, product_of_rows
+from influence_jobs.gradients.rules.blocks import in_blocks, through_gradient, through_patches
 
 # If a sample's gradient takes more multiplications than this, torch's own convolution, sample by
 # sample, is faster than matrix products over the batch. Measured on a CPU: 1.3 times as fast for 96
@@ -29,6 +28,8 @@ Offset = tuple[int, ...]
 
 class ConvolutionRule(MatrixRule[V]):
     """Computes a sample's gradient one kernel offset at a time, or by torch's own convolution.
+
+    Norms may also come from the patches, copied out, or from their Gram matrices.
 
     Letters: G groups, k the kernel axes, I inputs of one group.
     """
@@ -44,8 +45,12 @@ class ConvolutionRule(MatrixRule[V]):
     def has_batch_axis(self, output: Tensor) -> bool:
         return output.ndim == self.weight.ndim
 
+    @property
+    def one_matrix(self) -> bool:
+        return self.module.groups == 1
+
     def unfactored(self, parameter: str) -> str | None:
-        if self.module.groups == 1 and self.module.padding_mode == "zeros":
+        if self.one_matrix and self.module.padding_mode == "zeros":
             return None
         return f"the convolution of {parameter}, which has groups or pads with other than zeros"
 
@@ -61,6 +66,29 @@ class ConvolutionRule(MatrixRule[V]):
         )
         return patches_BJT.transpose(1, 2)
 
+    def kernel_rows(self, a: Tensor) -> Tensor:
+        module, a = self.module, self._padded(a)
+        axes = len(module.kernel_size)
+        pixels = zip(a.shape[2:], self._spans, module.stride, strict=True)
+        out = [(size - span) // stride + 1 for size, span, stride in pixels]
+        positions, offsets = math.prod(out), math.prod(module.kernel_size)
+        steps = a.stride()[2:]
+        windows = a.as_strided(
+            (len(a), *out, *module.kernel_size, a.shape[1]),
+            (
+                a.stride(0),
+                *map(mul, steps, module.stride),
+                *map(mul, steps, module.dilation),
+                a.stride(1),
+            ),
+        )
+        # The copy goes along what lies together, if that is long.
+        if a.stride(-1) == 1 and out[-1] > a.shape[1]:
+            order = 0, *range(1 + axes, 2 + 2 * axes), *range(1, 1 + axes)
+            rows_BkIT = windows.permute(order).reshape(len(a), offsets, -1, positions)
+            return rows_BkIT.permute(0, 3, 1, 2)
+        return windows.reshape(len(a), positions, offsets, -1)
+
     def output_rows(self, g: Tensor) -> Tensor:
         return g.flatten(2).transpose(1, 2)
 
@@ -75,9 +103,15 @@ class ConvolutionRule(MatrixRule[V]):
         return g.sum(dim=tuple(range(2, g.ndim)))
 
     def kernel_norms(self, a: Tensor, g: Tensor) -> Tensor:
+        if self.by_gram(g, whole=False):
+            return self.gram_kernel_norms(a, g)
+        shape = self.sample_shape(g)
+        own = not g.is_cuda and shape.positions * shape.weights >= _LARGE_CONVOLUTION
+        if self.one_matrix and not g.is_cuda and through_patches(shape, own=own):
+            numbers = max(shape.weights, shape.positions * shape.columns)
+            return in_blocks(self._patch_norms, a, g, numbers)
         norms = g.new_empty(len(g), self.module.out_channels, *self.module.kernel_size)
-        multiplications = self.weight.numel() * math.prod(g.shape[2:])
-        if multiplications >= _LARGE_CONVOLUTION and not g.is_cuda:
+        if own:
             for b in range(len(g)):
                 gradient_CIk = self._gradient_of_one(a[b : b + 1], g[b : b + 1])
                 torch.linalg.vector_norm(gradient_CIk, dim=1, out=norms[b])
@@ -116,13 +150,6 @@ class ConvolutionRule(MatrixRule[V]):
             return in_blocks(gradient_first, a, g, outputs * inputs)
         return in_blocks(direct, a, g, positions * queries * outputs)
 
-    def arrange_metric(self, metric: Metric) -> Metric:
-        numbers = self.weight[0].numel()
-        weight_rows, bias_rows = metric.inputs_JJ[:numbers], metric.inputs_JJ[numbers:]
-        rows_IkJ = weight_rows.reshape(self.weight.shape[1], -1, weight_rows.shape[1])
-        ordered = torch.cat([rows_IkJ.transpose(0, 1).flatten(0, 1), bias_rows])
-        return Metric(metric.outputs_CC, ordered, metric.weights_CJ)
-
     def gradient_matrix(self, a: Tensor, g: Tensor) -> Tensor:
         """As in `MatrixRule`, but the columns are ordered by kernel offset first."""
         pieces = dict(self._by_offset(a, g))
@@ -159,6 +186,14 @@ class ConvolutionRule(MatrixRule[V]):
                 start = sum(map(mul, shift, steps))
                 yield offset, g_BGCT @ a_BGIT[..., start : start + length].transpose(2, 3)
 
+    def _patch_norms(self, a: Tensor, g: Tensor) -> Tensor:
+        rows_BTkI = self.kernel_rows(a)
+        gradient_BCJ = product_of_rows(rows_BTkI.flatten(2), self.output_rows(g))
+        norms_BCk: Tensor = torch.linalg.vector_norm(
+            gradient_BCJ.view(*gradient_BCJ.shape[:2], *rows_BTkI.shape[2:]), dim=3
+        )
+        return norms_BCk.reshape(len(g), *self.weight.shape[:1], *self.module.kernel_size)
+
     def _gradient_of_one(self, a_1: Tensor, g_1: Tensor) -> Tensor:
         """Weight gradient (C, I, *k) of a batch of one sample."""
         module, padded_1 = self.module, self._padded(a_1)
@@ -178,8 +213,16 @@ class ConvolutionRule(MatrixRule[V]):
         zeros = self.module.padding_mode == "zeros"
         return F.pad(a, self._padding, mode="constant" if zeros else self.module.padding_mode)
 
-    # These two depend on the layer's geometry only. They are cached, as small layers take only
+    # These three depend on the layer's geometry only. They are cached, as small layers take only
     # microseconds.
+
+    @cached_property
+    def _spans(self) -> list[int]:
+        """Pixels from the first under the kernel to the last, both counted, by axis."""
+        return [
+            dilation * (size - 1) + 1
+            for dilation, size in zip(self.module.dilation, self.module.kernel_size, strict=True)
+        ]
 
     @cached_property
     def _padding(self) -> list[int]:

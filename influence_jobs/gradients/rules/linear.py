@@ -23,7 +23,12 @@ class LinearRule(MatrixRule[nn.Linear]):
     def bias_gradient(self, g: Tensor) -> Tensor:
         return g if g.ndim == 2 else g.flatten(1, -2).sum(1)
 
+    def by_gram(self, g: Tensor, *, whole: bool) -> bool:
+        return g.ndim > 2 and super().by_gram(g, whole=whole)
+
     def kernel_norms(self, a: Tensor, g: Tensor) -> Tensor:
+        if self.by_gram(g, whole=False):
+            return self.gram_kernel_norms(a, g)
         norms_BC: Tensor
         if a.ndim == 2:  # the gradient is g a^T, and the norms of its rows are |g_c| ||a||
             norms_BC = g.abs() * torch.linalg.vector_norm(a, dim=1, keepdim=True)

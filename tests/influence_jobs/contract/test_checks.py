@@ -195,7 +195,7 @@ def test_samples_that_mix() -> None:
 
 def test_dropout_in_eval_mode() -> None:
     (line,) = looked(samples.deterministic, Dropped())
-    assert line.startswith("fail: two passes over the same samples of Dropped give other losses")
+    assert line.startswith("fail: two passes over the same samples of Dropped give different losses")
 
 
 class FrozenTied(Right):
@@ -280,14 +280,10 @@ class RecurrentTask(Right):
 def test_layers_by_rule_on_the_slow_path_and_by_name() -> None:
     fast, slow, by_name = looked(parameters.layers, RecurrentTask())
     assert fast.startswith("ok: with a rule: norm (LayerNorm), head (Linear); norms of them take ")
-    assert slow.startswith(
-        "warn: without a rule: cell.weight_ih_l0 (GRU), cell.weight_hh_l0 (GRU); norms of them "
-    )
+    weights = "cell.weight_ih_l0 (GRU), cell.weight_hh_l0 (GRU)"
+    assert slow.startswith(f"warn: without a rule: {weights}; norms of them take ")
     assert " x a forward and backward pass for one query" in slow
-    assert by_name == (
-        "ok: --layer all leaves out, name them: cell.weight_ih_l0 (GRU), cell.weight_hh_l0 (GRU), "
-        "norm (LayerNorm)"
-    )
+    assert by_name == f"ok: --layer all leaves out, name them: {weights}, norm (LayerNorm)"
     lines = looked(parameters.layers, FrozenTied())
     assert any(said.startswith("warn: without a rule: 0 (Linear); ") for said in lines)
 

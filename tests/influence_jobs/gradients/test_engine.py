@@ -301,3 +301,22 @@ def test_equals_vmap_reference_on_cuda(case, reduction, monkeypatch):
         assert_equal_norms(engine(case.batch), expected, 1e-5)
     if reduction == "layer":
         assert_equal_norms(norms_of(case, reduction, "bfloat16"), expected, 5e-2)
+
+
+def test_a_tapped_linear_over_positions_copies_nothing_on_the_way_back():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5)).eval()
+    nodes = []
+
+    def losses(model, x):
+        y = model(x)
+        nodes.append(y.grad_fn)
+        return y.flatten(1).sum(1)
+
+    with GradNorms(model, ["0", "1"], losses, reduction="layer") as engine:
+        engine(torch.randn(2, 6, 3))
+    names = set()
+    while nodes:
+        node = nodes.pop()
+        names.add(node.name())
+        nodes += [following for following, _ in node.next_functions if following is not None]
+    assert not names & {"CopySlices", "AsStridedBackward0"}

@@ -14,10 +14,12 @@ from influence_jobs.jobs import retraining
 from influence_jobs.kinds.ablation.spec import AblationSpec
 from influence_jobs.kinds.baseline.spec import BaselineSpec
 from influence_jobs.kinds.grad_norms.spec import GradNormsSpec
+from influence_jobs.kinds.s_test.spec import STestSpec
 from influence_jobs.kinds.train.spec import TrainSpec
 from influence_jobs.specs.base import AnySpec, make_spec
 from influence_jobs.specs.queries import Queries, Query
 from influence_jobs.specs.rankings import Ranking
+from influence_jobs.specs.solvers import IdentitySettings
 from influence_jobs.store.run import Run
 
 Carry = Callable[..., Run]
@@ -99,6 +101,23 @@ def grid(grad_norms_spec, recipe, random, loss):
             "modes": ("relabel", "remove"),
         }
         return make_spec(AblationSpec, **(chosen | fields))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def s_test_of(grad_norms_spec, checkpoint, queries):
+    """Makes specs of s_test runs, without curvature unless told otherwise."""
+
+    def make(**fields: Any) -> STestSpec:
+        chosen = {
+            "task": grad_norms_spec.task,
+            "checkpoint": checkpoint,
+            "modules": ("conv2", "head"),
+            "queries": queries,
+            "solver": IdentitySettings(),
+        }
+        return make_spec(STestSpec, **(chosen | fields))
 
     return make
 

@@ -18,7 +18,7 @@ from influence_jobs.kinds.lds.spec import LdsSpec
 from influence_jobs.kinds.s_test.spec import STestSpec
 from influence_jobs.kinds.train.spec import TrainedCheckpoint
 from influence_jobs.specs.base import AnySpec, make_spec
-from influence_jobs.specs.solvers import IdentitySettings, LissaSettings
+from influence_jobs.specs.solvers import LissaSettings
 from influence_jobs.store.files import LocalFiles
 from influence_jobs.store.layout import ArrayLayout
 from influence_jobs.store.run import Run
@@ -33,21 +33,6 @@ def job_of(trained_root):
     def make(spec: AnySpec, batch_size: int | None = None) -> Any:
         run = Run(str(trained_root), spec)
         return open_job(run, device="cpu", batch_size=batch_size)
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def s_test_of(grad_norms_spec, checkpoint, queries):
-    def make(**fields: Any) -> STestSpec:
-        chosen = {
-            "task": grad_norms_spec.task,
-            "checkpoint": checkpoint,
-            "modules": ("conv2", "head"),
-            "queries": queries,
-            "solver": IdentitySettings(),
-        }
-        return make_spec(STestSpec, **(chosen | fields))
 
     return make
 

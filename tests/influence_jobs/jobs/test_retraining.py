@@ -194,6 +194,14 @@ def test_lds_is_the_correlation_of_summed_scores_with_losses_of_retrained_models
     found = [row["lds"] for row in table(run, "results") if row["method"] == "random"]
     assert found == pytest.approx(list(expected_lds(run, digits_task, recipe, tests)), abs=1e-6)
     assert len(trained) == 12
+    for summary in table(run, "summary"):
+        rows = [r for r in table(run, "results") if r["method"] == summary["method"]]
+        known = [r["lds"] for r in rows if not np.isnan(r["lds"])]
+        assert summary["queries"] == len(known)
+        # Losses rank alike for all queries, and what predicts nothing has no mean.
+        mean = np.mean(known) if known else np.nan
+        assert summary["mean_lds"] == pytest.approx(mean, nan_ok=True)
+        assert [r["test"] for r in rows] == tests
     # Another method and another ensemble use the same trainings.
     both = Ranking(name="both", scores=tuple(r.scores[0] for r in run.spec.rankings))
     again = carry_out(lds_spec(rankings=(both,), subsets=8), root=root)

@@ -10,9 +10,7 @@ from influence_jobs.errors import RuntimeFault
 from influence_jobs.gradients import reduce_gradient
 from influence_jobs.gradients.reference import gradients_one_by_one
 from influence_jobs.kinds.influence.spec import InfluenceSpec
-from influence_jobs.kinds.s_test.spec import STestSpec
 from influence_jobs.specs.base import make_spec
-from influence_jobs.specs.solvers import IdentitySettings
 from influence_jobs.store.checkpoints import load_checkpoint
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.base import Draw
@@ -53,17 +51,9 @@ def test_norms_are_refused(carry_out, fresh_root, grad_norms_spec) -> None:
 
 
 @pytest.mark.usefixtures("mixing")
-def test_influence_is_refused(carry_out, fresh_root, grad_norms_spec, checkpoint, queries) -> None:
+def test_influence_is_refused(carry_out, fresh_root, grad_norms_spec, s_test_of) -> None:
     root = fresh_root()
-    s_test = make_spec(
-        STestSpec,
-        task=grad_norms_spec.task,
-        checkpoint=checkpoint,
-        modules=("conv2", "head"),
-        queries=queries,
-        solver=IdentitySettings(),
-    )
-    spec = make_spec(InfluenceSpec, task=grad_norms_spec.task, s_tests=(s_test,))
+    spec = make_spec(InfluenceSpec, task=grad_norms_spec.task, s_tests=(s_test_of(),))
     with pytest.raises(RuntimeFault, match=r"'conv2': per-sample .* differ from one-sample"):
         carry_out(spec, root=root)
     assert Run(str(root), spec).manifest.done() == {}

@@ -9,6 +9,7 @@ from torch import nn
 from influence_jobs.errors import ModelError
 from influence_jobs.gradients import GradNorms, norm_shape, reduce_gradient, supported
 from influence_jobs.gradients.reference import per_sample_gradients
+from influence_jobs.gradients.rules import base
 from influence_jobs.gradients.rules import conv as convolution_rules
 
 
@@ -72,8 +73,10 @@ def test_conv2d_geometry(large_from, made, reduction, channels_last):
     conv, x = made
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:  # of the other forms see test_forms.py
         patch.setattr(convolution_rules, "_LARGE_CONVOLUTION", large_from)
+        patch.setattr(convolution_rules, "through_patches", lambda *_, **__: False)
+        patch.setattr(base, "through_gram", lambda *_, **__: False)
         check_layer(conv, x, reduction)
 
 
