@@ -79,12 +79,12 @@ def layers(trial: Trial) -> Said:
     """Which layers have a rule, which take a slow path and how slow, which are named only."""
     model, trained = trial.model, set(trial.trained)
     owners = dict.fromkeys(name.rpartition(".")[0] for name in trial.trained)
-    weights = {
-        name: weight.owner
-        for owner in owners
-        for name in weights_of(model, owner)
-        if (weight := weight_named(model, name)).parameter in trained
-    }
+    weights: dict[str, str] = {}  # to their owners; a shared one by its first
+    for name in (name for owner in owners for name in weights_of(model, owner)):
+        weight = weight_named(model, name)
+        if weight.parameter in trained:
+            trained.remove(weight.parameter)
+            weights[name] = weight.owner
     modules = {name: model.get_submodule(owner) for name, owner in weights.items()}
     plain_s = _seconds(trial, lambda: _forward_backward(trial))
     taken, refusals = _taken(trial, list(weights))

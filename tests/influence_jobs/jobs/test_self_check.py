@@ -1,14 +1,27 @@
 """Jobs refuse a model whose gradients the engines would get wrong, before they store a number."""
 
 import digits
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from influence_jobs.errors import RuntimeFault
+from influence_jobs.gradients import reduce_gradient
+from influence_jobs.gradients.reference import gradients_one_by_one
 from influence_jobs.kinds.influence.spec import InfluenceSpec
 from influence_jobs.specs.base import make_spec
+from influence_jobs.store.checkpoints import load_checkpoint
 from influence_jobs.store.run import Run
+from influence_jobs.tasks.base import Draw
+
+
+class Mixing(digits.DigitsNet):
+    """Its outputs depend on the other samples of the batch, which no look at the modules finds."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        outputs = super().forward(images)
+        return outputs + outputs.mean(0)
 
 
 class SecondUse(digits.DigitsNet):
@@ -23,26 +36,39 @@ class SecondUse(digits.DigitsNet):
         return super().forward(images) + sums * images.mean(dim=(1, 2, 3))[:, None]
 
 
-@pytest.fixture(autouse=True)
-def second_use(digits_task, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The example's model has the weights that it always had, and uses one of them twice."""
-    plain, other = digits_task.model().eval(), SecondUse().eval()
-    other.load_state_dict(plain.state_dict())
-    images = torch.rand(2, 1, 8, 8)
-    assert not torch.allclose(other(images), plain(images))
-    monkeypatch.setattr(digits.DigitsTask, "model", lambda self: SecondUse(self.width))
+@pytest.fixture
+def mixing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example's model with the weights that it always had, and outputs that are mixed."""
+    monkeypatch.setattr(digits.DigitsTask, "model", lambda self: Mixing(self.width))
 
 
+@pytest.mark.usefixtures("mixing")
 def test_norms_are_refused(carry_out, fresh_root, grad_norms_spec) -> None:
     root = fresh_root()
-    with pytest.raises(RuntimeFault, match="'conv2': per-sample norms differ from one-sample"):
+    with pytest.raises(RuntimeFault, match="'conv1': per-sample norms differ from one-sample"):
         carry_out(grad_norms_spec, root=root)
     assert Run(str(root), grad_norms_spec).manifest.done() == {}
 
 
+@pytest.mark.usefixtures("mixing")
 def test_influence_is_refused(carry_out, fresh_root, grad_norms_spec, s_test_of) -> None:
     root = fresh_root()
     spec = make_spec(InfluenceSpec, task=grad_norms_spec.task, s_tests=(s_test_of(),))
     with pytest.raises(RuntimeFault, match=r"'conv2': per-sample .* differ from one-sample"):
         carry_out(spec, root=root)
     assert Run(str(root), spec).manifest.done() == {}
+
+
+def test_a_second_use_of_a_weight_is_counted(
+    carry_out, fresh_root, grad_norms_spec, digits_task, checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(digits.DigitsTask, "model", lambda self: SecondUse(self.width))
+    root = fresh_root()
+    run = carry_out(grad_norms_spec, root=root)
+    model = SecondUse().eval()
+    load_checkpoint(model, str(root), checkpoint)
+    batch = digits_task.batch(torch.arange(3), Draw(grad_norms_spec.seed))
+    (gradient,) = gradients_one_by_one(model, ["conv2.weight"], digits_task.losses, batch).values()
+    wanted = reduce_gradient(model.conv2, gradient, grad_norms_spec.reduction)
+    found = run.read_rows("norms/conv2", 0, 3)
+    assert np.abs(found - wanted.numpy()).max() <= 1e-5 * wanted.max()
