@@ -195,7 +195,9 @@ def test_samples_that_mix() -> None:
 
 def test_dropout_in_eval_mode() -> None:
     (line,) = looked(samples.deterministic, Dropped())
-    assert line.startswith("fail: two passes over the same samples of Dropped give different losses")
+    assert line.startswith(
+        "fail: two passes over the same samples of Dropped give different losses"
+    )
 
 
 class FrozenTied(Right):
