@@ -94,7 +94,7 @@ def test_an_error_names_the_argument(runs: str, trained: Results) -> None:
         submit("grad-norms", runs, checkpoint=trained, layer=1, workers=0)
     with pytest.raises(SpecError, match=r"^there is no kind of run 'norms'; there are ablation"):
         submit("norms", runs)
-    with pytest.raises(SpecError, match=r"^s-test of 2 checkpoints is as many runs"):
+    with pytest.raises(SpecError, match=r"^s-test at 2 checkpoints makes 2 runs"):
         both = submit("train", runs, task=DigitsTask, epochs=2, save_epoch=1, lr=0.05)
         submit("s-test", runs, checkpoint=f"{both.run.id}@all", test=1)
     with pytest.raises(SpecError, match=r"^batch_size= has no meaning for lds"):

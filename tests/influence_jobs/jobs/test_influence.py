@@ -1,5 +1,6 @@
 """s-test and influence runs, compared with explicit gradients and dense solutions."""
 
+import copy
 import json
 from collections import Counter
 
@@ -28,7 +29,7 @@ from influence_jobs.store.checkpoints import load_checkpoint
 from influence_jobs.store.layout import S_TEST, S_TEST_VARIANCE, SCORES, part_name, repeat_name
 from influence_jobs.store.run import Run
 from influence_jobs.store.verify import find_damage
-from influence_jobs.tasks.base import Draw
+from influence_jobs.tasks.base import Draw, to_type
 
 MODULES = ("conv1", "norm", "conv2", "head")
 N = 1500
@@ -66,17 +67,17 @@ def test_s_test_is_the_solution_of_its_queries_gradients(
 ):
     spec = make_s_test()
     run = carry_out(spec)
-    space = ParameterSpace(network)
+    space, double = ParameterSpace(network), copy.deepcopy(network).double()
     rows = []
     for query in queries.items:
-        batch = digits_task.test_batch(torch.tensor([query.test]), Draw(0))
-        loss = digits_task.losses(network, batch).sum()
+        batch = to_type(digits_task.test_batch(torch.tensor([query.test]), Draw(0)), torch.float64)
+        loss = digits_task.losses(double, batch).sum()
         rows.append(
-            torch.cat([g.flatten() for g in torch.autograd.grad(loss, network.parameters())])
+            torch.cat([g.flatten() for g in torch.autograd.grad(loss, double.parameters())])
         )
-    rhs_QP = torch.stack(rows)
+    rhs_QP = torch.stack(rows).float()
     found = query_gradients(digits_task, network, space, queries, 0, 3)
-    torch.testing.assert_close(found, rhs_QP, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(found, rhs_QP, rtol=1e-6, atol=1e-9)
     ids = curvature_samples(digits_task, spec.curvature)
     assert len(set(ids.tolist())) == 200
     operator = GaussNewton(network, space, digits_task, ids)

@@ -103,7 +103,8 @@ def test_every_draw_of_every_checkpoint_counts_once(carry_out, specs, monkeypatc
     for term in range(job.terms):
         job.score(term, torch.arange(N))
     checks = 2 * 2  # two samples a checkpoint, before its first batch
-    assert asked == {Draw(5, 0): 2 * N + checks, Draw(5, 1): 2 * N, Draw(5, 2): 2 * N}
+    drawn = {draw: count for draw, count in asked.items() if draw.seed == 5}
+    assert drawn == {Draw(5, 0): 2 * N + checks, Draw(5, 1): 2 * N, Draw(5, 2): 2 * N}
 
 
 def test_a_sample_without_a_finite_gradient_is_named(specs, carry_out, monkeypatch) -> None:

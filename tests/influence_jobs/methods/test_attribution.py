@@ -122,7 +122,7 @@ class OddTask(Task):
         ("twice", "is called 2 times"),
         ("unused", "is called 0 times"),
         ("pair", "returns tuple"),
-        ("tokens", "has norms of the rows of its weight"),  # which may be as many as the outputs
+        ("tokens", "has norms of its weight's rows"),  # which may be as many as the outputs
     ],
 )
 def test_layers_without_one_activation_a_channel_are_refused(layer: str, complaint: str) -> None:

@@ -41,8 +41,7 @@ def test_a_histogram_says_how_many_lie_beyond_its_line(
     rest = f"; the largest is {totals.max():.3g}, the median {np.median(totals):.3g}."
     beyond = (totals > last).sum()
     assert caption() == (
-        f"{beyond:,} of 1,500 samples lie beyond {last:.3g}, the broken line "
-        f"(the last hundredth){rest}"
+        f"{beyond:,} of 1,500 samples lie above {last:.3g}, the dashed line (the top 1 %){rest}"
     )
     limit = float(np.median(totals))
     known = Published(section="4.2", quick_epochs=1, norm_limit=limit)
@@ -50,9 +49,8 @@ def test_a_histogram_says_how_many_lie_beyond_its_line(
     beyond = (totals > limit).sum()
     assert 500 < beyond < 1000
     assert caption() == (
-        f"{beyond:,} of 1,500 samples lie beyond {limit:.3g}, the broken line, "
-        "where the research report "
-        f"drew it{rest}"
+        f"{beyond:,} of 1,500 samples lie above {limit:.3g}, the dashed line, "
+        f"the limit in the research report{rest}"
     )
 
 
@@ -82,9 +80,9 @@ def test_a_training_offers_its_recorded_norms(recorded, runs_of_all_kinds) -> No
 
 def test_what_norms_and_scores_cannot_be_asked_for(recorded, runs_of_all_kinds) -> None:
     kinds = runs_of_all_kinds
-    with pytest.raises(SpecError, match="has norms, which are of no query"):
+    with pytest.raises(SpecError, match="has norms, which do not depend on a query"):
         view_of(recorded).top(3, tests=[5])
-    with pytest.raises(SpecError, match="has norms, which are of no query"):
+    with pytest.raises(SpecError, match="has norms, which do not depend on a query"):
         view_of(recorded).top(3, side="helpful")
     with pytest.raises(SpecError, match="has no gradient norms: infl submit grad-norms"):
         view_of(kinds.train).top(3)
@@ -100,7 +98,7 @@ def test_what_norms_and_scores_cannot_be_asked_for(recorded, runs_of_all_kinds) 
         view_of(kinds.influence).top(3, tests=[5, 7])
     with pytest.raises(SpecError, match="keeps no scores of layer conv2: leave --layer out"):
         view_of(kinds.influence).top(3, layer="conv2")
-    with pytest.raises(SpecError, match="k = 0: at least one sample is wanted"):
+    with pytest.raises(SpecError, match="k = 0: k must be at least 1"):
         view_of(kinds.influence).top(0)
     with pytest.raises(SpecError, match="has no scores yet: infl submit influence --s-test"):
         view_of(kinds.s_test).top(3)

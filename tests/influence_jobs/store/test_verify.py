@@ -75,7 +75,7 @@ def test_tables_are_compared_too(run: Run) -> None:
     run.files.write(table, content + b"x")
     assert find_damage(run).damaged == {layout.FINISH: f"{table} is not what was written"}
     run.files.delete(table)
-    assert find_damage(run).damaged == {layout.FINISH: f"{table} is gone"}
+    assert find_damage(run).damaged == {layout.FINISH: f"{table} is missing"}
     with pytest.raises(StoreError, match="samples is missing or damaged: infl verify"):
         run.read_table("samples")
 

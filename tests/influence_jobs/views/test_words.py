@@ -104,7 +104,7 @@ def test_captions_of_scores_say_what_is_marked_and_what_is_left_out(
         {"test": 5, "region": "1,2,3,4", "label": 7},
     ]
     counted = "2 different samples in 4 places."
-    mark = " The mark is at what is explained."
+    mark = " The mark shows the explained point or region."
     frame = " 1 have the label of their query (green frame)."
     assert scores_seen(rows, queries, classes=True) == counted + frame + mark
     assert scores_seen(rows, queries, classes=False) == counted + mark
