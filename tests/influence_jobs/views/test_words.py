@@ -113,7 +113,7 @@ def test_captions_of_scores_say_what_is_marked_and_what_is_left_out(
     monkeypatch.setattr(scores_view, "MAX_ROWS", 2)
     assert scores_seen(rows, queries, classes=False) == counted + mark
     monkeypatch.setattr(scores_view, "MAX_ROWS", 1)
-    more = " The first 1 of 2 queries; the data have all."
+    more = " Only the first 1 of 2 queries are drawn; the data have all."
     assert scores_seen(rows, queries, classes=False) == counted + mark + more
     assert of_first(rows, 1) == rows[:2]
     assert list(by_query(rows)) == [(5, None, "helpful"), (5, "1,2,3,4", "helpful")]
