@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from influence_jobs.curvature.operators import Operator
+from influence_jobs.curvature.operators import LOOKED_AT, Operator
+from influence_jobs.curvature.output_loss import FORMS, IGNORED, forms_of
+from influence_jobs.curvature.requirements import require_output_loss
 from influence_jobs.curvature.solver import (
     AUTOMATIC_DAMPING,
     Progress,
@@ -22,6 +24,7 @@ from influence_jobs.gradients.rules import matrix_layers, names_of, nearest_rule
 from influence_jobs.gradients.taps import thawed
 from influence_jobs.gradients.usage import Usage
 from influence_jobs.tasks.base import Task
+from influence_jobs.terms import OutputLoss
 
 if TYPE_CHECKING:
     from curvlinops import EKFACLinearOperator
@@ -29,7 +32,10 @@ if TYPE_CHECKING:
 
 _CURE = "leave its layer out (--layer), or use --solver cg"
 
-LOSSES = {"cross-entropy": nn.CrossEntropyLoss, "mse": nn.MSELoss}
+LOSSES: dict[OutputLoss, type[nn.Module]] = {
+    "cross-entropy": nn.CrossEntropyLoss,
+    "mse": nn.MSELoss,
+}
 
 
 class EkFac(Solver):
@@ -101,17 +107,13 @@ class EkFac(Solver):
         model, task, space = operator.model, operator.task, operator.space
         for name in space.shapes:
             _require_factored(name, model.get_submodule(name.rpartition(".")[0]))
-        if task.output_loss is None:
-            raise ModelError(
-                f"EK-FAC needs to know how the loss of {type(task).__name__} depends on its "
-                "outputs: declare output_loss"
-            )
+        loss = _require_loss(operator)
         parameters = list(space.parameters().values())
         with thawed(parameters), torch.enable_grad():
             _require_called_once(operator)
             factors = RuleEKFAC(
                 _Outputs(model, task),
-                LOSSES[task.output_loss](),
+                loss,
                 parameters,
                 _Batches(operator, progress),
                 check_deterministic=False,
@@ -124,6 +126,24 @@ class EkFac(Solver):
             factors.compute_kronecker_factors()
             factors.compute_eigenvalue_correction()
         return factors
+
+
+def _require_loss(operator: Operator) -> nn.Module:
+    """The task's loss as curvlinops knows it; any other is refused.
+
+    Raises:
+        ModelError: The loss is another one, or none is declared.
+    """
+    task, model, batch = operator.task, operator.model, operator.batch(operator.ids[:LOOKED_AT])
+    (form, *_) = require_output_loss(task, model, batch, forms_of(task))
+    for name, loss in LOSSES.items():
+        if task.output_loss == name and form is FORMS[name][0]:
+            return loss()
+    known = " and ".join(FORMS[name][0].words for name in LOSSES)
+    raise ModelError(
+        f"EK-FAC knows {known}, but the losses of {type(task).__name__} are {form.words}: use "
+        "--solver cg"
+    )
 
 
 def _only(eigenvalues: Tensor | dict[int, Tensor]) -> Tensor:
@@ -149,8 +169,8 @@ def _require_called_once(operator: Operator) -> None:
     model, parameters = operator.model, operator.space.parameters()
     owners = {name: name.rpartition(".")[0] for name in parameters}
     modules = {owner: model.get_submodule(owner) for owner in owners.values()}
-    batch = operator.batch(operator.ids[:2])
-    usage = Usage(lambda: operator.task.losses(model, batch), modules)
+    batch = operator.batch(operator.ids[:3])
+    usage = Usage(lambda batch: operator.task.losses(model, batch), batch, modules)
     for name, parameter in parameters.items():
         uses, calls = usage.uses(parameter), usage.calls(owners[name])
         if (uses, calls) != (1, 1):
@@ -158,6 +178,11 @@ def _require_called_once(operator: Operator) -> None:
                 f"EK-FAC cannot factor {name}: a forward uses it {uses} times and calls its layer "
                 f"{calls} times, and only one use in one call is right (MultiheadAttention never "
                 f"calls its out_proj): {_CURE}"
+            )
+        if not usage.plain(owners[name], [parameter]):
+            raise ModelError(
+                f"EK-FAC cannot factor {name}: the first axis of its layer's output is not the "
+                f"sample: {_CURE}"
             )
 
 
@@ -186,6 +211,11 @@ class _Batches:
             self._done += len(ids)
             batch = operator.batch(ids)
             targets = operator.task.targets(batch)
+            if operator.task.output_loss == "cross-entropy" and (targets == IGNORED).any():
+                raise ModelError(
+                    f"EK-FAC counts samples of class {IGNORED}, which the loss ignores: leave them "
+                    "out of the data, or use --solver cg"
+                )
             if operator.task.output_loss == "mse":
                 targets = targets.flatten(1)
             yield UserDict(batch=batch, size=len(ids)), targets

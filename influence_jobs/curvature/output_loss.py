@@ -56,10 +56,12 @@ def cross_entropy(outputs_BC: Tensor, classes_B: Tensor) -> Tensor:
     return F.cross_entropy(outputs_BC, classes_B, reduction="none")
 
 
-def _cross_entropy_hessian(outputs_BC: Tensor, _targets: Tensor, tangents_BC: Tensor) -> Tensor:
+def _cross_entropy_hessian(outputs_BC: Tensor, targets: Tensor, tangents_BC: Tensor) -> Tensor:
     """(diag(p) - p p^T) u / B, p the probabilities: the same for logits and log-probabilities."""
     weighted_BC = outputs_BC.softmax(1)
     weighted_BC = weighted_BC * (tangents_BC - (weighted_BC * tangents_BC).sum(1, keepdim=True))
+    if not targets.is_floating_point():  # classes, not probabilities of them
+        weighted_BC = weighted_BC * (targets != IGNORED).unsqueeze(1)
     return weighted_BC / len(outputs_BC)
 
 

@@ -73,7 +73,7 @@ class GradDots(TappedModel):
             raise ModelError(
                 f"vector {int((~finite_Q).nonzero()[0])} holds NaN or infinity: compute it again"
             )
-        self._space = space
+        self._space = space = space.of(model)  # which may have been made of a copy
         for name, parameter in space.parameters().items():
             module = name.rpartition(".")[0]
             require_dtype(module, parameter, self._dtype)
@@ -270,7 +270,7 @@ class GradDots(TappedModel):
             torch.enable_grad(),
             torch.autocast(self._device.type, enabled=False),
         ):
-            usage = Usage(lambda: self._forward(batch), modules)
+            usage = Usage(self._forward, batch, modules)
         return {
             group: rule_of(module)
             for group, module in modules.items()

@@ -135,7 +135,7 @@ class GradNorms(TappedModel):
             torch.enable_grad(),
             torch.autocast(self._device.type, enabled=False),
         ):
-            usage = Usage(lambda: self._forward(batch), {name: modules[name] for name in names})
+            usage = Usage(self._forward, batch, {name: modules[name] for name in names})
         rules: dict[str, LayerRule[Any]] = {}
         for name, weight in self._weights.items():
             reason = self._why_not_by_rule(name, weight, usage)

@@ -17,7 +17,8 @@ from influence_jobs.errors import ModelError
 from influence_jobs.gradients.metric import Metric
 from influence_jobs.gradients.requirements import find_rule
 from influence_jobs.gradients.rules import LayerRule, MatrixRule, matrix_layers, names_of
-from influence_jobs.gradients.taps import TappedModel
+from influence_jobs.gradients.taps import TappedModel, thawed
+from influence_jobs.gradients.usage import Usage
 from influence_jobs.terms import Precision
 
 
@@ -65,6 +66,7 @@ class GradQuadratics(TappedModel):
         }
         self._freeze()
         self._attach(found)
+        self._looked = False
 
     def __call__(self, batch: Any) -> dict[str, Tensor]:
         """The forms of every sample of a batch.
@@ -76,6 +78,9 @@ class GradQuadratics(TappedModel):
         Raises:
             ModelError: As a call of `GradNorms`.
         """
+        if not self._looked:
+            self._require_plain(batch)
+            self._looked = True
         forms: dict[str, Tensor] = {}
 
         def visit(name: str, rule: LayerRule[Any], a: Tensor, g: Tensor) -> None:
@@ -86,6 +91,23 @@ class GradQuadratics(TappedModel):
 
         self._run(batch, visit)
         return {name: forms[name] for name in self._layers}
+
+    def _require_plain(self, batch: Any) -> None:
+        """Refuse layers whose rule does not hold, as the first batch shows."""
+        modules = {name: rule.module for name, rule in self._layers.items()}
+        with (
+            thawed(self._parameters().values()),
+            torch.enable_grad(),
+            torch.autocast(self._device.type, enabled=False),
+        ):
+            usage = Usage(self._forward, batch, modules)
+        for name, module in modules.items():
+            if not usage.plain(name, module.parameters()):
+                raise ModelError(
+                    f"layer '{name}' has no {self._result}: its weights are used otherwise than in "
+                    "one call of it, or the first axis of its output is not the sample; leave the "
+                    "layer out, or divide by nothing (without --relative)"
+                )
 
     def _parameters(self) -> dict[str, Tensor]:
         return {

@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from influence_jobs.errors import ModelError
 from influence_jobs.gradients.recorded_call import RecordedCall
@@ -216,6 +217,7 @@ class TappedModel(ABC):
 
     def _forward(self, batch: Any) -> Tensor:
         mixed = self._precision == "bfloat16"
+        versions = _versions(batch)
         with (
             # A cached cast would hide uses of a thawed weight from the graph.
             torch.autocast(
@@ -224,6 +226,11 @@ class TappedModel(ABC):
             differentiable_kernels(self._model),
         ):
             losses = self._losses(self._model, batch)
+        if _versions(batch) != versions:
+            raise ModelError(
+                f"{type(self._model).__name__} or its losses overwrite the batch (an in-place "
+                "operation on it), so a second pass would see other samples: work on a copy"
+            )
         if not isinstance(losses, Tensor) or losses.ndim != 1:
             what = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ModelError(
@@ -244,6 +251,8 @@ class TappedModel(ABC):
         call = self._call
         if call is None:  # a forward pass that is not ours
             return None
+        if call.batch_size:  # the backward pass calls the layer again, for a checkpoint
+            return self._tapped(rule, output, lambda _: None)
         if name in call.reached:
             raise ModelError(
                 f"layer '{name}' is called more than once in a forward pass: its {self._result} "
@@ -279,6 +288,11 @@ class TappedModel(ABC):
             call.visit(name, rule, inputs, g.to(self._dtype))
             call.done.add(name)
 
+        return self._tapped(rule, output, on_gradient)
+
+    def _tapped(
+        self, rule: LayerRule[Any], output: Tensor, on_gradient: Callable[[Tensor], None]
+    ) -> Tensor:
         # A Linear over positions returns a view of a matrix that it alone made. A tap on the view
         # would cost three copies in the backward pass.
         matrix = _viewed_whole(output) if type(rule.module) is nn.Linear else None
@@ -359,6 +373,12 @@ def _viewed_whole(tensor: Tensor) -> Tensor | None:
     if base is not None and base.numel() == tensor.numel():
         return base if base.is_contiguous() and tensor.is_contiguous() else None
     return None
+
+
+def _versions(batch: Any) -> list[int]:
+    """How often each tensor of a batch was written to."""
+    leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
+    return [leaf._version for leaf in leaves if not leaf.is_inference()]
 
 
 def unused(name: str) -> ModelError:

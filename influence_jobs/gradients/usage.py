@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from influence_jobs.gradients.rules import LayerRule, rule_of, supported
+from influence_jobs.gradients.reference import one_sample
+from influence_jobs.gradients.rules import LayerRule, nearest_rule
 
 
 @dataclass
@@ -22,29 +23,33 @@ class _Call:
 
 
 class Usage:
-    """What one forward pass shows of some modules and of their parameters.
+    """What a forward pass shows of some modules and of their parameters.
 
-    Each use of a parameter is an edge to its leaf in the graph of the losses.
+    Each use of a parameter is an edge to its leaf in the graph of the losses. A second pass, over
+    the first sample alone, tells an axis that is as long as the batch by chance from the samples'.
 
     Args:
-        forward: From the batch to one loss a sample; the parameters require gradients.
+        forward: From a batch to one loss a sample; the parameters require gradients.
+        batch: The batch. It is cut as `one_sample` does it.
         modules: By name, those to look at.
 
     Attributes:
         size: B.
     """
 
-    def __init__(self, forward: Callable[[], Tensor], modules: Mapping[str, nn.Module]) -> None:
-        self._calls: dict[str, list[_Call]] = {name: [] for name in modules}
-        with ExitStack() as stack:
-            for name, module in modules.items():
-                rule = rule_of(module) if supported(module) else None
-                hook = partial(self._note, name, rule)
-                stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
-            losses = forward()
+    def __init__(
+        self, forward: Callable[[Any], Tensor], batch: Any, modules: Mapping[str, nn.Module]
+    ) -> None:
+        self._calls, losses = _watched(forward, batch, modules)
         self.size = len(losses)
         self._losses = losses.grad_fn
         self._uses = _uses([self._losses])
+        self._of_one = self._calls if self.size == 1 else None
+        if self.size > 1:
+            # A batch that cannot be cut leaves the question to `TappedModel.check`.
+            with suppress(RuntimeError, ValueError, IndexError):
+                of_one, losses = _watched(forward, one_sample(batch, 0, self.size), modules)
+                self._of_one = of_one if len(losses) == 1 else None
 
     def calls(self, module: str) -> int:
         """How often a module is called."""
@@ -57,6 +62,8 @@ class Usage:
     def plain(self, module: str, parameters: Iterable[Tensor]) -> bool:
         """Whether a layer's rule holds: one call for all samples, and no other use."""
         rows = [call.rows for call in self._calls[module]]
+        if self._of_one is not None and [call.rows for call in self._of_one[module]] != [1]:
+            return False
         return rows == [self.size] and all(self.uses(parameter) == 1 for parameter in parameters)
 
     def within(self, parameter: Tensor, module: str) -> bool:
@@ -67,9 +74,15 @@ class Usage:
         outside = _uses([self._losses, *call.inputs], call.outputs)
         return not outside[id(parameter)] and id(parameter) not in call.leaves
 
-    def _note(
-        self,
-        name: str,
+
+def _watched(
+    forward: Callable[[Any], Tensor], batch: Any, modules: Mapping[str, nn.Module]
+) -> tuple[dict[str, list[_Call]], Tensor]:
+    """The calls of some modules in a forward pass, and its losses."""
+    calls: dict[str, list[_Call]] = {name: [] for name in modules}
+
+    def note(
+        noted: list[_Call],
         rule: LayerRule[Any] | None,
         _module: nn.Module,
         args: tuple[Any, ...],
@@ -85,7 +98,7 @@ class Usage:
         ):
             rows = len(output)
         inputs = [leaf for leaf in _tensors((args, kwargs)) if leaf.requires_grad]
-        self._calls[name].append(
+        noted.append(
             _Call(
                 rows,
                 [leaf.grad_fn for leaf in inputs if leaf.grad_fn is not None],
@@ -93,6 +106,12 @@ class Usage:
                 {id(leaf) for leaf in inputs if leaf.is_leaf},
             )
         )
+
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            hook = partial(note, calls[name], nearest_rule(module))
+            stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+        return calls, forward(batch)
 
 
 def _tensors(tree: Any) -> list[Tensor]:

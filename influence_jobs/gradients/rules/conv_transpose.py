@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import ClassVar, TypeVar
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import grad
 
@@ -42,6 +43,7 @@ class ConvolutionTransposeRule(LayerRule[V]):
     def weight_gradient(self, a: Tensor, g: Tensor) -> Tensor:
         """By one convolution, which has the samples of the batch as further groups."""
         module, batch = self.module, len(g)
+        a = F.pad(a, self._unused(a, g))
         found = type(self).gradient_of_one(
             g.reshape(1, -1, *g.shape[2:]),
             (batch * module.in_channels, *module.weight.shape[1:]),
@@ -55,6 +57,19 @@ class ConvolutionTransposeRule(LayerRule[V]):
 
     def bias_gradient(self, g: Tensor) -> Tensor:
         return g.sum(dim=tuple(range(2, g.ndim)))
+
+    def _unused(self, a: Tensor, g: Tensor) -> list[int]:
+        """Zeros to add to the input, for `F.pad`.
+
+        With an output padding of a stride or more, the convolution has more outputs than the layer
+        has inputs.
+        """
+        module, zeros = self.module, list[int]()
+        for axis, padding in reversed([*enumerate(map(int, module.padding))]):
+            reach = module.dilation[axis] * (module.kernel_size[axis] - 1)
+            free = g.shape[2 + axis] + 2 * padding - reach - 1
+            zeros += [0, free // module.stride[axis] + 1 - a.shape[2 + axis]]
+        return zeros
 
 
 class ConvTranspose1dRule(ConvolutionTransposeRule[nn.ConvTranspose1d]):

@@ -124,7 +124,7 @@ def test_bfloat16(case):
         engine.check(case.batch)
 
 
-def test_check_finds_a_weight_used_twice():
+def test_a_weight_used_twice_and_an_axis_as_long_as_the_batch_are_refused():
     class Twice(nn.Module):
         def __init__(self):
             super().__init__()
@@ -137,9 +137,20 @@ def test_check_finds_a_weight_used_twice():
     model = Twice().eval()
     with (
         GradQuadratics(model, {"layer": None}, lambda m, x: m(x).sin().sum(1)) as engine,
-        pytest.raises(ModelError, match=r"quadratic forms differ .* of twice the largest"),
+        pytest.raises(ModelError, match=r"^layer 'layer' has no quadratic forms: its weights are"),
     ):
-        engine.check(torch.randn(3, 6))
+        engine(torch.randn(3, 6))
+
+    class PositionsFirst(Twice):
+        def forward(self, x):
+            return self.layer(x.transpose(0, 1)).transpose(0, 1)
+
+    model = PositionsFirst().eval()
+    with (
+        GradQuadratics(model, {"layer": None}, lambda m, x: m(x).sin().sum((1, 2))) as engine,
+        pytest.raises(ModelError, match="the first axis of its output is not the sample"),
+    ):
+        engine(torch.randn(3, 3, 6))
 
 
 def test_refusals(resnet_case):
