@@ -55,7 +55,10 @@ class How(Options):
         }
         for flag, given in pool.items():
             if self.local and given:
-                raise SpecError(f"--local computes in this process: leave out {flag}")
+                raise SpecError(
+                    f"{flag} is for workers of Ray, and this run is to be computed without: use "
+                    f"Ray, or leave out {flag}"
+                )
         if not self.address and self.device == "cuda":
             devices.resolved(self.device)
         return self

@@ -1,5 +1,6 @@
 """Submit runs from Python: `influence_jobs.submit`."""
 
+import os
 import sys
 from typing import Any
 
@@ -16,7 +17,7 @@ from influence_jobs.store.run import Run
 def submit(
     kind: str,
     *,
-    runs: str = DEFAULT_RUNS,
+    runs: str | os.PathLike[str] = DEFAULT_RUNS,
     ray: bool = False,
     address: str | None = None,
     workers: int | None = None,

@@ -35,7 +35,7 @@ def find_kind(name: str) -> Kind:
     Raises:
         SpecError: There is no such kind.
     """
-    if name not in kinds():
+    if not isinstance(name, str) or name not in kinds():
         raise SpecError(f"there is no kind of run {name!r}; there are {', '.join(kinds())}")
     return kinds()[name]
 

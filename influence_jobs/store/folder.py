@@ -7,8 +7,9 @@ from pathlib import Path
 DEFAULT_RUNS = "runs"
 
 
-def runs_folder(word: str) -> str:
+def runs_folder(word: str | os.PathLike[str]) -> str:
     """The folder that `--runs` names, as a URL or an absolute path."""
+    word = os.fspath(word)
     return word if "://" in word else str(Path(word).expanduser().absolute())
 
 

@@ -11,9 +11,11 @@ import io
 import re
 import sys
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from importlib.machinery import PathFinder
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, FunctionType, ModuleType
+from weakref import WeakKeyDictionary
 
 from influence_jobs.errors import SpecError
 from influence_jobs.specs.base import TaskSpec
@@ -73,51 +75,118 @@ def code_of(kind: type[Task]) -> str:
     """SHA-256 of the user's own code behind a task; empty for the tasks of this package.
 
     It covers the file of the class, and every file of the user that this one imports, directly or
-    indirectly. Comments, docstrings and blank lines do not count.
+    indirectly. Comments, docstrings and blank lines do not count. Of a class without a file, as in
+    a notebook, it covers the bytecode, with the globals that it uses.
+
+    Raises:
+        SpecError: A file changed after Python imported the class.
     """
     if kind.__module__.partition(".")[0] in OURS:
         return ""
     module = sys.modules.get(kind.__module__)
     files = sorted(_own_files(module)) if module is not None else []
-    if files:
-        texts = [code_alone(file.read_text(encoding="utf-8")) for file in files]
-    else:  # defined in a notebook or a shell
-        texts = _sources(kind)
+    if not files:
+        return _digest(_bytecode(kind, set()))
+    found = _digest(code_alone(_text(file)) for file in files)
+    if _at_first.setdefault(kind, found) != found:
+        raise SpecError(
+            f"the code of task {kind.__name__} changed after Python imported it ({files[0]}, or a "
+            "file of yours that it imports): restart Python, or reload the module of the task"
+        )
+    return found
+
+
+# Python goes on with the code that it imported, whatever its file says later.
+_at_first: WeakKeyDictionary[type[Task], str] = WeakKeyDictionary()
+
+
+def _digest(texts: Iterable[str]) -> str:
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
 
-def _sources(kind: type[Task]) -> list[str]:
-    functions = [value for _, value in sorted(vars(kind).items()) if inspect.isfunction(value)]
-    try:
-        return [inspect.getsource(function) for function in functions]
-    except OSError:
-        return [repr(function.__code__.co_code) for function in functions]
+def _bytecode(value: object, seen: set[int]) -> Iterator[str]:
+    """What a function or class is made of, with the user's globals that it uses."""
+    value = getattr(value, "__func__", getattr(value, "func", value))  # of a method, a property
+    if id(value) in seen:
+        return
+    if isinstance(value, type | FunctionType | list | dict):  # which may lead back to themselves
+        seen.add(id(value))
+    match value:
+        case property():
+            for part in (value.fget, value.fset):
+                yield from _bytecode(part, seen)
+        case type() if value.__module__ == "__main__":
+            yield value.__qualname__
+            for base in value.__bases__:
+                yield from _bytecode(base, seen)
+            for name, member in sorted(vars(value).items()):
+                if name not in {"__doc__", "__firstlineno__", "__static_attributes__"}:
+                    yield name
+                    yield from _bytecode(member, seen)
+        case FunctionType() if value.__module__ == "__main__":
+            yield repr((value.__defaults__, value.__kwdefaults__))
+            yield from _bytecode(value.__code__, seen)
+            for name in sorted(_names(value.__code__)):
+                yield from _bytecode(value.__globals__.get(name), seen)
+        case CodeType():
+            yield repr((value.co_code, value.co_names))
+            yield from _bytecode(value.co_consts, seen)
+        case tuple() | list():
+            yield f"{len(value)} of"
+            for element in value:
+                yield from _bytecode(element, seen)
+        case dict():
+            yield from _bytecode(list(value.items()), seen)
+        case set() | frozenset():  # their order differs by process
+            yield repr(sorted(map(repr, value)))
+        case None | bool() | int() | float() | complex() | str() | bytes():
+            yield repr(value)
+
+
+def _names(code: CodeType) -> set[str]:
+    """The names that code uses, that of functions inside it too."""
+    inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return {*code.co_names}.union(*map(_names, inner))
 
 
 def _own_files(module: ModuleType) -> set[Path]:
     """The source files of a module and of all modules of the user that it imports."""
     top = module.__name__.partition(".")[0]
     found: set[Path] = set()
-    waiting = [module]
+    waiting = [module.__name__]
     while waiting:
-        file = _file(waiting[-1])
-        module = waiting.pop()
+        name = waiting.pop()
+        file, package = _located(name)
         if file is None or file in found:
             continue
-        beside = module.__name__.partition(".")[0] == top and top not in OURS
-        if not (beside or is_own(file, module.__name__)):
+        beside = name.partition(".")[0] == top and top not in OURS
+        if not (beside or is_own(file, name)):
             continue
         found.add(file)
-        package = module.__package__ or ""
-        for name in _imported(file.read_text(encoding="utf-8"), package):
-            if name in sys.modules:
-                waiting.append(sys.modules[name])
+        waiting += _imported(_text(file), package)
     return found
 
 
-def _file(module: ModuleType) -> Path | None:
-    name = getattr(module, "__file__", None)
-    return Path(name).resolve() if name and name.endswith(".py") else None
+def _located(name: str) -> tuple[Path | None, str]:
+    """The source file of a module, if any, and its package; found without importing it."""
+    if (module := sys.modules.get(name)) is not None:
+        origin, package = getattr(module, "__file__", None), module.__package__ or ""
+    else:
+        origin, package, path = None, name.rpartition(".")[0], None
+        for end in range(1, name.count(".") + 2):
+            if end > 1 and path is None:  # the name of something in a module
+                return None, ""
+            spec = PathFinder.find_spec(".".join(name.split(".")[:end]), path)
+            if spec is None:
+                return None, ""
+            origin, path = spec.origin, spec.submodule_search_locations
+        package = name if path is not None else package
+    return (Path(origin).resolve() if origin and origin.endswith(".py") else None), package
+
+
+def _text(file: Path) -> str:
+    with tokenize.open(file) as source:  # in the encoding that it declares
+        return source.read()
 
 
 def _imported(text: str, package: str) -> Iterator[str]:
@@ -138,7 +207,7 @@ def code_alone(text: str) -> str:
     The rest is kept to the letter. Code printed from a syntax tree would depend on the version of
     Python.
     """
-    lines = text.splitlines()
+    lines = text.split("\n")  # as Python counts lines
     spans = [
         (token.start, token.end)
         for token in tokenize.generate_tokens(io.StringIO(text).readline)

@@ -81,7 +81,10 @@ FFDNET = (*NORMS, "--task", "ffdnet", "--layer", "11", "--patch-size", "32", "--
             "--skip-unreadable needs --images",
         ),
         ((*TRAIN, "--preset", "nix"), "no preset 'nix': choose ffdnet, ffdnet-grey"),
-        ((*TRAIN, "--detach"), "--local computes in this process: leave out --detach"),
+        (
+            (*TRAIN, "--detach"),
+            "--detach is for workers of Ray, and this run is to be computed without",
+        ),
         ((*TRAIN, "--device", "tpu"), "'tpu' is not one of 'auto', 'cpu', 'cuda'"),
         (
             (*NORMS, "--layer", "1", "--workers", "0"),

@@ -5,6 +5,8 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -171,3 +173,71 @@ class C:
         '    return {"é": a}',
         "class C:",
     ]
+
+
+def test_code_alone_counts_lines_as_python_does() -> None:
+    assert code_alone("\x0c\nlr = 1.5\n# one\ns = 'a\u2028b'\n# two\n").split("\n")[-2:] == [
+        "lr = 1.5",
+        "s = 'a\u2028b'",
+    ]
+
+
+def test_a_module_that_is_imported_late_counts(write: Write) -> None:
+    lazy = TASK.replace("from own_parts import network\n", "").replace(
+        "        return network.make()",
+        "        import own_parts.network as n\n\n        return n.make()",
+    )
+    spec = spec_of(write(lazy))
+    assert "own_parts.network" not in sys.modules
+    assert (
+        changed(spec, write(lazy, NETWORK.replace("Linear(1, 1)", "Linear(1, 1, False)"))) == "code"
+    )
+
+
+def test_files_that_changed_after_their_import_are_refused(write: Write, tmp_path: Path) -> None:
+    task = write()
+    spec = spec_of(task)
+    (tmp_path / "own_parts" / "network.py").write_text(NETWORK.replace("(1, 1)", "(1, 1, False)"))
+    with pytest.raises(SpecError, match=r"changed after Python imported it .* restart Python"):
+        changed(spec, task)
+
+
+def test_a_file_of_another_encoding_is_read(write: Write, tmp_path: Path) -> None:
+    task = write()
+    (tmp_path / "own_task.py").write_bytes(b"\xef\xbb\xbf" + TASK.encode())  # with a mark
+    assert code_of(type(task)) == code_of(type(write()))
+
+
+NOTEBOOK = """
+from influence_jobs import Task
+SCALE = 2.0
+class Net:
+    depth = 3
+    def forward(self, x):
+        return SCALE * x
+class Own(Task):
+    weight = "mean"
+    def model(self):
+        return Net()
+    def losses(self, model, batch):
+        return [1.5 * part for part in batch]
+"""
+
+
+def test_all_that_a_task_of_a_notebook_uses_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def code(text: str) -> str:
+        module: Any = ModuleType("__main__")  # has no file
+        monkeypatch.setitem(sys.modules, "__main__", module)
+        exec(text, vars(module))  # noqa: S102
+        return code_of(module.Own)
+
+    found = code(NOTEBOOK)
+    assert code("\n\n" + NOTEBOOK.replace("SCALE = 2.0", "SCALE = 2.0  # twice")) == found
+    for old, new in (
+        ("SCALE = 2.0", "SCALE = 3.0"),
+        ("depth = 3", "depth = 4"),
+        ("SCALE * x", "SCALE + x"),
+        ('"mean"', '"sum"'),
+        ("1.5 *", "2.5 *"),
+    ):
+        assert code(NOTEBOOK.replace(old, new)) != found, old
