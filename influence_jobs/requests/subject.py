@@ -91,6 +91,11 @@ def task_of(
     """
     spec, task = built_task(request, say, trained=trained)
     data, code = fingerprinted(spec.name, task, like=trained)
+    if trained is not None and trained.name == spec.name:
+        if trained.code not in ("", code):
+            say(f"the code of task {spec.name} changed since its checkpoint was trained")
+        elif trained.data != data:
+            say(f"task {spec.name} has other data or code than its checkpoint was trained with")
     return spec.model_copy(update={"data": data, "code": code}), task
 
 

@@ -6,7 +6,8 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -111,7 +112,9 @@ class Run:
         group = zarr.open_group(self.files.zarr_store(layout.ARRAYS), mode="a")
         group.attrs["run"] = self.id
         for array in layouts:
-            if array.name in group:
+            with self._metadata():
+                exists = array.name in group
+            if exists:
                 continue
             group.create_array(
                 array.name,
@@ -137,8 +140,21 @@ class Run:
                 f"(infl verify {self.id}{more} --repair, then infl resume {self.id}{more})"
             )
         group = zarr.open_group(self.files.zarr_store(layout.ARRAYS), mode="r+")
-        members = sorted(group.members(None))
+        with self._metadata():
+            members = sorted(group.members(None))
         return {name: node for name, node in members if isinstance(node, zarr.Array)}
+
+    @contextmanager
+    def _metadata(self) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:  # JSON that cannot be read
+            more = for_runs(self.root)
+            raise StoreError(
+                f"run {self.id}: the metadata of its arrays are damaged ({error}): delete "
+                f"{self.root}/{self.id}/{layout.ARRAYS}, then infl verify {self.id}{more} --repair "
+                f"and infl resume {self.id}{more}"
+            ) from error
 
     def array_names(self) -> list[str]:
         """Sorted names of all arrays; empty before the run has begun."""

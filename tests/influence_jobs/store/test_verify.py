@@ -129,3 +129,14 @@ def test_damaged_files_of_a_run_are_named(run: Run) -> None:
     run.files.write(f"manifest/{shard}.json", b'{"nothing": "known"}')
     with pytest.raises(StoreError, match=rf"{shard}.json is damaged .*; delete it and resume"):
         run.manifest.read(shard)
+
+
+def test_damaged_metadata_of_an_array_are_told_with_the_cure(run: Run) -> None:
+    name = next(iter(run.array_names()))
+    run.files.write(f"{layout.ARRAYS}/{name}/zarr.json", b"{")
+    again = Run(run.root, run.spec)
+    assert find_damage(again).good == 0
+    with pytest.raises(StoreError, match=r"the metadata of its arrays are damaged .*: delete .*"):
+        Run(run.root, run.spec).array(name)
+    with pytest.raises(StoreError, match="the metadata of its arrays are damaged"):
+        again.create_arrays([layout.ArrayLayout(name, (1,), 0, 1, ("sample",))])
