@@ -96,3 +96,22 @@ def test_files_of_the_working_directory_shadow_nothing(
     mnist._run(["-c", "import colorsys"], 60)
     with pytest.raises(DataError, match="reached"):
         mnist._run(["-c", "import colorsys, sys; sys.exit('reached')"], 60)
+
+
+def test_a_checkpoint_of_other_code_or_data_is_told(own: str) -> None:
+    trained = request(f"{own}:Plain")
+    asked = TrainRequest.of({"task": f"{own}:Plain"})
+
+    def said(**changed: str) -> list[str]:
+        lines: list[str] = []
+        task_of(asked, lines.append, trained=trained.model_copy(update=changed))
+        return lines
+
+    name = f"{own}:Plain"
+    assert said() == []
+    assert said(code="0" * 16) == [
+        f"the code of task {name} changed since its checkpoint was trained"
+    ]
+    assert said(data="3 samples") == [
+        f"task {name} has other data or code than its checkpoint was trained with"
+    ]

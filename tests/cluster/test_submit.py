@@ -97,6 +97,11 @@ def test_an_error_names_the_argument(runs: str, trained: Results) -> None:
     with pytest.raises(SpecError, match=r"^s-test at 2 checkpoints makes 2 runs"):
         both = submit("train", runs, task=DigitsTask, epochs=2, save_epoch=1, lr=0.05)
         submit("s-test", runs, checkpoint=f"{both.run.id}@all", test=1)
+    any_kind: Any = ["train"]
+    with pytest.raises(SpecError, match=r"^there is no kind of run \['train'\]"):
+        submit(any_kind, runs)
+    with pytest.raises(SpecError, match=r"^workers= is for workers of Ray, .*leave out workers="):
+        submit("grad-norms", runs, checkpoint=trained, layer=1, workers=2)
     with pytest.raises(SpecError, match=r"^batch_size= has no meaning for lds"):
         submit("lds", runs, checkpoint=trained, batch_size=3)
 
@@ -138,6 +143,9 @@ def test_a_run_that_is_done_is_found_again(runs: str, trained: Results) -> None:
     before = Run.open(runs, trained.run.id).digest()
     again = submit("train", runs, task=DigitsTask(width=4), epochs=1, batch_size=64, lr=0.05)
     assert again.run.digest() == before
+    options: Any = {"epochs": 1, "batch_size": 64, "lr": 0.05, "quiet": True, "device": "cpu"}
+    by_path = influence_jobs.submit("train", runs=Path(runs), task=DigitsTask(width=4), **options)
+    assert by_path.run.id == trained.run.id
 
 
 def test_the_notebook_of_the_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
