@@ -424,3 +424,22 @@ def test_ek_fac_refuses_a_layer_whose_first_axis_is_not_the_sample(first: bool) 
     operator = GaussNewton(model, space, task, torch.arange(N))
     with pytest.raises(ModelError, match=r"inner\.weight: the first axis of its layer's output"):
         EkFac(0.1).solve(operator, torch.randn(1, space.size, dtype=torch.float64))
+
+
+def test_ek_fac_says_how_a_weight_is_used() -> None:
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 1, batch_first=True)
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
+            return found
+
+    task = Given(Attends, rows(3, 4), classes(2), cross_entropy, "cross-entropy")
+    model = task.model().eval()
+    space = ParameterSpace(model, ["attention.out_proj"])
+    operator = GaussNewton(model, space, task, torch.arange(N))
+    with pytest.raises(ModelError, match=r"a forward uses it 1 times and calls its layer 0 times"):
+        EkFac(0.1).solve(operator, torch.randn(1, space.size, dtype=torch.float64))

@@ -241,3 +241,14 @@ def test_all_that_a_task_of_a_notebook_uses_counts(monkeypatch: pytest.MonkeyPat
         ("1.5 *", "2.5 *"),
     ):
         assert code(NOTEBOOK.replace(old, new)) != found, old
+
+
+def test_what_is_imported_from_a_module_is_no_module(write: Write, tmp_path: Path) -> None:
+    """A file that happens to have the name of a function does not count."""
+    lazy = TASK.replace("from own_parts import network\n", "").replace(
+        "        return network.make()",
+        "        from own_parts.network import make\n\n        return make()",
+    )
+    spec = spec_of(write(lazy))
+    (tmp_path / "make.py").write_text("x = 1")
+    assert changed(spec, write(lazy)) == ""
