@@ -1,15 +1,17 @@
 """EK-FAC: the Gauss-Newton matrix of each layer, diagonal in a Kronecker-factored eigenbasis."""
 
-from collections import UserDict
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from influence_jobs.curvature.operators import LOOKED_AT, Operator
-from influence_jobs.curvature.output_loss import FORMS, IGNORED, forms_of
-from influence_jobs.curvature.requirements import require_output_loss
+from influence_jobs.curvature.operators import LOOKED_AT, GaussNewton, Operator
+from influence_jobs.curvature.output_gradients import OutputGradients
+from influence_jobs.curvature.output_roots import Draws, exact_roots, sampled_root
 from influence_jobs.curvature.solver import (
     AUTOMATIC_DAMPING,
     Progress,
@@ -18,204 +20,425 @@ from influence_jobs.curvature.solver import (
     no_progress,
     relative_residual,
 )
-from influence_jobs.errors import ModelError
-from influence_jobs.gradients import MatrixRule, Metric
-from influence_jobs.gradients.rules import matrix_layers, names_of, nearest_rule
-from influence_jobs.gradients.taps import thawed
-from influence_jobs.gradients.usage import Usage
-from influence_jobs.tasks.base import Task
-from influence_jobs.terms import OutputLoss
+from influence_jobs.errors import ModelError, SpecError
+from influence_jobs.gradients import Metric
+from influence_jobs.gradients.rules import LayerRule
+from influence_jobs.gradients.rules.base import product_of_rows
+from influence_jobs.gradients.rules.blocks import SampleShape, in_blocks, rows_rotated_first
 
-if TYPE_CHECKING:
-    from curvlinops import EKFACLinearOperator
+Targets = Literal["auto", "exact", "sampled"]
 
-
-_CURE = "leave its layer out (--layer), or use --solver cg"
-
-LOSSES: dict[OutputLoss, type[nn.Module]] = {
-    "cross-entropy": nn.CrossEntropyLoss,
-    "mse": nn.MSELoss,
-}
+# `auto` takes all columns of the loss's Hessian up to this many outputs a sample and passes in all,
+# since the noise of one target a sample is small where there are many samples.
+AUTO_OUTPUTS, AUTO_PASSES = 64, 2**19
+MOST_SIDE = 8192  # rows or columns of a matrix that get an eigenbasis: its factor has 256 MB
+MOST_MOMENTS = 2**20  # numbers in the blocks of a parameter that is no matrix
 
 
 class EkFac(Solver):
-    """Inverts the EK-FAC approximation of the Gauss-Newton matrix, as computed by curvlinops.
+    """Inverts the EK-FAC approximation of the Gauss-Newton matrix.
 
-    It takes two passes over the operator's samples, with one target sampled from the model for each
-    sample, and no iterations. It supports layers whose rule is a `MatrixRule` and that are called
-    once in a forward pass.
+    Layers count each for itself. The gradient of a layer that applies one matrix to every position
+    is sum_t g_t x_t^T, over the positions of all its calls. Its block is diagonal in the eigenbasis
+    of the second moments of x and g, with the mean squares of the rotated gradients as eigenvalues.
+    A side of more than `MOST_SIDE` keeps its own axes. All other parameters - of normalisation,
+    embeddings, attention, one's own - have the exact block of up to 1,024 numbers, else a block for
+    each row, else the diagonal.
+
+    Gradients are those of the outputs along a root of the loss's Hessian (`output_roots`), so any
+    loss that is convex in the outputs will do.
+
+    It takes two passes over the operator's samples, and with exact targets two for each output.
+    There are no iterations.
 
     George, Laurent, Bouthillier, Ballas, Vincent: "Fast Approximate Natural Gradient Descent in a
-    Kronecker-factored Eigenbasis", NeurIPS 2018; for influence Grosse et al.: "Studying Large
-    Language Model Generalization with Influence Functions", 2023.
+    Kronecker-factored Eigenbasis", NeurIPS 2018; for positions ("expand") Eschenhagen, Immer,
+    Turner, Schneider, Hennig: "Kronecker-Factored Approximate Curvature for Modern Neural Network
+    Architectures", NeurIPS 2023; for influence Grosse et al.: "Studying Large Language Model
+    Generalization with Influence Functions", 2023.
 
     Args:
         damping: Lambda, added to the corrected eigenvalues; None for `AUTOMATIC_DAMPING` times the
             largest of them.
         seed: Seed of the sampled targets.
+        targets: `sampled`: one random column of the loss's Hessian a sample, as from a target that
+            the model itself draws. `exact`: all columns. `auto`: exact for at most `AUTO_OUTPUTS`
+            outputs, if samples times outputs are at most `AUTO_PASSES`.
     """
 
-    def __init__(self, damping: float | None = None, seed: int = 0):
+    def __init__(self, damping: float | None = None, seed: int = 0, targets: Targets = "auto"):
         super().__init__(damping)
-        self.seed = seed
+        self.seed, self.targets = seed, targets
+        self._last: tuple[Any, _Factors] | None = None
 
     def _solve(self, operator: Operator, rhs_QP: Tensor, progress: Progress) -> Solution:
-        from curvlinops import KFACInverseLinearOperator  # takes a second to import
-
-        operator.require_finite()
         factors = self._fitted(operator, progress)
         damping = self._damping_of(factors)
-        inverse = KFACInverseLinearOperator(factors, damping=damping, use_exact_damping=True)
-        columns = [
-            part.movedim(0, -1).contiguous() for part in operator.space.split(rhs_QP).values()
-        ]
-        solved = [part.movedim(-1, 0) for part in inverse @ columns]
-        x_QP = operator.space.join(dict(zip(operator.space.shapes, solved, strict=True)))
+        x_QP = factors.inverse(operator, rhs_QP, damping)
         _, relative_Q = relative_residual(operator, x_QP, rhs_QP, damping)
         steps_Q = torch.ones(len(rhs_QP), dtype=torch.int64)
-        # A forward and backward pass over all samples for the factors, and one for the eigenvalues.
-        return Solution(x_QP, relative_Q.cpu(), steps_Q, damping, 2.0, {"seed": self.seed})
+        return Solution(
+            x_QP,
+            relative_Q.cpu(),
+            steps_Q,
+            damping,
+            2.0 * factors.columns,
+            {
+                "seed": self.seed,
+                "targets": "exact" if factors.exact else "sampled",
+                "messages": factors.messages(),
+            },
+        )
 
     def metrics(self, operator: Operator, *, power: int) -> dict[str, Metric]:
         """The quadratic form g^T (G + lambda I)^-power g of each layer, for relative influence.
 
         Raises:
-            ModelError: As `solve`.
+            ModelError: A layer has no Kronecker factors; or as `solve`.
         """
         factors = self._fitted(operator, no_progress)
-        damping, state = self._damping_of(factors), factors.state_dict()
-        prefix = len("model.")
+        damping = self._damping_of(factors)
+        for name, block in factors.blocks.items():
+            if not isinstance(block, _MatrixBlock) or not block.complete:
+                raise ModelError(
+                    f"'{name}' has no Kronecker eigenbasis, which relative scores need: leave it "
+                    "out (--layer), or leave --relative out"
+                )
         return {
-            name[prefix:]: Metric(
-                state["gradient_covariances_eigenvectors"][name],
-                state["input_covariances_eigenvectors"][name],
-                # Without a bias the eigenvalues are a dict with one entry, for the weight.
-                (_only(eigenvalues) + damping) ** -power,
-            )
-            for name, eigenvalues in state["corrected_eigenvalues"].items()
+            name: block.metric(damping, power)
+            for name, block in factors.blocks.items()
+            if isinstance(block, _MatrixBlock)
         }
 
-    def _damping_of(self, factors: "EKFACLinearOperator") -> float:
+    def _damping_of(self, factors: "_Factors") -> float:
         if self._damping is not None:
             return self._damping
-        eigenvalues = factors.state_dict()["corrected_eigenvalues"].values()
-        return AUTOMATIC_DAMPING * max(float(_only(layer).max()) for layer in eigenvalues)
-
-    def _fitted(self, operator: Operator, progress: Progress) -> "EKFACLinearOperator":
-        from influence_jobs.curvature.ek_fac_operator import RuleEKFAC
-
-        model, task, space = operator.model, operator.task, operator.space
-        for name in space.shapes:
-            _require_factored(name, model.get_submodule(name.rpartition(".")[0]))
-        loss = _require_loss(operator)
-        parameters = list(space.parameters().values())
-        with thawed(parameters), torch.enable_grad():
-            _require_called_once(operator)
-            factors = RuleEKFAC(
-                _Outputs(model, task),
-                loss,
-                parameters,
-                _Batches(operator, progress),
-                check_deterministic=False,
-                seed=self.seed,
-                separate_weight_and_bias=False,
-                num_per_example_loss_terms=1,
-                num_data=operator.num_samples,
-                batch_size_fn=lambda X: X["size"],
+        chosen = AUTOMATIC_DAMPING * factors.largest()
+        if not chosen > 0:
+            raise SpecError(
+                "no damping can be chosen, as the curvature is zero for these samples: give "
+                "--damping"
             )
-            factors.compute_kronecker_factors()
-            factors.compute_eigenvalue_correction()
+        return chosen
+
+    def _fitted(self, operator: Operator, progress: Progress) -> "_Factors":
+        if not isinstance(operator, GaussNewton):
+            raise SpecError("EK-FAC factors the Gauss-Newton matrix: leave --operator out")
+        versions = [parameter._version for parameter in operator.model.parameters()]
+        if self._last is None or self._last[0] != (operator, versions):
+            self._last = (operator, versions), self._fit(operator, progress)
+        return self._last[1]
+
+    def _fit(self, operator: GaussNewton, progress: Progress) -> "_Factors":
+        operator.require_finite()
+        exact = self._exact(operator)
+        with OutputGradients(
+            operator.model, operator.space, operator.task.outputs, _like(operator)
+        ) as engine:
+            factors = _Factors(_blocks(engine, operator), exact)
+
+            def sweep(which: int) -> None:
+                done = 0
+                for batch, columns in _columns(operator, self.seed, exact=exact):
+                    size = 0
+                    for k, s in enumerate(columns):
+                        mean = s / math.sqrt(operator.num_samples)  # sums of squares are means
+                        factors.add(engine, which, (batch, mean), inputs=k == 0)
+                        size, factors.columns = len(s), max(factors.columns, k + 1)
+                    done += size
+                    progress(min(1.0, (which + done / operator.num_samples) / 2))
+
+            sweep(0)
+            for block in factors.blocks.values():
+                block.diagonalise()
+            sweep(1)
         return factors
 
+    def _exact(self, operator: GaussNewton) -> bool:
+        if self.targets != "auto":
+            return self.targets == "exact"
+        outputs = _like(operator)[1][0].numel()
+        return outputs <= AUTO_OUTPUTS and outputs * operator.num_samples <= AUTO_PASSES
 
-def _require_loss(operator: Operator) -> nn.Module:
-    """The task's loss as curvlinops knows it; any other is refused.
 
-    Raises:
-        ModelError: The loss is another one, or none is declared.
+def _like(operator: GaussNewton) -> tuple[Any, Tensor]:
+    """A few samples, and vectors of their outputs' shape."""
+    batch = operator.batch(operator.ids[:LOOKED_AT])
+    with torch.no_grad():
+        outputs = operator.task.outputs(operator.model, batch)
+    generator = torch.Generator().manual_seed(0)
+    return batch, torch.randn(outputs.shape, generator=generator).to(outputs)
+
+
+def _columns(
+    operator: GaussNewton, seed: int, *, exact: bool
+) -> Iterator[tuple[Any, Iterator[Tensor]]]:
+    """The operator's samples, batch by batch, each with columns s (B, ...) of the roots."""
+    task, model, start = operator.task, operator.model, 0
+    for ids in torch.split(operator.ids, operator.batch_size):
+        batch = operator.batch(ids)
+        targets = task.targets(batch)
+        with torch.no_grad():
+            outputs = task.outputs(model, batch)
+        if exact:
+            yield batch, exact_roots(operator.form, outputs, targets)
+        else:
+            draws = Draws(seed, range(start, start + len(ids)), outputs.device)
+            yield batch, iter([sampled_root(operator.form, outputs, targets, draws)])
+        start += len(ids)
+
+
+@dataclass
+class _Factors:
+    """The blocks of a Gauss-Newton matrix.
+
+    Attributes:
+        blocks: By layer, or by parameter.
+        exact: Whether the columns are all of the loss's Hessian.
+        columns: The most columns that a batch had.
     """
-    task, model, batch = operator.task, operator.model, operator.batch(operator.ids[:LOOKED_AT])
-    (form, *_) = require_output_loss(task, model, batch, forms_of(task))
-    for name, loss in LOSSES.items():
-        if task.output_loss == name and form is FORMS[name][0]:
-            return loss()
-    known = " and ".join(FORMS[name][0].words for name in LOSSES)
-    raise ModelError(
-        f"EK-FAC knows {known}, but the losses of {type(task).__name__} are {form.words}: use "
-        "--solver cg"
-    )
 
+    blocks: Mapping[str, "_Block"]
+    exact: bool
+    columns: int = 0
 
-def _only(eigenvalues: Tensor | dict[int, Tensor]) -> Tensor:
-    if isinstance(eigenvalues, Tensor):
-        return eigenvalues
-    (weight,) = eigenvalues.values()
-    return weight
+    def add(
+        self, engine: OutputGradients, sweep: int, batch: tuple[Any, Tensor], *, inputs: bool
+    ) -> None:
+        """Add a batch in one of the two sweeps; `inputs` if these samples are new in it."""
 
+        def on_rows(layer: str, x: Tensor, g: Tensor) -> None:
+            block = self.blocks[layer]
+            assert isinstance(block, _MatrixBlock)
+            if sweep == 0:
+                block.add_moments(x, g, inputs=inputs)
+            else:
+                block.add_squares(x, g)
 
-def _require_factored(name: str, module: nn.Module) -> None:
-    rule = nearest_rule(module)
-    if not isinstance(rule, MatrixRule):
-        raise ModelError(
-            f"EK-FAC supports {names_of(matrix_layers())} layers, but parameter {name} is of "
-            f"{type(module).__name__}: {_CURE}"
+        def on_gradients(parameter: str, gradients: Tensor) -> None:
+            block = self.blocks[parameter]
+            assert isinstance(block, _VectorBlock)
+            if sweep == 0:
+                block.add(gradients)
+
+        with torch.no_grad():
+            engine.visit(batch, on_rows, on_gradients)
+
+    def inverse(self, operator: Operator, v_QP: Tensor, damping: float) -> Tensor:
+        """(G + lambda I)^-1 v, (Q, P)."""
+        vectors = operator.space.split(v_QP)
+        found: dict[str, Tensor] = {}
+        for block in self.blocks.values():
+            parts = {name: vectors[name] for name in block.names}
+            found |= block.inverse(parts, damping)
+        return operator.space.join(found).to(v_QP.dtype)
+
+    def largest(self) -> float:
+        """The largest eigenvalue of all blocks."""
+        return max(float(block.eigenvalues.max()) for block in self.blocks.values())
+
+    def messages(self) -> list[str]:
+        """What is coarser than a user may expect, in lines."""
+        coarse = [block for block in self.blocks.values() if block.coarse]
+        if not coarse:
+            return []
+        names = [block.names[0] for block in coarse]
+        more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+        line = (
+            f"no Kronecker factors, and too large for a whole block: {', '.join(names[:6])}{more}; "
+            "their curvature is taken row by row, or as a diagonal"
         )
-    if (what := rule.unfactored(name)) is not None:
-        raise ModelError(f"EK-FAC cannot factor {what}: {_CURE}")
+        return [line]
 
 
-def _require_called_once(operator: Operator) -> None:
-    """Refuse weights that the model uses otherwise than in one call of their layer."""
-    model, parameters = operator.model, operator.space.parameters()
-    owners = {name: name.rpartition(".")[0] for name in parameters}
-    modules = {owner: model.get_submodule(owner) for owner in owners.values()}
-    batch = operator.batch(operator.ids[:3])
-    usage = Usage(lambda batch: operator.task.losses(model, batch), batch, modules)
-    for name, parameter in parameters.items():
-        uses, calls = usage.uses(parameter), usage.calls(owners[name])
-        if (uses, calls) != (1, 1):
-            raise ModelError(
-                f"EK-FAC cannot factor {name}: a forward uses it {uses} times and calls its layer "
-                f"{calls} times, and only one use in one call is right (MultiheadAttention never "
-                f"calls its out_proj): {_CURE}"
-            )
-        if not usage.plain(owners[name], [parameter]):
-            raise ModelError(
-                f"EK-FAC cannot factor {name}: the first axis of its layer's output is not the "
-                f"sample: {_CURE}"
-            )
+class _Block(ABC):
+    """The curvature of some parameters.
+
+    Attributes:
+        names: Full names of the parameters.
+        eigenvalues: Of the block, once it is finished.
+        coarse: Whether it is coarser than the whole block or its Kronecker factors.
+    """
+
+    names: list[str]
+    eigenvalues: Tensor
+    coarse: bool = False
+
+    @abstractmethod
+    def diagonalise(self) -> None:
+        """End the first sweep."""
+
+    @abstractmethod
+    def inverse(self, vectors: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:
+        """(block + lambda I)^-1 of vectors {name: (Q, *shape)}."""
 
 
-class _Outputs(nn.Module):
-    """The task's outputs (B, D) for a batch in the form that curvlinops expects."""
+class _MatrixBlock(_Block):
+    """Of a matrix (C, J), the bias as its last column if it has one; U and V are orthogonal.
 
-    def __init__(self, model: nn.Module, task: Task):
-        super().__init__()
-        self.model, self.task = model, task
+    Args:
+        rule: The layer's.
+        names: Of the weight, and of the bias.
+        complete: Whether these are all parameters of the layer.
+    """
 
-    def forward(self, X: UserDict[str, Any]) -> Tensor:
-        return self.task.outputs(self.model, X["batch"]).flatten(1)
+    def __init__(
+        self, rule: LayerRule[Any], names: list[str], *, complete: bool, dtype: torch.dtype
+    ) -> None:
+        self.names, self._rule, self.complete = names, rule, complete
+        weight = rule.weight
+        _, rows, columns = rule.as_matrix(weight.detach().unsqueeze(0)).shape
+        self._has_bias = len(names) > 1
+        self._columns = columns
+        self._shape = rows, columns + self._has_bias
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=weight.device)
+
+        self._outputs, self._inputs = (
+            zeros(side, side) if side <= MOST_SIDE else None for side in self._shape
+        )
+        self.eigenvalues = zeros(*self._shape)
+
+    def add_moments(self, x_BTJ: Tensor, g_BTC: Tensor, *, inputs: bool) -> None:
+        """Add to the second moments of the rows; their scale does not matter."""
+        if self._outputs is not None:
+            g_NC = g_BTC.flatten(0, 1)
+            self._outputs.addmm_(g_NC.t(), g_NC)
+        if self._inputs is None or not inputs:
+            return
+        x_NJ, j = x_BTJ.flatten(0, 1), self._columns
+        self._inputs[:j, :j].addmm_(x_NJ.t(), x_NJ)
+        if self._has_bias:
+            sums_J = x_NJ.sum(0)
+            self._inputs[:j, j] += sums_J
+            self._inputs[j, :j] += sums_J
+            self._inputs[j, j] += len(x_NJ)
+
+    def diagonalise(self) -> None:
+        self._outputs, self._inputs = (
+            None if moment is None else torch.linalg.eigh(moment).eigenvectors
+            for moment in (self._outputs, self._inputs)
+        )
+
+    def add_squares(self, x_BTJ: Tensor, g_BTC: Tensor) -> None:
+        """Add the squares of (U^T G V), G = sum_t g_t x_t^T."""
+        u, v, j = self._outputs, self._inputs, self._columns
+        positions, outputs = g_BTC.shape[1:]
+        shape = SampleShape(positions, outputs, self._shape[1], 1)
+
+        def with_one(x: Tensor) -> Tensor:
+            return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], -1) if self._has_bias else x
+
+        def rotated_inputs(x: Tensor) -> Tensor:
+            if v is None:
+                return with_one(x)
+            return x @ v[:j] + v[j] if self._has_bias else x @ v
+
+        def rows_first(x: Tensor, g: Tensor) -> Tensor:
+            return product_of_rows(rotated_inputs(x), g if u is None else g @ u)
+
+        def gradient_first(x: Tensor, g: Tensor) -> Tensor:
+            gradient = product_of_rows(with_one(x), g)
+            gradient = gradient if v is None else gradient @ v
+            return gradient if u is None else u.t() @ gradient
+
+        if positions == 1:
+            g_BC, x_BJ = g_BTC.squeeze(1), rotated_inputs(x_BTJ.squeeze(1))
+            g_BC = g_BC if u is None else g_BC @ u
+            self.eigenvalues.addmm_(g_BC.square().t(), x_BJ.square())
+            return
+        rotated = rows_first if rows_rotated_first(shape) else gradient_first
+
+        def squares(x: Tensor, g: Tensor) -> Tensor:
+            return rotated(x, g).square_().sum(0, keepdim=True)
+
+        self.eigenvalues += in_blocks(squares, x_BTJ, g_BTC, self.eigenvalues.numel()).sum(0)
+
+    def inverse(self, vectors: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:
+        weight, *bias = self.names
+        parts = [self._rule.as_matrix(vectors[weight])]
+        parts += [vectors[name].unsqueeze(2) for name in bias]
+        v_QCJ = torch.cat(parts, dim=2).to(self.eigenvalues.dtype)
+        rotated = self._rotated(v_QCJ, self._outputs, self._inputs)
+        rotated = rotated / (self.eigenvalues + damping)
+        back = [None if side is None else side.t() for side in (self._outputs, self._inputs)]
+        x_QCJ = self._rotated(rotated, *back)
+        found = {weight: self._rule.from_matrix(x_QCJ[..., : self._columns])}
+        return found | dict.fromkeys(bias, x_QCJ[..., -1])
+
+    def metric(self, damping: float, power: int) -> Metric:
+        """The quadratic form of a gradient in (block + lambda I)^-power."""
+        u, v = (
+            torch.eye(size, dtype=self.eigenvalues.dtype, device=self.eigenvalues.device)
+            if side is None
+            else side
+            for side, size in zip((self._outputs, self._inputs), self._shape, strict=True)
+        )
+        return Metric(u, v, (self.eigenvalues + damping) ** -power)
+
+    @staticmethod
+    def _rotated(v_QCJ: Tensor, u: Tensor | None, v: Tensor | None) -> Tensor:
+        v_QCJ = v_QCJ if u is None else u.t() @ v_QCJ
+        return v_QCJ if v is None else v_QCJ @ v
 
 
-class _Batches:
-    """The operator's samples, batch by batch; curvlinops iterates over them twice."""
+class _VectorBlock(_Block):
+    """Of a parameter that is no matrix: R blocks (n, n) on the diagonal.
 
-    def __init__(self, operator: Operator, progress: Progress):
-        self._operator, self._progress = operator, progress
-        self._done = 0
+    One whole block if `MOST_MOMENTS` allows it, else one a row, else one a number.
+    """
 
-    def __iter__(self) -> Iterator[tuple[UserDict[str, Any], Tensor]]:
-        operator = self._operator
-        for ids in torch.split(operator.ids, operator.batch_size):
-            self._progress(min(1.0, self._done / (2 * operator.num_samples)))
-            self._done += len(ids)
-            batch = operator.batch(ids)
-            targets = operator.task.targets(batch)
-            if operator.task.output_loss == "cross-entropy" and (targets == IGNORED).any():
-                raise ModelError(
-                    f"EK-FAC counts samples of class {IGNORED}, which the loss ignores: leave them "
-                    "out of the data, or use --solver cg"
-                )
-            if operator.task.output_loss == "mse":
-                targets = targets.flatten(1)
-            yield UserDict(batch=batch, size=len(ids)), targets
+    def __init__(self, name: str, shape: torch.Size, like: Tensor, dtype: torch.dtype) -> None:
+        self.names, self._shape = [name], shape
+        size = math.prod(shape)
+        cuts = 1, shape[0] if shape else 1, size
+        blocks = next((r for r in cuts if size**2 // r <= MOST_MOMENTS), size)
+        self.coarse = blocks > 1
+        self._moments = torch.zeros(
+            blocks, size // blocks, size // blocks, dtype=dtype, device=like.device
+        )
+        self._vectors, self.eigenvalues = self._moments, self._moments[..., 0]  # a diagonal's own
+
+    def add(self, gradients: Tensor) -> None:
+        """Add gradients (b, *shape)."""
+        gradient_BRn = gradients.reshape(len(gradients), *self._moments.shape[:2])
+        if gradient_BRn.shape[2] == 1:
+            self._moments += gradient_BRn.square().sum(0).unsqueeze(2)
+        else:
+            self._moments.baddbmm_(gradient_BRn.permute(1, 2, 0), gradient_BRn.transpose(0, 1))
+
+    def diagonalise(self) -> None:
+        if self._moments.shape[2] > 1:
+            self.eigenvalues, self._vectors = torch.linalg.eigh(self._moments)
+            self.eigenvalues.clamp_(min=0)
+
+    def inverse(self, vectors: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:
+        (name,) = self.names
+        v_QRn = vectors[name].reshape(-1, *self.eigenvalues.shape).to(self.eigenvalues.dtype)
+        if v_QRn.shape[2] > 1:
+            v_RnQ = self._vectors.transpose(1, 2) @ v_QRn.permute(1, 2, 0)
+            v_RnQ = v_RnQ / (self.eigenvalues + damping).unsqueeze(2)
+            v_QRn = (self._vectors @ v_RnQ).permute(2, 0, 1)
+        else:
+            v_QRn = v_QRn / (self.eigenvalues + damping)
+        return {name: v_QRn.reshape(-1, *self._shape)}
+
+
+def _blocks(engine: OutputGradients, operator: GaussNewton) -> dict[str, _Block]:
+    parameters = operator.space.parameters()
+    dtypes = {parameter.dtype for parameter in parameters.values()}
+    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+    matrices: dict[str, _Block] = {
+        layer: _MatrixBlock(
+            rule,
+            engine.names[layer],
+            complete=len(engine.names[layer]) == 1 + (rule.bias is not None),
+            dtype=dtype,
+        )
+        for layer, rule in engine.matrices.items()
+    }
+    return matrices | {
+        name: _VectorBlock(name, parameters[name].shape, parameters[name], dtype)
+        for name in engine.others
+    }

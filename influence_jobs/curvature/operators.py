@@ -1,7 +1,7 @@
 """Curvature of the mean training loss as a linear operator, v -> Gv or v -> Hv, without a matrix.
 
-`curvlinops` has such operators for a fixed data set; `ek_fac` uses it. LiSSA needs another
-mini-batch in every step, and one forward pass for all vectors. So vectors have a leading axis here.
+`curvlinops` has such operators for a fixed data set. LiSSA needs another mini-batch in every step,
+and one forward pass for all vectors. So vectors have a leading axis here.
 """
 
 import copy
@@ -351,6 +351,12 @@ class GaussNewton(Operator):
     cost = 4 / 3  # two matrix products in Jv, two in J^T u
 
     _forms: tuple[Form, ...] = ()
+
+    @property
+    def form(self) -> Form:
+        """What the losses are of the outputs, as the samples seen so far show it."""
+        self.look()
+        return self._forms[0]
 
     def _look(self, batch: Batch, again: Batch) -> None:
         require_independent_samples(self.model)

@@ -18,6 +18,13 @@ is used nowhere else. *derived* means computed from the weight and bias gradient
 gives. *special* means that the rule has a faster way of its own. Norms are L2 over I. *number* says
 whether `--layer all` includes the layer and `--layer 1` counts it; other layers must be named.
 
+*EK-FAC*: a layer that applies one matrix to every position, in one call or several, has Kronecker
+factors; `--layer all` and `--solver ek-fac` without layers take these. Other parameters must be
+named. They have the exact block of the Gauss-Newton matrix for up to 1,024 numbers, else a block a
+row, else the diagonal: norm layers and biases, grouped convolutions, recurrent layers, attention's
+`in_proj_weight`, tied weights, parameters of your own. A run says which are coarser than a whole
+block.
+
 A new type needs one class, in any file of `influence_jobs/gradients/rules/` or beside your task.
 
 | type | weight read as | number | norms | dot products | quadratic forms | EK-FAC | |
@@ -81,7 +88,7 @@ def layers_page() -> str:
 
 def _row(rule: type[LayerRule[Any]]) -> list[str]:
     notes = (rule.__doc__ or "").partition("\n")[0]
-    factored = "yes" if issubclass(rule, MatrixRule) else "refused"
+    factored = "factors" if rule.one_matrix is not LayerRule.one_matrix else "block"
     numbered = "yes" if rule.numbered else "by name"
     forms = ["special" if _overrides(rule, methods) else "derived" for methods in _FORMS.values()]
     return [rule.type_name(), rule.read_as, numbered, *forms, factored, notes]

@@ -7,6 +7,7 @@ Kronecker-factored eigenbasis (George et al.: "Fast Approximate Natural Gradient
 Kronecker-factored Eigenbasis", NeurIPS 2018), both lengths are square roots of such forms.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from influence_jobs.errors import ModelError
 from influence_jobs.gradients.metric import Metric
 from influence_jobs.gradients.requirements import find_rule
-from influence_jobs.gradients.rules import LayerRule, MatrixRule, matrix_layers, names_of
+from influence_jobs.gradients.rules import LayerRule, MatrixRule, matrix_layers
 from influence_jobs.gradients.taps import TappedModel, thawed
 from influence_jobs.gradients.usage import Usage
 from influence_jobs.terms import Precision
@@ -123,7 +124,8 @@ class GradQuadratics(TappedModel):
             if metric is None:
                 form = weight.square().sum() + (0 if bias is None else bias.square().sum())
             else:
-                columns = [weight.flatten(1)] + ([] if bias is None else [bias.unsqueeze(1)])
+                matrix_CJ = self._layers[name].as_matrix(weight.unsqueeze(0))[0]
+                columns = [matrix_CJ] + ([] if bias is None else [bias.unsqueeze(1)])
                 form = metric(torch.cat(columns, dim=1))
             parts[name] = form.view(1), 2 * form.view(1)
         return parts
@@ -132,10 +134,10 @@ class GradQuadratics(TappedModel):
         if not isinstance(rule, MatrixRule):
             raise ModelError(
                 f"layer '{name}' ({type(rule.module).__name__}) has no Kronecker eigenbasis: only "
-                f"{names_of(matrix_layers())} have one; give None for its squared gradient norm"
+                f"{matrix_layers()} have one; give None for its squared gradient norm"
             )
-        outputs = len(rule.weight)
-        inputs = rule.weight[0].numel() + (rule.bias is not None)
+        outputs, *axes = rule.kernel_shape
+        inputs = math.prod(axes) + (rule.bias is not None)
         parts = metric.outputs_CC, metric.inputs_JJ, metric.weights_CJ
         wanted = [(outputs, outputs), (inputs, inputs), (outputs, inputs)]
         if [tuple(part.shape) for part in parts] != wanted:

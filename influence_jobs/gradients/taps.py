@@ -7,12 +7,13 @@ computed. When the backward pass reaches a layer, the engine visits it, and its 
 """
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +39,8 @@ class _Call:
     """The state of one pass."""
 
     visit: Visit
-    reached: set[str] = field(default_factory=set)
-    done: set[str] = field(default_factory=set)
+    reached: Counter[str] = field(default_factory=Counter)
+    done: Counter[str] = field(default_factory=Counter)
     batch_size: int = 0
 
 
@@ -82,6 +83,8 @@ class TappedModel(ABC):
     #: Words for messages: the name of the results, and what errors are relative to.
     _result: str
     _relative_to: str
+    #: Whether a layer may be called several times in a pass. Then each call is visited.
+    _many_calls: ClassVar[bool] = False
 
     def __init__(
         self, model: nn.Module, losses: Callable[[nn.Module, Any], Tensor], precision: Precision
@@ -180,8 +183,9 @@ class TappedModel(ABC):
             B.
 
         Raises:
-            ModelError: A layer is not called exactly once, is not reached by the gradient, or its
-                input was overwritten; the losses are not (B,); the model is in train mode.
+            ModelError: A layer is not called, is called several times where the engine cannot do
+                that, is not reached by the gradient, or its input was overwritten; the losses are
+                not (B,); the model is in train mode.
         """
         require_independent_samples(self._model)
         call = self._call = _Call(visit)
@@ -203,7 +207,7 @@ class TappedModel(ABC):
         finally:
             self._call = None
         for name in self._layers:
-            if name not in call.done:
+            if not call.done[name]:
                 raise unused(name)
         return call.batch_size
 
@@ -253,12 +257,12 @@ class TappedModel(ABC):
             return None
         if call.batch_size:  # the backward pass calls the layer again, for a checkpoint
             return self._tapped(rule, output, lambda _: None)
-        if name in call.reached:
+        if call.reached[name] and not self._many_calls:
             raise ModelError(
                 f"layer '{name}' is called more than once in a forward pass: its {self._result} "
                 "would mix the uses; give each use its own module, or leave the layer out"
             )
-        call.reached.add(name)
+        call.reached[name] += 1
         if not rule.has_batch_axis(output):
             raise ModelError(
                 f"layer '{name}' returns shape {tuple(output.shape)}, which has no batch axis: "
@@ -286,7 +290,7 @@ class TappedModel(ABC):
                 )
             inputs = a.to(self._dtype) if a.is_floating_point() else a
             call.visit(name, rule, inputs, g.to(self._dtype))
-            call.done.add(name)
+            call.done[name] += 1
 
         return self._tapped(rule, output, on_gradient)
 
@@ -335,6 +339,8 @@ class TappedModel(ABC):
                     f"{len(loss)}: the batch must be a tuple, list or dict of tensors (or a "
                     "registered pytree) to be cut into samples"
                 )
+            if not loss.requires_grad:  # none of the parameters is used
+                return {name: torch.zeros_like(value) for name, value in parameters.items()}
             gradients = torch.autograd.grad(
                 loss.sum(), list(parameters.values()), materialize_grads=True
             )

@@ -61,10 +61,19 @@ class Usage:
 
     def plain(self, module: str, parameters: Iterable[Tensor]) -> bool:
         """Whether a layer's rule holds: one call for all samples, and no other use."""
+        return self.calls(module) == 1 and self.in_calls(module, parameters)
+
+    def in_calls(self, module: str, parameters: Iterable[Tensor]) -> bool:
+        """Whether each call of a layer is for all samples, and a use of each parameter."""
+        count = self.calls(module)
         rows = [call.rows for call in self._calls[module]]
-        if self._of_one is not None and [call.rows for call in self._of_one[module]] != [1]:
+        if self._of_one is not None and [c.rows for c in self._of_one[module]] != [1] * count:
             return False
-        return rows == [self.size] and all(self.uses(parameter) == 1 for parameter in parameters)
+        return (
+            count > 0
+            and rows == [self.size] * count
+            and all(self.uses(p) == count for p in parameters)
+        )
 
     def within(self, parameter: Tensor, module: str) -> bool:
         """Whether a module is called once, and all uses of a parameter are in that call."""

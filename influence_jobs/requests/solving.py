@@ -3,10 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
-
 from influence_jobs.errors import SpecError
-from influence_jobs.gradients.rules import matrix_layers
+from influence_jobs.gradients.rules import has_factors
 from influence_jobs.kinds.s_test.spec import STestSpec
 from influence_jobs.requests.base import Say
 from influence_jobs.requests.options import SETTINGS, CurvatureOptions
@@ -102,7 +100,8 @@ def _solver(request: CurvatureOptions, say: Say) -> SolverSettings:
             raise SpecError(
                 f"{_flag(name)} has no meaning for --solver {name_of_solver}: leave it out"
             )
-    solver = make_spec(kind, **{fields.get(name, name): value for name, value in chosen.items()})
+    named = {fields.get(name, name): value for name, value in chosen.items()}
+    solver = make_spec(kind, **{**kind.asked, **named})
     if damping is not None and scale is not None:
         say(f"effective damping lambda = {request.damping:g} x {scale:g} = {damping:g}")
     return solver
@@ -122,5 +121,8 @@ def _curvature_samples(given: int | str) -> int | None:
 
 def _modules(task: Task, solver: SolverSettings) -> tuple[str, ...]:
     """All modules with trained parameters of their own, as far as the solver can do them."""
-    kinds = matrix_layers() if solver.needs_factors else (nn.Module,)
-    return trained_modules(task.model(), kinds)
+    model = task.model()
+    modules = trained_modules(model)
+    if not solver.needs_factors:
+        return modules
+    return tuple(name for name in modules if has_factors(model.get_submodule(name)))

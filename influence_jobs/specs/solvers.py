@@ -44,7 +44,9 @@ class SolverSettings(Model):
             estimates.
         operators: The matrices that it can invert.
         uses_curvature: False if the solver multiplies with no matrix.
-        needs_factors: Whether it takes only layers with Kronecker factors.
+        needs_factors: Whether layers without Kronecker factors must be named to be taken.
+        asked: Settings that a request gives if the user says nothing, where the default is what
+            earlier runs had.
     """
 
     solver: ClassVar[str]
@@ -53,6 +55,7 @@ class SolverSettings(Model):
     operators: ClassVar[tuple[Operator, ...]] = ("gauss-newton", "hessian")
     uses_curvature: ClassVar[bool] = True
     needs_factors: ClassVar[bool] = False
+    asked: ClassVar[Mapping[str, Any]] = {}
     by_name: ClassVar[dict[str, type["SolverSettings"]]] = {}
 
     name: str
@@ -110,16 +113,28 @@ class LissaSettings(SolverSettings):
 
 
 class EkFacSettings(SolverSettings):
-    """Eigenvalue-corrected Kronecker factors (George et al. 2018)."""
+    """Eigenvalue-corrected Kronecker factors (George et al. 2018).
+
+    Attributes:
+        targets: See `curvature.EkFac`. Runs made before there was a choice have sampled ones.
+    """
 
     solver = "ek_fac:EkFac"
     summary = "eigenvalue-corrected Kronecker factors"
     passes = 3
     operators = ("gauss-newton",)
     needs_factors = True
+    asked = {"targets": "auto"}  # noqa: RUF012  (a ClassVar of the base)
 
     name: Literal["ek-fac"] = "ek-fac"
     damping: Positive | None = None
+    targets: Annotated[
+        Literal["auto", "exact", "sampled"],
+        Field(
+            description="Curvature of the loss by all outputs (exact), by one random target a "
+            "sample (sampled), or exact where outputs are few (auto, if nothing is said)."
+        ),
+    ] = "sampled"
 
 
 class IdentitySettings(SolverSettings):

@@ -161,12 +161,12 @@ def say_slow_layers(layers: Sequence[str], task: Task, say: Say) -> None:
             say(line)
 
 
-def trained_modules(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> tuple[str, ...]:
-    """The modules of some types with trained parameters; a shared one is of its first owner."""
+def trained_modules(model: nn.Module) -> tuple[str, ...]:
+    """The modules with trained parameters; a shared one is of its first owner."""
     owners = dict.fromkeys(
         name.rpartition(".")[0] for name, value in model.named_parameters() if value.requires_grad
     )
-    return tuple(name for name in owners if isinstance(model.get_submodule(name), kinds))
+    return tuple(owners)
 
 
 class _Words:

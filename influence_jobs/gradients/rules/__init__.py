@@ -6,8 +6,8 @@ import pkgutil
 from influence_jobs.gradients.rules.base import (
     LayerRule,
     MatrixRule,
+    has_factors,
     matrix_layers,
-    names_of,
     nearest_rule,
     norm_shape,
     reduce_gradient,
@@ -23,8 +23,8 @@ from influence_jobs.gradients.rules.base import (
 __all__ = [
     "LayerRule",
     "MatrixRule",
+    "has_factors",
     "matrix_layers",
-    "names_of",
     "nearest_rule",
     "norm_shape",
     "reduce_gradient",

@@ -11,7 +11,7 @@ the weight as a matrix, T positions.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -58,6 +58,8 @@ class LayerRule(ABC, Generic[M]):
         refused_options: Attributes of the layer that must be off; with them the gradient would be
             wrong.
         read_as: The axes of `kernel_shape`, as a text for the docs.
+        bias_is_column: Whether the bias is one more column of the matrix of `rows`, for an input
+            of one.
         channel_axis: The axis of the layer's output with the C outputs. The other axes after the
             batch are positions. None if the rows of the weight are not outputs, so that attribution
             cannot use the layer.
@@ -68,6 +70,7 @@ class LayerRule(ABC, Generic[M]):
     numbered: ClassVar[bool] = False
     refused_options: ClassVar[tuple[str, ...]] = ()
     read_as: ClassVar[str] = "(C, I, 1, 1)"
+    bias_is_column: ClassVar[bool] = False
     channel_axis: ClassVar[int | None] = -1
 
     def __init_subclass__(cls) -> None:
@@ -102,6 +105,23 @@ class LayerRule(ABC, Generic[M]):
     def bias_gradient(self, g: Tensor) -> Tensor:
         """Each sample's gradient by the bias, (B, *bias shape); called only if there is a bias."""
         raise NotImplementedError(f"{type(self).__name__} defines no bias_gradient()")
+
+    @property
+    def one_matrix(self) -> bool:
+        """Whether the layer applies one matrix to every position, so that `rows` are right."""
+        return False
+
+    def rows(self, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """x_t (B, T, J) and g_t (B, T, C): as a matrix the weight gradient is sum_t g_t x_t^T."""
+        raise NotImplementedError(f"{type(self).__name__} has no rows: its weight is no one matrix")
+
+    def as_matrix(self, weights: Tensor) -> Tensor:
+        """Tensors (B, *weight shape) as the matrices (B, C, J) of `rows`."""
+        return self.as_read(weights).flatten(2)
+
+    def from_matrix(self, matrices: Tensor) -> Tensor:
+        """The inverse of `as_matrix`: (B, *weight shape)."""
+        return matrices.reshape(len(matrices), *self.weight.shape)
 
     @property
     def kernel_shape(self) -> tuple[int, ...]:
@@ -202,11 +222,15 @@ class MatrixRule(LayerRule[M]):
     """
 
     numbered = True
+    bias_is_column = True
 
     @property
     def one_matrix(self) -> bool:
         """Whether the rows are right: every output sees all inputs."""
         return True
+
+    def rows(self, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        return self.input_rows(a), self.output_rows(g)
 
     @abstractmethod
     def input_rows(self, a: Tensor) -> Tensor:
@@ -228,7 +252,7 @@ class MatrixRule(LayerRule[M]):
 
     def weight_gradient(self, a: Tensor, g: Tensor) -> Tensor:
         gradient_BCJ = product_of_rows(self.input_rows(a), self.output_rows(g))
-        return gradient_BCJ.reshape(len(g), *self.weight.shape)
+        return self.from_matrix(gradient_BCJ)
 
     def bias_gradient(self, g: Tensor) -> Tensor:
         return self.output_rows(g).sum(1)
@@ -278,13 +302,9 @@ class MatrixRule(LayerRule[M]):
         largest = shape.offsets * shape.positions * max(shape.positions, shape.outputs)
         return in_blocks(norms, a, g, 2 * max(shape.rows, largest))
 
-    def unfactored(self, parameter: str) -> str | None:
-        """Why EK-FAC cannot factor the layer of a parameter; None if it can."""
-        return None
-
     def arrange_metric(self, metric: Metric) -> Metric:
         """The metric, with the rows of V in the order of the columns of `gradient_matrix`."""
-        numbers, inputs = self.weight[0].numel(), self.kernel_shape[1]
+        inputs, numbers = self.kernel_shape[1], math.prod(self.kernel_shape[1:])
         weight_rows, bias_rows = metric.inputs_JJ[:numbers], metric.inputs_JJ[numbers:]
         rows_IkJ = weight_rows.reshape(inputs, -1, weight_rows.shape[1])
         ordered = torch.cat([rows_IkJ.transpose(0, 1).flatten(0, 1), bias_rows])
@@ -295,7 +315,7 @@ class MatrixRule(LayerRule[M]):
 
         J includes the bias if any.
         """
-        gradient_BCIk = self.weight_gradient(a, g).reshape(len(g), *self.kernel_shape[:2], -1)
+        gradient_BCIk = self.as_read(self.weight_gradient(a, g)).flatten(3)
         columns = [gradient_BCIk.transpose(2, 3).flatten(2)]
         if self.bias is not None:
             columns.append(self.bias_gradient(g).unsqueeze(2))
@@ -309,7 +329,8 @@ class MatrixRule(LayerRule[M]):
             return u_CC.t() @ (self.gradient_matrix(a, g) @ v_JJ)
 
         def rotated_rows(a: Tensor, g: Tensor) -> Tensor:
-            rows_BTJ, weight_rows = self.kernel_rows(a).flatten(2), v_JJ[: self.weight[0].numel()]
+            rows_BTJ = self.kernel_rows(a).flatten(2)
+            weight_rows = v_JJ[: rows_BTJ.shape[2]]
             inputs = F.linear(rows_BTJ, weight_rows.t(), None if self.bias is None else v_JJ[-1])
             return product_of_rows(inputs, self.output_rows(g) @ u_CC)
 
@@ -339,14 +360,15 @@ def supported_layers() -> str:
     return ", ".join(rule.type_name() for rule in registered())
 
 
-def matrix_layers() -> tuple[type[nn.Module], ...]:
-    """The layer types that apply one matrix to every position; EK-FAC supports these."""
-    return tuple(rule.layer for rule in registered() if issubclass(rule, MatrixRule))
+def has_factors(module: nn.Module) -> bool:
+    """Whether a layer applies one matrix to every position, so that EK-FAC can factor it."""
+    rule = nearest_rule(module)
+    return rule is not None and rule.one_matrix
 
 
-def names_of(layers: Iterable[type[nn.Module]]) -> str:
-    """Names of layer types, as a list for messages."""
-    return ", ".join(layer.__name__ for layer in layers)
+def matrix_layers() -> str:
+    """The layer types that apply one matrix to every position, as messages list them."""
+    return ", ".join(rule.type_name() for rule in registered() if issubclass(rule, MatrixRule))
 
 
 def supported(module: nn.Module) -> bool:

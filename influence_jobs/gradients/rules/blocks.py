@@ -4,7 +4,7 @@ Costs are counted, not timed, so the choice is the same on every machine. Letter
 k is the number of offsets of a kernel, J = I k.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -114,6 +114,18 @@ def rows_rotated_first(shape: SampleShape) -> bool:
     t, c, j = shape.positions, shape.outputs, shape.columns
     rows = cost(t * (j * j + c * c), written=shape.rows)
     return rows < cost(shape.weights * (j + c), written=2 * shape.weights)
+
+
+def patches(
+    images: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    """The patches of padded images (B, I, *pixels) under a kernel, (B, T, I k)."""
+    axes, found = len(kernel), images
+    for axis in range(axes):
+        reach = dilation[axis] * (kernel[axis] - 1) + 1
+        found = found.unfold(2 + axis, reach, stride[axis])[..., :: dilation[axis]]
+    positions, offsets = range(2, 2 + axes), range(2 + axes, 2 + 2 * axes)
+    return found.permute(0, *positions, 1, *offsets).flatten(1 + axes).flatten(1, axes)
 
 
 def in_blocks(

@@ -49,11 +49,6 @@ class ConvolutionRule(MatrixRule[V]):
     def one_matrix(self) -> bool:
         return self.module.groups == 1
 
-    def unfactored(self, parameter: str) -> str | None:
-        if self.one_matrix and self.module.padding_mode == "zeros":
-            return None
-        return f"the convolution of {parameter}, which has groups or pads with other than zeros"
-
     def input_rows(self, a: Tensor) -> Tensor:
         """The patches under the kernel. With several groups they would be wrong."""
         module, a = self.module, self._padded(a)
@@ -250,7 +245,7 @@ class ConvolutionRule(MatrixRule[V]):
 
 
 class Conv1dRule(ConvolutionRule[nn.Conv1d]):
-    """Any stride, padding, padding mode, dilation, groups; EK-FAC: one group, zero padding."""
+    """Any stride, padding, padding mode, dilation and groups; EK-FAC factors one group."""
 
     layer = nn.Conv1d
     read_as = "(C, I, kw)"
@@ -259,7 +254,7 @@ class Conv1dRule(ConvolutionRule[nn.Conv1d]):
 
 
 class Conv2dRule(ConvolutionRule[nn.Conv2d]):
-    """Any stride, padding, padding mode, dilation, groups; EK-FAC: one group, zero padding."""
+    """Any stride, padding, padding mode, dilation and groups; EK-FAC factors one group."""
 
     layer = nn.Conv2d
     read_as = "(C, I, kh, kw)"

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import grad
 
 from influence_jobs.gradients.rules.base import LayerRule
+from influence_jobs.gradients.rules.blocks import patches
 
 V = TypeVar("V", bound=nn.modules.conv._ConvTransposeNd)
 
@@ -39,6 +40,27 @@ class ConvolutionTransposeRule(LayerRule[V]):
 
     def has_batch_axis(self, output: Tensor) -> bool:
         return output.ndim == self.weight.ndim
+
+    @property
+    def one_matrix(self) -> bool:
+        return self.module.groups == 1
+
+    def rows(self, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """The inputs of one position, (B, T, I), and the patch of g that they add to, (B, T, Ck).
+
+        The matrix has a row for every output and kernel offset.
+        """
+        module = self.module
+        a = F.pad(a, self._unused(a, g))
+        padding = [p for p in reversed([*map(int, module.padding)]) for _ in range(2)]
+        g_BTR = patches(F.pad(g, padding), module.kernel_size, module.stride, module.dilation)
+        return a.flatten(2).transpose(1, 2), g_BTR
+
+    def as_matrix(self, weights: Tensor) -> Tensor:
+        return weights.flatten(2).transpose(1, 2)
+
+    def from_matrix(self, matrices: Tensor) -> Tensor:
+        return matrices.transpose(1, 2).reshape(len(matrices), *self.weight.shape)
 
     def weight_gradient(self, a: Tensor, g: Tensor) -> Tensor:
         """By one convolution, which has the samples of the batch as further groups."""

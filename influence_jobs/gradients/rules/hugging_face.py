@@ -2,14 +2,13 @@
 
 from torch import Tensor, nn
 
-from influence_jobs.gradients.rules.base import LayerRule, product_of_rows
+from influence_jobs.gradients.rules.base import MatrixRule
 
 
-class Conv1DRule(LayerRule[nn.Module]):
+class Conv1DRule(MatrixRule[nn.Module]):
     """GPT-2's Linear of transformers, whose weight is stored as (I, C)."""
 
     layer_named = "transformers.pytorch_utils.Conv1D"
-    numbered = True
 
     @property
     def kernel_shape(self) -> tuple[int, ...]:
@@ -19,10 +18,11 @@ class Conv1DRule(LayerRule[nn.Module]):
     def as_read(self, gradient: Tensor) -> Tensor:
         return gradient.transpose(1, 2)[..., None, None]
 
-    def weight_gradient(self, a: Tensor, g: Tensor) -> Tensor:
-        inputs, outputs = self.weight.shape
-        g_BTC = g.reshape(len(g), -1, outputs)
-        return product_of_rows(g_BTC, a.reshape(len(a), -1, inputs))
+    def from_matrix(self, matrices: Tensor) -> Tensor:
+        return matrices.transpose(1, 2)
 
-    def bias_gradient(self, g: Tensor) -> Tensor:
-        return g.reshape(len(g), -1, g.shape[-1]).sum(1)
+    def input_rows(self, a: Tensor) -> Tensor:
+        return a.reshape(len(a), -1, a.shape[-1])
+
+    def output_rows(self, g: Tensor) -> Tensor:
+        return g.reshape(len(g), -1, g.shape[-1])

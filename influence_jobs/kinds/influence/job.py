@@ -12,7 +12,7 @@ from influence_jobs.curvature import EkFac, GaussNewton
 from influence_jobs.errors import SpecError
 from influence_jobs.gradients import GradDots, GradQuadratics, Metric
 from influence_jobs.gradients.parameters import ParameterSpace
-from influence_jobs.gradients.rules import matrix_layers, names_of
+from influence_jobs.gradients.rules import MatrixRule, matrix_layers, nearest_rule
 from influence_jobs.jobs.samples import trained_inputs
 from influence_jobs.jobs.scores import Scores, ScoresJob
 from influence_jobs.kinds.influence.spec import InfluenceSpec
@@ -21,6 +21,7 @@ from influence_jobs.kinds.s_test.spec import STestSpec
 from influence_jobs.kinds.train.spec import Checkpoint
 from influence_jobs.methods.relative import relative_scores
 from influence_jobs.specs.base import AnySpec
+from influence_jobs.specs.solvers import EkFacSettings
 from influence_jobs.store.layout import S_TEST, SCORES, part_name
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.base import Draw
@@ -138,12 +139,15 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
     def _metrics(self, s_test: STestSpec) -> dict[str, Metric | None]:
         """Each layer's quadratic form; relative scores are divided by the root of their sum."""
         solver = s_test.solver
-        kinds = matrix_layers()
         modules = dict(self.model.named_modules())
-        layers = [m for m in s_test.modules if isinstance(modules.get(m), kinds)]
+        layers = [
+            name
+            for name in s_test.modules
+            if name in modules and isinstance(nearest_rule(modules[name]), MatrixRule)
+        ]
         if not layers:
             raise SpecError(
-                f"relative influence needs {names_of(kinds)} layers, and none was chosen: "
+                f"relative influence needs {matrix_layers()} layers, and none was chosen: "
                 "leave --relative out"
             )
         for layer in layers:
@@ -162,7 +166,8 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
             Draw(s_test.curvature.seed),
             self.batch_size,
         )
-        fitted = EkFac(self._damping(s_test), seed=s_test.curvature.seed)
+        targets = solver.targets if isinstance(solver, EkFacSettings) else "auto"
+        fitted = EkFac(self._damping(s_test), seed=s_test.curvature.seed, targets=targets)
         return {**fitted.metrics(operator, power=1 if self.spec.relative == "loss" else 2)}
 
     def _damping(self, s_test: STestSpec) -> float:

@@ -104,6 +104,7 @@ class STestJob(Job[STestSpec]):
         repeats, units = shard.repeats, self._units(shard)
         vectors: dict[int, list[npt.NDArray[np.floating[Any]]]] = {r: [] for r in repeats}
         rows = []
+        solver = make_solver(self.spec.solver, seed=self.spec.curvature.seed)
         for i, start in enumerate(starts):
             stop = min(start + block, shard.stop)
             rhs_QP = query_gradients(
@@ -113,7 +114,6 @@ class STestJob(Job[STestSpec]):
             def solved(fraction: float, blocks_done: int = i) -> None:
                 progress(round((blocks_done + fraction) / len(starts) * units))
 
-            solver = make_solver(self.spec.solver, seed=self.spec.curvature.seed)
             solutions = solver.solve_repeats(self._operator, rhs_QP, repeats, solved)
             for repeat, solution in zip(repeats, solutions, strict=True):
                 vectors[repeat].append(solution.x_QP.cpu().numpy())

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from influence_jobs.curvature import ConjugateGradient, EkFac, GaussNewton, Hessian
+from influence_jobs.curvature import ConjugateGradient, GaussNewton, Hessian
 from influence_jobs.errors import DataError, ModelError
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.tasks.base import Batch, Task
@@ -367,42 +367,8 @@ def test_a_query_whose_gradient_is_zero_is_refused() -> None:
         query_gradients(task, model, ParameterSpace(model), queries, 0, 1)
 
 
-class Across(nn.Module):
-    """A layer that is called with the samples on another axis than the first."""
-
-    def __init__(self, first: bool) -> None:
-        super().__init__()
-        self.inner, self.head, self.first = nn.Linear(3, 4), nn.Linear(4, 2), first
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.transpose(0, 1) if self.first else x.flatten(0, 1)
-        found = self.inner(x).tanh()
-        found = found.transpose(0, 1) if self.first else found.view(-1, 3, 4)
-        result: Tensor = self.head(found.mean(1))
-        return result
-
-
 def cross_entropy(outputs: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(outputs, target, ignore_index=IGNORED, reduction="sum")
-
-
-EK_FAC_REFUSES = {
-    "sum over tokens": r"losses of Given are cross-entropy, classes on the last axis, sum",
-    "a sum of squares": "losses of Given are squared error, sum over outputs",
-    "one logit": "losses of Given are binary cross-entropy of logits",
-    "a loss of one's own": "losses of Given are output_loss",
-}
-
-
-@pytest.mark.parametrize("name", EK_FAC_REFUSES)
-def test_ek_fac_refuses_losses_that_it_does_not_know(name: str) -> None:
-    task = Given(*LOSSES[name])
-    _, operator, _ = operators(task)
-    v_QP = torch.randn(1, operator.size, dtype=torch.float64)
-    with pytest.raises(ModelError, match=EK_FAC_REFUSES[name]):
-        EkFac(0.1).solve(operator, v_QP)
-    with pytest.raises(ModelError, match=EK_FAC_REFUSES[name]):
-        EkFac(0.1).metrics(operator, power=-1)
 
 
 def test_classes_that_do_not_count() -> None:
@@ -412,34 +378,3 @@ def test_classes_that_do_not_count() -> None:
     _, gauss_newton, hessian = operators(task)
     v_QP = torch.randn(2, gauss_newton.size, dtype=torch.float64)
     torch.testing.assert_close(gauss_newton @ v_QP, hessian @ v_QP)  # the model is linear
-    with pytest.raises(ModelError, match="EK-FAC counts samples of class -100"):
-        EkFac(0.1).solve(gauss_newton, v_QP)
-
-
-@pytest.mark.parametrize("first", [True, False])
-def test_ek_fac_refuses_a_layer_whose_first_axis_is_not_the_sample(first: bool) -> None:
-    task = Given(lambda: Across(first), rows(3, 3), classes(2), cross_entropy, "cross-entropy")
-    model = task.model().eval()
-    space = ParameterSpace(model, ["inner"])
-    operator = GaussNewton(model, space, task, torch.arange(N))
-    with pytest.raises(ModelError, match=r"inner\.weight: the first axis of its layer's output"):
-        EkFac(0.1).solve(operator, torch.randn(1, space.size, dtype=torch.float64))
-
-
-def test_ek_fac_says_how_a_weight_is_used() -> None:
-    class Attends(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.attention = nn.MultiheadAttention(4, 1, batch_first=True)
-            self.head = nn.Linear(4, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            found: Tensor = self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
-            return found
-
-    task = Given(Attends, rows(3, 4), classes(2), cross_entropy, "cross-entropy")
-    model = task.model().eval()
-    space = ParameterSpace(model, ["attention.out_proj"])
-    operator = GaussNewton(model, space, task, torch.arange(N))
-    with pytest.raises(ModelError, match=r"a forward uses it 1 times and calls its layer 0 times"):
-        EkFac(0.1).solve(operator, torch.randn(1, space.size, dtype=torch.float64))

@@ -7,10 +7,10 @@ import torch
 
 from influence_jobs.curvature import ConjugateGradient, EkFac, GaussNewton, Identity, Lissa
 from influence_jobs.curvature import lissa as lissa_module
-from influence_jobs.errors import DataError, ModelError, RuntimeFault, SpecError
+from influence_jobs.errors import DataError, RuntimeFault, SpecError
 from influence_jobs.gradients.parameters import ParameterSpace
 
-from .conftest import Classes, N, Values, randoms
+from .conftest import Classes, N, randoms
 
 LAMBDA = 0.1
 
@@ -203,37 +203,10 @@ def test_a_hessian_that_lambda_does_not_cover_is_told(case):
 # -- EK-FAC, identity ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", [Values], indirect=True)
-def test_ek_fac_is_exact_where_it_must_be(case):
-    # The last layer under a squared error: G is E[a a^T] x 2/d I, a Kronecker product.
-    space = ParameterSpace(case.model, ["head"])
-    operator = GaussNewton(case.model, space, case.task, torch.arange(N).repeat(400))
-    v_QP = randoms(3, space.size)
-    expected = inverse(case.dense_gauss_newton()[-space.size :, -space.size :], v_QP)
-    assert relative(EkFac(LAMBDA).solve(operator, v_QP).x_QP, expected).max() < 0.03
-
-
-def test_the_trace_of_ek_fac_is_that_of_the_gauss_newton_matrix(case):
-    # The 1/N and 1/B factors: the corrected eigenvalues are mean squares of sampled gradients.
-    space = ParameterSpace(case.model, ["conv", "head"])
-    ids = torch.arange(N).repeat(100)
-    operator = GaussNewton(case.model, space, case.task, ids, batch_size=300)
-    metrics = EkFac(LAMBDA).metrics(operator, power=-1)
-    total = sum(float((m.weights_CJ - LAMBDA).sum()) for m in metrics.values())
-    dense = case.dense_gauss_newton().diagonal()
-    in_space = torch.cat(
-        [
-            torch.full((p.numel(),), not name.startswith("norm"))
-            for name, p in case.model.named_parameters()
-        ]
-    )
-    assert total == pytest.approx(float(dense[in_space].sum()), rel=0.1)
-
-
 @pytest.mark.parametrize("case", [Classes], indirect=True)
 def test_ek_fac_comes_closer_than_no_curvature(case):
     space = ParameterSpace(case.model, ["conv", "head"])
-    operator = GaussNewton(case.model, space, case.task, torch.arange(N).repeat(20))
+    operator = GaussNewton(case.model, space, case.task, torch.arange(N))
     v_QP = randoms(4, space.size)
     exact = ConjugateGradient(LAMBDA, tolerance=1e-9).solve(operator, v_QP).x_QP
     cosines = {
@@ -255,13 +228,6 @@ def test_ek_fac_takes_layers_without_bias(case):
     assert metrics["head"].weights_CJ.shape[1] == 13
 
 
-def test_ek_fac_refuses_what_it_cannot_factor(case):
-    with pytest.raises(
-        ModelError, match=r"parameter norm.weight is of BatchNorm2d: leave its layer"
-    ):
-        EkFac(LAMBDA).solve(case.gauss_newton(), randoms(1, case.space.size))
-
-
 def test_identity_gives_the_vectors_back(case):
     v_QP = randoms(2, case.space.size)
     assert torch.equal(Identity().solve(case.gauss_newton(), v_QP).x_QP, v_QP)
@@ -273,15 +239,6 @@ def test_right_hand_sides_must_be_finite(case, solver):
     v_QP[1, 0] = math.nan
     with pytest.raises(DataError, match="right-hand side 1 is not finite"):
         solver.solve(case.gauss_newton(), v_QP)
-
-
-def test_ek_fac_refuses_grouped_convolutions(case):
-    case.model.conv = torch.nn.Conv2d(1, 3, 3, stride=2, padding=1, padding_mode="reflect").double()
-    operator = GaussNewton(
-        case.model.eval(), ParameterSpace(case.model, ["conv"]), case.task, torch.arange(N)
-    )
-    with pytest.raises(ModelError, match=r"convolution of conv.weight, which has groups or pads"):
-        EkFac(LAMBDA).solve(operator, randoms(1, operator.size))
 
 
 @pytest.mark.parametrize("solver", [ConjugateGradient, Lissa, EkFac])

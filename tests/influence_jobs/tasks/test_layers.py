@@ -135,7 +135,7 @@ def test_all_says_what_it_takes_and_what_it_leaves_out(said: list[str]) -> None:
 
 def test_the_default_is_all_that_is_trained() -> None:
     model = Net()
-    found = trained_modules(model, (nn.Module,))
+    found = trained_modules(model)
     assert "frozen" not in found
     assert "embed" not in found  # it is `out`, which is registered first
     space, whole = ParameterSpace(model, found), ParameterSpace(model)
