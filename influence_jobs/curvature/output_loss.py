@@ -21,8 +21,6 @@ from influence_jobs.terms import OutputLoss
 
 IGNORED = -100  # a target that counts for nothing, as in torch
 
-Uniform = Callable[[Sequence[int]], Tensor]  # from a shape to numbers (B, *shape) in [0, 1)
-
 
 @dataclass(frozen=True)
 class Form:
@@ -32,15 +30,15 @@ class Form:
         words: What it is, for messages.
         losses: (outputs, targets) to one loss a sample, (B,).
         hessian: (outputs, targets, u) to the Hessian of the mean loss in the outputs, times u.
-        sampled: (outputs, targets, draws) to a random s (B, ...) of each sample, with E[s s^T] the
-            Hessian of its loss; `draws` gives uniform numbers (B, *shape). None where the Hessian
-            is diagonal or unknown.
+        root: (outputs, targets, r) to a root of the Hessian of each sample's own loss, times r. So
+            s s^T has this Hessian as its mean for random signs r. None where the Hessian is
+            diagonal or unknown.
     """
 
     words: str
     losses: Callable[[Tensor, Tensor], Tensor]
     hessian: Callable[[Tensor, Tensor, Tensor], Tensor]
-    sampled: Callable[[Tensor, Tensor, Uniform], Tensor] | None = None
+    root: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
 
 def _of_function(losses: Callable[[Tensor, Tensor], Tensor]) -> Form:
@@ -71,22 +69,18 @@ def _cross_entropy_hessian(outputs_BC: Tensor, targets: Tensor, tangents_BC: Ten
     return weighted_BC / len(outputs_BC)
 
 
-def _cross_entropy_sampled(outputs_BC: Tensor, targets: Tensor, uniform: Uniform) -> Tensor:
-    slopes_BC = _sampled_slopes(outputs_BC, 1, uniform)
+def _cross_entropy_root(outputs_BC: Tensor, targets: Tensor, r_BC: Tensor) -> Tensor:
+    root_BC = _root_of_softmax(outputs_BC, 1, r_BC)
     if not targets.is_floating_point():
-        slopes_BC = slopes_BC * (targets != IGNORED).unsqueeze(1)
-    return slopes_BC
+        root_BC = root_BC * (targets != IGNORED).unsqueeze(1)
+    return root_BC
 
 
-def _sampled_slopes(outputs: Tensor, classes: int, uniform: Uniform) -> Tensor:
-    """P - e_y of every position, with the class y drawn from the probabilities p."""
+def _root_of_softmax(outputs: Tensor, classes: int, r: Tensor) -> Tensor:
+    """R r with R R^T = diag(p) - p p^T: R = diag(q) - p q^T, q the roots of the probabilities p."""
     p = outputs.softmax(classes)
-    drawn = uniform(outputs.select(classes, 0).shape[1:]).unsqueeze(classes)
-    # In float64: in float32 the sum over many classes ends before 1.
-    y = (p.double().cumsum(classes) <= drawn).sum(classes, keepdim=True)
-    return p.scatter_add(
-        classes, y.clamp(max=outputs.shape[classes] - 1), p.new_full(y.shape, -1.0)
-    )
+    scaled = p.sqrt() * r
+    return scaled - p * scaled.sum(classes, keepdim=True)
 
 
 def _of_positions(classes: int, reduction: str) -> Form:
@@ -113,13 +107,13 @@ def _of_positions(classes: int, reduction: str) -> Form:
         product = p * (tangents - (p * tangents).sum(classes, keepdim=True))
         return product * weights(targets_BT, product).unsqueeze(classes) / len(outputs)
 
-    def sampled(outputs: Tensor, targets_BT: Tensor, uniform: Uniform) -> Tensor:
+    def root(outputs: Tensor, targets_BT: Tensor, r: Tensor) -> Tensor:
         roots = weights(targets_BT, outputs).sqrt().unsqueeze(classes)
-        return _sampled_slopes(outputs, classes, uniform) * roots
+        return _root_of_softmax(outputs, classes, r) * roots
 
     axis = "last" if classes == -1 else "second"
     words = f"cross-entropy, classes on the {axis} axis, {reduction} positions"
-    return Form(words, losses, hessian, sampled)
+    return Form(words, losses, hessian, root)
 
 
 # -- squared error and binary cross-entropy --------------------------------------------------------
@@ -165,7 +159,7 @@ FORMS: Final[dict[OutputLoss, tuple[Form, ...]]] = {
             "cross-entropy of logits (B, C)",
             cross_entropy,
             _cross_entropy_hessian,
-            _cross_entropy_sampled,
+            _cross_entropy_root,
         ),
         *(
             _of_positions(classes, reduction)

@@ -3,14 +3,17 @@
 The Gauss-Newton matrix of a sample is J^T H J, with J the Jacobian of its outputs and H the Hessian
 of its loss in them. With s from here J^T s s^T J adds up to it: exactly for all columns of a root
 of H, in expectation for one random s. So per-sample gradients of (outputs . s) are all that EK-FAC
-needs. A random s is what a target drawn from the model's own distribution gives
-(Martens: "New Insights and Perspectives on the Natural Gradient Method", JMLR 2020, section 6).
+needs.
+
+A random s is a root times random signs. Usually one draws a target from the model's own
+distribution instead (Martens: "New Insights and Perspectives on the Natural Gradient Method", JMLR
+2020). That has the same mean, but where the model is sure almost all its draws are near zero, and
+the others are rare and large.
 
 Letters: B batch, D numbers of a sample's outputs, K columns.
 """
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -21,26 +24,21 @@ from influence_jobs.errors import ModelError, SpecError
 
 MOST_EXACT = 1024  # outputs of a sample whose Hessian is formed; its root takes D^3
 _CONVEX = 1e-4  # negative curvature, as a part of the largest, that is rounding
+_WORDS = 4  # random words per value of Philox's counter
 _STREAM = 4  # keeps Philox's numbers apart from those of other uses of the same seed
 
 
-class Draws:
-    """Uniform numbers in [0, 1), a function of seed and position alone.
+def random_signs(seed: int, positions: range, like: Tensor) -> Tensor:
+    """Signs +-1 of the shape of `like`, (B, ...), for the samples at some positions among all.
 
-    Args:
-        positions: Of the samples of a batch among all, (B,).
+    They are a function of seed, position and a sample's shape.
     """
-
-    def __init__(self, seed: int, positions: Sequence[int], device: torch.device) -> None:
-        self._seed, self._positions, self._device = seed, positions, device
-
-    def __call__(self, shape: Sequence[int]) -> Tensor:
-        """Numbers (B, *shape), float32."""
-        rows = np.empty((len(self._positions), math.prod(shape)), dtype=np.float32)
-        for row, position in zip(rows, self._positions, strict=True):
-            bits = np.random.Philox(key=[self._seed, position], counter=[0, 0, _STREAM, 0])
-            np.random.Generator(bits).random(out=row, dtype=np.float32)
-        return torch.from_numpy(rows).view(len(rows), *shape).to(self._device)
+    size = like[0].numel()
+    steps = -(-size // (64 * _WORDS))  # of Philox's counter, for a sample
+    bits = np.random.Philox(key=[seed, steps], counter=[positions.start * steps, 0, _STREAM, 0])
+    words = bits.random_raw(len(positions) * steps * _WORDS).astype("<u8")
+    drawn = np.unpackbits(words.view(np.uint8).reshape(len(positions), -1), axis=1, count=size)
+    return torch.from_numpy(drawn).to(like).mul_(2).sub_(1).view_as(like)
 
 
 def exact_roots(form: Form, outputs: Tensor, targets: Tensor) -> Iterator[Tensor]:
@@ -72,21 +70,23 @@ def exact_roots(form: Form, outputs: Tensor, targets: Tensor) -> Iterator[Tensor
             yield roots_BDD[:, :, k].view_as(outputs)
 
 
-def sampled_root(form: Form, outputs: Tensor, targets: Tensor, draws: Draws) -> Tensor:
+def random_root(form: Form, outputs: Tensor, targets: Tensor, signs: Tensor) -> Tensor:
     """A random s (B, ...) with E[s s^T] = H for every sample.
+
+    Args:
+        signs: Of the outputs' shape, from `random_signs`.
 
     Raises:
         ModelError: The loss is one of the task's own that is not convex, or whose Hessian is
             neither small nor diagonal.
     """
-    if form.sampled is not None:
-        return form.sampled(outputs, targets, draws)
+    if form.root is not None:
+        return form.root(outputs, targets, signs)
     diagonal = _times_hessian(form, outputs, targets, torch.ones_like(outputs))
-    signs = torch.where(draws(outputs.shape[1:]) < 0.5, -1.0, 1.0).to(outputs)
     product = _times_hessian(form, outputs, targets, signs)
     if not torch.allclose(product, diagonal * signs, rtol=1e-4, atol=1e-5 * float(product.norm())):
         raise ModelError(
-            f"EK-FAC cannot sample targets of {form.words}, which couples a sample's "
+            f"EK-FAC has no random root of {form.words}, which couples a sample's "
             f"{outputs[0].numel():,} outputs: name the loss in output_loss, or use --solver cg"
         )
     _require_convex(diagonal)

@@ -131,8 +131,8 @@ class EkFacSettings(SolverSettings):
     targets: Annotated[
         Literal["auto", "exact", "sampled"],
         Field(
-            description="Curvature of the loss by all outputs (exact), by one random target a "
-            "sample (sampled), or exact where outputs are few (auto, if nothing is said)."
+            description="Curvature of the loss in the outputs: all of it (exact), a random root for "
+            "each sample (sampled), or exact where outputs and samples are few (auto, the default)."
         ),
     ] = "sampled"
 

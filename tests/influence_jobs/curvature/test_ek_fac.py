@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from influence_jobs.curvature import EkFac, GaussNewton, Hessian, ek_fac
 from influence_jobs.curvature.output_loss import FORMS, IGNORED, Form, forms_of
-from influence_jobs.curvature.output_roots import Draws, exact_roots, sampled_root
+from influence_jobs.curvature.output_roots import exact_roots, random_root, random_signs
 from influence_jobs.errors import ModelError, SpecError
 from influence_jobs.gradients.parameters import ParameterSpace
 
@@ -423,16 +423,20 @@ def test_roots_add_up_to_the_hessian(form: Form, outputs: Tensor, targets: Tenso
     found = sum((torch.outer(s, s) for s in columns), torch.zeros_like(expected))
     torch.testing.assert_close(found, expected)
     many = 40_000
-    draws = Draws(0, range(many), outputs.device)
-    s_NC = sampled_root(
-        form,
-        outputs[:1].expand(many, *outputs.shape[1:]),
-        targets[:1].expand(many, *targets.shape[1:]),
-        draws,
-    ).flatten(1)
-    mean = s_NC.t() @ s_NC / many
-    assert (mean - expected).abs().max() <= 0.03 * expected.abs().max()
-    assert abs(s_NC.mean(0)).max() <= 0.03 * expected.diagonal().max().sqrt()
+    outputs, targets = (one[:1].expand(many, *one.shape[1:]) for one in (outputs, targets))
+    signs = random_signs(0, range(many), outputs)
+    s_ND = random_root(form, outputs, targets, signs).flatten(1)
+    assert ((s_ND.t() @ s_ND) / many - expected).abs().max() <= 0.03 * expected.abs().max()
+
+
+def test_signs_are_a_function_of_seed_and_position() -> None:
+    like = torch.empty(7, 3, 100)
+    whole = random_signs(5, range(7), like)
+    assert torch.equal(whole[2:6], random_signs(5, range(2, 6), like[2:6]))
+    assert not torch.equal(whole, random_signs(6, range(7), like))
+    assert set(whole.unique().tolist()) == {-1.0, 1.0}
+    flat_ND = random_signs(0, range(4000), torch.empty(4000, 300)).double()
+    assert (flat_ND.t() @ flat_ND / 4000 - torch.eye(300)).abs().max() < 0.1  # 6 standard errors
 
 
 # -- refusals --------------------------------------------------------------------------------------
@@ -462,7 +466,7 @@ def test_what_cannot_be_done_is_refused_by_name(monkeypatch: pytest.MonkeyPatch)
     ):
         task = task_of(own)
         (form,) = forms_of(task)
-        assert form.sampled is None
+        assert form.root is None
         with pytest.raises(ModelError, match=match):
             solved(task, None, targets=targets)
     monkeypatch.setattr("influence_jobs.curvature.output_roots.MOST_EXACT", 19)
