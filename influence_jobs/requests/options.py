@@ -87,7 +87,8 @@ def _solver_options() -> dict[str, Any]:
             if field_name in ("name", "damping"):
                 continue
             said = (field.description or "").rstrip(".")
-            default = "" if field.default is None else f"; {_in_help(field.default)} by default"
+            value = settings.asked.get(field_name, field.default)
+            default = "" if value is None else f"; {_in_help(value)} by default"
             # Samples of a pass are `batch_size` already.
             option_name = "batch" if field_name == "batch_size" else field_name
             kinds[option_name] = field.annotation

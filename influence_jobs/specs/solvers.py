@@ -131,8 +131,8 @@ class EkFacSettings(SolverSettings):
     targets: Annotated[
         Literal["auto", "exact", "sampled"],
         Field(
-            description="Curvature of the loss in the outputs: all of it (exact), a random root for "
-            "each sample (sampled), or exact where outputs and samples are few (auto, the default)."
+            description="Curvature of the loss in the outputs: all of it (exact), a random root "
+            "for each sample (sampled), or exact where outputs and samples are few (auto)."
         ),
     ] = "sampled"
 
