@@ -31,8 +31,8 @@ from influence_jobs.report.explain import Explainer, norms_of
 from influence_jobs.report.viewer import make_viewer
 from influence_jobs.specs.base import TaskSpec
 from influence_jobs.store.checkpoints import file_checkpoint, load_checkpoint
+from influence_jobs.store.documents import Entry
 from influence_jobs.store.layout import FINISH
-from influence_jobs.store.manifest import Entry
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.base import Draw
 from influence_jobs.tasks.registry import make_task

@@ -34,6 +34,10 @@ class DataError(InflError):
     """Training data, images or downloads are missing, unreadable or wrong."""
 
 
+class UntrustedCode(DataError):
+    """A run names code that the user has not; without it the run can be shown, but not its data."""
+
+
 class ModelError(InflError):
     """A checkpoint or model cannot be used.
 

@@ -1,5 +1,6 @@
 """Fixtures for all tests."""
 
+import atexit
 import os
 import shutil
 import signal
@@ -22,10 +23,16 @@ from influence_jobs.specs.base import TaskSpec, make_spec
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.base import Task
 from influence_jobs.tasks.registry import make_task
+from influence_jobs.tasks.trust import trust_all
 
 # A suite started in the background of a shell ignores Ctrl-C, and so would what it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# Nothing of a test is remembered in the user's own folder.
+os.environ["INFL_HOME"] = tempfile.mkdtemp(prefix="infl-home-")
+atexit.register(shutil.rmtree, os.environ["INFL_HOME"], ignore_errors=True)
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits for the first
+
+trust_all()  # tests make specs without naming their tasks in a command
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))

@@ -38,6 +38,44 @@ DryRun = Annotated[
         rich_help_panel="How to run",
     ),
 ]
+
+
+def _known_cluster(address: str | None) -> str | None:
+    if address:
+        from influence_jobs.home import make_known
+
+        make_known("cluster", address)
+    return address
+
+
+Address = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        callback=_known_cluster,
+        help="The Ray cluster that the run says it is on, if it was not submitted from here. Your "
+        "token is sent there.",
+    ),
+]
+
+
+def _trust(given: bool) -> bool:
+    if given:
+        from influence_jobs.tasks.trust import trust_all
+
+        trust_all()
+    return given
+
+
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust",
+        callback=_trust,
+        help="Run the code that a run's task names, though you have not named it on this machine.",
+        rich_help_panel="How to run",
+    ),
+]
 RunId = Annotated[
     str, typer.Argument(metavar="RUN", help="Run id, or the first characters of it or of its hash.")
 ]

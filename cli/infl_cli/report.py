@@ -26,6 +26,7 @@ def report(
         ),
     ] = None,
     runs: o.Runs = o.DEFAULT_RUNS,
+    trust: o.Trust = False,
 ) -> None:
     """Write an HTML page about runs: requests, results, their certainty, and how they were made.
 

@@ -5,8 +5,10 @@ import os
 import signal
 import socket
 import time
+from pathlib import Path
 from typing import Annotated, Any
 
+import psutil
 import typer
 
 from infl_cli import options as o
@@ -16,6 +18,7 @@ from infl_cluster.how import How
 from infl_cluster.watch import watch
 from influence_jobs.errors import RuntimeFault, StoreError
 from influence_jobs.store import layout
+from influence_jobs.store.documents import JobFile
 from influence_jobs.store.find import find_run, run_ids
 from influence_jobs.store.folder import for_runs, runs_folder
 from influence_jobs.store.lease import live_holder
@@ -24,7 +27,8 @@ from influence_jobs.store.status import rate_and_eta, read_status
 from influence_jobs.store.verify import find_damage, mark_undone
 from influence_jobs.terms import duration
 
-STOP_DEADLINE_S = 15.0
+STOP_DEADLINE_S = 30.0
+STOP_GRACE_S = 10.0  # a driver that hangs is killed after so long
 
 
 def _find(runs: str, run: str) -> Run:
@@ -79,6 +83,7 @@ def status(
     follow: Annotated[
         bool, typer.Option("--follow", help="Show progress until the run ends.")
     ] = False,
+    address: o.Address = None,
     json: o.Json = False,
 ) -> None:
     """Show the progress of a run."""
@@ -108,7 +113,7 @@ def status(
         lines.append(("message", now["message"]))
     for shard, error in now["failures"].items():
         lines.append((f"shard {shard}", error))
-    if now["state"] == "new" and found.read_json(layout.JOB):
+    if now["state"] == "new" and found.read_json(layout.JOB, JobFile):
         lines.append(("next", _command("status", found) + " --follow"))
     elif now["state"] not in ("running", "done"):
         lines.append(("next", _command("resume", found)))
@@ -125,20 +130,26 @@ def logs(run: o.RunId, runs: o.Runs = o.DEFAULT_RUNS) -> None:
         say(f"{found.id} has no logs yet: it has not begun")
 
 
-def stop(run: o.RunId, runs: o.Runs = o.DEFAULT_RUNS) -> None:
-    """Stop a run. Finished shards are kept, and `infl resume` goes on from there."""
+def stop(run: o.RunId, runs: o.Runs = o.DEFAULT_RUNS, address: o.Address = None) -> None:
+    """Stop a run. Finished shards are kept, and `infl resume` goes on from there.
+
+    A driver that does not end within 10 seconds is killed.
+    """
     from infl_cluster.ray_job import client_of, is_unfinished
 
     found = _find(runs, run)
-    job = found.read_json(layout.JOB)
+    job = found.read_json(layout.JOB, JobFile)
     asked: set[str] = set()  # drivers and jobs: a second driver may be waiting for the first
-    deadline = time.monotonic() + STOP_DEADLINE_S
-    while time.monotonic() < deadline:
+    began = time.monotonic()
+    while time.monotonic() - began < STOP_DEADLINE_S:
         holder = live_holder(found.files)
         if holder is not None and holder["host"] == socket.gethostname():
             if holder["owner"] not in asked:
+                _require_driver(found, holder["pid"])
                 asked.add(holder["owner"])
                 os.kill(holder["pid"], signal.SIGTERM)
+            elif time.monotonic() - began > STOP_GRACE_S:
+                os.kill(holder["pid"], signal.SIGKILL)
         elif job is not None and is_unfinished(job):
             if job["submission_id"] not in asked:
                 asked.add(job["submission_id"])
@@ -153,11 +164,22 @@ def stop(run: o.RunId, runs: o.Runs = o.DEFAULT_RUNS) -> None:
     raise RuntimeFault(f"{found.id} did not stop within {STOP_DEADLINE_S:.0f} s; try again")
 
 
+def _require_driver(run: Run, pid: int) -> None:
+    """Refuse to end a process that a lease names, but that does not look like a driver."""
+    words = psutil.Process(pid).cmdline()
+    if run.id not in words and not any(Path(word).name == "infl" for word in words):
+        raise RuntimeFault(
+            f"the driver of {run.id} is process {pid} ({' '.join(words)[:60]}), which infl has not "
+            "started: end it yourself"
+        )
+
+
 def resume(**values: Any) -> None:
     """Go on with a run that was stopped, was killed or failed. Finished shards are kept."""
     from infl_cli.launch import bring_to_end
 
     run, json = _find(values.pop("runs"), values.pop("run")), values.pop("json")
+    values.pop("trust")  # its option has done all
     how = How.checked({name: value for name, value in values.items() if value is not None})
     bring_to_end(run, how, json=json)
 
@@ -169,6 +191,7 @@ o.take(
         inspect.Parameter("run", o.KEYWORD_ONLY, annotation=o.RunId),
         inspect.Parameter("runs", o.KEYWORD_ONLY, annotation=o.Runs, default=o.DEFAULT_RUNS),
         *o.parameters({n: f for n, f in How.model_fields.items() if n not in _PLANNED}),
+        inspect.Parameter("trust", o.KEYWORD_ONLY, annotation=o.Trust, default=False),
         inspect.Parameter("json", o.KEYWORD_ONLY, annotation=o.Json, default=False),
     ],
 )
@@ -188,7 +211,7 @@ def verify(
     """Compare the files of every finished shard with their checksums in the manifest."""
     found = _find(runs, run)
     check = find_damage(found)
-    if repair:
+    if repair and check.damaged:
         mark_undone(found, check.damaged)
     if json:
         render.print_json(
@@ -210,3 +233,9 @@ def verify(
     elif check.damaged:
         repaired = f"{_command('verify', found)} --repair, then {_command('resume', found)}"
         raise StoreError(f"{count} damaged: {repaired}")
+    missing = check.planned - check.good
+    if missing and read_status(found)["state"] == "done":
+        raise StoreError(
+            f"{found.id} is said to be done, but {missing} of its shards have no record: "
+            f"{_command('resume', found)} computes them"
+        )

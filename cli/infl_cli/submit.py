@@ -80,6 +80,7 @@ def add_command(kind: Kind) -> None:
     others = (
         ("option", TaskOptions, None),
         ("runs", o.Runs, o.DEFAULT_RUNS),
+        ("trust", o.Trust, False),
         ("dry_run", o.DryRun, False),
         ("json", o.Json, False),
     )

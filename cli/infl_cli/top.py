@@ -62,6 +62,7 @@ def top(
     ] = None,
     parquet: Annotated[Path | None, typer.Option(help="Write the table to this file.")] = None,
     runs: o.Runs = o.DEFAULT_RUNS,
+    trust: o.Trust = False,
     json: o.Json = False,
 ) -> None:
     """Print the samples with the largest norms or scores, and their labels, or files and pixels."""

@@ -32,6 +32,7 @@ def view(
     ] = 0,
     open_browser: Annotated[bool, typer.Option("--open", help="Open a browser.")] = False,
     runs: o.Runs = o.DEFAULT_RUNS,
+    trust: o.Trust = False,
 ) -> None:
     """Look at runs in a browser: queries, their samples, points of images, and progress.
 

@@ -19,8 +19,8 @@ from influence_jobs.errors import RuntimeFault, StoreError
 from influence_jobs.jobs.base import Job, Plan, Receipt, Shard
 from influence_jobs.kinds import open_job
 from influence_jobs.store import layout
+from influence_jobs.store.documents import Entry
 from influence_jobs.store.lease import Lease, LeaseHeld
-from influence_jobs.store.manifest import Entry
 from influence_jobs.store.run import Run, now
 from influence_jobs.store.software import software
 from influence_jobs.store.status import is_done
@@ -102,7 +102,7 @@ def _require_current(run: Run) -> None:
     Raises:
         StoreError: The message names the run and its input.
     """
-    plan = run.read_json(layout.PLAN)
+    plan = run.plan()
     stored = plan["inputs"] if plan else {}
     for name, digest in open_job(run).input_digests().items():
         if stored.get(name) != digest:
@@ -132,10 +132,11 @@ def drive_when_free(
 def _settled_plan(job: Job[Any], shard_rows: int | None) -> Plan:
     """The stored plan of the first driver, or a new one: shards must stay the same."""
     run = job.run_store
-    stored = run.read_json(layout.PLAN)
+    stored = run.plan()
     digests = job.input_digests()
     if stored is None:
         plan = job.plan(shard_rows)
+        run.manifest.keep_only({*(shard.id for shard in plan.shards), layout.FINISH})
         run.write_json(
             layout.PLAN,
             {
@@ -143,6 +144,7 @@ def _settled_plan(job: Job[Any], shard_rows: int | None) -> Plan:
                 "units": plan.units,
                 "shards": [asdict(shard) for shard in plan.shards],
                 "inputs": digests,
+                "shapes": {array.name: list(array.shape) for array in plan.arrays},
             },
         )
         return plan

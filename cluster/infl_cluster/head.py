@@ -12,7 +12,6 @@ import json
 import os
 import secrets
 import shutil
-import stat
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ import psutil
 
 from infl_cluster.client import JobClient
 from influence_jobs.errors import RuntimeFault
+from influence_jobs.home import infl_home, private_dir
 from influence_jobs.store.process import CLOCK_STEP_S, is_running, is_same
 
 START_DEADLINE_S = 60.0
@@ -70,15 +70,6 @@ class Head:
         return JobClient(
             self.dashboard_url, token, token_source=str(self.token_path), timeout_s=timeout_s
         )
-
-
-def infl_home() -> Path:
-    """Return our own folder, INFL_HOME or ~/.infl, readable by its owner only.
-
-    Raises:
-        RuntimeFault: It cannot be made or belongs to somebody else.
-    """
-    return private_dir(Path(os.environ.get("INFL_HOME") or "~/.infl").expanduser().absolute())
 
 
 def current_head() -> Head | None:
@@ -217,25 +208,6 @@ def remove_record(pid: int) -> None:
 def head_lock(timeout_s: float = 2 * START_DEADLINE_S) -> filelock.BaseFileLock:
     """Return the lock to hold while a head is started or retired."""
     return filelock.FileLock(infl_home() / "head.lock", timeout=timeout_s, mode=0o600)
-
-
-def private_dir(path: Path) -> Path:
-    """Make a folder that only its owner can enter, or check that it is one.
-
-    Raises:
-        RuntimeFault: It cannot be made, or it belongs to somebody else.
-    """
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = path.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-            raise RuntimeFault(f"{path} is not a folder of yours: set INFL_HOME to one that is")
-        path.chmod(0o700)
-    except OSError as error:
-        raise RuntimeFault(
-            f"cannot make the folder {path}: {error.strerror}; set INFL_HOME to another"
-        ) from None
-    return path
 
 
 def _new_folder(home: Path) -> Path:

@@ -6,7 +6,6 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from infl_cluster.driver import drive
 from infl_cluster.how import How
@@ -14,9 +13,11 @@ from infl_cluster.inline import InlineBackend
 from infl_cluster.watch import watch
 from influence_jobs.devices import cores
 from influence_jobs.errors import RuntimeFault, SpecError, StoreError
+from influence_jobs.home import make_known
 from influence_jobs.kinds import open_job
 from influence_jobs.requests.base import Say
 from influence_jobs.store import layout
+from influence_jobs.store.documents import JobFile
 from influence_jobs.store.folder import for_runs
 from influence_jobs.store.lease import live_holder
 from influence_jobs.store.run import Run
@@ -42,6 +43,7 @@ def carry_out(run: Run, how: How, say: Say) -> bool:
         from infl_cluster.client import remote_client
 
         remote_client(how.address).version()  # before anything is written
+        make_known("cluster", how.address)
         if "://" not in run.root:
             say(f"{run.root} must be on storage that all nodes of {how.address} share")
     _check_space(run)
@@ -61,7 +63,7 @@ def keep_plan(run: Run, how: How, say: Say) -> How:
 
     A plan never changes; the user is told if other sizes were asked for.
     """
-    plan = run.read_json(layout.PLAN)
+    plan = run.plan()
     if plan is None or not plan["shards"]:
         return how
     rows = plan["shards"][0]["stop"] - plan["shards"][0]["start"]
@@ -81,7 +83,7 @@ def _forget_last_end(run: Run, *, local: bool) -> None:
 
 def _check_space(run: Run) -> None:
     free = run.files.free_bytes()
-    if free is None or run.read_json(layout.PLAN) is not None:
+    if free is None or run.plan() is not None:
         return
     need = open_job(run).plan().disk_bytes
     if need > free:
@@ -177,7 +179,7 @@ def _submit(run: Run, how: How, say: Say) -> Callable[[], str | None]:
         places = [run.spec.task.folder, str(Path.cwd()), os.environ.get("PYTHONPATH")]
         env["PYTHONPATH"] = os.pathsep.join(filter(None, places))
     submission_id = f"{run.id}-{secrets.token_hex(3)}"
-    job: dict[str, Any] = {"address": how.address, "submission_id": submission_id}
+    job: JobFile = {"address": how.address, "submission_id": submission_id}
     run.write_json(layout.JOB, job)  # before submitting: this process may be killed right after
     client.submit(
         argv,

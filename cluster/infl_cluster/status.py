@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from influence_jobs.store import layout
+from influence_jobs.store.documents import ProgressFile
 from influence_jobs.store.run import Run, now
 
 if TYPE_CHECKING:  # readers of a status must not load torch
@@ -126,8 +127,10 @@ class StatusWriter:
         for name in self._run.files.names(layout.PROGRESS):
             shard = name.removesuffix(".json")
             if shard in running:
-                report = self._run.read_json(f"{layout.PROGRESS}/{name}") or {}
-                under_way[shard] = report.get("units", 0)
+                report = self._run.read_json(f"{layout.PROGRESS}/{name}", ProgressFile)
+                if report is None:  # the shard has just ended
+                    continue
+                under_way[shard] = report["units"]
                 self._resumed[shard] = report.get("resumed", 0)
         with self._lock:
             self._status["units_before"] = self._before + sum(self._resumed.values())

@@ -12,6 +12,7 @@ from influence_jobs.kinds import find_kind
 from influence_jobs.report.results import Results
 from influence_jobs.store.folder import DEFAULT_RUNS, runs_folder
 from influence_jobs.store.run import Run
+from influence_jobs.tasks.trust import trust_all
 
 
 def submit(
@@ -27,6 +28,7 @@ def submit(
     shard_size: int | None = None,
     detach: bool = False,
     quiet: bool = False,
+    trust: bool = False,
     **options: Any,
 ) -> Results:
     """Compute a run and the runs that it needs. A run that is done already is not computed again.
@@ -52,6 +54,7 @@ def submit(
         shard_size: Samples of a shard, or models in retraining experiments.
         detach: Return as soon as the job is submitted to Ray.
         quiet: Show no progress.
+        trust: Run the code that a run's task names, though it was not named on this machine.
         options: Options of the kind of run, and of its task.
 
     Returns:
@@ -66,6 +69,8 @@ def submit(
         if not quiet:
             print(line, file=sys.stderr)
 
+    if trust:
+        trust_all()
     found = find_kind(kind)
     if batch_size is not None:
         if "batch_size" in found.request_type.model_fields:

@@ -24,6 +24,7 @@ import psutil
 from infl_cluster import head as heads
 from infl_cluster.client import JobClient
 from influence_jobs.errors import RuntimeFault
+from influence_jobs.home import infl_home
 
 OBJECT_STORE_BYTES = 300_000_000  # small: our tasks exchange ids and receipts, never arrays
 JOB_STOP_DEADLINE_S = 6.0  # Ray itself gives a job 3 s between SIGTERM and SIGKILL
@@ -199,7 +200,7 @@ class Supervisor:
         try:
             # A process that holds the lock may be about to use this head: try at the next poll.
             with heads.head_lock(timeout_s=0):
-                used_at = max(busy_at, (heads.infl_home() / "head.json").stat().st_mtime)
+                used_at = max(busy_at, (infl_home() / "head.json").stat().st_mtime)
                 if time.time() - used_at < idle_timeout_s:
                     return False
                 heads.remove_record(os.getpid())

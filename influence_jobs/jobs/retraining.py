@@ -21,6 +21,7 @@ from influence_jobs.jobs.recipe import recipe_of
 from influence_jobs.jobs.saved_state import SavedState
 from influence_jobs.specs.base import AnySpec
 from influence_jobs.specs.rankings import RetrainingSpec
+from influence_jobs.store.documents import Width
 from influence_jobs.store.layout import CHECKPOINTS, ArrayLayout
 from influence_jobs.store.rankings import digests, needed_runs
 from influence_jobs.store.retrained import Retrained, variant_key
@@ -233,13 +234,12 @@ class RetrainJob(Job[S]):
         """
         if not self._stacks:
             return 1
-        stored = self.run_store.read_json(WIDTH)
+        stored = self.run_store.read_json(WIDTH, Width)
         if stored is None:
-            found = {"variants_side_by_side": self._fastest_width()}
+            found: Width = {"variants_side_by_side": self._fastest_width()}
             self.run_store.files.create(WIDTH, json.dumps(found).encode())
-            stored = self.run_store.read_json(WIDTH) or found
-        width: int = stored["variants_side_by_side"]
-        return width
+            stored = self.run_store.read_json(WIDTH, Width) or found
+        return stored["variants_side_by_side"]
 
     def _fastest_width(self) -> int:
         recipe, memory = recipe_of(self.spec.recipe), int(self._free_bytes() * MEMORY_SHARE)

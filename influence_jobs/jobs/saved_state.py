@@ -1,6 +1,7 @@
 """Saved state of a long shard, so that a killed shard can resume."""
 
 import io
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 import torch
 
 from influence_jobs.store.files import Files
+
+log = logging.getLogger(__name__)
 
 SAVE_EVERY_S = 30.0
 SAVE_SHARE = 0.03  # saving may take at most this share of the time
@@ -26,12 +29,17 @@ class SavedState:
         self._last, self._took_s = time.monotonic(), 0.0
 
     def read(self) -> Any:
-        """The state that was saved last, on the CPU; None if there is none."""
+        """The state that was saved last, on the CPU; None if there is none, or it is damaged."""
         try:
             data = self._files.read(self._name)
         except FileNotFoundError:
             return None
-        return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+        try:
+            return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+        except Exception as error:  # noqa: BLE001  (torch raises any error on damaged bytes)
+            why = str(error).splitlines()[0]
+            log.warning("%s is damaged, so its shard begins anew: %s", self._name, why)
+            return None
 
     def keep(self, state: Callable[[], Any]) -> None:
         """Save the state if the last save was long enough ago."""

@@ -15,7 +15,7 @@ from influence_jobs.errors import DISK_ERRORS, InflError, ModelError, SpecError,
 from influence_jobs.jobs.base import Receipt, Shard
 from influence_jobs.kinds import open_job
 from influence_jobs.store import layout
-from influence_jobs.store.manifest import Entry
+from influence_jobs.store.documents import Entry
 from influence_jobs.store.run import Run, now
 from influence_jobs.store.software import software
 from influence_jobs.tasks.fingerprints import require_unchanged
@@ -45,8 +45,9 @@ class ShardRunner:
             torch.set_num_threads(threads)
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32 on GPUs too
         self._run = Run.open(root, run_id)
-        plan = self._run.read_json(layout.PLAN) or {}
-        self._job = open_job(self._run, device=device, batch_size=plan.get("batch_size"))
+        plan = self._run.plan()
+        batch_size = plan["batch_size"] if plan else None
+        self._job = open_job(self._run, device=device, batch_size=batch_size)
         self.kind = self._run.spec.kind
         self.title = self._job.title
         software()  # read it now: files may change later, but the loaded code does not

@@ -88,7 +88,7 @@ def _section(view: View[Any], whole: View[Any]) -> Section:
 
 def _is_there(root: str, spec: Spec) -> bool:
     """Whether a spec has a run; the recipe of retrainings may have none."""
-    return Run(root, spec).read_json(layout.SPEC) is not None
+    return layout.SPEC in Run(root, spec).files.names("")
 
 
 def render_report(title: str, sections: Sequence[Section]) -> str:

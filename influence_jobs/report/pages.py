@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
-from influence_jobs.errors import DataError, SpecError
+from influence_jobs.errors import DataError, SpecError, UntrustedCode
 from influence_jobs.experiments.stability import head
 from influence_jobs.kinds import view_of
 from influence_jobs.report.addresses import having, number, positive, values
@@ -390,7 +390,10 @@ def _layers(norms: StoredNorms, given: QueryParams) -> tuple[str, ...]:
 def _require_one_task(runs: Sequence[Run]) -> None:
     """Refuse runs in which sample ids name different samples."""
     first = runs[0].spec.task
-    unused = task_class(first).attribution_options
+    try:
+        unused = task_class(first).attribution_options
+    except UntrustedCode:
+        unused = frozenset()
     for run in runs[1:]:
         other = run.spec.task
         options = {**first.options, **dict.fromkeys(unused)}

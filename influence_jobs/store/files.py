@@ -8,10 +8,11 @@ import contextlib
 import errno
 import os
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from zarr.abc.store import Store
@@ -66,25 +67,48 @@ class Files(Protocol):
 
 
 class LocalFiles:
-    """Files on a local or shared disk. A file is durable once the call that wrote it returns."""
+    """Files on a local or shared disk. A file is durable once the call that wrote it returns.
+
+    A folder may come from a stranger, so nothing below it is read or written through a link, and
+    only plain files are read: a device or a pipe might never end.
+    """
 
     def __init__(self, root: Path):
         self.root = root
         self.url = str(root)
 
     def read(self, name: str) -> bytes:
+        path = self.path(name)
         try:
-            return (self.root / name).read_bytes()
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise StoreError(f"{path} is no plain file: delete it")
+            return path.read_bytes()
         except NotADirectoryError as error:
             raise FileNotFoundError(*error.args) from error
 
+    def path(self, name: str) -> Path:
+        """The path of a file or folder that lies below this one.
+
+        Raises:
+            StoreError: The name leads out of the folder, or through a link.
+        """
+        path = self.root
+        for part in PurePosixPath(name).parts:
+            path /= part
+            if part in ("/", "..") or path.is_symlink():
+                raise StoreError(
+                    f"{path} may lead out of its folder: replace the link by what it names"
+                )
+        return path
+
     def write(self, name: str, data: bytes) -> None:
+        path = self.path(name)
         with self._written_aside(name, data) as aside:
-            aside.replace(self.root / name)
+            aside.replace(path)
 
     def create(self, name: str, data: bytes) -> bool:
+        path = self.path(name)
         with self._written_aside(name, data) as aside:
-            path = self.root / name
             try:
                 path.hardlink_to(aside)
             except FileExistsError:
@@ -95,7 +119,7 @@ class LocalFiles:
 
     @contextlib.contextmanager
     def _written_aside(self, name: str, data: bytes) -> Iterator[Path]:
-        path = self.root / name
+        path = self.path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
         try:
@@ -109,14 +133,14 @@ class LocalFiles:
         _sync_folder(path.parent)  # so that the rename survives a power cut
 
     def delete(self, name: str) -> None:
-        (self.root / name).unlink(missing_ok=True)
+        self.path(name).unlink(missing_ok=True)
 
     def names(self, folder: str) -> list[str]:
-        path = self.root / folder
+        path = self.path(folder)
         if not path.is_dir():
             return []
         return sorted(
-            p.name for p in path.iterdir() if p.is_file() and not p.name.endswith(PARTIAL)
+            p.name for p in path.iterdir() if not p.is_dir() and not p.name.endswith(PARTIAL)
         )
 
     def folders(self) -> list[str]:

@@ -13,12 +13,13 @@ import threading
 import time
 import uuid
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import psutil
 
 from influence_jobs.errors import StoreError
 from influence_jobs.store import layout
+from influence_jobs.store.documents import Holder, parsed
 from influence_jobs.store.files import Files
 from influence_jobs.store.process import is_running
 
@@ -46,7 +47,7 @@ class Lease:
         self.lost = threading.Event()
 
     def __enter__(self) -> Self:
-        while not self._files.create(layout.LEASE, self._text()):
+        while not self._created(layout.LEASE):
             holder = self._read(layout.LEASE)
             if holder is not None:  # else the holder has just given it back
                 self._take_over(holder)
@@ -54,7 +55,7 @@ class Lease:
         self._thread.start()
         return self
 
-    def _take_over(self, holder: dict[str, Any]) -> None:
+    def _take_over(self, holder: Holder) -> None:
         """Become the only successor of a dead holder.
 
         Only one driver can create the *claim*, a file that names the holder; it becomes the
@@ -71,7 +72,7 @@ class Lease:
                     f"{last['host']}; wait for it, or stop it with `infl stop`"
                 )
             claims.append(f"{layout.LEASE}.{last['owner']}")
-            if self._files.create(claims[-1], self._text()):
+            if self._created(claims[-1]):
                 break
             successor = self._read(claims[-1])
             if successor is None:
@@ -84,6 +85,17 @@ class Lease:
         self._files.write(layout.LEASE, self._text())
         for claim in claims:
             self._files.delete(claim)
+
+    def _created(self, name: str) -> bool:
+        """Create a file that names us, if it is absent.
+
+        An object store may write it and lose the answer. Then a retry finds the file there, and it
+        is ours.
+        """
+        if self._files.create(name, self._text()):
+            return True
+        found = self._read(name)
+        return found is not None and found["owner"] == self._owner
 
     def __exit__(
         self,
@@ -111,14 +123,8 @@ class Lease:
         holder = self._read(layout.LEASE)
         return holder is not None and holder["owner"] == self._owner
 
-    def _read(self, name: str) -> dict[str, Any] | None:
-        try:
-            holder: dict[str, Any] = json.loads(self._files.read(name))
-        except FileNotFoundError:
-            return None
-        except ValueError as error:
-            raise StoreError(f"{self._files.url}/{name} is damaged: delete it") from error
-        return holder
+    def _read(self, name: str) -> Holder | None:
+        return holder_of(self._files, name)
 
     def _text(self) -> bytes:
         return json.dumps(
@@ -132,23 +138,31 @@ class Lease:
         ).encode()
 
 
-def holder_of(files: Files) -> dict[str, Any] | None:
-    """The content of the lease: owner, host, pid, process_started, beat; None without a holder."""
+def holder_of(files: Files, name: str = layout.LEASE) -> Holder | None:
+    """The driver that a lease or a claim names; None if there is no such file.
+
+    Raises:
+        StoreError: It is damaged.
+    """
     try:
-        holder: dict[str, Any] = json.loads(files.read(layout.LEASE))
-    except (FileNotFoundError, ValueError):
+        data = files.read(name)
+    except FileNotFoundError:
         return None
-    return holder
+    return parsed(data, Holder, f"{files.url}/{name}")
 
 
-def is_alive(holder: dict[str, Any]) -> bool:
+def is_alive(holder: Holder) -> bool:
     """Whether a lease's holder may still be writing."""
     if holder["host"] == socket.gethostname():
         return is_running(holder["pid"], float(holder["process_started"]))
     return time.time() - float(holder["beat"]) < TTL_S
 
 
-def live_holder(files: Files) -> dict[str, Any] | None:
-    """The holder of the lease of a run's folder, if it is alive; else None."""
+def live_holder(files: Files) -> Holder | None:
+    """The holder of the lease of a run's folder, if it is alive; else None.
+
+    Raises:
+        StoreError: The lease is damaged.
+    """
     holder = holder_of(files)
     return holder if holder is not None and is_alive(holder) else None

@@ -7,43 +7,12 @@ writer and is replaced atomically.
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Literal
+from collections.abc import Collection
+from dataclasses import asdict
 
-from influence_jobs.errors import StoreError
 from influence_jobs.store import layout
+from influence_jobs.store.documents import Entry, parsed
 from influence_jobs.store.files import Files
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A shard's record.
-
-    Attributes:
-        start: First row.
-        stop: Row after the last one.
-        attempt: How often the shard was started, including this time.
-        spec: Hash of the spec that it was computed for.
-        arrays: SHA-256 of the rows written, by array.
-        files: SHA-256 of the files written, by name.
-        seconds: Time taken, including the writing.
-        worker: Host and process that computed it.
-        software: Versions and revision that computed it; empty in runs older than this field.
-    """
-
-    shard: str
-    start: int
-    stop: int
-    attempt: int
-    spec: str
-    state: Literal["running", "done"] = "running"
-    arrays: Mapping[str, str] = field(default_factory=dict)
-    files: Mapping[str, str] = field(default_factory=dict)
-    seconds: float = 0.0
-    worker: str = ""
-    software: Mapping[str, str] = field(default_factory=dict)
-    finished_at: float | None = None
 
 
 class Manifest:
@@ -58,16 +27,18 @@ class Manifest:
             text = self._files.read(_name(shard))
         except FileNotFoundError:
             return None
-        try:
-            return Entry(**json.loads(text))
-        except (ValueError, TypeError) as error:
-            raise StoreError(
-                f"{self._files.url}/{_name(shard)} is damaged ({error}); delete it and resume"
-            ) from error
+        where = f"{self._files.url}/{_name(shard)}"
+        return parsed(text, Entry, where, cure="delete it and resume")
 
     def write(self, entry: Entry) -> None:
         """Replace a shard's entry."""
         self._files.write(_name(entry.shard), json.dumps(asdict(entry), indent=1).encode())
+
+    def keep_only(self, shards: Collection[str]) -> None:
+        """Delete the entries of all other shards: those of a plan that was lost."""
+        for name in self._files.names(layout.MANIFEST):
+            if name.removesuffix(".json") not in shards:
+                self._files.delete(f"{layout.MANIFEST}/{name}")
 
     def entries(self) -> list[Entry]:
         """All entries, by shard."""

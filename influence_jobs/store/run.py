@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,10 +21,16 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from influence_jobs.errors import StoreError
 from influence_jobs.specs.base import AnySpec, parse_spec
 from influence_jobs.store import layout
+from influence_jobs.store.documents import PlanFile, parsed
 from influence_jobs.store.files import open_files
 from influence_jobs.store.folder import for_runs
 from influence_jobs.store.layout import ArrayLayout
 from influence_jobs.store.manifest import Manifest
+
+D = TypeVar("D")
+
+# What Zarr raises for metadata that are no JSON, of a wrong type, or incomplete.
+_NO_METADATA = (ValueError, TypeError, KeyError, AttributeError)
 
 
 class Run:
@@ -80,7 +86,7 @@ class Run:
         run = cls(root, spec)
         text = spec.model_dump_json(indent=2).encode()
         try:
-            if not run.files.create(layout.SPEC, text) and cls.open(root, run.id).spec != spec:
+            if not run.files.create(layout.SPEC, text) and run._stored_spec() != spec:
                 run.files.write(layout.SPEC, text)
         except OSError as error:
             raise StoreError(
@@ -89,17 +95,34 @@ class Run:
             ) from error
         return cls.open(root, run.id)
 
+    def _stored_spec(self) -> AnySpec | None:
+        """The spec in the folder; None if it is damaged. The folder's name is its hash."""
+        try:
+            return Run.open(self.root, self.id).spec
+        except StoreError:
+            return None
+
     # -- plan and status --------------------------------------------------------------------------
 
-    def read_json(self, name: str) -> dict[str, Any] | None:
-        """A JSON file of the run; None if it does not exist."""
+    def read_json(self, name: str, kind: type[D]) -> D | None:
+        """A JSON file of the run, one of `store.documents`; None if it does not exist.
+
+        Raises:
+            StoreError: It is damaged.
+        """
         try:
-            data: dict[str, Any] = json.loads(self.files.read(name))
+            data = self.files.read(name)
         except FileNotFoundError:
             return None
-        except ValueError as error:
-            raise StoreError(f"run {self.id}: {name} is damaged ({error}); delete it") from error
-        return data
+        return parsed(data, kind, f"run {self.id}: {name}")
+
+    def plan(self) -> PlanFile | None:
+        """plan.json; None before the run has begun.
+
+        Raises:
+            StoreError: It is damaged.
+        """
+        return self.read_json(layout.PLAN, PlanFile)
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Replace a JSON file of the run."""
@@ -108,14 +131,17 @@ class Run:
     # -- arrays -----------------------------------------------------------------------------------
 
     def create_arrays(self, layouts: Sequence[ArrayLayout]) -> None:
-        """Create the arrays that do not exist yet, with their full shape and filled with NaN."""
-        group = zarr.open_group(self.files.zarr_store(layout.ARRAYS), mode="a")
+        """Create the arrays that do not exist yet, with their full shape and filled with NaN.
+
+        Metadata that are missing, damaged or of another shape are written anew. Chunks are left
+        alone: their checksums say whether they are right.
+        """
+        group = self._group()
         group.attrs["run"] = self.id
         for array in layouts:
-            with self._metadata():
-                exists = array.name in group
-            if exists:
+            if self._is_there(group, array):
                 continue
+            self.files.delete(f"{layout.ARRAYS}/{array.name}/zarr.json")
             group.create_array(
                 array.name,
                 shape=array.shape,
@@ -131,6 +157,25 @@ class Run:
                 attributes={**array.attributes, "row_axis": array.row_axis},
             )
 
+    def _group(self) -> zarr.Group:
+        store = self.files.zarr_store(layout.ARRAYS)
+        try:
+            return zarr.open_group(store, mode="a")
+        except _NO_METADATA:
+            self.files.delete(f"{layout.ARRAYS}/zarr.json")
+            return zarr.open_group(store, mode="a")
+
+    def _is_there(self, group: zarr.Group, array: ArrayLayout) -> bool:
+        try:
+            found = group.get(array.name)
+        except _NO_METADATA:
+            return False
+        return isinstance(found, zarr.Array) and (found.shape, found.chunks, found.dtype.name) == (
+            array.shape,
+            array.chunks,
+            array.dtype,
+        )
+
     @cached_property
     def _arrays(self) -> dict[str, "zarr.Array[Any]"]:
         if not self._has_arrays():  # opening would create the folder
@@ -139,8 +184,8 @@ class Run:
                 f"run {self.id} has no arrays: it has not begun, or they were deleted "
                 f"(infl verify {self.id}{more} --repair, then infl resume {self.id}{more})"
             )
-        group = zarr.open_group(self.files.zarr_store(layout.ARRAYS), mode="r+")
         with self._metadata():
+            group = zarr.open_group(self.files.zarr_store(layout.ARRAYS), mode="r+")
             members = sorted(group.members(None))
         return {name: node for name, node in members if isinstance(node, zarr.Array)}
 
@@ -148,12 +193,11 @@ class Run:
     def _metadata(self) -> Iterator[None]:
         try:
             yield
-        except ValueError as error:  # JSON that cannot be read
+        except _NO_METADATA as error:
             more = for_runs(self.root)
             raise StoreError(
-                f"run {self.id}: the metadata of its arrays are damaged ({error}): delete "
-                f"{self.root}/{self.id}/{layout.ARRAYS}, then infl verify {self.id}{more} --repair "
-                f"and infl resume {self.id}{more}"
+                f"run {self.id}: the metadata of its arrays are damaged ({error}): "
+                f"infl verify {self.id}{more} --repair, then infl resume {self.id}{more}"
             ) from error
 
     def array_names(self) -> list[str]:
@@ -161,7 +205,7 @@ class Run:
         return list(self._arrays) if self._has_arrays() else []
 
     def _has_arrays(self) -> bool:
-        return self.read_json(f"{layout.ARRAYS}/zarr.json") is not None
+        return "zarr.json" in self.files.names(layout.ARRAYS)
 
     def array(self, name: str) -> "zarr.Array[Any]":
         """An array; its data are not read yet.

@@ -1,8 +1,12 @@
 """The progress of a run, from the status that its driver writes into the run's folder."""
 
+import socket
 from typing import Any
 
 from influence_jobs.store import layout
+from influence_jobs.store.documents import Status
+from influence_jobs.store.folder import for_runs
+from influence_jobs.store.lease import live_holder
 from influence_jobs.store.run import Run, now
 
 STALE_S = 20.0  # a driver that has not written for this long is taken for dead
@@ -11,19 +15,32 @@ STALE_S = 20.0  # a driver that has not written for this long is taken for dead
 def read_status(run: Run) -> dict[str, Any]:
     """A run's status.
 
-    Its `state` is `new` before the first driver, and `interrupted` if the driver stopped writing.
+    Its `state` is `new` before the first driver, and `interrupted` if the driver stopped writing
+    and lost the lease. If a silent driver holds the lease, the message says so.
     """
-    status = run.read_json(layout.STATUS)
-    if status is None:
+    found = run.read_json(layout.STATUS, Status)
+    if found is None:
         return {"state": "new", "units_done": 0, "units_total": None, "failures": {}}
-    if status["state"] == "running" and now() - status["updated_at"] > STALE_S:
-        status["state"] = "interrupted"
+    status: dict[str, Any] = {**found}
+    quiet = now() - status["updated_at"]
+    if status["state"] == "running" and quiet > STALE_S:
+        # Clocks of two machines may differ, so the status alone cannot tell.
+        holder = live_holder(run.files)
+        if holder is None:
+            status["state"] = "interrupted"
+        elif holder["host"] == socket.gethostname():
+            status["message"] = (
+                f"process {holder['pid']}, which computes it, does not respond for {quiet:.0f} s: "
+                f"infl stop {run.id}{for_runs(run.root)}"
+            )
     return status
 
 
 def under_way(run: Run, status: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
     """The run that is being computed, and its status: this run, or one that it depends on."""
-    while phase := status.get("phase"):
+    seen = {run.id}
+    while (phase := status.get("phase")) and phase not in seen:
+        seen.add(phase)
         run = Run.open(run.root, phase)
         status = read_status(run)
     return run, status
@@ -41,8 +58,7 @@ def rate_and_eta(status: dict[str, Any]) -> tuple[float, float] | None:
 
 def is_done(run: Run) -> bool:
     """Whether every shard of a run is finished, and its tables too."""
-    status = run.read_json(layout.STATUS)
-    plan = run.read_json(layout.PLAN)
+    status, plan = run.read_json(layout.STATUS, Status), run.plan()
     if status is None or plan is None or status["state"] != "done":
         return False
     done = run.manifest.done()

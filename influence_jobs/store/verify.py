@@ -4,9 +4,9 @@ from dataclasses import dataclass, replace
 
 from influence_jobs.errors import StoreError
 from influence_jobs.store import layout
+from influence_jobs.store.documents import Entry, PlanFile
 from influence_jobs.store.folder import for_runs
 from influence_jobs.store.lease import Lease
-from influence_jobs.store.manifest import Entry
 from influence_jobs.store.run import Run, checksum
 
 
@@ -31,10 +31,10 @@ def find_damage(run: Run) -> Verification:
     Raises:
         StoreError: The run has no plan yet.
     """
-    plan = run.read_json(layout.PLAN)
+    plan = run.plan()
     if plan is None:
         raise StoreError(f"run {run.id} has not begun: infl resume {run.id}{for_runs(run.root)}")
-    damaged, good = {}, 0
+    damaged, good = _damaged_shapes(run, plan), 0
     done = run.manifest.done()
     for shard in (*(shard["id"] for shard in plan["shards"]), layout.FINISH):
         entry = done.get(shard)
@@ -48,9 +48,25 @@ def find_damage(run: Run) -> Verification:
     return Verification(len(plan["shards"]), good, damaged)
 
 
+def _damaged_shapes(run: Run, plan: PlanFile) -> dict[str, str]:
+    """Arrays whose metadata are not as planned, under the name of all arrays."""
+    try:
+        found = {name: list(run.array(name).shape) for name in run.array_names()}
+    except StoreError as error:
+        return {layout.ARRAYS: str(error)}
+    for name, shape in plan.get("shapes", {}).items():
+        if name in found and found[name] != shape:
+            return {layout.ARRAYS: f"{name} has shape {found[name]}, planned were {shape}"}
+        if name not in found:
+            return {layout.ARRAYS: f"{name} is missing"}
+    return {}
+
+
 def _damage(run: Run, entry: Entry) -> str | None:
     if entry.spec != run.spec.hash:
         return "computed for another spec"
+    if entry.shard != layout.FINISH and not entry.arrays and not entry.files:
+        return "its record names no data"
     for name, expected in entry.arrays.items():
         try:
             found = checksum(run.read_rows(name, entry.start, entry.stop))
@@ -64,6 +80,8 @@ def _damage(run: Run, entry: Entry) -> str | None:
                 return f"{name} is not what was written"
         except FileNotFoundError:
             return f"{name} is missing"
+        except StoreError as error:
+            return str(error)
     return None
 
 

@@ -8,10 +8,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, get_type_hints
 
-from influence_jobs.errors import SpecError
+from influence_jobs.errors import SpecError, UntrustedCode
 from influence_jobs.specs.base import TaskSpec
 from influence_jobs.tasks.base import Task
 from influence_jobs.tasks.own_code import described, is_own
+from influence_jobs.tasks.published import Published
+from influence_jobs.tasks.trust import make_trusted, require_trusted
 
 ENTRY_POINTS = "influence_jobs.tasks"  # the group in which packages announce their tasks
 BUILT_IN = {
@@ -30,6 +32,7 @@ def task_class(task: str | TaskSpec) -> type[Task]:
 
     Raises:
         SpecError: There is no such task, it cannot be imported, or what is there is no task.
+        UntrustedCode: A spec names code that the user has not named on this machine.
     """
     name = task if isinstance(task, str) else task.name
     known = _known()
@@ -45,6 +48,10 @@ def task_class(task: str | TaskSpec) -> type[Task]:
         for path in filter(None, (found.folder, str(Path.cwd()), folder)):
             if path not in sys.path:
                 sys.path.append(path)
+        if isinstance(task, str):
+            make_trusted(found.module)
+        else:
+            require_trusted(found.module, name)
     module = _imported(name, found)
     kind = getattr(module, found.class_name, None)
     if kind is None:
@@ -56,6 +63,14 @@ def task_class(task: str | TaskSpec) -> type[Task]:
     if not (inspect.isclass(kind) and issubclass(kind, Task)):
         raise SpecError(f"task {name!r} is not a subclass of influence_jobs.Task")
     return kind
+
+
+def published_of(task: TaskSpec) -> Published | None:
+    """Published results for a task; None if it has none, or its code is not trusted."""
+    try:
+        return task_class(task).published
+    except UntrustedCode:
+        return None
 
 
 def name_of(task: str | type[Task] | Task) -> str:

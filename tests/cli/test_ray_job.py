@@ -2,12 +2,14 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,12 +18,14 @@ import psutil
 import pytest
 
 from infl_cli import cluster
+from infl_cli import runs as runs_commands
 from infl_cluster import client, ray_job
 from infl_cluster import head as head_module
 from infl_cluster.client import UnknownJob
 from infl_cluster.watch import watch
 from influence_jobs.errors import RuntimeFault
 from influence_jobs.store import find
+from influence_jobs.store.documents import Status
 from influence_jobs.store.run import Run, now
 from influence_jobs.store.status import read_status, under_way
 
@@ -71,10 +75,22 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> FakeCluster:
     return fake
 
 
+def a_status(**fields: Any) -> dict[str, Any]:
+    counts = dict.fromkeys(("shards_done", "units_before", "units_done", "retries"), 0)
+    unknown = dict.fromkeys(("phase", "message", "shards_total", "units_total"))
+    return {"state": "running", "started_at": 0, "failures": {}, **counts, **unknown, **fields}
+
+
+def test_runs_that_wait_for_each_other_do_not_hang(tmp_path: Path, finished_run: Run) -> None:
+    run = Run.create(str(tmp_path), finished_run.spec)
+    run.write_json("status.json", a_status(phase=run.id, updated_at=now()))
+    assert under_way(run, read_status(run))[0].id == run.id
+
+
 def held_by(run: Path, pid: int) -> None:
     """Write the lease of a driver."""
     holder = {
-        "owner": f"process {pid}",
+        "owner": f"process-{pid}",
         "host": socket.gethostname(),
         "pid": pid,
         "process_started": psutil.Process(pid).create_time(),
@@ -99,12 +115,69 @@ def test_a_job_that_waits_for_another_driver_is_stopped_too(
     infl: Infl, ray: FakeCluster, tmp_path: Path
 ) -> None:
     run_id = infl(*TRAIN, "--detach", "--json").json["run"]
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as driver:
-        threading.Thread(target=driver.wait, daemon=True).start()  # no zombie
+    with a_driver("input()", run_id) as driver:
         held_by(tmp_path / "runs" / run_id, driver.pid)
         assert f"{run_id} is stopped" in infl("stop", "train").err
         assert driver.wait(10) != 0
     assert list(ray.jobs.values()) == ["STOPPED"]
+
+
+@contextmanager
+def a_driver(code: str, *words: str) -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-c", code, *words]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as driver:
+        threading.Thread(target=driver.wait, daemon=True).start()  # no zombie
+        yield driver
+        driver.kill()
+
+
+def test_a_driver_that_hangs_is_killed(
+    infl: Infl, ray: FakeCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs_commands, "STOP_GRACE_S", 0.5)
+    run_id = infl(*TRAIN, "--detach", "--json").json["run"]
+    with a_driver("input()", run_id) as driver:
+        os.kill(driver.pid, signal.SIGSTOP)
+        held_by(tmp_path / "runs" / run_id, driver.pid)
+        assert f"{run_id} is stopped" in infl("stop", "train").err
+        assert driver.wait(10) == -signal.SIGKILL
+
+
+def test_a_process_that_is_no_driver_is_not_ended(
+    infl: Infl, ray: FakeCluster, tmp_path: Path
+) -> None:
+    """A run folder may name any process of the user's."""
+    run_id = infl(*TRAIN, "--detach", "--json").json["run"]
+    with a_driver("input()") as victim:
+        held_by(tmp_path / "runs" / run_id, victim.pid)
+        found = infl("stop", "train")
+        assert found.code == 2
+        assert f"is process {victim.pid} (" in found.err
+        assert "which infl has not started: end it yourself" in found.err
+        assert victim.poll() is None
+
+
+@pytest.mark.parametrize("words", [("stop",), ("status", "--follow")])
+def test_the_token_goes_only_where_the_user_says(
+    infl: Infl, ray: FakeCluster, tmp_path: Path, words: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A run folder may name any cluster."""
+    monkeypatch.setenv("INFL_HOME", str(tmp_path / "home"))
+    asked: list[str] = []
+    monkeypatch.setattr(ray_job, "remote_client", lambda address: asked.append(address) or ray)
+    monkeypatch.setattr(ray_job, "SILENCE_S", 0.0)
+    run_id = infl(*TRAIN, "--detach", "--json").json["run"]
+    theirs = "https://theirs.example:8265"
+    job = {"address": theirs, "submission_id": next(iter(ray.jobs))}
+    (tmp_path / "runs" / run_id / "job.json").write_text(json.dumps(job))
+    ray.jobs[job["submission_id"]] = "FAILED"
+    refused = infl(words[0], run_id, *words[1:])
+    assert asked == []
+    told = f"it runs on {theirs}, which you have not named on this machine"
+    assert told in (refused.err + refused.out).replace("\n", " ")
+    infl(words[0], run_id, *words[1:], "--address", theirs)
+    assert set(asked) == {theirs}
 
 
 def test_a_job_is_written_down_before_it_is_submitted(
@@ -162,7 +235,7 @@ def test_watching_does_not_list_all_runs(
 ) -> None:
     monkeypatch.setattr(find, "run_ids", lambda _root: pytest.fail("runs are listed"))
     run = Run.open(str(runs), finished_run.id)
-    status = run.read_json("status.json")
+    status = run.read_json("status.json", Status)
     assert status is not None
     train = next(path.name for path in runs.iterdir() if path.name.startswith("train"))
     run.write_json("status.json", {**status, "phase": train})
@@ -179,8 +252,7 @@ def test_the_progress_shown_is_of_the_run_that_is_worked_at(
     asked, needed, worked_at = (Run.create(str(tmp_path), spec) for spec in specs)
     states = ((asked, needed.id, None), (needed, worked_at.id, None), (worked_at, None, 9))
     for run, phase, total in states:
-        status = {"state": "running", "phase": phase, "units_total": total, "updated_at": now()}
-        run.write_json("status.json", status)
+        run.write_json("status.json", a_status(phase=phase, units_total=total, updated_at=now()))
     found, status = under_way(asked, read_status(asked))
     assert found.id == worked_at.id
     assert status["units_total"] == 9

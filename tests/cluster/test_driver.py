@@ -21,7 +21,7 @@ from influence_jobs.kinds import open_job
 from influence_jobs.kinds import runner as runner_module
 from influence_jobs.kinds.grad_norms.spec import GradNormsSpec
 from influence_jobs.store import layout
-from influence_jobs.store.manifest import Entry
+from influence_jobs.store.documents import Entry
 from influence_jobs.store.run import Run
 from influence_jobs.store.status import is_done, rate_and_eta, read_status
 from influence_jobs.store.top import largest_rows

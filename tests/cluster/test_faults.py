@@ -18,8 +18,8 @@ import torch
 from infl_cluster.head import Head, recorded_head, stop_head
 from influence_jobs.models.ffdnet import FFDNet
 from influence_jobs.store import layout
+from influence_jobs.store.documents import Entry, Status
 from influence_jobs.store.lease import holder_of
-from influence_jobs.store.manifest import Entry
 from influence_jobs.store.run import Run
 from influence_jobs.store.verify import find_damage
 
@@ -94,7 +94,7 @@ def the_head() -> Head:
 
 
 def is_done(runs: Path) -> bool:
-    status = run_of(runs).read_json("status.json")
+    status = run_of(runs).read_json("status.json", Status)
     return status is not None and status["state"] == "done"
 
 
@@ -134,7 +134,7 @@ def test_a_killed_worker_is_replaced(
     assert_complete(tmp_path, reference)
     attempts = sorted(entry.attempt for entry in shards_done(run_of(tmp_path)).values())
     assert attempts == [1] * (SHARDS - 1) + [2]
-    status = run_of(tmp_path).read_json("status.json")
+    status = run_of(tmp_path).read_json("status.json", Status)
     assert status is not None
     assert status["retries"] == 1
 

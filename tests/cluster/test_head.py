@@ -17,6 +17,7 @@ from infl_cluster import supervisor as supervisors
 from infl_cluster.head import Head, current_head, ensure_head, recorded_head, stop_head
 from infl_cluster.supervisor import _free_ports
 from influence_jobs.errors import RuntimeFault
+from influence_jobs.home import infl_home
 
 
 @pytest.fixture
@@ -141,12 +142,12 @@ def test_our_folder_must_be_ours(tmp_path, monkeypatch):
     for name in ("file", "link", "file/below"):
         monkeypatch.setenv("INFL_HOME", str(tmp_path / name))
         with pytest.raises(RuntimeFault, match="set INFL_HOME"):
-            heads.infl_home()
+            infl_home()
 
 
 @pytest.mark.ray
 def test_secrets_are_the_owners_alone(ray_head):
-    home = heads.infl_home()
+    home = infl_home()
     folder = ray_head.token_path.parent
     assert ray_head.temp_dir.parent == folder
     assert [mode(path) for path in (home, home / "heads", folder)] == [0o700] * 3
@@ -176,7 +177,7 @@ def test_the_dashboard_listens_on_this_machine_only(ray_head):
 
 @pytest.mark.ray
 def test_a_live_head_is_used_again(ray_head):
-    record = heads.infl_home() / "head.json"
+    record = infl_home() / "head.json"
     os.utime(record, (0, 0))
     assert current_head() == ray_head
     assert record.stat().st_mtime == 0

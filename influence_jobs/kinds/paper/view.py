@@ -9,7 +9,7 @@ from influence_jobs.kinds.influence.spec import InfluenceSpec
 from influence_jobs.kinds.paper.spec import PaperSpec
 from influence_jobs.specs.base import Spec
 from influence_jobs.store.run import Run
-from influence_jobs.tasks.registry import task_class
+from influence_jobs.tasks.registry import published_of
 from influence_jobs.views.base import Say, View
 from influence_jobs.views.table import Table
 
@@ -62,7 +62,7 @@ def _number(spec: Spec, name: str) -> str | None:
     """The number in the research report of a figure; None if it is not in there."""
     from influence_jobs.views.figure import file_name
 
-    published = task_class(spec.task).published
+    published = published_of(spec.task)
     if published is None or published.section != "4.2":
         return SECTION_4_1.get(name)
     layer = published.settled_layer

@@ -19,7 +19,6 @@ from influence_jobs.kinds.s_test.spec import STestSpec
 from influence_jobs.kinds.train.spec import TrainedCheckpoint
 from influence_jobs.specs.base import AnySpec
 from influence_jobs.specs.solvers import Curvature
-from influence_jobs.store import layout
 from influence_jobs.store.checkpoints import load_checkpoint, recorded_digest
 from influence_jobs.store.layout import S_TEST, S_TEST_VARIANCE, ArrayLayout, repeat_name
 from influence_jobs.tasks.base import Draw, Task
@@ -165,8 +164,9 @@ class STestJob(Job[STestSpec]):
 
     def finish(self) -> Result:
         run, spec = self.run_store, self.spec
-        plan = run.read_json(layout.PLAN) or {"shards": []}
-        names = [f"{SHARD_TABLES}/{shard['id']}" for shard in plan["shards"]]
+        plan = run.plan()
+        shards = plan["shards"] if plan else []
+        names = [f"{SHARD_TABLES}/{shard['id']}" for shard in shards]
         tables = pa.concat_tables([run.read_table(name) for name in names])
         files = run.write_table(
             "solutions", tables.sort_by([("query", "ascending"), ("repeat", "ascending")])

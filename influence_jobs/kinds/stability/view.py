@@ -13,7 +13,7 @@ from influence_jobs.store.rankings import score_blocks
 from influence_jobs.store.run import Run
 from influence_jobs.store.top import top_of
 from influence_jobs.tasks import published
-from influence_jobs.tasks.registry import task_class
+from influence_jobs.tasks.registry import published_of
 from influence_jobs.views.base import Say, View
 from influence_jobs.views.norms import PER_ROW
 from influence_jobs.views.ranking import named, places
@@ -74,7 +74,7 @@ class StabilityView(View[StabilitySpec]):
 
     def _published(self) -> published.Published | None:
         """The research report's figures, if the run is of its test images and training set."""
-        known = task_class(self.spec.task).published
+        known = published_of(self.spec.task)
         tests = tuple(query.test for query in self.spec.queries.items)
         whole = self.spec.task.options.get("limit") is None
         if known is None or not whole or (tests, self.spec.top) != (known.tests, known.top):

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from influence_jobs.kinds.train.spec import TrainedCheckpoint, TrainSpec
-from influence_jobs.tasks.registry import task_class
+from influence_jobs.tasks.registry import published_of
 from influence_jobs.views.base import Say
 from influence_jobs.views.norms import NormsView, StoredNorms
 
@@ -38,7 +38,7 @@ class TrainView(NormsView[TrainSpec]):
         yield from self.nodes(say)
 
     def outliers_above(self) -> float | None:
-        published = task_class(self.spec.task).published
+        published = published_of(self.spec.task)
         return published.norm_limit if published else None
 
     @property

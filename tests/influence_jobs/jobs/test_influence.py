@@ -101,7 +101,7 @@ def test_repeats_share_shards_and_their_mean_and_variance_are_stored(carry_out, 
     np.testing.assert_allclose(run.read_rows(S_TEST, 0, 3), repeats.mean(0), rtol=1e-4, atol=1e-7)
     variance = run.read_rows(S_TEST_VARIANCE, 0, 3)
     np.testing.assert_allclose(variance, repeats.var(0, ddof=1), rtol=1e-3, atol=1e-10)
-    plan = run.read_json("plan.json")
+    plan = run.plan()
     assert [(s["part"], s["parts"], s["start"], s["stop"]) for s in plan["shards"]] == [
         (0, 3, 0, 3),
         (3, 2, 0, 3),
@@ -120,7 +120,7 @@ def test_a_plan_of_one_repeat_a_shard_is_kept(carry_out, make_s_test, fresh_root
         solver=LissaSettings(damping=0.5, scale=30.0, depth=60, batch_size=16, repeats=5)
     )
     run = carry_out(spec)
-    plan = run.read_json("plan.json")
+    plan = run.plan()
     plan["shards"] = [
         {"id": f"{r:03d}-000000-000003", "start": 0, "stop": 3, "part": r} for r in range(5)
     ]

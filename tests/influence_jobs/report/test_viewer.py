@@ -20,6 +20,7 @@ from influence_jobs.report.explain import Explainer
 from influence_jobs.report.results import Results
 from influence_jobs.report.viewer import make_viewer
 from influence_jobs.store.checkpoints import load_checkpoint
+from influence_jobs.store.documents import Status
 from influence_jobs.store.run import Run, now
 from influence_jobs.tasks.base import Draw
 
@@ -282,7 +283,7 @@ def test_a_run_at_work_shows_its_progress_and_then_its_results(
 ) -> None:
     shutil.copytree(runs_of_all_kinds.influence.root, tmp_path / "runs")
     run = Run.open(str(tmp_path / "runs"), runs_of_all_kinds.influence.id)
-    status = run.read_json("status.json")
+    status = run.read_json("status.json", Status)
     moment = {"state": "running", "units_done": 450, "units_before": 0, "units_total": 1500}
     moment |= {"work_started_at": now() - 10, "updated_at": now() + 60}
     run.write_json("status.json", {**status, **moment})
@@ -307,7 +308,7 @@ def test_the_page_of_a_failed_run_stays_as_it_is(
 ) -> None:
     shutil.copytree(runs_of_all_kinds.influence.root, tmp_path / "runs")
     run = Run.open(str(tmp_path / "runs"), runs_of_all_kinds.influence.id)
-    status = {**run.read_json("status.json"), "updated_at": now() + 60}
+    status = {**run.read_json("status.json", Status), "updated_at": now() + 60}
     run.write_json("status.json", {**status, "state": "running"})
     with served([run]) as address:
         shown = watched()

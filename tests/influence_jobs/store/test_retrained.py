@@ -8,8 +8,9 @@ import torch
 
 from influence_jobs.kinds.train.spec import TrainSpec
 from influence_jobs.specs.base import TaskSpec
+from influence_jobs.store.documents import Entry
 from influence_jobs.store.find import run_ids
-from influence_jobs.store.manifest import Entry, Manifest
+from influence_jobs.store.manifest import Manifest
 from influence_jobs.store.retrained import Retrained, variant_key
 from influence_jobs.store.run import now
 

@@ -1,18 +1,24 @@
 """What `verify` finds, damage by damage, and who else notices."""
 
+import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from infl_cluster.driver import drive
+from infl_cluster.inline import InlineBackend
 from influence_jobs.errors import ModelError, StoreError
 from influence_jobs.kinds.grad_norms.spec import GradNormsSpec
 from influence_jobs.kinds.train.spec import TrainedCheckpoint
 from influence_jobs.store import layout
 from influence_jobs.store.checkpoints import file_checkpoint, load_checkpoint, recorded_digest
+from influence_jobs.store.lease import Lease
 from influence_jobs.store.run import Run, now
 from influence_jobs.store.status import STALE_S, read_status
 from influence_jobs.store.verify import find_damage, mark_undone
@@ -117,17 +123,23 @@ def test_a_file_of_weights_that_changed_is_not_loaded(tmp_path: Path, digits_tas
 
 @pytest.mark.parametrize(("silent_s", "state"), [(0, "running"), (STALE_S + 5, "interrupted")])
 def test_a_driver_that_says_nothing_for_long_is_gone(run: Run, silent_s: float, state: str) -> None:
-    run.write_json(layout.STATUS, {"state": "running", "updated_at": now() - silent_s})
+    status = {**read_status(run), "state": "running", "updated_at": now() - silent_s}
+    run.write_json(layout.STATUS, status)
     assert read_status(run)["state"] == state
+    with Lease(run.files):  # it hangs, or its clock is another
+        found = read_status(run)
+        assert found["state"] == "running"
+        told = f"process {os.getpid()}, which computes it, does not respond"
+        assert (told in (found["message"] or "")) == (silent_s > 0)
 
 
 def test_damaged_files_of_a_run_are_named(run: Run) -> None:
     run.files.write(layout.STATUS, b"{")
-    with pytest.raises(StoreError, match=rf"{layout.STATUS} is damaged .*; delete it"):
+    with pytest.raises(StoreError, match=rf"{layout.STATUS} is damaged .*: delete it"):
         read_status(run)
     (shard, *_) = run.manifest.done()
     run.files.write(f"manifest/{shard}.json", b'{"nothing": "known"}')
-    with pytest.raises(StoreError, match=rf"{shard}.json is damaged .*; delete it and resume"):
+    with pytest.raises(StoreError, match=rf"{shard}.json is damaged .*: delete it and resume"):
         run.manifest.read(shard)
 
 
@@ -136,7 +148,61 @@ def test_damaged_metadata_of_an_array_are_told_with_the_cure(run: Run) -> None:
     run.files.write(f"{layout.ARRAYS}/{name}/zarr.json", b"{")
     again = Run(run.root, run.spec)
     assert find_damage(again).good == 0
-    with pytest.raises(StoreError, match=r"the metadata of its arrays are damaged .*: delete .*"):
+    with pytest.raises(StoreError, match=r"arrays are damaged .*: infl verify .* --repair, then"):
         Run(run.root, run.spec).array(name)
-    with pytest.raises(StoreError, match="the metadata of its arrays are damaged"):
-        again.create_arrays([layout.ArrayLayout(name, (1,), 0, 1, ("sample",))])
+
+
+def test_a_record_without_data_is_damage(run: Run) -> None:
+    (shard, *_) = run.manifest.done()
+    entry = run.manifest.read(shard)
+    assert entry is not None
+    run.manifest.write(replace(entry, arrays={}, files={}))
+    assert find_damage(run).damaged == {shard: "its record names no data"}
+
+
+def other_shape(path: Path) -> None:
+    found = json.loads(path.read_text())
+    found["shape"][0] += 1
+    path.write_text(json.dumps(found))
+
+
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "gone": Path.unlink,
+    "cut": lambda path: path.write_text("{"),
+    "list": lambda path: path.write_text("[]"),
+    "null": lambda path: path.write_text("null"),
+}
+OF_ARRAYS = {**DAMAGES, "empty": lambda path: path.write_text("{}"), "shape": other_shape}
+
+
+@pytest.mark.parametrize(
+    ("which", "damage"),
+    [
+        *(("zarr.json", damage) for damage in DAMAGES.values()),
+        *(("norms/head/zarr.json", damage) for damage in OF_ARRAYS.values()),
+    ],
+    ids=[*DAMAGES, *(f"array, {name}" for name in OF_ARRAYS)],
+)
+def test_damaged_metadata_are_found_and_mended(
+    run: Run, which: str, damage: Callable[[Path], Any]
+) -> None:
+    """The chunks stay, and nothing is computed again."""
+    before = {name: entry.attempt for name, entry in run.manifest.done().items()}
+    damage(Path(run.files.url, "data.zarr", which))
+    found = find_damage(Run.open(run.root, run.id))
+    assert layout.ARRAYS in found.damaged
+    mark_undone(run, {layout.ARRAYS: found.damaged[layout.ARRAYS]})
+    drive(run.root, run.id, InlineBackend())
+    again = Run.open(run.root, run.id)
+    assert find_damage(again).damaged == {}
+    assert {n: e.attempt for n, e in again.manifest.done().items()} == before
+
+
+def test_a_damaged_request_is_mended_by_the_same_request(run: Run) -> None:
+    spec = run.spec
+    for damage in (b"{", b"[]", b"", spec.model_dump_json().replace("layer", "leyar").encode()):
+        run.files.write(layout.SPEC, damage)
+        with pytest.raises(StoreError):
+            Run.open(run.root, run.id)
+        assert Run.create(run.root, spec).spec == spec
+        assert Run.open(run.root, run.id).spec == spec

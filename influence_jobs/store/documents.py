@@ -1,0 +1,163 @@
+"""The small JSON files of a run folder, and the only way to read them.
+
+A folder may be damaged, or come from a stranger. So a reader gets a document of the right type, or
+a `StoreError` that names the file and the cure. Fields of later versions are let through.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Annotated, Any, Literal, NotRequired, TypeVar
+
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
+
+from influence_jobs.errors import StoreError
+from influence_jobs.specs.base import first_error
+
+Time = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # seconds since 1970
+Count = Annotated[int, Field(ge=0)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]  # of a run, shard or owner
+_LAX = ConfigDict(extra="allow", strict=True)
+
+
+def _inside(name: str) -> str:
+    parts = name.split("/")
+    if "" in parts or "." in parts or ".." in parts:
+        raise ValueError("it leads out of the run's folder")
+    return name
+
+
+@with_config(_LAX)
+class Status(TypedDict):
+    """status.json: the state of the driver. Units are samples that went through a model."""
+
+    state: Literal["running", "done", "stopped", "failed"]
+    phase: Name | None
+    message: str | None
+    started_at: Time
+    updated_at: Time
+    work_started_at: NotRequired[Time]
+    shards_done: Count
+    shards_total: Count | None
+    units_before: Count
+    units_done: Count
+    units_total: Count | None
+    retries: Count
+    failures: dict[str, str]
+
+
+@with_config(_LAX)
+class PlannedShard(TypedDict):
+    """A shard, as `jobs.base.Shard` has it."""
+
+    id: Name
+    start: Count
+    stop: Count
+    part: NotRequired[Count]
+    parts: NotRequired[Count]
+
+
+@with_config(_LAX)
+class PlanFile(TypedDict):
+    """plan.json: what the first driver settled.
+
+    `inputs` has the digests of the runs that this one was computed from. Runs older than the field
+    have no `shapes` of arrays.
+    """
+
+    batch_size: Annotated[int, Field(ge=1)]
+    units: Count
+    shards: list[PlannedShard]
+    inputs: dict[str, str]
+    shapes: NotRequired[dict[str, list[Count]]]
+
+
+@with_config(_LAX)
+class Holder(TypedDict):
+    """lease.json: the driver that may write, and its last heartbeat."""
+
+    owner: Name
+    host: str
+    pid: Annotated[int, Field(ge=1)]
+    process_started: float
+    beat: float
+
+
+@with_config(_LAX)
+class JobFile(TypedDict):
+    """job.json: the Ray job that runs the driver; without an address on the Ray of this machine."""
+
+    address: Annotated[str, Field(pattern=r"^https?://")] | None
+    submission_id: Name
+
+
+@with_config(_LAX)
+class ProgressFile(TypedDict):
+    """progress/ID.json: units of a shard under way, and of them those of earlier attempts."""
+
+    units: Count
+    resumed: NotRequired[Count]
+
+
+@with_config(_LAX)
+class Width(TypedDict):
+    """width.json: how many variants a retraining run trains side by side."""
+
+    variants_side_by_side: Annotated[int, Field(ge=1)]
+
+
+@with_config(ConfigDict(extra="ignore"))
+@dataclass(frozen=True)
+class Entry:
+    """manifest/ID.json: a shard's record.
+
+    Attributes:
+        start: First row.
+        stop: Row after the last one.
+        attempt: How often the shard was started, including this time.
+        spec: Hash of the spec that it was computed for.
+        arrays: SHA-256 of the rows written, by array.
+        files: SHA-256 of the files written, by name.
+        seconds: Time taken, including the writing.
+        worker: Host and process that computed it.
+        software: Versions and revision that computed it; empty in runs older than this field.
+    """
+
+    shard: Name
+    start: Count
+    stop: Count
+    attempt: Count
+    spec: str
+    state: Literal["running", "done"] = "running"
+    arrays: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[Annotated[str, AfterValidator(_inside)], str] = field(default_factory=dict)
+    seconds: float = 0.0
+    worker: str = ""
+    software: Mapping[str, Any] = field(default_factory=dict)
+    finished_at: float | None = None
+
+
+D = TypeVar("D")
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def parsed(data: bytes, kind: type[D], where: str, *, cure: str = "delete it") -> D:
+    """A document of some type.
+
+    Args:
+        where: The file, for the message.
+        cure: What to do about a damaged one.
+
+    Raises:
+        StoreError: It is no JSON, or of another type.
+    """
+    try:
+        found: D = _adapter(kind).validate_json(data)  # type: ignore[arg-type]
+    except ValidationError as error:
+        raise StoreError(f"{where} is damaged ({first_error(error)}): {cure}") from error
+    return found

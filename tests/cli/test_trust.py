@@ -1,0 +1,135 @@
+"""Looking at a run from a stranger imports none of its code."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from influence_jobs.tasks import trust
+
+Infl = Callable[..., Any]
+
+TASK = """
+from pathlib import Path
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+from influence_jobs import Task
+
+Path({mark!r}).touch()
+
+
+class Theirs(Task):
+    def model(self):
+        return nn.Linear(3, 2)
+
+    def train_data(self):
+        torch.manual_seed(0)
+        return TensorDataset(torch.randn(20, 3), torch.arange(20) % 2)
+
+    test_data = train_data
+    output_loss = "cross-entropy"
+
+    def outputs(self, model, batch):
+        return model(batch[0])
+
+    def targets(self, batch):
+        return batch[1]
+
+    def losses(self, model, batch):
+        return F.cross_entropy(self.outputs(model, batch), batch[1], reduction="none")
+"""
+INFLUENCE = ("influence", "--task", "payload:Theirs", "--epochs", 1, "--test", 0, "--local")
+
+
+@pytest.fixture
+def strangers(infl: Infl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Path]:
+    """An influence run made elsewhere, and the file that its task's code makes when imported."""
+    monkeypatch.setattr(trust, "_everything", False)
+    monkeypatch.delitem(sys.modules, "payload", raising=False)
+    mark = tmp_path / "executed"
+    (tmp_path / "payload.py").write_text(TASK.format(mark=str(mark)))
+    made = infl("submit", *INFLUENCE, "--solver", "cg", "--json")
+    assert made.code == 0, made.err
+    # As on another machine: nothing is imported, and nothing was named.
+    monkeypatch.delitem(sys.modules, "payload")
+    monkeypatch.setenv("INFL_HOME", str(tmp_path / "home"))
+    mark.unlink()
+    return made.json["run"], mark
+
+
+@pytest.mark.parametrize("command", ["report", "top", "status", "verify", "logs"])
+def test_looking_imports_nothing(infl: Infl, strangers: tuple[str, Path], command: str) -> None:
+    run, mark = strangers
+    found = infl(command, run)
+    assert found.code == 0, found.err
+    assert not mark.exists()
+
+
+def test_the_report_says_what_is_missing(infl: Infl, strangers: tuple[str, Path]) -> None:
+    run, mark = strangers
+    found = infl("report", run)
+    assert not mark.exists()
+    page = Path(found.out.strip()).read_text()
+    assert "payload.py, which you have not named on this machine: read it, then add --trust" in page
+
+
+def test_what_needs_the_code_is_refused_until_one_says_so(
+    infl: Infl, strangers: tuple[str, Path]
+) -> None:
+    run, mark = strangers
+    training = next(Path("runs").glob("train-*")).name
+    for words in (
+        ("top", run, "--png", "sheet.png"),
+        ("submit", "influence", "--checkpoint", training, "--test", 1, "--local"),
+        ("resume", run),
+    ):
+        found = infl(*words)
+        if words[0] != "resume":  # it is done, so there is nothing to run
+            assert found.code == 2, words
+            assert (
+                "which you have not named on this machine: read it, then add --trust" in found.err
+            )
+        assert not mark.exists(), words
+    again = infl("submit", "influence", "--checkpoint", training, "--test", 1, "--local", "--trust")
+    assert again.code == 0, again.err
+    assert mark.exists()
+
+
+def test_naming_the_task_is_enough(
+    infl: Infl, strangers: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, mark = strangers
+    again = infl("submit", *INFLUENCE, "--solver", "cg", "--json")
+    assert again.json["run"] == run
+    assert mark.exists()
+    monkeypatch.delitem(sys.modules, "payload")
+    assert infl("top", run, "--png", "sheet.png").code == 0
+
+
+def test_a_run_below_where_one_works_names_no_trusted_file(
+    infl: Infl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `runs.x.payload:Task`, which Python would find below the working directory."""
+    monkeypatch.setattr(trust, "_everything", False)
+    mark = tmp_path / "executed"
+    (tmp_path / "mine.py").write_text(TASK.format(mark=str(tmp_path / "fine")))
+    made = infl(
+        "submit", "train", "--task", "mine:Theirs", "--epochs", 1, "--local", "--json"
+    ).json["run"]
+    spec = json.loads((tmp_path / "runs" / made / "spec.json").read_text())
+    payload = tmp_path / "runs" / "x"
+    payload.mkdir()
+    (payload / "payload.py").write_text(TASK.format(mark=str(mark)))
+    from influence_jobs.specs.base import parse_spec
+    from influence_jobs.store.run import Run
+
+    spec["task"]["name"] = "runs.x.payload:Theirs"
+    theirs = Run.create(str(tmp_path / "runs"), parse_spec(json.dumps(spec), "x"))
+    for command in ("report", "status", "top"):
+        infl(command, theirs.id)
+        assert not mark.exists(), command

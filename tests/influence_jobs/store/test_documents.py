@@ -1,0 +1,161 @@
+"""Files of a run folder that are damaged, or made by a stranger."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from influence_jobs.errors import StoreError
+from influence_jobs.store import layout
+from influence_jobs.store.documents import (
+    Entry,
+    Holder,
+    JobFile,
+    PlanFile,
+    ProgressFile,
+    Status,
+    Width,
+    parsed,
+)
+from influence_jobs.store.files import LocalFiles
+from influence_jobs.store.lease import Lease
+
+KINDS = [Status, PlanFile, Holder, JobFile, ProgressFile, Width, Entry]
+GOOD: dict[Any, dict[str, Any]] = {
+    Status: {
+        "state": "done", "phase": None, "message": None, "started_at": 1.0, "updated_at": 2.0,
+        "shards_done": 1, "shards_total": 1, "units_before": 0, "units_done": 3, "units_total": 3,
+        "retries": 0, "failures": {},
+    },
+    PlanFile: {
+        "batch_size": 4, "units": 3, "inputs": {}, "shards": [{"id": "0-3", "start": 0, "stop": 3}],
+    },
+    Holder: {"owner": "a1", "host": "h", "pid": 5, "process_started": 1.5, "beat": 2.5},
+    JobFile: {"address": "https://cluster:8265", "submission_id": "train-1"},
+    ProgressFile: {"units": 3},
+    Width: {"variants_side_by_side": 4},
+    Entry: {"shard": "0-3", "start": 0, "stop": 3, "attempt": 1, "spec": "ab"},
+}  # fmt: skip
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=5,
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_json_is_the_document_or_refused(kind: Any) -> None:
+    good = GOOD[kind]
+    assert parsed(json.dumps(good).encode(), kind, "x") is not None
+
+    @settings(max_examples=300, deadline=None)
+    @given(value=JSON, name=st.sampled_from([*good]), replaced=st.booleans())
+    def accepts_nothing_else(value: Any, name: str, replaced: bool) -> None:
+        data = json.dumps({**good, name: value} if replaced else value).encode()
+        try:
+            found: Any = parsed(data, kind, "run r: file.json", cure="delete it")
+        except StoreError as error:
+            assert str(error).startswith("run r: file.json is damaged (")
+            assert "\n" not in str(error)
+            return
+        found = found if isinstance(found, dict) else vars(found)
+        assert {*good} <= {*found}
+        assert type(found[name]) in (type(good[name]), type(value), float)
+
+    accepts_nothing_else()
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        (Entry, "files", {"../../.ssh/id": "x"}),
+        (Entry, "files", {"/dev/zero": "x"}),
+        (Entry, "shard", "../x"),
+        (Holder, "owner", "../../x"),
+        (Holder, "pid", 0),
+        (Holder, "pid", -1),
+        (Status, "phase", "../../x"),
+        (Status, "units_done", -1),
+        (Status, "started_at", float("nan")),
+        (JobFile, "address", "javascript:alert(1)"),
+        (JobFile, "submission_id", "../stop"),
+        (PlanFile, "batch_size", 0),
+        (Width, "variants_side_by_side", 0),
+    ],
+)
+def test_values_that_would_do_harm_are_refused(kind: Any, field: str, value: Any) -> None:
+    with pytest.raises(StoreError, match=r"^x is damaged \("):
+        parsed(json.dumps({**GOOD[kind], field: value}).encode(), kind, "x")
+
+
+def test_a_lease_of_null_does_not_hang(tmp_path: Path) -> None:
+    files = LocalFiles(tmp_path)
+    files.write(layout.LEASE, b"null")
+    with pytest.raises(StoreError, match=r"lease\.json is damaged"), Lease(files):
+        pass
+
+
+def test_a_lost_answer_does_not_lock_the_driver_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store has written the lease, but says that it exists: the holder is oneself."""
+    create = LocalFiles.create
+
+    def answer_is_lost(self: LocalFiles, name: str, data: bytes) -> bool:
+        create(self, name, data)
+        return False
+
+    files = LocalFiles(tmp_path)
+    monkeypatch.setattr(LocalFiles, "create", answer_is_lost)
+    with Lease(files) as lease:
+        assert not lease.lost.is_set()
+    assert files.names("") == []
+
+
+def link(path: Path) -> None:
+    path.symlink_to(path.parent.parent / "secret")
+
+
+def folder_link(path: Path) -> None:
+    path.parent.rmdir()
+    path.parent.symlink_to(path.parent.parent.parent / "elsewhere")
+
+
+@pytest.mark.parametrize("plant", [link, folder_link])
+def test_no_link_is_followed_out_of_the_folder(
+    tmp_path: Path, plant: Callable[[Path], None]
+) -> None:
+    files = LocalFiles(tmp_path / "runs")
+    (tmp_path / "runs/report").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    secrets = [tmp_path / "secret", tmp_path / "runs/secret", tmp_path / "elsewhere/report.html"]
+    for secret in secrets:
+        secret.write_text("mine")
+    plant(tmp_path / "runs/report/report.html")
+    name = "report/report.html"
+    for act in (
+        lambda: files.read(name),
+        lambda: files.write(name, b"theirs"),
+        lambda: files.create(name, b"theirs"),
+        lambda: files.delete(name),
+    ):
+        with pytest.raises(StoreError, match="may lead out of its folder: replace the link"):
+            act()
+    assert [secret.read_text() for secret in secrets] == ["mine"] * 3
+
+
+def test_names_do_not_lead_out_and_only_plain_files_are_read(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("mine")
+    files = LocalFiles(tmp_path / "runs")
+    for name in ("../secret", "a/../../secret", str(tmp_path / "secret")):
+        with pytest.raises(StoreError, match="may lead out of its folder"):
+            files.read(name)
+    files.write("status.json", b"{}")
+    os.mkfifo(tmp_path / "runs/pipe")
+    with pytest.raises(StoreError, match="pipe is no plain file: delete it"):
+        files.read("pipe")
