@@ -17,6 +17,7 @@ from infl_cli import (
     view,
 )
 from influence_jobs.errors import DISK_ERRORS, InflError
+from influence_jobs.store.files import StorageError, is_of_store, storage_message
 
 
 class Commands(TyperGroup):
@@ -55,7 +56,7 @@ def main() -> None:
     except InflError as error:
         _fail(str(error))
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        if error.errno not in DISK_ERRORS and not isinstance(error, StorageError):
             raise
         where = f" ({error.filename})" if error.filename else ""
         _fail(f"{error.strerror}{where}; what is finished is kept")
@@ -67,6 +68,10 @@ def main() -> None:
         _fail(message + where if message else "")
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
+    except Exception as error:
+        if not is_of_store(error):
+            raise
+        _fail(f"{storage_message(error, 'the runs')}; what is finished is kept")
     else:
         sys.exit(code if isinstance(code, int) else 0)
 

@@ -20,6 +20,7 @@ from influence_jobs.jobs.base import Job, Plan, Receipt, Shard
 from influence_jobs.kinds import open_job
 from influence_jobs.store import layout
 from influence_jobs.store.documents import Entry
+from influence_jobs.store.files import be_patient
 from influence_jobs.store.lease import Lease, LeaseHeld
 from influence_jobs.store.run import Run, now
 from influence_jobs.store.software import software
@@ -71,6 +72,7 @@ def drive(
     Raises:
         InflError: The run failed; its status says the same, and finished shards are kept.
     """
+    be_patient()
     run = Run.open(root, run_id)
     if is_done(run):
         return

@@ -16,6 +16,7 @@ from influence_jobs.jobs.base import Receipt, Shard
 from influence_jobs.kinds import open_job
 from influence_jobs.store import layout
 from influence_jobs.store.documents import Entry
+from influence_jobs.store.files import be_patient, is_of_store
 from influence_jobs.store.run import Run, now
 from influence_jobs.store.software import software
 from influence_jobs.tasks.fingerprints import require_unchanged
@@ -44,6 +45,7 @@ class ShardRunner:
         if threads:
             torch.set_num_threads(threads)
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32 on GPUs too
+        be_patient()
         self._run = Run.open(root, run_id)
         plan = self._run.plan()
         batch_size = plan["batch_size"] if plan else None
@@ -136,7 +138,7 @@ def _kind(error: Exception) -> Literal["user", "transient", "fatal"]:
     if isinstance(error, OSError):
         return "fatal" if error.errno in DISK_ERRORS else "transient"
     # Errors of an object store pass through Zarr; they are not OSErrors.
-    return "transient" if type(error).__module__.startswith("obstore") else "user"
+    return "transient" if is_of_store(error) else "user"
 
 
 def _is_gpu_failure(error: Exception) -> bool:

@@ -7,11 +7,13 @@ something goes wrong. Nothing here knows what the files hold.
 import contextlib
 import errno
 import os
+import re
 import shutil
 import stat
 import time
 import uuid
 from collections.abc import Iterable, Iterator
+from datetime import timedelta
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -199,28 +201,53 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+class StorageError(OSError):
+    """An object store does not answer, or refuses. The message is one line with the store's URL."""
+
+
+# How long a request is repeated if the store does not answer or says that it is overloaded. A
+# command tells its user soon; a driver and its workers outlast minutes of it.
+_SOON = {"retry_timeout": timedelta(seconds=10), "max_retries": 10}
+_LATE = {"retry_timeout": timedelta(minutes=10), "max_retries": 1000}
+_patient = False
+
+
+def be_patient() -> None:
+    """Let this process repeat requests to an object store for minutes: it is a driver or a worker.
+
+    It holds for files that are opened from now on.
+    """
+    global _patient
+    _patient = True
+
+
+def _object_store(url: str) -> Any:
+    from obstore.store import from_url  # an optional extra
+
+    retry: Any = _LATE if _patient else _SOON
+    with _os_errors(url):
+        return from_url(url, retry_config=retry)
+
+
 class ObjectFiles:
     """Files in a bucket of an object store (s3://, gs://, az://), through obstore."""
 
     def __init__(self, url: str):
-        from obstore.store import from_url  # an optional extra
-
         self.url = url.rstrip("/")
-        with _os_errors():
-            self._store: Any = from_url(self.url)
+        self._store = _object_store(self.url)
 
     def read(self, name: str) -> bytes:
-        with _os_errors():
+        with _os_errors(self.url):
             return bytes(self._store.get(name).bytes())
 
     def write(self, name: str, data: bytes) -> None:
-        with _os_errors():
+        with _os_errors(self.url, writing=True):
             self._store.put(name, data)
 
     def create(self, name: str, data: bytes) -> bool:
         from obstore.exceptions import AlreadyExistsError
 
-        with _os_errors():
+        with _os_errors(self.url, writing=True):
             try:
                 self._store.put(name, data, mode="create")
             except AlreadyExistsError:
@@ -228,16 +255,16 @@ class ObjectFiles:
         return True
 
     def delete(self, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError), _os_errors():
+        with contextlib.suppress(FileNotFoundError), _os_errors(self.url):
             self._store.delete(name)
 
     def names(self, folder: str) -> list[str]:
-        with _os_errors():
+        with _os_errors(self.url):
             listing = self._store.list_with_delimiter(folder)
         return sorted(entry["path"].rpartition("/")[2] for entry in listing["objects"])
 
     def folders(self) -> list[str]:
-        with _os_errors():
+        with _os_errors(self.url):
             prefixes = self._store.list_with_delimiter()["common_prefixes"]
         return sorted(prefix.rstrip("/").rpartition("/")[2] for prefix in prefixes)
 
@@ -245,10 +272,9 @@ class ObjectFiles:
         return ObjectFiles(f"{self.url}/{folder}")
 
     def zarr_store(self, folder: str) -> Store:
-        from obstore.store import from_url
         from zarr.storage import ObjectStore
 
-        return ObjectStore(from_url(f"{self.url}/{folder}"))
+        return ObjectStore(_object_store(f"{self.url}/{folder}"))
 
     def sync(self, names: Iterable[str]) -> None:
         """Nothing to do: an object that was put is durable."""
@@ -261,20 +287,39 @@ class ObjectFiles:
 
 
 @contextlib.contextmanager
-def _os_errors() -> Iterator[None]:
-    """Raise obstore's own errors as OSError. Its error for a missing file already is one."""
+def _os_errors(url: str, *, writing: bool = False) -> Iterator[None]:
+    """Raise obstore's own errors as OSError.
+
+    Its error for a missing file already is one. When writing, it is the bucket that is missing.
+    """
     from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
 
     try:
         yield
+    except FileNotFoundError as error:
+        if not writing:
+            raise
+        raise StorageError(errno.EIO, storage_message(error, url)) from error
     except (PermissionDeniedError, UnauthenticatedError) as error:
-        raise PermissionError(errno.EACCES, _first_line(error)) from error
+        raise PermissionError(errno.EACCES, storage_message(error, url)) from error
     except BaseError as error:
-        raise OSError(errno.EIO, _first_line(error)) from error
+        raise StorageError(errno.EIO, storage_message(error, url)) from error
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+def is_of_store(error: BaseException) -> bool:
+    """Whether an error is an object store's own; such errors come through Zarr as they are."""
+    return type(error).__module__.startswith("obstore")
+
+
+def storage_message(error: BaseException, url: str) -> str:
+    """An object store's error in one line, with what to check."""
+    said = " ".join(str(error).split())
+    said = re.sub(r"Debug source:.*|<[^>]*>", " ", said).strip()[:300]
+    return (
+        f"{url}: {said}; check the bucket's name, AWS_REGION, AWS_ENDPOINT_URL and the credentials"
+        if url.startswith("s3://")
+        else f"{url}: {said}; check the name, the endpoint and the credentials"
+    )
 
 
 def open_files(url: str) -> LocalFiles | ObjectFiles:

@@ -90,8 +90,8 @@ class Run:
                 run.files.write(layout.SPEC, text)
         except OSError as error:
             raise StoreError(
-                f"cannot write runs to {root} ({error.strerror or error}): "
-                "choose another folder with --runs"
+                f"cannot write runs to {root} ({error.strerror or error}): mend that, or choose "
+                "another folder with --runs"
             ) from error
         return cls.open(root, run.id)
 

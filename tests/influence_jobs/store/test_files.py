@@ -4,6 +4,8 @@ import errno
 import os
 import shutil
 import threading
+from datetime import timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,14 @@ import pytest
 import zarr
 
 from influence_jobs.errors import StoreError
-from influence_jobs.store.files import LocalFiles, ObjectFiles, open_files
+from influence_jobs.store import files as files_module
+from influence_jobs.store.files import (
+    LocalFiles,
+    ObjectFiles,
+    StorageError,
+    be_patient,
+    open_files,
+)
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -145,9 +154,58 @@ def test_errors_of_an_object_store_are_os_errors(
     files = ObjectFiles(bucket)
     files._store = Broken()
     arguments = {"folders": (), "write": ("name", b""), "create": ("name", b"")}
-    with pytest.raises(expected, match=r"no answer$") as error:
+    with pytest.raises(expected, match=r"no answer; check the bucket") as error:
         getattr(files, operation)(*arguments.get(operation, ("name",)))
     assert error.value.errno == number
+
+
+class Overloaded(BaseHTTPRequestHandler):
+    """An S3 server that says 503 many times before it answers."""
+
+    left = 0
+
+    def do_GET(self) -> None:
+        found = b"here"
+        if type(self).left:
+            type(self).left -= 1
+            self.send_response(503)
+            found = b""
+        else:
+            self.send_response(200)
+        self.send_header("Content-Length", str(len(found)))
+        self.send_header("Last-Modified", "Wed, 21 Oct 2026 07:28:00 GMT")
+        self.send_header("ETag", '"1"')
+        self.end_headers()
+        self.wfile.write(found)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_driver_outlasts_an_overloaded_store(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A command gives up soon; a driver repeats for minutes."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Overloaded)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name, value in (
+        ("AWS_ACCESS_KEY_ID", "x"), ("AWS_SECRET_ACCESS_KEY", "x"), ("AWS_REGION", "us-east-1"),
+        ("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}"), ("AWS_ALLOW_HTTP", "true"),
+    ):  # fmt: skip
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(files_module, "_patient", False)
+    fast = {"backoff": {"init_backoff": timedelta(milliseconds=1),
+                        "max_backoff": timedelta(milliseconds=2), "base": 2}}  # fmt: skip
+    for retry in (files_module._SOON, files_module._LATE):
+        assert "backoff" not in retry
+        monkeypatch.setitem(retry, "backoff", fast["backoff"])
+    Overloaded.left = 60
+    with pytest.raises(StorageError, match="503"):
+        ObjectFiles("s3://runs").read("x")
+    be_patient()
+    assert ObjectFiles("s3://runs").read("x") == b"here"
+    assert files_module._LATE["retry_timeout"] >= timedelta(minutes=5)
+    server.shutdown()
 
 
 def test_a_bucket_that_is_not_there_is_an_os_error(bucket: str) -> None:
