@@ -21,6 +21,7 @@ from influence_jobs.store.documents import JobFile
 from influence_jobs.store.folder import for_runs
 from influence_jobs.store.lease import live_holder
 from influence_jobs.store.run import Run
+from influence_jobs.store.software import other_versions, software
 from influence_jobs.store.status import is_done
 from influence_jobs.terms import size
 
@@ -51,11 +52,20 @@ def carry_out(run: Run, how: How, say: Say) -> bool:
     if is_done(run):
         say(f"{run.id} is already done")
         return True
+    _say_versions(run, say)
     _forget_last_end(run, local=how.local)
     if how.local:
         _carry_out_here(run, how, say)
         return True
     return _carry_out_on_ray(run, how, say)
+
+
+def _say_versions(run: Run, say: Say) -> None:
+    """Say that a run goes on with other versions than it began with; its page lists them."""
+    ours = software()
+    for name, theirs in other_versions(run.manifest.done().values()).items():
+        now = ours.get(name, "none")
+        say(f"{run.id} goes on with {name} {now}; some of its shards have {', '.join(theirs)}")
 
 
 def keep_plan(run: Run, how: How, say: Say) -> How:

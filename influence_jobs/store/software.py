@@ -3,9 +3,12 @@
 import json
 import platform
 import subprocess
+from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
+
+from influence_jobs.store.documents import Entry
 
 PACKAGE = "influence-jobs"
 _OTHERS = ("torch", "numpy", "zarr", "ray")
@@ -25,6 +28,16 @@ def software() -> dict[str, str]:
     if revision := _checked_out() or _installed_from():
         found["revision"] = revision
     return found
+
+
+def other_versions(entries: Iterable[Entry]) -> dict[str, list[str]]:
+    """Packages of which finished shards have other versions than this process, with theirs."""
+    ours, found = software(), dict[str, set[str]]()
+    for entry in entries:
+        for name, value in entry.software.items():
+            if value != ours.get(name):
+                found.setdefault(name, set()).add(str(value))
+    return {name: sorted(values) for name, values in found.items()}
 
 
 def _checked_out() -> str | None:

@@ -4,6 +4,7 @@ import json
 import re
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -296,8 +297,40 @@ def test_damage_is_found_and_mended(infl: Infl, runs: Path, finished_run: Run) -
     assert mended.code == 0
     assert mended.err.endswith(f"1 shard is to be computed again: infl resume {finished_run.id}\n")
     assert infl("resume", "grad", "--local").code == 0
+
     assert infl("verify", "grad").out == good
     assert chunk.read_bytes() == before
+
+
+def test_a_run_that_goes_on_with_other_versions_says_so(
+    infl: Infl, runs: Path, finished_run: Run
+) -> None:
+    run = Run.open(str(runs), finished_run.id)
+    first, second, *_ = run.manifest.done().values()
+    run.manifest.write(replace(first, software={**first.software, "torch": "1.0"}))
+    run.manifest.write(replace(second, state="running"))
+    run.files.delete("status.json")
+    resumed = infl("resume", "grad", "--local")
+    assert resumed.code == 0
+    now = first.software["torch"]
+    assert f"{run.id} goes on with torch {now}; some of its shards have 1.0\n" in resumed.err
+    assert infl("verify", "grad").out.strip().endswith("6 of 6 shards are done and good")
+
+
+def test_a_done_run_without_a_record_of_a_shard_fails(
+    infl: Infl, runs: Path, finished_run: Run
+) -> None:
+    run = Run.open(str(runs), finished_run.id)
+    (run_file, *_) = Path(run.files.url, "manifest").glob("0*.json")
+    run_file.unlink()
+    found = infl("verify", "grad")
+    assert found.code == 2
+    assert f"{run.id} is said to be done, but 1 of its shards have no record: infl res" in found.err
+
+
+def test_repairing_a_good_run_changes_nothing(infl: Infl, runs: Path, finished_run: Run) -> None:
+    assert infl("verify", "grad", "--repair").code == 0
+    assert infl("status", "grad", "--json").json["status"] == "done"
 
 
 def test_after_ctrl_c_a_run_goes_on_where_it_was(
