@@ -99,12 +99,14 @@ def recipe_for_file(subject: Subject, request: WeightsRequest, say: Say) -> Trai
     files = [c for c in subject.checkpoints if isinstance(c, FileCheckpoint)]
     if not files:
         return None
-    train = training_of(subject.task, preset=request.preset, given={"epochs": request.epochs})
+    train = training_of(
+        subject.task, preset=request.preset, given={"epochs": request.epochs}, say=say
+    )
+    change = "" if train.trainer == "task" else "; --epochs and --preset change it"
     say(
         f"{Path(files[0].path).name} does not say how it was trained: scores are of its weights, "
         f"models are retrained as infl submit train --task {subject.task.name} does "
-        f"({train.epochs} epochs of {train.optimizer}, lr {train.lr:g}, batches of "
-        f"{train.batch_size}; --epochs and --preset change it)"
+        f"({train.how()}{change})"
     )
     return train
 
