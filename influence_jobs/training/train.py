@@ -103,29 +103,28 @@ def require_sound_samples(
     model = initial_model(task, seed, device).eval()
     parameters = [p for p in model.parameters() if p.requires_grad]
 
-    def gradients(losses_B: Tensor) -> list[Tensor]:
-        found = torch.autograd.grad(
-            losses_B.sum(), parameters, allow_unused=True, retain_graph=True
+    def refuse(what: str, sample: Tensor) -> None:
+        raise DataError(
+            f"the {what} of sample {int(sample)} is not finite before any training: check the "
+            "sample"
         )
-        return [gradient for gradient in found if gradient is not None]
 
-    everything = changes.order(torch.arange(len(task.train_data())))
-    for ids in torch.split(everything, task.batch_size):
+    def sound(ids: Tensor) -> bool:
+        """Whether the gradient of these samples' loss is finite; each loss must be."""
         batch = to_device(task.train_batch(ids, Draw(seed, epoch)), device)
         with torch.backends.cudnn.flags(enabled=False):  # no backward of an RNN in eval mode
             losses_B = task.losses(model, batch)
-            bad_B = ~losses_B.isfinite()
-            what = "training loss"
-            if not bad_B.any() and not all(g.isfinite().all() for g in gradients(losses_B)):
-                what = "gradient of the training loss"
-                bad_B = torch.tensor(
-                    [not all(g.isfinite().all() for g in gradients(loss)) for loss in losses_B]
-                )
-        if bad_B.any():
-            raise DataError(
-                f"the {what} of sample {int(ids[bad_B.cpu()][0])} is not finite before any "
-                "training: check the sample"
-            )
+            if (bad_B := ~losses_B.isfinite().cpu()).any():
+                refuse("training loss", ids[bad_B][0])
+            found = torch.autograd.grad(losses_B.sum(), parameters, allow_unused=True)
+        return all(gradient is None or gradient.isfinite().all() for gradient in found)
+
+    everything = changes.order(torch.arange(len(task.train_data())))
+    for ids in torch.split(everything, task.batch_size):
+        if not sound(ids):  # in the graph of a batch one sample spoils the gradients of all
+            for sample in ids:
+                if not sound(sample[None]):
+                    refuse("gradient of the training loss", sample)
 
 
 class Trainer:

@@ -171,3 +171,19 @@ def test_where_one_training_diverges_the_others_are_kept(
     ):
         carry_out(grid(modes=("remove",)), root=root)
     assert len(list(root.glob("retrained-*/manifest/*"))) == 3
+
+
+def test_a_sample_whose_loss_is_not_finite_is_named(
+    carry_out, grid, random, fresh_root, monkeypatch
+) -> None:
+    import digits
+
+    def poisoned(self: Any, ids: Any, draw: Any) -> Any:
+        images, labels = self.batch(ids, draw)
+        images[ids == 700] = float("nan")
+        return images, labels
+
+    monkeypatch.setattr(digits.DigitsTask, "train_batch", poisoned)
+    told = "training loss of sample 700 is not finite before any training: check the sample"
+    with pytest.raises(RuntimeFault, match=told):
+        carry_out(grid(modes=("remove",), rankings=(random,)), root=fresh_root())
