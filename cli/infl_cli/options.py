@@ -62,9 +62,8 @@ def as_option(name: str, field: FieldInfo) -> tuple[Any, Any]:
     kind, several = _shown_type(field.annotation)
     required = field.is_required()
     default = ... if required else None if several else field.default
-    switch = kind is bool and default is None  # neither given means something else than either
     said = typer.Option(
-        f"{flag(name)}/--no-{flag(name)[2:]}" if switch else flag(name),
+        flag(name),
         help=field.description,
         rich_help_panel=panel_of(field),
         metavar=extra["metavar"],  # type: ignore[arg-type]

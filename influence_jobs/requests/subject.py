@@ -207,7 +207,7 @@ def _scalar(value: Any) -> Any:
 
 # What a task decides that has a method of its own, as fields of a training.
 _OWN: Mapping[str, tuple[str, ...]] = {
-    "optimizer": ("optimizer", "lr", "momentum", "nesterov", "weight_decay", "decay_biases"),
+    "optimizer": ("optimizer", "lr", "momentum", "nesterov", "weight_decay", "no_bias_decay"),
     "scheduler": ("schedule", "warmup", "step_every", "step_factor"),
 }
 _OPTIONS = {"save_epochs": "save-epoch", "norm_layers": "norms-layer"}

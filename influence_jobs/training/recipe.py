@@ -22,10 +22,10 @@ class Recipe:
 
     Attributes:
         optimizer: "task": the task's own; then lr, momentum, nesterov, weight_decay and
-            decay_biases have no meaning.
+            no_bias_decay have no meaning.
         momentum: Of SGD, as `nesterov`.
-        decay_biases: Whether weight decay also acts on parameters of one axis: biases, and the
-            weights of normalisation layers.
+        no_bias_decay: Whether weight decay spares parameters of one axis: biases, and the weights
+            of normalisation layers.
         schedule: How the learning rate changes; see `rate_factor`. "task": the task's own.
         warmup: Number of first steps with a rising rate.
         step_every: Epochs between the steps of the schedule "step".
@@ -40,7 +40,7 @@ class Recipe:
     momentum: float = 0.0
     weight_decay: float = 0.0
     nesterov: bool = False
-    decay_biases: bool = True
+    no_bias_decay: bool = False
     schedule: terms.Schedule = "constant"
     warmup: int = 0
     step_every: int | None = None
@@ -54,7 +54,7 @@ class Recipe:
 
     def decays(self, parameter: Tensor) -> bool:
         """Whether weight decay acts on a parameter."""
-        return self.decay_biases or parameter.ndim > 1
+        return parameter.ndim > 1 or not self.no_bias_decay
 
 
 def rate_factor(recipe: Recipe, step: int, steps_per_epoch: int) -> float:

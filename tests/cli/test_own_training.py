@@ -140,22 +140,21 @@ def metrics(tmp_path: Path, answer: Any) -> list[dict[str, Any]]:
 def test_options_of_a_training_and_those_of_a_preset(infl: Infl, tmp_path: Path) -> None:
     words = ("submit", "train", "--task", "my_tasks.py:Toy", *LOCAL, "--epochs", 2)
     found = infl(
-        *words, "--optimizer", "adamw", "--no-decay-biases", "--schedule", "step", "--step-every",
+        *words, "--optimizer", "adamw", "--no-bias-decay", "--schedule", "step", "--step-every",
         1, "--step-factor", 0.5, "--warmup", 3, "--clip-norm", 2,
     )  # fmt: skip
     spec = spec_of(tmp_path, found)
-    assert (spec.optimizer, spec.weight_decay, spec.decay_biases) == ("adamw", 0.01, False)
+    assert (spec.optimizer, spec.weight_decay, spec.no_bias_decay) == ("adamw", 0.01, True)
     assert (spec.schedule, spec.step_every, spec.step_factor) == ("step", 1, 0.5)
     assert (spec.warmup, spec.clip_norm, spec.momentum) == (3, 2.0, 0.0)
     assert metrics(tmp_path, found)[-1]["train_loss"] < 1.5
     (tmp_path / "mine.yaml").write_text(
-        "train: {epochs: 2, nesterov: true, schedule: cosine, weight_decay: .1, decay_biases: no}\n"
+        "train: {epochs: 2, nesterov: true, schedule: cosine, weight_decay: .1, "
+        "no_bias_decay: true}\n"
     )
     preset = (*words[:4], *LOCAL, "--preset", "mine.yaml")
     spec = spec_of(tmp_path, infl(*preset))
-    assert (spec.nesterov, spec.schedule, spec.decay_biases) == (True, "cosine", False)
-    spec = spec_of(tmp_path, infl(*preset, "--no-nesterov", "--decay-biases"))
-    assert (spec.nesterov, spec.schedule, spec.decay_biases) == (False, "cosine", True)
+    assert (spec.nesterov, spec.schedule, spec.no_bias_decay) == (True, "cosine", True)
     # What the preset says of SGD alone is of no account to Adam.
     assert not spec_of(tmp_path, infl(*preset, "--optimizer", "adam")).nesterov
 
@@ -164,16 +163,16 @@ def test_options_of_a_training_and_those_of_a_preset(infl: Infl, tmp_path: Path)
     ("task", "words", "told"),
     [
         ("Toy", ("--optimizer", "adam", "--momentum", 0.5), "--momentum has no meaning for 20 ep"),
-        ("Toy", ("--no-decay-biases",), "--decay-biases has no meaning for 20 epochs of sgd"),
+        ("Toy", ("--no-bias-decay",), "--no-bias-decay has no meaning for 20 epochs of sgd"),
         ("Toy", ("--step-every", 3), "--step-every has no meaning for 20 epochs of sgd"),
-        ("Toy", ("--schedule", "step"), "needs step_every: after how many epochs each"),
-        ("Toy", ("--nesterov", "--momentum", 0), "nesterov needs a momentum above 0"),
+        ("Toy", ("--schedule", "step"), "--schedule step needs --step-every, the epochs"),
+        ("Toy", ("--nesterov", "--momentum", 0), "--nesterov needs a --momentum above 0"),
         ("Toy", ("--schedule", "task"), "'task' is not one of 'constant', 'cosine'"),
         ("Toy", ("--clip-norm", 0), "clip_norm: Input should be greater than 0"),
         ("Toy", ("--preset", "bad.yaml"), "optimizer cannot be 'task': a task with its own"),
         ("Optimized", ("--lr", 0.1), "--lr has no meaning here: task my_tasks:Optimized has its "),
         ("Optimized", ("--optimizer", "sgd"), "its own optimizer(); change it there, and leave"),
-        ("Optimized", ("--no-decay-biases",), "--decay-biases has no meaning here: task"),
+        ("Optimized", ("--no-bias-decay",), "--no-bias-decay has no meaning here: task"),
         ("Scheduled", ("--warmup", 3), "my_tasks:Scheduled has its own scheduler(); change it"),
         ("Scheduled", ("--schedule", "cosine"), "--schedule has no meaning here: task my_tasks"),
         ("Scripted", ("--epochs", 3), "--epochs has no meaning here: task my_tasks:Scripted has "),

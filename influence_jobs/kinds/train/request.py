@@ -13,7 +13,7 @@ from influence_jobs.terms import Reduction
 
 # Options that are fields of the spec, under the same names.
 _FIELDS = (
-    "epochs", "seed", "optimizer", "lr", "momentum", "nesterov", "weight_decay", "decay_biases",
+    "epochs", "seed", "optimizer", "lr", "momentum", "nesterov", "weight_decay", "no_bias_decay",
     "schedule", "warmup", "step_every", "step_factor", "clip_norm", "batch_size",
 )  # fmt: skip
 
@@ -49,10 +49,10 @@ class TrainRequest(Request):
         ".01.",
         panel=TRAINING,
     )
-    decay_biases: bool | None = option(
+    no_bias_decay: bool | None = option(
         None,
-        "Whether biases and the weights of norms, that is all parameters of one axis, decay too; "
-        "by default the preset's, else they do.",
+        "No weight decay of biases and of the weights of norms, that is of parameters of one axis; "
+        "by default the preset's, else they decay too.",
         panel=TRAINING,
     )
     schedule: Literal["constant", "cosine", "linear", "step"] | None = option(

@@ -21,8 +21,8 @@ class TrainSpec(NormsSpec):
         optimizer: "task" if the task gives it (`Task.optimizer`).
         lr: None if the task gives the optimizer.
         momentum: Of SGD, as `nesterov`.
-        decay_biases: Whether weight decay also acts on parameters of one axis: biases, and the
-            weights of normalisation layers.
+        no_bias_decay: Whether weight decay spares parameters of one axis: biases, and the weights
+            of normalisation layers.
         schedule: How the learning rate changes, step by step; "task" if the task gives it
             (`Task.scheduler`).
         warmup: Number of first steps in which the rate rises linearly to `lr`.
@@ -47,7 +47,7 @@ class TrainSpec(NormsSpec):
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     nesterov: bool = False
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    decay_biases: bool = True
+    no_bias_decay: bool = False
     schedule: Schedule = "constant"
     warmup: Annotated[int, Field(ge=0)] = 0
     step_every: Count | None = None
@@ -72,7 +72,7 @@ class TrainSpec(NormsSpec):
         if optimizer == "task":
             fixed |= {"lr": None, "weight_decay": 0.0}
         if fixed.get("weight_decay", self.weight_decay) == 0:
-            fixed |= {"decay_biases": True}
+            fixed |= {"no_bias_decay": False}
         schedule = fixed.get("schedule", self.schedule)
         if schedule == "task":
             fixed |= {"warmup": 0}
@@ -81,11 +81,11 @@ class TrainSpec(NormsSpec):
         for name, value in fixed.items():
             object.__setattr__(self, name, value)
         if self.lr is None and self.optimizer != "task":
-            raise ValueError(f"{self.optimizer} needs a learning rate: give lr")
+            raise ValueError(f"{self.optimizer} needs --lr")
         if self.nesterov and self.momentum == 0:
-            raise ValueError("nesterov needs a momentum above 0")
+            raise ValueError("--nesterov needs a --momentum above 0")
         if self.schedule == "step" and self.step_every is None:
-            raise ValueError("the schedule step needs step_every: after how many epochs each")
+            raise ValueError("--schedule step needs --step-every, the epochs between its steps")
         last = self.epochs
         beyond = [epoch for epoch in self.save_epochs if epoch > last]
         if beyond:

@@ -30,10 +30,10 @@ SGD = recipe("sgd", lr=0.05, momentum=0.9, weight_decay=1e-2)
 ADAM = recipe("adam", lr=3e-3, weight_decay=1e-2)
 NESTEROV = recipe("sgd", lr=0.05, momentum=0.9, nesterov=True, schedule="linear", warmup=5)
 ADAMW = recipe(
-    "adamw", lr=1e-2, weight_decay=0.3, decay_biases=False, schedule="cosine", warmup=3, clip_norm=1
+    "adamw", lr=1e-2, weight_decay=0.3, no_bias_decay=True, schedule="cosine", warmup=3, clip_norm=1
 )
 STEPPED = recipe(
-    "sgd", lr=0.1, weight_decay=0.1, decay_biases=False, schedule="step", step_every=2,
+    "sgd", lr=0.1, weight_decay=0.1, no_bias_decay=True, schedule="step", step_every=2,
     step_factor=0.3,
 )  # fmt: skip
 CLIPPED = recipe("sgd", lr=0.1, momentum=0.5, clip_norm=0.5)

@@ -85,7 +85,7 @@ BY_HAND: dict[str, tuple[Recipe, Any, Any, float | None]] = {
         lambda _: None, None,
     ),
     "adamw, biases do not decay": (
-        recipe("adamw", lr=3e-3, weight_decay=0.1, decay_biases=False),
+        recipe("adamw", lr=3e-3, weight_decay=0.1, no_bias_decay=True),
         lambda m: AdamW(split(m, 0.1), 3e-3),
         lambda _: None, None,
     ),
