@@ -304,6 +304,19 @@ def defines(kind: type[Task], name: str) -> bool:
     return callable(found) and found is not getattr(Task, name)
 
 
-def own_method(task: Task, name: str) -> Callable[..., Any]:
-    """A method of the task's class, also where its object keeps something else by that name."""
-    return partial(getattr(type(task), name), task)
+def call_own(task: Task, name: str, *arguments: Any, **keywords: Any) -> Any:
+    """Call a method of the task's class, also where its object keeps something else by that name.
+
+    Raises:
+        SpecError: It takes other arguments.
+    """
+    method = partial(getattr(type(task), name), task)
+    try:
+        inspect.signature(method).bind(*arguments, **keywords)
+    except TypeError as error:
+        takes = str(inspect.signature(getattr(Task, name))).partition(" ->")[0]
+        raise SpecError(
+            f"{name}() of {type(task).__name__} is called as {name}{takes}: {error}; let it take "
+            "these, or give it another name"
+        ) from None
+    return method(*arguments, **keywords)

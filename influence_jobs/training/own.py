@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from influence_jobs.errors import ModelError, SpecError
 from influence_jobs.models.checkpoints import put_weights
-from influence_jobs.tasks.base import Draw, Task, own_method
+from influence_jobs.tasks.base import Draw, Task, call_own
 from influence_jobs.training.changes import Changes, replaced
 from influence_jobs.training.train import initial_model, seeded
 
@@ -29,7 +29,7 @@ def trained_by_task(task: Task, seed: int, device: torch.device, changes: Change
         require_relabels(task)
         labels = {"labels": _labels(task, ids, changes)}
     with seeded(seed, device):
-        state = own_method(task, "train")(ids, seed, **labels)
+        state = call_own(task, "train", ids, seed, **labels)
     name = type(task).__name__
     if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
         raise ModelError(

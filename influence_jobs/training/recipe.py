@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from influence_jobs import terms
 from influence_jobs.errors import ModelError
-from influence_jobs.tasks.base import Task, own_method
+from influence_jobs.tasks.base import Task, call_own
 
 
 @dataclass(frozen=True)
@@ -107,11 +107,12 @@ def optimizer_of(task: Task, recipe: Recipe, model: nn.Module) -> Optimizer:
     """The optimizer of one model: the recipe's, or the task's own.
 
     Raises:
-        ModelError: The task's is no optimizer of the model's parameters, or needs a closure.
+        SpecError: The task's method takes other arguments.
+        ModelError: What it gives is no optimizer of the model's parameters, or needs a closure.
     """
     if recipe.optimizer != "task":
         return make_optimizer(recipe, decay_groups(recipe, ((p, p) for p in model.parameters())))
-    found = own_method(task, "optimizer")(model)
+    found = call_own(task, "optimizer", model)
     name = type(task).__name__
     if not isinstance(found, Optimizer):
         raise ModelError(
@@ -138,11 +139,13 @@ def scheduler_of(
     """The schedule of one training, to be stepped after every step; None for a constant rate.
 
     Raises:
-        ModelError: The task's is no schedule of this optimizer.
+        SpecError: The task's method takes other arguments.
+        ModelError: What it gives is no schedule of this optimizer.
     """
     if recipe.schedule == "task":
-        give: Callable[..., Any] = own_method(task, "scheduler")
-        found = give(optimizer, epochs=recipe.epochs, steps_per_epoch=steps_per_epoch)
+        found = call_own(
+            task, "scheduler", optimizer, epochs=recipe.epochs, steps_per_epoch=steps_per_epoch
+        )
         if not isinstance(found, LRScheduler) or isinstance(found, ReduceLROnPlateau):
             raise ModelError(
                 f"scheduler() of {type(task).__name__} gives {type(found).__name__}: return a "

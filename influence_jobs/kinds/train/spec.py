@@ -9,6 +9,16 @@ from influence_jobs.specs.base import Count, Model, Positive
 from influence_jobs.specs.norms import NormsSpec
 from influence_jobs.terms import Optimizer, Reduction, Schedule
 
+# What pages say only if it is asked for.
+_REFINEMENTS = (
+    "trainer", "nesterov", "no_bias_decay", "schedule", "warmup", "step_every", "step_factor",
+)  # fmt: skip
+# What a training by the task itself does not have.
+_OF_OURS = {
+    "epochs", "batch_size", "optimizer", "momentum", "weight_decay", "schedule", "save_epochs",
+    "norm_reduction", "norm_skip_epochs",
+}  # fmt: skip
+
 
 class TrainSpec(NormsSpec):
     """Train one model of a task from one seed.
@@ -100,6 +110,15 @@ class TrainSpec(NormsSpec):
             object.__setattr__(self, "norm_reduction", "channel")
             object.__setattr__(self, "norm_skip_epochs", 1)
         return self
+
+    @property
+    def unsaid(self) -> frozenset[str]:
+        plain = {name for name in _REFINEMENTS if name not in self.identity()}
+        if self.trainer == "task":
+            return frozenset(plain | _OF_OURS)
+        if self.optimizer == "task":
+            return frozenset(plain | {"momentum", "weight_decay"})
+        return frozenset(plain)
 
     def how(self) -> str:
         """How the model is trained, in a few words."""

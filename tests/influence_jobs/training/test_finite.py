@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from influence_jobs.errors import DataError, SpecError
+from influence_jobs.perceptrons.ensemble import PerceptronSteps
 from influence_jobs.tasks.base import Batch
 from influence_jobs.training.changes import Changes
 from influence_jobs.training.ensemble import EnsembleTrainer, Variant
@@ -123,19 +124,22 @@ def test_a_state_of_an_earlier_version_was_finite() -> None:
 @pytest.mark.parametrize("how", [SGD, recipe("adam", lr=1e-3)])  # blocks, and single steps
 def test_an_ensemble_knows_which_variants_diverged_and_when(how: Recipe) -> None:
     class Infected(Points):
-        """Only variants with sample 60 meet it; after it their weights are NaN."""
+        """The first variant is without sample 60; the others' weights are NaN after it."""
 
         def __init__(self) -> None:
             super().__init__(mlp)
             self._x[60] = torch.nan
 
-    variants = [Variant(0), Variant(1, Changes(removed=np.arange(55, 70))), Variant(2)]
+    without = [Changes(removed=np.array([i])) for i in (60, 61, 62)]
+    variants = [Variant(seed, changes) for seed, changes in enumerate(without)]
     trainer = EnsembleTrainer(Infected(), how, variants, device=CPU)
     while not trainer.finished:
         trainer.step()
-    assert trainer.diverged(1) is None
-    for variant in (0, 2):
-        place = int((epoch_order(90, variant, 0) == 60).nonzero())
+    assert isinstance(trainer.steps, PerceptronSteps) == (how is SGD)
+    assert trainer.diverged(0) is None
+    for variant in (1, 2):
+        order = without[variant].order(epoch_order(90, variant, 0))
+        place = int((order == 60).nonzero())
         found = trainer.diverged(variant)
         assert found is not None
         assert found[0] == 0

@@ -116,6 +116,21 @@ def test_what_is_no_state_dict_of_the_model_is_refused(
     assert torch.equal(before, torch.get_rng_state())
 
 
+class Other(Points):
+    """A method of another meaning."""
+
+    def train(self) -> Any:  # type: ignore[override]
+        return self.batch(torch.arange(3), Draw(0))
+
+
+def test_a_method_of_that_name_with_another_meaning_is_told() -> None:
+    told = (
+        r"train\(\) of Other is called as train\(self, ids: .*\): too many positional arguments; "
+    )
+    with pytest.raises(SpecError, match=told + "let it take these, or give it another name"):
+        trained_by_task(Other(mlp), 0, CPU, Changes())
+
+
 def test_prefixes_of_wrappers_are_dropped() -> None:
     wrapped = Returns(lambda m: {f"module.{k}": v for k, v in m.state_dict().items()})
     plain = Returns(lambda m: m.state_dict())
