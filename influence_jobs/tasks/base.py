@@ -308,8 +308,13 @@ def call_own(task: Task, name: str, *arguments: Any, **keywords: Any) -> Any:
     """Call a method of the task's class, also where its object keeps something else by that name.
 
     Raises:
-        SpecError: It takes other arguments.
+        SpecError: There is none, or it takes other arguments.
     """
+    if not defines(type(task), name):
+        raise SpecError(
+            f"{type(task).__name__} has no {name}() any more, with which models were trained: give "
+            "it back, or train anew"
+        )
     method = partial(getattr(type(task), name), task)
     try:
         inspect.signature(method).bind(*arguments, **keywords)

@@ -45,7 +45,16 @@ class LightningRecorder(Callback):
         self._ids.append(torch.as_tensor(self._ids_of(batch)).detach().cpu())
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        """Record the gradient of the batches since the last step."""
+        """Record the gradient of the batches since the last step.
+
+        Raises:
+            ModelError: There was no batch since then.
+        """
+        if not self._ids:
+            raise ModelError(
+                "this training takes several steps on one batch, which a recorder cannot tell "
+                "apart: call Recorder.step() in training_step()"
+            )
         self.recorder.step(torch.cat(self._ids))
         self._ids.clear()
 

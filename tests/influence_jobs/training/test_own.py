@@ -131,6 +131,13 @@ def test_a_method_of_that_name_with_another_meaning_is_told() -> None:
         trained_by_task(Other(mlp), 0, CPU, Changes())
 
 
+def test_a_method_that_is_gone_is_told() -> None:
+    with pytest.raises(
+        SpecError, match=r"Points has no train\(\) any more, with which models were"
+    ):
+        trained_by_task(Points(mlp), 0, CPU, Changes())
+
+
 def test_prefixes_of_wrappers_are_dropped() -> None:
     wrapped = Returns(lambda m: {f"module.{k}": v for k, v in m.state_dict().items()})
     plain = Returns(lambda m: m.state_dict())

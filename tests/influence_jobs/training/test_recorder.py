@@ -314,3 +314,34 @@ def test_the_library_imports_neither_of_them() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout == "set()\n"
+
+
+def test_lightning_with_several_optimizers_or_steps(tmp_path: Path) -> None:
+    lightning: Any = pytest.importorskip("lightning")
+    from influence_jobs.training.lightning import LightningRecorder
+
+    class Module(lightning.LightningModule):  # type: ignore[misc]
+        def __init__(self, optimizers: int) -> None:
+            super().__init__()
+            self.net, self._count = first_model(), optimizers
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, _: int) -> None:
+            _, x, y = batch
+            for _ in range(2):
+                self.manual_backward(F.cross_entropy(self.net(x), y))
+                self.optimizers().step()
+
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.SGD(self.parameters(), 0.1) for _ in range(self._count)]
+
+    for optimizers, told in ((2, "has 2 optimizers"), (1, "several steps on one batch")):
+        module = Module(optimizers)
+        recorder = Recorder(module.net, N, layers=LAYERS, folder=tmp_path)
+        trainer = lightning.Trainer(
+            max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False,
+            enable_model_summary=False, enable_checkpointing=False, default_root_dir=tmp_path,
+            callbacks=[LightningRecorder(recorder, ids=lambda batch: batch[0])],
+        )  # fmt: skip
+        with pytest.raises(ModelError, match=told):
+            trainer.fit(module, loader())
