@@ -13,12 +13,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from infl_configs import preset_names, read_preset
 from influence_jobs.errors import ModelError, SpecError
+from influence_jobs.gradients.weights import weight_named
 from influence_jobs.kinds.train.spec import (
     Checkpoint,
     FileCheckpoint,
     TrainedCheckpoint,
     TrainSpec,
 )
+from influence_jobs.models.checkpoints import load_weights
 from influence_jobs.requests.base import Request, Say
 from influence_jobs.requests.options import WeightsRequest
 from influence_jobs.specs.base import TaskSpec, first_error, make_spec
@@ -30,6 +32,7 @@ from influence_jobs.store.status import is_done
 from influence_jobs.tasks.base import Task, defines
 from influence_jobs.tasks.fingerprints import fingerprinted
 from influence_jobs.tasks.registry import arguments_of, folder_of, name_of, task_class
+from influence_jobs.training.recorder import read_recording, weights_name
 
 ADAMW_DECAY = 0.01  # torch's own default
 _WEIGHTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")  # how names of weight files end
@@ -55,13 +58,13 @@ def subject_of(
 
     Args:
         default_checkpoints: Those without `--checkpoint`; if empty, a training by the preset.
-        retrains: Models will be trained, so that beside a file of weights the user may say how.
+        retrains: Models will be trained, so that beside foreign weights the user may say how.
 
     Raises:
         SpecError, ModelError, StoreError, DataError: See `task_of` and `checkpoints_of`.
     """
     checkpoints = [c for word in request.checkpoint for c in checkpoints_of(word, root)]
-    settled = not retrains or any(isinstance(c, TrainedCheckpoint) for c in checkpoints)
+    settled = not retrains or any(c.repeatable for c in checkpoints)
     if checkpoints and settled and (request.epochs or request.preset):
         raise SpecError(
             "--epochs and --preset say how to train, but --checkpoint names weights that exist"
@@ -222,11 +225,8 @@ def training_of(
         SpecError: There is no such preset, a value is out of range, or it has no meaning: because
             the task decides it, or beside the others.
     """
-    kind = task_class(task)
+    kind, task = task_class(task), _as_trained(task)
     given = {key: value for key, value in given.items() if value is not None}
-    unlooked = kind.attribution_options
-    options = {key: value for key, value in task.options.items() if key not in unlooked}
-    task = task.model_copy(update={"options": options})
     if defines(kind, "train"):
         for name in (*(["preset"] if preset else []), *given):
             if name != "seed":
@@ -256,6 +256,50 @@ def training_of(
     return spec
 
 
+def recorded_training(task: TaskSpec, built: Task, folder: str) -> TrainSpec:
+    """The spec of a training elsewhere, from what a recorder kept of it.
+
+    Raises:
+        ModelError: The folder has no recording, or not of this task's model and data.
+    """
+    path = Path(folder).expanduser().absolute()
+    found, digest = read_recording(path)
+    n = len(built.train_data())
+    if found.num_samples != n:
+        raise ModelError(
+            f"recording {folder} is of {found.num_samples:,} samples, and task {task.name} has "
+            f"{n:,}: sample ids must mean the same"
+        )
+    if found.epochs not in found.saved:
+        raise ModelError(
+            f"recording {folder} lacks the weights after its last epoch ({found.epochs}): let the "
+            "recorder keep them (save_epochs)"
+        )
+    model = built.model()
+    load_weights(model, path / weights_name(found.epochs))
+    for layer in found.layers:
+        weight_named(model, layer)
+    counted = found.layers if found.epochs > found.skip_epochs else ()
+    return make_spec(
+        TrainSpec,
+        task=_as_trained(task),
+        trainer="recorded",
+        recorded=FileCheckpoint(path=str(path), sha256=digest),
+        epochs=found.epochs,
+        save_epochs=found.saved,
+        norm_layers=counted,
+        norm_reduction=found.reduction,
+        norm_skip_epochs=found.skip_epochs,
+    )
+
+
+def _as_trained(task: TaskSpec) -> TaskSpec:
+    """A task without the options that training does not look at."""
+    unlooked = task_class(task).attribution_options
+    options = {key: value for key, value in task.options.items() if key not in unlooked}
+    return task.model_copy(update={"options": options})
+
+
 def _option(field: str) -> str:
     return _flag(_OPTIONS.get(field, field))
 
@@ -279,7 +323,7 @@ def _preset_values(name: str | None) -> dict[str, Any]:
         values = dict(read_preset(name)["train"])
     except ValueError as error:
         raise SpecError(str(error)) from None
-    known = TrainSpec.model_fields.keys() - {"kind", "task", "trainer"}
+    known = TrainSpec.model_fields.keys() - {"kind", "task", "trainer", "recorded"}
     if unknown := sorted(map(str, values.keys() - known)):
         raise SpecError(
             f"preset {name}: there is no training option {unknown[0]}; "

@@ -1,6 +1,9 @@
 """In-training norms and weights, recorded inside a training loop of the user's own."""
 
+import hashlib
+import json
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,55 @@ from influence_jobs.terms import Reduction
 from influence_jobs.training.recorded_norms import RecordedNorms
 
 NORMS = "norms.npz"
+WRITTEN = "recorded.json"  # written last: what else is in the folder
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What a recorder has written.
+
+    Attributes:
+        num_samples: N.
+        epochs: Number of finished epochs.
+        saved: Those whose weights are there, from 1.
+        layers: Layers with norms.
+        reduction: What is kept of the gradient.
+        skip_epochs: Number of first epochs whose norms do not count.
+    """
+
+    num_samples: int
+    epochs: int
+    saved: tuple[int, ...]
+    layers: tuple[str, ...]
+    reduction: Reduction
+    skip_epochs: int
+
+
+def weights_name(epoch: int) -> str:
+    """The file with the weights after an epoch."""
+    return f"epoch-{epoch:04d}.pt"
+
+
+def read_recording(folder: Path) -> tuple[Recording, str]:
+    """What a recorder wrote into a folder, and the SHA-256 of its files.
+
+    Raises:
+        ModelError: The folder has none, or lacks a file of it.
+    """
+    try:
+        text = (folder / WRITTEN).read_bytes()
+        fields: Any = json.loads(text)
+        lists = {key: tuple(fields[key]) for key in ("saved", "layers")}
+        found = Recording(**{**fields, **lists})
+        digest = hashlib.sha256(text)
+        for name in (NORMS, *map(weights_name, found.saved)):
+            with (folder / name).open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ModelError(
+            f"{folder} has no recording of influence_jobs.Recorder, or not all of it ({error})"
+        ) from error
+    return found, digest.hexdigest()
 
 
 class Recorder:
@@ -34,7 +86,7 @@ class Recorder:
     `training.hugging_face` have callbacks for their trainers.
 
     After every epoch the folder gets `epoch-0001.pt`, a state dict, and `norms.npz`, the sums so
-    far, an array (N, ...) for each layer.
+    far, an array (N, ...) for each layer. `infl submit train --recorded` makes a run of it.
 
     Args:
         model: The model that is trained, without wrappers.
@@ -73,7 +125,8 @@ class Recorder:
             model, layers, num_samples, reduction=reduction, skip_epochs=skip_epochs
         )
         self._num_samples, self._skip_epochs = num_samples, skip_epochs
-        self._save_epochs = save_epochs
+        self._save_epochs, self._saved = save_epochs, tuple[int, ...]()
+        self._reduction = reduction
         self._folder = Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
 
@@ -114,10 +167,21 @@ class Recorder:
         """Write the weights and the norms so far."""
         self.epoch += 1
         if self._save_epochs is None or self.epoch in self._save_epochs:
-            name = f"epoch-{self.epoch:04d}.pt"
-            self._write(name, lambda file: torch.save(self.model.state_dict(), file))
+            self._saved += (self.epoch,)
+            self._write(
+                weights_name(self.epoch), lambda file: torch.save(self.model.state_dict(), file)
+            )
         arrays: dict[str, Any] = {layer: sums.numpy() for layer, sums in self.norms.sums.items()}
         self._write(NORMS, lambda file: np.savez(file, **arrays))
+        written = Recording(
+            num_samples=self._num_samples,
+            epochs=self.epoch,
+            saved=self._saved,
+            layers=tuple(arrays),
+            reduction=self._reduction,
+            skip_epochs=self._skip_epochs,
+        )
+        self._write(WRITTEN, lambda file: file.write(json.dumps(asdict(written)).encode()))
 
     def _write(self, name: str, write: Any) -> None:
         aside = self._folder / f"{name}.partial"
@@ -127,11 +191,16 @@ class Recorder:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on in a training that is resumed."""
-        return {"epoch": self.epoch, "steps": self.steps, "norms": self.norms.state_dict()}
+        return {
+            "epoch": self.epoch,
+            "steps": self.steps,
+            "saved": self._saved,
+            "norms": self.norms.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state."""
-        self.epoch, self.steps = state["epoch"], state["steps"]
+        self.epoch, self.steps, self._saved = state["epoch"], state["steps"], state["saved"]
         self.norms.load_state_dict(state["norms"])
 
 

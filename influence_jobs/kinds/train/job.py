@@ -1,18 +1,21 @@
 """Train one model, in a single shard that saves its state from time to time."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 from torch import nn
 
-from influence_jobs.errors import DataError
+from influence_jobs.errors import DataError, ModelError
 from influence_jobs.jobs.base import Job, Plan, Progress, Result, Shard
 from influence_jobs.jobs.norm_arrays import norm_layouts
 from influence_jobs.jobs.recipe import recipe_of
 from influence_jobs.jobs.saved_state import SavedState, saved_bytes
 from influence_jobs.kinds.train.spec import TrainSpec
+from influence_jobs.models.checkpoints import load_weights
 from influence_jobs.specs.base import AnySpec
 from influence_jobs.store.layout import TRAINING_STATE, ArrayLayout, checkpoint_name, norms_name
 from influence_jobs.store.run import checksum
@@ -20,7 +23,8 @@ from influence_jobs.tasks.base import Draw, to_device
 from influence_jobs.training.changes import Changes
 from influence_jobs.training.own import trained_by_task
 from influence_jobs.training.recorded_norms import RecordedNorms
-from influence_jobs.training.train import Trainer, require_full_batches
+from influence_jobs.training.recorder import NORMS, read_recording, weights_name
+from influence_jobs.training.train import Trainer, initial_model, require_full_batches
 
 
 class TrainJob(Job[TrainSpec]):
@@ -61,6 +65,8 @@ class TrainJob(Job[TrainSpec]):
     def run(self, shard: Shard, progress: Progress) -> Result:
         if self.spec.trainer == "task":
             return self._run_by_task(progress)
+        if self.spec.trainer == "recorded":
+            return self._run_recorded(progress)
         files = self.run_store.files
         trainer, metrics = self._trainer(), []
         saved = SavedState(files, TRAINING_STATE)
@@ -96,6 +102,26 @@ class TrainJob(Job[TrainSpec]):
         progress(len(self.task.train_data()))
         return Result(files=self._files([{"epoch": 1, **figures}]))
 
+    def _run_recorded(self, progress: Progress) -> Result:
+        """Take over the weights and norms of a training elsewhere."""
+        assert self.spec.recorded is not None
+        folder, metrics = Path(self.spec.recorded.path), []
+        progress(0)
+        if read_recording(folder)[1] != self.spec.recorded.sha256:
+            raise ModelError(
+                f"recording {folder} has changed since the run was submitted: submit it again"
+            )
+        model = initial_model(self.task, 0, self.device).eval()
+        for epoch in self.spec.save_epochs:
+            load_weights(model, folder / weights_name(epoch))
+            figures = {"train_loss": self._mean_loss(model), **self.task.evaluate(model)}
+            metrics.append({"epoch": epoch, **figures})
+            self.run_store.files.write(checkpoint_name(epoch), saved_bytes(model.state_dict()))
+        with np.load(folder / NORMS) as norms:
+            arrays = {norms_name(layer): norms[layer] for layer in self.spec.norm_layers}
+        progress(len(self.task.train_data()) * self.spec.epochs)
+        return Result(arrays, self._files(metrics))
+
     @torch.no_grad()
     def _mean_loss(self, model: nn.Module) -> float:
         total = 0.0
@@ -105,8 +131,8 @@ class TrainJob(Job[TrainSpec]):
             losses_B = self.task.losses(model, batch)
             if (bad_B := ~losses_B.isfinite().cpu()).any():
                 raise DataError(
-                    f"the training loss of sample {int(ids[bad_B][0])} is not finite after the "
-                    "task's own train(): check the sample"
+                    f"the training loss of sample {int(ids[bad_B][0])} is not finite after its "
+                    "own training: check the sample"
                 )
             total += float(losses_B.sum())
         return total / len(everything)
@@ -132,7 +158,9 @@ class TrainJob(Job[TrainSpec]):
         return Trainer(self.task, recipe_of(spec), seed=spec.seed, device=self.device, norms=norms)
 
     def probe(self) -> Iterator[int]:
-        if self.spec.trainer == "task":
+        if self.spec.trainer == "recorded":
+            yield len(self.task.train_data()) * self.spec.epochs  # files are copied
+        if self.spec.trainer != "infl":
             return
         trainer = self._trainer()
         while not trainer.finished:

@@ -17,6 +17,8 @@ _FIELDS = (
     "schedule", "warmup", "step_every", "step_factor", "clip_norm", "batch_size",
 )  # fmt: skip
 
+_OF_RECORDED = ("task", "task_options", "recorded")
+
 
 class TrainRequest(Request):
     """Train a model of a task; keep the weights of chosen epochs, and gradient norms on request."""
@@ -83,6 +85,11 @@ class TrainRequest(Request):
     batch_size: One[Count | None] = option(
         None, "Samples in a step; by default the preset's.", panel=TRAINING
     )
+    recorded: One[str | None] = option(
+        None,
+        "Folder of an influence_jobs.Recorder: a run of the training that it was in, with its "
+        "weights and norms, instead of a new training.",
+    )
     norms_layer: Many[str | int] = option(
         (),
         "Record the norms of this layer's batch gradients during training (Algorithm 1 of the "
@@ -99,10 +106,16 @@ class TrainRequest(Request):
 
     def spec(self, say: Say) -> TrainSpec:
         """The spec of the training."""
-        from influence_jobs.requests.subject import task_of, training_of
+        from influence_jobs.requests.subject import recorded_training, task_of, training_of
         from influence_jobs.tasks.layers import resolve_weights
 
         task, built = task_of(self, say)
+        if self.recorded is not None:
+            for name in (n for n in type(self).model_fields if n not in _OF_RECORDED):
+                if self.given(name):
+                    option_name = name.replace("_", "-")
+                    raise SpecError(f"--{option_name} has no meaning with --recorded: leave it out")
+            return recorded_training(task, built, self.recorded)
         given: dict[str, Any] = {
             "save_epochs": self.save_epoch or None,
             **{name: getattr(self, name) for name in _FIELDS},

@@ -9,6 +9,23 @@ from influence_jobs.specs.base import Count, Model, Positive
 from influence_jobs.specs.norms import NormsSpec
 from influence_jobs.terms import Optimizer, Reduction, Schedule
 
+
+class FileCheckpoint(Model):
+    """A state dict in a file, or in those of a folder, identified by its content."""
+
+    locations = frozenset({"path"})
+    path: str
+    sha256: str
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether it says how it was trained."""
+        return False
+
+    def words(self) -> str:
+        return f"{PurePath(self.path).name} (SHA-256 {self.sha256[:12]})"
+
+
 # What pages say only if it is asked for.
 _REFINEMENTS = (
     "trainer", "nesterov", "no_bias_decay", "schedule", "warmup", "step_every", "step_factor",
@@ -18,6 +35,7 @@ _OF_OURS = {
     "epochs", "batch_size", "optimizer", "momentum", "weight_decay", "schedule", "save_epochs",
     "norm_reduction", "norm_skip_epochs",
 }  # fmt: skip
+_OF_RECORDINGS = {"epochs", "save_epochs", "norm_reduction", "norm_skip_epochs"}
 
 
 class TrainSpec(NormsSpec):
@@ -27,7 +45,8 @@ class TrainSpec(NormsSpec):
 
     Attributes:
         trainer: "task" if the task has a training of its own (`Task.train`): a single call, that is
-            one epoch.
+            one epoch. "recorded": a training elsewhere, of which a `Recorder` kept what is here.
+        recorded: The folder of that recorder.
         optimizer: "task" if the task gives it (`Task.optimizer`).
         lr: None if the task gives the optimizer.
         momentum: Of SGD, as `nesterov`.
@@ -49,7 +68,8 @@ class TrainSpec(NormsSpec):
 
     kind: Literal["train"] = "train"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    trainer: Literal["infl", "task"] = "infl"
+    trainer: Literal["infl", "task", "recorded"] = "infl"
+    recorded: FileCheckpoint | None = None
     epochs: Count = 20
     batch_size: Count = 8
     optimizer: Optimizer = "sgd"
@@ -72,9 +92,12 @@ class TrainSpec(NormsSpec):
     def _normalise(self) -> Self:
         # Two ways to request the same training must give one hash.
         fixed: dict[str, Any] = {}
+        if (self.trainer == "recorded") != (self.recorded is not None):
+            raise ValueError("a recorded training has a recording, and no other has one")
+        if self.trainer != "infl":
+            fixed |= {"optimizer": "task", "schedule": "task", "batch_size": 1, "clip_norm": None}
         if self.trainer == "task":
-            fixed |= {"optimizer": "task", "schedule": "task", "epochs": 1, "batch_size": 1}
-            fixed |= {"clip_norm": None, "norm_layers": ()}
+            fixed |= {"epochs": 1, "norm_layers": ()}
             object.__setattr__(self, "save_epochs", ())
         optimizer = fixed.get("optimizer", self.optimizer)
         if optimizer != "sgd":
@@ -116,6 +139,8 @@ class TrainSpec(NormsSpec):
         plain = {name for name in _REFINEMENTS if name not in self.identity()}
         if self.trainer == "task":
             return frozenset(plain | _OF_OURS)
+        if self.trainer == "recorded":
+            return frozenset(plain | _OF_OURS - _OF_RECORDINGS | {"seed"})
         if self.optimizer == "task":
             return frozenset(plain | {"momentum", "weight_decay"})
         return frozenset(plain)
@@ -153,19 +178,13 @@ class TrainedCheckpoint(Model):
             )
         return self
 
+    @property
+    def repeatable(self) -> bool:
+        """Whether it says how it was trained."""
+        return self.train.trainer != "recorded"
+
     def words(self) -> str:
         return f"{self.train.run_id}, epoch {self.epoch}"
-
-
-class FileCheckpoint(Model):
-    """A state dict in a file, or in those of a folder, identified by its content."""
-
-    locations = frozenset({"path"})
-    path: str
-    sha256: str
-
-    def words(self) -> str:
-        return f"{PurePath(self.path).name} (SHA-256 {self.sha256[:12]})"
 
 
 Checkpoint = TrainedCheckpoint | FileCheckpoint

@@ -72,7 +72,7 @@ def assert_recorded(recorder: Recorder, folder: Path, trainer: Trainer, epochs: 
         torch.testing.assert_close(recorder.norms.sums[layer], expected, rtol=1e-5, atol=1e-7)
         assert np.array_equal(stored[layer], recorder.norms.sums[layer])
     names = [f"epoch-{epoch:04d}.pt" for epoch in range(1, epochs + 1)]
-    assert sorted(path.name for path in folder.iterdir()) == [*names, "norms.npz"]
+    assert sorted(path.name for path in folder.iterdir()) == [*names, "norms.npz", "recorded.json"]
     model = TASK.model()
     load_weights(model, folder / names[-1])
     for name, value in trainer.model.state_dict().items():
