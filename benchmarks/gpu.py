@@ -30,7 +30,7 @@ from influence_jobs.tasks.ffdnet import FFDNetTask
 from influence_jobs.tasks.mnist import MnistTask
 from influence_jobs.terms import Precision
 from influence_jobs.training.ensemble import EnsembleTrainer, Variant
-from influence_jobs.training.train import Recipe
+from influence_jobs.training.recipe import Recipe
 
 VECTORS = 10
 CHECKED = 4

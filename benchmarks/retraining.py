@@ -39,7 +39,8 @@ from influence_jobs.tasks.base import Draw
 from influence_jobs.tasks.mnist import MnistTask
 from influence_jobs.training.changes import Changes
 from influence_jobs.training.ensemble import EnsembleTrainer, Variant
-from influence_jobs.training.train import Recipe, Trainer, epoch_order, initial_model
+from influence_jobs.training.recipe import Recipe
+from influence_jobs.training.train import Trainer, epoch_order, initial_model
 
 BATCH = 8
 PATHS = ("torch.func", "mlp", "relabelled")

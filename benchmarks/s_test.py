@@ -35,7 +35,8 @@ from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.models.checkpoints import load_weights
 from influence_jobs.tasks.base import Draw
 from influence_jobs.tasks.mnist import MnistTask
-from influence_jobs.training.train import Recipe, Trainer
+from influence_jobs.training.recipe import Recipe
+from influence_jobs.training.train import Trainer
 
 LAMBDA, SCALE, BATCH, REPEATS, DEPTH = 0.25, 25.0, 8, 5, 1000
 CHECKED_DEPTH = 30

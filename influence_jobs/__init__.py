@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from influence_jobs.report.results import Results, open_run
     from influence_jobs.store.run import Run
     from influence_jobs.tasks.base import Batch, Draw, Task
+    from influence_jobs.training.recorder import Recorder
 
 _HOMES = {
     "influence_jobs.contract": ("check",),
@@ -43,6 +44,7 @@ _HOMES = {
     "influence_jobs.errors": ("InflError",),
     "influence_jobs.report.results": ("Results", "open_run"),
     "influence_jobs.store.run": ("Run",),
+    "influence_jobs.training.recorder": ("Recorder",),
     "infl_cluster.submit": ("submit",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
@@ -62,6 +64,7 @@ __all__ = [
     "Lissa",
     "Operator",
     "ParameterSpace",
+    "Recorder",
     "Results",
     "Run",
     "Solution",

@@ -5,6 +5,9 @@ from typing import Literal
 Reduction = Literal["kernel", "channel", "layer"]
 Precision = Literal["float32", "float64", "bfloat16"]
 OutputLoss = Literal["cross-entropy", "mse", "binary-cross-entropy"]
+# "task": the task's own.
+Optimizer = Literal["sgd", "adam", "adamw", "task"]
+Schedule = Literal["constant", "cosine", "linear", "step", "task"]
 Region = tuple[int, int, int, int]  # y, x, height, width in pixels
 
 

@@ -1,6 +1,6 @@
 """`--dry-run`: disk, memory and time of a run, estimated from its plan and a short probe."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -29,16 +29,18 @@ class Estimate:
 
     Attributes:
         batch_size: Samples that go through the model at once.
-        rate: Samples a second of all workers together.
+        rate: Samples a second of all workers together; None if that cannot be measured.
         rates: Samples a second of one worker, by batch size; empty if none but the plan's was
             tried.
+        notes: What a user may want to know, a line each.
     """
 
     plan: Plan
     batch_size: int
     workers: int
-    rate: float
+    rate: float | None
     rates: Mapping[int, float] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
     @property
     def fastest(self) -> int:
@@ -48,9 +50,9 @@ class Estimate:
         return best if worth_it else self.batch_size
 
     @property
-    def seconds(self) -> float:
-        """Time that the run takes."""
-        return self.plan.units / self.rate
+    def seconds(self) -> float | None:
+        """Time that the run takes, if known."""
+        return None if self.rate is None else self.plan.units / self.rate
 
 
 def print_plan(run: Run, how: How, *, json: bool) -> None:
@@ -60,7 +62,8 @@ def print_plan(run: Run, how: How, *, json: bool) -> None:
     plan = own.plan
     disk = plan.disk_bytes
     memory = worker_bytes(plan)
-    total = own.seconds + sum(needed.seconds for needed in needs.values())
+    parts = [one.seconds for one in (own, *needs.values())]
+    total = None if None in parts else sum(part for part in parts if part is not None)
     summary = {
         "run": run.id,
         "path": run.files.url,
@@ -79,6 +82,7 @@ def print_plan(run: Run, how: How, *, json: bool) -> None:
         "samples_per_second": own.rate,
         "estimated_seconds": own.seconds,
         "total_seconds": total,
+        "notes": list(own.notes),
     }
     if json:
         render.print_json(summary)
@@ -89,23 +93,29 @@ def print_plan(run: Run, how: How, *, json: bool) -> None:
     ]
     rows += [
         ("shards", f"{summary['shards']} of up to {summary['rows_per_shard']:,} rows"),
-        ("samples", f"{plan.units:,} in batches of {own.batch_size:,}"),
+        (
+            "samples",
+            f"{plan.units:,}" + (f" in batches of {own.batch_size:,}" if own.rate else ""),
+        ),
         ("workers", f"{own.workers} on {how.resolved_device}"),
         ("disk", f"{size(disk)} before compression"),
         ("memory", f"about {size(memory)} a worker"),
-        ("time", f"{_time(own)} (probed)"),
+        ("time", _time(own) + (" (probed)" if own.rate else "")),
+        *(("note", note) for note in own.notes),
     ]
     if own.fastest != own.batch_size:
         gain = own.rates[own.fastest] / own.rates[own.batch_size]
         rows.append(("faster", f"{gain:.2f} times with --batch-size {own.fastest}"))
     if needs:
-        rows.append(("total", f"about {duration(total)}"))
+        rows.append(("total", "unknown" if total is None else f"about {duration(total)}"))
     render.print_fields(rows)
 
 
 def _time(estimate: Estimate) -> str:
     if not estimate.plan.shards:
         return "nothing of its own"
+    if estimate.seconds is None:
+        return "unknown: the task's own train() takes it"
     return f"about {duration(estimate.seconds)} at {estimate.rate:,.0f} samples/s"
 
 
@@ -121,11 +131,12 @@ def _estimate(run: Run, how: How, *, try_others: bool = False) -> Estimate:
         return Estimate(plan, batch_size, workers=1, rate=1.0)
     workers = min(how.num_workers, len(plan.shards))
     torch.set_num_threads(max(1, cores() // workers))
-    rate = samples_per_second(job.probe(), PROBE_S) * workers
+    rate = samples_per_second(job.probe(), PROBE_S)
+    rate = None if rate is None else rate * workers
     rates = {}
     if try_others and isinstance(job, SampleJob):
         rates = _rates(run, how, batch_size, array.chunks[array.row_axis])
-    return Estimate(plan, batch_size, workers, rate, rates)
+    return Estimate(plan, batch_size, workers, rate, rates, job.notes())
 
 
 def _rates(run: Run, how: How, own: int, most: int) -> dict[int, float]:
@@ -136,7 +147,7 @@ def _rates(run: Run, how: How, own: int, most: int) -> dict[int, float]:
     for batch_size in tried:
         job = open_job(run, device=how.resolved_device, batch_size=batch_size)
         try:
-            rates[batch_size] = samples_per_second(job.probe(), PROBE_OTHER_S)
+            rates[batch_size] = samples_per_second(job.probe(), PROBE_OTHER_S) or 0.0
         except torch.OutOfMemoryError:
             break
         if batch_size > own and rates[batch_size] < max(rates.values()):

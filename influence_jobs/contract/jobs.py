@@ -60,6 +60,8 @@ def _estimate(name: str, words: Mapping[str, Any], trial: Trial) -> str:
         job = open_job(Run(root, spec), device=trial.device.type)
         plan = job.plan()
         rate = samples_per_second(job.probe(), PROBE_S)
+    if rate is None:
+        return "as long as its own train() takes"
     memory = size(worker_bytes(plan))
     if trial.device.type == "cuda":
         memory += f", {size(torch.cuda.max_memory_allocated())} of the GPU"

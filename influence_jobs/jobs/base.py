@@ -7,7 +7,7 @@ the shards, or other shards. So work can be interrupted, repeated and spread ove
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Generic, Literal, TypeVar
@@ -160,7 +160,10 @@ class Job(ABC, Generic[S]):
 
     @abstractmethod
     def probe(self) -> Iterator[int]:
-        """Do some of the work without writing, for measuring; yields the units of each piece."""
+        """Do some of the work without writing, for measuring; yields the units of each piece.
+
+        It yields nothing if the work has no pieces, such as a training by the task itself.
+        """
 
     def input_digests(self) -> dict[str, str]:
         """SHA-256 by name of everything that this run reads from other runs.
@@ -168,6 +171,10 @@ class Job(ABC, Generic[S]):
         The driver compares them, so that a run never mixes two versions of its inputs.
         """
         return {}
+
+    def notes(self) -> Sequence[str]:
+        """What a user may want to know of how this is carried out, a line each."""
+        return ()
 
     def sweep(self) -> None:
         """Remove files that killed workers left outside the run's folder."""

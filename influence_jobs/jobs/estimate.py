@@ -8,15 +8,17 @@ import psutil
 from influence_jobs.jobs.base import Plan
 
 
-def samples_per_second(pieces: Iterator[int], seconds: float) -> float:
-    """Speed of one worker, from a job's probe.
+def samples_per_second(pieces: Iterator[int], seconds: float) -> float | None:
+    """Speed of one worker, from a job's probe; None if the work has no pieces to measure.
 
     Args:
         pieces: What `Job.probe` gives.
         seconds: How long to measure; one piece is done at least.
     """
     started = time.monotonic()
-    first, units = next(pieces), 0
+    first, units = next(pieces, None), 0
+    if first is None:
+        return None
     warm = time.monotonic()
     for done in pieces:
         units += done

@@ -26,11 +26,13 @@ from influence_jobs.store.layout import CHECKPOINTS, ArrayLayout
 from influence_jobs.store.rankings import digests, needed_runs
 from influence_jobs.store.retrained import Retrained, variant_key
 from influence_jobs.tasks.base import Batch, Draw, to_device
+from influence_jobs.tasks.own_code import described
 from influence_jobs.terms import Region
 from influence_jobs.training.changes import Changes
 from influence_jobs.training.ensemble import EnsembleTrainer, Variant
 from influence_jobs.training.ensemble_width import WIDTHS, bytes_per_variant, measure_widths
-from influence_jobs.training.train import Trainer, require_full_batches
+from influence_jobs.training.own import trained_by_task
+from influence_jobs.training.train import Trainer, require_full_batches, require_sound_samples
 
 MAX_SHARD, MIN_SHARD, AIM_SHARDS = 128, 8, 16
 MEASURED_STEPS = 200_000  # steps over all models; a smaller run does not repay measuring
@@ -76,7 +78,7 @@ class RetrainJob(Job[S]):
     def plan(self, shard_rows: int | None = None) -> Plan:
         require_queries(self.task, self.spec.queries)
         count, num_queries = len(self.sizes), len(self.spec.queries.items)
-        for size in sorted(set(self.sizes)):
+        for size in sorted(set(self.sizes)) if self.spec.recipe.trainer == "infl" else ():
             require_full_batches(self.task, self.spec.recipe.batch_size, size)
         rows = shard_rows or min(max(count // AIM_SHARDS, MIN_SHARD), MAX_SHARD)
         arrays = tuple(
@@ -153,6 +155,15 @@ class RetrainJob(Job[S]):
         found: dict[str, dict[str, Tensor]] = {}
         if not missing:
             return found
+        if self.spec.recipe.trainer == "task":
+            for key in (key for key in variants if key in missing):
+                variant = variants[key]
+                model = trained_by_task(self.task, variant.seed, self.device, variant.changes)
+                found[key] = dict(model.state_dict())
+                self._retrained.write(key, found[key])
+                done += self._samples(variant)
+                progress(done)
+            return found
         saved = SavedState(self.run_store.files, f"{CHECKPOINTS}/state-{shard.id}.pt")
         state = saved.read()
         for group in self._groups(variants):
@@ -167,31 +178,50 @@ class RetrainJob(Job[S]):
             if resumed:
                 trainer.load_state_dict(state["trainer"])
             progress(done + trainer.samples_seen)
-            healthy = np.ones(len(keys), dtype=bool)
             while not trainer.finished:
-                means = trainer.step()
+                trainer.step()
                 progress(done + trainer.samples_seen)
-                if means is not None:
-                    healthy &= np.isfinite(np.atleast_1d(np.asarray(means)))
+                if isinstance(trainer, Trainer):
+                    trainer.require_finite()
                 if not trainer.finished:
                     saved.keep(lambda: {"keys": keys, "trainer": trainer.state_dict()})  # noqa: B023
+            lost: dict[str, tuple[int, int]] = {}
             for i, key in enumerate(keys):
-                model = trainer.model if isinstance(trainer, Trainer) else trainer.model(i)
-                if healthy[i] and key in missing:
+                if isinstance(trainer, EnsembleTrainer) and (place := trainer.diverged(i)):
+                    lost[key] = place
+                elif key in missing:
+                    model = trainer.model if isinstance(trainer, Trainer) else trainer.model(i)
                     found[key] = dict(model.state_dict())
                     self._retrained.write(key, found[key])
-            if not healthy.all():
-                raise SpecError(
-                    f"{len(keys) - healthy.sum()} of {len(keys)} trainings diverged: their losses "
-                    "are not finite; lower the learning rate"
-                )
+            if lost:
+                self._refuse_diverged(variants, lost, len(keys))
             done += trainer.samples_seen
         saved.delete()
         return found
 
+    def _refuse_diverged(
+        self, variants: Mapping[str, Variant], lost: Mapping[str, tuple[int, int]], count: int
+    ) -> None:
+        """Say why the loss of some of `count` trainings is not finite.
+
+        Args:
+            lost: Epoch from 0, and number of its steps before, by key of the variant.
+
+        Raises:
+            DataError: A sample is at fault.
+            SpecError: The trainings diverged.
+        """
+        key, (epoch, step) = next(iter(lost.items()))
+        one = variants[key]
+        require_sound_samples(self.task, one.seed, self.device, changes=one.changes, epoch=epoch)
+        raise SpecError(
+            f"{len(lost)} of {count} trainings diverged, that of seed {one.seed} after step {step} "
+            f"of epoch {epoch + 1}: their losses are not finite; lower the learning rate"
+        )
+
     def _trainer(self, variants: Sequence[Variant]) -> Trainer | EnsembleTrainer:
         recipe = recipe_of(self.spec.recipe)
-        if self._stacks:
+        if not self._alone:
             return EnsembleTrainer(self.task, recipe, variants, device=self.device)
         (alone,) = variants
         return Trainer(
@@ -213,26 +243,33 @@ class RetrainJob(Job[S]):
         ]
 
     @cached_property
-    def _stacks(self) -> bool:
-        """Whether the model can be trained as an ensemble.
+    def _alone(self) -> str:
+        """Why the model is trained one variant at a time; empty if as an ensemble.
 
-        A model with dropout between convolutions cannot.
+        Dropout between convolutions is a reason, or a task with an optimizer of its own.
         """
+        if self.spec.recipe.trainer == "task":
+            return f"{type(self.task).__name__} has a train() of its own"
         pair = [Variant(0), Variant(1)]
         try:
             EnsembleTrainer(self.task, recipe_of(self.spec.recipe), pair, device=self.device).step()
         except torch.OutOfMemoryError:
             raise
-        except (ModelError, RuntimeError):  # one at a time it works, or fails with its own error
-            return False
-        return True
+        except ModelError as error:
+            return str(error)
+        except RuntimeError as error:  # one at a time it works, or fails with its own error
+            return described(error)
+        return ""
+
+    def notes(self) -> Sequence[str]:
+        return [f"models are trained one at a time: {self._alone}"] if self._alone else []
 
     def _width(self) -> int:
         """Number of variants to train side by side.
 
         The run's first worker chooses it, so that ensembles are the same in all workers.
         """
-        if not self._stacks:
+        if self._alone:
             return 1
         stored = self.run_store.read_json(WIDTH, Width)
         if stored is None:
@@ -312,8 +349,10 @@ class RetrainJob(Job[S]):
         return values_Q, decisions_Q
 
     def probe(self) -> Iterator[int]:
+        if self.spec.recipe.trainer == "task":
+            return
         # No samples are removed: the scores that choose them may not exist yet.
-        count = min(len(self.sizes), WIDTHS[-1]) if self._stacks else 1
+        count = 1 if self._alone else min(len(self.sizes), WIDTHS[-1])
         trainer = self._trainer([Variant(seed) for seed in range(count)])
         while not trainer.finished:
             before = trainer.samples_seen

@@ -44,8 +44,30 @@ def load_weights(model: nn.Module, source: Path | BinaryIO, *, name: str | None 
         ModelError: The source is missing, corrupted, no state dict, or of another architecture.
     """
     name = name or str(source)
+    put_weights(
+        model,
+        _read(source, name),
+        name=f"checkpoint {name}",
+        cure="name a checkpoint of this architecture",
+    )
+
+
+def put_weights(
+    model: nn.Module, state: Mapping[str, torch.Tensor], *, name: str, cure: str
+) -> None:
+    """Put a whole state dict into a model, or nothing; names as for `load_weights`.
+
+    Args:
+        model: Receives the weights; unchanged if this raises.
+        state: The weights.
+        name: What to call them in errors.
+        cure: What to do if they do not fit.
+
+    Raises:
+        ModelError: They are of another architecture.
+    """
     expected = model.state_dict()
-    state = _renamed(_read(source, name), expected)
+    state = _renamed(state, expected)
     for names in tied_names(model):
         held = next((state[key] for key in names if key in state), None)
         if held is not None:
@@ -64,8 +86,7 @@ def load_weights(model: nn.Module, source: Path | BinaryIO, *, name: str | None 
     ]
     if problems:
         raise ModelError(
-            f"checkpoint {name} does not fit {type(model).__name__}: {'; '.join(problems)}: "
-            "name a checkpoint of this architecture"
+            f"{name} does not fit {type(model).__name__}: {'; '.join(problems)}: {cure}"
         )
     model.load_state_dict(state)
 

@@ -42,7 +42,7 @@ import torch
 from torch import Tensor
 
 from influence_jobs.perceptrons.pending import PendingOutputs
-from influence_jobs.training.train import Recipe
+from influence_jobs.training.recipe import Recipe
 
 MIN_GAP = 1e-3  # least difference of the modes' rates; closer modes lose digits by cancellation
 
@@ -61,8 +61,15 @@ class Modes:
 
 
 def sgd_modes(recipe: Recipe) -> Modes | None:
-    """The modes; None for Adam, for complex rates and for rates closer than `MIN_GAP`."""
-    if recipe.optimizer != "sgd":
+    """The modes; None for Adam, for complex rates and for rates closer than `MIN_GAP`.
+
+    Nor are there any of Nesterov's momentum, clipping, changing rates, and decay of some parameters
+    only.
+    """
+    plain = Recipe(
+        recipe.epochs, recipe.batch_size, "sgd", recipe.lr, recipe.momentum, recipe.weight_decay
+    )
+    if recipe != plain or recipe.lr is None:
         return None
     total = 1 + recipe.momentum - recipe.lr * recipe.weight_decay
     discriminant = total**2 - 4 * recipe.momentum

@@ -29,7 +29,8 @@ from influence_jobs.training.ensemble_data import (
     stretches,
 )
 from influence_jobs.training.ensemble_norms import EnsembleNorms
-from influence_jobs.training.train import Recipe, Trainer, epoch_order, seeded, step_seed
+from influence_jobs.training.recipe import Recipe
+from influence_jobs.training.train import Trainer, epoch_order, seeded, step_seed
 
 BLOCK_SAMPLES = 128  # K, by measurement; with more the Gram matrix costs more than it saves
 AGREEMENT = 1e-3  # allowed relative difference of one block's updates; rounding causes 1e-6
@@ -274,6 +275,8 @@ class _Hidden:
         self, weights_MP: Tensor, momentum_MP: Tensor, shapes: Sequence[torch.Size], recipe: Recipe
     ):
         self._weights_MP, self.momentum_MP, self._recipe = weights_MP, momentum_MP, recipe
+        assert recipe.lr is not None  # SGD has one
+        self._lr = recipe.lr
         self._weights = _views(weights_MP, shapes)
         self._momenta = _views(momentum_MP, shapes)
         self.inputs: list[Tensor] = []
@@ -314,7 +317,7 @@ class _Hidden:
         self.momentum_MP.add_(self._weights_MP, alpha=self._recipe.weight_decay)
         for v_MCI, d_MBC, a_MBI in zip(self._momenta, deltas, self.inputs, strict=True):
             v_MCI.baddbmm_(d_MBC.transpose(1, 2), a_MBI, alpha=1 / a_MBI.shape[1])
-        self._weights_MP.add_(self.momentum_MP, alpha=-self._recipe.lr)
+        self._weights_MP.add_(self.momentum_MP, alpha=-self._lr)
 
 
 def _stacked(models: Sequence[nn.Module], name: str) -> Tensor:

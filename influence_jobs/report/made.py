@@ -19,7 +19,8 @@ def request_in_words(spec: Spec) -> list[tuple[str, str]]:
     lines = [("task", f"{task.name}{f' ({options})' if options else ''}"), ("data", task.data)]
     for name in type(spec).model_fields:
         value = getattr(spec, name)
-        if name not in ("kind", "task") and value is not None and value != ():
+        hidden = name in ("kind", "task") or name in spec.unsaid
+        if not hidden and value is not None and value != ():
             lines.append((name.replace("_", " "), in_words(value)))
     return lines
 

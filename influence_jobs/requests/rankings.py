@@ -61,18 +61,18 @@ def trained_of(
         given: Whether the user named the checkpoint; else it records norms if a method needs them
             (Algorithm 1).
         methods: What will be looked at.
-        recipe: How models are retrained if the checkpoint is a file, which does not say it.
+        recipe: How models are retrained if the checkpoint does not say it.
 
     Raises:
-        SpecError: The checkpoint is a file and there is no recipe, or not the end of its training.
+        SpecError: The checkpoint does not say it, nor a recipe, or is not the end of its training.
     """
     if len(subject.checkpoints) != 1:
         raise SpecError("an experiment needs exactly one checkpoint: name one with --checkpoint")
     checkpoint = subject.checkpoints[0]
-    if isinstance(checkpoint, FileCheckpoint):
+    if isinstance(checkpoint, FileCheckpoint) or not checkpoint.repeatable:
         if recipe is None:
             raise SpecError(
-                "a file of weights does not say how it was trained: name a train run with "
+                f"{checkpoint.words()} does not say how it was trained: name a train run with "
                 "--checkpoint, or leave it out"
             )
         return Trained(subject, recipe)
@@ -89,22 +89,26 @@ def trained_of(
 
 
 def recipe_for_file(subject: Subject, request: WeightsRequest, say: Say) -> TrainSpec | None:
-    """How models are retrained if scores are of a file's weights; else None.
+    """How models are retrained if scores are of weights from elsewhere; else None.
 
     It is the training that `infl submit train` would make of the task.
 
     Raises:
         SpecError: No such preset.
     """
-    files = [c for c in subject.checkpoints if isinstance(c, FileCheckpoint)]
-    if not files:
+    foreign = [c for c in subject.checkpoints if not c.repeatable]
+    if not foreign:
         return None
-    train = training_of(subject.task, preset=request.preset, given={"epochs": request.epochs})
+    train = training_of(
+        subject.task, preset=request.preset, given={"epochs": request.epochs}, say=say
+    )
+    change = "" if train.trainer == "task" else "; --epochs and --preset change it"
+    first = foreign[0]
+    name = Path(first.path).name if isinstance(first, FileCheckpoint) else first.words()
     say(
-        f"{Path(files[0].path).name} does not say how it was trained: scores are of its weights, "
+        f"{name} does not say how it was trained: scores are of its weights, "
         f"models are retrained as infl submit train --task {subject.task.name} does "
-        f"({train.epochs} epochs of {train.optimizer}, lr {train.lr:g}, batches of "
-        f"{train.batch_size}; --epochs and --preset change it)"
+        f"({train.how()}{change})"
     )
     return train
 

@@ -13,12 +13,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from infl_configs import preset_names, read_preset
 from influence_jobs.errors import ModelError, SpecError
+from influence_jobs.gradients.weights import weight_named
 from influence_jobs.kinds.train.spec import (
     Checkpoint,
     FileCheckpoint,
     TrainedCheckpoint,
     TrainSpec,
 )
+from influence_jobs.models.checkpoints import load_weights
 from influence_jobs.requests.base import Request, Say
 from influence_jobs.requests.options import WeightsRequest
 from influence_jobs.specs.base import TaskSpec, first_error, make_spec
@@ -27,10 +29,12 @@ from influence_jobs.store.find import find_run
 from influence_jobs.store.layout import SPEC
 from influence_jobs.store.run import Run
 from influence_jobs.store.status import is_done
-from influence_jobs.tasks.base import Task
+from influence_jobs.tasks.base import Task, defines
 from influence_jobs.tasks.fingerprints import fingerprinted
 from influence_jobs.tasks.registry import arguments_of, folder_of, name_of, task_class
+from influence_jobs.training.recorder import read_recording, weights_name
 
+ADAMW_DECAY = 0.01  # torch's own default
 _WEIGHTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")  # how names of weight files end
 
 
@@ -54,13 +58,13 @@ def subject_of(
 
     Args:
         default_checkpoints: Those without `--checkpoint`; if empty, a training by the preset.
-        retrains: Models will be trained, so that beside a file of weights the user may say how.
+        retrains: Models will be trained, so that beside foreign weights the user may say how.
 
     Raises:
         SpecError, ModelError, StoreError, DataError: See `task_of` and `checkpoints_of`.
     """
     checkpoints = [c for word in request.checkpoint for c in checkpoints_of(word, root)]
-    settled = not retrains or any(isinstance(c, TrainedCheckpoint) for c in checkpoints)
+    settled = not retrains or any(c.repeatable for c in checkpoints)
     if checkpoints and settled and (request.epochs or request.preset):
         raise SpecError(
             "--epochs and --preset say how to train, but --checkpoint names weights that exist"
@@ -68,7 +72,7 @@ def subject_of(
     checkpoints = checkpoints or [*default_checkpoints]
     task, built = task_of(request, say, trained=_trained_task(checkpoints, request.task))
     if not checkpoints:
-        spec = training_of(task, preset=request.preset, given={"epochs": request.epochs})
+        spec = training_of(task, preset=request.preset, given={"epochs": request.epochs}, say=say)
         checkpoints = [TrainedCheckpoint(train=spec, epoch=spec.epochs)]
     # Refuse a wrong file here, before workers start.
     model = built.model()
@@ -204,29 +208,134 @@ def _scalar(value: Any) -> Any:
         return yaml.safe_load(value)
 
 
-def training_of(task: TaskSpec, *, preset: str | None, given: Mapping[str, Any]) -> TrainSpec:
+# What a task decides that has a method of its own, as fields of a training.
+_OWN: Mapping[str, tuple[str, ...]] = {
+    "optimizer": ("optimizer", "lr", "momentum", "nesterov", "weight_decay", "no_bias_decay"),
+    "scheduler": ("schedule", "warmup", "step_every", "step_factor"),
+}
+_OPTIONS = {"save_epochs": "save-epoch", "norm_layers": "norms-layer"}
+
+
+def training_of(
+    task: TaskSpec, *, preset: str | None, given: Mapping[str, Any], say: Say
+) -> TrainSpec:
     """The spec of a training: the preset's values, overridden by given values that are not None.
 
     Raises:
-        SpecError: There is no such preset, or a value is out of range.
+        SpecError: There is no such preset, a value is out of range, or it has no meaning: because
+            the task decides it, or beside the others.
     """
-    name = preset or (task.name if task.name in preset_names() else None)
-    values: dict[str, Any] = {}
-    if name:
-        try:
-            values = dict(read_preset(name)["train"])
-        except ValueError as error:
-            raise SpecError(str(error)) from None
-        known = TrainSpec.model_fields.keys() - {"kind", "task"}
-        if unknown := sorted(map(str, values.keys() - known)):
-            raise SpecError(
-                f"preset {name}: there is no training option {unknown[0]}; "
-                f"there are {', '.join(sorted(known))}"
+    kind, task = task_class(task), _as_trained(task)
+    given = {key: value for key, value in given.items() if value is not None}
+    if defines(kind, "train"):
+        for name in (*(["preset"] if preset else []), *given):
+            if name != "seed":
+                raise _decided_by_task(task.name, name, "train")
+        return make_spec(TrainSpec, task=task, trainer="task", **given)
+    values = _preset_values(preset or (task.name if task.name in preset_names() else None))
+    own = {}
+    for method, names in _OWN.items():
+        if not defines(kind, method):
+            continue
+        for name in names:
+            if name in given:
+                raise _decided_by_task(task.name, name, method)
+        if dropped := [name for name in names if values.pop(name, None) is not None]:
+            say(
+                f"task {task.name} has its own {method}(): what the preset says of "
+                f"{', '.join(dropped)} does not count"
             )
-    values |= {key: value for key, value in given.items() if value is not None}
+        own["schedule" if method == "scheduler" else method] = "task"
+    values |= given
+    if values.get("optimizer") == "adamw":
+        values.setdefault("weight_decay", ADAMW_DECAY)
+    spec = make_spec(TrainSpec, task=task, **{**values, **own})
+    for name in sorted({*_OWN["optimizer"], *_OWN["scheduler"]} & given.keys()):
+        if getattr(spec, name) != given[name]:
+            raise SpecError(f"{_option(name)} has no meaning for {spec.how()}: leave it out")
+    return spec
+
+
+def recorded_training(task: TaskSpec, built: Task, folder: str) -> TrainSpec:
+    """The spec of a training elsewhere, from what a recorder kept of it.
+
+    Raises:
+        ModelError: The folder has no recording, or not of this task's model and data.
+    """
+    path = Path(folder).expanduser().absolute()
+    found, digest = read_recording(path)
+    n = len(built.train_data())
+    if found.num_samples != n:
+        raise ModelError(
+            f"recording {folder} is of {found.num_samples:,} samples, and task {task.name} has "
+            f"{n:,}: sample ids must mean the same"
+        )
+    if found.epochs not in found.saved:
+        raise ModelError(
+            f"recording {folder} lacks the weights after its last epoch ({found.epochs}): let the "
+            "recorder keep them (save_epochs)"
+        )
+    model = built.model()
+    load_weights(model, path / weights_name(found.epochs))
+    for layer in found.layers:
+        weight_named(model, layer)
+    counted = found.layers if found.epochs > found.skip_epochs else ()
+    return make_spec(
+        TrainSpec,
+        task=_as_trained(task),
+        trainer="recorded",
+        recorded=FileCheckpoint(path=str(path), sha256=digest),
+        epochs=found.epochs,
+        save_epochs=found.saved,
+        norm_layers=counted,
+        norm_reduction=found.reduction,
+        norm_skip_epochs=found.skip_epochs,
+    )
+
+
+def _as_trained(task: TaskSpec) -> TaskSpec:
+    """A task without the options that training does not look at."""
     unlooked = task_class(task).attribution_options
     options = {key: value for key, value in task.options.items() if key not in unlooked}
-    return make_spec(TrainSpec, task=task.model_copy(update={"options": options}), **values)
+    return task.model_copy(update={"options": options})
+
+
+def _option(field: str) -> str:
+    return _flag(_OPTIONS.get(field, field))
+
+
+def _decided_by_task(task: str, field: str, method: str) -> SpecError:
+    return SpecError(
+        f"{_option(field)} has no meaning here: task {task} has its own {method}(); change it "
+        "there, and leave the option out"
+    )
+
+
+def _preset_values(name: str | None) -> dict[str, Any]:
+    """The values of a preset, or none.
+
+    Raises:
+        SpecError: There is no such preset, or it has an unknown field.
+    """
+    if name is None:
+        return {}
+    try:
+        values = dict(read_preset(name)["train"])
+    except ValueError as error:
+        raise SpecError(str(error)) from None
+    known = TrainSpec.model_fields.keys() - {"kind", "task", "trainer", "recorded"}
+    if unknown := sorted(map(str, values.keys() - known)):
+        raise SpecError(
+            f"preset {name}: there is no training option {unknown[0]}; "
+            f"there are {', '.join(sorted(known))}"
+        )
+    for field, method in (("optimizer", "optimizer"), ("schedule", "scheduler")):
+        if values.get(field) == "task":
+            raise SpecError(
+                f"preset {name}: {field} cannot be 'task': a task with its own {method}() is asked "
+                "for it anyway"
+            )
+    return values
 
 
 def checkpoints_of(word: str, root: str) -> list[Checkpoint]:

@@ -147,6 +147,11 @@ class Spec(Model):
         """Kind, task and the first twelve digits of the hash, e.g. `train-mnist-3f2a91c04d5e`."""
         return f"{self.kind}-{self.task.slug}-{self.hash[:12]}"
 
+    @property
+    def unsaid(self) -> frozenset[str]:
+        """Fields without a meaning beside the others, which pages leave out."""
+        return frozenset()
+
     def words(self) -> str:
         return self.run_id
 

@@ -91,6 +91,8 @@ class RetrainingSpec(Spec):
     @model_validator(mode="after")
     def _normalise_recipe(self) -> Self:
         given = self.recipe
+        if given.trainer == "recorded":
+            raise ValueError(f"{given.run_id} was recorded elsewhere, so it cannot be repeated")
         plain = given.model_copy(update={"seed": 0, "save_epochs": (), "norm_layers": ()})
         object.__setattr__(self, "recipe", TrainSpec.model_validate(plain.model_dump()))
         _require_same_samples("the experiment", self.task, given.task)

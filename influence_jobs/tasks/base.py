@@ -24,6 +24,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -39,6 +40,7 @@ from influence_jobs.terms import Region
 
 Batch = Any  # a pytree of tensors with a leading batch axis
 FINGERPRINT_ROWS = 16  # training samples whose values are part of a fingerprint
+_READ_ONCE = ("train_data", "test_data")
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -131,7 +133,14 @@ class Task(ABC):
         # A run stores these arguments, so that workers can construct the task again.
         bound = inspect.signature(cls.__init__).bind_partial(task, *args, **kwargs)
         task.given = dict(list(bound.arguments.items())[1:])
+        # Read once: the data would be opened again for every batch, by `batch` or a user's own.
+        for name in _READ_ONCE:
+            setattr(task, name, cache(getattr(task, name)))
         return task
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy reads its own data.
+        return {name: value for name, value in vars(self).items() if name not in _READ_ONCE}
 
     @abstractmethod
     def model(self) -> nn.Module:
@@ -139,7 +148,10 @@ class Task(ABC):
 
     @abstractmethod
     def train_data(self) -> Sized:
-        """The training set of length N; a sample's position is its id and must never change."""
+        """The training set of length N; a sample's position is its id and must never change.
+
+        An object is asked once, and what it gave is kept.
+        """
 
     @abstractmethod
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -158,6 +170,32 @@ class Task(ABC):
         """The samples as training uses them, e.g. augmented or noised; by default as `batch`."""
         return self.batch(ids, draw)
 
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer to train with, of the model's parameters, instead of a recipe's.
+
+        Its state must be tensors, numbers and plain containers, so that a training can be resumed.
+        """
+        raise NotImplementedError
+
+    def scheduler(
+        self, optimizer: torch.optim.Optimizer, *, epochs: int, steps_per_epoch: int
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """The learning-rate schedule to train with, instead of a recipe's; it steps every batch."""
+        raise NotImplementedError
+
+    def train(self, ids: Tensor, seed: int, labels: Tensor | None = None) -> Mapping[str, Tensor]:
+        """A training of your own, instead of ours: the state dict of the trained model.
+
+        Leave `labels` out if the samples cannot be relabelled. torch's global generators are seeded
+        when it begins; if anything else is random in it, take it from `seed`.
+
+        Args:
+            ids: The training samples to use, shape (n,), in ascending order.
+            seed: Decides all that is random.
+            labels: Classes (n,) to train these samples with; None for their own.
+        """
+        raise NotImplementedError
+
     def evaluate(self, model: nn.Module) -> Mapping[str, float]:
         """Metrics on held-out data, e.g. `{"accuracy": .98}`; the model is in eval mode."""
         return {}
@@ -174,7 +212,7 @@ class Task(ABC):
         raise NotImplementedError
 
     def test_data(self) -> Sized:
-        """The samples whose outputs can be explained; a sample's position is its id."""
+        """The samples whose outputs can be explained, as `train_data`; a position is an id."""
         return ()
 
     def test_batch(self, ids: Tensor, draw: Draw) -> Batch:
@@ -258,3 +296,32 @@ class Task(ABC):
             say: Takes lines for the user.
         """
         return options
+
+
+def defines(kind: type[Task], name: str) -> bool:
+    """Whether a class of tasks has a method of its own in place of the one of `Task`."""
+    found = getattr(kind, name)
+    return callable(found) and found is not getattr(Task, name)
+
+
+def call_own(task: Task, name: str, *arguments: Any, **keywords: Any) -> Any:
+    """Call a method of the task's class, also where its object keeps something else by that name.
+
+    Raises:
+        SpecError: There is none, or it takes other arguments.
+    """
+    if not defines(type(task), name):
+        raise SpecError(
+            f"{type(task).__name__} has no {name}() any more, with which models were trained: give "
+            "it back, or train anew"
+        )
+    method = partial(getattr(type(task), name), task)
+    try:
+        inspect.signature(method).bind(*arguments, **keywords)
+    except TypeError as error:
+        takes = str(inspect.signature(getattr(Task, name))).partition(" ->")[0]
+        raise SpecError(
+            f"{name}() of {type(task).__name__} is called as {name}{takes}: {error}; let it take "
+            "these, or give it another name"
+        ) from None
+    return method(*arguments, **keywords)

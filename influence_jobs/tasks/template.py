@@ -26,7 +26,7 @@ class MyTask(Task):
 
     def __init__(self, *, width: int = 8) -> None:
         self.width = width
-        self.train, self.test = digits(0, 1500), digits(1500, 1797)  # loaded once
+        self.known, self.unseen = digits(0, 1500), digits(1500, 1797)  # loaded once
 
     def model(self) -> nn.Module:
         """HERE: your network, freshly initialised; trained weights come with --checkpoint."""
@@ -35,11 +35,11 @@ class MyTask(Task):
 
     def train_data(self) -> TensorDataset:
         """The training samples; the position of one is its id for good."""
-        return self.train
+        return self.known
 
     def test_data(self) -> TensorDataset:
         """The samples whose outputs you want explained."""
-        return self.test
+        return self.unseen
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
         """HERE: how a batch goes through the model; the loss is of this, one row a sample."""

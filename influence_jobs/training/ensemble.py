@@ -4,6 +4,7 @@ Variants differ in their seed, and in which samples are removed or relabelled.
 """
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -11,13 +12,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from influence_jobs.errors import SpecError
+from influence_jobs.errors import ModelError, SpecError
 from influence_jobs.tasks.base import Batch, Task, to_device
 from influence_jobs.training.changes import UNCHANGED, Changes
 from influence_jobs.training.ensemble_data import Members, stretches
 from influence_jobs.training.ensemble_norms import EnsembleNorms, NormsWanted
 from influence_jobs.training.ensemble_stacked import StackedSteps
-from influence_jobs.training.train import Recipe, epoch_order, initial_model
+from influence_jobs.training.recipe import Recipe
+from influence_jobs.training.train import epoch_order, initial_model
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +78,7 @@ class EnsembleTrainer:
 
     Raises:
         SpecError: There are no variants, or the changes of one cannot be made.
-        ModelError: The model cannot be trained as an ensemble.
+        ModelError: The model cannot be trained as an ensemble, or the task gives the optimizer.
     """
 
     def __init__(
@@ -90,6 +92,11 @@ class EnsembleTrainer:
     ):
         if not variants:
             raise SpecError("an ensemble needs variants: give at least one")
+        if recipe.by_task:
+            raise ModelError(
+                f"{type(task).__name__} gives its own optimizer or scheduler, which are of one "
+                "model: train its variants one at a time"
+            )
         for variant in variants:
             variant.changes.check(task)
         self.task, self.recipe, self._device = task, recipe, device
@@ -115,6 +122,7 @@ class EnsembleTrainer:
         self._plan = list(stretches(self._sizes, recipe.batch_size, self.steps.longest))
         self.epoch, self._stretch = 0, 0  # finished epochs, and stretches of the current one
         self._loss_sums_M = torch.zeros(len(variants), dtype=torch.float64, device=device)
+        self._finite_steps_M = torch.zeros(len(variants), dtype=torch.int64, device=device)
         self._order_MN = self._epoch_order()
 
     def _choose_steps(self, members: Members) -> Steps:
@@ -151,6 +159,8 @@ class EnsembleTrainer:
         ids_MSB = torch.unflatten(ids_MK, 1, (stretch.steps, stretch.batch_size))
         losses_M = self.steps.take(stretch.rows, ids_MSB, self.epoch, stretch.first_step)
         self._loss_sums_M[stretch.rows] += losses_M
+        finite_M = self._loss_sums_M[stretch.rows].isfinite()
+        self._finite_steps_M[stretch.rows] += stretch.steps * finite_M
         self._stretch += 1
         if self._stretch < len(self._plan):
             return None
@@ -159,6 +169,26 @@ class EnsembleTrainer:
         self.epoch, self._stretch = self.epoch + 1, 0
         self._order_MN = self._epoch_order()
         return means_M[self._rows]
+
+    def diverged(self, variant: int) -> tuple[int, int] | None:
+        """Epoch and step, from 0, of the stretch in which a variant's loss became infinite or NaN.
+
+        None if it is finite in all steps so far.
+        """
+        row = self._rows[variant]
+        finite = int(self._finite_steps_M[row])
+        return None if finite == self._taken(row) else divmod(finite, self._steps_per_epoch(row))
+
+    def _steps_per_epoch(self, row: int) -> int:
+        return math.ceil(self._sizes[row] / self.recipe.batch_size)
+
+    def _taken(self, row: int) -> int:
+        """Number of steps that a variant has taken."""
+        return self.epoch * self._steps_per_epoch(row) + sum(
+            stretch.steps
+            for stretch in self._plan[: self._stretch]
+            if stretch.rows.start <= row < stretch.rows.stop
+        )
 
     def _epoch_order(self) -> Tensor:
         """The order of every variant, shape (M, largest size); shorter ones are padded."""
@@ -195,6 +225,7 @@ class EnsembleTrainer:
             "epoch": self.epoch,
             "stretch": self._stretch,
             "loss_sums": self._loss_sums_M,
+            "finite_steps": self._finite_steps_M,
             "norms": self._norms.state_dict() if self._norms is not None else {},
         }
 
@@ -203,6 +234,8 @@ class EnsembleTrainer:
         self.steps.load_state_dict(state["steps"])
         self.epoch, self._stretch = state["epoch"], state["stretch"]
         self._loss_sums_M.copy_(state["loss_sums"])
+        taken_M = torch.tensor([self._taken(row) for row in range(len(self._sizes))])
+        self._finite_steps_M.copy_(state.get("finite_steps", taken_M))  # new in the state
         if self._norms is not None:
             self._norms.load_state_dict(state["norms"])
         self._order_MN = self._epoch_order()

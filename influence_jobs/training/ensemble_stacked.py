@@ -1,5 +1,6 @@
 """Steps of an ensemble of any model: one vmapped forward, one backward, one optimiser."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,9 @@ from influence_jobs.tasks.base import Batch, Task
 from influence_jobs.training.changes import changed_losses
 from influence_jobs.training.ensemble_data import Feed, Members
 from influence_jobs.training.ensemble_norms import EnsembleNorms
-from influence_jobs.training.train import Recipe, make_optimizer
+from influence_jobs.training.recipe import Recipe, decay_groups, make_optimizer, rate_factor
+
+_STEPS = "steps_per_epoch"  # of the variants whose parameters are in a group of the optimizer
 
 
 class _Losses(nn.Module):
@@ -34,7 +37,8 @@ class StackedSteps:
     gradient of each. `vmap` writes the statistics of batch normalisation into the stack, each
     variant's into its own row. The optimiser is torch's own. Its parameters are slices of the
     stack, one for every *cohort*: the variants of one size, which always step together. So Adam
-    counts the steps of each cohort, and a waiting cohort does not change.
+    counts the steps of each cohort, and a waiting cohort does not change. Where the learning rate
+    changes, cohorts with other numbers of steps have groups of their own.
 
     Args:
         task: The task to train.
@@ -73,8 +77,21 @@ class StackedSteps:
             (slice(start, stop), {name: self._stack[name][start:stop] for name in trained})
             for start, stop in zip(cohorts, [*cohorts[1:], len(sizes)], strict=True)
         ]
-        leaves = [leaf for _, cohort in self._cohorts for leaf in cohort.values()]
-        self._optimizer = make_optimizer(recipe, leaves)
+        self._recipe = recipe
+        self._changing = recipe.schedule != "constant" or recipe.warmup > 0
+        by_steps: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        for cohort_rows, cohort in self._cohorts:
+            steps = math.ceil(sizes[cohort_rows.start] / recipe.batch_size)
+            leaves = by_steps.setdefault(steps if self._changing else 0, [])
+            leaves += [(leaf, parameters[0][name]) for name, leaf in cohort.items()]
+        self._optimizer = make_optimizer(
+            recipe,
+            (
+                {**group, _STEPS: steps}
+                for steps, leaves in by_steps.items()
+                for group in decay_groups(recipe, leaves)
+            ),
+        )
 
     def take(self, rows: slice, ids_MSB: Tensor, epoch: int, first_step: int) -> Tensor:
         """Take one step (S is 1) of whole cohorts; returns the sums (M,) of their losses."""
@@ -87,7 +104,7 @@ class StackedSteps:
         stack = {name: tensor[rows] for name, tensor in self._stack.items()}
         leaves = {name: stack[name].detach().requires_grad_() for name in trained}
         losses_MB = self._forward({**stack, **leaves}, batch, new_labels_MB)
-        gradients = dict(
+        gradients: dict[str, Tensor | None] = dict(
             zip(
                 leaves,
                 torch.autograd.grad(
@@ -96,6 +113,10 @@ class StackedSteps:
                 strict=True,
             )
         )
+        if self._norms is not None and self._norms.counts(epoch):
+            self._record(rows, ids_MSB, gradients)
+        if self._recipe.clip_norm is not None:
+            gradients = _clipped(gradients, self._recipe.clip_norm)
         self._optimizer.zero_grad(set_to_none=True)
         for members, cohort in self._cohorts:
             if rows.start <= members.start < rows.stop:
@@ -104,10 +125,18 @@ class StackedSteps:
                     gradient = gradients[name]
                     # Contiguous, since fused optimisers read memory in order and ignore strides.
                     leaf.grad = None if gradient is None else gradient[inside].contiguous()
+        self._set_rates(epoch, first_step)
         self._optimizer.step()
-        if self._norms is not None and self._norms.counts(epoch):
-            self._record(rows, ids_MSB, gradients)
         return losses_MB.detach().sum(1, dtype=torch.float64)
+
+    def _set_rates(self, epoch: int, first_step: int) -> None:
+        if not self._changing:
+            return
+        assert self._recipe.lr is not None
+        for group in self._optimizer.param_groups:
+            steps = group[_STEPS]
+            factor = rate_factor(self._recipe, epoch * steps + first_step, steps)
+            group["lr"] = self._recipe.lr * factor
 
     def _forward(
         self, stack: Mapping[str, Tensor], batch: Batch, new_labels_MB: Tensor | None
@@ -150,6 +179,17 @@ class StackedSteps:
         for name, tensor in self._stack.items():
             tensor.copy_(state["stack"][name])
         self._optimizer.load_state_dict(state["optimizer"])
+
+
+def _clipped(gradients: Mapping[str, Tensor | None], limit: float) -> dict[str, Tensor | None]:
+    """Gradients (M, ...) of M variants, each scaled down to a norm, as `clip_grad_norm_` does."""
+    some = [gradient for gradient in gradients.values() if gradient is not None]
+    norms_M = torch.stack([g.flatten(1).norm(dim=1) for g in some], dim=1).norm(dim=1)
+    factor_M = (limit / (norms_M + 1e-6)).clamp(max=1)
+    return {
+        name: None if g is None else g * factor_M.to(g.dtype).view(-1, *[1] * (g.ndim - 1))
+        for name, g in gradients.items()
+    }
 
 
 def _refuse_dropout(model: nn.Module) -> None:

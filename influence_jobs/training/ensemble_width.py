@@ -10,7 +10,8 @@ from torch import Tensor
 from influence_jobs.tasks.base import Draw, Task, to_device
 from influence_jobs.training.ensemble import EnsembleTrainer, Variant
 from influence_jobs.training.ensemble_norms import EnsembleNorms, NormsWanted
-from influence_jobs.training.train import Recipe, initial_model
+from influence_jobs.training.recipe import Recipe
+from influence_jobs.training.train import initial_model
 
 WIDTHS = (1, 2, 4, 8, 16, 32)
 
@@ -36,7 +37,7 @@ def bytes_per_variant(
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         task.losses(model, to_device(task.train_batch(ids, Draw(0)), device)).mean()
     weights = sum(p.nbytes for p in model.parameters())
-    copies = 4 if recipe.optimizer == "adam" else 3  # weights, gradients, one moment or two (Adam)
+    copies = 3 if recipe.optimizer == "sgd" else 4  # weights, gradients, one moment or two (Adam)
     recorded = 0
     if norms is not None:
         sums = EnsembleNorms(

@@ -53,18 +53,41 @@ class RecordedNorms:
             for layer, weight in self._weights.items()
         }
 
-    @torch.no_grad()
     def add(self, model: nn.Module, ids: Tensor, epoch: int) -> None:
         """Add norms of the model's gradients to the samples `ids` (B,) of an epoch (from 0)."""
-        if epoch < self._skip_epochs:
-            return
+        if epoch >= self._skip_epochs:
+            self.add_measured(self.measure(model), ids)
+
+    @property
+    def parameters(self) -> dict[str, str]:
+        """The name of each layer's parameter."""
+        return {layer: weight.parameter for layer, weight in self._weights.items()}
+
+    def measure(self, model: nn.Module) -> dict[str, Tensor]:
+        """Norms of the model's gradients as they are now, by layer."""
+        return {layer: self.measure_one(model, layer) for layer in self.sums}
+
+    @torch.no_grad()
+    def measure_one(self, model: nn.Module, layer: str) -> Tensor:
+        """Norms of one layer's gradient.
+
+        Raises:
+            ModelError: It has none.
+        """
+        weight = self._weights[layer]
+        gradient = model.get_parameter(weight.parameter).grad
+        if gradient is None:
+            raise ModelError(
+                f"layer '{layer}' has no gradient to record: the loss must depend on it, and norms "
+                "are taken between backward() and zero_grad()"
+            )
+        return weight.norms(gradient[None], self._reduction)[0]
+
+    def add_measured(self, norms: Mapping[str, Tensor], ids: Tensor) -> None:
+        """Add the norms of one batch gradient to its samples; once for each time it has them."""
         for layer, sums in self.sums.items():
-            weight = self._weights[layer]
-            gradient = model.get_parameter(weight.parameter).grad
-            assert isinstance(gradient, Tensor)
-            norms = weight.norms(gradient[None], self._reduction)
-            # A batch has no sample twice, so indexing may add.
-            sums[ids] += norms.to(sums.device)
+            norms_B = norms[layer].to(sums).expand(len(ids), *sums.shape[1:])
+            sums.index_add_(0, ids, norms_B)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The sums, by layer."""

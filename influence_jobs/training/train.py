@@ -3,37 +3,24 @@
 import hashlib
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from influence_jobs.errors import SpecError
+from influence_jobs.errors import DataError, SpecError
 from influence_jobs.tasks.base import Draw, Task, to_device
 from influence_jobs.tasks.layout import in_fast_layout
 from influence_jobs.training.changes import Changes, changed_losses
+from influence_jobs.training.recipe import Recipe, optimizer_of, scheduler_of
 from influence_jobs.training.recorded_norms import RecordedNorms
+from influence_jobs.training.state import plain, require_saveable
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train.
-
-    Attributes:
-        momentum: Momentum of SGD; Adam ignores it.
-    """
-
-    epochs: int
-    batch_size: int
-    optimizer: Literal["sgd", "adam"]
-    lr: float
-    momentum: float = 0.0
-    weight_decay: float = 0.0
+CHECKED_EVERY = 64  # steps between two looks at the loss, which wait for a GPU
 
 
 @contextmanager
@@ -99,6 +86,47 @@ def require_full_batches(task: Task, batch_size: int, num_samples: int) -> None:
         ) from None
 
 
+def require_sound_samples(
+    task: Task, seed: int, device: torch.device, *, changes: Changes, epoch: int
+) -> None:
+    """Refuse a sample that is at fault if a training's loss is not finite.
+
+    Args:
+        task: The task, as it was trained.
+        seed: The training's seed.
+        changes: Samples that were removed are not looked at.
+        epoch: The samples are looked at as they were in this epoch, counted from 0.
+
+    Raises:
+        DataError: Before any training the loss of a sample, or its gradient, is not finite.
+    """
+    model = initial_model(task, seed, device).eval()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def refuse(what: str, sample: Tensor) -> None:
+        raise DataError(
+            f"the {what} of sample {int(sample)} is not finite before any training: check the "
+            "sample"
+        )
+
+    def sound(ids: Tensor) -> bool:
+        """Whether the gradient of these samples' loss is finite; each loss must be."""
+        batch = to_device(task.train_batch(ids, Draw(seed, epoch)), device)
+        with torch.backends.cudnn.flags(enabled=False):  # no backward of an RNN in eval mode
+            losses_B = task.losses(model, batch)
+            if (bad_B := ~losses_B.isfinite().cpu()).any():
+                refuse("training loss", ids[bad_B][0])
+            found = torch.autograd.grad(losses_B.sum(), parameters, allow_unused=True)
+        return all(gradient is None or gradient.isfinite().all() for gradient in found)
+
+    everything = changes.order(torch.arange(len(task.train_data())))
+    for ids in torch.split(everything, task.batch_size):
+        if not sound(ids):  # in the graph of a batch one sample spoils the gradients of all
+            for sample in ids:
+                if not sound(sample[None]):
+                    refuse("gradient of the training loss", sample)
+
+
 class Trainer:
     """Trains one model.
 
@@ -112,8 +140,12 @@ class Trainer:
         norms: Records norms of the batch gradient in every step, if wanted.
         changes: Samples to remove or relabel.
 
+    Attributes:
+        finite_steps: Number of first steps in which the loss was finite.
+
     Raises:
         SpecError: These changes cannot be made to the task's training set.
+        ModelError: The task's own optimizer or scheduler cannot be used.
     """
 
     def __init__(
@@ -128,7 +160,6 @@ class Trainer:
     ):
         self.task, self.recipe, self.seed, self.device = task, recipe, seed, device
         self.model = initial_model(task, seed, device)
-        self.optimizer = make_optimizer(recipe, self.model.parameters())
         self.norms = norms
         self._changes = changes or Changes()
         self._changes.check(task)
@@ -136,8 +167,14 @@ class Trainer:
         self.num_samples = len(task.train_data()) - len(self._changes.removed)
         require_full_batches(task, recipe.batch_size, self.num_samples)
         self.steps_per_epoch = math.ceil(self.num_samples / recipe.batch_size)
+        with seeded(seed, device):
+            self.optimizer = optimizer_of(task, recipe, self.model)
+            self.scheduler = scheduler_of(task, recipe, self.optimizer, self.steps_per_epoch)
+        if recipe.by_task:
+            require_saveable(task, self._own_state())
         self.epoch, self.step_in_epoch = 0, 0  # finished epochs, and steps of the current one
         self._loss_sum = torch.zeros((), device=device, dtype=torch.float64)
+        self.finite_steps = torch.zeros((), device=device, dtype=torch.int64)
         self._order = self._epoch_order()
 
     @property
@@ -160,14 +197,20 @@ class Trainer:
         new_labels_B = None
         if self._new_labels_N is not None:
             new_labels_B = self._new_labels_N[ids].to(self.device)
-        self.optimizer.zero_grad(set_to_none=True)
+        # Of all parameters: an optimizer of the task's own may leave some out.
+        self.model.zero_grad(set_to_none=True)
         with seeded(step_seed(self.seed, self.epoch, self.step_in_epoch), self.device):
             losses_B = changed_losses(self.task, self.model, batch, new_labels_B)
             losses_B.mean().backward()  # type: ignore[no-untyped-call]
-        if self.norms is not None:
-            self.norms.add(self.model, ids, self.epoch)
-        self.optimizer.step()
+            if self.norms is not None:
+                self.norms.add(self.model, ids, self.epoch)
+            if self.recipe.clip_norm is not None:
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
+            self.optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
         self._loss_sum += losses_B.detach().sum()
+        self.finite_steps += self._loss_sum.isfinite()
         self.step_in_epoch += 1
         if self.step_in_epoch < self.steps_per_epoch:
             return None
@@ -177,6 +220,25 @@ class Trainer:
         self._order = self._epoch_order()
         return mean_loss
 
+    def require_finite(self) -> None:
+        """Refuse to go on once the loss is not finite; looks at it now and then.
+
+        Raises:
+            DataError: It was not finite before any training, because of a sample.
+            SpecError: The training diverged.
+        """
+        if self.step_in_epoch % CHECKED_EVERY:
+            return
+        taken, finite = self.epoch * self.steps_per_epoch + self.step_in_epoch, self.finite_steps
+        if int(finite) == taken:
+            return
+        epoch, step = divmod(int(finite), self.steps_per_epoch)
+        require_sound_samples(self.task, self.seed, self.device, changes=self._changes, epoch=epoch)
+        raise SpecError(
+            f"the training diverged: the loss is not finite in epoch {epoch + 1}, step {step + 1}; "
+            "lower the learning rate"
+        )
+
     def _epoch_order(self) -> Tensor:
         everything = epoch_order(len(self.task.train_data()), self.seed, self.epoch)
         return self._changes.order(everything)
@@ -185,34 +247,29 @@ class Trainer:
         """Everything needed to continue from here, as plain tensors and numbers."""
         return {
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            **self._own_state(),
             "epoch": self.epoch,
             "step_in_epoch": self.step_in_epoch,
             "loss_sum": self._loss_sum,
+            "finite_steps": self.finite_steps,
             "norms": self.norms.state_dict() if self.norms is not None else {},
         }
+
+    def _own_state(self) -> dict[str, Any]:
+        """The state of the optimizer and of the schedule, which may be the task's own."""
+        scheduler = {} if self.scheduler is None else self.scheduler.state_dict()
+        return {"optimizer": plain(self.optimizer.state_dict()), "scheduler": plain(scheduler)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved state."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
         self.epoch, self.step_in_epoch = state["epoch"], state["step_in_epoch"]
         self._loss_sum = state["loss_sum"].to(self.device)
+        taken = torch.tensor(self.epoch * self.steps_per_epoch + self.step_in_epoch)
+        self.finite_steps = state.get("finite_steps", taken).to(self.device)  # new in the state
         if self.norms is not None:
             self.norms.load_state_dict(state["norms"])
         self._order = self._epoch_order()
-
-
-def make_optimizer(recipe: Recipe, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
-    """The recipe's optimiser: torch's SGD or Adam."""
-    if recipe.optimizer == "adam":
-        return torch.optim.Adam(
-            parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
-        )
-    return torch.optim.SGD(
-        parameters,
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay,
-        fused=True,
-    )

@@ -121,7 +121,7 @@ def test_a_device_that_is_not_there(refused: Refused) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("train: {epoch: 3}", "there is no training option epoch; there are batch_size, epochs"),
+        ("train: {epoch: 3}", "there is no training option epoch; there are batch_size, clip_norm"),
         ("train: {task: mnist}", "there is no training option task"),
         ("train: {lr: fast}", "lr: Input should be a valid number"),
         ("train: [", "preset mine.yaml is not YAML"),

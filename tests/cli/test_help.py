@@ -36,7 +36,8 @@ OPTIONS = {
     "top": f"{WHERE} k layer channel test side png parquet",
     "denoise": f"{WHERE} checkpoint sigma grey seed out",
     "submit train": f"{HOW} {TASK_DATA} dry-run task preset epochs seed save-epoch optimizer lr "
-    "momentum weight-decay batch-size norms-layer norms-skip-epochs reduce",
+    "momentum nesterov weight-decay no-bias-decay schedule warmup step-every step-factor "
+    "clip-norm batch-size recorded norms-layer norms-skip-epochs reduce",
     "submit grad-norms": f"{HOW} {TASK_DATA} dry-run task layer reduce checkpoint combine "
     "precision seed preset epochs workers batch-size shard-size",
     "submit s-test": f"{SCORES} {CURVATURE}",

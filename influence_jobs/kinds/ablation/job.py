@@ -17,9 +17,10 @@ from influence_jobs.jobs.base import Plan, Result
 from influence_jobs.jobs.retraining import RetrainJob
 from influence_jobs.kinds.ablation.spec import AblationSpec
 from influence_jobs.store.rankings import query_scores
-from influence_jobs.tasks.base import Draw
+from influence_jobs.tasks.base import Draw, Task
 from influence_jobs.training.changes import Changes, num_classes
 from influence_jobs.training.ensemble import Variant
+from influence_jobs.training.own import require_relabels
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class AblationJob(RetrainJob[AblationSpec]):
         return [n - cell.k if cell.mode == "remove" else n for cell in self._cells]
 
     def plan(self, shard_rows: int | None = None) -> Plan:
-        require_ablation(self.spec, len(self.task.train_data()), self.task.output_loss)
+        require_ablation(self.spec, self.task)
         return super().plan(shard_rows)
 
     def variant(self, row: int) -> Variant:
@@ -139,13 +140,14 @@ def _cells(spec: AblationSpec) -> Iterator[Cell]:
                         yield Cell(seed, mode, k, ranking, query)
 
 
-def require_ablation(spec: AblationSpec, num_samples: int, output_loss: str | None) -> None:
+def require_ablation(spec: AblationSpec, task: Task) -> None:
     """Refuse a grid that a task cannot have.
 
     Raises:
-        SpecError: A k is larger than the training set, or the samples to relabel have no classes.
+        SpecError: A k is larger than the training set, the samples to relabel have no classes, or
+            the task's own training takes no labels.
     """
-    largest = max(spec.sizes)
+    largest, num_samples, output_loss = max(spec.sizes), len(task.train_data()), task.output_loss
     if largest > num_samples or (largest == num_samples and "remove" in spec.modes):
         raise SpecError(
             f"--k {largest}: there are {num_samples:,} training samples, and removal must leave "
@@ -156,3 +158,5 @@ def require_ablation(spec: AblationSpec, num_samples: int, output_loss: str | No
             f"task {spec.task.name} cannot be relabelled: its samples have no classes (its loss is "
             f"{output_loss or 'its own'}, not cross-entropy); use --mode remove"
         )
+    if "relabel" in spec.modes and spec.recipe.trainer == "task":
+        require_relabels(task)

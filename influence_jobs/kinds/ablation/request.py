@@ -97,5 +97,5 @@ def ablation_of(
         modes=tuple(modes),
         relabel=relabel,
     )
-    require_ablation(spec, n, built.output_loss)
+    require_ablation(spec, built)
     return spec

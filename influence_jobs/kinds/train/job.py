@@ -1,22 +1,29 @@
 """Train one model, in a single shard that saves its state from time to time."""
 
-import math
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
+from torch import nn
 
-from influence_jobs.errors import DataError, SpecError
+from influence_jobs.errors import DataError, ModelError
 from influence_jobs.jobs.base import Job, Plan, Progress, Result, Shard
 from influence_jobs.jobs.norm_arrays import norm_layouts
 from influence_jobs.jobs.recipe import recipe_of
 from influence_jobs.jobs.saved_state import SavedState, saved_bytes
 from influence_jobs.kinds.train.spec import TrainSpec
+from influence_jobs.models.checkpoints import load_weights
 from influence_jobs.specs.base import AnySpec
 from influence_jobs.store.layout import TRAINING_STATE, ArrayLayout, checkpoint_name, norms_name
 from influence_jobs.store.run import checksum
 from influence_jobs.tasks.base import Draw, to_device
+from influence_jobs.training.changes import Changes
+from influence_jobs.training.own import trained_by_task
 from influence_jobs.training.recorded_norms import RecordedNorms
+from influence_jobs.training.recorder import NORMS, read_recording, weights_name
 from influence_jobs.training.train import Trainer, initial_model, require_full_batches
 
 
@@ -39,7 +46,8 @@ class TrainJob(Job[TrainSpec]):
 
     def plan(self, shard_rows: int | None = None) -> Plan:
         n = len(self.task.train_data())
-        require_full_batches(self.task, self.spec.batch_size, n)
+        if self.spec.trainer == "infl":
+            require_full_batches(self.task, self.spec.batch_size, n)
         arrays: tuple[ArrayLayout, ...] = ()
         if self.spec.norm_layers:
             arrays = norm_layouts(
@@ -55,7 +63,11 @@ class TrainJob(Job[TrainSpec]):
         return Plan(arrays, (shard,), units=n * self.spec.epochs, batch_size=self.batch_size)
 
     def run(self, shard: Shard, progress: Progress) -> Result:
-        files, saved_files = self.run_store.files, {}
+        if self.spec.trainer == "task":
+            return self._run_by_task(progress)
+        if self.spec.trainer == "recorded":
+            return self._run_recorded(progress)
+        files = self.run_store.files
         trainer, metrics = self._trainer(), []
         saved = SavedState(files, TRAINING_STATE)
         if (state := saved.read()) is not None:
@@ -65,28 +77,72 @@ class TrainJob(Job[TrainSpec]):
         while not trainer.finished:
             mean_loss = trainer.step()
             progress(trainer.samples_seen)
+            trainer.require_finite()
             if mean_loss is not None:
-                if not math.isfinite(mean_loss):
-                    self._require_finite_at_first()
-                    raise SpecError(
-                        f"the training diverged: the mean loss of epoch {trainer.epoch} is "
-                        f"{mean_loss}; lower the learning rate"
-                    )
-                metrics.append(
-                    {"epoch": trainer.epoch, "train_loss": mean_loss, **self._evaluate(trainer)}
-                )
+                trainer.model.eval()
+                figures = self.task.evaluate(trainer.model)
+                trainer.model.train()
+                metrics.append({"epoch": trainer.epoch, "train_loss": mean_loss, **figures})
                 if trainer.epoch in self.spec.save_epochs:
                     files.write(
                         checkpoint_name(trainer.epoch), saved_bytes(trainer.model.state_dict())
                     )
             if not trainer.finished:
                 saved.keep(lambda: {"trainer": trainer.state_dict(), "metrics": metrics})
-        for epoch in self.spec.save_epochs:
-            saved_files[checkpoint_name(epoch)] = checksum(files.read(checkpoint_name(epoch)))
-        saved_files |= self.run_store.write_table("metrics", pa.Table.from_pylist(metrics))
         sums = trainer.norms.sums if trainer.norms is not None else {}
         arrays = {norms_name(layer): values.numpy() for layer, values in sums.items()}
-        return Result(arrays, saved_files)
+        return Result(arrays, self._files(metrics))
+
+    def _run_by_task(self, progress: Progress) -> Result:
+        """The task trains; there is nothing to resume within its training."""
+        progress(0)
+        model = trained_by_task(self.task, self.spec.seed, self.device, Changes())
+        figures = {"train_loss": self._mean_loss(model), **self.task.evaluate(model)}
+        self.run_store.files.write(checkpoint_name(1), saved_bytes(model.state_dict()))
+        progress(len(self.task.train_data()))
+        return Result(files=self._files([{"epoch": 1, **figures}]))
+
+    def _run_recorded(self, progress: Progress) -> Result:
+        """Take over the weights and norms of a training elsewhere."""
+        assert self.spec.recorded is not None
+        folder, metrics = Path(self.spec.recorded.path), []
+        progress(0)
+        if read_recording(folder)[1] != self.spec.recorded.sha256:
+            raise ModelError(
+                f"recording {folder} has changed since the run was submitted: submit it again"
+            )
+        model = initial_model(self.task, 0, self.device).eval()
+        for epoch in self.spec.save_epochs:
+            load_weights(model, folder / weights_name(epoch))
+            figures = {"train_loss": self._mean_loss(model), **self.task.evaluate(model)}
+            metrics.append({"epoch": epoch, **figures})
+            self.run_store.files.write(checkpoint_name(epoch), saved_bytes(model.state_dict()))
+        with np.load(folder / NORMS) as norms:
+            arrays = {norms_name(layer): norms[layer] for layer in self.spec.norm_layers}
+        progress(len(self.task.train_data()) * self.spec.epochs)
+        return Result(arrays, self._files(metrics))
+
+    @torch.no_grad()
+    def _mean_loss(self, model: nn.Module) -> float:
+        total = 0.0
+        everything = torch.arange(len(self.task.train_data()))
+        for ids in torch.split(everything, self.task.batch_size):
+            batch = to_device(self.task.batch(ids, Draw(self.spec.seed)), self.device)
+            losses_B = self.task.losses(model, batch)
+            if (bad_B := ~losses_B.isfinite().cpu()).any():
+                raise DataError(
+                    f"the training loss of sample {int(ids[bad_B][0])} is not finite after its "
+                    "own training: check the sample"
+                )
+            total += float(losses_B.sum())
+        return total / len(everything)
+
+    def _files(self, metrics: list[dict[str, Any]]) -> dict[str, str]:
+        """Checksums of the weights, and of the table that is written here."""
+        files = self.run_store.files
+        names = [checkpoint_name(epoch) for epoch in self.spec.save_epochs]
+        sums = {name: checksum(files.read(name)) for name in names}
+        return sums | self.run_store.write_table("metrics", pa.Table.from_pylist(metrics))
 
     def _trainer(self) -> Trainer:
         spec = self.spec
@@ -102,35 +158,16 @@ class TrainJob(Job[TrainSpec]):
         return Trainer(self.task, recipe_of(spec), seed=spec.seed, device=self.device, norms=norms)
 
     def probe(self) -> Iterator[int]:
+        if self.spec.trainer == "recorded":
+            yield len(self.task.train_data()) * self.spec.epochs  # files are copied
+        if self.spec.trainer != "infl":
+            return
         trainer = self._trainer()
         while not trainer.finished:
             before = trainer.samples_seen
             trainer.step()
             yield trainer.samples_seen - before
 
-    def _evaluate(self, trainer: Trainer) -> dict[str, float]:
-        trainer.model.eval()
-        figures = dict(self.task.evaluate(trainer.model))
-        trainer.model.train()
-        return figures
-
     def finish(self) -> Result:
         self.run_store.files.delete(TRAINING_STATE)
         return Result(files=self.write_samples() if self.spec.norm_layers else {})
-
-    @torch.no_grad()
-    def _require_finite_at_first(self) -> None:
-        """Tell a sample that is at fault from a training that diverged.
-
-        Raises:
-            DataError: The loss of a sample is not finite before any training.
-        """
-        model = initial_model(self.task, self.spec.seed, self.device).eval()
-        for ids in torch.split(torch.arange(len(self.task.train_data())), self.task.batch_size):
-            batch = to_device(self.task.batch(ids, Draw(self.spec.seed)), self.device)
-            bad_B = ~self.task.losses(model, batch).isfinite().cpu()
-            if bad_B.any():
-                raise DataError(
-                    f"the training loss of sample {int(ids[bad_B][0])} is not finite before any "
-                    "training: check the sample"
-                )

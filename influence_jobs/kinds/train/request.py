@@ -11,6 +11,14 @@ from influence_jobs.requests.options import REDUCE, TRAINING
 from influence_jobs.specs.base import Count, Seed, Spec
 from influence_jobs.terms import Reduction
 
+# Options that are fields of the spec, under the same names.
+_FIELDS = (
+    "epochs", "seed", "optimizer", "lr", "momentum", "nesterov", "weight_decay", "no_bias_decay",
+    "schedule", "warmup", "step_every", "step_factor", "clip_norm", "batch_size",
+)  # fmt: skip
+
+_OF_RECORDED = ("task", "task_options", "recorded")
+
 
 class TrainRequest(Request):
     """Train a model of a task; keep the weights of chosen epochs, and gradient norms on request."""
@@ -27,18 +35,60 @@ class TrainRequest(Request):
     save_epoch: Many[Count] = option(
         (), "Also keep the weights after this epoch. May be repeated.", panel=TRAINING
     )
-    optimizer: Literal["sgd", "adam"] | None = option(
-        None, "By default the preset's, else sgd.", panel=TRAINING
+    optimizer: Literal["sgd", "adam", "adamw"] | None = option(
+        None, "torch's own; by default the preset's, else sgd.", panel=TRAINING
     )
     lr: One[float | None] = option(None, "Learning rate; by default the preset's.", panel=TRAINING)
     momentum: One[float | None] = option(
         None, "Momentum of SGD; by default the preset's.", panel=TRAINING
     )
+    nesterov: bool | None = option(
+        None, "Nesterov's momentum in SGD; by default the preset's, else not.", panel=TRAINING
+    )
     weight_decay: One[float | None] = option(
-        None, "Weight decay (L2 penalty); by default the preset's.", panel=TRAINING
+        None,
+        "Weight decay (L2 penalty; decoupled in adamw); by default the preset's, else 0, of adamw "
+        ".01.",
+        panel=TRAINING,
+    )
+    no_bias_decay: bool | None = option(
+        None,
+        "No weight decay of biases and of the weights of norms, that is of parameters of one axis; "
+        "by default the preset's, else they decay too.",
+        panel=TRAINING,
+    )
+    schedule: Literal["constant", "cosine", "linear", "step"] | None = option(
+        None,
+        "How the learning rate changes from step to step: cosine and linear go down to 0 at the "
+        "end, step multiplies it by --step-factor every --step-every epochs; by default the "
+        "preset's, else constant.",
+        panel=TRAINING,
+    )
+    warmup: One[Annotated[int, Field(ge=0)] | None] = option(
+        None,
+        "Number of first steps (batches) in which the learning rate rises to --lr; by default the "
+        "preset's, else none.",
+        panel=TRAINING,
+    )
+    step_every: One[Count | None] = option(
+        None, "Epochs between steps of the schedule step.", panel=TRAINING
+    )
+    step_factor: One[float | None] = option(
+        None, "Factor of the schedule step; by default the preset's, else .1.", panel=TRAINING
+    )
+    clip_norm: One[float | None] = option(
+        None,
+        "Scale the gradient of a batch down to this norm if it is larger; by default the preset's, "
+        "else not.",
+        panel=TRAINING,
     )
     batch_size: One[Count | None] = option(
         None, "Samples in a step; by default the preset's.", panel=TRAINING
+    )
+    recorded: One[str | None] = option(
+        None,
+        "Folder of an influence_jobs.Recorder: a run of the training that it was in, with its "
+        "weights and norms, instead of a new training.",
     )
     norms_layer: Many[str | int] = option(
         (),
@@ -56,24 +106,19 @@ class TrainRequest(Request):
 
     def spec(self, say: Say) -> TrainSpec:
         """The spec of the training."""
-        from influence_jobs.requests.subject import task_of, training_of
+        from influence_jobs.requests.subject import recorded_training, task_of, training_of
         from influence_jobs.tasks.layers import resolve_weights
 
         task, built = task_of(self, say)
+        if self.recorded is not None:
+            for name in (n for n in type(self).model_fields if n not in _OF_RECORDED):
+                if self.given(name):
+                    option_name = name.replace("_", "-")
+                    raise SpecError(f"--{option_name} has no meaning with --recorded: leave it out")
+            return recorded_training(task, built, self.recorded)
         given: dict[str, Any] = {
             "save_epochs": self.save_epoch or None,
-            **{
-                name: getattr(self, name)
-                for name in (
-                    "epochs",
-                    "seed",
-                    "optimizer",
-                    "lr",
-                    "momentum",
-                    "weight_decay",
-                    "batch_size",
-                )
-            },
+            **{name: getattr(self, name) for name in _FIELDS},
         }
         if self.norms_layer:
             given |= {
@@ -85,4 +130,4 @@ class TrainRequest(Request):
             for name in ("norms_skip_epochs", "reduce"):
                 if getattr(self, name) is not None:
                     raise SpecError(f"--{name.replace('_', '-')} needs --norms-layer")
-        return training_of(task, preset=self.preset, given=given)
+        return training_of(task, preset=self.preset, given=given, say=say)

@@ -1,19 +1,63 @@
 """The training of one model, and the weights that it keeps."""
 
 from pathlib import PurePath
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from influence_jobs.specs.base import Model
+from influence_jobs.specs.base import Count, Model, Positive
 from influence_jobs.specs.norms import NormsSpec
-from influence_jobs.terms import Reduction
+from influence_jobs.terms import Optimizer, Reduction, Schedule
+
+
+class FileCheckpoint(Model):
+    """A state dict in a file, or in those of a folder, identified by its content."""
+
+    locations = frozenset({"path"})
+    path: str
+    sha256: str
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether it says how it was trained."""
+        return False
+
+    def words(self) -> str:
+        return f"{PurePath(self.path).name} (SHA-256 {self.sha256[:12]})"
+
+
+# What pages say only if it is asked for.
+_REFINEMENTS = (
+    "trainer", "nesterov", "no_bias_decay", "schedule", "warmup", "step_every", "step_factor",
+)  # fmt: skip
+# What a training by the task itself does not have.
+_OF_OURS = {
+    "epochs", "batch_size", "optimizer", "momentum", "weight_decay", "schedule", "save_epochs",
+    "norm_reduction", "norm_skip_epochs",
+}  # fmt: skip
+_OF_RECORDINGS = {"epochs", "save_epochs", "norm_reduction", "norm_skip_epochs"}
 
 
 class TrainSpec(NormsSpec):
     """Train one model of a task from one seed.
 
+    What a task decides itself is "task" here, and what belongs to it has no value of its own.
+
     Attributes:
+        trainer: "task" if the task has a training of its own (`Task.train`): a single call, that is
+            one epoch. "recorded": a training elsewhere, of which a `Recorder` kept what is here.
+        recorded: The folder of that recorder.
+        optimizer: "task" if the task gives it (`Task.optimizer`).
+        lr: None if the task gives the optimizer.
+        momentum: Of SGD, as `nesterov`.
+        no_bias_decay: Whether weight decay spares parameters of one axis: biases, and the weights
+            of normalisation layers.
+        schedule: How the learning rate changes, step by step; "task" if the task gives it
+            (`Task.scheduler`).
+        warmup: Number of first steps in which the rate rises linearly to `lr`.
+        step_every: Of the schedule "step": after so many epochs each the rate is multiplied by
+            `step_factor`.
+        clip_norm: A batch gradient of all parameters with a larger norm is scaled down to this one.
         save_epochs: Epochs (from 1) whose weights are kept; the last one always is.
         norm_layers: Layers whose batch-gradient norms are recorded (Algorithm 1 of the research
             report).
@@ -24,12 +68,21 @@ class TrainSpec(NormsSpec):
 
     kind: Literal["train"] = "train"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    epochs: Annotated[int, Field(ge=1)] = 20
-    batch_size: Annotated[int, Field(ge=1)] = 8
-    optimizer: Literal["sgd", "adam"] = "sgd"
-    lr: Annotated[float, Field(gt=0)] = 0.003
+    trainer: Literal["infl", "task", "recorded"] = "infl"
+    recorded: FileCheckpoint | None = None
+    epochs: Count = 20
+    batch_size: Count = 8
+    optimizer: Optimizer = "sgd"
+    lr: Positive | None = 0.003
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    nesterov: bool = False
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    no_bias_decay: bool = False
+    schedule: Schedule = "constant"
+    warmup: Annotated[int, Field(ge=0)] = 0
+    step_every: Count | None = None
+    step_factor: Annotated[float, Field(gt=0, le=1)] = 0.1
+    clip_norm: Positive | None = None
     save_epochs: tuple[Annotated[int, Field(ge=1)], ...] = ()
     norm_layers: tuple[str, ...] = ()
     norm_reduction: Reduction = "channel"
@@ -38,6 +91,34 @@ class TrainSpec(NormsSpec):
     @model_validator(mode="after")
     def _normalise(self) -> Self:
         # Two ways to request the same training must give one hash.
+        fixed: dict[str, Any] = {}
+        if (self.trainer == "recorded") != (self.recorded is not None):
+            raise ValueError("a recorded training has a recording, and no other has one")
+        if self.trainer != "infl":
+            fixed |= {"optimizer": "task", "schedule": "task", "batch_size": 1, "clip_norm": None}
+        if self.trainer == "task":
+            fixed |= {"epochs": 1, "norm_layers": ()}
+            object.__setattr__(self, "save_epochs", ())
+        optimizer = fixed.get("optimizer", self.optimizer)
+        if optimizer != "sgd":
+            fixed |= {"momentum": 0.0, "nesterov": False}
+        if optimizer == "task":
+            fixed |= {"lr": None, "weight_decay": 0.0}
+        if fixed.get("weight_decay", self.weight_decay) == 0:
+            fixed |= {"no_bias_decay": False}
+        schedule = fixed.get("schedule", self.schedule)
+        if schedule == "task":
+            fixed |= {"warmup": 0}
+        if schedule != "step":
+            fixed |= {"step_every": None, "step_factor": 0.1}
+        for name, value in fixed.items():
+            object.__setattr__(self, name, value)
+        if self.lr is None and self.optimizer != "task":
+            raise ValueError(f"{self.optimizer} needs --lr")
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("--nesterov needs a --momentum above 0")
+        if self.schedule == "step" and self.step_every is None:
+            raise ValueError("--schedule step needs --step-every, the epochs between its steps")
         last = self.epochs
         beyond = [epoch for epoch in self.save_epochs if epoch > last]
         if beyond:
@@ -51,9 +132,27 @@ class TrainSpec(NormsSpec):
         if not self.norm_layers:
             object.__setattr__(self, "norm_reduction", "channel")
             object.__setattr__(self, "norm_skip_epochs", 1)
-        if self.optimizer == "adam":
-            object.__setattr__(self, "momentum", 0.0)
         return self
+
+    @property
+    def unsaid(self) -> frozenset[str]:
+        plain = {name for name in _REFINEMENTS if name not in self.identity()}
+        if self.trainer == "task":
+            return frozenset(plain | _OF_OURS)
+        if self.trainer == "recorded":
+            return frozenset(plain | _OF_OURS - _OF_RECORDINGS | {"seed"})
+        if self.optimizer == "task":
+            return frozenset(plain | {"momentum", "weight_decay"})
+        return frozenset(plain)
+
+    def how(self) -> str:
+        """How the model is trained, in a few words."""
+        if self.trainer == "task":
+            return "the task's own train()"
+        optimizer = f"{self.optimizer}, lr {self.lr:g}"
+        if self.lr is None:
+            optimizer = "the task's own optimizer"
+        return f"{self.epochs} epochs of {optimizer}, batches of {self.batch_size}"
 
     @property
     def layers_with_norms(self) -> tuple[str, ...]:
@@ -79,19 +178,13 @@ class TrainedCheckpoint(Model):
             )
         return self
 
+    @property
+    def repeatable(self) -> bool:
+        """Whether it says how it was trained."""
+        return self.train.trainer != "recorded"
+
     def words(self) -> str:
         return f"{self.train.run_id}, epoch {self.epoch}"
-
-
-class FileCheckpoint(Model):
-    """A state dict in a file, or in those of a folder, identified by its content."""
-
-    locations = frozenset({"path"})
-    path: str
-    sha256: str
-
-    def words(self) -> str:
-        return f"{PurePath(self.path).name} (SHA-256 {self.sha256[:12]})"
 
 
 Checkpoint = TrainedCheckpoint | FileCheckpoint

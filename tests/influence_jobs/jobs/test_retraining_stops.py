@@ -161,19 +161,29 @@ def test_where_one_training_diverges_the_others_are_kept(
 
     def one_diverges(self: Any, variants: Any) -> Any:
         trainer = make(self, variants)
-        step: Any = trainer.step
-
-        def stepped() -> Any:
-            means = step()
-            if means is not None and len(variants) > 1:
-                means[1] = float("nan")
-            return means
-
-        trainer.step = stepped
+        trainer.diverged = lambda i: (1, 16) if i == 1 else None
         return trainer
 
     monkeypatch.setattr(retraining.RetrainJob, "_trainer", one_diverges)
     root = fresh_root()
-    with pytest.raises(RuntimeFault, match="1 of 4 trainings diverged"):
+    with pytest.raises(
+        RuntimeFault, match=r"1 of 4 trainings diverged, .* after step 16 of epoch 2"
+    ):
         carry_out(grid(modes=("remove",)), root=root)
     assert len(list(root.glob("retrained-*/manifest/*"))) == 3
+
+
+def test_a_sample_whose_loss_is_not_finite_is_named(
+    carry_out, grid, random, fresh_root, monkeypatch
+) -> None:
+    import digits
+
+    def poisoned(self: Any, ids: Any, draw: Any) -> Any:
+        images, labels = self.batch(ids, draw)
+        images[ids == 700] = float("nan")
+        return images, labels
+
+    monkeypatch.setattr(digits.DigitsTask, "train_batch", poisoned)
+    told = "training loss of sample 700 is not finite before any training: check the sample"
+    with pytest.raises(RuntimeFault, match=told):
+        carry_out(grid(modes=("remove",), rankings=(random,)), root=fresh_root())

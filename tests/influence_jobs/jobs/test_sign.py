@@ -19,7 +19,8 @@ from influence_jobs.store.run import Run
 from influence_jobs.tasks.base import Draw
 from influence_jobs.tasks.mnist import MnistTask
 from influence_jobs.training.changes import Changes
-from influence_jobs.training.train import Recipe, Trainer
+from influence_jobs.training.recipe import Recipe
+from influence_jobs.training.train import Trainer
 
 REMOVED, SEEDS, EPOCHS, TEST = 2000, 3, 2, 3520
 

@@ -137,6 +137,10 @@ def test_a_curvature_is_of_all_samples_or_of_some_at_random(digits_task) -> None
     assert some[0].tolist() != some[1].tolist()
 
 
+def _task_with(output_loss: str | None) -> Any:
+    return SimpleNamespace(train_data=lambda: range(N), output_loss=output_loss)
+
+
 @pytest.mark.parametrize(
     ("sizes", "modes", "output_loss", "told"),
     [
@@ -148,12 +152,12 @@ def test_a_curvature_is_of_all_samples_or_of_some_at_random(digits_task) -> None
 )
 def test_grids_that_cannot_be_are_refused(grid, sizes, modes, output_loss, told: str) -> None:
     with pytest.raises(SpecError, match=told):
-        require_ablation(grid(sizes=sizes, modes=modes), N, output_loss)
+        require_ablation(grid(sizes=sizes, modes=modes), _task_with(output_loss))
 
 
 def test_grids_that_can_just_be_are_not(grid) -> None:
-    require_ablation(grid(sizes=(5, 1500), modes=("relabel",)), N, "cross-entropy")
-    require_ablation(grid(sizes=(5, 1499), modes=("remove",)), N, None)
+    require_ablation(grid(sizes=(5, 1500), modes=("relabel",)), _task_with("cross-entropy"))
+    require_ablation(grid(sizes=(5, 1499), modes=("remove",)), _task_with(None))
 
 
 def test_ensembles_are_as_wide_as_memory_allows(specs, carry_out, monkeypatch) -> None:

@@ -33,7 +33,8 @@ from influence_jobs.tasks.base import Batch, Draw, Task
 from influence_jobs.training.changes import Changes
 from influence_jobs.training.ensemble import EnsembleTrainer, Variant
 from influence_jobs.training.ensemble_norms import NormsWanted
-from influence_jobs.training.train import Recipe, Trainer
+from influence_jobs.training.recipe import Recipe
+from influence_jobs.training.train import Trainer
 
 N, CPU = 90, torch.device("cpu")
 RECIPE = Recipe(2, 8, "sgd", lr=0.05, momentum=0.9, weight_decay=1e-2)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from influence_jobs.perceptrons import pending
 from influence_jobs.perceptrons.blocked_layer import BlockedLayer, sgd_modes
-from influence_jobs.training.train import Recipe
+from influence_jobs.training.recipe import Recipe
 
 
 @given(

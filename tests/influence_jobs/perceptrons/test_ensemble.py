@@ -15,14 +15,18 @@ from influence_jobs.tasks.mnist import MnistTask
 from influence_jobs.training.changes import Changes
 from influence_jobs.training.ensemble import EnsembleTrainer, Variant
 from influence_jobs.training.ensemble_stacked import StackedSteps
-from influence_jobs.training.train import Recipe, Trainer
+from influence_jobs.training.recipe import Recipe
+from influence_jobs.training.train import Trainer
 
 from ..training.ensembles import (  # noqa: TID252  (tests are no package to import from)
     ADAM,
+    CLIPPED,
     CPU,
+    NESTEROV,
     ONE_ORDER,
     REMOVALS,
     SGD,
+    STEPPED,
     VARIANTS,
     Points,
     SmoothedPoints,
@@ -59,6 +63,10 @@ def test_each_perceptron_is_what_it_is_alone(
     ("task", "how"),
     [
         (Points(mlp), ADAM),
+        (Points(mlp), NESTEROV),
+        (Points(mlp), STEPPED),
+        (Points(mlp), CLIPPED),
+        (Points(mlp), recipe("sgd", lr=0.1, warmup=1)),
         (Points(mlp), recipe("sgd", lr=0.5, momentum=0.9, weight_decay=0.1)),  # complex rates
         (Points(mlp, noise=0.3), SGD),
         (Points(frozen), SGD),

@@ -14,19 +14,29 @@ from influence_jobs.tasks.ffdnet import FFDNetGreyTask
 from influence_jobs.training.changes import Changes
 from influence_jobs.training.ensemble import EnsembleTrainer, Variant
 from influence_jobs.training.ensemble_norms import NormsWanted
+from influence_jobs.training.recipe import Recipe
 from influence_jobs.training.recorded_norms import RecordedNorms
-from influence_jobs.training.train import Recipe, Trainer
+from influence_jobs.training.train import Trainer
 
 CPU = torch.device("cpu")
 N = 90
 
 
-def recipe(optimizer: str, batch_size: int = 8, epochs: int = 3, **settings: float) -> Recipe:
+def recipe(optimizer: str, batch_size: int = 8, epochs: int = 3, **settings: Any) -> Recipe:
     return Recipe(epochs, batch_size, optimizer, **settings)  # type: ignore[arg-type]
 
 
 SGD = recipe("sgd", lr=0.05, momentum=0.9, weight_decay=1e-2)
 ADAM = recipe("adam", lr=3e-3, weight_decay=1e-2)
+NESTEROV = recipe("sgd", lr=0.05, momentum=0.9, nesterov=True, schedule="linear", warmup=5)
+ADAMW = recipe(
+    "adamw", lr=1e-2, weight_decay=0.3, no_bias_decay=True, schedule="cosine", warmup=3, clip_norm=1
+)
+STEPPED = recipe(
+    "sgd", lr=0.1, weight_decay=0.1, no_bias_decay=True, schedule="step", step_every=2,
+    step_factor=0.3,
+)  # fmt: skip
+CLIPPED = recipe("sgd", lr=0.1, momentum=0.5, clip_norm=0.5)
 
 
 class Points(Task):

@@ -9,7 +9,8 @@ from influence_jobs.errors import SpecError
 from influence_jobs.tasks.base import Draw, Task
 from influence_jobs.tasks.ffdnet import FFDNetGreyTask
 from influence_jobs.training.changes import Changes
-from influence_jobs.training.train import Recipe, Trainer, epoch_order
+from influence_jobs.training.recipe import Recipe
+from influence_jobs.training.train import Trainer, epoch_order
 
 RECIPE = Recipe(epochs=2, batch_size=64, optimizer="sgd", lr=0.05, momentum=0.9)
 CPU = torch.device("cpu")

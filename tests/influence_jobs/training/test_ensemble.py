@@ -18,13 +18,17 @@ from influence_jobs.training.ensemble import EnsembleTrainer, Variant
 from influence_jobs.training.ensemble_data import stretches
 from influence_jobs.training.ensemble_norms import NormsWanted
 from influence_jobs.training.ensemble_stacked import StackedSteps
-from influence_jobs.training.train import Recipe
+from influence_jobs.training.recipe import Recipe
 
 from .ensembles import (
     ADAM,
+    ADAMW,
+    CLIPPED,
     CPU,
+    NESTEROV,
     REMOVALS,
     SGD,
+    STEPPED,
     VARIANTS,
     Points,
     SmallFFDNetTask,
@@ -47,6 +51,10 @@ from .ensembles import (
         (SmoothedPoints(mlp), SGD, REMOVALS, ("1",)),
         (Points(convnet), SGD, VARIANTS[:4], ("0", "4")),
         (Points(convnet), ADAM, VARIANTS[:4], ("0", "4")),
+        (Points(mlp), NESTEROV, VARIANTS, ("1",)),
+        (Points(convnet), ADAMW, VARIANTS, ("0", "4")),
+        (Points(frozen), STEPPED, VARIANTS, ("4",)),
+        (Points(mlp, noise=0.3), CLIPPED, VARIANTS, ("1", "7")),
         (SmallFFDNetTask(), recipe("adam", 4, 2, lr=1e-3), REMOVALS, ("main.29",)),
     ],
 )  # fmt: skip
@@ -60,14 +68,14 @@ def test_each_variant_is_what_it_is_alone(
     assert isinstance(trainer.steps, StackedSteps)
 
 
-@pytest.mark.parametrize("network", [mlp, convnet])
+@pytest.mark.parametrize(("network", "how"), [(mlp, SGD), (convnet, SGD), (convnet, ADAMW)])
 def test_training_resumed_from_its_state_gives_the_same_bits(
-    network: Callable[[], nn.Module],
+    network: Callable[[], nn.Module], how: Recipe
 ) -> None:
     options = {"norms": NormsWanted(("1",) if network is mlp else ("0",), "channel", 0)}
     variants = VARIANTS[:4]
-    whole = train(Points(network), SGD, variants, **options)
-    first = EnsembleTrainer(Points(network), SGD, variants, device=CPU, **options)
+    whole = train(Points(network), how, variants, **options)
+    first = EnsembleTrainer(Points(network), how, variants, device=CPU, **options)
     for _ in range(5):
         first.step()
     states = []
@@ -76,7 +84,7 @@ def test_training_resumed_from_its_state_gives_the_same_bits(
         first.step()
     for state in (states[0], states[len(states) // 2], states[-1]):
         torch.manual_seed(1234)  # another process has another global state
-        second = EnsembleTrainer(Points(network), SGD, variants, device=CPU, **options)
+        second = EnsembleTrainer(Points(network), how, variants, device=CPU, **options)
         second.load_state_dict(state)
         while not second.finished:
             second.step()

@@ -4,7 +4,7 @@ import torch
 from influence_jobs.tasks.base import Task
 from influence_jobs.training.ensemble_norms import NormsWanted
 from influence_jobs.training.ensemble_width import bytes_per_variant, measure_widths
-from influence_jobs.training.train import Recipe
+from influence_jobs.training.recipe import Recipe
 
 CPU = torch.device("cpu")
 ADAM = Recipe(epochs=1, batch_size=16, optimizer="adam", lr=1e-3)

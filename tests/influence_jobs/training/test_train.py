@@ -6,8 +6,9 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from influence_jobs.tasks.base import Batch, Draw, Task
+from influence_jobs.training.recipe import Recipe
 from influence_jobs.training.recorded_norms import RecordedNorms
-from influence_jobs.training.train import Recipe, Trainer, epoch_order
+from influence_jobs.training.train import Trainer, epoch_order
 
 SGD = Recipe(epochs=2, batch_size=64, optimizer="sgd", lr=0.05, momentum=0.9, weight_decay=1e-3)
 ADAM = Recipe(epochs=2, batch_size=64, optimizer="adam", lr=1e-3)
