@@ -194,7 +194,7 @@ class _Outputs(nn.Module):
         self.model, self.task = model, task
 
     def forward(self, X: UserDict[str, Any]) -> Tensor:
-        return self.task.outputs(self.model, X["batch"]).flatten(1)
+        return self.task.outputs(self.model, X["batch"]).reshape(X["size"], -1)
 
 
 class _Batches:
@@ -217,5 +217,5 @@ class _Batches:
                     "out of the data, or use --solver cg"
                 )
             if operator.task.output_loss == "mse":
-                targets = targets.flatten(1)
+                targets = targets.reshape(len(ids), -1)  # (B,) too, where outputs are (B, 1)
             yield UserDict(batch=batch, size=len(ids)), targets

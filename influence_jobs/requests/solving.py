@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from influence_jobs.errors import SpecError
-from influence_jobs.gradients.rules import matrix_layers
+from influence_jobs.errors import ModelError, SpecError
+from influence_jobs.gradients.rules import matrix_layers, names_of
 from influence_jobs.kinds.s_test.spec import STestSpec
 from influence_jobs.requests.base import Say
 from influence_jobs.requests.options import SETTINGS, CurvatureOptions
@@ -123,4 +123,9 @@ def _curvature_samples(given: int | str) -> int | None:
 def _modules(task: Task, solver: SolverSettings) -> tuple[str, ...]:
     """All modules with trained parameters of their own, as far as the solver can do them."""
     kinds = matrix_layers() if solver.needs_factors else (nn.Module,)
-    return trained_modules(task.model(), kinds)
+    found = trained_modules(task.model(), kinds)
+    if not found:
+        which = f"{names_of(kinds)} layers" if solver.needs_factors else "parameters"
+        cure = "use --solver cg" if solver.needs_factors else "let the task's model() train some"
+        raise ModelError(f"{type(task).__name__} has no trained {which}: {cure}")
+    return found
