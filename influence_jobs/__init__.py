@@ -23,10 +23,12 @@ if TYPE_CHECKING:
     from influence_jobs.report.results import Results, open_run
     from influence_jobs.store.run import Run
     from influence_jobs.tasks.base import Batch, Draw, Task
+    from influence_jobs.terms import Region
 
 _HOMES = {
     "influence_jobs.contract": ("check",),
     "influence_jobs.tasks.base": ("Batch", "Draw", "Task"),
+    "influence_jobs.terms": ("Region",),
     "influence_jobs.gradients": ("GradDots", "GradNorms", "GradQuadratics"),
     "influence_jobs.gradients.parameters": ("ParameterSpace",),
     "influence_jobs.curvature": (
@@ -62,6 +64,7 @@ __all__ = [
     "Lissa",
     "Operator",
     "ParameterSpace",
+    "Region",
     "Results",
     "Run",
     "Solution",
