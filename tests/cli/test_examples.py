@@ -1,13 +1,15 @@
-"""Each example from its check to its scores, at tiny size.
+"""Each example, by the commands of its page, at tiny size.
 
 Norms are compared with plain autograd in float64, one sample at a time. Scores are compared with
 (G + lambda I) x = gradient solved directly in float64, with G made of the Jacobians of every
 sample's outputs, row by row, and of the loss's Hessian written out by hand.
 """
 
-import sys
+import re
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,15 @@ from torch import Tensor, nn
 
 from influence_jobs.contract import jobs, parameters
 from influence_jobs.gradients.weights import weight_named
-from influence_jobs.kinds.train.spec import TrainedCheckpoint
+from influence_jobs.kinds.train.spec import Checkpoint
+from influence_jobs.specs.base import TaskSpec
 from influence_jobs.store.checkpoints import load_checkpoint
 from influence_jobs.store.find import find_run
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.base import Draw, Task, to_type
-from influence_jobs.tasks.registry import task_class
+from influence_jobs.tasks.registry import make_task
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+PROJECT = Path(__file__).parents[2]
 
 Infl = Callable[..., Any]
 DAMPING = 0.3
@@ -35,140 +38,147 @@ DRAW = Draw(0)
 
 @dataclass(frozen=True)
 class Example:
-    """An example, and what is asked of it.
+    """An example, and how it is made small.
 
     Attributes:
-        name: Of the task.
-        options: Of the task, which make it small.
-        norms: The layers of grad-norms.
-        weights: Some of the weights whose norms these are.
-        layers: The layers of influence; without any, all parameters that are trained.
-        query: Words of the query beside its id.
-        lr: Learning rate.
+        name: Of the task; its page is docs/examples/FILE.md.
+        options: Of the task.
+        weights: Some of the weights whose norms the page asks for.
         warned: Words in the lines of the check that are marked `warn`.
+        lr: Learning rate.
     """
 
     name: str
-    norms: tuple[str, ...]
     weights: tuple[str, ...]
     options: Mapping[str, Any] = field(default_factory=lambda: {"samples": 8, "hidden": 4})
-    layers: tuple[str, ...] = ()
-    query: tuple[str, ...] = ()
-    lr: float = 0.01
     warned: tuple[str, ...] = ()
+    lr: float = 0.01
 
 
 EXAMPLES = [
     Example(
         "resnet:ResNet",
-        ("all",),
         ("conv1", "layer4.1.conv2", "fc"),
-        {"images": "images", "size": 32},
-        layers=("fc",),
+        {"size": 32},
         lr=1e-4,  # else the running statistics of BatchNorm are far from the samples'
     ),
     Example(
         "bert:Bert",
-        ("all", "bert.embeddings.word_embeddings", "bert.embeddings.position_embeddings"),
-        ("bert.embeddings.word_embeddings", "bert.embeddings.position_embeddings", "classifier"),
+        ("bert.embeddings.word_embeddings", "bert.encoder.layer.1.output.dense", "classifier"),
         warned=("position_embeddings",),
     ),
     Example(
         "gpt:Gpt",
-        ("all", "transformer.wte"),
         ("transformer.h.0.attn.c_attn", "transformer.wte"),
-        query=("--region", "0,2,1,2"),
         warned=("wte.weight = lm_head.weight", "transformer.wpe"),
     ),
     Example(
         "vit:ViT",
-        ("all", "class_token", "*self_attention"),
-        (
-            "conv_proj",
-            "class_token",
-            "encoder.layers.encoder_layer_0.self_attention",
-        ),
+        ("conv_proj", "class_token", "encoder.layers.encoder_layer_0.self_attention"),
         warned=("self_attention",),
     ),
-    Example(
-        "tabular:Tabular",
-        ("all", "module:1"),
-        ("0", "1", "6"),
-        {"samples": 20, "width": 4},
-        query=("--quantity", "prediction"),
-    ),
-    Example(
-        "unet:UNet",
-        ("all", "*norm"),
-        ("down.conv", "middle.norm", "up"),
-        {"samples": 6, "width": 2},
-        query=("--region", "4,5,3,2"),
-    ),
-    Example("lstm:Lstm", ("rnn", "head"), ("rnn.weight_hh_l0", "head"), warned=("(LSTM)",)),
-    Example(
-        "lstm:Lstm",
-        ("embed", "rnn"),
-        ("embed", "rnn.weight_ih_l0"),
-        {"samples": 8, "hidden": 4, "cell": "gru"},
-        warned=("(GRU)",),
-    ),
+    Example("tabular:Tabular", ("0", "1", "6"), {"samples": 20, "width": 4}),
+    Example("unet:UNet", ("down.conv", "middle.norm", "up"), {"samples": 6, "width": 2}),
+    Example("lstm:Lstm", ("rnn.weight_hh_l0", "head"), warned=("(LSTM)", "(GRU)")),
     Example(
         "lora:Lora",
-        ("*lora*",),
         (
             "base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.default",
             "base_model.model.bert.encoder.layer.1.attention.self.value.lora_B.default",
         ),
         {"samples": 8, "hidden": 4, "rank": 1},
-        layers=("*lora*",),
         warned=("frozen",),
     ),
 ]
 
 
-@pytest.mark.parametrize(
-    "example", EXAMPLES, ids=lambda e: f"{e.name} {e.options.get('cell', '')}".strip()
-)
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
 def test_an_example(
     example: Example, infl: Infl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jobs, "PROBE_S", 0.0)
     monkeypatch.setattr(parameters, "_REPEATS", 1)
-    if "images" in example.options:
+    stem = example.name.partition(":")[0]
+    if stem == "resnet":
         from resnet import write_digits
 
-        monkeypatch.setattr(jobs, "ASKED", {"grad-norms": jobs.ASKED["grad-norms"]})  # seconds each
         write_digits(tmp_path / "images", count=8, tests=6, classes=3)
-    options = [word for name, value in example.options.items() for word in (f"--{name}", value)]
+        monkeypatch.setattr(jobs, "ASKED", {"grad-norms": jobs.ASKED["grad-norms"]})  # seconds each
+    norms, scores = "", []
+    lines = [line for line in _page(stem) if line.startswith("infl ")]
+    assert [shlex.split(line)[1] for line in lines].count("check") == 1
+    for line in lines:
+        words = _small(line, example)
+        words = [_newest(tmp_path, word) for word in words]  # a page names runs of its own
+        done = infl(*words)
+        assert done.code == 0, (words, done.out, done.err)
+        if words[0] == "check":
+            warned = re.findall(r"^warn +(.*)", done.out, re.MULTILINE)
+            unknown = [w for w in warned if not any(word in w for word in example.warned)]
+            assert unknown == []
+        if words[:2] == ["submit", "grad-norms"]:
+            norms = _run_in(done.out)
+        if words[:2] == ["submit", "influence"] and "--damping" in words:
+            scores.append((_run_in(done.out), words))
 
-    checked = infl("check", example.name, *options, "--json")
-    assert checked.code == 0, checked.out
-    said = [f["said"] for f in checked.json["findings"] if f["mark"] == "warn"]
-    assert [line for line in said if not any(word in line for word in example.warned)] == []
+    for name, words in scores:
+        run = find_run("runs", name)
+        spec: Any = run.spec
+        (s_test,) = spec.s_tests
+        _compare_scores(run, *_trained(s_test.task, s_test.checkpoint), words)
+    run = find_run("runs", norms)
+    spec = run.spec
+    _compare_norms(run, *_trained(spec.task, spec.checkpoints[0]), example.weights)
 
-    train = ["--epochs", 2, "--optimizer", "adam", "--lr", example.lr, "--batch-size", 4]
-    words = ["--task", example.name, *options, "--local"]
-    name = example.name.partition(":")[2].lower()
-    for line in (
-        ["submit", "train", *words, *train],
-        ["submit", "grad-norms", *words, "--checkpoint", f"train-{name}", "--reduce", "layer"]
-        + [word for layer in example.norms for word in ("--layer", layer)],
-        ["submit", "influence", *words, "--checkpoint", f"train-{name}", "--test", 0]
-        + [word for layer in example.layers for word in ("--layer", layer)]
-        + [*example.query, "--damping", DAMPING],
-    ):
-        done = infl(*line)
-        assert done.code == 0, (line, done.err)
-    top = infl("top", f"influence-{name}", "--k", 2, "--json")
-    assert top.code == 0, top.err
 
-    task = task_class(example.name)(**example.options)
-    train_run = find_run("runs", f"train-{name}").spec
+def _trained(spec: TaskSpec, checkpoint: Checkpoint) -> tuple[Task, nn.Module]:
+    task = make_task(spec)
     model = task.model()
-    load_checkpoint(model, "runs", TrainedCheckpoint(train=train_run, epoch=2))
-    model = model.double().eval()
-    _compare_norms(find_run("runs", f"grad-norms-{name}"), task, model, example.weights)
-    _compare_scores(find_run("runs", f"influence-{name}"), task, model, example)
+    load_checkpoint(model, "runs", checkpoint)
+    return task, model.double().eval()
+
+
+def _page(stem: str) -> list[str]:
+    """The lines of a page's commands."""
+    text = (PROJECT / "docs" / "examples" / f"{stem}.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [line for block in blocks for line in block.splitlines()]
+
+
+def _small(line: str, example: Example) -> list[str]:
+    """The words of a command, with a tiny task, a short training and a known damping."""
+    here = str(PROJECT / "examples")
+    task = example.name.replace(":", ".py:")
+    words = [
+        f"{here}/{word}" if word == task else word for word in shlex.split(line, comments=True)[1:]
+    ]
+    given = [f"--{word}" for word in example.options]
+    replaced = {**dict(zip(given, map(str, example.options.values()), strict=True))}
+    replaced |= {"--epochs": "2", "--lr": str(example.lr), "--k": "2"}
+    for i in range(len(words) - 1):
+        words[i + 1] = replaced.get(words[i], words[i + 1])
+    if words[0] in ("check", "submit"):
+        words += [part for word in given if word not in words for part in (word, replaced[word])]
+    if words[:2] == ["submit", "train"]:
+        words += ["--batch-size", "4"]
+    if words[:2] == ["submit", "grad-norms"]:
+        words += [] if "--reduce" in words else ["--reduce", "layer"]
+    if words[:2] == ["submit", "influence"] and "ek-fac" not in words:
+        words += ["--damping", str(DAMPING)]
+    return words
+
+
+def _newest(folder: Path, word: str) -> str:
+    """A run's name with a hash, as the newest run of its kind and task here."""
+    if not re.fullmatch(r"[\w-]+-[0-9a-f]{12}", word):
+        return word
+    found = [*(folder / "runs").glob(f"{word[:-13]}-*")]
+    return max(found, key=lambda run: run.stat().st_mtime_ns).name
+
+
+def _run_in(out: str) -> str:
+    (name,) = re.findall(r"^([\w-]+-[0-9a-f]{12}): done$", out, re.MULTILINE)
+    return name
 
 
 def _batch(task: Task, index: int) -> Any:
@@ -186,12 +196,21 @@ def _compare_norms(run: Run, task: Task, model: nn.Module, weights: tuple[str, .
             np.testing.assert_allclose(found[index], float(gradient.norm()), rtol=1e-4, atol=1e-7)
 
 
-def _compare_scores(run: Run, task: Task, model: nn.Module, example: Example) -> None:
-    parameters = [p for name, p in model.named_parameters() if _counts(example, name, p)]
-    region = tuple(map(int, example.query[1].split(","))) if "--region" in example.query else None
-    quantity = example.query[1] if "--quantity" in example.query else "loss"
+def _compare_scores(run: Run, task: Task, model: nn.Module, words: list[str]) -> None:
+    asked = dict(pairwise(words))
+    parameters = [
+        p for name, p in model.named_parameters() if _counts(asked.get("--layer"), name, p)
+    ]
+    region = None
+    if "--point" in asked:
+        y, x = map(int, asked["--point"].split(","))
+        region = (y, x, 1, 1)
+    if "--region" in asked:
+        y, x, height, width = map(int, asked["--region"].split(","))
+        region = (y, x, height, width)
+    quantity = asked.get("--quantity", task.quantities[0])
     query = to_type(task.test_batch(torch.tensor([0]), DRAW), torch.float64)
-    measured = task.measure(model, query, quantity, region)  # type: ignore[arg-type]
+    measured = task.measure(model, query, quantity, region)
     query_P = _gradient(measured.sum(), parameters)
     count = len(task.train_data())
     rows, gradients = [], []
@@ -209,9 +228,8 @@ def _compare_scores(run: Run, task: Task, model: nn.Module, example: Example) ->
     np.testing.assert_allclose(found_N, expected_N, atol=2e-3 * np.abs(expected_N).max())
 
 
-def _counts(example: Example, name: str, parameter: Tensor) -> bool:
-    wanted = [layer.strip("*") for layer in example.layers]
-    return parameter.requires_grad and (not wanted or any(layer in name for layer in wanted))
+def _counts(layer: str | None, name: str, parameter: Tensor) -> bool:
+    return parameter.requires_grad and (layer is None or layer.strip("*") in name)
 
 
 def _gradient(value: Tensor, parameters: list[nn.Parameter]) -> Tensor:
