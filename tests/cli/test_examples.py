@@ -253,3 +253,18 @@ def _rooted_jacobian(
         root_CC = torch.diag(p.sqrt()) - torch.outer(p, p.sqrt())
         parts.append((counts / counted_T.sum()).sqrt() * (root_CC.T @ rows_CP))
     return torch.cat(parts)
+
+
+@pytest.mark.parametrize("name", ["bert:Bert", "gpt:Gpt"])
+def test_texts_are_removed_and_the_model_trained_anew(name: str, infl: Infl) -> None:
+    words = ["--task", name, "--samples", 8, "--hidden", 4, "--epochs", 1, "--local"]
+    asked = ["submit", "ablation", *words, "--test", 0, "--by", "random", "--k", 2]
+    done = infl(*asked, "--mode", "remove")
+    assert done.code == 0, done.err
+    (row,) = find_run("runs", "ablation-").read_table("results").to_pylist()
+    assert np.isfinite(row["loss"])
+    assert (row["decision"] is None) == (name == "gpt:Gpt")  # each token has one
+    if name == "gpt:Gpt":
+        refused = infl(*asked, "--mode", "relabel")
+        assert refused.code == 2
+        assert "cannot be relabelled: the targets of a sample are (1, " in refused.err
