@@ -23,11 +23,13 @@ if TYPE_CHECKING:
     from influence_jobs.report.results import Results, open_run
     from influence_jobs.store.run import Run
     from influence_jobs.tasks.base import Batch, Draw, Task
+    from influence_jobs.terms import Region
     from influence_jobs.training.recorder import Recorder
 
 _HOMES = {
     "influence_jobs.contract": ("check",),
     "influence_jobs.tasks.base": ("Batch", "Draw", "Task"),
+    "influence_jobs.terms": ("Region",),
     "influence_jobs.gradients": ("GradDots", "GradNorms", "GradQuadratics"),
     "influence_jobs.gradients.parameters": ("ParameterSpace",),
     "influence_jobs.curvature": (
@@ -65,6 +67,7 @@ __all__ = [
     "Operator",
     "ParameterSpace",
     "Recorder",
+    "Region",
     "Results",
     "Run",
     "Solution",

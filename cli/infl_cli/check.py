@@ -1,5 +1,6 @@
 """`infl init` and `infl check`: begin a task of your own, and see whether it is right."""
 
+import shlex
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
@@ -58,4 +59,6 @@ def check(
     if failed:
         raise typer.Exit(2)
     if not json:
-        render.out.print(f"next: infl submit influence --task {task} --test 0 --local")
+        given = [*context.args, *(word for pair in option or () for word in ("--option", pair))]
+        words = shlex.join(["--task", task, *given])
+        render.out.print(f"next: infl submit influence {words} --test 0 --local")

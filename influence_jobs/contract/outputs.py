@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from influence_jobs.contract.trial import Line, Said, Trial, fail, ok, warn
-from influence_jobs.curvature.output_loss import forms_of
+from influence_jobs.curvature.output_loss import SUM_ERROR, forms_of
 from influence_jobs.curvature.requirements import require_output_loss
-from influence_jobs.errors import SpecError
+from influence_jobs.errors import ModelError, SpecError
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.tasks.base import Draw, Task, to_device
 
@@ -26,10 +26,11 @@ def gauss_newton(trial: Trial) -> Said:
         )
         return
     outputs, targets = task.outputs(trial.model, trial.batch), task.targets(trial.batch)
-    if wrong := _wrong_targets(task, outputs, targets):
-        yield fail(wrong)
+    try:
+        form = require_output_loss(task, trial.model, trial.batch, forms_of(task))[0]
+    except ModelError as error:
+        yield fail(_wrong_targets(task, outputs, targets) or str(error))
         return
-    form = require_output_loss(task, trial.model, trial.batch, forms_of(task))[0]
     yield ok(
         f"losses are the {form.words} of outputs {tuple(outputs.shape)} and targets "
         f"{tuple(targets.shape)}"
@@ -45,6 +46,13 @@ def _wrong_targets(task: Task, outputs: Tensor, targets: Tensor) -> str:
             "shape, or one is broadcast against the other"
         )
     if task.output_loss == "cross-entropy" and outputs.ndim == 2:
+        if targets.is_floating_point() and targets.shape == outputs.shape:  # probabilities
+            if (targets.sum(1) - 1).abs().max() > SUM_ERROR:
+                return (
+                    "targets() are weights of the classes that do not sum to 1: divide each "
+                    "sample's by their sum"
+                )
+            return ""
         if shape != (size,):
             return f"targets() has shape {shape}, not ({size},): give each sample its class"
         if targets.is_floating_point():

@@ -1,33 +1,40 @@
 """Checks of the training data and of a loss for every sample."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from influence_jobs.contract.trial import Said, Trial, fail, ok
+from influence_jobs.contract.trial import Said, Trial, fail, ok, warn
 from influence_jobs.curvature.requirements import RELATIVE_ERROR, require_deterministic
+from influence_jobs.gradients.batches import plain_leaves
 from influence_jobs.gradients.requirements import require_independent_samples
-from influence_jobs.tasks.base import Draw, digest
+from influence_jobs.tasks.base import Draw, Task, digest
+from influence_jobs.tasks.rows import require_rows
 
 
 def data(trial: Trial) -> Said:
     """Samples are counted, and fetched as a batch."""
-    train_data = trial.task.train_data()
-    try:
-        n = len(train_data)
-    except TypeError:
-        yield fail(
-            f"train_data() is a {type(train_data).__name__} without a length: a sample's position "
-            "is its id, so put the samples into a list, or a Dataset with __len__ and __getitem__"
-        )
-        return
-    if n == 0:
-        yield fail("train_data() is empty")
-        return
-    leaves = pytree.tree_leaves(trial.batch)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    require_rows(trial.task)
+    n = len(trial.task.train_data())
+    tensors = [leaf for leaf in plain_leaves(trial.batch) if isinstance(leaf, Tensor)]
     shown = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors)
     yield ok(f"{n:,} training samples; a batch of {len(trial.ids)} is {shown or 'no tensors'}")
+    own = type(trial.task)
+    if own.batch is Task.batch and own.collate is Task.collate:
+        train_data: Any = trial.task.train_data()
+        row = train_data[int(trial.ids[0])]
+        parts = row.values() if isinstance(row, Mapping) else row
+        if isinstance(row, Mapping | tuple | list) and any(map(_numbers, parts)):
+            yield warn(
+                "rows have lists of numbers, and default_collate makes one tensor of each of their "
+                "positions, not one of the list: give tensors, or define collate(rows)"
+            )
+
+
+def _numbers(part: Any) -> bool:
+    return isinstance(part, list | tuple) and all(isinstance(x, int | float) for x in part)
 
 
 def repeatable(trial: Trial) -> Said:

@@ -21,11 +21,12 @@ from influence_jobs.curvature.requirements import (
     saved_bytes,
 )
 from influence_jobs.errors import DataError, ModelError, SpecError
+from influence_jobs.gradients.batches import flattened
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.gradients.requirements import require_independent_samples
 from influence_jobs.gradients.taps import thawed
 from influence_jobs.gradients.transforms import all_derivatives
-from influence_jobs.tasks.base import Batch, Draw, Task, device_of, to_device
+from influence_jobs.tasks.base import Batch, Draw, Task, device_of, to_device, to_type
 
 MAX_BYTES = 2**30  # largest memory for activations times vectors in a pass
 MIN_ROWS = 8  # least samples in a pass; below it fewer vectors are faster than fewer samples
@@ -214,7 +215,7 @@ class Operator(ABC):
     def _together(self, v_EQP: Tensor, ids_EB: Tensor) -> Parameters:
         """`_means` by one pass over all mini-batches."""
         repeats, queries, _ = v_EQP.shape
-        leaves, structure = pytree.tree_flatten(self.batch(ids_EB.flatten()))
+        leaves, structure = flattened(self.batch(ids_EB.flatten()))
         mapped = [isinstance(x, Tensor) and x.shape[:1] == (ids_EB.numel(),) for x in leaves]
         leaves = [
             x.reshape(repeats, -1, *x.shape[1:]) if own else x
@@ -243,7 +244,7 @@ class Operator(ABC):
             found = self.space.join(self._together(v_EQP, ids_EB))
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError:
+        except Exception:  # noqa: BLE001  (the model may raise anything when mapped)
             return False
         return bool((found - expected).norm() <= AGREEMENT * expected.norm())
 
@@ -253,11 +254,7 @@ class Operator(ABC):
     def batch(self, ids: Tensor) -> Batch:
         """Samples on the model's device, with the dtype of its weights."""
         dtype = next(self.model.parameters()).dtype
-        return pytree.tree_map_only(
-            Tensor,
-            lambda t: t.to(dtype) if t.is_floating_point() else t,
-            to_device(self.task.batch(ids, self.draw), device_of(self.model)),
-        )
+        return to_type(to_device(self.task.batch(ids, self.draw), device_of(self.model)), dtype)
 
     def look(self) -> None:
         """Check on a few samples that products will be right; only the first call does it.

@@ -19,6 +19,7 @@ from influence_jobs.errors import ModelError
 from influence_jobs.tasks.base import Task
 from influence_jobs.terms import OutputLoss
 
+SUM_ERROR = 1e-3  # of probabilities in half precision
 IGNORED = -100  # a target that counts for nothing, as in torch
 
 
@@ -56,7 +57,14 @@ def _of_function(losses: Callable[[Tensor, Tensor], Tensor]) -> Form:
 
 
 def cross_entropy(outputs_BC: Tensor, classes_B: Tensor) -> Tensor:
-    """Cross-entropy (B,) of logits, or of log-probabilities, which log-softmax does not change."""
+    """Cross-entropy (B,) of logits, or of log-probabilities, which log-softmax does not change.
+
+    Raises:
+        ValueError: The targets are weights of classes that do not sum to one. The Hessian has
+            another scale with them.
+    """
+    if classes_B.is_floating_point() and (classes_B.sum(1) - 1).abs().max() > SUM_ERROR:
+        raise ValueError("targets are no probabilities")
     return F.cross_entropy(outputs_BC, classes_B, reduction="none")
 
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from influence_jobs.errors import ModelError
+from influence_jobs.gradients.batches import one_sample
 from influence_jobs.gradients.fallback import Fallback
 from influence_jobs.gradients.forward_mode import directional_derivatives
 from influence_jobs.gradients.parameters import ParameterSpace
-from influence_jobs.gradients.reference import one_sample
 from influence_jobs.gradients.requirements import (
     require_dtype,
     require_independent_samples,
@@ -39,8 +39,8 @@ class GradDots(TappedModel):
     Args:
         model: In eval mode, with weights of float32, or of float64 for `precision="float64"`.
         space: The parameters of this model that the gradients are by.
-        losses: (model, batch) to one loss per sample (B,), not averaged over the batch. A batch is
-            any pytree.
+        losses: (model, batch) to one loss per sample (B,), not averaged over the batch.
+            `batches` says what a batch may be.
         vectors_QP: The vectors in that space; copied to the device and dtype of the weights.
         precision: `bfloat16` runs forward and backward in mixed precision (autocast); products are
             always accumulated in the dtype of the weights.

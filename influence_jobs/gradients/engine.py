@@ -30,7 +30,7 @@ class GradNorms(TappedModel):
     Args:
         model: In eval mode, with weights of float32, or of float64 for `precision="float64"`.
         layers: Names of layers with one weight, or full names of parameters; see `Weight`.
-        losses: (model, batch) to one loss per sample (B,). A batch is any pytree.
+        losses: (model, batch) to one loss per sample (B,). `batches` says what a batch may be.
         reduction: See above.
         precision: `bfloat16` runs forward and backward in mixed precision (autocast); norms are
             always accumulated in the dtype of the weights.

@@ -18,6 +18,7 @@ from torch.func import functional_call, grad, vmap
 from torch.utils import _pytree as pytree
 
 from influence_jobs.errors import ModelError
+from influence_jobs.gradients.batches import KINDS, flattened, has_samples
 from influence_jobs.gradients.recorded_call import RecordedCall
 from influence_jobs.gradients.reference import LossModule
 from influence_jobs.gradients.rules.blocks import sample_blocks
@@ -82,7 +83,7 @@ class Fallback:
         Raises:
             ModelError: A sample's loss depends on the others, or the batch cannot be cut.
         """
-        self._cut = [_has_samples(leaf, size) for leaf in pytree.tree_leaves(batch)]
+        self._cut = [has_samples(leaf, size) for leaf in flattened(batch)[0]]
         two = self._samples(batch, slice(0, 2))
         alone = [self._samples(batch, slice(i, i + 1)) for i in range(2)]
         self._require_alone(batch, alone)
@@ -130,14 +131,14 @@ class Fallback:
 
     def size_of(self, batch: Any) -> int:
         """B of a batch like the first."""
-        leaves = pytree.tree_leaves(batch)
+        leaves, _ = flattened(batch)
         if self._cut is None:
             with torch.no_grad():
                 return len(self._forward(batch))
         return next(
             len(leaf)
-            for leaf, has_samples in zip(leaves, self._flags(leaves), strict=True)
-            if has_samples
+            for leaf, of_sample in zip(leaves, self._flags(leaves), strict=True)
+            if of_sample
         )
 
     def _of(self, form: Form) -> list[str]:
@@ -152,23 +153,27 @@ class Fallback:
             yield {f"{call.name}.{name}": gradient for name, gradient in found.items()}
 
     def _by_model(self, batch: Any, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-        leaves, structure = pytree.tree_flatten(batch)
-        cut = self._flags(leaves)
+        leaves, structure = flattened(batch)
+        # Texts cannot be mapped: a model that reads them fails or differs, and is cut by samples.
+        cut = [
+            of_sample and isinstance(leaf, Tensor)
+            for leaf, of_sample in zip(leaves, self._flags(leaves), strict=True)
+        ]
         wrapped = LossModule(self._model, lambda _, batch: self._forward(batch))
         parameters = {f"model.{name}": self._model.get_parameter(name).detach() for name in names}
 
         def loss(parameters: dict[str, Tensor], mapped: list[Tensor]) -> Tensor:
             samples = iter(mapped)
             whole = [
-                next(samples).unsqueeze(0) if has_samples else leaf
-                for leaf, has_samples in zip(leaves, cut, strict=True)
+                next(samples).unsqueeze(0) if of_sample else leaf
+                for leaf, of_sample in zip(leaves, cut, strict=True)
             ]
             found: Tensor = functional_call(
                 wrapped, parameters, (pytree.tree_unflatten(whole, structure),)
             )
             return found.squeeze(0)
 
-        mapped = [leaf for leaf, has_samples in zip(leaves, cut, strict=True) if has_samples]
+        mapped = [leaf for leaf, of_sample in zip(leaves, cut, strict=True) if of_sample]
         for block in sample_blocks(len(mapped[0]), parameters.values()):
             with mappable_kernels(self._model):
                 found = vmap(grad(loss), in_dims=(None, 0))(
@@ -214,21 +219,26 @@ class Fallback:
         """Refuse losses that are others for a sample alone; no form by samples could tell."""
         with torch.no_grad():
             together = self._forward(batch)[: len(alone)]
-            apart = torch.cat([self._forward(sample) for sample in alone])
+            try:
+                apart = torch.cat([self._forward(sample) for sample in alone])
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:  # noqa: BLE001  (whatever losses raise of what was not cut)
+                apart = together[:0]
         scale = together.abs().max()
         if len(apart) != len(alone) or (apart - together).abs().max() > self._tolerance * scale:
             raise ModelError(
                 f"a sample's loss in {type(self._model).__name__} is another in a batch than "
                 "alone: usual causes are samples that influence each other (batch statistics), "
                 "losses divided by the batch size, random operations in the forward, and a batch "
-                "that is no tuple, list or dict of tensors (or a registered pytree)"
+                f"other than {KINDS}"
             )
 
     def _samples(self, batch: Any, block: slice) -> Any:
-        leaves, structure = pytree.tree_flatten(batch)
+        leaves, structure = flattened(batch)
         cut = [
-            leaf[block] if has_samples else leaf
-            for leaf, has_samples in zip(leaves, self._flags(leaves), strict=True)
+            leaf[block] if of_sample else leaf
+            for leaf, of_sample in zip(leaves, self._flags(leaves), strict=True)
         ]
         return pytree.tree_unflatten(cut, structure)
 
@@ -275,7 +285,3 @@ def _whole(parts: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
     """All samples' gradients at once."""
     found = [*parts]
     return {name: torch.cat([part[name] for part in found]) for name in found[0]}
-
-
-def _has_samples(leaf: Any, size: int) -> bool:
-    return isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == size

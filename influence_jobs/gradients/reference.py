@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.utils import _pytree as pytree
 
+from influence_jobs.gradients.batches import flattened, has_samples, map_tensors, one_sample
+
 
 class LossModule(nn.Module):
     """A model and its losses as one module, from batch to (B,), for `functional_call`."""
@@ -34,7 +36,7 @@ def per_sample_gradients(
         model: Any model in eval mode; it is copied and not changed.
         layers: Module names.
         losses: (model, batch) to one loss per sample (B,).
-        batch: Pytree. Tensors whose first axis has length B are per sample; all else is shared.
+        batch: Tensors whose first axis has length B are per sample; all else is shared.
 
     Returns:
         {layer: (B, *weight shape)}. The gradients of the whole batch are in memory at once.
@@ -43,8 +45,9 @@ def per_sample_gradients(
         size = len(losses(model, batch))
     model = copy.deepcopy(model).double().requires_grad_(False)
     weights = {name: model.get_submodule(name).weight for name in layers}
-    leaves, structure = pytree.tree_flatten(_double(batch))
-    axes = [0 if _per_sample(leaf, size) else None for leaf in leaves]
+    leaves, structure = flattened(_double(batch))
+    mapped = [isinstance(leaf, Tensor) and has_samples(leaf, size) for leaf in leaves]
+    axes = [0 if of_sample else None for of_sample in mapped]
 
     def loss(weights: dict[str, Any], *leaves: Any) -> Tensor:
         sample = [
@@ -91,16 +94,5 @@ def gradients_one_by_one(
     }
 
 
-def one_sample(batch: Any, index: int, size: int) -> Any:
-    """Sample `index` of a batch of `size`, as a batch of one."""
-    return pytree.tree_map(
-        lambda leaf: leaf[index : index + 1] if _per_sample(leaf, size) else leaf, batch
-    )
-
-
-def _per_sample(leaf: Any, size: int) -> bool:
-    return isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == size
-
-
 def _double(batch: Any) -> Any:
-    return pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, batch)
+    return map_tensors(lambda t: t.double() if t.is_floating_point() else t, batch)

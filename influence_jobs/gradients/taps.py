@@ -17,11 +17,10 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from influence_jobs.errors import ModelError
+from influence_jobs.gradients.batches import KINDS, one_sample, plain_leaves
 from influence_jobs.gradients.recorded_call import RecordedCall
-from influence_jobs.gradients.reference import one_sample
 from influence_jobs.gradients.requirements import require_independent_samples
 from influence_jobs.gradients.rules import LayerRule
 from influence_jobs.gradients.transforms import differentiable_kernels
@@ -72,7 +71,7 @@ class TappedModel(ABC):
 
     Args:
         model: In eval mode, with weights of float32, or of float64 for `precision="float64"`.
-        losses: (model, batch) to one loss per sample (B,). A batch is any pytree.
+        losses: (model, batch) to one loss per sample (B,). `batches` says what a batch may be.
         precision: `bfloat16` runs forward and backward in mixed precision (autocast); the results
             are always accumulated in the dtype of the weights.
 
@@ -332,12 +331,19 @@ class TappedModel(ABC):
         else:
             parameters = {name: self._model.get_parameter(name) for name in names}
         with thawed(parameters.values()), torch.enable_grad():
-            loss = self._forward(sample)
+            try:
+                loss = self._forward(sample)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # of a batch that was not cut, or of a model of several only
+                raise ModelError(
+                    f"losses of {type(self._model).__name__} fail for one sample cut out of a "
+                    f"batch ({type(error).__name__}: {error}): a batch must be {KINDS}"
+                ) from error
             if len(loss) != 1:
                 raise ModelError(
                     f"losses of {type(self._model).__name__} for one sample have length "
-                    f"{len(loss)}: the batch must be a tuple, list or dict of tensors (or a "
-                    "registered pytree) to be cut into samples"
+                    f"{len(loss)}: the batch cannot be cut into samples, it must be {KINDS}"
                 )
             if not loss.requires_grad:  # none of the parameters is used
                 return {name: torch.zeros_like(value) for name, value in parameters.items()}
@@ -383,7 +389,7 @@ def _viewed_whole(tensor: Tensor) -> Tensor | None:
 
 def _versions(batch: Any) -> list[int]:
     """How often each tensor of a batch was written to."""
-    leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
+    leaves = [leaf for leaf in plain_leaves(batch) if isinstance(leaf, Tensor)]
     return [leaf._version for leaf in leaves if not leaf.is_inference()]
 
 

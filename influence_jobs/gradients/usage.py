@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from influence_jobs.gradients.reference import one_sample
+from influence_jobs.gradients.batches import one_sample
 from influence_jobs.gradients.rules import LayerRule, nearest_rule
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from influence_jobs.errors import SpecError
-from influence_jobs.gradients.rules import has_factors
+from influence_jobs.errors import ModelError, SpecError
+from influence_jobs.gradients.rules import has_factors, matrix_layers
 from influence_jobs.kinds.s_test.spec import STestSpec
 from influence_jobs.requests.base import Say
 from influence_jobs.requests.options import SETTINGS, CurvatureOptions
@@ -122,7 +122,11 @@ def _curvature_samples(given: int | str) -> int | None:
 def _modules(task: Task, solver: SolverSettings) -> tuple[str, ...]:
     """All modules with trained parameters of their own, as far as the solver can do them."""
     model = task.model()
-    modules = trained_modules(model)
-    if not solver.needs_factors:
-        return modules
-    return tuple(name for name in modules if has_factors(model.get_submodule(name)))
+    found = trained_modules(model)
+    if solver.needs_factors:
+        found = tuple(name for name in found if has_factors(model.get_submodule(name)))
+    if not found:
+        which = f"{matrix_layers()} layers" if solver.needs_factors else "parameters"
+        cure = "use --solver cg" if solver.needs_factors else "let the task's model() train some"
+        raise ModelError(f"{type(task).__name__} has no trained {which}: {cure}")
+    return found

@@ -32,6 +32,7 @@ from influence_jobs.store.status import is_done
 from influence_jobs.tasks.base import Task, defines
 from influence_jobs.tasks.fingerprints import fingerprinted
 from influence_jobs.tasks.registry import arguments_of, folder_of, name_of, task_class
+from influence_jobs.tasks.rows import require_rows
 from influence_jobs.training.recorder import read_recording, weights_name
 
 ADAMW_DECAY = 0.01  # torch's own default
@@ -91,9 +92,11 @@ def task_of(
         trained: As for `built_task`.
 
     Raises:
-        SpecError, DataError: As `built_task`, and where its data are others each time.
+        SpecError, DataError: As `built_task`, and where its data have no rows by position or are
+            others each time.
     """
     spec, task = built_task(request, say, trained=trained)
+    require_rows(task)
     data, code = fingerprinted(spec.name, task, like=trained)
     if trained is not None and trained.name == spec.name:
         if trained.code not in ("", code):

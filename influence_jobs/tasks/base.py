@@ -30,38 +30,45 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.utils.data import default_collate
 
 from influence_jobs.errors import DataError, SpecError
+from influence_jobs.gradients.batches import KINDS, map_tensors, plain_leaves
 from influence_jobs.tasks.published import Published
 from influence_jobs.terms import Region
 
-Batch = Any  # a pytree of tensors with a leading batch axis
+Batch = Any  # see gradients.batches
 FINGERPRINT_ROWS = 16  # training samples whose values are part of a fingerprint
 _READ_ONCE = ("train_data", "test_data")
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Move every tensor of a batch."""
-    return pytree.tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
+    return map_tensors(lambda t: t.to(device, non_blocking=True), batch)
 
 
 def to_type(batch: Batch, dtype: torch.dtype) -> Batch:
     """A batch with its floating-point tensors in another type."""
-    return pytree.tree_map_only(
-        Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, batch
-    )
+    return map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, batch)
 
 
 def digest(batch: Batch) -> str:
-    """SHA-256 of a batch: of its tensors' bytes, shapes and types, and of its other contents."""
+    """SHA-256 of a batch: of its tensors' bytes, shapes and types, and of its other contents.
+
+    Raises:
+        DataError: There is something in it that does not show its contents.
+    """
     found = hashlib.sha256()
-    for leaf in pytree.tree_leaves(batch):
+    for leaf in plain_leaves(batch):
         if isinstance(leaf, Tensor):
             found.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
             found.update(leaf.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        elif isinstance(leaf, np.ndarray) and leaf.dtype != object:
+            found.update(f"{leaf.dtype} {leaf.shape}".encode() + leaf.tobytes())
+        elif repr(leaf) == object.__repr__(leaf):  # an address, other each time
+            raise DataError(f"a batch has a {type(leaf).__name__} in it: it must be {KINDS}")
         else:
             found.update(repr(leaf).encode())
     return found.hexdigest()
@@ -164,7 +171,19 @@ class Task(ABC):
         the batch.
         """
         data: Any = self.train_data()
-        return default_collate([data[int(i)] for i in ids])
+        return self.collate([data[int(i)] for i in ids])
+
+    def collate(self, rows: list[Any]) -> Batch:
+        """A batch of rows of `train_data` or `test_data`; a DataLoader calls this `collate_fn`.
+
+        Raises:
+            DataError: torch's `default_collate`, which is used unless the task has its own, cannot
+                put the rows together.
+        """
+        try:
+            return default_collate(rows)
+        except (TypeError, KeyError, RuntimeError) as error:
+            raise DataError(_uncollated(rows, error)) from error
 
     def train_batch(self, ids: Tensor, draw: Draw) -> Batch:
         """The samples as training uses them, e.g. augmented or noised; by default as `batch`."""
@@ -218,7 +237,7 @@ class Task(ABC):
     def test_batch(self, ids: Tensor, draw: Draw) -> Batch:
         """The test samples with these ids; all must have tensors of the same shape."""
         data: Any = self.test_data()
-        return default_collate([data[int(i)] for i in ids])
+        return self.collate([data[int(i)] for i in ids])
 
     def test_size(self, test: int) -> tuple[int, int] | None:
         """Height and width of a test image, if regions of it can be measured; else None."""
@@ -325,3 +344,23 @@ def call_own(task: Task, name: str, *arguments: Any, **keywords: Any) -> Any:
             "these, or give it another name"
         ) from None
     return method(*arguments, **keywords)
+
+
+def _uncollated(rows: list[Any], error: Exception) -> str:
+    """Why rows cannot be put together, and the cure."""
+    own = "or define collate(rows), as the collate_fn of a DataLoader"
+    if isinstance(error, KeyError):
+        return f"not every row has {error}: give all rows the same keys, {own}"
+    parts = plain_leaves(rows)
+    for part in parts:
+        if not isinstance(part, Tensor | np.ndarray | np.generic | int | float | str | bytes):
+            if isinstance(part, Image):
+                return (
+                    "a row has a PIL image in it, which makes no batch: give the dataset a "
+                    "transform that ends in a tensor, such as torchvision.transforms.ToTensor(), "
+                    f"{own}"
+                )
+            kind = type(part).__name__
+            return f"a row has a {kind} in it, which makes no batch: give tensors, {own}"
+    said = " ".join(str(error).split())
+    return f"rows are of several shapes ({said}): cut or pad them to one, {own}"

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from influence_jobs.errors import SpecError
+from influence_jobs.errors import InflError, ModelError, SpecError
 from influence_jobs.gradients import GradNorms
 from influence_jobs.gradients.fallback import slow_lines
 from influence_jobs.gradients.rules import nearest_rule
@@ -22,6 +22,7 @@ from influence_jobs.gradients.weights import (
     with_parametrizations,
 )
 from influence_jobs.tasks.base import Draw, Task, device_of, to_device, to_type
+from influence_jobs.tasks.own_code import described
 
 Say = Callable[[str], None]
 LISTED = 4  # names in a line
@@ -33,6 +34,9 @@ def weight_layers(task: Task, model: nn.Module) -> list[str]:
     A layer has a number if the `LayerRule` of its type, or of a type it inherits from, says so. One
     sample is passed through the model to find the order, which may differ from the order of
     registration.
+
+    Raises:
+        ModelError: The losses of that sample fail.
     """
     order: list[str] = []
 
@@ -48,8 +52,14 @@ def weight_layers(task: Task, model: nn.Module) -> list[str]:
     training = model.training
     try:
         with torch.no_grad(), differentiable_kernels(model):
-            sample = task.batch(torch.tensor([0]), Draw(seed=0))
-            task.losses(model.eval(), to_device(sample, device_of(model)))
+            sample = to_device(task.batch(torch.tensor([0]), Draw(seed=0)), device_of(model))
+            task.losses(model.eval(), sample)
+    except InflError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"losses() of {type(task).__name__} fails for sample 0: {described(error)}"
+        ) from error
     finally:
         model.train(training)
         for hook in hooks:

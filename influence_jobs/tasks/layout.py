@@ -5,9 +5,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from influence_jobs.tasks.base import Draw, Task, device_of, to_device
+from influence_jobs.tasks.base import Draw, Task, device_of, to_device, to_type
 
 AGREEMENT = 1e-3  # relative difference of the losses; rounding makes 1e-6
 _CHANNELS_LAST: WeakKeyDictionary[Task, bool] = WeakKeyDictionary()
@@ -35,11 +34,7 @@ def _same_in_channels_last(task: Task, model: nn.Module) -> bool:
     trial = copy.deepcopy(model).eval()
     dtype = next(trial.parameters()).dtype
     ids = torch.arange(min(2, len(task.train_data())))
-    batch = pytree.tree_map_only(
-        Tensor,
-        lambda t: t.to(dtype) if t.is_floating_point() else t,
-        to_device(task.batch(ids, Draw(0)), device_of(trial)),
-    )
+    batch = to_type(to_device(task.batch(ids, Draw(0)), device_of(trial)), dtype)
     expected = _losses(task, trial, batch)
     try:
         found = _losses(task, trial.to(memory_format=torch.channels_last), batch)

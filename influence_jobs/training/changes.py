@@ -62,6 +62,7 @@ class Changes:
                 f"{type(task).__name__} cannot be relabelled: its samples have no classes "
                 f"(output_loss is {task.output_loss!r}, not 'cross-entropy'); remove them instead"
             )
+        require_classes(task)
         classes = num_classes(task)
         if self.labels.min() < 0 or self.labels.max() >= classes:
             raise SpecError(f"new labels must be classes, from 0 to {classes - 1}")
@@ -81,6 +82,21 @@ class Changes:
         labels_N = torch.full((num_samples,), UNCHANGED)
         labels_N[torch.from_numpy(self.relabelled)] = torch.from_numpy(self.labels)
         return labels_N
+
+
+def require_classes(task: Task) -> None:
+    """Refuse to relabel samples that have not one class each, such as texts with one a token.
+
+    Raises:
+        SpecError: It says what the targets are.
+    """
+    targets = task.targets(task.batch(torch.tensor([0]), Draw(0)))
+    if targets.is_floating_point() or targets.shape != (1,):
+        raise SpecError(
+            f"{type(task).__name__} cannot be relabelled: the targets of a sample are "
+            f"{tuple(targets.shape)} {str(targets.dtype).removeprefix('torch.')}, not one class; "
+            "remove samples instead (--mode remove)"
+        )
 
 
 @torch.no_grad()

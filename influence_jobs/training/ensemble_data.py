@@ -4,15 +4,18 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from influence_jobs.errors import ModelError
+from influence_jobs.gradients.batches import flattened, has_samples
 from influence_jobs.tasks.base import Batch, Draw, Task, device_of, to_device
 
 RESIDENT_BYTES = 4 * 2**30  # a training set up to this size is kept on the device
+LOOKED_AT = 16  # samples whose shapes are compared
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +91,10 @@ def stretches(sizes: Sequence[int], batch_size: int, longest: int) -> Iterator[S
                 yield Stretch(rows, first, min(longest, stop - first), batch)
 
 
+class Unmapped:
+    """Stands for texts and the like in the batches of an ensemble: a use of it fails."""
+
+
 class _DrawRead(Exception):
     """A task read its draw."""
 
@@ -106,17 +113,21 @@ def fixed_samples(task: Task, device: torch.device) -> Batch | None:
     not read its draw gives the same samples in every epoch.
 
     Returns:
-        The batch; None if the task reads its draw or the batch is larger than `RESIDENT_BYTES`.
+        The batch, of tensors and `Unmapped`; None if the task reads its draw, a tensor is shared by
+        the samples, or the batch is larger than `RESIDENT_BYTES`.
     """
     unread = _UnreadableDraw(0)
     try:
         one = task.train_batch(torch.tensor([0]), unread)
         n = len(task.train_data())
-        if n * sum(t.nbytes for t in pytree.tree_leaves(one)) > RESIDENT_BYTES:
+        tensors = (leaf for leaf in flattened(one)[0] if isinstance(leaf, Tensor))
+        if n * sum(tensor.nbytes for tensor in tensors) > RESIDENT_BYTES:
             return None
-        return to_device(task.train_batch(torch.arange(n), unread), device)
+        everything = _mapped(task.train_batch(torch.arange(n), unread))
     except _DrawRead:
         return None
+    tensors = (leaf for leaf in flattened(everything)[0] if isinstance(leaf, Tensor))
+    return to_device(everything, device) if all(has_samples(t, n) for t in tensors) else None
 
 
 class Feed:
@@ -131,6 +142,26 @@ class Feed:
     def __init__(self, task: Task, seeds: Sequence[int], device: torch.device):
         self._task, self._seeds, self._device = task, seeds, device
         self._fixed = fixed_samples(task, device)
+        if self._fixed is None:
+            self._require_one_shape()
+
+    def _require_one_shape(self) -> None:
+        """Refuse samples that make batches of several shapes, as texts of several lengths do.
+
+        Raises:
+            ModelError: There are such samples among the few looked at.
+        """
+        n = len(self._task.train_data())
+        shapes = {
+            tuple(leaf.shape for leaf in flattened(one)[0] if isinstance(leaf, Tensor))
+            for i in torch.linspace(0, n - 1, min(n, LOOKED_AT)).long()
+            for one in [self._task.train_batch(i[None], Draw(0))]
+        }
+        if len(shapes) > 1:
+            raise ModelError(
+                "samples are of several shapes, and variants of an ensemble would be padded "
+                "otherwise than alone: train them one at a time"
+            )
 
     def batch(self, rows: slice, ids_MB: Tensor, epoch: int) -> Batch:
         """The samples `ids_MB` of the variants `rows` in an epoch; tensors (M, B, ...)."""
@@ -138,10 +169,21 @@ class Feed:
             ids = ids_MB.to(self._device)
             return pytree.tree_map_only(Tensor, lambda t: gather(t, ids), self._fixed)
         batches = [
-            self._task.train_batch(ids_B, Draw(seed, epoch))
+            _mapped(self._task.train_batch(ids_B, Draw(seed, epoch)))
             for ids_B, seed in zip(ids_MB, self._seeds[rows], strict=True)
         ]
-        return to_device(pytree.tree_map(lambda *t: torch.stack(t), *batches), self._device)
+        return to_device(pytree.tree_map(_stacked, *batches), self._device)
+
+
+def _mapped(batch: Batch) -> Batch:
+    """A batch of which what is no tensor cannot be used."""
+    leaves, structure = flattened(batch)
+    kept = [leaf if isinstance(leaf, Tensor) else Unmapped() for leaf in leaves]
+    return pytree.tree_unflatten(kept, structure)
+
+
+def _stacked(*leaves: Any) -> Any:
+    return torch.stack(leaves) if isinstance(leaves[0], Tensor) else leaves[0]
 
 
 def gather(values_N: Tensor, ids: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.utils import _pytree as pytree
 
 from influence_jobs.errors import ModelError
 from influence_jobs.tasks.base import Batch, Task
@@ -146,15 +147,17 @@ class StackedSteps:
             return out
 
         named = {f"model.{name}": tensor for name, tensor in stack.items()}
-        axes = (0, 0, None if new_labels_MB is None else 0)
+        mapped = pytree.tree_map(lambda x: 0 if isinstance(x, Tensor) else None, batch)
+        axes = (0, mapped, None if new_labels_MB is None else 0)
         try:
             losses_MB: Tensor = vmap(losses, in_dims=axes)(named, batch, new_labels_MB)
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:  # an operation that cannot be mapped, or a fault of the model
+        except Exception as error:  # what cannot be mapped, texts among it, or a fault of the model
+            said, *_ = str(error).splitlines() or [type(error).__name__]
             raise ModelError(
                 f"{type(self._losses.model).__name__} cannot be trained as an ensemble, "
-                f"one at a time it can: {str(error).splitlines()[0]}"
+                f"one at a time it can: {said}"
             ) from error
         return losses_MB
 

@@ -30,6 +30,10 @@ def test_a_new_task_works_as_it_stands(infl: Infl, tmp_path: Path) -> None:
     checked = infl("check", "begun_here.py:MyTask", "--width", 4, "--json")
     assert checked.code == 0, checked.out
     assert {finding["mark"] for finding in checked.json["findings"]} == {"ok"}
+    said = infl("check", "begun_here.py:MyTask", "--width", 4).out.splitlines()[-1]
+    assert said == (
+        "next: infl submit influence --task begun_here.py:MyTask --width 4 --test 0 --local"
+    )
     assert "\nok    parameters: 690 numbers in 4 parameters are trained\n" in checked.out
     words = ("--task", "begun_here.py:MyTask", "--width", 2, "--epochs", 1, "--local")
     found = infl("submit", "influence", *words, "--test", 0, "--solver", "ek-fac")

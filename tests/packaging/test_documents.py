@@ -14,13 +14,15 @@ import pytest
 import torch
 import typer
 import yaml
+from resnet import write_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
+from torchvision.models import resnet18
 
 from infl_cli.main import app, main
 from influence_jobs import Draw, Task
-from influence_jobs.contract import CHECKS
+from influence_jobs.contract import CHECKS, jobs
 
 PROJECT = Path(__file__).parents[2]
 DOCUMENTS = [
@@ -184,14 +186,51 @@ def influence_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of images that README's task reads."""
+    folder = tmp_path_factory.mktemp("images")
+    write_digits(folder, count=6, tests=6, classes=3)
+    return folder
+
+
+def test_the_first_model_of_the_readme(
+    image_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """From a network and two folders of images to scores, by README's file and commands alone."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(jobs, "ASKED", {"grad-norms": jobs.ASKED["grad-norms"]})  # seconds each
+    readme = PROJECT / "README.md"
+    start = readme.read_text().partition("## Your own model")[0].count("\n")
+    task = next(text for line, text in _blocks(readme, "python") if line > start)
+    (tmp_path / "mine.py").write_text(task.replace("/data/images", str(image_folder)))
+    torch.save(resnet18(num_classes=3).state_dict(), "resnet.pt")
+    commands = next(text for line, text in _blocks(readme, "sh") if line > start)
+    for line in commands.splitlines():
+        monkeypatch.setattr(sys, "argv", shlex.split(line, comments=True))
+        with pytest.raises(SystemExit) as leaving:
+            main()
+        assert leaving.value.code == 0, (line, *capsys.readouterr())
+    assert f"{image_folder}/train/" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("text", SNIPPETS)
 def test_a_snippet_runs(
-    text: str, influence_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    text: str,
+    influence_run: Path,
+    image_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(Path(__file__).parent)  # for many_tests
     names = _names()
     # The documents name a run that does not exist here.
+    text = text.replace("/data/images", str(image_folder))
     exec(re.sub(r"runs/influence-\w+-[0-9a-f]{12}", str(influence_run), text), names)  # noqa: S102
     for kind in names.values():
         if isinstance(kind, type) and issubclass(kind, Task) and kind is not Task:

@@ -79,6 +79,7 @@ def ablation_of(
         SpecError: The task cannot have this grid; see `require_ablation`.
     """
     from influence_jobs.kinds.ablation.job import require_ablation
+    from influence_jobs.training.changes import require_classes
 
     built = trained.subject.built
     n = len(built.train_data())
@@ -98,4 +99,6 @@ def ablation_of(
         relabel=relabel,
     )
     require_ablation(spec, built)
+    if "relabel" in modes:
+        require_classes(built)
     return spec

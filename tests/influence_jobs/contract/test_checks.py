@@ -112,8 +112,18 @@ class AugmentedInTraining(Right):
 
 def test_data_without_length_and_without_samples() -> None:
     (line,) = looked(samples.data, Streamed())
-    assert line.startswith("fail: train_data() is a Stream without a length: a sample's position ")
+    assert line.startswith("fail: train_data() is a Stream without a length and rows by position: ")
     assert looked(samples.data, Empty()) == ["fail: train_data() is empty"]
+
+
+class Lists(Right):
+    def train_data(self) -> Any:
+        return [{"ids": [i % 3, 1], "label": i % 2} for i in range(SAMPLES)]
+
+
+def test_lists_of_numbers_in_rows() -> None:
+    _, line = looked(samples.data, Lists())
+    assert line.startswith("warn: rows have lists of numbers, and default_collate makes one tensor")
 
 
 def test_random_data() -> None:

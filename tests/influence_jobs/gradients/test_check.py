@@ -89,7 +89,9 @@ def test_batch_that_cannot_be_cut():
     class Opaque:
         x = torch.randn(2, 6)
 
-    with pytest.raises(ModelError, match="for one sample have length 2: the batch must be a tuple"):
+    with pytest.raises(
+        ModelError, match="have length 2: the batch cannot be cut into samples, it must"
+    ):
         check(Probe(), losses=lambda model, batch: losses(model, batch.x), batch=Opaque())
 
 

@@ -11,7 +11,8 @@ from torch.utils import _pytree as pytree
 
 from influence_jobs.errors import ModelError
 from influence_jobs.gradients import GradDots, ParameterSpace
-from influence_jobs.gradients.reference import gradients_one_by_one, one_sample
+from influence_jobs.gradients.batches import one_sample
+from influence_jobs.gradients.reference import gradients_one_by_one
 
 
 def vectors_of(model, queries=3, modules=None):

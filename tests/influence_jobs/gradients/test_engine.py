@@ -8,7 +8,8 @@ from torch.utils import _pytree as pytree
 
 from influence_jobs.errors import ModelError
 from influence_jobs.gradients import GradNorms, norm_shape, reduce_gradient
-from influence_jobs.gradients.reference import one_sample, per_sample_gradients
+from influence_jobs.gradients.batches import one_sample
+from influence_jobs.gradients.reference import per_sample_gradients
 
 REDUCTIONS = ["kernel", "channel", "layer"]
 
