@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from influence_jobs.contract.trial import Line, Said, Trial, fail, ok, warn
-from influence_jobs.curvature.output_loss import forms_of
 from influence_jobs.curvature.requirements import require_output_loss
 from influence_jobs.errors import SpecError
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.tasks.base import Draw, Task, to_device
+from influence_jobs.tasks.output_loss import forms_of
 
 
 @torch.no_grad()

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from influence_jobs.contract.trial import Said, Trial, fail, ok, warn
-from influence_jobs.curvature.requirements import RELATIVE_ERROR
 from influence_jobs.errors import InflError
 from influence_jobs.gradients import GradDots, GradNorms
 from influence_jobs.gradients.fallback import Form
@@ -20,6 +19,7 @@ from influence_jobs.gradients.weights import weight_named, weights_of
 from influence_jobs.models.checkpoints import tied_names
 from influence_jobs.specs.base import listed
 from influence_jobs.tasks.layers import weight_layers
+from influence_jobs.tasks.output_loss import RELATIVE_ERROR
 from influence_jobs.training.train import seeded
 
 _REPEATS = 3  # of which the median time counts

@@ -5,9 +5,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from influence_jobs.contract.trial import Said, Trial, fail, ok
-from influence_jobs.curvature.requirements import RELATIVE_ERROR, require_deterministic
+from influence_jobs.curvature.requirements import require_deterministic
 from influence_jobs.gradients.requirements import require_independent_samples
 from influence_jobs.tasks.base import Draw, digest
+from influence_jobs.tasks.output_loss import RELATIVE_ERROR
 
 
 def data(trial: Trial) -> Said:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp, vmap
 from torch.utils import _pytree as pytree
 
-from influence_jobs.curvature.output_loss import Form, forms_of
 from influence_jobs.curvature.requirements import (
     require_deterministic,
     require_output_loss,
@@ -26,6 +25,7 @@ from influence_jobs.gradients.requirements import require_independent_samples
 from influence_jobs.gradients.taps import thawed
 from influence_jobs.gradients.transforms import all_derivatives
 from influence_jobs.tasks.base import Batch, Draw, Task, device_of, to_device
+from influence_jobs.tasks.output_loss import Form, forms_of
 
 MAX_BYTES = 2**30  # largest memory for activations times vectors in a pass
 MIN_ROWS = 8  # least samples in a pass; below it fewer vectors are faster than fewer samples

@@ -304,7 +304,9 @@ class RetrainJob(Job[S]):
             measured: Tensor = self.task.measure(self._model, batch, queries.quantity, region)
             values_Q[rows] += measured.double().cpu().numpy() / queries.noise_draws
             if self.task.output_loss == "cross-entropy":
-                decisions_Q[rows] = self.task.outputs(self._model, batch).argmax(1).cpu().numpy()
+                outputs = self.task.outputs(self._model, batch)
+                if outputs.ndim == 2:  # of tokens or pixels there is no one decision
+                    decisions_Q[rows] = outputs.argmax(1).cpu().numpy()
         if not np.isfinite(values_Q).all():
             raise SpecError(
                 "a retrained model's loss on a query is not finite: lower the learning rate"

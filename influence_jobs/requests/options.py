@@ -69,8 +69,8 @@ class QueriesOptions(SeedOptions):
     )
     quantity: str = option(
         "loss",
-        "What is explained: loss; for denoisers also output (mean square of the output in the "
-        "region) or change (mean square of output minus input).",
+        "What is explained: loss; if the task lists it, output (mean square of the output in the "
+        "region, or its mean logit); of FFDNet also change (mean square of output minus input).",
         panel=QUERY,
     )
     noise_draws: One[Count] = option(

@@ -35,6 +35,7 @@ from torch.utils.data import default_collate
 
 from influence_jobs.errors import DataError, SpecError
 from influence_jobs.tasks.published import Published
+from influence_jobs.tasks.regions import image_size, measure_outputs
 from influence_jobs.terms import Region
 
 Batch = Any  # a pytree of tensors with a leading batch axis
@@ -111,7 +112,8 @@ class Task(ABC):
             not count. Or a method `output_loss(self, outputs, targets)` that gives losses (B,),
             convex in the outputs. Without it (None) there is no Gauss-Newton matrix. Pages compare
             labels only where it is "cross-entropy", since elsewhere labels are not classes.
-        quantities: The quantities that `measure` knows, the default first.
+        quantities: The quantities that `measure` knows, the default first. The default `measure`
+            knows "loss", and "output" if it is listed.
         query_sets: Named sets of test ids.
         published: Results of the research report for this task, printed beside ours.
     """
@@ -183,14 +185,42 @@ class Task(ABC):
         return default_collate([data[int(i)] for i in ids])
 
     def test_size(self, test: int) -> tuple[int, int] | None:
-        """Height and width of a test image, if regions of it can be measured; else None."""
-        return None
+        """Height and width of a test image, if regions of it can be measured; else None.
+
+        By default those of its targets, if they are images and `measure` is the default.
+        """
+        if self.output_loss is None or type(self).measure is not Task.measure:
+            return None
+        try:
+            targets = self.targets(self.test_batch(torch.tensor([test]), Draw(0)))
+        except NotImplementedError:
+            return None
+        return image_size(self, targets)
 
     def measure(
         self, model: nn.Module, batch: Batch, quantity: str, region: Region | None
     ) -> Tensor:
-        """One of `quantities`, for every sample of a test batch, shape (B,)."""
-        return self.losses(model, batch)
+        """One of `quantities`, for every sample of a test batch, shape (B,).
+
+        By default it knows `loss` and `output`; see `tasks.regions.measure_outputs`. A task that
+        has other quantities, or regions of other outputs, defines it and `test_size`.
+
+        Raises:
+            SpecError: The quantity or the region cannot be measured.
+        """
+        if quantity == "loss" and region is None:
+            return self.losses(model, batch)
+        return measure_outputs(self, model, batch, quantity, region)
+
+    def embed(self, batch: Batch) -> Tensor:
+        """A vector of every sample of a training or test batch, (B, D), for `--method nearest`.
+
+        Without it the pixels of `pictures` and `test_picture` are compared.
+
+        Raises:
+            SpecError: The samples have no embedding.
+        """
+        raise SpecError(f"{type(self).__name__} defines no embed()")
 
     def describe_test(self, ids: npt.NDArray[np.int64]) -> Mapping[str, npt.NDArray[Any]]:
         """Like `describe`, for test samples."""
