@@ -1,6 +1,6 @@
 """`--dry-run`: disk, memory and time of a run, estimated from its plan and a short probe."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -32,6 +32,7 @@ class Estimate:
         rate: Samples a second of all workers together.
         rates: Samples a second of one worker, by batch size; empty if none but the plan's was
             tried.
+        said: What decides the cost, in lines for people.
     """
 
     plan: Plan
@@ -39,6 +40,7 @@ class Estimate:
     workers: int
     rate: float
     rates: Mapping[int, float] = field(default_factory=dict)
+    said: Sequence[str] = ()
 
     @property
     def fastest(self) -> int:
@@ -65,7 +67,12 @@ def print_plan(run: Run, how: How, *, json: bool) -> None:
         "run": run.id,
         "path": run.files.url,
         "needs_first": [
-            {"run": name, "samples": n.plan.units, "estimated_seconds": n.seconds}
+            {
+                "run": name,
+                "samples": n.plan.units,
+                "estimated_seconds": n.seconds,
+                "notes": [*n.said],
+            }
             for name, n in needs.items()
         ],
         "shards": len(plan.shards),
@@ -79,6 +86,7 @@ def print_plan(run: Run, how: How, *, json: bool) -> None:
         "samples_per_second": own.rate,
         "estimated_seconds": own.seconds,
         "total_seconds": total,
+        "notes": [*own.said],
     }
     if json:
         render.print_json(summary)
@@ -87,6 +95,7 @@ def print_plan(run: Run, how: How, *, json: bool) -> None:
     rows += [("done first", f"{name}, {_time(n)}") for name, n in needs.items()] or [
         ("done first", "nothing")
     ]
+    rows += [("", line) for needed in needs.values() for line in needed.said]
     rows += [
         ("shards", f"{summary['shards']} of up to {summary['rows_per_shard']:,} rows"),
         ("samples", f"{plan.units:,} in batches of {own.batch_size:,}"),
@@ -95,6 +104,7 @@ def print_plan(run: Run, how: How, *, json: bool) -> None:
         ("memory", f"about {size(memory)} a worker"),
         ("time", f"{_time(own)} (probed)"),
     ]
+    rows += [("", line) for line in own.said]
     if own.fastest != own.batch_size:
         gain = own.rates[own.fastest] / own.rates[own.batch_size]
         rows.append(("faster", f"{gain:.2f} times with --batch-size {own.fastest}"))
@@ -125,7 +135,7 @@ def _estimate(run: Run, how: How, *, try_others: bool = False) -> Estimate:
     rates = {}
     if try_others and isinstance(job, SampleJob):
         rates = _rates(run, how, batch_size, array.chunks[array.row_axis])
-    return Estimate(plan, batch_size, workers, rate, rates)
+    return Estimate(plan, batch_size, workers, rate, rates, job.said)
 
 
 def _rates(run: Run, how: How, own: int, most: int) -> dict[int, float]:

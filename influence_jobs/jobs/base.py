@@ -7,7 +7,7 @@ the shards, or other shards. So work can be interrupted, repeated and spread ove
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Generic, Literal, TypeVar
@@ -121,6 +121,7 @@ class Job(ABC, Generic[S]):
     """
 
     spec_type: ClassVar[type[Spec]]
+    said: Sequence[str] = ()  # what decides the cost, in lines for people; known after `probe`
 
     def __init__(self, run: Run, *, device: torch.device, batch_size: int | None = None):
         # Torch warns about its own code at the first forward-mode differentiation.
@@ -159,8 +160,11 @@ class Job(ABC, Generic[S]):
         """Compute one shard."""
 
     @abstractmethod
-    def probe(self) -> Iterator[int]:
-        """Do some of the work without writing, for measuring; yields the units of each piece."""
+    def probe(self) -> Iterator[float]:
+        """Do some of the work without writing, for measuring; yields the units of each piece.
+
+        It may set `said`.
+        """
 
     def input_digests(self) -> dict[str, str]:
         """SHA-256 by name of everything that this run reads from other runs.

@@ -8,7 +8,7 @@ import psutil
 from influence_jobs.jobs.base import Plan
 
 
-def samples_per_second(pieces: Iterator[int], seconds: float) -> float:
+def samples_per_second(pieces: Iterator[float], seconds: float) -> float:
     """Speed of one worker, from a job's probe.
 
     Args:
@@ -16,7 +16,7 @@ def samples_per_second(pieces: Iterator[int], seconds: float) -> float:
         seconds: How long to measure; one piece is done at least.
     """
     started = time.monotonic()
-    first, units = next(pieces), 0
+    first, units = next(pieces), 0.0
     warm = time.monotonic()
     for done in pieces:
         units += done

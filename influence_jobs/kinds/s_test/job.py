@@ -22,7 +22,7 @@ from influence_jobs.specs.solvers import Curvature
 from influence_jobs.store import layout
 from influence_jobs.store.checkpoints import load_checkpoint, recorded_digest
 from influence_jobs.store.layout import S_TEST, S_TEST_VARIANCE, ArrayLayout, repeat_name
-from influence_jobs.tasks.base import Draw, Task
+from influence_jobs.tasks.base import Draw, Task, device_of
 
 # A block of queries, which is a chunk, shares each product. The bytes limit a shard's vectors.
 MAX_QUERIES, MAX_BLOCK_BYTES = 64, 64 * 2**20
@@ -126,16 +126,27 @@ class STestJob(Job[STestSpec]):
         files = self.run_store.write_table(f"{SHARD_TABLES}/{shard.id}", pa.Table.from_pylist(rows))
         return Result(found, files)
 
-    def probe(self) -> Iterator[int]:
-        operator, ids = self._operator, self._samples[: self.batch_size]
-        rhs_QP = torch.randn(self.plan().arrays[0].chunk_rows, self._space.size, device=self.device)
-        products = self.spec.solver.passes
-        done = 0.0
-        while True:
-            operator.product(rhs_QP, ids)
-            done += len(ids) / products
-            yield max(1, round(done))
-            done -= round(done)
+    def probe(self) -> Iterator[float]:
+        self.said = []
+        if self._weights_exist:
+            load_checkpoint(self._model, self.run_store.root, self.spec.checkpoint)
+        elif self.spec.solver.uses_curvature:
+            self.said.append("measured with untrained weights, as there are no others yet")
+        rhs_QP = torch.randn(self.plan().arrays[0].chunk_rows, self._space.size).to(
+            device_of(self._model), next(self._model.parameters()).dtype
+        )
+        solver = make_solver(self.spec.solver, seed=self.spec.curvature.seed)
+        trial = solver.trial(self._operator, rhs_QP, self.spec.solver.passes)
+        self.said += trial.said
+        for fraction in trial.pieces:
+            yield fraction * len(self._samples)
+
+    @property
+    def _weights_exist(self) -> bool:
+        checkpoint = self.spec.checkpoint
+        if not isinstance(checkpoint, TrainedCheckpoint):
+            return True
+        return bool(recorded_digest(self.run_store.root, checkpoint))
 
     @cached_property
     def _model(self) -> torch.nn.Module:
