@@ -11,7 +11,7 @@ from influence_jobs.contract.trial import Line, Said, Trial, fail, ok, warn
 from influence_jobs.curvature.requirements import require_output_loss
 from influence_jobs.errors import SpecError
 from influence_jobs.gradients.parameters import ParameterSpace
-from influence_jobs.tasks.base import Draw, Task, to_device
+from influence_jobs.tasks.base import Draw, Task
 from influence_jobs.tasks.output_loss import forms_of
 
 
@@ -61,7 +61,7 @@ def tests(trial: Trial) -> Said:
         return
     size = task.test_size(0)
     together = min(count, 2) if size is None else 1  # images may be of any size
-    batch = to_device(task.test_batch(torch.arange(together), Draw(0)), trial.device)
+    batch = trial.given(task.test_batch(torch.arange(together), Draw(0)))
     for quantity in task.quantities:
         values_B = task.measure(trial.model, batch, quantity, None)
         if values_B.shape != (together,) or not values_B.isfinite().all():

@@ -103,7 +103,7 @@ def query_gradients(
             try:
                 total += space.of(exact).gradient(measured(exact, to_type(batch, torch.float64)))
             except RuntimeError:  # a model that only its own type will do for
-                total += space.gradient(measured(model, batch))
+                total += space.gradient(measured(model, to_type(batch, dtype)))
         if not total.isfinite().all():
             raise DataError(
                 f"the gradient of the {queries.quantity} of test sample {query.test} is not "

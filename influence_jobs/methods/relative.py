@@ -14,7 +14,7 @@ from influence_jobs.errors import ModelError
 
 def relative_scores(
     scores_QB: npt.NDArray[np.floating[Any]], squared_sizes_B: npt.NDArray[np.floating[Any]]
-) -> npt.NDArray[np.float32]:
+) -> npt.NDArray[np.floating[Any]]:
     """Divide influence by the size of each sample's effect.
 
     There are two forms. Let g be the gradient of a sample's loss and H the damped curvature. The
@@ -30,7 +30,7 @@ def relative_scores(
             zero.
 
     Returns:
-        (Q, B).
+        (Q, B), with the dtype of the scores.
 
     Raises:
         ModelError: A squared size is negative or not finite, as the damped curvature is not
@@ -42,4 +42,4 @@ def relative_scores(
             "curvature is not positive definite: use --operator gauss-newton or a larger --damping"
         )
     sizes_B = np.sqrt(squared_sizes_B)
-    return (scores_QB / np.where(sizes_B > 0, sizes_B, 1.0)).astype(np.float32)
+    return (scores_QB / np.where(sizes_B > 0, sizes_B, 1.0)).astype(scores_QB.dtype)

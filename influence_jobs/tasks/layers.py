@@ -49,7 +49,8 @@ def weight_layers(task: Task, model: nn.Module) -> list[str]:
     try:
         with torch.no_grad(), differentiable_kernels(model):
             sample = task.batch(torch.tensor([0]), Draw(seed=0))
-            task.losses(model.eval(), to_device(sample, device_of(model)))
+            sample = to_type(to_device(sample, device_of(model)), next(model.parameters()).dtype)
+            task.losses(model.eval(), sample)
     finally:
         model.train(training)
         for hook in hooks:

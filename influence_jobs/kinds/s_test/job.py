@@ -22,7 +22,7 @@ from influence_jobs.specs.solvers import Curvature
 from influence_jobs.store import layout
 from influence_jobs.store.checkpoints import load_checkpoint, recorded_digest
 from influence_jobs.store.layout import S_TEST, S_TEST_VARIANCE, ArrayLayout, repeat_name
-from influence_jobs.tasks.base import Draw, Task, device_of
+from influence_jobs.tasks.base import Draw, Task, converted, device_of
 
 # A block of queries, which is a chunk, shares each product. The bytes limit a shard's vectors.
 MAX_QUERIES, MAX_BLOCK_BYTES = 64, 64 * 2**20
@@ -63,7 +63,8 @@ class STestJob(Job[STestSpec]):
     def plan(self, shard_rows: int | None = None) -> Plan:
         require_queries(self.task, self.spec.queries)
         num_queries, size = len(self.spec.queries.items), self._space.size
-        block = max(1, min(MAX_QUERIES, MAX_BLOCK_BYTES // (4 * size), num_queries))
+        row_bytes = np.dtype(self.spec.precision).itemsize * size
+        block = max(1, min(MAX_QUERIES, MAX_BLOCK_BYTES // row_bytes, num_queries))
         rows = -(-(shard_rows or block) // block) * block
         names = [S_TEST]
         if self._repeats > 1:
@@ -75,6 +76,7 @@ class STestJob(Job[STestSpec]):
                 row_axis=0,
                 chunk_rows=block,
                 dims=("query", "parameter"),
+                dtype=self.spec.precision,
                 attributes={
                     "quantity": _quantity(name, self.spec),
                     "parameters": [[n, list(shape)] for n, shape in self._space.shapes.items()],
@@ -82,7 +84,7 @@ class STestJob(Job[STestSpec]):
             )
             for name in names
         )
-        fitting = min(MAX_REPEATS, MAX_BLOCK_BYTES // (4 * size * block))
+        fitting = min(MAX_REPEATS, MAX_BLOCK_BYTES // (row_bytes * block))
         groups = np.array_split(range(self._repeats), -(-self._repeats // max(1, fitting)))
         shards = tuple(
             Shard(f"{repeats[0]:03d}-{start:06d}-{min(start + rows, num_queries):06d}", start,
@@ -150,7 +152,7 @@ class STestJob(Job[STestSpec]):
 
     @cached_property
     def _model(self) -> torch.nn.Module:
-        return self.task.model().to(self.device).eval()
+        return converted(self.task.model(), self.device, getattr(torch, self.spec.precision))[0]
 
     @cached_property
     def _samples(self) -> torch.Tensor:
@@ -185,7 +187,7 @@ class STestJob(Job[STestSpec]):
         files |= write_queries(run, self.task, spec.queries)
         if self._repeats == 1:
             return Result(files=files)
-        mean = np.empty(run.array(S_TEST).shape, dtype=np.float32)
+        mean = np.empty(run.array(S_TEST).shape, dtype=spec.precision)
         variance = np.empty_like(mean)
         for row in range(len(mean)):
             names = [repeat_name(repeat) for repeat in range(self._repeats)]
