@@ -47,6 +47,10 @@ class Operator(ABC):
         batch_size: Largest number of samples in a pass. It is smaller if many vectors would take
             more than `MAX_BYTES`.
 
+    Raises:
+        SpecError: There are no samples.
+        ModelError: A parameter is of half precision.
+
     Attributes:
         positive_semidefinite: Whether the matrix is positive semidefinite for every model.
         cost: Cost of a product for one vector, in gradients of the same samples. It counts the
@@ -69,6 +73,12 @@ class Operator(ABC):
     ):
         if len(ids) == 0:
             raise SpecError("curvature needs at least one sample")
+        for name, parameter in space.parameters().items():
+            if parameter.dtype not in (torch.float32, torch.float64):
+                raise ModelError(
+                    f"parameter {name} is of {str(parameter.dtype).removeprefix('torch.')}, in "
+                    "which curvature means nothing: convert the model, model.float()"
+                )
         self.model, self.space, self.task, self.ids, self.draw = model, space, task, ids, draw
         self.batch_size = batch_size or task.batch_size
         self.work = 0.0

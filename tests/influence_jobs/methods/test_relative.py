@@ -14,7 +14,8 @@ def test_both_published_forms_against_dense_algebra() -> None:
     steps_BP = g_BP @ inverse
     theta = relative_scores(scores, np.sum(steps_BP**2, axis=1))
     loss = relative_scores(scores, np.einsum("bp,bp->b", g_BP, steps_BP))
-    assert theta.dtype == np.float32
+    assert theta.dtype == np.float64  # as the scores
+    assert relative_scores(np.ones((1, 1), np.float32), np.ones(1)).dtype == np.float32
     for q in range(2):
         for i in range(6):
             score = v_QP[q] @ inverse @ g_BP[i]
