@@ -24,7 +24,7 @@ from influence_jobs.specs.rankings import RetrainingSpec
 from influence_jobs.store.layout import CHECKPOINTS, ArrayLayout
 from influence_jobs.store.rankings import digests, needed_runs
 from influence_jobs.store.retrained import Retrained, variant_key
-from influence_jobs.tasks.base import Batch, Draw, converted, to_device, to_type
+from influence_jobs.tasks.base import Batch, Draw, converted, out_of_half, to_device
 from influence_jobs.terms import Region
 from influence_jobs.training.changes import Changes
 from influence_jobs.training.ensemble import EnsembleTrainer, Variant
@@ -288,7 +288,7 @@ class RetrainJob(Job[S]):
 
     def _test_batch(self, tests: Sequence[int], draw: int) -> Batch:
         batch = self.task.test_batch(torch.tensor(tests), Draw(self.spec.queries.seed, draw))
-        return to_type(to_device(batch, self.device), next(self._model.parameters()).dtype)
+        return out_of_half(to_device(batch, self.device), self._model)
 
     @torch.no_grad()
     def _measure(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from influence_jobs.errors import DataError, ModelError, SpecError
 from influence_jobs.gradients.rules import nearest_rule
 from influence_jobs.gradients.weights import own_weights, weight_named
-from influence_jobs.tasks.base import Batch, Draw, Task, device_of, to_device, to_type
+from influence_jobs.tasks.base import Batch, Draw, Task, device_of, out_of_half, to_device
 from influence_jobs.terms import Region
 
 FloatArray = npt.NDArray[np.floating[Any]]
@@ -64,7 +64,7 @@ def query_activations(
         size = task.test_size(test)
         for draw in draws:
             batch = to_device(task.test_batch(torch.tensor([test]), draw), device_of(model))
-            batch = to_type(batch, next(model.parameters()).dtype)
+            batch = out_of_half(batch, model)
             for layer, output in clamped_outputs(task, model, layers, batch).items():
                 if not output.isfinite().all():
                     raise DataError(

@@ -54,6 +54,15 @@ def to_type(batch: Batch, dtype: torch.dtype) -> Batch:
     )
 
 
+def out_of_half(batch: Batch, model: nn.Module) -> Batch:
+    """A batch for a model that was `converted` from half precision; other tensors stay as given."""
+    dtype = next(model.parameters()).dtype
+    half = (torch.bfloat16, torch.float16)
+    if dtype in half:
+        return batch
+    return pytree.tree_map_only(Tensor, lambda t: t.to(dtype) if t.dtype in half else t, batch)
+
+
 def digest(batch: Batch) -> str:
     """SHA-256 of a batch: of its tensors' bytes, shapes and types, and of its other contents."""
     found = hashlib.sha256()

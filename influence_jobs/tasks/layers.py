@@ -21,7 +21,7 @@ from influence_jobs.gradients.weights import (
     weights_of,
     with_parametrizations,
 )
-from influence_jobs.tasks.base import Draw, Task, device_of, to_device, to_type
+from influence_jobs.tasks.base import Draw, Task, device_of, out_of_half, to_device, to_type
 
 Say = Callable[[str], None]
 LISTED = 4  # names in a line
@@ -49,7 +49,7 @@ def weight_layers(task: Task, model: nn.Module) -> list[str]:
     try:
         with torch.no_grad(), differentiable_kernels(model):
             sample = task.batch(torch.tensor([0]), Draw(seed=0))
-            sample = to_type(to_device(sample, device_of(model)), next(model.parameters()).dtype)
+            sample = out_of_half(to_device(sample, device_of(model)), model)
             task.losses(model.eval(), sample)
     finally:
         model.train(training)
