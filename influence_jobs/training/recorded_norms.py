@@ -62,6 +62,8 @@ class RecordedNorms:
             weight = self._weights[layer]
             gradient = model.get_parameter(weight.parameter).grad
             assert isinstance(gradient, Tensor)
+            # Squares of half precision have too few digits.
+            gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
             norms = weight.norms(gradient[None], self._reduction)
             # A batch has no sample twice, so indexing may add.
             sums[ids] += norms.to(sums.device)
