@@ -77,7 +77,7 @@ class Trial:
     @cached_property
     def _built(self) -> tuple[nn.Module, bool]:
         with seeded(0, self.device):
-            return converted(self.task.model(), self.device)
+            return converted(self.task, self.device)
 
     @property
     def precision(self) -> ScorePrecision:

@@ -265,7 +265,7 @@ class RetrainJob(Job[S]):
 
     @cached_property
     def _model(self) -> nn.Module:
-        return converted(self.task.model(), self.device)[0]
+        return converted(self.task, self.device)[0]
 
     @cached_property
     def _query_batches(self) -> list[QueryBatch]:

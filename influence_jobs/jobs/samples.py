@@ -85,7 +85,7 @@ class SampleJob(Job[S]):
     @cached_property
     def _built(self) -> tuple[torch.nn.Module, bool]:
         """The model, and whether the task makes it, and so its samples, in another dtype."""
-        model, converts = converted(self.task.model(), self.device, self.dtype)
+        model, converts = converted(self.task, self.device, self.dtype)
         return in_fast_layout(self.task, model), converts
 
     def load(self, checkpoint: Checkpoint) -> None:

@@ -125,7 +125,7 @@ class Explainer:
     def _activations(self, test: int, layers: Sequence[str]) -> dict[str, Tensor]:
         """A test image's activations (C, h, w) by layer, the mean over draws of its noise."""
         if self._model is None:
-            model, _ = converted(self.task.model(), torch.device("cpu"))
+            model, _ = converted(self.task, torch.device("cpu"))
             load_checkpoint(model, self.norms.run.root, self.norms.checkpoint)
             self._model = model  # set last: a model without its weights must not be used
         totals: dict[str, Tensor] = {}

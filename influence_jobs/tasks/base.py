@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import default_collate
 
-from influence_jobs.errors import DataError, SpecError
+from influence_jobs.errors import DataError, ModelError, SpecError
 from influence_jobs.tasks.published import Published
 from influence_jobs.tasks.regions import image_size, measure_outputs
 from influence_jobs.terms import Region
@@ -84,19 +84,6 @@ def dtype_of(model: nn.Module) -> torch.dtype:
     return torch.float64 if double else torch.float32
 
 
-def converted(
-    model: nn.Module, device: torch.device, dtype: torch.dtype | None = None
-) -> tuple[nn.Module, bool]:
-    """A new model in eval mode on a device, and whether its samples must be converted too.
-
-    Args:
-        dtype: Of its weights; by default `dtype_of` it.
-    """
-    dtype = dtype or dtype_of(model)
-    types = {value.dtype for value in model.parameters() if value.is_floating_point()}
-    return model.to(device, dtype).eval(), bool(types - {dtype})
-
-
 def device_of(model: nn.Module) -> torch.device:
     """The device of a model's weights."""
     return next(model.parameters()).device
@@ -124,6 +111,37 @@ class Draw:
 
     seed: int
     index: int = 0
+
+
+def converted(
+    task: "Task", device: torch.device, dtype: torch.dtype | None = None
+) -> tuple[nn.Module, bool]:
+    """A task's untrained model in eval mode, and whether its samples must be converted too.
+
+    Args:
+        dtype: Of its weights; by default `dtype_of` it.
+
+    Raises:
+        ModelError: The model is built in another dtype and does not run in this one.
+    """
+    model = task.model()
+    dtype = dtype or dtype_of(model)
+    types = {value.dtype for value in model.parameters() if value.is_floating_point()}
+    model = model.to(device, dtype).eval()
+    converts = bool(types - {dtype})
+    if converts:
+        sample = to_device(task.batch(torch.tensor([0]), Draw(0)), device)
+        try:
+            with torch.no_grad():
+                task.losses(model, to_type(sample, dtype))
+        except RuntimeError as error:
+            names = ", ".join(sorted(str(t).removeprefix("torch.") for t in types - {dtype}))
+            raise ModelError(
+                f"{type(model).__name__} is built in {names} and does not run in "
+                f"{str(dtype).removeprefix('torch.')} ({str(error).splitlines()[0]}): let its "
+                "forward follow the dtype of its weights, and leave .to(dtype) to the training"
+            ) from error
+    return model, converts
 
 
 class Task(ABC):

@@ -149,3 +149,19 @@ def test_every_kind_of_run_takes_a_model_in_another_dtype(
     ):
         answer = infl("submit", *asked, *one)
         assert answer.code == 0, (asked, answer.err)
+
+
+def test_a_forward_that_insists_on_half_precision_is_refused_by_name(
+    infl: Infl, tmp_path: Path
+) -> None:
+    name = "insists:Classes"
+    text = TASK.replace("DTYPE", "bfloat16").replace(
+        "model(batch[0])", "model(batch[0].to(torch.bfloat16))"
+    )
+    (tmp_path / "insists.py").write_text(text)
+    for kind in ("influence", "attribution"):
+        answer = infl("submit", kind, "--local", "--epochs", "1", "--task", name, "--test", "3")
+        assert answer.code == 2
+        assert "Sequential is built in bfloat16 and does not run in float32" in answer.err
+        assert "Traceback" not in answer.err
+    assert "is built in bfloat16 and does not run" in infl("check", name).out

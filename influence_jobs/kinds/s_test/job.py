@@ -152,7 +152,7 @@ class STestJob(Job[STestSpec]):
 
     @cached_property
     def _model(self) -> torch.nn.Module:
-        return converted(self.task.model(), self.device, getattr(torch, self.spec.precision))[0]
+        return converted(self.task, self.device, getattr(torch, self.spec.precision))[0]
 
     @cached_property
     def _samples(self) -> torch.Tensor:
