@@ -36,3 +36,8 @@ def test_a_sample_without_gradient_scores_zero() -> None:
 def test_squared_sizes_that_are_negative_or_not_finite_are_refused(bad: float) -> None:
     with pytest.raises(ModelError, match="not positive definite"):
         relative_scores(np.ones((1, 2)), np.array([1.0, bad]))
+
+
+def test_a_size_that_vanishes_where_a_score_does_not_is_refused() -> None:
+    with pytest.raises(ModelError, match="use --precision float64"):
+        relative_scores(np.array([[0.0, 3.0], [1e-30, 3.0]]), np.array([0.0, 4.0]))
