@@ -50,8 +50,8 @@ class Bert(Task):
         hidden: Annotated[int, Doc("Hidden size.")] = 32,
     ) -> None:
         self.hidden = hidden
-        self.train = reviews(samples, 0, wrong=samples // 20)
-        self.test = reviews(40, 1)
+        self.train_set = reviews(samples, 0, wrong=samples // 20)
+        self.test_set = reviews(40, 1)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -74,10 +74,10 @@ class Bert(Task):
         )
 
     def train_data(self) -> Sequence[Mapping[str, Any]]:
-        return self.train
+        return self.train_set
 
     def test_data(self) -> Sequence[Mapping[str, Any]]:
-        return self.test
+        return self.test_set
 
     def collate(self, rows: list[Any]) -> Batch:
         batch = self.tokenizer([row["text"] for row in rows], padding=True, return_tensors="pt")
@@ -97,7 +97,7 @@ class Bert(Task):
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> Mapping[str, float]:
-        batch = self.collate(self.test)
+        batch = self.collate(self.test_set)
         return {
             "accuracy": float(
                 (self.outputs(model, batch).argmax(1) == batch["labels"]).float().mean()
@@ -105,10 +105,10 @@ class Bert(Task):
         }
 
     def describe(self, ids: npt.NDArray[np.int64]) -> Mapping[str, npt.NDArray[Any]]:
-        return _columns([self.train[i] for i in ids])
+        return _columns([self.train_set[i] for i in ids])
 
     def describe_test(self, ids: npt.NDArray[np.int64]) -> Mapping[str, npt.NDArray[Any]]:
-        return _columns([self.test[i] for i in ids])
+        return _columns([self.test_set[i] for i in ids])
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, npt.NDArray[Any]]:

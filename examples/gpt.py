@@ -45,7 +45,7 @@ class Gpt(Task):
         hidden: Annotated[int, Doc("Hidden size.")] = 32,
     ) -> None:
         self.hidden = hidden
-        self.train, self.test = sentences(samples, 0), sentences(20, 1)
+        self.train_set, self.test_set = sentences(samples, 0), sentences(20, 1)
 
     def model(self) -> nn.Module:
         return GPT2LMHeadModel(
@@ -61,10 +61,10 @@ class Gpt(Task):
         )
 
     def train_data(self) -> Sequence[str]:
-        return self.train
+        return self.train_set
 
     def test_data(self) -> Sequence[str]:
-        return self.test
+        return self.test_set
 
     def collate(self, rows: list[str]) -> Batch:
         """Ids, padded, and what follows each of them; the padding is masked and not counted."""
@@ -94,7 +94,7 @@ class Gpt(Task):
     # A query of some tokens. A sentence is an image of one row: a region is 0, first, 1, count.
 
     def test_size(self, test: int) -> tuple[int, int]:
-        return 1, len(self.test[test].split())
+        return 1, len(self.test_set[test].split())
 
     def measure(
         self, model: nn.Module, batch: Batch, quantity: str, region: Region | None
@@ -106,7 +106,7 @@ class Gpt(Task):
         return losses[:, first : first + count].mean(1)
 
     def describe(self, ids: npt.NDArray[np.int64]) -> Mapping[str, npt.NDArray[Any]]:
-        return {"text": np.array([self.train[i] for i in ids])}
+        return {"text": np.array([self.train_set[i] for i in ids])}
 
     def describe_test(self, ids: npt.NDArray[np.int64]) -> Mapping[str, npt.NDArray[Any]]:
-        return {"text": np.array([self.test[i] for i in ids])}
+        return {"text": np.array([self.test_set[i] for i in ids])}

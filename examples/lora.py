@@ -37,7 +37,7 @@ class Lora(Task):
         rank: Annotated[int, Doc("Rank of the adapters.")] = 2,
     ) -> None:
         self.hidden, self.rank = hidden, rank
-        self.train, self.test = numbers(samples, 0), numbers(40, 1)
+        self.train_set, self.test_set = numbers(samples, 0), numbers(40, 1)
 
     def body(self) -> nn.Module:
         """Yours comes from AutoModel....from_pretrained; here it is random, always the same."""
@@ -64,10 +64,10 @@ class Lora(Task):
         return get_peft_model(self.body(), adapters)
 
     def train_data(self) -> Sequence[tuple[Tensor, int]]:
-        return self.train
+        return self.train_set
 
     def test_data(self) -> Sequence[tuple[Tensor, int]]:
-        return self.test
+        return self.test_set
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
         return model(input_ids=batch[0]).logits
@@ -80,15 +80,15 @@ class Lora(Task):
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> Mapping[str, float]:
-        batch = self.collate([*self.test])
+        batch = self.collate([*self.test_set])
         right = self.outputs(model, batch).argmax(1) == batch[1]
         return {"accuracy": float(right.float().mean())}
 
     def describe(self, ids: npt.NDArray[np.int64]) -> Mapping[str, npt.NDArray[Any]]:
-        return _columns([self.train[i] for i in ids])
+        return _columns([self.train_set[i] for i in ids])
 
     def describe_test(self, ids: npt.NDArray[np.int64]) -> Mapping[str, npt.NDArray[Any]]:
-        return _columns([self.test[i] for i in ids])
+        return _columns([self.test_set[i] for i in ids])
 
 
 def _columns(rows: Sequence[tuple[Tensor, int]]) -> dict[str, npt.NDArray[Any]]:

@@ -54,16 +54,16 @@ class Lstm(Task):
         hidden: Annotated[int, Doc("Size of the state.")] = 16,
     ) -> None:
         self.cell, self.hidden = cell, hidden
-        self.train, self.test = words(samples, 0), words(50, 1)
+        self.train_set, self.test_set = words(samples, 0), words(50, 1)
 
     def model(self) -> nn.Module:
         return Reader(self.cell, self.hidden)
 
     def train_data(self) -> list[tuple[str, int]]:
-        return self.train
+        return self.train_set
 
     def test_data(self) -> list[tuple[str, int]]:
-        return self.test
+        return self.test_set
 
     def collate(self, rows: list[tuple[str, int]]) -> Batch:
         read = [torch.tensor([LETTERS.index(letter) for letter in word]) for word, _ in rows]
@@ -84,15 +84,15 @@ class Lstm(Task):
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> Mapping[str, float]:
-        batch = self.collate(self.test)
+        batch = self.collate(self.test_set)
         right = self.outputs(model, batch).argmax(1) == batch["labels"]
         return {"accuracy": float(right.float().mean())}
 
     def describe(self, ids: npt.NDArray[np.int64]) -> Mapping[str, npt.NDArray[Any]]:
-        return _columns([self.train[i] for i in ids])
+        return _columns([self.train_set[i] for i in ids])
 
     def describe_test(self, ids: npt.NDArray[np.int64]) -> Mapping[str, npt.NDArray[Any]]:
-        return _columns([self.test[i] for i in ids])
+        return _columns([self.test_set[i] for i in ids])
 
 
 def _columns(rows: list[tuple[str, int]]) -> dict[str, npt.NDArray[Any]]:

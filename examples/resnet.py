@@ -36,18 +36,18 @@ class ResNet(Task):
         size: Annotated[int, Doc("Pixels of a side, after resizing.")] = 64,
     ) -> None:
         transform = Compose([Resize((size, size)), ToTensor()])  # no random crops: see train_batch
-        self.train = ImageFolder(str(Path(images, "train")), transform)
-        self.test = ImageFolder(str(Path(images, "test")), transform)
-        assert self.train.classes == self.test.classes  # they are numbered by their folders
+        self.train_set = ImageFolder(str(Path(images, "train")), transform)
+        self.test_set = ImageFolder(str(Path(images, "test")), transform)
+        assert self.train_set.classes == self.test_set.classes  # they are numbered by their folders
 
     def model(self) -> nn.Module:
-        return resnet18(weights=None, num_classes=len(self.train.classes))
+        return resnet18(weights=None, num_classes=len(self.train_set.classes))
 
     def train_data(self) -> ImageFolder:
-        return self.train
+        return self.train_set
 
     def test_data(self) -> ImageFolder:
-        return self.test
+        return self.test_set
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
         images, _ = batch
@@ -68,19 +68,19 @@ class ResNet(Task):
 
     def test_batch_of_all(self) -> Batch:
         """The test images, as one batch; cut it if yours are many."""
-        return self.collate([self.test[i] for i in range(len(self.test))])
+        return self.collate([self.test_set[i] for i in range(len(self.test_set))])
 
     def describe(self, ids: npt.NDArray[np.int64]) -> Mapping[str, npt.NDArray[Any]]:
-        return _described(self.train, ids)
+        return _described(self.train_set, ids)
 
     def describe_test(self, ids: npt.NDArray[np.int64]) -> Mapping[str, npt.NDArray[Any]]:
-        return _described(self.test, ids)
+        return _described(self.test_set, ids)
 
     def pictures(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
-        return np.stack([_picture(self.train, i) for i in ids])
+        return np.stack([_picture(self.train_set, i) for i in ids])
 
     def test_picture(self, test: int) -> npt.NDArray[np.uint8]:
-        return _picture(self.test, test)
+        return _picture(self.test_set, test)
 
 
 def _described(data: ImageFolder, ids: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:

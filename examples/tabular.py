@@ -35,8 +35,8 @@ class Tabular(Task):
         mean, deviation = features[:-TESTS].mean(0), features[:-TESTS].std(0)
         features, progress = (features - mean) / deviation, (progress - 150) / 75
         self.table, self.columns = table.data, table.feature_names
-        self.train = TensorDataset(features[:samples], progress[:samples])
-        self.test = TensorDataset(features[-TESTS:], progress[-TESTS:])
+        self.train_set = TensorDataset(features[:samples], progress[:samples])
+        self.test_set = TensorDataset(features[-TESTS:], progress[-TESTS:])
 
     def model(self) -> nn.Module:
         return nn.Sequential(
@@ -50,10 +50,10 @@ class Tabular(Task):
         )
 
     def train_data(self) -> TensorDataset:
-        return self.train
+        return self.train_set
 
     def test_data(self) -> TensorDataset:
-        return self.test
+        return self.test_set
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
         return model(batch[0]).squeeze(1)  # (B,), as the targets: (B, 1) - (B,) would be (B, B)
@@ -75,15 +75,15 @@ class Tabular(Task):
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> Mapping[str, float]:
-        return {"mean squared error": float(self.losses(model, self.test.tensors).mean())}
+        return {"mean squared error": float(self.losses(model, self.test_set.tensors).mean())}
 
     def fingerprint(self) -> str:
         """A table is small: all of it counts, not sixteen rows."""
-        values = torch.cat([self.train.tensors[0], self.train.tensors[1][:, None]], 1)
+        values = torch.cat([self.train_set.tensors[0], self.train_set.tensors[1][:, None]], 1)
         return f"{len(values)} rows, {hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16]}"
 
     def describe(self, ids: npt.NDArray[np.int64]) -> Mapping[str, npt.NDArray[Any]]:
-        return {**self._columns(ids), "progress": self.train.tensors[1].numpy()[ids] * 75 + 150}
+        return {**self._columns(ids), "progress": self.train_set.tensors[1].numpy()[ids] * 75 + 150}
 
     def describe_test(self, ids: npt.NDArray[np.int64]) -> Mapping[str, npt.NDArray[Any]]:
         return self._columns(ids - TESTS)

@@ -71,16 +71,16 @@ class UNet(Task):
         width: Annotated[int, Doc("Channels of the first layer.")] = 8,
     ) -> None:
         self.width = width
-        self.train, self.test = drawings(samples, 0), drawings(20, 1)
+        self.train_set, self.test_set = drawings(samples, 0), drawings(20, 1)
 
     def model(self) -> nn.Module:
         return UNetwork(self.width)
 
     def train_data(self) -> TensorDataset:
-        return self.train
+        return self.train_set
 
     def test_data(self) -> TensorDataset:
-        return self.test
+        return self.test_set
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
         return model(batch[0])
@@ -108,16 +108,16 @@ class UNet(Task):
         return values[:, :, y : y + height, x : x + width].mean((1, 2, 3))
 
     def describe(self, ids: npt.NDArray[np.int64]) -> Mapping[str, npt.NDArray[Any]]:
-        return {"shape": np.array(SHAPES)[self.train.tensors[2].numpy()[ids]]}
+        return {"shape": np.array(SHAPES)[self.train_set.tensors[2].numpy()[ids]]}
 
     def describe_test(self, ids: npt.NDArray[np.int64]) -> Mapping[str, npt.NDArray[Any]]:
-        return {"shape": np.array(SHAPES)[self.test.tensors[2].numpy()[ids]]}
+        return {"shape": np.array(SHAPES)[self.test_set.tensors[2].numpy()[ids]]}
 
     def pictures(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
-        return _bytes(self.train.tensors[0])[ids]
+        return _bytes(self.train_set.tensors[0])[ids]
 
     def test_picture(self, test: int) -> npt.NDArray[np.uint8]:
-        return _bytes(self.test.tensors[0])[test]
+        return _bytes(self.test_set.tensors[0])[test]
 
 
 def _bytes(images: Tensor) -> npt.NDArray[np.uint8]:

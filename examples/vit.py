@@ -33,8 +33,8 @@ class ViT(Task):
         digits = load_digits()
         images = torch.from_numpy(digits.images).float().unsqueeze(1).repeat(1, 3, 1, 1) / 16
         labels = torch.from_numpy(digits.target)
-        self.train = TensorDataset(images[:samples], labels[:samples])
-        self.test = TensorDataset(images[-TESTS:], labels[-TESTS:])
+        self.train_set = TensorDataset(images[:samples], labels[:samples])
+        self.test_set = TensorDataset(images[-TESTS:], labels[-TESTS:])
 
     def model(self) -> nn.Module:
         return VisionTransformer(
@@ -48,10 +48,10 @@ class ViT(Task):
         )
 
     def train_data(self) -> TensorDataset:
-        return self.train
+        return self.train_set
 
     def test_data(self) -> TensorDataset:
-        return self.test
+        return self.test_set
 
     def train_batch(self, ids: Tensor, draw: Draw) -> Batch:
         """Augmentation is for training alone, and a function of (seed, epoch, sample)."""
@@ -75,20 +75,20 @@ class ViT(Task):
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> Mapping[str, float]:
-        images, labels = self.test.tensors
+        images, labels = self.test_set.tensors
         return {"accuracy": float((model(images).argmax(1) == labels).float().mean())}
 
     def describe(self, ids: npt.NDArray[np.int64]) -> Mapping[str, npt.NDArray[Any]]:
-        return {"label": self.train.tensors[1].numpy()[ids]}
+        return {"label": self.train_set.tensors[1].numpy()[ids]}
 
     def describe_test(self, ids: npt.NDArray[np.int64]) -> Mapping[str, npt.NDArray[Any]]:
-        return {"label": self.test.tensors[1].numpy()[ids]}
+        return {"label": self.test_set.tensors[1].numpy()[ids]}
 
     def pictures(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
-        return (self.train.tensors[0].numpy()[ids, 0] * 255).astype(np.uint8)
+        return (self.train_set.tensors[0].numpy()[ids, 0] * 255).astype(np.uint8)
 
     def test_picture(self, test: int) -> npt.NDArray[np.uint8]:
-        return (self.test.tensors[0].numpy()[test, 0] * 255).astype(np.uint8)
+        return (self.test_set.tensors[0].numpy()[test, 0] * 255).astype(np.uint8)
 
 
 def _moves(draw: Draw, index: int) -> list[int]:

@@ -4,6 +4,7 @@ from typing import Literal
 
 Reduction = Literal["kernel", "channel", "layer"]
 Precision = Literal["float32", "float64", "bfloat16"]
+ScorePrecision = Literal["float32", "float64"]
 OutputLoss = Literal["cross-entropy", "mse", "binary-cross-entropy"]
 # "task": the task's own.
 Optimizer = Literal["sgd", "adam", "adamw", "task"]

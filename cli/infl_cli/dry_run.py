@@ -68,7 +68,12 @@ def print_plan(run: Run, how: How, *, json: bool) -> None:
         "run": run.id,
         "path": run.files.url,
         "needs_first": [
-            {"run": name, "samples": n.plan.units, "estimated_seconds": n.seconds}
+            {
+                "run": name,
+                "samples": n.plan.units,
+                "estimated_seconds": n.seconds,
+                "notes": [*n.notes],
+            }
             for name, n in needs.items()
         ],
         "shards": len(plan.shards),
@@ -91,6 +96,7 @@ def print_plan(run: Run, how: How, *, json: bool) -> None:
     rows += [("done first", f"{name}, {_time(n)}") for name, n in needs.items()] or [
         ("done first", "nothing")
     ]
+    rows += [("", line) for needed in needs.values() for line in needed.notes]
     rows += [
         ("shards", f"{summary['shards']} of up to {summary['rows_per_shard']:,} rows"),
         (

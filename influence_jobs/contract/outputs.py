@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from influence_jobs.contract.trial import Line, Said, Trial, fail, ok, warn
-from influence_jobs.curvature.output_loss import SUM_ERROR, forms_of
 from influence_jobs.curvature.requirements import require_output_loss
 from influence_jobs.errors import ModelError, SpecError
 from influence_jobs.gradients.parameters import ParameterSpace
-from influence_jobs.tasks.base import Draw, Task, to_device
+from influence_jobs.tasks.base import Draw, Task
+from influence_jobs.tasks.output_loss import SUM_ERROR, forms_of
 
 
 @torch.no_grad()
@@ -69,7 +69,7 @@ def tests(trial: Trial) -> Said:
         return
     size = task.test_size(0)
     together = min(count, 2) if size is None else 1  # images may be of any size
-    batch = to_device(task.test_batch(torch.arange(together), Draw(0)), trial.device)
+    batch = trial.given(task.test_batch(torch.arange(together), Draw(0)))
     for quantity in task.quantities:
         values_B = task.measure(trial.model, batch, quantity, None)
         if values_B.shape != (together,) or not values_B.isfinite().all():
@@ -89,7 +89,11 @@ def tests(trial: Trial) -> Said:
         regions = f"regions of {size[0]} x {size[1]} pixels"
         corner = (size[0] - 1, size[1] - 1, 1, 1)
         for quantity in task.quantities:
-            value_B = task.measure(trial.model, batch, quantity, corner)
+            try:
+                value_B = task.measure(trial.model, batch, quantity, corner)
+            except SpecError as error:  # such as a loss that is of no single pixel
+                yield warn(str(error))
+                break
             if value_B.shape != (1,) or not value_B.isfinite().all():
                 yield fail(f"measure() of {quantity} at one pixel gives {value_B.tolist()}")
                 return

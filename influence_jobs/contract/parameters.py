@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from influence_jobs.contract.trial import Said, Trial, fail, ok, warn
-from influence_jobs.curvature.requirements import RELATIVE_ERROR
 from influence_jobs.errors import InflError
 from influence_jobs.gradients import GradDots, GradNorms
 from influence_jobs.gradients.fallback import Form
@@ -20,6 +19,7 @@ from influence_jobs.gradients.weights import weight_named, weights_of
 from influence_jobs.models.checkpoints import tied_names
 from influence_jobs.specs.base import listed
 from influence_jobs.tasks.layers import weight_layers
+from influence_jobs.tasks.output_loss import RELATIVE_ERROR
 from influence_jobs.training.train import seeded
 
 _REPEATS = 3  # of which the median time counts
@@ -121,7 +121,9 @@ def _taken(
     try:
         if names:
             batch = trial.fetch(trial.ids[:2])
-            with GradNorms(trial.model, names, trial.task.losses, reduction="layer") as norms:
+            with GradNorms(
+                trial.model, names, trial.task.losses, reduction="layer", precision=trial.precision
+            ) as norms:
                 norms.check(batch)
                 slow = norms.slow_layers(batch)
             return {name: slow.get(name) for name in names}, []
@@ -135,7 +137,9 @@ def _taken(
 
 
 def _norms_seconds(trial: Trial, names: Sequence[str]) -> float:
-    with GradNorms(trial.model, names, trial.task.losses, reduction="channel") as norms:
+    with GradNorms(
+        trial.model, names, trial.task.losses, reduction="channel", precision=trial.precision
+    ) as norms:
         return _seconds(trial, lambda: norms(trial.full_batch))
 
 
@@ -150,7 +154,9 @@ def _dots_seconds(trial: Trial, names: Sequence[str]) -> tuple[float, str]:
         vectors_QP = torch.randn(1, space.size)
     with (
         warnings.catch_warnings(record=True) as caught,
-        GradDots(trial.model, space, trial.task.losses, vectors_QP) as dots,
+        GradDots(
+            trial.model, space, trial.task.losses, vectors_QP, precision=trial.precision
+        ) as dots,
     ):
         warnings.simplefilter("always", UserWarning)
         dots.check(trial.fetch(trial.ids[:2]))

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from influence_jobs.contract.trial import Said, Trial, fail, ok, warn
-from influence_jobs.curvature.requirements import RELATIVE_ERROR, require_deterministic
+from influence_jobs.curvature.requirements import require_deterministic
 from influence_jobs.gradients.batches import plain_leaves
 from influence_jobs.gradients.requirements import require_independent_samples
 from influence_jobs.tasks.base import Draw, Task, digest
+from influence_jobs.tasks.output_loss import RELATIVE_ERROR
 from influence_jobs.tasks.rows import require_rows
 
 

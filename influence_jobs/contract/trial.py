@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from influence_jobs.tasks.base import Batch, Draw, Task, to_device
+from influence_jobs.tasks.base import Batch, Draw, Task, converted, to_device, to_type
+from influence_jobs.terms import ScorePrecision
 from influence_jobs.training.train import seeded
 
 Mark = Literal["ok", "warn", "fail"]
@@ -70,13 +71,29 @@ class Trial:
 
     @cached_property
     def model(self) -> nn.Module:
-        """The model, with the initial weights of seed 0."""
+        """The model, with the initial weights of seed 0, in the dtype of computations."""
+        return self._built[0]
+
+    @cached_property
+    def _built(self) -> tuple[nn.Module, bool]:
         with seeded(0, self.device):
-            return self.task.model().to(self.device).eval()
+            return converted(self.task, self.device)
+
+    @property
+    def precision(self) -> ScorePrecision:
+        """That dtype."""
+        double = next(self.model.parameters()).dtype == torch.float64
+        return "float64" if double else "float32"
+
+    def given(self, batch: Batch) -> Batch:
+        """A batch on the device, in the dtype of computations."""
+        model, converts = self._built
+        batch = to_device(batch, self.device)
+        return to_type(batch, next(model.parameters()).dtype) if converts else batch
 
     def fetch(self, ids: Tensor) -> Batch:
         """Training samples as attribution sees them, on the device."""
-        return to_device(self.task.batch(ids, Draw(0)), self.device)
+        return self.given(self.task.batch(ids, Draw(0)))
 
     @cached_property
     def batch(self) -> Batch:

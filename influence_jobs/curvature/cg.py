@@ -10,8 +10,10 @@ from influence_jobs.curvature.solver import (
     Progress,
     Solution,
     Solver,
+    Trial,
     relative_residual,
 )
+from influence_jobs.curvature.spectrum import largest_eigenvalue, sufficient_damping
 from influence_jobs.errors import SpecError
 
 
@@ -50,12 +52,7 @@ class ConjugateGradient(Solver):
             product_QP = operator @ p_QP + damping * p_QP
             curvature_Q = _dot(p_QP, product_QP)
             if (curvature_Q <= 0).any():
-                lowest = float((curvature_Q / _dot(p_QP, p_QP)).min()) - damping
-                raise SpecError(
-                    f"the curvature has an eigenvalue of {lowest:.3g} or less, which lambda = "
-                    f"{damping:.3g} does not make positive: use --operator gauss-newton, or "
-                    f"--damping above {-lowest:.3g}"
-                )
+                raise _not_positive(operator, damping)
             step_Q = squared_Q[going] / curvature_Q
             x_QP[going] += step_Q[:, None].to(p_QP.dtype) * p_QP
             residual_QP[going] -= step_Q[:, None].to(p_QP.dtype) * product_QP
@@ -78,11 +75,39 @@ class ConjugateGradient(Solver):
         record = {"tolerance": self.tolerance, "messages": messages}
         return Solution(x_QP, relative_Q.cpu(), iterations_Q, damping, cost, record)
 
+    def trial(self, operator: Operator, rhs_QP: Tensor, passes: float) -> Trial:
+        largest, damping = abs(largest_eigenvalue(operator)), self.damping_for(operator)
+        # A bound for any spectrum in [0, M]; clusters of eigenvalues converge sooner.
+        bound = 0.5 * math.sqrt(1 + largest / damping) * math.log(2 / self.tolerance)
+        iterations = max(1, min(math.ceil(bound), self.max_iterations))
+        said = (
+            f"up to {iterations} iterations over {operator.num_samples:,} samples: lambda "
+            f"{damping:.3g}, largest eigenvalue {largest:.3g}"
+        )
+        if bound > self.max_iterations:
+            said += (
+                f"; a residual of {self.tolerance:g} may take {math.ceil(bound):,}: raise --damping"
+            )
+        return Trial((said,), self._products(operator, rhs_QP, iterations + 1))  # the residual
+
     def _fraction(self, squared_Q: Tensor, started_Q: Tensor, iterations: int) -> float:
         """Fraction of the work done for the slowest; residuals fall about geometrically."""
         fallen = (squared_Q / started_Q).nan_to_num(nan=0).clamp(self.tolerance**2, 1)
         by_residual = float(fallen.log().max()) / (2 * math.log(self.tolerance))
         return max(by_residual, iterations / self.max_iterations)
+
+
+def _not_positive(operator: Operator, damping: float) -> SpecError:
+    lowest, enough = sufficient_damping(operator)
+    cure = "use --operator gauss-newton"
+    if operator.positive_semidefinite:  # by its name, but not with this loss
+        cure = (
+            f"output_loss of {type(operator.task).__name__} is not convex in the outputs: mend it"
+        )
+    return SpecError(
+        f"the curvature's smallest eigenvalue is {lowest:.3g}, which lambda = {damping:.3g} does "
+        f"not make positive: {cure}, or --damping {enough:g} or more"
+    )
 
 
 def _dot(a_QP: Tensor, b_QP: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """LiSSA: a stochastic recursion whose mean converges to the inverse times a vector."""
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,12 +16,20 @@ from influence_jobs.curvature.solver import (
     Progress,
     Solution,
     Solver,
+    Trial,
     no_progress,
     relative_residual,
     require_finite,
 )
-from influence_jobs.curvature.spectrum import leading_eigenpair, smallest_eigenvalue, trace
+from influence_jobs.curvature.spectrum import (
+    leading_eigenpair,
+    smallest_eigenvalue,
+    sufficient_damping,
+    trace,
+)
 from influence_jobs.errors import RuntimeFault, SpecError
+
+log = logging.getLogger(__name__)
 
 TOLERANCE = 0.1  # relative standard error at which a repeat without a given depth ends
 BLOCKS = 8  # smallest number of block averages for a standard error
@@ -29,6 +38,7 @@ BURN_IN = 5  # relaxations before averaging begins; less than 1 % of the start i
 MIN_BATCH = 32  # smaller products are inefficient
 PROBED = 256  # number of single samples on which the scatter of the curvature is measured
 MAX_RESTARTS = 8
+MANY_STEPS = 20_000  # more than this are warned of
 MAX_DEPTH = 1_000_000  # steps; if the burn-in and `BLOCKS` blocks need more, LiSSA is refused
 
 
@@ -116,6 +126,11 @@ class Lissa(Solver):
         operator.require_finite()
         damping = self.damping_for(operator)
         settings, record = self._settings(operator, damping)
+        steps = self._depth or _planned(settings, damping, BLOCKS)
+        log.log(
+            logging.WARNING if steps > MANY_STEPS else logging.INFO,
+            _cost(settings, damping, self._depth),
+        )
         batch_size, messages = settings.batch_size, {r: list(record["messages"]) for r in repeats}
         costs, scales, ends = dict.fromkeys(repeats, 0.0), dict[int, float](), dict[int, _End]()
         waiting = list(repeats)
@@ -140,6 +155,7 @@ class Lissa(Solver):
             raise RuntimeFault(
                 f"LiSSA diverges even at scale {settings.scale / 2:.4g} with lambda = "
                 f"{damping:.4g}: use --solver cg, a larger --damping or --operator gauss-newton"
+                f"{''.join(f' ({said})' for said in record['messages'])}"
             )
         solutions = []
         for repeat in repeats:
@@ -164,6 +180,23 @@ class Lissa(Solver):
             )
         return solutions
 
+    def trial(self, operator: Operator, rhs_QP: Tensor, passes: float) -> Trial:
+        damping = self.damping_for(operator)
+        settings, record = self._settings(operator, damping)
+        own, scale, size = damping / settings.scale, settings.scale, settings.batch_size
+        steps = lissa_steps(operator, rhs_QP, own, scale, size)
+        said = [*record["messages"], _cost(settings, damping, self._depth)]
+
+        def pieces() -> Iterator[float]:
+            batches = self._batches(operator, size, 0)
+            total = self._depth or _planned(settings, damping, BLOCKS)
+            count = min(steps.longest, total)
+            while True:
+                steps.take(torch.stack([next(batches) for _ in range(count)])[None])
+                yield count / total
+
+        return Trial(tuple(said), pieces())
+
     def _solve(self, operator: Operator, rhs_QP: Tensor, progress: Progress) -> Solution:
         return self.solve_repeats(operator, rhs_QP, (0,), progress)[0]
 
@@ -174,9 +207,11 @@ class Lissa(Solver):
             smallest = smallest_eigenvalue(operator)
             record["smallest_eigenvalue"] = smallest
             if smallest <= -damping:
+                smallest, enough = sufficient_damping(operator)
                 messages.append(
                     f"lambda = {damping:.3g} does not make the smallest eigenvalue "
-                    f"{smallest:.3g} positive: the result is not the inverse"
+                    f"{smallest:.3g} positive: the result is not the inverse, which takes "
+                    f"--damping {enough:g} or more"
                 )
         if self._scale is not None and self._batch_size is not None:
             settings = _Settings(self._scale, self._batch_size)
@@ -223,6 +258,35 @@ class _End:
     error: float = math.nan
 
 
+def _planned(settings: _Settings, damping: float, blocks: int) -> int:
+    """Steps of the burn-in and some blocks.
+
+    Raises:
+        SpecError: Even the fewest blocks take more than `MAX_DEPTH` steps.
+    """
+    relaxation = math.ceil(settings.scale / damping)
+    if (least := (BURN_IN + BLOCKS) * relaxation) > MAX_DEPTH:
+        raise SpecError(
+            f"LiSSA needs {least:,} steps at so small a damping: use --solver cg, a larger "
+            "--damping, or give --depth"
+        )
+    return (BURN_IN + blocks) * relaxation
+
+
+def _cost(settings: _Settings, damping: float, depth: int | None) -> str:
+    """The steps that a repeat takes, and what decides them, in a line."""
+    of = f"{settings.batch_size} samples"
+    if depth is not None:
+        return f"{depth:,} steps of {of} a repeat, as given"
+    least = _planned(settings, damping, BLOCKS)
+    most = _planned(settings, damping, MAX_RELAXATIONS - BURN_IN)
+    return (
+        f"{least:,} steps of {of} a repeat, at most {most:,} if they scatter: {BURN_IN + BLOCKS} x "
+        f"scale / lambda, scale {settings.scale:.3g}, lambda {damping:.3g}; fewer by a larger "
+        "--damping or --solver cg"
+    )
+
+
 class _Recursion:
     """E repeats side by side. One that has ended keeps its result but still takes steps."""
 
@@ -237,6 +301,7 @@ class _Recursion:
     ):
         self._rhs_QP, self._progress, self._scale = rhs_QP, progress, settings.scale
         self._batches, self._relaxation = batches, math.ceil(settings.scale / damping)
+        self._settings, self._damping = settings, damping
         self._steps = lissa_steps(
             operator,
             rhs_QP,
@@ -258,12 +323,7 @@ class _Recursion:
         return [self._ends[repeat] for repeat in range(len(self._batches))]
 
     def _average(self) -> None:
-        if (BURN_IN + BLOCKS) * self._relaxation > MAX_DEPTH:
-            raise SpecError(
-                f"LiSSA needs {(BURN_IN + BLOCKS) * self._relaxation:,} steps at so small a "
-                "damping: use --solver cg, a larger --damping, or give --depth"
-            )
-        planned = MAX_RELAXATIONS * self._relaxation
+        planned = _planned(self._settings, self._damping, BLOCKS)
         self._advance(BURN_IN * self._relaxation, planned)
         sum_EQP = torch.zeros_like(self._steps.h_EQP(), dtype=torch.float64)
         squares_EQ = torch.zeros_like(sum_EQP[..., 0])
@@ -279,10 +339,15 @@ class _Recursion:
                 variance_EQ = (squares_EQ / blocks - length_EQ).clamp_min(0) / (blocks - 1)
                 relative_EQ = (variance_EQ / length_EQ).nan_to_num(nan=0).sqrt()
                 last = blocks == MAX_RELAXATIONS - BURN_IN
-                for repeat, error in enumerate(relative_EQ.amax(dim=1).tolist()):
+                errors = relative_EQ.amax(dim=1).tolist()
+                for repeat, error in enumerate(errors):
                     if repeat not in self._ends and (error <= TOLERANCE or last):
                         x_QP = (sum_EQP[repeat] / (blocks * self._scale)).to(self._rhs_QP.dtype)
                         self._ends[repeat] = _End(x_QP, self._step, error)
+                # The error falls as one over the root of the number of blocks.
+                wanted = math.ceil(blocks * (max(errors) / TOLERANCE) ** 2)
+                blocks_left = min(max(wanted, blocks + 1), MAX_RELAXATIONS - BURN_IN)
+                planned = _planned(self._settings, self._damping, blocks_left)
             if len(self._ends) == len(self._batches):
                 return
 

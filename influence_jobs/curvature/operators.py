@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp, vmap
 from torch.utils import _pytree as pytree
 
-from influence_jobs.curvature.output_loss import Form, forms_of
 from influence_jobs.curvature.requirements import (
     require_deterministic,
     require_output_loss,
@@ -27,6 +26,7 @@ from influence_jobs.gradients.requirements import require_independent_samples
 from influence_jobs.gradients.taps import thawed
 from influence_jobs.gradients.transforms import all_derivatives
 from influence_jobs.tasks.base import Batch, Draw, Task, device_of, to_device, to_type
+from influence_jobs.tasks.output_loss import Form, forms_of
 
 MAX_BYTES = 2**30  # largest memory for activations times vectors in a pass
 MIN_ROWS = 8  # least samples in a pass; below it fewer vectors are faster than fewer samples
@@ -47,6 +47,10 @@ class Operator(ABC):
         draw: Draw of the samples' noise.
         batch_size: Largest number of samples in a pass. It is smaller if many vectors would take
             more than `MAX_BYTES`.
+
+    Raises:
+        SpecError: There are no samples.
+        ModelError: A parameter is of half precision.
 
     Attributes:
         positive_semidefinite: Whether the matrix is positive semidefinite for every model.
@@ -70,6 +74,12 @@ class Operator(ABC):
     ):
         if len(ids) == 0:
             raise SpecError("curvature needs at least one sample")
+        for name, parameter in space.parameters().items():
+            if parameter.dtype not in (torch.float32, torch.float64):
+                raise ModelError(
+                    f"parameter {name} is of {str(parameter.dtype).removeprefix('torch.')}, in "
+                    "which curvature means nothing: convert the model, model.float()"
+                )
         self.model, self.space, self.task, self.ids, self.draw = model, space, task, ids, draw
         self.batch_size = batch_size or task.batch_size
         self.work = 0.0

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from influence_jobs.curvature.output_loss import Form
 from influence_jobs.errors import ModelError, SpecError
+from influence_jobs.tasks.output_loss import Form
 
 MOST_EXACT = 1024  # outputs of a sample whose Hessian is formed; its root takes D^3
 _CONVEX = 1e-4  # negative curvature, as a part of the largest, that is rounding

@@ -6,11 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from influence_jobs.curvature.output_loss import Form, forms_that_give
 from influence_jobs.errors import DataError, ModelError
 from influence_jobs.tasks.base import Batch, Task
-
-RELATIVE_ERROR = 1e-3  # allowed for float32 and another order of summation
+from influence_jobs.tasks.output_loss import Form, alike, forms_that_give
 
 
 @torch.no_grad()
@@ -26,7 +24,7 @@ def require_deterministic(task: Task, model: nn.Module, batch: Batch, again: Bat
         raise DataError(
             "the training loss of the first samples is not finite: check the checkpoint"
         )
-    if not _close(losses_B, again_B):
+    if not alike(losses_B, again_B):
         raise ModelError(
             f"two passes over the same samples of {type(task).__name__} give different losses: "
             "switch dropout off in eval mode, and draw noise from the Draw and the sample's id only"
@@ -52,7 +50,7 @@ def require_output_loss(
             f"outputs() of {type(task).__name__} gives {type(outputs).__name__}, not a tensor: "
             "return the logits or values themselves"
         )
-    found = forms_that_give(task.losses(model, batch), outputs, targets, forms, _close)
+    found = forms_that_give(task.losses(model, batch), outputs, targets, forms)
     if not found:
         named = task.output_loss if isinstance(task.output_loss, str) else "output_loss"
         raise ModelError(
@@ -77,9 +75,3 @@ def saved_bytes(task: Task, model: nn.Module, batch: Batch) -> int:
     for parameter in model.parameters():
         sizes.pop(parameter.untyped_storage().data_ptr(), None)
     return max(num_samples, sum(sizes.values()))
-
-
-def _close(a_B: Tensor, b_B: Tensor) -> bool:
-    # Relative to the largest loss, since a loss near zero may be a difference of large numbers.
-    difference = (a_B - b_B).abs().max()
-    return bool(difference <= RELATIVE_ERROR * torch.maximum(a_B.abs().max(), b_B.abs().max()))

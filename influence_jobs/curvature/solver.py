@@ -1,7 +1,7 @@
 """The interface of solvers of (A + lambda I) x = v."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from inspect import signature
@@ -52,6 +52,20 @@ class Solution:
     record: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Trial:
+    """Some of the work of `Solver.solve`, for measuring its time.
+
+    Attributes:
+        said: What decides the cost, in lines for people.
+        pieces: Does one piece of the work after the other, endlessly; yields the fraction of the
+            whole that each is.
+    """
+
+    said: tuple[str, ...]
+    pieces: Iterator[float]
+
+
 class Solver(ABC):
     """Solves (A + lambda I) x = v for a symmetric operator A.
 
@@ -100,6 +114,25 @@ class Solver(ABC):
             As `solve`.
         """
         return [self.solve(operator, rhs_QP, progress) for _ in repeats]
+
+    def trial(self, operator: Operator, rhs_QP: Tensor, passes: float) -> Trial:
+        """Begin the work for right-hand sides like these, for measuring.
+
+        Args:
+            operator: A; its products are measured.
+            rhs_QP: v; any numbers will do.
+            passes: Products with all samples that a solver takes which does not know better.
+
+        Raises:
+            SpecError: As `solve`, or the work is out of all proportion.
+        """
+        return Trial((), self._products(operator, rhs_QP, passes))
+
+    def _products(self, operator: Operator, rhs_QP: Tensor, passes: float) -> Iterator[float]:
+        while True:
+            for ids in torch.split(operator.ids, operator.batch_size):
+                operator.product(rhs_QP, ids)
+                yield len(ids) / (operator.num_samples * passes)
 
     @classmethod
     def of(cls, settings: "SolverSettings", *, seed: int) -> Self:

@@ -1,5 +1,7 @@
 """Eigenvalues and trace of a curvature, estimated on some samples, for the choice of settings."""
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -50,27 +52,43 @@ def trace(operator: Operator, probes: int = 16) -> float:
 
 def smallest_eigenvalue(operator: Operator) -> float:
     """The smallest eigenvalue, by Lanczos iteration; negative for an indefinite matrix."""
-    part = some_samples(operator)
+    return _lowest(some_samples(operator), tolerance=TOLERANCE, restarts=10 * MAX_ITERATIONS)[0]
+
+
+def sufficient_damping(operator: Operator) -> tuple[float, float]:
+    """The smallest eigenvalue over all samples, and a lambda that makes A + lambda I positive.
+
+    Lanczos iteration finds an eigenvalue within the residual's length of its own. The lambda has
+    this and a tenth as a margin, and two digits.
+    """
+    value, vector_P = _lowest(operator, tolerance=0.01, restarts=MAX_ITERATIONS)
+    residual = float((operator @ vector_P[None] - value * vector_P).norm())
+    least = max(0.0, (residual - value) * 1.1)
+    digits = 1 - math.floor(math.log10(least)) if least > 0 else 0
+    return value, math.ceil(least * 10.0**digits) / 10.0**digits
+
+
+def _lowest(operator: Operator, *, tolerance: float, restarts: int) -> tuple[float, Tensor]:
+    """The smallest eigenvalue of an operator and its eigenvector (P,)."""
     like = next(operator.model.parameters())
 
     def multiply(vector: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         v_1P = torch.from_numpy(vector.reshape(1, -1)).to(like.device, like.dtype)
-        product_P: npt.NDArray[np.float64] = (part @ v_1P)[0].cpu().double().numpy()
+        product_P: npt.NDArray[np.float64] = (operator @ v_1P)[0].cpu().double().numpy()
         return product_P
 
     shape = (operator.size, operator.size)
     if operator.size == 1:
-        return float(multiply(np.ones(1))[0])
+        return float(multiply(np.ones(1))[0]), torch.ones(1).to(like)
     start = _normal(operator, 1).cpu().double().numpy()[0]
     try:
-        values = eigsh(
+        values, vectors = eigsh(
             LinearOperator(shape, matvec=multiply, dtype=np.float64),
             k=1,
             which="SA",
             v0=start,
-            tol=TOLERANCE,
-            maxiter=10 * MAX_ITERATIONS,
-            return_eigenvectors=False,
+            tol=tolerance,
+            maxiter=restarts,
         )
     except ArpackNoConvergence as error:
         if not len(error.eigenvalues):
@@ -78,8 +96,8 @@ def smallest_eigenvalue(operator: Operator) -> float:
                 "the smallest eigenvalue of the Hessian could not be found: "
                 "use --operator gauss-newton"
             ) from None
-        values = error.eigenvalues
-    return float(values[0])
+        values, vectors = error.eigenvalues, error.eigenvectors
+    return float(values[0]), torch.from_numpy(vectors[:, 0].copy()).to(like)
 
 
 def some_samples(operator: Operator) -> Operator:

@@ -35,7 +35,7 @@ SAMPLES = {
 
 
 class ImageFolder:
-    """The jpg, png, bmp and tif images of a folder and its subfolders, sorted by name.
+    """The jpg, png, bmp and tif images of a folder and its subfolders, linked ones too, by name.
 
     An image's number is its position in `names`. Colour images are loaded as **BGR**, the channel
     order of OpenCV, because the published colour FFDNet was trained on it. Alpha is dropped,
@@ -148,11 +148,17 @@ class ImageFolder:
 def _images(root: Path) -> dict[str, Path]:
     if not root.is_dir():
         raise DataError(f"{root} is no folder; name a folder with images")
-    return {
-        path.relative_to(root).as_posix(): path
-        for path in root.rglob("*")
-        if path.suffix.lower() in _SUFFIXES and path.is_file()
-    }
+    found = {}
+    for folder, below, files in os.walk(root, followlinks=True):
+        here = Path(folder)
+        real = here.resolve()
+        # A link to a folder that it lies in would never end.
+        below[:] = [name for name in below if not real.is_relative_to((here / name).resolve())]
+        for path in (here / name for name in files):
+            # A link to nowhere is kept: it cannot be read, which is told.
+            if path.suffix.lower() in _SUFFIXES and (path.is_file() or path.is_symlink()):
+                found[path.relative_to(root).as_posix()] = path
+    return found
 
 
 def _samples(subset: str) -> dict[str, Path]:

@@ -15,6 +15,9 @@ from influence_jobs.gradients.usage import Usage
 from influence_jobs.gradients.weights import Weight, weight_named
 from influence_jobs.terms import Precision, Reduction
 
+# Between these norms the squares in float32 are exact enough.
+_SAFE = 2.0**-56, 2.0**60
+
 
 class GradNorms(TappedModel):
     """Per-sample weight-gradient norms of chosen layers, from one forward and one backward pass.
@@ -81,7 +84,7 @@ class GradNorms(TappedModel):
         norms: dict[str, Tensor] = {}
 
         def visit(name: str, rule: LayerRule[Any], a: Tensor, g: Tensor) -> None:
-            norms[name] = rule.norms(a, g, self._reduction)
+            norms[name] = _in_range(lambda g: rule.norms(a, g, self._reduction), g)
 
         with torch.autocast(self._device.type, enabled=False):
             if self._layers or fallback.calls:
@@ -93,7 +96,7 @@ class GradNorms(TappedModel):
                 for name, weight in self._weights.items():
                     if name not in norms and weight.parameter in found:
                         gradient = found[weight.parameter].to(self._dtype)
-                        pieces[name].append(weight.norms(gradient, self._reduction))
+                        pieces[name].append(self._norms_of(weight, gradient))
         return {
             name: norms[name] if name in norms else torch.cat(pieces[name])
             for name in self._weights
@@ -195,12 +198,47 @@ class GradNorms(TappedModel):
             for name, weight in self._weights.items()
         }
 
+    def _norms_of(self, weight: Weight, gradients: Tensor) -> Tensor:
+        return _in_range(lambda g: weight.norms(g, self._reduction), gradients)
+
     def _of_gradients(self, gradients: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         parts: dict[str, tuple[Tensor, Tensor]] = {}
         for name, weight in self._weights.items():
-            norms = weight.norms(gradients[name].unsqueeze(0), self._reduction)
+            norms = self._norms_of(weight, gradients[name].unsqueeze(0))
             parts[name] = norms, norms.nan_to_num(nan=0, posinf=0).amax().expand_as(norms)
         return parts
+
+
+def _in_range(norms: Callable[[Tensor], Tensor], g: Tensor) -> Tensor:
+    """Norms as a function of gradients g, both (B, ...), also where squares leave float32's range.
+
+    Norms are linear in g. Samples whose largest norm is out of range are computed once more from g
+    times a power of two.
+    """
+    found = norms(g)
+    if found.dtype == torch.float64:
+        return found
+    smallest, largest = _SAFE
+    largest_B = found.detach().reshape(len(found), -1).amax(1)
+    lost_B = ~((largest_B >= smallest) & (largest_B <= largest))  # NaN too
+    if not lost_B.any():
+        return found
+    size_B = torch.linalg.vector_norm(g.flatten(1), torch.inf, dim=1)
+    lost_B &= (size_B > 0) & size_B.isfinite()  # gradients may well be zero
+    if not lost_B.any():
+        return found
+    # In two steps: the inverse of a denormal number is out of range itself.
+    half_B = torch.where(lost_B, -torch.frexp(size_B).exponent // 2, 0)
+    for _ in range(2):
+        g = torch.ldexp(g, _along(half_B, g))
+    again = norms(g)
+    for _ in range(2):
+        again = torch.ldexp(again, _along(-half_B, again))
+    return torch.where(_along(lost_B, found), again, found)
+
+
+def _along(values_B: Tensor, like: Tensor) -> Tensor:
+    return values_B.view(-1, *(1,) * (like.ndim - 1))
 
 
 def _ancestors(parameter: str) -> list[str]:

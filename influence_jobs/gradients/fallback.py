@@ -18,11 +18,12 @@ from torch.func import functional_call, grad, vmap
 from torch.utils import _pytree as pytree
 
 from influence_jobs.errors import ModelError
-from influence_jobs.gradients.batches import KINDS, flattened, has_samples
+from influence_jobs.gradients.batches import flattened, has_samples
 from influence_jobs.gradients.recorded_call import RecordedCall
 from influence_jobs.gradients.reference import LossModule
 from influence_jobs.gradients.rules.blocks import sample_blocks
 from influence_jobs.gradients.transforms import mappable_kernels
+from influence_jobs.gradients.usage import NOT_ALONE
 
 Form = Literal["layer", "model", "sample"]
 _LISTED = 6  # layers in a line
@@ -227,12 +228,7 @@ class Fallback:
                 apart = together[:0]
         scale = together.abs().max()
         if len(apart) != len(alone) or (apart - together).abs().max() > self._tolerance * scale:
-            raise ModelError(
-                f"a sample's loss in {type(self._model).__name__} is another in a batch than "
-                "alone: usual causes are samples that influence each other (batch statistics), "
-                "losses divided by the batch size, random operations in the forward, and a batch "
-                f"other than {KINDS}"
-            )
+            raise ModelError(NOT_ALONE)
 
     def _samples(self, batch: Any, block: slice) -> Any:
         leaves, structure = flattened(batch)

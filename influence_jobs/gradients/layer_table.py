@@ -69,10 +69,8 @@ layer is refused by name.
 
 ## Number formats
 
-Gradients are computed in `--precision`, float32 by default, whatever dtype the model is built in:
-weights and floating-point samples are converted. Against float64 gradients of the same weights that
-is exact to 1e-6. Half precision itself would cost .3 to 2 % of a norm (a small BERT and an LSTM, in
-bfloat16 and float16); `--precision bfloat16` costs .5 %.
+Gradients are computed in float32, or in float64 for a model that is built in it, whatever the model
+is built in otherwise; `--precision` chooses. [What each costs](precision.md).
 """
 _FORMS = {  # by column, the methods that a faster way overrides
     "norms": ("kernel_norms",),

@@ -10,8 +10,15 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from influence_jobs.errors import ModelError
 from influence_jobs.gradients.batches import one_sample
 from influence_jobs.gradients.rules import LayerRule, nearest_rule
+
+NOT_ALONE = (
+    "a sample's loss is another in a batch than alone: usual causes are samples that influence "
+    "each other (batch statistics), losses divided by the batch size, random operations in the "
+    "forward, and a batch that is no tuple, list or dict of tensors (or a registered pytree)"
+)
 
 
 @dataclass
@@ -46,10 +53,32 @@ class Usage:
         self._uses = _uses([self._losses])
         self._of_one = self._calls if self.size == 1 else None
         if self.size > 1:
-            # A batch that cannot be cut leaves the question to `TappedModel.check`.
-            with suppress(RuntimeError, ValueError, IndexError):
-                of_one, losses = _watched(forward, one_sample(batch, 0, self.size), modules)
-                self._of_one = of_one if len(losses) == 1 else None
+            self._look_at_one(forward, batch, modules, losses.detach())
+
+    def _look_at_one(
+        self,
+        forward: Callable[[Any], Tensor],
+        batch: Any,
+        modules: Mapping[str, nn.Module],
+        losses_B: Tensor,
+    ) -> None:
+        alone_1: Tensor | None = None
+        with suppress(RuntimeError, ValueError, IndexError):
+            of_one, alone_1 = _watched(forward, one_sample(batch, 0, self.size), modules)
+        if alone_1 is not None and len(alone_1) != 1:
+            return  # a batch that cannot be cut leaves the question to `TappedModel.check`
+        if alone_1 is not None and _alike(alone_1, losses_B):
+            self._of_one = of_one
+            return
+        shared = _shared_leaf(forward, batch, losses_B)
+        if shared is not None:
+            raise ModelError(
+                f"a batch of {self.size} holds a tensor {tuple(shared.shape)} that is not of its "
+                "samples but as long, so it would be cut with them: keep what all samples share "
+                "in the task or the model, not in the batch"
+            )
+        if alone_1 is not None:
+            raise ModelError(NOT_ALONE)
 
     def calls(self, module: str) -> int:
         """How often a module is called."""
@@ -82,6 +111,30 @@ class Usage:
         (call,) = self._calls[module]
         outside = _uses([self._losses, *call.inputs], call.outputs)
         return not outside[id(parameter)] and id(parameter) not in call.leaves
+
+
+def _alike(alone_1: Tensor, losses_B: Tensor) -> bool:
+    """Whether the first sample's loss is the same alone, up to rounding in half precision."""
+    limit = 0.05 * losses_B.abs().max() + 1e-5
+    return not bool((alone_1[0] - losses_B[0]).abs() > limit)  # NaN is not told here
+
+
+def _shared_leaf(forward: Callable[[Any], Tensor], batch: Any, losses_B: Tensor) -> Tensor | None:
+    """A tensor as long as the batch without which, uncut, the first sample's loss is another."""
+    size = len(losses_B)
+    whole, structure = pytree.tree_flatten(batch)
+    cut = pytree.tree_leaves(one_sample(batch, 0, size))
+    for i, leaf in enumerate(whole):
+        if not isinstance(leaf, Tensor) or leaf.ndim == 0 or len(leaf) != size:
+            continue
+        leaves = [*cut[:i], leaf, *cut[i + 1 :]]
+        try:
+            found = forward(pytree.tree_unflatten(leaves, structure)).detach()
+        except (RuntimeError, ValueError, IndexError, ModelError):
+            continue
+        if len(found) == 1 and _alike(found, losses_B):
+            return leaf
+    return None
 
 
 def _watched(

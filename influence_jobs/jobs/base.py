@@ -159,7 +159,7 @@ class Job(ABC, Generic[S]):
         """Compute one shard."""
 
     @abstractmethod
-    def probe(self) -> Iterator[int]:
+    def probe(self) -> Iterator[float]:
         """Do some of the work without writing, for measuring; yields the units of each piece.
 
         It yields nothing if the work has no pieces, such as a training by the task itself.
@@ -173,7 +173,7 @@ class Job(ABC, Generic[S]):
         return {}
 
     def notes(self) -> Sequence[str]:
-        """What a user may want to know of how this is carried out, a line each."""
+        """What a user may want to know of how this is carried out, a line each; after `probe`."""
         return ()
 
     def sweep(self) -> None:

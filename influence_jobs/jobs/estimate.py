@@ -8,7 +8,7 @@ import psutil
 from influence_jobs.jobs.base import Plan
 
 
-def samples_per_second(pieces: Iterator[int], seconds: float) -> float | None:
+def samples_per_second(pieces: Iterator[float], seconds: float) -> float | None:
     """Speed of one worker, from a job's probe; None if the work has no pieces to measure.
 
     Args:
@@ -16,7 +16,7 @@ def samples_per_second(pieces: Iterator[int], seconds: float) -> float | None:
         seconds: How long to measure; one piece is done at least.
     """
     started = time.monotonic()
-    first, units = next(pieces, None), 0
+    first, units = next(pieces, None), 0.0
     if first is None:
         return None
     warm = time.monotonic()

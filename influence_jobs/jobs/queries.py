@@ -12,6 +12,7 @@ from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.specs.queries import Queries, Query
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.base import Batch, Draw, Task, device_of, to_device, to_type
+from influence_jobs.tasks.regions import CURE
 
 
 def require_queries(task: Task, queries: Queries) -> None:
@@ -22,8 +23,11 @@ def require_queries(task: Task, queries: Queries) -> None:
     """
     name = type(task).__name__
     if queries.quantity not in task.quantities:
+        cure = ""
+        if queries.quantity == "output" and type(task).measure is Task.measure:
+            cure = '; its class may say quantities = ("loss", "output")'
         raise SpecError(
-            f"{name} cannot measure {queries.quantity!r}: it has {', '.join(task.quantities)}"
+            f"{name} cannot measure {queries.quantity!r}: it has {', '.join(task.quantities)}{cure}"
         )
     count = len(task.test_data())
     if count == 0:
@@ -37,7 +41,7 @@ def require_queries(task: Task, queries: Queries) -> None:
             continue
         size = task.test_size(query.test)
         if size is None:
-            raise SpecError(f"{name} has no image regions: leave --point and --region out")
+            raise SpecError(f"{name} has no image regions: leave --point and --region out ({CURE})")
         y, x, height, width = query.region
         if y + height > size[0] or x + width > size[1]:
             what = f"point {y},{x}" if (height, width) == (1, 1) else f"region {_comma(query)}"
@@ -45,6 +49,32 @@ def require_queries(task: Task, queries: Queries) -> None:
                 f"{what} is outside test image {query.test}, which is {size[0]} high and "
                 f"{size[1]} wide"
             )
+
+
+def embeds(task: Task) -> bool:
+    """Whether nearest compares a task's own vectors, rather than pixels."""
+    return type(task).embed is not Task.embed
+
+
+def require_comparable(task: Task, queries: Queries) -> None:
+    """Refuse nearest for samples that have neither vectors nor pictures.
+
+    Raises:
+        SpecError: They have not, or a region of a vector is asked for.
+    """
+    if embeds(task):
+        if any(query.region for query in queries.items):
+            raise SpecError(
+                "embed() is of whole samples: leave --point and --region out with --method nearest"
+            )
+        return
+    try:
+        task.pictures(np.array([0]))
+        task.test_picture(queries.items[0].test)
+    except SpecError as error:
+        raise SpecError(
+            f"{error}: nearest compares pixels, or vectors (B, D) if the task defines embed(batch)"
+        ) from error
 
 
 def query_gradients(
@@ -73,7 +103,7 @@ def query_gradients(
             try:
                 total += space.of(exact).gradient(measured(exact, to_type(batch, torch.float64)))
             except RuntimeError:  # a model that only its own type will do for
-                total += space.gradient(measured(model, batch))
+                total += space.gradient(measured(model, to_type(batch, dtype)))
         if not total.isfinite().all():
             raise DataError(
                 f"the gradient of the {queries.quantity} of test sample {query.test} is not "

@@ -25,7 +25,7 @@ from influence_jobs.store.documents import Width
 from influence_jobs.store.layout import CHECKPOINTS, ArrayLayout
 from influence_jobs.store.rankings import digests, needed_runs
 from influence_jobs.store.retrained import Retrained, variant_key
-from influence_jobs.tasks.base import Batch, Draw, to_device
+from influence_jobs.tasks.base import Batch, Draw, converted, out_of_half, to_device
 from influence_jobs.tasks.own_code import described
 from influence_jobs.terms import Region
 from influence_jobs.training.changes import Changes
@@ -302,7 +302,7 @@ class RetrainJob(Job[S]):
 
     @cached_property
     def _model(self) -> nn.Module:
-        return self.task.model().to(self.device).eval()
+        return converted(self.task, self.device)[0]
 
     @cached_property
     def _query_batches(self) -> list[QueryBatch]:
@@ -325,7 +325,7 @@ class RetrainJob(Job[S]):
 
     def _test_batch(self, tests: Sequence[int], draw: int) -> Batch:
         batch = self.task.test_batch(torch.tensor(tests), Draw(self.spec.queries.seed, draw))
-        return to_device(batch, self.device)
+        return out_of_half(to_device(batch, self.device), self._model)
 
     @torch.no_grad()
     def _measure(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:

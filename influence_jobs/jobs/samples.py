@@ -17,7 +17,7 @@ from influence_jobs.kinds.train.spec import Checkpoint, TrainedCheckpoint
 from influence_jobs.specs.base import Spec
 from influence_jobs.store.checkpoints import load_checkpoint, recorded_digest
 from influence_jobs.store.layout import ArrayLayout
-from influence_jobs.tasks.base import Batch, Draw, to_device, to_type
+from influence_jobs.tasks.base import Batch, Draw, converted, to_device, to_type
 from influence_jobs.tasks.layout import in_fast_layout
 
 MAX_SHARDS = 256  # a stop loses at most one shard a worker; more shards add overhead
@@ -73,9 +73,9 @@ class SampleJob(Job[S]):
         return self.plan().arrays[0].chunk_rows
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of weights and samples in the computation, whatever the model is built in."""
-        return torch.float32
+    def dtype(self) -> torch.dtype | None:
+        """Of weights and samples in the computation; None for `dtype_of` the model as built."""
+        return None
 
     @property
     def model(self) -> torch.nn.Module:
@@ -85,10 +85,8 @@ class SampleJob(Job[S]):
     @cached_property
     def _built(self) -> tuple[torch.nn.Module, bool]:
         """The model, and whether the task makes it, and so its samples, in another dtype."""
-        model = self.task.model()
-        types = {p.dtype for p in model.parameters() if p.is_floating_point()}
-        model = model.to(self.device, self.dtype).eval()
-        return in_fast_layout(self.task, model), bool(types - {self.dtype})
+        model, converts = converted(self.task, self.device, self.dtype)
+        return in_fast_layout(self.task, model), converts
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Put a checkpoint's weights into the model."""
@@ -99,8 +97,8 @@ class SampleJob(Job[S]):
     def batch(self, ids: torch.Tensor, draw: Draw) -> Batch:
         """Training samples, as attribution uses them, on the device."""
         batch = to_device(self.task.batch(ids, draw), self.device)
-        converts = self._built[1]
-        return to_type(batch, self.dtype) if converts else batch
+        model, converts = self._built
+        return to_type(batch, next(model.parameters()).dtype) if converts else batch
 
     def loaded(
         self, pieces: Iterable[torch.Tensor], draw: Draw

@@ -13,6 +13,7 @@ from influence_jobs.jobs.queries import require_queries, write_queries
 from influence_jobs.jobs.samples import SampleJob
 from influence_jobs.specs.scores import ScoresSpec
 from influence_jobs.store.layout import SCORES, ArrayLayout, chunk_rows, part_name
+from influence_jobs.terms import ScorePrecision
 
 QUERIES_PER_CHUNK = 64
 
@@ -36,6 +37,11 @@ class ScoresJob(SampleJob[S]):
         return ()
 
     @property
+    def stored(self) -> ScorePrecision:
+        """The dtype of the scores' arrays."""
+        return "float32"
+
+    @property
     @abstractmethod
     def meaning(self) -> dict[str, str]:
         """Quantity, sign and unit of the scores, stored as attributes of the arrays."""
@@ -54,7 +60,7 @@ class ScoresJob(SampleJob[S]):
 
     def layouts(self) -> tuple[ArrayLayout, ...]:
         n, q = len(self.task.train_data()), len(self.spec.queries.items)
-        rows = chunk_rows(n, 4 * min(q, QUERIES_PER_CHUNK))
+        rows = chunk_rows(n, np.dtype(self.stored).itemsize * min(q, QUERIES_PER_CHUNK))
         names = {SCORES: "all", **{part_name(layer): layer for layer in self.kept_layers}}
         return tuple(
             ArrayLayout(
@@ -64,6 +70,7 @@ class ScoresJob(SampleJob[S]):
                 chunk_rows=rows,
                 chunk_leading=QUERIES_PER_CHUNK,
                 dims=("query", "sample"),
+                dtype=self.stored,
                 attributes={**self.meaning, "of": of},
             )
             for name, of in names.items()

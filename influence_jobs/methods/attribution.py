@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from influence_jobs.errors import DataError, ModelError, SpecError
 from influence_jobs.gradients.rules import nearest_rule
-from influence_jobs.tasks.base import Batch, Draw, Task, device_of, to_device
+from influence_jobs.gradients.weights import own_weights, weight_named
+from influence_jobs.tasks.base import Batch, Draw, Task, device_of, out_of_half, to_device
 from influence_jobs.terms import Region
 
 FloatArray = npt.NDArray[np.floating[Any]]
@@ -63,6 +64,7 @@ def query_activations(
         size = task.test_size(test)
         for draw in draws:
             batch = to_device(task.test_batch(torch.tensor([test]), draw), device_of(model))
+            batch = out_of_half(batch, model)
             for layer, output in clamped_outputs(task, model, layers, batch).items():
                 if not output.isfinite().all():
                     raise DataError(
@@ -90,22 +92,20 @@ def clamped_outputs(
         {layer: (1, C, *positions)}, whichever axis of the layer's own output has the channels.
 
     Raises:
-        ModelError: A layer is not called exactly once, or does not return a tensor (1, ...).
+        ModelError: A layer is not called exactly once, or does not return a tensor (1, ...), alone
+            or first of several, with an axis of channels.
     """
     calls: dict[str, list[Tensor]] = {layer: [] for layer in layers}
 
     def keep(layer: str, output: object) -> None:
+        if isinstance(output, tuple) and output:  # such as an output and a state
+            output = output[0]
         if not isinstance(output, Tensor) or output.ndim < 2 or len(output) != 1:
             what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ModelError(
                 f"layer {layer} returns {what} for one sample, not a tensor (1, ...): leave it out"
             )
-        rule = nearest_rule(model.get_submodule(layer))
-        if rule is not None and rule.channel_axis is None:
-            raise ModelError(
-                f"layer {layer} has norms of its weight's rows, not of its outputs: leave it out"
-            )
-        calls[layer].append(output.relu() if rule is None else rule.channels_first(output.relu()))
+        calls[layer].append(_channels_first(model, layer, output.relu()))
 
     hooks = [
         model.get_submodule(layer).register_forward_hook(
@@ -125,6 +125,30 @@ def clamped_outputs(
                 "leave it out"
             )
     return {layer: outputs[0] for layer, outputs in calls.items()}
+
+
+def _channels_first(model: nn.Module, layer: str, output: Tensor) -> Tensor:
+    """A layer's output (1, ...) as (1, C, *positions), C being the rows of its weight."""
+    rule = nearest_rule(model.get_submodule(layer))
+    if rule is not None:
+        if rule.channel_axis is None:
+            raise ModelError(
+                f"layer {layer} has norms of its weight's rows, not of its outputs: leave it out"
+            )
+        return rule.channels_first(output)
+    if (several := len(own_weights(model.get_submodule(layer)))) != 1:
+        raise ModelError(
+            f"layer {layer} has {several} weights, whose rows need not be its outputs: leave it out"
+        )
+    rows = weight_named(model, layer).read_as[0]
+    axes = [axis for axis in range(1, output.ndim) if output.shape[axis] == rows]
+    if len(axes) != 1:
+        which = "several axes have" if axes else "no axis has"
+        raise ModelError(
+            f"layer {layer} returns {tuple(output.shape)}, of which {which} the {rows} rows of its "
+            "weight, so its channels are unknown: leave it out"
+        )
+    return output.movedim(axes[0], 1)
 
 
 def pool(

@@ -49,16 +49,14 @@ def loss_scores(losses_B: npt.NDArray[np.floating], num_queries: int) -> npt.NDA
 
 
 def nearest_scores(
-    query_pixels_QD: npt.NDArray[np.uint8], pixels_BD: npt.NDArray[np.uint8]
+    queries_QD: npt.NDArray[np.number], samples_BD: npt.NDArray[np.number]
 ) -> npt.NDArray[np.float32]:
-    """Minus the Euclidean distance of the pixels, in grey levels of 255: (Q, B)."""
+    """Minus the Euclidean distance of pixels, in grey levels of 255, or of embeddings: (Q, B)."""
     # Imported late: the other methods need only numpy and torch.
     from sklearn.metrics.pairwise import euclidean_distances
 
     # scikit-learn computes in float64 blocks, in which sums of squared bytes are exact.
-    distances = euclidean_distances(
-        query_pixels_QD.astype(np.float32), pixels_BD.astype(np.float32)
-    )
+    distances = euclidean_distances(queries_QD.astype(np.float32), samples_BD.astype(np.float32))
     return -np.asarray(distances, dtype=np.float32)
 
 

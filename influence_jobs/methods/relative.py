@@ -14,7 +14,7 @@ from influence_jobs.errors import ModelError
 
 def relative_scores(
     scores_QB: npt.NDArray[np.floating[Any]], squared_sizes_B: npt.NDArray[np.floating[Any]]
-) -> npt.NDArray[np.float32]:
+) -> npt.NDArray[np.floating[Any]]:
     """Divide influence by the size of each sample's effect.
 
     There are two forms. Let g be the gradient of a sample's loss and H the damped curvature. The
@@ -30,16 +30,21 @@ def relative_scores(
             zero.
 
     Returns:
-        (Q, B).
+        (Q, B), with the dtype of the scores.
 
     Raises:
         ModelError: A squared size is negative or not finite, as the damped curvature is not
-            positive definite.
+            positive definite; or it is zero where a score is not.
     """
     if not (np.isfinite(squared_sizes_B).all() and (squared_sizes_B >= 0).all()):
         raise ModelError(
             "the influence of a sample on itself is negative or not finite, as the damped "
             "curvature is not positive definite: use --operator gauss-newton or a larger --damping"
         )
+    if ((squared_sizes_B == 0) & (scores_QB != 0).any(axis=0)).any():
+        raise ModelError(
+            "a sample's gradient is so small that its square vanishes, so its score cannot be "
+            "divided by its size: use --precision float64, or leave --relative out"
+        )
     sizes_B = np.sqrt(squared_sizes_B)
-    return (scores_QB / np.where(sizes_B > 0, sizes_B, 1.0)).astype(np.float32)
+    return (scores_QB / np.where(sizes_B > 0, sizes_B, 1.0)).astype(scores_QB.dtype)

@@ -13,7 +13,7 @@ from influence_jobs.experiments.stability import head
 from influence_jobs.methods.attribution import attribution_scores, clamped_outputs, pool
 from influence_jobs.store.checkpoints import load_checkpoint
 from influence_jobs.store.layout import norms_name
-from influence_jobs.tasks.base import Draw, Task
+from influence_jobs.tasks.base import Draw, Task, converted, out_of_half
 from influence_jobs.tasks.registry import make_task
 from influence_jobs.views.norms import StoredNorms
 
@@ -125,12 +125,13 @@ class Explainer:
     def _activations(self, test: int, layers: Sequence[str]) -> dict[str, Tensor]:
         """A test image's activations (C, h, w) by layer, the mean over draws of its noise."""
         if self._model is None:
-            model = self.task.model().eval()
+            model, _ = converted(self.task, torch.device("cpu"))
             load_checkpoint(model, self.norms.run.root, self.norms.checkpoint)
             self._model = model  # set last: a model without its weights must not be used
         totals: dict[str, Tensor] = {}
         for draw in range(self.norms.noise_draws):
             batch = self.task.test_batch(torch.tensor([test]), Draw(self.norms.seed, draw))
+            batch = out_of_half(batch, self._model)
             found = clamped_outputs(self.task, self._model, layers, batch)
             for layer, output in found.items():
                 totals[layer] = totals[layer] + output[0] if layer in totals else output[0]

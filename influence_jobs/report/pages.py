@@ -233,9 +233,9 @@ class Pages:
         """The cell of a query, without its picture if the data are missing."""
         known = {name: query[name] for name in query if name not in QUERY}
         try:
-            return query_cell(self.task, query["test"], known)[0]
+            return query_cell(self.task, query["test"], query["region"], known)[0]
         except DataError:
-            return query_cell(NoData(), query["test"], known)[0]
+            return query_cell(NoData(), query["test"], query["region"], known)[0]
 
     def _sample_cells(
         self, ranked: Sequence[RankedRow], known: Mapping[str, Any]
@@ -311,6 +311,7 @@ class Pages:
             test=test,
             known=query_words(self.task, test),
             size=size,
+            pictured=query_cell(self.task, test)[0].picture is not None,
             count=len(self.task.test_data()),
             norms=norms,
             chosen=layers,

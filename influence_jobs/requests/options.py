@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Field, create_model
 from influence_jobs.requests.base import Many, One, Options, Request, option
 from influence_jobs.specs.base import Count, Seed, in_words
 from influence_jobs.specs.solvers import SolverSettings
+from influence_jobs.terms import ScorePrecision
 
 TRAINING, SCORES, QUERY = "Training", "Scores", "What to explain"
 CURVATURE, EXPERIMENT = "Curvature", "Experiment"
@@ -69,8 +70,8 @@ class QueriesOptions(SeedOptions):
     )
     quantity: str = option(
         "loss",
-        "What is explained: loss; for denoisers also output (mean square of the output in the "
-        "region) or change (mean square of output minus input).",
+        "What is explained: loss; if the task lists it, output (mean square of the output in the "
+        "region, or its mean logit); of FFDNet also change (mean square of output minus input).",
         panel=QUERY,
     )
     noise_draws: One[Count] = option(
@@ -132,6 +133,12 @@ class CurvatureBase(Options):
     )
     product: Literal["exact", "finite-difference"] = option(
         "exact", "How the Hessian is multiplied with a vector.", panel=CURVATURE
+    )
+    precision: ScorePrecision | None = option(
+        None,
+        "Precision of the vectors and of the scores; by default float64 for a model that is built "
+        "in it, else float32.",
+        panel=CURVATURE,
     )
     curvature_samples: Annotated[int | str, BeforeValidator(_number_or_word)] = option(
         10_000,

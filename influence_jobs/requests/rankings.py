@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from influence_jobs.errors import SpecError
 from influence_jobs.gradients.weights import weight_named, weights_of
-from influence_jobs.jobs.queries import require_queries
+from influence_jobs.jobs.queries import require_comparable, require_queries
 from influence_jobs.kinds.attribution.spec import AttributionSpec
 from influence_jobs.kinds.baseline.spec import METHODS as BASELINES
 from influence_jobs.kinds.baseline.spec import BaselineSpec
@@ -263,6 +263,8 @@ class Rankings:
             if not set(layers) <= set(trained.train.norm_layers):
                 norms = replayed_norms(subject, layers, seed=queries.seed)
             return attribution_of(subject, norms, queries, layers)
+        if method == "nearest":
+            require_comparable(subject.built, queries)
         return make_spec(
             BaselineSpec,
             task=subject.task,

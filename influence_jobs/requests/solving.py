@@ -12,7 +12,7 @@ from influence_jobs.requests.subject import Subject
 from influence_jobs.specs.base import make_spec
 from influence_jobs.specs.queries import Queries
 from influence_jobs.specs.solvers import Curvature, LissaSettings, SolverSettings
-from influence_jobs.tasks.base import Task
+from influence_jobs.tasks.base import Task, dtype_of
 from influence_jobs.tasks.layers import resolve_layers, trained_modules
 
 
@@ -53,6 +53,7 @@ def s_tests_of(
             queries=queries,
             curvature=curvature,
             solver=solver,
+            precision=request.precision or str(dtype_of(built.model())).removeprefix("torch."),
         )
         for checkpoint in subject.checkpoints
     )

@@ -34,9 +34,10 @@ from PIL.Image import Image
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from influence_jobs.errors import DataError, SpecError
+from influence_jobs.errors import DataError, ModelError, SpecError
 from influence_jobs.gradients.batches import KINDS, map_tensors, plain_leaves
 from influence_jobs.tasks.published import Published
+from influence_jobs.tasks.regions import image_size, measure_outputs
 from influence_jobs.terms import Region
 
 Batch = Any  # see gradients.batches
@@ -52,6 +53,15 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 def to_type(batch: Batch, dtype: torch.dtype) -> Batch:
     """A batch with its floating-point tensors in another type."""
     return map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, batch)
+
+
+def out_of_half(batch: Batch, model: nn.Module) -> Batch:
+    """A batch for a model that was `converted` from half precision; other tensors stay as given."""
+    dtype = next(model.parameters()).dtype
+    half = (torch.bfloat16, torch.float16)
+    if dtype in half:
+        return batch
+    return map_tensors(lambda t: t.to(dtype) if t.dtype in half else t, batch)
 
 
 def digest(batch: Batch) -> str:
@@ -72,6 +82,15 @@ def digest(batch: Batch) -> str:
         else:
             found.update(repr(leaf).encode())
     return found.hexdigest()
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """What computations with a model are done in: float64 if it is built in it, else float32.
+
+    Half precision would cost about a hundredth of a norm, and conjugate gradients altogether.
+    """
+    double = any(value.dtype == torch.float64 for value in model.parameters())
+    return torch.float64 if double else torch.float32
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -103,6 +122,37 @@ class Draw:
     index: int = 0
 
 
+def converted(
+    task: "Task", device: torch.device, dtype: torch.dtype | None = None
+) -> tuple[nn.Module, bool]:
+    """A task's untrained model in eval mode, and whether its samples must be converted too.
+
+    Args:
+        dtype: Of its weights; by default `dtype_of` it.
+
+    Raises:
+        ModelError: The model is built in another dtype and does not run in this one.
+    """
+    model = task.model()
+    dtype = dtype or dtype_of(model)
+    types = {value.dtype for value in model.parameters() if value.is_floating_point()}
+    model = model.to(device, dtype).eval()
+    converts = bool(types - {dtype})
+    if converts:
+        sample = to_device(task.batch(torch.tensor([0]), Draw(0)), device)
+        try:
+            with torch.no_grad():
+                task.losses(model, to_type(sample, dtype))
+        except RuntimeError as error:
+            names = ", ".join(sorted(str(t).removeprefix("torch.") for t in types - {dtype}))
+            raise ModelError(
+                f"{type(model).__name__} is built in {names} and does not run in "
+                f"{str(dtype).removeprefix('torch.')} ({str(error).splitlines()[0]}): let its "
+                "forward follow the dtype of its weights, and leave .to(dtype) to the training"
+            ) from error
+    return model, converts
+
+
 class Task(ABC):
     """Model, data and loss of one problem.
 
@@ -120,7 +170,8 @@ class Task(ABC):
             not count. Or a method `output_loss(self, outputs, targets)` that gives losses (B,),
             convex in the outputs. Without it (None) there is no Gauss-Newton matrix. Pages compare
             labels only where it is "cross-entropy", since elsewhere labels are not classes.
-        quantities: The quantities that `measure` knows, the default first.
+        quantities: The quantities that `measure` knows, the default first. The default `measure`
+            knows "loss", and "output" if it is listed.
         query_sets: Named sets of test ids.
         published: Results of the research report for this task, printed beside ours.
     """
@@ -240,14 +291,42 @@ class Task(ABC):
         return self.collate([data[int(i)] for i in ids])
 
     def test_size(self, test: int) -> tuple[int, int] | None:
-        """Height and width of a test image, if regions of it can be measured; else None."""
-        return None
+        """Height and width of a test image, if regions of it can be measured; else None.
+
+        By default those of its targets, if they are images and `measure` is the default.
+        """
+        if self.output_loss is None or type(self).measure is not Task.measure:
+            return None
+        try:
+            targets = self.targets(self.test_batch(torch.tensor([test]), Draw(0)))
+        except NotImplementedError:
+            return None
+        return image_size(self, targets)
 
     def measure(
         self, model: nn.Module, batch: Batch, quantity: str, region: Region | None
     ) -> Tensor:
-        """One of `quantities`, for every sample of a test batch, shape (B,)."""
-        return self.losses(model, batch)
+        """One of `quantities`, for every sample of a test batch, shape (B,).
+
+        By default it knows `loss` and `output`; see `tasks.regions.measure_outputs`. A task that
+        has other quantities, or regions of other outputs, defines it and `test_size`.
+
+        Raises:
+            SpecError: The quantity or the region cannot be measured.
+        """
+        if quantity == "loss" and region is None:
+            return self.losses(model, batch)
+        return measure_outputs(self, model, batch, quantity, region)
+
+    def embed(self, batch: Batch) -> Tensor:
+        """A vector of every sample of a training or test batch, (B, D), for `--method nearest`.
+
+        Without it the pixels of `pictures` and `test_picture` are compared.
+
+        Raises:
+            SpecError: The samples have no embedding.
+        """
+        raise SpecError(f"{type(self).__name__} defines no embed()")
 
     def describe_test(self, ids: npt.NDArray[np.int64]) -> Mapping[str, npt.NDArray[Any]]:
         """Like `describe`, for test samples."""

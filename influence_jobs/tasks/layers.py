@@ -21,7 +21,7 @@ from influence_jobs.gradients.weights import (
     weights_of,
     with_parametrizations,
 )
-from influence_jobs.tasks.base import Draw, Task, device_of, to_device, to_type
+from influence_jobs.tasks.base import Draw, Task, device_of, out_of_half, to_device, to_type
 from influence_jobs.tasks.own_code import described
 
 Say = Callable[[str], None]
@@ -52,7 +52,8 @@ def weight_layers(task: Task, model: nn.Module) -> list[str]:
     training = model.training
     try:
         with torch.no_grad(), differentiable_kernels(model):
-            sample = to_device(task.batch(torch.tensor([0]), Draw(seed=0)), device_of(model))
+            sample = task.batch(torch.tensor([0]), Draw(seed=0))
+            sample = out_of_half(to_device(sample, device_of(model)), model)
             task.losses(model.eval(), sample)
     except InflError:
         raise

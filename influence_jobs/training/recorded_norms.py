@@ -81,6 +81,8 @@ class RecordedNorms:
                 f"layer '{layer}' has no gradient to record: the loss must depend on it, and norms "
                 "are taken between backward() and zero_grad()"
             )
+        # Squares of half precision have too few digits.
+        gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
         return weight.norms(gradient[None], self._reduction)[0]
 
     def add_measured(self, norms: Mapping[str, Tensor], ids: Tensor) -> None:

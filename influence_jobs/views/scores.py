@@ -84,10 +84,14 @@ class ScoresView(View[S]):
         for side in self.sides:
             of_side = [row for row in ranked if row["side"] == side]
             if pictures := self.pictures(score_rows, of_first(of_side, MAX_ROWS), say):
+                drawn = any(row.query and row.query.picture is not None for row in pictures)
+                seen = scores_seen(of_side, queries, classes=self.has_classes, drawn=drawn)
+                if not drawn:
+                    seen += f" {type(self.task).__name__} defines no test_picture()."
                 yield Shown(
                     f"top-{file_name(side)}",
                     f"Top {PER_ROW} by {self.ranking(side)}",
-                    scores_seen(of_side, queries, classes=self.has_classes),
+                    seen,
                     pa.Table.from_pylist(of_side),
                     rows=pictures,
                 )
@@ -99,7 +103,11 @@ def of_first(ranked: Sequence[RankedRow], count: int) -> list[RankedRow]:
 
 
 def scores_seen(
-    ranked: Sequence[RankedRow], queries: Sequence[Mapping[str, Any]], *, classes: bool
+    ranked: Sequence[RankedRow],
+    queries: Sequence[Mapping[str, Any]],
+    *,
+    classes: bool,
+    drawn: bool = True,
 ) -> str:
     """The caption of a figure of top samples.
 
@@ -107,6 +115,7 @@ def scores_seen(
         ranked: Rows of `ranked_scores`, of one side.
         queries: Rows of the run's table of queries.
         classes: Whether labels are classes, which can be compared.
+        drawn: Whether queries have pictures, in which a point or region is marked.
     """
     different = len({row["sample"] for row in ranked})
     said = f"{different} different samples in {len(ranked)} places."
@@ -114,7 +123,7 @@ def scores_seen(
         labels = {(query["test"], query["region"]): query["label"] for query in queries}
         matching = sum(row["label"] == labels[row["test"], row.get("region")] for row in ranked)
         said += f" {matching} have the label of their query (green frame)."
-    if any(row.get("region") for row in ranked):
+    if drawn and any(row.get("region") for row in ranked):
         said += " The mark shows the explained point or region."
     if (count := len(by_query(ranked))) > MAX_ROWS:
         said += f" Only the first {MAX_ROWS} of {count} queries are drawn; the data have all."

@@ -39,7 +39,7 @@ def score_rows(task: Task, ranked: Sequence[RankedRow]) -> list[Row]:
     """
     rows = []
     for (test, region, side), line in by_query(ranked).items():
-        query, known = query_cell(task, test)
+        query, known = query_cell(task, test, region)
         rows.append(Row(query, region_of(region), side, sample_cells(task, line, known)))
     return rows
 
@@ -55,7 +55,7 @@ def seed_rows(task: Task, ranked: Sequence[RankedRow]) -> list[Row]:
     trainings = list(dict.fromkeys(row["training"] for row in ranked))
     rows = []
     for (test, region, _), line in by_query(ranked).items():
-        query, known = query_cell(task, test)
+        query, known = query_cell(task, test, region)
         found = Counter(row["sample"] for row in line)
         for training in trainings:
             of_one = [row for row in line if row["training"] == training]
@@ -102,18 +102,22 @@ class NoData(Task):
 
 
 def query_cell(
-    task: Task, test: int, known: Mapping[str, Any] | None = None
+    task: Task, test: int, region: str | None = None, known: Mapping[str, Any] | None = None
 ) -> tuple[Cell, Mapping[str, Any]]:
     """The cell of a test sample, and its description.
 
     Args:
+        region: The query's, as in a table; it is written out if no picture can show it.
         known: The description; by default the task gives it.
     """
     known = _known(task, test) if known is None else known
     picture: Picture | None = None
     with contextlib.suppress(SpecError):  # a task may have no pictures
         picture = task.test_picture(test)
-    return Cell(picture, [f"test {test}", *_described(known)]), known
+    lines = [f"test {test}", *_described(known)]
+    if region and picture is None:
+        lines.append(f"region {region}")
+    return Cell(picture, lines), known
 
 
 def query_words(task: Task, test: int) -> str:

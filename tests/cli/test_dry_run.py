@@ -90,3 +90,14 @@ def test_losses_are_estimated_before_there_are_weights(infl: Infl) -> None:
     answer = infl(*words, "--dry-run", "--json")
     assert answer.code == 0, answer.err
     assert answer.json["samples"] == 1500
+
+
+def test_what_decides_the_cost_of_a_solver_is_told_and_too_much_is_refused(
+    infl: Infl, refused: Any
+) -> None:
+    words = ("submit", "s-test", "--task", "digits:DigitsTask", "--test", 3, "--dry-run")
+    notes = infl(*words, "--solver", "lissa", "--damping", 1, "--json").json["notes"]
+    assert notes[0] == "measured with untrained weights, as there are no others yet"
+    assert "steps of 32 samples a repeat, at most" in notes[1]
+    assert "iterations over 1,500 samples: lambda 1, largest" in infl(*words, "--damping", 1).out
+    assert "LiSSA needs" in refused(*words, "--solver", "lissa", "--damping", "1e-9")

@@ -18,8 +18,8 @@ TRAINED = f"{HOW} {TASK_DATA} dry-run task checkpoint preset epochs workers"
 QUERIES = "test test-set point region quantity noise-draws seed"
 SCORES = f"{TRAINED} {QUERIES} batch-size shard-size"
 SOLVER = (
-    "solver damping operator product curvature-samples tolerance max-iterations scale depth batch "
-    "repeats"
+    "solver damping operator product precision curvature-samples tolerance max-iterations scale "
+    "depth batch repeats targets"
 )
 CURVATURE = f"layer {SOLVER}"
 EXPERIMENT = f"{TRAINED} {QUERIES} {SOLVER} by"

@@ -2,14 +2,17 @@
 
 from collections.abc import Iterator
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from influence_jobs.errors import SpecError
+from influence_jobs.jobs.queries import embeds
 from influence_jobs.jobs.samples import trained_inputs
 from influence_jobs.jobs.scores import Scores, ScoresJob
-from influence_jobs.kinds.baseline.spec import METHODS, BaselineSpec
+from influence_jobs.kinds.baseline.spec import EMBEDDED, METHODS, BaselineSpec
 from influence_jobs.kinds.train.spec import Checkpoint
 from influence_jobs.methods.baselines import (
     loss_scores,
@@ -19,7 +22,7 @@ from influence_jobs.methods.baselines import (
 )
 from influence_jobs.specs.base import AnySpec
 from influence_jobs.store.layout import SCORES
-from influence_jobs.tasks.base import Draw
+from influence_jobs.tasks.base import Batch, Draw
 
 
 def scorer(method: str) -> str:
@@ -28,7 +31,7 @@ def scorer(method: str) -> str:
 
 
 class BaselineJob(ScoresJob[BaselineSpec]):
-    """Scores by random numbers, the sample's loss, or minus the distance of the pixels."""
+    """Scores by random numbers, the sample's loss, or minus the distance of pixels or vectors."""
 
     spec_type = BaselineSpec
 
@@ -47,6 +50,8 @@ class BaselineJob(ScoresJob[BaselineSpec]):
     @property
     def meaning(self) -> dict[str, str]:
         method = METHODS[self.spec.method]
+        if self.spec.method == "nearest" and embeds(self.task):
+            method = EMBEDDED
         return {"quantity": method.quantity, "sign": method.sign, "unit": method.unit}
 
     def score(self, term: int, ids: torch.Tensor) -> Scores:
@@ -62,8 +67,12 @@ class BaselineJob(ScoresJob[BaselineSpec]):
         return random_scores(rows, ids.numpy(), seed=self.spec.seed)
 
     def _nearest(self, ids: torch.Tensor) -> npt.NDArray[np.float32]:
+        if embeds(self.task):
+            vectors = self._embedded(self.task.batch(ids, Draw(self.spec.seed)), len(ids))
+            self.require_finite("the embedding", vectors, ids)
+            return nearest_scores(self._query_vectors, vectors)
         pictures = self.task.pictures(ids.numpy())
-        return nearest_scores(self._query_pixels, pictures.reshape(len(ids), -1))
+        return nearest_scores(self._query_vectors, pictures.reshape(len(ids), -1))
 
     def _loss(self, ids: torch.Tensor) -> npt.NDArray[np.float32]:
         if self._loaded is None and self.spec.checkpoint is not None:
@@ -75,11 +84,31 @@ class BaselineJob(ScoresJob[BaselineSpec]):
         return loss_scores(found, len(self.spec.queries.items))
 
     @cached_property
-    def _query_pixels(self) -> npt.NDArray[np.uint8]:
+    def _query_vectors(self) -> npt.NDArray[Any]:
+        """What nearest compares of every query, (Q, D)."""
+        queries = self.spec.queries
+        if embeds(self.task):
+            rows = [
+                self._embedded(
+                    self.task.test_batch(torch.tensor([query.test]), Draw(queries.seed)), 1
+                )
+                for query in queries.items
+            ]
+            return np.concatenate(rows)
         shape = self.task.pictures(np.array([0])).shape[1:]
         return np.stack(
             [
                 query_pixels(self.task.test_picture(query.test), query.region, shape)
-                for query in self.spec.queries.items
+                for query in queries.items
             ]
         )
+
+    def _embedded(self, batch: Batch, size: int) -> npt.NDArray[np.float32]:
+        with torch.no_grad():
+            vectors = self.task.embed(batch)
+        if vectors.ndim != 2 or len(vectors) != size:
+            raise SpecError(
+                f"embed() of {type(self.task).__name__} gives {tuple(vectors.shape)} for {size} "
+                "samples: a vector each, (B, D), is needed"
+            )
+        return vectors.float().cpu().numpy()

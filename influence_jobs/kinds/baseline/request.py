@@ -26,6 +26,7 @@ class BaselineRequest(WeightsRequest, QueriesOptions):
     )
 
     def specs(self, root: str, say: Say) -> tuple[Spec, ...]:
+        from influence_jobs.jobs.queries import require_comparable
         from influence_jobs.requests.queries import queries_of
         from influence_jobs.requests.rankings import influence_of
         from influence_jobs.requests.subject import subject_of
@@ -37,6 +38,8 @@ class BaselineRequest(WeightsRequest, QueriesOptions):
             return (influence_of(subject, queries, identity, say, seed=self.seed),)
         if self.given("quantity"):
             raise SpecError("--quantity is what influence explains: leave it out")
+        if self.method == "nearest":
+            require_comparable(subject.built, queries)
         spec = make_spec(
             BaselineSpec,
             task=subject.task,

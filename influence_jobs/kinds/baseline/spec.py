@@ -34,6 +34,8 @@ METHODS = {
         "minus the Euclidean distance of the pixels", "larger = more alike", "grey levels"
     ),
 }
+# Nearest, for a task with vectors of its own.
+EMBEDDED = Baseline("minus the Euclidean distance of embed()", "larger = more alike", "none")
 
 
 class BaselineSpec(ScoresSpec):

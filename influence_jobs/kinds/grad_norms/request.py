@@ -25,11 +25,16 @@ class GradNormsRequest(WeightsRequest, SeedOptions):
         "sum", "With several checkpoints: sum their norms, or keep them on a leading axis."
     )
     precision: Precision = option(
-        "float32", "Precision of the computation; bfloat16 by torch's autocast."
+        "float32",
+        "Precision of the computation; bfloat16 by torch's autocast. A model that is built in "
+        "float64 is computed in it.",
     )
 
     def specs(self, root: str, say: Say) -> tuple[Spec, ...]:
+        import torch
+
         from influence_jobs.requests.subject import subject_of
+        from influence_jobs.tasks.base import dtype_of
         from influence_jobs.tasks.layers import resolve_weights, say_slow_layers
 
         if not self.layer:
@@ -37,6 +42,9 @@ class GradNormsRequest(WeightsRequest, SeedOptions):
         subject = subject_of(self, root, say)
         layers = resolve_weights(self.layer, subject.built, say)
         say_slow_layers(layers, subject.built, say)
+        precision = self.precision
+        if not self.given("precision") and dtype_of(subject.built.model()) == torch.float64:
+            precision = "float64"
         spec = make_spec(
             GradNormsSpec,
             task=subject.task,
@@ -44,7 +52,7 @@ class GradNormsRequest(WeightsRequest, SeedOptions):
             layers=layers,
             reduction=self.reduce,
             combine=self.combine,
-            precision=self.precision,
+            precision=precision,
             seed=self.seed,
         )
         return (spec,)

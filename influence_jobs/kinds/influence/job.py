@@ -25,6 +25,7 @@ from influence_jobs.specs.solvers import EkFacSettings
 from influence_jobs.store.layout import S_TEST, SCORES, part_name
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.base import Draw
+from influence_jobs.terms import ScorePrecision
 
 
 class InfluenceJob(ScoresJob[InfluenceSpec]):
@@ -50,6 +51,15 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
     def input_digests(self) -> dict[str, str]:
         runs = [Run(self.run_store.root, s_test) for s_test in self.spec.s_tests]
         return super().input_digests() | {run.id: run.digest() for run in runs}
+
+    @property
+    def stored(self) -> ScorePrecision:
+        return self.spec.s_tests[0].precision
+
+    @property
+    def dtype(self) -> torch.dtype:
+        found: torch.dtype = getattr(torch, self.stored)
+        return found
 
     @property
     def terms(self) -> int:
@@ -121,8 +131,10 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
             if self.spec.relative is not None:
                 if which not in self._fitted:  # slow, and the same for every shard
                     self._fitted[which] = self._metrics(s_test)
-                sizes = GradQuadratics(self.model, self._fitted[which], self.task.losses)
-            dots = GradDots(self.model, space, self.task.losses, vectors_QP)
+                sizes = GradQuadratics(
+                    self.model, self._fitted[which], self.task.losses, precision=self.stored
+                )
+            dots = GradDots(self.model, space, self.task.losses, vectors_QP, precision=self.stored)
             self._check(dots)
             self._engines = which, dots, sizes
         return self._engines[1:]
@@ -132,7 +144,7 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
         first = torch.arange(min(2, len(self.task.train_data())))
         dots.check(self.batch(first, Draw(self.spec.seed)))
 
-    def _vectors(self, s_test: STestSpec) -> npt.NDArray[np.float32]:
+    def _vectors(self, s_test: STestSpec) -> npt.NDArray[np.floating]:
         run = Run(self.run_store.root, s_test)
         return run.read_rows(S_TEST, 0, len(s_test.queries.items))
 
@@ -180,7 +192,7 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
         s_test = self.spec.s_tests[0]
         space = ParameterSpace(self.model, s_test.modules)
         vectors_QP = torch.randn(len(s_test.queries.items), space.size)
-        dots = GradDots(self.model, space, self.task.losses, vectors_QP)
+        dots = GradDots(self.model, space, self.task.losses, vectors_QP, precision=self.stored)
         for ids in self.all_batches():
             dots.total(self.batch(ids, Draw(self.spec.seed)))
             yield len(ids)

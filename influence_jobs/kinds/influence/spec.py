@@ -47,6 +47,8 @@ class InfluenceSpec(ScoresSpec):
                 raise ValueError(f"{other.run_id} has other queries or layers than {first.run_id}")
             if other.task.identity() != first.task.identity():
                 raise ValueError(f"{other.run_id} is of another task or data than {first.run_id}")
+            if other.precision != first.precision:
+                raise ValueError(f"{other.run_id} is of another precision than {first.run_id}")
         if len(self.s_tests) == 1:
             object.__setattr__(self, "combine", "sum")
         return self

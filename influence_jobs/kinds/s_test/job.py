@@ -21,7 +21,7 @@ from influence_jobs.specs.base import AnySpec
 from influence_jobs.specs.solvers import Curvature
 from influence_jobs.store.checkpoints import load_checkpoint, recorded_digest
 from influence_jobs.store.layout import S_TEST, S_TEST_VARIANCE, ArrayLayout, repeat_name
-from influence_jobs.tasks.base import Draw, Task
+from influence_jobs.tasks.base import Draw, Task, converted, device_of
 
 # A block of queries, which is a chunk, shares each product. The bytes limit a shard's vectors.
 MAX_QUERIES, MAX_BLOCK_BYTES = 64, 64 * 2**20
@@ -35,6 +35,7 @@ class STestJob(Job[STestSpec]):
     """A shard is some blocks of queries, with some of their repeats."""
 
     spec_type = STestSpec
+    _notes: Sequence[str] = ()
 
     @property
     def title(self) -> str:
@@ -62,7 +63,8 @@ class STestJob(Job[STestSpec]):
     def plan(self, shard_rows: int | None = None) -> Plan:
         require_queries(self.task, self.spec.queries)
         num_queries, size = len(self.spec.queries.items), self._space.size
-        block = max(1, min(MAX_QUERIES, MAX_BLOCK_BYTES // (4 * size), num_queries))
+        row_bytes = np.dtype(self.spec.precision).itemsize * size
+        block = max(1, min(MAX_QUERIES, MAX_BLOCK_BYTES // row_bytes, num_queries))
         rows = -(-(shard_rows or block) // block) * block
         names = [S_TEST]
         if self._repeats > 1:
@@ -74,6 +76,7 @@ class STestJob(Job[STestSpec]):
                 row_axis=0,
                 chunk_rows=block,
                 dims=("query", "parameter"),
+                dtype=self.spec.precision,
                 attributes={
                     "quantity": _quantity(name, self.spec),
                     "parameters": [[n, list(shape)] for n, shape in self._space.shapes.items()],
@@ -81,7 +84,7 @@ class STestJob(Job[STestSpec]):
             )
             for name in names
         )
-        fitting = min(MAX_REPEATS, MAX_BLOCK_BYTES // (4 * size * block))
+        fitting = min(MAX_REPEATS, MAX_BLOCK_BYTES // (row_bytes * block))
         groups = np.array_split(range(self._repeats), -(-self._repeats // max(1, fitting)))
         shards = tuple(
             Shard(f"{repeats[0]:03d}-{start:06d}-{min(start + rows, num_queries):06d}", start,
@@ -125,20 +128,34 @@ class STestJob(Job[STestSpec]):
         files = self.run_store.write_table(f"{SHARD_TABLES}/{shard.id}", pa.Table.from_pylist(rows))
         return Result(found, files)
 
-    def probe(self) -> Iterator[int]:
-        operator, ids = self._operator, self._samples[: self.batch_size]
-        rhs_QP = torch.randn(self.plan().arrays[0].chunk_rows, self._space.size, device=self.device)
-        products = self.spec.solver.passes
-        done = 0.0
-        while True:
-            operator.product(rhs_QP, ids)
-            done += len(ids) / products
-            yield max(1, round(done))
-            done -= round(done)
+    def probe(self) -> Iterator[float]:
+        notes: list[str] = []
+        if self._weights_exist:
+            load_checkpoint(self._model, self.run_store.root, self.spec.checkpoint)
+        elif self.spec.solver.uses_curvature:
+            notes.append("measured with untrained weights, as there are no others yet")
+        rhs_QP = torch.randn(self.plan().arrays[0].chunk_rows, self._space.size).to(
+            device_of(self._model), next(self._model.parameters()).dtype
+        )
+        solver = make_solver(self.spec.solver, seed=self.spec.curvature.seed)
+        trial = solver.trial(self._operator, rhs_QP, self.spec.solver.passes)
+        self._notes = [*notes, *trial.said]
+        for fraction in trial.pieces:
+            yield fraction * len(self._samples)
+
+    def notes(self) -> Sequence[str]:
+        return self._notes
+
+    @property
+    def _weights_exist(self) -> bool:
+        checkpoint = self.spec.checkpoint
+        if not isinstance(checkpoint, TrainedCheckpoint):
+            return True
+        return bool(recorded_digest(self.run_store.root, checkpoint))
 
     @cached_property
     def _model(self) -> torch.nn.Module:
-        return self.task.model().to(self.device).eval()
+        return converted(self.task, self.device, getattr(torch, self.spec.precision))[0]
 
     @cached_property
     def _samples(self) -> torch.Tensor:
@@ -174,7 +191,7 @@ class STestJob(Job[STestSpec]):
         files |= write_queries(run, self.task, spec.queries)
         if self._repeats == 1:
             return Result(files=files)
-        mean = np.empty(run.array(S_TEST).shape, dtype=np.float32)
+        mean = np.empty(run.array(S_TEST).shape, dtype=spec.precision)
         variance = np.empty_like(mean)
         for row in range(len(mean)):
             names = [repeat_name(repeat) for repeat in range(self._repeats)]

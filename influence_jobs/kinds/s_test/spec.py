@@ -8,6 +8,7 @@ from influence_jobs.kinds.train.spec import Checkpoint
 from influence_jobs.specs.base import Spec
 from influence_jobs.specs.queries import Queries
 from influence_jobs.specs.solvers import AnySolver, ConjugateGradientSettings, Curvature
+from influence_jobs.terms import ScorePrecision
 
 
 class STestSpec(Spec):
@@ -15,6 +16,7 @@ class STestSpec(Spec):
 
     Attributes:
         modules: Names of the layers whose parameters are used, in the model's order.
+        precision: Of weights, samples and vectors in the computation, and of what is stored.
     """
 
     kind: Literal["s-test"] = "s-test"
@@ -23,6 +25,7 @@ class STestSpec(Spec):
     queries: Queries
     curvature: Curvature = Curvature()
     solver: AnySolver = ConjugateGradientSettings()
+    precision: ScorePrecision = "float32"
 
     @model_validator(mode="after")
     def _normalise(self) -> Self:

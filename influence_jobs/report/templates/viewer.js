@@ -25,9 +25,11 @@ if (form) {
   async function explain() {
     const mine = ++clicks;
     const words = new URLSearchParams(new FormData(form));
-    mark.style.left = `${(100 * (Number(form.x.value) + 0.5)) / image.naturalWidth}%`;
-    mark.style.top = `${(100 * (Number(form.y.value) + 0.5)) / image.naturalHeight}%`;
-    mark.hidden = false;
+    if (image) {
+      mark.style.left = `${(100 * (Number(form.x.value) + 0.5)) / image.naturalWidth}%`;
+      mark.style.top = `${(100 * (Number(form.y.value) + 0.5)) / image.naturalHeight}%`;
+      mark.hidden = false;
+    }
     const reply = await fetch(`${form.dataset.answer}?${words}`);
     const text = await reply.text();
     if (mine !== clicks) return; // a later click replaces this one
@@ -35,7 +37,7 @@ if (form) {
     else answer.textContent = new DOMParser().parseFromString(text, "text/html").querySelector("main p")?.textContent ?? "no answer";
   }
 
-  image.addEventListener("click", (event) => {
+  image?.addEventListener("click", (event) => {
     const box = image.getBoundingClientRect();
     form.x.value = Math.min(image.naturalWidth - 1, Math.floor(((event.clientX - box.left) / box.width) * image.naturalWidth));
     form.y.value = Math.min(image.naturalHeight - 1, Math.floor(((event.clientY - box.top) / box.height) * image.naturalHeight));
@@ -45,5 +47,5 @@ if (form) {
     event.preventDefault();
     explain();
   });
-  if (form.x.value && form.y.value && image.complete) explain();
+  if (form.x.value && form.y.value && image?.complete) explain();
 }

@@ -364,13 +364,39 @@ class OutOfRegion(Right):
         return 4, 5
 
     def measure(self, model: nn.Module, batch: Any, quantity: str, region: Any) -> Tensor:
-        values = super().measure(model, batch, quantity, region)
+        values = super().measure(model, batch, quantity, None)
         return values if region is None else values / 0
 
 
 class Regions(OutOfRegion):
     def measure(self, model: nn.Module, batch: Any, quantity: str, region: Any) -> Tensor:
         return super().measure(model, batch, quantity, None)
+
+
+class WholeImages(Right):
+    """Images, and a loss that is of no single pixel."""
+
+    output_loss = staticmethod(  # type: ignore[assignment]
+        lambda o, t: F.avg_pool2d((o - t) ** 2, 3).flatten(1).sum(1)
+    )
+
+    def train_data(self) -> Any:
+        return [(torch.rand(1, 4, 4), torch.rand(1, 4, 4)) for _ in range(6)]
+
+    def test_data(self) -> Any:
+        return self.train_data()
+
+    def model(self) -> nn.Module:
+        return nn.Conv2d(1, 1, 1)
+
+    def losses(self, model: nn.Module, batch: Any) -> Tensor:
+        return type(self).output_loss(self.outputs(model, batch), batch[1])
+
+
+def test_a_loss_that_is_of_no_pixel_is_a_warning() -> None:
+    found = looked(outputs.tests, WholeImages())
+    assert found[0].startswith("warn: output_loss of WholeImages cannot be taken of 1 x 1 pixels")
+    assert found[1].endswith("regions of 4 x 4 pixels")
 
 
 def test_test_samples_and_regions() -> None:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from influence_jobs.curvature import EkFac, GaussNewton, Hessian, ek_fac
-from influence_jobs.curvature.output_loss import FORMS, IGNORED, Form, forms_of
 from influence_jobs.curvature.output_roots import exact_roots, random_root, random_signs
 from influence_jobs.errors import ModelError, SpecError
 from influence_jobs.gradients.parameters import ParameterSpace
+from influence_jobs.tasks.output_loss import FORMS, IGNORED, Form, forms_of
 
 from .test_any_model import (
     LOSSES,

@@ -238,3 +238,10 @@ def test_samples_that_are_not_finite_are_named():
         ConjugateGradient(1.0).solve(operator, randoms(1, operator.size, torch.float32))
     with pytest.raises(SpecError, match="at least one sample"):
         operator.__class__(model, ParameterSpace(model), task, torch.arange(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_refused(case, dtype):
+    case.model.to(dtype)
+    with pytest.raises(ModelError, match=r"is of \w*float16, .*: convert the model, model.float"):
+        case.gauss_newton()

@@ -1,6 +1,8 @@
 """Solvers of (A + lambda I) x = v, compared with dense float64 inverses."""
 
+import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -66,15 +68,48 @@ def test_a_residual_that_is_not_reached_is_told(case):
     assert solution.residual_Q.min() > 1e-9
 
 
-def test_negative_curvature_is_refused_with_the_lambda_that_would_do(case):
-    values = torch.linalg.eigvalsh(case.dense_hessian())
-    assert values[0] < -1e-3
+def test_negative_curvature_is_refused_with_a_lambda_that_works_the_first_time(case):
+    lowest = float(torch.linalg.eigvalsh(case.dense_hessian())[0])
+    assert lowest < -1e-3
     v_QP = randoms(2, case.space.size)
-    with pytest.raises(SpecError, match="use --operator gauss-newton, or --damping above"):
-        ConjugateGradient(-float(values[0]) / 2, tolerance=1e-10).solve(case.hessian(), v_QP)
-    damping = -2 * float(values[0])
-    solution = ConjugateGradient(damping, tolerance=1e-9).solve(case.hessian(), v_QP)
-    assert relative(solution.x_QP, inverse(case.dense_hessian(), v_QP, damping)).max() < 1e-6
+    with pytest.raises(SpecError, match="use --operator gauss-newton, or --damping") as refused:
+        ConjugateGradient(-lowest / 2, tolerance=1e-10).solve(case.hessian(), v_QP)
+    assert f"smallest eigenvalue is {lowest:.3g}" in str(refused.value)
+    named = float(re.search(r"--damping (\S+) or more", str(refused.value))[1])
+    assert -lowest < named < -1.25 * lowest
+    solution = ConjugateGradient(named, tolerance=1e-9).solve(case.hessian(), v_QP)
+    assert relative(solution.x_QP, inverse(case.dense_hessian(), v_QP, named)).max() < 1e-6
+    messages = Lissa(-lowest / 2, scale=20.0, batch_size=4, depth=2).solve(case.hessian(), v_QP)
+    assert f"takes --damping {named:g} or more" in messages.record["messages"][0]
+
+
+def test_a_loss_that_is_not_convex_is_named_as_the_cause(case):
+    operator = case.gauss_newton()
+    negative = case.dense_gauss_newton() - 0.5 * torch.eye(case.space.size, dtype=torch.float64)
+    operator.__class__ = type("Bent", (GaussNewton,), {"__matmul__": lambda _, v: v @ negative})
+    with pytest.raises(
+        SpecError, match=r"not convex in the outputs: mend it, or --damping 0\.5[5-7]"
+    ):
+        ConjugateGradient(0.1).solve(operator, randoms(1, case.space.size))
+
+
+@pytest.mark.parametrize("fraction", [0.3, 0.01])
+def test_the_iterations_that_a_trial_tells_are_enough(case, fraction):
+    largest = float(torch.linalg.eigvalsh(case.dense_gauss_newton())[-1])
+    operator, v_QP = case.gauss_newton(), randoms(2, case.space.size)
+    solver = ConjugateGradient(fraction * largest)
+    trial = solver.trial(operator, v_QP, passes=1)
+    told = int(re.match(r"up to (\d+) iterations over 24 samples", trial.said[0])[1])
+    before, fraction_done = operator.work, 0.0
+    while fraction_done < 1:
+        fraction_done += next(trial.pieces)
+    # A pass for each iteration and one for the residual, of two vectors.
+    passes = (operator.work - before) / (operator.cost * 2 * N)
+    assert passes == pytest.approx(told + 1, abs=1)
+    assert solver.solve(operator, v_QP).iterations_Q.max() <= told
+    hard = ConjugateGradient(1e-9).trial(operator, v_QP, passes=1).said[0]
+    assert hard.startswith("up to 200 iterations")
+    assert "raise --damping" in hard
 
 
 # -- LiSSA -----------------------------------------------------------------------------------------
@@ -94,6 +129,42 @@ def test_the_mean_of_lissa_is_the_inverse_within_its_standard_error(case):
         <= lissa_module.TOLERANCE
     )
     assert all(repeat.damping == damping for repeat in repeats)
+
+
+@pytest.mark.parametrize("damping", [5 * LAMBDA, LAMBDA])
+def test_lissa_takes_the_steps_that_its_trial_tells_and_its_progress_is_true(case, damping):
+    operator, v_QP = case.gauss_newton(), randoms(2, case.space.size)
+    solver = Lissa(damping)
+    trial = solver.trial(operator, v_QP, passes=1)
+    told = int(re.match(r"([\d,]+) steps of 32 samples", trial.said[0])[1].replace(",", ""))
+    assert sum(next(trial.pieces) for _ in range(4)) == pytest.approx(4 * 16 / told)
+    fractions: list[float] = []
+    solution = solver.solve(operator, v_QP, fractions.append)
+    assert solution.record["depth"] == told
+    assert fractions[-1] == 1.0
+    for before, after in itertools.pairwise([0.0, *fractions]):  # 16 steps or fewer each
+        assert 0 < after - before < 16.001 / told
+    assert Lissa(damping, depth=70).trial(operator, v_QP, 1).said[0].startswith("70 steps of 32")
+
+
+def test_a_recursion_of_too_many_steps_is_refused_before_it_starts(case):
+    solver = Lissa(1e-7)
+    with pytest.raises(SpecError, match="use --solver cg, a larger --damping, or give --depth"):
+        solver.trial(case.gauss_newton(), randoms(1, case.space.size), 1)
+
+
+def test_progress_follows_the_scatter_that_is_measured(case, monkeypatch):
+    monkeypatch.setattr(lissa_module, "TOLERANCE", 0.004)
+    fractions: list[float] = []
+    solution = Lissa(LAMBDA, batch_size=4).solve(
+        case.gauss_newton(), randoms(1, case.space.size), fractions.append
+    )
+    relaxation = math.ceil(solution.record["scale"] / LAMBDA)
+    assert solution.record["depth"] > 20 * relaxation
+    # After the first blocks the rest is foreseen within a factor of two.
+    first = next(i for i, (a, b) in enumerate(itertools.pairwise(fractions)) if b < a)
+    foreseen = (lissa_module.BURN_IN + lissa_module.BLOCKS) * relaxation / fractions[first + 1]
+    assert 0.5 < foreseen / solution.record["depth"] < 2
 
 
 @pytest.mark.parametrize("scale", [4.0, 9.0])

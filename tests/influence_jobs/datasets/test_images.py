@@ -41,6 +41,24 @@ def test_names_are_sorted_relative_and_recursive_and_sizes_come_from_headers(
     assert ImageFolder(tmp_path).sizes[4] == (4, 9)  # truncated, but the header is whole
 
 
+def test_linked_folders_and_images_are_followed_and_links_to_nowhere_told(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    save(root / "a.png")
+    save(tmp_path / "elsewhere" / "deep" / "b.png")
+    (root / "linked").symlink_to(tmp_path / "elsewhere")
+    (root / "c.png").symlink_to(tmp_path / "elsewhere" / "deep" / "b.png")
+    (root / "linked" / "deep" / "back").symlink_to(tmp_path / "elsewhere")  # a loop
+    folder = ImageFolder(root)
+    assert folder.names == ("a.png", "c.png", "linked/deep/b.png")
+    assert folder.check(skip_unreadable=False) == []
+    (tmp_path / "link").symlink_to(root)
+    assert ImageFolder(tmp_path / "link").names == folder.names
+    (root / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(DataError, match=r"gone\.png"):
+        ImageFolder(root).check(skip_unreadable=False)
+    assert ImageFolder(root).check(skip_unreadable=True) == ["gone.png"]
+
+
 @pytest.mark.parametrize("suffix", ["png", "bmp", "tif"])
 def test_colour_is_bgr_and_grey_is_luma(tmp_path: Path, suffix: str) -> None:
     save(tmp_path / f"a.{suffix}")

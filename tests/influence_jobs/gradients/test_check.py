@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from influence_jobs.errors import ModelError
-from influence_jobs.gradients import GradNorms
+from influence_jobs.gradients import GradDots, GradNorms
+from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.gradients.rules.linear import LinearRule
 
 
@@ -56,7 +57,7 @@ def test_sound_model_passes(rows):
 
 @pytest.mark.parametrize("fault", ["batch statistics", "first sample", "dropout"])
 def test_planted_fault_is_found(fault):
-    with pytest.raises(ModelError, match=r"layer 'first': per-sample norms differ .* usual causes"):
+    with pytest.raises(ModelError, match=r"(layer 'first': per-sample norms|loss).* usual causes"):
         check(Probe(fault))
 
 
@@ -68,7 +69,7 @@ def test_a_use_outside_the_layer_is_counted():
 
 
 def test_losses_divided_by_the_batch_size():
-    with pytest.raises(ModelError, match=r"differ from one-sample autograd by 5\.0e-01"):
+    with pytest.raises(ModelError, match=r"in a batch than alone.*divided by the batch size"):
         check(Probe(), losses=lambda model, x: losses(model, x) / len(x))
 
 
@@ -101,3 +102,46 @@ def test_weights_stay_frozen_after_a_failure():
         with pytest.raises(ModelError):
             engine.check(torch.randn(2, 6))
         assert not any(p.requires_grad for p in model.parameters())
+
+
+def engines(model, losses):
+    """Both engines, without their check."""
+    space = ParameterSpace(model)
+    yield GradNorms(model, ["first", "second"], losses, reduction="layer")
+    yield GradDots(model, space, losses, torch.randn(1, space.size))
+
+
+@pytest.mark.parametrize("change", [lambda x: x.flip(0), lambda x: x - x.mean(0)])
+def test_samples_that_change_places_or_mix_are_seen_without_the_check(change):
+    for engine in engines(Probe().eval(), lambda model, x: losses(model, change(x))):
+        with engine, pytest.raises(ModelError, match="a sample's loss is another in a batch"):
+            engine(torch.randn(5, 6))
+
+
+def class_weights(model, batch):
+    x, y, weights = batch
+    return F.cross_entropy(model(x), y, weight=weights, reduction="none")
+
+
+def input_weights(model, batch):
+    x, _, weights = batch
+    return losses(model, x * weights)
+
+
+@pytest.mark.parametrize("weighted", [class_weights, input_weights])
+def test_a_tensor_that_samples_share_is_not_cut_with_them(weighted):
+    weights = torch.rand(6)
+
+    def batch(size):
+        return torch.randn(size, 6), torch.randint(6, (size,)), weights
+
+    for engine in engines(Probe().eval(), weighted):
+        with engine, pytest.raises(ModelError, match=r"a batch of 6 holds a tensor \(6,\) that is"):
+            engine(batch(6))
+    check(Probe(), losses=weighted, batch=batch(5))
+
+
+def test_losses_that_almost_vanish_are_not_taken_for_others():
+    tiny = [lambda model, x, power=power: losses(model, x) * 10.0**-power for power in (6, 9, 30)]
+    for small in tiny:
+        check(Probe(), losses=small)

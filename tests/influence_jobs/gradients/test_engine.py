@@ -321,3 +321,51 @@ def test_a_tapped_linear_over_positions_copies_nothing_on_the_way_back():
         names.add(node.name())
         nodes += [following for following, _ in node.next_functions if following is not None]
     assert not names & {"CopySlices", "AsStridedBackward0"}
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_norms_whose_squares_are_out_of_range_are_right(case, reduction):
+    """Losses times powers of two, whose norms are the same powers times the norms."""
+    expected = norms_of(case, reduction)
+    size = len(next(iter(expected.values())))
+    powers_B = torch.tensor([-70, 0, 70, -80, 55])[torch.arange(size) % 5]
+    factors_B = torch.ldexp(torch.ones(()), powers_B)
+    factors_B[-1] = 0.0
+
+    def losses(model, batch):
+        found_B = case.losses(model, batch)
+        # A batch of one is a sample that the check cuts out; its place is not known.
+        return found_B * (factors_B if len(found_B) == size else factors_B[0])
+
+    with GradNorms(case.model, case.layers, losses, reduction=reduction) as engine:
+        found = engine(case.batch)
+    for name, norms in found.items():
+        factors = factors_B.view(-1, *(1,) * (norms.ndim - 1))
+        assert (norms[:-1] > 0).any()
+        torch.testing.assert_close(
+            norms / factors,
+            expected[name].where(factors > 0, torch.nan),
+            rtol=1e-5,
+            atol=1e-6 * float(expected[name].max()),
+            equal_nan=True,
+        )
+
+
+@pytest.mark.parametrize("power", [-75, 62])
+def test_all_norms_out_of_range_pass_the_check_by_rule_and_by_fallback(power):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.GRU(4, 3, batch_first=True)).eval()
+    x = torch.randn(6, 7, 5)
+
+    def losses(model, x):
+        return model(x)[0].square().flatten(1).sum(1) * 2.0**power
+
+    names = ["0", "2.weight_hh_l0"]
+    with GradNorms(model, names, losses, reduction="channel") as engine:
+        engine.check(x)
+        found = engine(x)
+    with GradNorms(
+        model, names, lambda m, x: losses(m, x) * 2.0**-power, reduction="channel"
+    ) as engine:
+        for name, norms in engine(x).items():
+            torch.testing.assert_close(found[name] * 2.0**-power, norms, rtol=1e-5, atol=1e-7)

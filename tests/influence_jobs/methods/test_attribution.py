@@ -121,7 +121,7 @@ class OddTask(Task):
     [
         ("twice", "is called 2 times"),
         ("unused", "is called 0 times"),
-        ("pair", "returns tuple"),
+        ("pair", "has 2 weights, whose rows need not be its outputs"),
         ("tokens", "has norms of its weight's rows"),  # which may be as many as the outputs
     ],
 )
@@ -161,6 +161,52 @@ def test_the_channels_of_a_sequence_are_its_last_axis_and_those_of_an_image_its_
     np.testing.assert_allclose(found["tokens"][0], seen["tokens"].mean(0), rtol=1e-6)
     np.testing.assert_allclose(found["wide"][0], seen["wide"].mean(1), rtol=1e-6)
     np.testing.assert_allclose(found["normed"][0], seen["normed"].flatten(), rtol=1e-6)
+
+
+class Own(nn.Module):
+    """A layer of one's own: a matrix over the second axis, and a state beside the output."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(outputs, inputs))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.einsum("ci,bit->bct", self.matrix, x), x
+
+
+def test_channels_of_volumes_and_of_layers_of_ones_own_and_regions_of_their_maps() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.volume = nn.Conv3d(1, 3, 2)  # (B, C, D, H, W)
+            self.own = Own(2, 4)
+            self.unclear = Own(2, 5)  # as many channels as positions
+            self.attention = nn.MultiheadAttention(5, 1, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen = {"volume": self.volume(x.view(1, 1, 2, 5, 1).expand(-1, -1, -1, -1, 3))}
+            self.seen["own"] = self.own(x)[0]
+            mixed = self.attention(x, x, x)[0]
+            parts = (*self.seen.values(), self.unclear(x)[0], mixed)
+            return torch.cat([part.flatten(1) for part in parts], 1)
+
+    class NetTask(OddTask):
+        def test_data(self) -> Tensor:
+            return torch.randn(2, 2, 5, generator=torch.Generator().manual_seed(1))
+
+    task = NetTask()
+    model = task.model = Net()
+    found = query_activations(task, model, ["volume", "own"], [(1, None)], ONE_DRAW)
+    seen = {layer: output.detach().relu()[0] for layer, output in model.seen.items()}
+    np.testing.assert_allclose(found["volume"][0], seen["volume"].mean((1, 2, 3)), rtol=1e-5)
+    np.testing.assert_allclose(found["own"][0], seen["own"].mean(1), rtol=1e-5)
+    for layer, complaint in {
+        "unclear": r"returns \(1, 5, 5\), of which several axes have the 5 rows",
+        "attention": r"returns \(1, 2, 5\), of which no axis has the 15 rows",
+    }.items():
+        with pytest.raises(ModelError, match=f"layer {layer} {complaint}"):
+            query_activations(task, model, [layer], [(0, None)], ONE_DRAW)
 
 
 def test_regions_of_vectors_and_bad_numbers_are_refused() -> None:

@@ -14,7 +14,8 @@ def test_both_published_forms_against_dense_algebra() -> None:
     steps_BP = g_BP @ inverse
     theta = relative_scores(scores, np.sum(steps_BP**2, axis=1))
     loss = relative_scores(scores, np.einsum("bp,bp->b", g_BP, steps_BP))
-    assert theta.dtype == np.float32
+    assert theta.dtype == np.float64  # as the scores
+    assert relative_scores(np.ones((1, 1), np.float32), np.ones(1)).dtype == np.float32
     for q in range(2):
         for i in range(6):
             score = v_QP[q] @ inverse @ g_BP[i]
@@ -35,3 +36,8 @@ def test_a_sample_without_gradient_scores_zero() -> None:
 def test_squared_sizes_that_are_negative_or_not_finite_are_refused(bad: float) -> None:
     with pytest.raises(ModelError, match="not positive definite"):
         relative_scores(np.ones((1, 2)), np.array([1.0, bad]))
+
+
+def test_a_size_that_vanishes_where_a_score_does_not_is_refused() -> None:
+    with pytest.raises(ModelError, match="use --precision float64"):
+        relative_scores(np.array([[0.0, 3.0], [1e-30, 3.0]]), np.array([0.0, 4.0]))

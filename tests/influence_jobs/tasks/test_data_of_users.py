@@ -22,7 +22,8 @@ from influence_jobs.tasks.base import digest
 from influence_jobs.tasks.rows import require_rows
 from influence_jobs.training.changes import Changes
 from influence_jobs.training.ensemble import EnsembleTrainer, Variant
-from influence_jobs.training.train import Recipe, Trainer
+from influence_jobs.training.recipe import Recipe
+from influence_jobs.training.train import Trainer
 
 N = 20
 IDS = torch.arange(N)

@@ -185,3 +185,15 @@ def test_the_seed_covers_what_is_random_in_training(stop_after: int | None) -> N
                 trainer.load_state_dict(state)
         weights.append(trainer.model.state_dict()["0.weight"])
     assert torch.equal(weights[0], weights[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_recorded_norms_of_any_dtype_are_those_of_its_gradients(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(50, 3)).to(dtype)
+    model[0].weight.grad = torch.randn(3, 50).to(dtype)
+    norms = RecordedNorms(model, ["0"], 4, reduction="channel", skip_epochs=0)
+    norms.add(model, torch.tensor([2, 0]), 0)
+    expected = model[0].weight.grad.double().norm(dim=1)
+    torch.testing.assert_close(norms.sums["0"][2].double(), expected, rtol=1e-6, atol=0)
+    assert norms.sums["0"][1].eq(0).all()

@@ -1,0 +1,145 @@
+"""Regions of a network of one's own without pictures, and nearest by vectors of one's own."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from starlette.testclient import TestClient
+
+from influence_jobs.report.viewer import make_viewer
+from influence_jobs.store.layout import SCORES
+from influence_jobs.store.run import Run
+
+Infl = Callable[..., Any]
+
+TASK = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+from influence_jobs import Task
+
+
+class UNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.enter = nn.Conv2d(1, 3, 3, padding=1)
+        self.down = nn.Conv2d(3, 4, 3, stride=2, padding=1)
+        self.up = nn.ConvTranspose2d(4, 2, 2, stride=2)
+        self.leave = nn.Conv2d(5, 1, 1)
+
+    def forward(self, x):
+        skipped = F.silu(self.enter(x))
+        return self.leave(torch.cat([skipped, F.silu(self.up(F.silu(self.down(skipped))))], 1))
+
+
+def images(rows, seed):
+    y = torch.rand(rows, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return TensorDataset(F.avg_pool2d(y, 3, 1, 1), y)
+
+
+class Deblur(Task):
+    output_loss = "mse"
+
+    def model(self):
+        return UNet()
+
+    def train_data(self):
+        return images(20, 0)
+
+    def test_data(self):
+        return images(4, 1)
+
+    def outputs(self, model, batch):
+        return model(batch[0])
+
+    def targets(self, batch):
+        return batch[1]
+
+    def losses(self, model, batch):
+        return (self.outputs(model, batch) - batch[1]).square().mean((1, 2, 3))
+
+
+class Embedded(Deblur):
+    def embed(self, batch):
+        return batch[0].flatten(1)[:, :5]
+
+
+class Flat(Deblur):
+    def embed(self, batch):
+        return batch[0]
+"""
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> str:
+    (tmp_path / "deblur.py").write_text(TASK)
+    return "deblur:Deblur"
+
+
+def of(name: str, *words: str) -> tuple[str, ...]:
+    return "submit", name, "--local", "--epochs", "1", *words
+
+
+def test_points_are_explained_reported_and_viewed_without_pictures(
+    infl: Infl, task: str, tmp_path: Path
+) -> None:
+    asked = ("--task", task, "--test", "1", "--point", "2,3", "--region", "0,0,4,8")
+    found = [infl(*of(kind, *asked, "--json")) for kind in ("influence", "attribution")]
+    assert [answer.code for answer in found] == [0, 0]
+    names = [answer.json["run"] for answer in found]
+    runs = [Run.open(str(tmp_path / "runs"), name) for name in names]
+    assert all(np.isfinite(np.asarray(run.array(SCORES))).all() for run in runs)
+    regions = runs[0].read_table("queries").column("region").to_pylist()
+    assert regions == ["2,3,1,1", "0,0,4,8"]
+    top = infl("top", names[0], "--k", "2", "--png", "top.png")
+    assert top.code == 0
+    assert "test 1 (region 2,3,1,1): helpful" in top.out
+    assert infl("report", *names, "--out", "report").code == 0
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "Deblur defines no test_picture()." in page
+    assert "The mark shows" not in page
+    with TestClient(make_viewer(runs, "token"), "http://127.0.0.1") as client:
+        assert client.get("/?token=token").status_code == 200
+        assert "region 2,3,1,1" in client.get("/").text
+        image = client.get("/image/1").text
+        assert "type the row and column of a point, up to 7 and 7" in image
+        assert "<img" not in image
+        point = client.get("/image/1?y=2&x=3")
+        assert point.status_code == 200
+        assert "sample/" in point.text
+
+
+def test_nearest_compares_vectors_of_the_task_and_is_refused_without_any(
+    infl: Infl, refused: Callable[..., str], task: str, tmp_path: Path
+) -> None:
+    nearest = of("baseline", "--method", "nearest", "--test", "1", "--test", "0")
+    assert "defines no pictures(): nearest compares pixels, or vectors (B, D) if the task " in (
+        refused(*nearest, "--task", task)
+    )
+    assert "embed() is of whole samples: leave --point and --region out" in (
+        refused(*nearest, "--task", "deblur:Embedded", "--point", "1,1")
+    )
+    answer = infl(*nearest, "--task", "deblur:Flat")
+    assert answer.code == 2
+    assert "embed() of Flat gives (20, 1, 8, 8) for 20 samples: a vector each" in answer.err
+    answer = infl(*nearest, "--task", "deblur:Embedded", "--json")
+    run = Run.open(str(tmp_path / "runs"), answer.json["run"])
+    module: dict[str, Any] = {}
+    exec(TASK, module)  # noqa: S102  (the task's own data)
+    x, queries = (module["images"](*which).tensors[0] for which in ((20, 0), (4, 1)))
+    vectors, wanted = (part.flatten(1)[:, :5] for part in (x, queries[[1, 0]]))
+    expected = -(wanted[:, None] - vectors).square().sum(2).sqrt()
+    scores = torch.from_numpy(np.asarray(run.array(SCORES)))
+    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-6)
+    assert run.array(SCORES).attrs["quantity"] == "minus the Euclidean distance of embed()"
+    assert run.array(SCORES).attrs["unit"] == "none"
+
+
+def test_the_check_says_which_regions_there_are(infl: Infl, task: str) -> None:
+    answer = infl("check", task)
+    assert "4 test samples; measured is loss; regions of 8 x 8 pixels" in answer.out
