@@ -52,11 +52,13 @@ class Operator(ABC):
         cost: Cost of a product for one vector, in gradients of the same samples. It counts the
             matrix products of a linear layer, of which a gradient has three, without the forward
             pass that all vectors share.
+        cure: What to use instead where torch lacks a derivative.
         work: Cost of all products so far, in gradients of one sample.
     """
 
     positive_semidefinite: ClassVar[bool]
     cost: ClassVar[float]
+    cure: ClassVar[str] = "--solver identity"
 
     def __init__(
         self,
@@ -275,7 +277,7 @@ class Operator(ABC):
                 raise ModelError(
                     f"torch cannot differentiate {type(self.model).__name__} as the curvature "
                     f"needs it ({str(error).splitlines()[0]}): packed sequences and operations of "
-                    "one's own are the usual cause; use --solver identity, or replace them"
+                    f"one's own are the usual cause; use {self.cure}, or replace them"
                 ) from error
             self._sample_bytes = saved_bytes(self.task, self.model, self.batch(ids)) // len(ids)
 
@@ -404,6 +406,7 @@ class Hessian(Operator):
     """
 
     positive_semidefinite = False
+    cure = "--operator gauss-newton"  # differentiates the network once
     cost = 2.0  # a gradient has three matrix products, its derivative along a vector six
 
     def __init__(

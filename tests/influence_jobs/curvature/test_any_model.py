@@ -317,6 +317,30 @@ def test_what_torch_cannot_differentiate_is_refused_by_name() -> None:
         operator.product(torch.randn(1, operator.size, dtype=torch.float64), torch.arange(3))
 
 
+class HardSwish(nn.Module):
+    """Torch knows its first derivative only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.second(F.hardsigmoid(self.first(x.mean(1))))
+        return out
+
+
+def test_without_second_derivatives_gauss_newton_works_and_the_hessian_names_it() -> None:
+    task = classifier(HardSwish)
+    model = task.model().eval()
+    gauss_newton, hessian = (
+        kind(model, ParameterSpace(model), task, torch.arange(N)) for kind in (GaussNewton, Hessian)
+    )
+    v_QP = torch.randn(1, hessian.size, dtype=torch.float64)
+    assert (gauss_newton @ v_QP).isfinite().all()
+    with pytest.raises(ModelError, match=r"use --operator gauss-newton, or replace them$"):
+        hessian.product(v_QP, torch.arange(3))
+
+
 def test_a_loss_that_is_none_of_the_forms_is_refused() -> None:
     def weighted(o: Tensor, t: Tensor) -> Tensor:
         return 0.3 * F.cross_entropy(o, t)
