@@ -5,6 +5,7 @@ and one forward pass for all vectors. So vectors have a leading axis here.
 """
 
 import copy
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
@@ -25,11 +26,14 @@ from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.gradients.requirements import require_independent_samples
 from influence_jobs.gradients.taps import thawed
 from influence_jobs.gradients.transforms import all_derivatives
-from influence_jobs.tasks.base import Batch, Draw, Task, device_of, to_device
+from influence_jobs.tasks.base import Batch, Draw, Task, copy_of, device_of, to_device, to_type
+
+log = logging.getLogger(__name__)
 
 MAX_BYTES = 2**30  # largest memory for activations times vectors in a pass
 MIN_ROWS = 8  # least samples in a pass; below it fewer vectors are faster than fewer samples
 LOOKED_AT = 8  # samples in the first check of a model
+DIFFERENCE = 1e-5  # step of differences in float64
 AGREEMENT = 1e-3  # allowed relative difference of two ways to a product; rounding causes 1e-6
 
 Parameters = dict[str, Tensor]
@@ -76,6 +80,7 @@ class Operator(ABC):
         self.work = 0.0
         self._sample_bytes: int | None = None  # activations of a sample; known after `look`
         self._exact = True  # products are exact up to rounding
+        self._plain = False  # by autograd on the model itself, since torch.func cannot
         # By shape (E, B): whether vmap over E mini-batches of B samples works for the model.
         self._batches_together: dict[torch.Size, bool] = {}
 
@@ -189,7 +194,7 @@ class Operator(ABC):
     def _means_of(self, v_EQP: Tensor, ids_EB: Tensor) -> Parameters:
         repeats, queries, _ = v_EQP.shape
         self.work += self.cost * queries * ids_EB.numel()
-        if repeats > 1 and self._exact and self._fits(queries * ids_EB.numel()):
+        if repeats > 1 and self._exact and not self._plain and self._fits(queries * ids_EB.numel()):
             if ids_EB.shape not in self._batches_together:
                 self._batches_together[ids_EB.shape] = self._look_together(v_EQP, ids_EB.shape)
             if self._batches_together[ids_EB.shape]:
@@ -206,12 +211,24 @@ class Operator(ABC):
         queries, size = v_EQP.shape[1], ids_EB.shape[1]
         at_once = min(queries, max(1, MAX_BYTES // (size * self._sample_bytes)))
         means = [
-            self._multiply(self._values(), self.space.split(v_QP), self.batch(ids), at_once)
+            self._products(self.space.split(v_QP), self.batch(ids), at_once)
             for v_QP, ids in zip(v_EQP, ids_EB, strict=True)
         ]
         if len(means) == 1:
             return {name: mean[None] for name, mean in means[0].items()}
         return {name: torch.stack([mean[name] for mean in means]) for name in means[0]}
+
+    def _products(self, vectors: Parameters, batch: Batch, at_once: int) -> Parameters:
+        """The mean over a batch times vectors, by whichever way the model can be differentiated."""
+        if not self._plain:
+            return self._multiply(self._values(), vectors, batch, at_once)
+        count = len(next(iter(vectors.values())))
+        with thawed(self.space.parameters().values()), torch.enable_grad():
+            found = [
+                self._plain_product({name: v[i] for name, v in vectors.items()}, batch)
+                for i in range(count)
+            ]
+        return {name: torch.stack([one[name].detach() for one in found]) for name in vectors}
 
     def _together(self, v_EQP: Tensor, ids_EB: Tensor) -> Parameters:
         """`_means` by one pass over all mini-batches."""
@@ -269,17 +286,53 @@ class Operator(ABC):
         """
         if self._sample_bytes is None:
             ids = self.ids[:LOOKED_AT]
-            try:
-                self._look(self.batch(ids), self.batch(ids))
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:  # NotImplementedError is one
-                raise ModelError(
-                    f"torch cannot differentiate {type(self.model).__name__} as the curvature "
-                    f"needs it ({str(error).splitlines()[0]}): packed sequences and operations of "
-                    f"one's own are the usual cause; use {self.cure}, or replace them"
-                ) from error
+            self._look(self.batch(ids), self.batch(ids))
             self._sample_bytes = saved_bytes(self.task, self.model, self.batch(ids)) // len(ids)
+
+    def _compare_with_differences(self, batch: Batch) -> None:
+        """Compare a product with finite differences, in float64.
+
+        Where an operation of one's own has a backward that cannot be differentiated, autograd may
+        take the missing derivative for zero without a word.
+
+        Raises:
+            RuntimeError: They differ, or autograd fails.
+        """
+        exact = copy.copy(self)
+        exact.model = copy_of(self.model).double()
+        exact.space = self.space.of(exact.model)
+        batch, parameters = to_type(batch, torch.float64), exact.space.parameters()
+        generator = torch.Generator().manual_seed(0)
+        vectors = {
+            name: torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.device)
+            for name, p in parameters.items()
+        }
+
+        def at(step: float) -> Tensor:
+            with torch.no_grad():
+                for name, parameter in parameters.items():
+                    parameter += step * vectors[name]
+            try:
+                return exact._first_derivative(batch)
+            finally:
+                with torch.no_grad():
+                    for name, parameter in parameters.items():
+                        parameter -= step * vectors[name]
+
+        with thawed(parameters.values()), torch.enable_grad():
+            found = exact._plain_product(vectors, batch)
+            slope = (at(DIFFERENCE) - at(-DIFFERENCE)) / (2 * DIFFERENCE)
+            expected = self.space.join(exact._from_first(slope, batch))
+        if not (self.space.join(found) - expected).norm() <= AGREEMENT * expected.norm():
+            raise RuntimeError("a product differs from finite differences")
+
+    @abstractmethod
+    def _first_derivative(self, batch: Batch) -> Tensor:
+        """What a product is made of by its derivative along the vector, by autograd."""
+
+    @abstractmethod
+    def _from_first(self, slope: Tensor, batch: Batch) -> Parameters:
+        """The product, given that derivative."""
 
     def _samples_at_once(self, num_vectors: int) -> int:
         self.look()
@@ -292,7 +345,32 @@ class Operator(ABC):
         require_independent_samples(self.model)
         require_deterministic(self.task, self.model, batch, again)
         with all_derivatives(self.model):
-            self._compare_with_autograd(batch)
+            try:
+                self._compare_with_autograd(batch)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # NotImplementedError is one
+                self._turn_to_plain_autograd(batch, error)
+
+    def _turn_to_plain_autograd(self, batch: Batch, error: RuntimeError) -> None:
+        """Do without `torch.func`, for which some operations lack what plain autograd knows.
+
+        Raises:
+            ModelError: Plain autograd cannot do either.
+        """
+        said = str(error).splitlines()[0]
+        self._plain = True
+        try:
+            self._compare_with_differences(batch)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            raise ModelError(
+                f"torch cannot differentiate {type(self.model).__name__} as the curvature needs it "
+                f"({said}): operations of one's own are the usual cause; use {self.cure}, or "
+                "replace them"
+            ) from error
+        log.warning("curvature by plain autograd, one vector after the other (%s)", said)
 
     def _compare_with_autograd(self, batch: Batch) -> None:
         """Compare a gradient and a product with those of plain autograd on the model as it is.
@@ -307,9 +385,7 @@ class Operator(ABC):
         vectors = {
             name: torch.randn(p.shape, generator=generator).to(p) for name, p in parameters.items()
         }
-        products = self._multiply(
-            self._values(), {name: v[None] for name, v in vectors.items()}, batch, 1
-        )
+        products = self._products({name: v[None] for name, v in vectors.items()}, batch, 1)
         with thawed(parameters.values()), torch.enable_grad():
             plain = self._autograd(self.task.losses(self.model, batch).mean())
             _require_alike("gradient", ours, plain)
@@ -375,6 +451,15 @@ class GaussNewton(Operator):
             curved = self._forms[0].hessian(outputs.detach(), targets, tangents)
         return self._autograd(outputs, curved)
 
+    def _first_derivative(self, batch: Batch) -> Tensor:
+        return self.task.outputs(self.model, batch).detach()
+
+    def _from_first(self, slope: Tensor, batch: Batch) -> Parameters:
+        outputs = self.task.outputs(self.model, batch)
+        with torch.no_grad():
+            curved = self._forms[0].hessian(outputs.detach(), self.task.targets(batch), slope)
+        return self._autograd(outputs, curved)
+
     def _check(self, batch: Batch) -> None:
         # Of forms that agree on a few samples another batch may tell which is meant.
         self._forms = require_output_loss(self.task, self.model, batch, self._forms)
@@ -430,6 +515,13 @@ class Hessian(Operator):
         parameters = self.space.parameters()
         found = _autograd(gradient, list(parameters.values()), vectors)
         return dict(zip(parameters, found, strict=True))
+
+    def _first_derivative(self, batch: Batch) -> Tensor:
+        gradient = self._autograd(self.task.losses(self.model, batch).mean())
+        return self.space.join({name: part[None] for name, part in gradient.items()})[0]
+
+    def _from_first(self, slope: Tensor, batch: Batch) -> Parameters:
+        return {name: part[0] for name, part in self.space.split(slope[None]).items()}
 
     def _multiply(
         self, parameters: Parameters, vectors: Parameters, batch: Batch, at_once: int

@@ -14,7 +14,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from influence_jobs.errors import ModelError, SpecError
+from influence_jobs.errors import SpecError
 from influence_jobs.jobs.base import Job, Plan, Progress, Result, Shard
 from influence_jobs.jobs.queries import require_queries, write_queries
 from influence_jobs.jobs.recipe import recipe_of
@@ -27,7 +27,7 @@ from influence_jobs.store.retrained import Retrained, variant_key
 from influence_jobs.tasks.base import Batch, Draw, to_device
 from influence_jobs.terms import Region
 from influence_jobs.training.changes import Changes
-from influence_jobs.training.ensemble import EnsembleTrainer, Variant
+from influence_jobs.training.ensemble import EnsembleTrainer, Variant, trains_as_alone
 from influence_jobs.training.ensemble_width import WIDTHS, bytes_per_variant, measure_widths
 from influence_jobs.training.train import Trainer, require_full_batches
 
@@ -213,18 +213,8 @@ class RetrainJob(Job[S]):
 
     @cached_property
     def _stacks(self) -> bool:
-        """Whether the model can be trained as an ensemble.
-
-        A model with dropout between convolutions cannot.
-        """
-        pair = [Variant(0), Variant(1)]
-        try:
-            EnsembleTrainer(self.task, recipe_of(self.spec.recipe), pair, device=self.device).step()
-        except torch.OutOfMemoryError:
-            raise
-        except (ModelError, RuntimeError):  # one at a time it works, or fails with its own error
-            return False
-        return True
+        """Whether variants are trained side by side, not one at a time."""
+        return trains_as_alone(self.task, recipe_of(self.spec.recipe), self.device)
 
     def _width(self) -> int:
         """Number of variants to train side by side.

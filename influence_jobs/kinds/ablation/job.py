@@ -139,7 +139,7 @@ def _cells(spec: AblationSpec) -> Iterator[Cell]:
                         yield Cell(seed, mode, k, ranking, query)
 
 
-def require_ablation(spec: AblationSpec, num_samples: int, output_loss: str | None) -> None:
+def require_ablation(spec: AblationSpec, num_samples: int, output_loss: object) -> None:
     """Refuse a grid that a task cannot have.
 
     Raises:
@@ -152,7 +152,8 @@ def require_ablation(spec: AblationSpec, num_samples: int, output_loss: str | No
             "some: choose a smaller --k"
         )
     if "relabel" in spec.modes and output_loss != "cross-entropy":
+        loss = output_loss if isinstance(output_loss, str) else "its own"
         raise SpecError(
             f"task {spec.task.name} cannot be relabelled: its samples have no classes (its loss is "
-            f"{output_loss or 'its own'}, not cross-entropy); use --mode remove"
+            f"{loss}, not cross-entropy); use --mode remove"
         )

@@ -124,6 +124,10 @@ LOSSES = {
         vector(2), rows(3), rows(2), huber,
         lambda outputs, targets: (1 + (outputs - targets).square()).sqrt().sum(1) - 1,
     ),
+    "one's own without a forward mode": (
+        vector(2), rows(3), rows(2), lambda o, t: F.huber_loss(o, t, reduction="sum"),
+        lambda outputs, targets: F.huber_loss(outputs, targets, reduction="none").sum(1),
+    ),
 }  # fmt: skip
 
 
@@ -309,12 +313,71 @@ class Packed(Recurrent):
         return out
 
 
+class _Cube(torch.autograd.Function):
+    """Of one's own, with a first derivative only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * g
+
+
+class Cubed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.second(_Cube.apply(self.first(x.mean(1))))
+        return out
+
+
 def test_what_torch_cannot_differentiate_is_refused_by_name() -> None:
-    _, operator, _ = operators(classifier(Packed))
+    _, operator, _ = operators(classifier(Cubed))
     with pytest.raises(
-        ModelError, match=r"^torch cannot differentiate Packed as the curvature needs"
+        ModelError, match=r"^torch cannot differentiate Cubed as the curvature needs"
     ):
         operator.product(torch.randn(1, operator.size, dtype=torch.float64), torch.arange(3))
+
+
+class WeightNormed(nn.Module):
+    """Torch has no forward mode of weight_norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.utils.parametrizations.weight_norm(nn.Linear(4, 6))
+        self.second = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.second(torch.tanh(self.first(x.mean(1))))
+        return out
+
+
+@pytest.mark.parametrize("network", [Packed, WeightNormed])
+@pytest.mark.parametrize("kind", [GaussNewton, Hessian])
+def test_what_transforms_cannot_do_plain_autograd_does(
+    network: Callable[[], nn.Module], kind: type[GaussNewton], caplog: pytest.LogCaptureFixture
+) -> None:
+    task = classifier(network)
+    torch.manual_seed(0)
+    model = task.model().eval()
+    operator = kind(model, ParameterSpace(model), task, torch.arange(N))
+    v_QP = torch.randn(2, operator.size, dtype=torch.float64)
+    matrix = dense(task, model, hessian=kind is Hessian)
+    torch.testing.assert_close(operator @ v_QP, v_QP @ matrix)
+    told = "curvature by plain autograd, one vector after the other" in caplog.text
+    assert told == (network is Packed or kind is GaussNewton)
+    ids_EB = torch.arange(4).view(2, 2)  # as LiSSA, which would map over mini-batches
+    v_EQP = torch.stack([v_QP, 2 * v_QP])
+    together = operator.space.join(operator.products(v_EQP, ids_EB))
+    for v, ids, found in zip(v_EQP, ids_EB, together, strict=True):
+        torch.testing.assert_close(found, operator.product(v, ids))
 
 
 class HardSwish(nn.Module):
