@@ -362,7 +362,9 @@ class WeightNormed(nn.Module):
 @pytest.mark.parametrize("network", [Packed, WeightNormed])
 @pytest.mark.parametrize("kind", [GaussNewton, Hessian])
 def test_what_transforms_cannot_do_plain_autograd_does(
-    network: Callable[[], nn.Module], kind: type[GaussNewton], caplog: pytest.LogCaptureFixture
+    network: Callable[[], nn.Module],
+    kind: type[GaussNewton] | type[Hessian],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     task = classifier(network)
     torch.manual_seed(0)

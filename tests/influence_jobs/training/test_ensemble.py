@@ -1,6 +1,7 @@
 """Every variant of an ensemble compared with `Trainer` on it alone, in float64."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -168,10 +169,10 @@ def normed() -> nn.Module:
 def test_models_that_an_ensemble_would_train_otherwise_are_seen(how: Recipe) -> None:
     assert trains_as_alone(Points(mlp), how, CPU)
     assert trains_as_alone(Points(convnet), how, CPU)
-    assert trains_as_alone(Points(lambda: Held(())), how, CPU)
+    assert trains_as_alone(Points(partial(Held, ())), how, CPU)
     assert trains_as_alone(Points(normed), how, CPU)
     for held in ((0, 1), (0,), (1,)):
-        assert not trains_as_alone(Points(lambda held=held: Held(held)), how, CPU)
+        assert not trains_as_alone(Points(partial(Held, held)), how, CPU)
     assert not trains_as_alone(Points(Looped), how, CPU)
 
 
