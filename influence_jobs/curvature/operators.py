@@ -376,8 +376,7 @@ class Operator(ABC):
         except RuntimeError:
             raise ModelError(
                 f"torch cannot differentiate {type(self.model).__name__} as the curvature needs it "
-                f"({said}): operations of one's own are the usual cause; use {self.cure}, or "
-                "replace them"
+                f"({said}): use {self.cure}, or replace the operation or the handle"
             ) from error
         log.warning("curvature by plain autograd, one vector after the other (%s)", said)
 
@@ -385,7 +384,8 @@ class Operator(ABC):
         """Compare a gradient and a product with those of plain autograd on the model as it is.
 
         Raises:
-            ModelError: They differ, as where a model uses a parameter through a handle of its own.
+            RuntimeError: They differ, as where a model uses a parameter through a handle of its
+                own, or `torch.func` fails.
         """
         parameters = self.space.parameters()
         losses = _function_of_parameters(self.model, self.task.losses, batch)
@@ -565,19 +565,18 @@ def _autograd(values: Parameters, by: Sequence[Tensor], along: Parameters) -> tu
 
 
 def _require_alike(what: str, ours: Parameters, plain: Parameters) -> None:
-    """Refuse a model whose derivatives are others than plain autograd gives.
+    """Require the derivatives that plain autograd gives.
 
     Raises:
-        ModelError: Naming the parameter that differs most.
+        RuntimeError: Naming the parameter that differs most.
     """
     errors = {name: float((ours[name] - plain[name]).detach().abs().max()) for name in plain}
     largest = max(float(value.detach().abs().max()) for value in plain.values())
     worst = max(errors, key=errors.__getitem__)
     if not errors[worst] <= AGREEMENT * largest + torch.finfo(torch.float32).tiny:
-        raise ModelError(
-            f"the {what} by parameter '{worst}' is not what autograd gives: the model does not use "
-            "the parameter of that name in its forward, but a handle that it keeps elsewhere (a "
-            "list, a copy); use it as an attribute of its module"
+        raise RuntimeError(
+            f"the {what} by parameter '{worst}' is another through torch.func: the forward uses it "
+            "by a handle that the model keeps elsewhere, such as a list"
         )
 
 

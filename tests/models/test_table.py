@@ -18,7 +18,7 @@ FAST = {
     # A weight with two uses and a parameter of the model itself; no classes, no pictures.
     "TiedAutoencoder": {"norms": RIGHT, "cg": RIGHT, "ablation": RIGHT, "relabelling": REFUSED},
     # Weights that no transform reaches.
-    "ListedWeights": {"norms": RIGHT, "cg": REFUSED, "influence": REFUSED},
+    "ListedWeights": {"norms": RIGHT, "cg": RIGHT, "ablation": RIGHT, "attribution": REFUSED},
 }
 SECONDS = 300
 
