@@ -17,6 +17,7 @@ from influence_jobs import Draw
 from influence_jobs.training.train import epoch_order, step_seed
 
 MAX_BYTES = 500 * 2**20  # of the dense root of the Gauss-Newton matrix
+MAX_ROWS = 1000
 IGNORED = -100
 
 
@@ -143,7 +144,8 @@ class Truth:
                 expected = self.task.losses(self.model, batch)
                 torch.testing.assert_close(loss.reshape(1), expected.detach().reshape(1))
                 used += outputs.numel() * len(columns) * 8
-                if used * self.count / (i + 1) > MAX_BYTES:
+                rows_in_all = outputs.numel() * self.count
+                if rows_in_all > MAX_ROWS or used * self.count / (i + 1) > MAX_BYTES:
                     return None
                 flat = outputs.reshape(-1)
                 rows = [self.gradient(z, retain_graph=True)[columns] for z in flat]
