@@ -322,8 +322,16 @@ def relative(subject):
     run = subject.submit("influence", *TESTED, "--solver", "identity", "--relative", "theta")
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     modules = dict(subject.truth.model.named_modules())
+    named = "Conv1D"  # of transformers
     taken = run.spec["s_tests"][0]["modules"]
-    measured = _columns_of(subject, [m for m in taken if isinstance(modules.get(m), kinds)])
+    measured = _columns_of(
+        subject,
+        [
+            name
+            for name in taken
+            if isinstance(modules.get(name), kinds) or type(modules.get(name)).__name__ == named
+        ],
+    )
     lengths = subject.truth.gradients_NP[:, measured].norm(dim=1)
     dots = subject.truth.queries_QP @ subject.truth.gradients_NP.t()
     found = error(run.arrays["scores"][:], (dots / lengths).numpy())
