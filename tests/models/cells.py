@@ -641,7 +641,7 @@ def _solved(subject, solver, limit):
         cell.words += ", too large for a dense solve"
         return cell
     largest = float(torch.linalg.eigvalsh(root @ root.t()).max())
-    if not 0.03 < damping / largest < 0.041:  # the eigenvalue is an estimate from below
+    if not 0.02 < damping / largest < 0.041:  # the eigenvalue is an estimate from below
         raise Wrong(f"lambda is {damping:.3g}, the largest eigenvalue {largest:.3g}")
     return judged(error(x_QP, solved(root, v_QP, damping)), limit, "dense")
 

@@ -42,12 +42,13 @@ class MLP(Pictures):
 
 
 class _NarrowResNet(torchvision.models.ResNet):
-    """ResNet-18 with an eighth of the channels."""
+    """ResNet-18 with an eighth of the channels, and the stem that small images need."""
 
     def __init__(self):
         super().__init__(BasicBlock, [1, 1, 1, 1], num_classes=3)
         self.inplanes = 8
-        self.conv1, self.bn1 = nn.Conv2d(3, 8, 7, 2, 3, bias=False), nn.BatchNorm2d(8)
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8)
+        self.maxpool = nn.Identity()
         for i, width in enumerate((8, 16, 32, 64)):
             layer = self._make_layer(BasicBlock, width, 2, stride=1 if i == 0 else 2)
             setattr(self, f"layer{i + 1}", layer)
@@ -55,8 +56,6 @@ class _NarrowResNet(torchvision.models.ResNet):
 
 
 class ResNet18Narrow(Pictures):
-    shape = (3, 32, 32)
-
     def model(self):
         return _NarrowResNet()
 
