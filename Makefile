@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 RUNS ?= demo-runs
 
-.PHONY: install test slow mutants lint format dist demo bench clean
+.PHONY: install test slow models mutants lint format dist demo bench clean
 
 install: $(VENV)/installed
 
@@ -20,6 +20,12 @@ test: install
 
 slow: install
 	$(BIN)/python -m pytest -m slow
+
+# Which command is right for which of some fifty models? An hour or two; it goes on where it was
+# stopped, and keeps its cells in models.jsonl. The page is docs/models.md.
+models: install
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group models
+	$(BIN)/python tests/models/table.py $(OPTIONS)
 
 # How many small changes of the code do the tests notice? Hours; OPTIONS="--sample 20" for less.
 mutants: install

@@ -66,10 +66,11 @@ def reached(trial: Trial) -> Said:
         for name, p in named.items():
             p.copy_(before[name])
     if (called_B - set_B).abs().max() > RELATIVE_ERROR * set_B.abs().max():
-        yield fail(
+        yield warn(
             "the model uses weights past its modules, from a plain list, a closure or a stored "
-            "handle, where torch.func.functional_call does not reach them: s_test vectors would be "
-            "wrong; look them up in forward(), or use nn.ParameterList or nn.ModuleList"
+            "handle, where torch.func.functional_call does not reach them: influence takes plain "
+            "autograd, one vector or sample at a time, and experiments train one model at a time; "
+            "look them up in forward(), each by its name"
         )
     else:
         yield ok("other weights reach the losses through torch.func")

@@ -274,6 +274,18 @@ class _Block(ABC):
         """(block + lambda I)^-1 of vectors {name: (Q, *shape)}."""
 
 
+def _eigenvectors(moment: Tensor) -> Tensor:
+    """Of a second moment; of numbers that are always zero, as dead units are, the unit vectors."""
+    live = moment.diagonal() > 0
+    vectors = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    # By themselves: LAPACK may fail where many rows are zero.
+    if live.any():
+        vectors[live.unsqueeze(1) & live] = torch.linalg.eigh(
+            moment[live][:, live]
+        ).eigenvectors.flatten()
+    return vectors
+
+
 class _MatrixBlock(_Block):
     """Of a matrix (C, J), the bias as its last column if it has one; U and V are orthogonal.
 
@@ -319,7 +331,7 @@ class _MatrixBlock(_Block):
 
     def diagonalise(self) -> None:
         self._outputs, self._inputs = (
-            None if moment is None else torch.linalg.eigh(moment).eigenvectors
+            None if moment is None else _eigenvectors(moment)
             for moment in (self._outputs, self._inputs)
         )
 

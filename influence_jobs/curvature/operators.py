@@ -5,8 +5,10 @@ and one forward pass for all vectors. So vectors have a leading axis here.
 """
 
 import copy
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, ClassVar, Self
 
 import torch
@@ -25,12 +27,15 @@ from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.gradients.requirements import require_independent_samples
 from influence_jobs.gradients.taps import thawed
 from influence_jobs.gradients.transforms import all_derivatives
-from influence_jobs.tasks.base import Batch, Draw, Task, device_of, to_device, to_type
+from influence_jobs.tasks.base import Batch, Draw, Task, copy_of, device_of, to_device, to_type
 from influence_jobs.tasks.output_loss import Form, forms_of
+
+log = logging.getLogger(__name__)
 
 MAX_BYTES = 2**30  # largest memory for activations times vectors in a pass
 MIN_ROWS = 8  # least samples in a pass; below it fewer vectors are faster than fewer samples
 LOOKED_AT = 8  # samples in the first check of a model
+DIFFERENCES = (1e-6, 1e-8, 1e-10)  # steps of differences in float64, as parts of the weights
 AGREEMENT = 1e-3  # allowed relative difference of two ways to a product; rounding causes 1e-6
 
 Parameters = dict[str, Tensor]
@@ -57,11 +62,13 @@ class Operator(ABC):
         cost: Cost of a product for one vector, in gradients of the same samples. It counts the
             matrix products of a linear layer, of which a gradient has three, without the forward
             pass that all vectors share.
+        cure: What to use instead where torch lacks a derivative.
         work: Cost of all products so far, in gradients of one sample.
     """
 
     positive_semidefinite: ClassVar[bool]
     cost: ClassVar[float]
+    cure: ClassVar[str] = "--solver identity"
 
     def __init__(
         self,
@@ -85,6 +92,7 @@ class Operator(ABC):
         self.work = 0.0
         self._sample_bytes: int | None = None  # activations of a sample; known after `look`
         self._exact = True  # products are exact up to rounding
+        self._plain = False  # by autograd on the model itself, since torch.func cannot
         # By shape (E, B): whether vmap over E mini-batches of B samples works for the model.
         self._batches_together: dict[torch.Size, bool] = {}
 
@@ -198,7 +206,7 @@ class Operator(ABC):
     def _means_of(self, v_EQP: Tensor, ids_EB: Tensor) -> Parameters:
         repeats, queries, _ = v_EQP.shape
         self.work += self.cost * queries * ids_EB.numel()
-        if repeats > 1 and self._exact and self._fits(queries * ids_EB.numel()):
+        if repeats > 1 and self._exact and not self._plain and self._fits(queries * ids_EB.numel()):
             if ids_EB.shape not in self._batches_together:
                 self._batches_together[ids_EB.shape] = self._look_together(v_EQP, ids_EB.shape)
             if self._batches_together[ids_EB.shape]:
@@ -215,12 +223,24 @@ class Operator(ABC):
         queries, size = v_EQP.shape[1], ids_EB.shape[1]
         at_once = min(queries, max(1, MAX_BYTES // (size * self._sample_bytes)))
         means = [
-            self._multiply(self._values(), self.space.split(v_QP), self.batch(ids), at_once)
+            self._products(self.space.split(v_QP), self.batch(ids), at_once)
             for v_QP, ids in zip(v_EQP, ids_EB, strict=True)
         ]
         if len(means) == 1:
             return {name: mean[None] for name, mean in means[0].items()}
         return {name: torch.stack([mean[name] for mean in means]) for name in means[0]}
+
+    def _products(self, vectors: Parameters, batch: Batch, at_once: int) -> Parameters:
+        """The mean over a batch times vectors, by whichever way the model can be differentiated."""
+        if not self._plain:
+            return self._multiply(self._values(), vectors, batch, at_once)
+        count = len(next(iter(vectors.values())))
+        with thawed(self.space.parameters().values()), torch.enable_grad():
+            found = [
+                self._plain_product({name: v[i] for name, v in vectors.items()}, batch)
+                for i in range(count)
+            ]
+        return {name: torch.stack([one[name].detach() for one in found]) for name in vectors}
 
     def _together(self, v_EQP: Tensor, ids_EB: Tensor) -> Parameters:
         """`_means` by one pass over all mini-batches."""
@@ -274,17 +294,63 @@ class Operator(ABC):
         """
         if self._sample_bytes is None:
             ids = self.ids[:LOOKED_AT]
-            try:
-                self._look(self.batch(ids), self.batch(ids))
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:  # NotImplementedError is one
-                raise ModelError(
-                    f"torch cannot differentiate {type(self.model).__name__} as the curvature "
-                    f"needs it ({str(error).splitlines()[0]}): packed sequences and operations of "
-                    "one's own are the usual cause; use --solver identity, or replace them"
-                ) from error
+            self._look(self.batch(ids), self.batch(ids))
             self._sample_bytes = saved_bytes(self.task, self.model, self.batch(ids)) // len(ids)
+
+    def _compare_with_differences(self, batch: Batch) -> None:
+        """Compare a product by plain autograd with finite differences, in float64.
+
+        Where the backward of an operation of one's own cannot be differentiated, autograd may take
+        the missing derivative for zero without a word. One step that agrees is enough: another may
+        cross the kink of a ReLU.
+
+        Raises:
+            ModelError: They differ.
+            RuntimeError: Autograd cannot do it, or the model cannot be in float64.
+        """
+        exact = copy.copy(self)
+        exact.model = copy_of(self.model).double()
+        exact.space = self.space.of(exact.model)
+        batch, parameters = to_type(batch, torch.float64), exact.space.parameters()
+        generator = torch.Generator().manual_seed(0)
+        theta_P = self._joined({name: p.detach() for name, p in parameters.items()})
+        vector_P = torch.randn(self.size, generator=generator, dtype=torch.float64).to(theta_P)
+        vector_P *= theta_P.norm() / vector_P.norm()
+
+        def at(step: float) -> Tensor:
+            moved = self.space.split(theta_P + step * vector_P)
+            with torch.no_grad():
+                for name, parameter in parameters.items():
+                    parameter.copy_(moved[name])
+            return exact._first_derivative(batch)
+
+        with thawed(parameters.values()), torch.enable_grad():
+            found_P = self._joined(exact._plain_product(self.space.split(vector_P), batch))
+            gradient = exact._autograd(self.task.losses(exact.model, batch).mean())
+            rounding = 1e-6 * self._joined(gradient).norm()  # where the product is zero
+            for step in DIFFERENCES:
+                slope = (at(step) - at(-step)) / (2 * step)
+                at(0)
+                expected_P = self._joined(exact._from_first(slope, batch))
+                if (found_P - expected_P).norm() <= AGREEMENT * expected_P.norm() + rounding:
+                    return
+        raise ModelError(
+            f"a product with the curvature of {type(self.model).__name__} differs from finite "
+            "differences: torch cannot differentiate the backward of one of its operations, such "
+            f"as weight_norm, or one's own with detach() in it; use {self.cure}, or replace it"
+        )
+
+    def _joined(self, parts: Parameters) -> Tensor:
+        """One value a parameter as one vector (P,)."""
+        return self.space.join({name: part[None] for name, part in parts.items()})[0]
+
+    @abstractmethod
+    def _first_derivative(self, batch: Batch) -> Tensor:
+        """What a product is made of by its derivative along the vector, by autograd."""
+
+    @abstractmethod
+    def _from_first(self, slope: Tensor, batch: Batch) -> Parameters:
+        """The product, given that derivative."""
 
     def _samples_at_once(self, num_vectors: int) -> int:
         self.look()
@@ -297,13 +363,38 @@ class Operator(ABC):
         require_independent_samples(self.model)
         require_deterministic(self.task, self.model, batch, again)
         with all_derivatives(self.model):
-            self._compare_with_autograd(batch)
+            try:
+                self._compare_with_autograd(batch)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # NotImplementedError is one
+                self._turn_to_plain_autograd(batch, error)
+
+    def _turn_to_plain_autograd(self, batch: Batch, error: RuntimeError) -> None:
+        """Do without `torch.func`, for which some operations lack what plain autograd knows.
+
+        Raises:
+            ModelError: Plain autograd cannot do either.
+        """
+        said = str(error).splitlines()[0]
+        self._plain = True
+        try:
+            self._compare_with_differences(batch)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            raise ModelError(
+                f"torch cannot differentiate {type(self.model).__name__} as the curvature needs it "
+                f"({said}): use {self.cure}, or replace the operation or the handle"
+            ) from error
+        log.warning("curvature by plain autograd, one vector after the other (%s)", said)
 
     def _compare_with_autograd(self, batch: Batch) -> None:
         """Compare a gradient and a product with those of plain autograd on the model as it is.
 
         Raises:
-            ModelError: They differ, as where a model uses a parameter through a handle of its own.
+            RuntimeError: They differ, as where a model uses a parameter through a handle of its
+                own, or `torch.func` fails.
         """
         parameters = self.space.parameters()
         losses = _function_of_parameters(self.model, self.task.losses, batch)
@@ -312,9 +403,7 @@ class Operator(ABC):
         vectors = {
             name: torch.randn(p.shape, generator=generator).to(p) for name, p in parameters.items()
         }
-        products = self._multiply(
-            self._values(), {name: v[None] for name, v in vectors.items()}, batch, 1
-        )
+        products = self._products({name: v[None] for name, v in vectors.items()}, batch, 1)
         with thawed(parameters.values()), torch.enable_grad():
             plain = self._autograd(self.task.losses(self.model, batch).mean())
             _require_alike("gradient", ours, plain)
@@ -380,6 +469,15 @@ class GaussNewton(Operator):
             curved = self._forms[0].hessian(outputs.detach(), targets, tangents)
         return self._autograd(outputs, curved)
 
+    def _first_derivative(self, batch: Batch) -> Tensor:
+        return self.task.outputs(self.model, batch).detach()
+
+    def _from_first(self, slope: Tensor, batch: Batch) -> Parameters:
+        outputs = self.task.outputs(self.model, batch)
+        with torch.no_grad():
+            curved = self._forms[0].hessian(outputs.detach(), self.task.targets(batch), slope)
+        return self._autograd(outputs, curved)
+
     def _check(self, batch: Batch) -> None:
         # Of forms that agree on a few samples another batch may tell which is meant.
         self._forms = require_output_loss(self.task, self.model, batch, self._forms)
@@ -411,6 +509,7 @@ class Hessian(Operator):
     """
 
     positive_semidefinite = False
+    cure = "--operator gauss-newton"  # differentiates the network once
     cost = 2.0  # a gradient has three matrix products, its derivative along a vector six
 
     def __init__(
@@ -428,12 +527,24 @@ class Hessian(Operator):
         self.finite_difference = finite_difference
         self._exact = not finite_difference
 
+    def _look(self, batch: Batch, again: Batch) -> None:
+        super()._look(batch, again)
+        if self._exact and not self._plain:
+            with all_derivatives(self.model), suppress(RuntimeError):
+                self._compare_with_differences(batch)
+
     def _plain_product(self, vectors: Parameters, batch: Batch) -> Parameters:
         loss = self.task.losses(self.model, batch).mean()
         gradient = self._autograd(loss, create_graph=True)
         parameters = self.space.parameters()
         found = _autograd(gradient, list(parameters.values()), vectors)
         return dict(zip(parameters, found, strict=True))
+
+    def _first_derivative(self, batch: Batch) -> Tensor:
+        return self._joined(self._autograd(self.task.losses(self.model, batch).mean()))
+
+    def _from_first(self, slope: Tensor, batch: Batch) -> Parameters:
+        return {name: part[0] for name, part in self.space.split(slope[None]).items()}
 
     def _multiply(
         self, parameters: Parameters, vectors: Parameters, batch: Batch, at_once: int
@@ -463,19 +574,18 @@ def _autograd(values: Parameters, by: Sequence[Tensor], along: Parameters) -> tu
 
 
 def _require_alike(what: str, ours: Parameters, plain: Parameters) -> None:
-    """Refuse a model whose derivatives are others than plain autograd gives.
+    """Require the derivatives that plain autograd gives.
 
     Raises:
-        ModelError: Naming the parameter that differs most.
+        RuntimeError: Naming the parameter that differs most.
     """
     errors = {name: float((ours[name] - plain[name]).detach().abs().max()) for name in plain}
     largest = max(float(value.detach().abs().max()) for value in plain.values())
     worst = max(errors, key=errors.__getitem__)
     if not errors[worst] <= AGREEMENT * largest + torch.finfo(torch.float32).tiny:
-        raise ModelError(
-            f"the {what} by parameter '{worst}' is not what autograd gives: the model does not use "
-            "the parameter of that name in its forward, but a handle that it keeps elsewhere (a "
-            "list, a copy); use it as an attribute of its module"
+        raise RuntimeError(
+            f"the {what} by parameter '{worst}' is another through torch.func: the forward uses it "
+            "by a handle that the model keeps elsewhere, such as a list"
         )
 
 

@@ -22,6 +22,8 @@ from influence_jobs.gradients.taps import TOLERANCE, TappedModel, thawed
 from influence_jobs.gradients.usage import Usage
 from influence_jobs.terms import Precision
 
+SMALLEST_PART = 1e-3  # of a product: rounding is not measured against smaller ones
+
 
 class GradDots(TappedModel):
     """Dot products v_q . grad loss_b of Q vectors with every sample's loss gradient.
@@ -146,7 +148,13 @@ class GradDots(TappedModel):
                 square = square + terms_QP.double().square().sum(1)
             # Terms may cancel, so rounding is relative to the root of their sum of squares.
             parts[group] = dots.unsqueeze(0), square.sqrt().unsqueeze(0)
-        return parts
+        # The gradient by a bias of attention's keys is zero but for rounding, which other
+        # parameters' gradients are the measure of.
+        total = torch.stack([scale for _, scale in parts.values()]).norm(dim=0)
+        return {
+            group: (dots, torch.maximum(scale, SMALLEST_PART * total))
+            for group, (dots, scale) in parts.items()
+        }
 
     def _by_rules(self, batch: Any) -> dict[str, Tensor]:
         parts: dict[str, Tensor] = {}

@@ -1,7 +1,5 @@
 """The queries of a spec: their checks, gradients and table."""
 
-import copy
-
 import numpy as np
 import pyarrow as pa
 import torch
@@ -11,7 +9,7 @@ from influence_jobs.errors import DataError, SpecError
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.specs.queries import Queries, Query
 from influence_jobs.store.run import Run
-from influence_jobs.tasks.base import Batch, Draw, Task, device_of, to_device, to_type
+from influence_jobs.tasks.base import Batch, Draw, Task, copy_of, device_of, to_device, to_type
 from influence_jobs.tasks.regions import CURE
 
 
@@ -86,7 +84,7 @@ def query_gradients(
         DataError: A gradient is not finite.
     """
     device, dtype = device_of(model), next(model.parameters()).dtype
-    exact = copy.deepcopy(model).double()
+    exact = copy_of(model).double()
     rows = []
     for query in queries.items[start:stop]:
         # In float64: a float32 sum over many draws would lose digits.

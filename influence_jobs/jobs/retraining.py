@@ -14,7 +14,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from influence_jobs.errors import ModelError, SpecError
+from influence_jobs.errors import SpecError
 from influence_jobs.jobs.base import Job, Plan, Progress, Result, Shard
 from influence_jobs.jobs.queries import require_queries, write_queries
 from influence_jobs.jobs.recipe import recipe_of
@@ -26,10 +26,9 @@ from influence_jobs.store.layout import CHECKPOINTS, ArrayLayout
 from influence_jobs.store.rankings import digests, needed_runs
 from influence_jobs.store.retrained import Retrained, variant_key
 from influence_jobs.tasks.base import Batch, Draw, converted, out_of_half, to_device
-from influence_jobs.tasks.own_code import described
 from influence_jobs.terms import Region
 from influence_jobs.training.changes import Changes
-from influence_jobs.training.ensemble import EnsembleTrainer, Variant
+from influence_jobs.training.ensemble import EnsembleTrainer, Variant, why_alone
 from influence_jobs.training.ensemble_width import WIDTHS, bytes_per_variant, measure_widths
 from influence_jobs.training.own import trained_by_task
 from influence_jobs.training.train import Trainer, require_full_batches, require_sound_samples
@@ -244,22 +243,10 @@ class RetrainJob(Job[S]):
 
     @cached_property
     def _alone(self) -> str:
-        """Why the model is trained one variant at a time; empty if as an ensemble.
-
-        Dropout between convolutions is a reason, or a task with an optimizer of its own.
-        """
+        """Why the model is trained one variant at a time; empty if as an ensemble."""
         if self.spec.recipe.trainer == "task":
             return f"{type(self.task).__name__} has a train() of its own"
-        pair = [Variant(0), Variant(1)]
-        try:
-            EnsembleTrainer(self.task, recipe_of(self.spec.recipe), pair, device=self.device).step()
-        except torch.OutOfMemoryError:
-            raise
-        except ModelError as error:
-            return str(error)
-        except RuntimeError as error:  # one at a time it works, or fails with its own error
-            return described(error)
-        return ""
+        return why_alone(self.task, recipe_of(self.spec.recipe), self.device)
 
     def notes(self) -> Sequence[str]:
         return [f"models are trained one at a time: {self._alone}"] if self._alone else []

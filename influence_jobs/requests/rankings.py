@@ -128,7 +128,10 @@ def hidden_layers(task: Task) -> tuple[str, ...]:
         and model.get_parameter(weight_named(model, layer).parameter).requires_grad
     )
     if not found:
-        raise SpecError("attribution needs a hidden layer that is trained: leave it out of --by")
+        raise SpecError(
+            f"attribution needs a trained layer before the last one, and {type(task).__name__} has "
+            "none: name layers with --layer, or leave it out of --by"
+        )
     return found
 
 

@@ -13,7 +13,7 @@ from influence_jobs.specs.base import make_spec
 from influence_jobs.specs.queries import Queries
 from influence_jobs.specs.solvers import Curvature, LissaSettings, SolverSettings
 from influence_jobs.tasks.base import Task, dtype_of
-from influence_jobs.tasks.layers import resolve_layers, trained_modules
+from influence_jobs.tasks.layers import by_type, left_out, resolve_layers, trained_modules
 
 
 def s_tests_of(
@@ -43,7 +43,16 @@ def s_tests_of(
         seed=seed,
     )
     built = subject.built
-    modules = resolve_layers(layers, built, say) if layers else _modules(built, solver)
+    if layers:
+        modules = resolve_layers(layers, built, say)
+    else:
+        modules = _modules(built, solver)
+        model = built.model()
+        if modules and (others := left_out(model, modules)):
+            say(
+                f"--solver {solver.name} takes {len(modules)} of {len(modules) + len(others)} "
+                f"layers; without factors, so left out: {by_type(model, others)}"
+            )
     return tuple(
         make_spec(
             STestSpec,

@@ -19,6 +19,7 @@ gives `--rows 50`. Scores need more: `test_data`, the samples whose outputs are 
 Gauss-Newton matrix needs `outputs`, `targets` and `output_loss`.
 """
 
+import copy
 import hashlib
 import inspect
 from abc import ABC, abstractmethod
@@ -96,6 +97,18 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 def device_of(model: nn.Module) -> torch.device:
     """The device of a model's weights."""
     return next(model.parameters()).device
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """A copy of a model, also of one that keeps a result of autograd, such as weight_norm's."""
+    kept = [
+        value
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    ]
+    # Such a tensor cannot be copied as it is; the forward pass computes it anew.
+    return copy.deepcopy(model, {id(value): value.detach().clone() for value in kept})
 
 
 def require_at_least(least: float, **options: float | None) -> None:

@@ -180,6 +180,26 @@ def trained_modules(model: nn.Module) -> tuple[str, ...]:
     return tuple(owners)
 
 
+def left_out(model: nn.Module, modules: Iterable[str]) -> list[str]:
+    """Names of the other modules with trained parameters that none of some modules has too."""
+    taken = {p for name in modules for p in model.get_submodule(name).parameters(recurse=False)}
+    return [
+        name
+        for name, module in model.named_modules()
+        if any(p.requires_grad and p not in taken for p in module.parameters(recurse=False))
+    ]
+
+
+def by_type(model: nn.Module, names: Iterable[str]) -> str:
+    """Names of modules or parameters in words, by type: "LSTM rnn; LayerNorm norm1, norm2"."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found: dict[str, list[str]] = {}
+    for name in names:
+        kind = type(modules[name]).__name__ if name in modules else "Parameter"
+        found.setdefault(kind, []).append(name or "the model itself")
+    return "; ".join(f"{kind} {_listed(of)}" for kind, of in found.items())
+
+
 class _Words:
     """What words for layers mean in the model of a task."""
 
@@ -261,19 +281,19 @@ class _Words:
         taken = [name for name in self.order if self.trained & {*counts(name)}]
         frozen = [name for name in self.order if name not in taken]
         known = {name for module in taken for name in counts(module)}
-        unnumbered: dict[str, list[str]] = {}  # by type
-        for name, module in self.modules.items():
-            if name not in self.order and not self.trained & {*counts(name)} <= known:
-                kind = type(module).__name__
-                unnumbered.setdefault(kind, []).append(name or "the model itself")
-        left = [f"{kind} {_listed(names)}" for kind, names in unnumbered.items()]
-        left_out = f"; without a number, so to be named: {'; '.join(left)}" if left else ""
-        left_out += f"; frozen: {_listed(frozen)}" if frozen else ""
+        unnumbered = [
+            name
+            for name in self.modules
+            if name not in self.order and not self.trained & {*counts(name)} <= known
+        ]
+        left = by_type(self.model, unnumbered)
+        others = f"; without a number, so to be named: {left}" if left else ""
+        others += f"; frozen: {_listed(frozen)}" if frozen else ""
         if not taken:
-            raise SpecError(f"--layer all takes the trained layers with a number: none{left_out}")
+            raise SpecError(f"--layer all takes the trained layers with a number: none{others}")
         self._say(
             f"--layer all: {len(taken)} of {len(self.order)} numbered layers: "
-            f"{_listed(taken)}{left_out}"
+            f"{_listed(taken)}{others}"
         )
         return taken
 

@@ -1,12 +1,11 @@
 """Which memory format suits a model."""
 
-import copy
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from influence_jobs.tasks.base import Draw, Task, device_of, to_device, to_type
+from influence_jobs.tasks.base import Draw, Task, copy_of, device_of, to_device, to_type
 
 AGREEMENT = 1e-3  # relative difference of the losses; rounding makes 1e-6
 _CHANNELS_LAST: WeakKeyDictionary[Task, bool] = WeakKeyDictionary()
@@ -31,7 +30,7 @@ def _same_in_channels_last(task: Task, model: nn.Module) -> bool:
     axes = {parameter.ndim for parameter in model.parameters()}
     if 4 not in axes or max(axes) > 4:
         return False
-    trial = copy.deepcopy(model).eval()
+    trial = copy_of(model).eval()
     dtype = next(trial.parameters()).dtype
     ids = torch.arange(min(2, len(task.train_data())))
     batch = to_type(to_device(task.batch(ids, Draw(0)), device_of(trial)), dtype)

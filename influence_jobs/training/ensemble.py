@@ -3,7 +3,6 @@
 Variants differ in their seed, and in which samples are removed or relabelled.
 """
 
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,13 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from influence_jobs.errors import ModelError, SpecError
-from influence_jobs.tasks.base import Batch, Task, to_device
+from influence_jobs.tasks.base import Batch, Task, copy_of, to_device
+from influence_jobs.tasks.own_code import described
 from influence_jobs.training.changes import UNCHANGED, Changes
 from influence_jobs.training.ensemble_data import Members, stretches
 from influence_jobs.training.ensemble_norms import EnsembleNorms, NormsWanted
 from influence_jobs.training.ensemble_stacked import StackedSteps
 from influence_jobs.training.recipe import Recipe
-from influence_jobs.training.train import epoch_order, initial_model
+from influence_jobs.training.train import Trainer, epoch_order, initial_model
+
+MOVED = 0.1  # share of its move by which a weight of an ensemble may be elsewhere than alone
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +114,7 @@ class EnsembleTrainer:
             new_labels_MN=_new_labels(self._variants, n, device),
         )
         self._sizes = members.sizes
-        self._template = copy.deepcopy(members.models[0]).eval()
+        self._template = copy_of(members.models[0]).eval()
         self._norms = None
         if norms is not None:
             self._norms = EnsembleNorms(
@@ -199,7 +201,7 @@ class EnsembleTrainer:
     @torch.no_grad()
     def model(self, variant: int) -> nn.Module:
         """A copy of one variant's model, in eval mode."""
-        model = copy.deepcopy(self._template)
+        model = copy_of(self._template)
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         for name, value in self.steps.weights(self._rows[variant]).items():
             tensors[name].copy_(value)
@@ -239,6 +241,40 @@ class EnsembleTrainer:
         if self._norms is not None:
             self._norms.load_state_dict(state["norms"])
         self._order_MN = self._epoch_order()
+
+
+def why_alone(task: Task, recipe: Recipe, device: torch.device) -> str:
+    """Why the task's model must be trained one variant at a time; empty if an ensemble will do.
+
+    Dropout between convolutions is a reason, or an optimizer of the task's own. A model that uses a
+    weight past its modules, from a list of its own, would be trained wrongly: the first steps show
+    it.
+    """
+    try:
+        together = EnsembleTrainer(task, recipe, [Variant(0), Variant(1)], device=device)
+        together.step()
+    except torch.OutOfMemoryError:
+        raise
+    except ModelError as error:
+        return str(error)
+    except RuntimeError as error:  # one at a time it works, or fails with its own error
+        return described(error)
+    alone = Trainer(task, recipe, seed=1, device=device)
+    before = {name: p.detach().clone().double() for name, p in alone.model.named_parameters()}
+    while 2 * alone.samples_seen < together.samples_seen:
+        alone.step()
+    found = {name: p.detach().double() for name, p in together.model(1).named_parameters()}
+    wanted = {name: p.detach().double() for name, p in alone.model.named_parameters()}
+    moves = {name: float((wanted[name] - start).norm()) for name, start in before.items()}
+    for name, move in moves.items():
+        # Adam makes steps of rounding errors where the gradient is zero; they are small.
+        if move > 0.01 * max(moves.values()):
+            same = float((found[name] - wanted[name]).norm()) <= MOVED * move
+        else:
+            same = move == 0 or not torch.equal(found[name], before[name])
+        if not same:
+            return f"side by side, parameter '{name}' is trained otherwise than alone"
+    return ""
 
 
 def _new_labels(

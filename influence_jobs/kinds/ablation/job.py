@@ -154,9 +154,10 @@ def require_ablation(spec: AblationSpec, task: Task) -> None:
             "some: choose a smaller --k"
         )
     if "relabel" in spec.modes and output_loss != "cross-entropy":
+        loss = output_loss if isinstance(output_loss, str) else "its own"
         raise SpecError(
             f"task {spec.task.name} cannot be relabelled: its samples have no classes (its loss is "
-            f"{output_loss or 'its own'}, not cross-entropy); use --mode remove"
+            f"{loss}, not cross-entropy); use --mode remove"
         )
     if "relabel" in spec.modes and spec.recipe.trainer == "task":
         require_relabels(task)

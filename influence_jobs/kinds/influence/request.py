@@ -46,6 +46,8 @@ class InfluenceRequest(WeightsRequest, QueriesOptions, CurvatureOptions):
 
     def specs(self, root: str, say: Say) -> tuple[Spec, ...]:
         s_tests = self._found(root) if self.s_test else self._new(root, say)
+        if self.relative is not None:
+            _say_what_is_measured(s_tests[0], say)
         spec = make_spec(
             InfluenceSpec,
             task=s_tests[0].task,
@@ -90,3 +92,24 @@ class InfluenceRequest(WeightsRequest, QueriesOptions, CurvatureOptions):
                         "s_test vectors of their own checkpoint, leave --checkpoint out"
                     )
         return tuple(found)
+
+
+def _say_what_is_measured(s_test: STestSpec, say: Say) -> None:
+    """Tell through which layers of s_test vectors no effect of a sample is measured."""
+    from influence_jobs.gradients.rules import MatrixRule, nearest_rule
+    from influence_jobs.tasks.layers import by_type
+    from influence_jobs.tasks.registry import make_task
+
+    model = make_task(s_test.task).model()
+    modules = dict(model.named_modules(remove_duplicate=False))
+    others = [
+        name
+        for name in s_test.modules
+        if name not in modules or not isinstance(nearest_rule(modules[name]), MatrixRule)
+    ]
+    if others:
+        say(
+            "--relative divides by a sample's effect through "
+            f"{len(s_test.modules) - len(others)} of {len(s_test.modules)} layers; without "
+            f"factors, so not through: {by_type(model, others)}"
+        )

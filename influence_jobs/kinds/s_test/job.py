@@ -1,7 +1,7 @@
 """s_test vectors: a query's gradient times the inverse of the curvature of the training loss."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 

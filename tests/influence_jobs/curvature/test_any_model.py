@@ -124,6 +124,10 @@ LOSSES = {
         vector(2), rows(3), rows(2), huber,
         lambda outputs, targets: (1 + (outputs - targets).square()).sqrt().sum(1) - 1,
     ),
+    "one's own without a forward mode": (
+        vector(2), rows(3), rows(2), lambda o, t: F.huber_loss(o, t, reduction="sum"),
+        lambda outputs, targets: F.huber_loss(outputs, targets, reduction="none").sum(1),
+    ),
 }  # fmt: skip
 
 
@@ -289,15 +293,6 @@ class Held(nn.Module):
         return F.linear(torch.tanh(self.a(x.mean(1))), *self.held)
 
 
-@pytest.mark.parametrize("kind", [GaussNewton, Hessian])
-def test_weights_that_no_transform_reaches_are_refused(kind: type[GaussNewton]) -> None:
-    task = classifier(Held)
-    model = task.model().eval()
-    operator = kind(model, ParameterSpace(model), task, torch.arange(N))
-    with pytest.raises(ModelError, match=r"by parameter 'b\.\w+' is not what autograd gives"):
-        operator.product(torch.randn(1, operator.size, dtype=torch.float64), torch.arange(3))
-
-
 class Packed(Recurrent):
     def __init__(self) -> None:
         super().__init__(nn.LSTM)
@@ -309,12 +304,148 @@ class Packed(Recurrent):
         return out
 
 
+class _Cube(torch.autograd.Function):
+    """Of one's own, with a first derivative only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * g
+
+
+class Cubed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.second(_Cube.apply(self.first(x.mean(1))))
+        return out
+
+
 def test_what_torch_cannot_differentiate_is_refused_by_name() -> None:
-    _, operator, _ = operators(classifier(Packed))
-    with pytest.raises(
-        ModelError, match=r"^torch cannot differentiate Packed as the curvature needs"
-    ):
+    _, operator, _ = operators(classifier(Cubed))
+    with pytest.raises(ModelError, match=r"of Cubed differs from finite differences"):
         operator.product(torch.randn(1, operator.size, dtype=torch.float64), torch.arange(3))
+
+
+class _Detached(torch.autograd.Function):
+    """Torch takes its second derivative for zero."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x**3
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 3 * x.detach() ** 2 * g
+
+
+class Detached(Cubed):
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.second(_Detached.apply(self.first(x.mean(1))))
+        return out
+
+
+class Sliced(nn.Module):
+    """A slice of a ParameterList has parameters of its own, which no transform reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(torch.randn(a, b) / 2 for a, b in ((4, 6), (6, 3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.mean(1)
+        for weight in self.weights[:1]:
+            x = torch.tanh(x @ weight)
+        return x @ self.weights[1]
+
+
+class WeightNormed(nn.Module):
+    """Torch has no forward mode of weight_norm, and its second derivative is wrong."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.utils.parametrizations.weight_norm(nn.Linear(4, 6))
+        self.second = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.second(torch.tanh(self.first(x.mean(1))))
+        return out
+
+
+@pytest.mark.parametrize("network", [Detached, WeightNormed])
+def test_second_derivatives_that_are_wrong_are_refused(network: Callable[[], nn.Module]) -> None:
+    task = classifier(network)
+    model, gauss_newton, hessian = operators(task)
+    v_QP = torch.randn(1, hessian.size, dtype=torch.float64)
+    torch.testing.assert_close(gauss_newton @ v_QP, v_QP @ dense(task, model, hessian=False))
+    with pytest.raises(ModelError, match=r"differs from finite differences.* use --operator gauss"):
+        hessian.product(v_QP, torch.arange(3))
+
+
+@pytest.mark.parametrize(
+    ("network", "kind"),
+    [
+        *((Packed, GaussNewton), (Packed, Hessian), (WeightNormed, GaussNewton)),
+        *((Held, GaussNewton), (Held, Hessian), (Sliced, GaussNewton), (Sliced, Hessian)),
+    ],
+)
+def test_what_transforms_cannot_do_plain_autograd_does(
+    network: Callable[[], nn.Module],
+    kind: type[GaussNewton] | type[Hessian],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    task = classifier(network)
+    torch.manual_seed(0)
+    model = task.model().eval()
+    operator = kind(model, ParameterSpace(model), task, torch.arange(N))
+    v_QP = torch.randn(2, operator.size, dtype=torch.float64)
+    matrix = dense(task, model, hessian=kind is Hessian)
+    torch.testing.assert_close(operator @ v_QP, v_QP @ matrix)
+    assert "curvature by plain autograd, one vector after the other" in caplog.text
+    ids_EB = torch.arange(4).view(2, 2)  # as LiSSA, which would map over mini-batches
+    v_EQP = torch.stack([v_QP, 2 * v_QP])
+    together = operator.space.join(operator.products(v_EQP, ids_EB))
+    for v, ids, found in zip(v_EQP, ids_EB, together, strict=True):
+        torch.testing.assert_close(found, operator.product(v, ids))
+
+
+class HardSwish(nn.Module):
+    """Torch knows its first derivative only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.second(F.hardsigmoid(self.first(x.mean(1))))
+        return out
+
+
+def test_without_second_derivatives_gauss_newton_works_and_the_hessian_names_it() -> None:
+    task = classifier(HardSwish)
+    model = task.model().eval()
+    gauss_newton, hessian = (
+        kind(model, ParameterSpace(model), task, torch.arange(N)) for kind in (GaussNewton, Hessian)
+    )
+    v_QP = torch.randn(1, hessian.size, dtype=torch.float64)
+    assert (gauss_newton @ v_QP).isfinite().all()
+    with pytest.raises(ModelError, match=r"use --operator gauss-newton, or replace the"):
+        hessian.product(v_QP, torch.arange(3))
 
 
 def test_a_loss_that_is_none_of_the_forms_is_refused() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from influence_jobs.curvature import EkFac, GaussNewton, Hessian, ek_fac
+from influence_jobs.curvature.ek_fac import _eigenvectors
 from influence_jobs.curvature.output_roots import exact_roots, random_root, random_signs
 from influence_jobs.errors import ModelError, SpecError
 from influence_jobs.gradients.parameters import ParameterSpace
@@ -485,3 +486,17 @@ def test_a_coarse_block_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "too large for a whole block: rnn.weight_ih_l0, rnn.weight_hh_l0" in line
     monkeypatch.setattr(ek_fac, "MOST_MOMENTS", 2**20)
     assert EkFac(LAMBDA).solve(operator, v_QP).record["messages"] == []
+
+
+def test_numbers_that_are_always_zero_are_axes_of_their_own() -> None:
+    live = torch.zeros(12, dtype=torch.bool)
+    live[[1, 4, 5, 9]] = True
+    x = torch.randn(30, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * live
+    moment = x.t() @ x
+    vectors = _eigenvectors(moment)
+    torch.testing.assert_close(vectors.t() @ vectors, torch.eye(12, dtype=torch.float64))
+    rotated = vectors.t() @ moment @ vectors
+    torch.testing.assert_close(rotated, rotated.diagonal().diag())
+    assert torch.equal(vectors[~live], torch.eye(12, dtype=torch.float64)[~live])
+    zero = torch.zeros(3, 3)
+    assert torch.equal(_eigenvectors(zero), torch.eye(3))

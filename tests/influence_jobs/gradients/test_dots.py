@@ -305,6 +305,36 @@ def test_check_finds_planted_faults(fault):
                 engine.check(torch.randn(2, 6))
 
 
+class KeyBiases(nn.Module):
+    """Attention of which biases alone are trained; softmax takes no notice of those of the keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(8, 8) for _ in range(3))
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name.endswith("bias"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(2, (2, 4)) for layer in (self.query, self.key, self.value))
+        heads = (one.transpose(1, 2) for one in (q, k, v))
+        return F.scaled_dot_product_attention(*heads).flatten(1)
+
+
+def test_check_does_not_measure_rounding_against_rounding():
+    torch.manual_seed(0)
+    model, x = KeyBiases().eval(), torch.randn(5, 6, 8)
+
+    def losses(model, x):
+        return model(x).square().sum(1)
+
+    space = ParameterSpace(model)
+    gradients = gradients_one_by_one(model, list(space.shapes), losses, x)
+    assert gradients["key.bias"].abs().max() < 1e-12 * gradients["query.bias"].abs().max()
+    v_QP = space.gradient(losses(model, x[:1]).sum())[None]  # with rounding for the keys
+    with GradDots(model, space, losses, v_QP) as engine:
+        engine.check(x)
+
+
 def refused(message, model, vectors=None, space=None, precision="float32"):
     space = space or ParameterSpace(model)
     vectors = torch.zeros(1, space.size) if vectors is None else vectors

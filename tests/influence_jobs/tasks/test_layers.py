@@ -13,7 +13,9 @@ from influence_jobs.errors import ModelError, SpecError
 from influence_jobs.gradients import ParameterSpace
 from influence_jobs.tasks.base import Task
 from influence_jobs.tasks.layers import (
+    by_type,
     layers_of_run,
+    left_out,
     resolve_layers,
     resolve_weights,
     say_slow_layers,
@@ -235,3 +237,16 @@ def test_a_frozen_model_has_nothing_to_count() -> None:
         ParameterSpace(model)
     with pytest.raises(ModelError, match=r"'0' is frozen \(requires_grad=False\)"):
         ParameterSpace(model, ["0"])
+
+
+def test_what_some_modules_leave_out() -> None:
+    model = Net()
+    others = left_out(model, ["first", "embed"])
+    # `out` has the weight of `embed`; `frozen` and `normed` have no trained parameters of their own
+    normed = "normed.parametrizations.weight"
+    assert others == ["", "rnn", "norm", "normed", normed, "fitted", "blocks.0", "blocks.2"]
+    assert by_type(model, others) == (
+        "Net the model itself; GRU rnn; LayerNorm norm; ParametrizedLinear normed; "
+        f"ParametrizationList {normed}; Linear fitted, blocks.0, blocks.2"
+    )
+    assert left_out(model, [*others, "first", "embed"]) == []

@@ -1,6 +1,7 @@
 """Every variant of an ensemble compared with `Trainer` on it alone, in float64."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch.utils import _pytree as pytree
 from influence_jobs.errors import ModelError, SpecError
 from influence_jobs.tasks.base import Task
 from influence_jobs.training.changes import Changes
-from influence_jobs.training.ensemble import EnsembleTrainer, Variant
+from influence_jobs.training.ensemble import EnsembleTrainer, Variant, why_alone
 from influence_jobs.training.ensemble_data import stretches
 from influence_jobs.training.ensemble_norms import NormsWanted
 from influence_jobs.training.ensemble_stacked import StackedSteps
@@ -148,6 +149,39 @@ def test_models_that_cannot_step_together_are_refused(
 ) -> None:
     with pytest.raises(ModelError, match=message):
         train(Points(network), SGD, VARIANTS)
+
+
+class Held(nn.Module):
+    """Keeps handles of weights in a list, and uses some of them by it alone."""
+
+    def __init__(self, held: Sequence[int]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(16, 6), nn.Linear(6, 5)])
+        self.held = {i: self.layers[i].weight for i in held}
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        for i, layer in enumerate(self.layers):
+            x = torch.tanh(x) @ self.held.get(i, layer.weight).t() + layer.bias
+        return x
+
+
+def normed() -> nn.Module:
+    """Its layer keeps the weight that it computed, which is no leaf of autograd."""
+    first: nn.Module = nn.utils.weight_norm(nn.Linear(16, 6))
+    return nn.Sequential(nn.Flatten(), first, nn.Tanh(), nn.Linear(6, 5))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`")
+@pytest.mark.parametrize("how", [SGD, ADAM])
+def test_models_that_an_ensemble_would_train_otherwise_are_seen(how: Recipe) -> None:
+    assert why_alone(Points(mlp), how, CPU) == ""
+    assert why_alone(Points(convnet), how, CPU) == ""
+    assert why_alone(Points(partial(Held, ())), how, CPU) == ""
+    assert why_alone(Points(normed), how, CPU) == ""
+    for held in ((0, 1), (0,), (1,)):
+        assert "trained otherwise than alone" in why_alone(Points(partial(Held, held)), how, CPU)
+    assert "trained otherwise than alone" in why_alone(Points(Looped), how, CPU)
 
 
 def test_bad_ensembles_are_refused() -> None:
