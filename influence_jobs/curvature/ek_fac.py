@@ -17,6 +17,7 @@ from influence_jobs.curvature.solver import (
     Progress,
     Solution,
     Solver,
+    Trial,
     no_progress,
     relative_residual,
 )
@@ -124,7 +125,7 @@ class EkFac(Solver):
 
     def _fitted(self, operator: Operator, progress: Progress) -> "_Factors":
         if not isinstance(operator, GaussNewton):
-            raise SpecError("EK-FAC factors the Gauss-Newton matrix: leave --operator out")
+            raise _not_gauss_newton()
         versions = [parameter._version for parameter in operator.model.parameters()]
         if self._last is None or self._last[0] != (operator, versions):
             self._last = (operator, versions), self._fit(operator, progress)
@@ -132,34 +133,61 @@ class EkFac(Solver):
 
     def _fit(self, operator: GaussNewton, progress: Progress) -> "_Factors":
         operator.require_finite()
-        exact = self._exact(operator)
-        with OutputGradients(
-            operator.model, operator.space, operator.task.outputs, _like(operator)
-        ) as engine:
-            factors = _Factors(_blocks(engine, operator), exact)
-
-            def sweep(which: int) -> None:
-                done = 0
-                for batch, columns in _columns(operator, self.seed, exact=exact):
-                    size = 0
-                    for k, s in enumerate(columns):
-                        mean = s / math.sqrt(operator.num_samples)  # sums of squares are means
-                        factors.add(engine, which, (batch, mean), inputs=k == 0)
-                        size, factors.columns = len(s), max(factors.columns, k + 1)
-                    done += size
-                    progress(min(1.0, (which + done / operator.num_samples) / 2))
-
-            sweep(0)
-            for block in factors.blocks.values():
-                block.diagonalise()
-            sweep(1)
+        done = 0.0
+        with self._engine(operator) as engine:
+            factors = _Factors(_blocks(engine, operator), self._exact(operator))
+            for sweep in range(2):
+                for samples in self._sweep(operator, engine, factors, sweep):
+                    done += samples / (2 * operator.num_samples)
+                    progress(min(1.0, done))
+                if sweep == 0:
+                    for block in factors.blocks.values():
+                        block.diagonalise()
         return factors
+
+    @staticmethod
+    def _engine(operator: GaussNewton) -> OutputGradients:
+        return OutputGradients(
+            operator.model, operator.space, operator.task.outputs, _like(operator)
+        )
+
+    def _sweep(
+        self, operator: GaussNewton, engine: OutputGradients, factors: "_Factors", which: int
+    ) -> Iterator[int]:
+        """One of the two sweeps over all samples; yields the samples of each batch."""
+        for batch, columns in _columns(operator, self.seed, exact=factors.exact):
+            size = 0
+            for k, s in enumerate(columns):
+                mean = s / math.sqrt(operator.num_samples)  # sums of squares are means
+                factors.add(engine, which, (batch, mean), inputs=k == 0)
+                size, factors.columns = len(s), max(factors.columns, k + 1)
+            yield size
+
+    def trial(self, operator: Operator, rhs_QP: Tensor, passes: float) -> Trial:
+        if not isinstance(operator, GaussNewton):
+            raise _not_gauss_newton()
+        exact = self._exact(operator)
+        outputs = _like(operator)[1][0].numel()
+        said = f"exact targets: {outputs} outputs" if exact else "sampled targets"
+        return Trial((f"{said}, two sweeps over {operator.num_samples:,} samples",),
+                     self._pieces(operator, exact=exact))  # fmt: skip
+
+    def _pieces(self, operator: GaussNewton, *, exact: bool) -> Iterator[float]:
+        with self._engine(operator) as engine:
+            while True:
+                factors = _Factors(_blocks(engine, operator), exact)
+                for samples in self._sweep(operator, engine, factors, 0):
+                    yield samples / (2 * operator.num_samples)
 
     def _exact(self, operator: GaussNewton) -> bool:
         if self.targets != "auto":
             return self.targets == "exact"
         outputs = _like(operator)[1][0].numel()
         return outputs <= AUTO_OUTPUTS and outputs * operator.num_samples <= AUTO_PASSES
+
+
+def _not_gauss_newton() -> SpecError:
+    return SpecError("EK-FAC factors the Gauss-Newton matrix: leave --operator out")
 
 
 def _like(operator: GaussNewton) -> tuple[Any, Tensor]:

@@ -364,6 +364,19 @@ def test_many_outputs_or_many_samples_are_sampled(monkeypatch: pytest.MonkeyPatc
     assert chosen() == "sampled"
 
 
+def test_a_trial_does_the_work_and_counts_it() -> None:
+    _, operator, _ = operators(Given(*LOSSES["mean over tokens"]))  # 6 samples, 4 in a batch
+    v_QP = torch.randn(1, operator.size, dtype=torch.float64)
+    before = [p.requires_grad for p in operator.model.parameters()]
+    trial = EkFac(LAMBDA).trial(operator, v_QP, 3)
+    assert trial.said == ("exact targets: 20 outputs, two sweeps over 6 samples",)
+    assert [next(trial.pieces) for _ in range(3)] == [4 / 12, 2 / 12, 4 / 12]
+    trial.pieces.close()  # type: ignore[attr-defined]
+    assert [p.requires_grad for p in operator.model.parameters()] == before
+    sampled = EkFac(LAMBDA, targets="sampled").trial(operator, v_QP, 3)
+    assert sampled.said == ("sampled targets, two sweeps over 6 samples",)
+
+
 def test_factors_are_fitted_once_for_given_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     fits = []
     fit = EkFac._fit
