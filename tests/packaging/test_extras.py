@@ -18,10 +18,12 @@ DRAWS = tuple(
     f"influence_jobs.{room}"
     for room in ("report.", "views.contact_sheet", "views.curves", "views.figure", "views.sheets")
 )
+# Callbacks of packages whose users have them.
+CALLBACKS = ("influence_jobs.training.hugging_face", "influence_jobs.training.lightning")
 ROOMS = [
     module.name
     for module in pkgutil.walk_packages(influence_jobs.__path__, "influence_jobs.")
-    if not module.name.startswith(DRAWS)
+    if not module.name.startswith(DRAWS + CALLBACKS)
 ]
 
 WITHOUT = """
