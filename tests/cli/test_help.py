@@ -12,7 +12,7 @@ from infl_cli.main import app
 
 TASK_DATA = "option"
 WHERE = "runs json"
-HOW = f"{WHERE} address device num-gpus local detach"
+HOW = f"{WHERE} address device num-gpus local detach trust"
 
 TRAINED = f"{HOW} {TASK_DATA} dry-run task checkpoint preset epochs workers"
 QUERIES = "test test-set point region quantity noise-draws seed"
@@ -28,12 +28,12 @@ OPTIONS = {
     "init": "",
     "check": f"{TASK_DATA} device json",
     "runs": WHERE,
-    "status": f"{WHERE} follow",
+    "status": f"{WHERE} follow address",
     "logs": "runs",
-    "stop": "runs",
+    "stop": "runs address",
     "resume": f"{HOW} workers",
     "verify": f"{WHERE} repair",
-    "top": f"{WHERE} k layer channel test side png parquet",
+    "top": f"{WHERE} trust k layer channel test side png parquet",
     "denoise": f"{WHERE} checkpoint sigma grey seed out",
     "submit train": f"{HOW} {TASK_DATA} dry-run task preset epochs seed save-epoch optimizer lr "
     "momentum nesterov weight-decay no-bias-decay schedule warmup step-every step-factor "
@@ -48,8 +48,8 @@ OPTIONS = {
     "submit stability": f"{EXPERIMENT} retrainings top ensemble",
     "submit lds": f"{EXPERIMENT} subsets fraction seeds ensemble shard-size",
     "submit paper": f"{TRAINED} quick",
-    "report": "runs out",
-    "view": "runs port open",
+    "report": "runs out trust",
+    "view": "runs port open trust",
     "cluster up": "num-cpus num-gpus",
     "cluster status": "json",
     "cluster down": "",
