@@ -207,7 +207,8 @@ def test_the_first_model_of_the_readme(
     readme = PROJECT / "README.md"
     start = readme.read_text().partition("## Your own model")[0].count("\n")
     task = next(text for line, text in _blocks(readme, "python") if line > start)
-    (tmp_path / "mine.py").write_text(task.replace("/data/images", str(image_folder)))
+    task = task.replace("/data/images", str(image_folder)).replace("(64, 64)", "(32, 32)")
+    (tmp_path / "mine.py").write_text(task)
     torch.save(resnet18(num_classes=3).state_dict(), "resnet.pt")
     commands = next(text for line, text in _blocks(readme, "sh") if line > start)
     for line in commands.splitlines():
