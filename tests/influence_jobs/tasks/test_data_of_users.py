@@ -79,6 +79,15 @@ class ReadTexts(Texts):
         return model(batch["x"]) + lengths[:, None]
 
 
+class ReadByRow(Texts):
+    """The same, row by row: with the texts of other samples it would go on without a word."""
+
+    def outputs(self, model: nn.Module, batch: Any) -> Tensor:
+        x = batch["x"]
+        lengths = torch.tensor([len(batch["text"][i]) for i in range(len(x))])
+        return model(x) + lengths[:, None]
+
+
 class Padded(Points):
     """Texts of several lengths, put together by the task, with a word drawn anew each epoch."""
 
@@ -228,7 +237,7 @@ def test_variants_with_texts_beside_are_trained_as_alone() -> None:
             torch.testing.assert_close(ensemble.model(seed).state_dict()[name], value)
 
 
-@pytest.mark.parametrize("task", [ReadTexts(), Padded()])
+@pytest.mark.parametrize("task", [ReadTexts(), ReadByRow(), Padded()])
 def test_what_cannot_be_trained_side_by_side_is_refused(task: Task) -> None:
     with pytest.raises(ModelError, match=r"one at a time|several shapes"):
         EnsembleTrainer(task, RECIPE, [Variant(0), Variant(1)], device=CPU).step()
