@@ -18,7 +18,7 @@ REDUCE = (
 
 LAYER = (
     "Layer number (from 1, in forward order), module name, parameter name, pattern such as "
-    "'*lora*', or all: all that have a number. module:3 is the module named 3. May be repeated."
+    "`*lora*`, or all: all that have a number. module:3 is the module named 3. May be repeated."
 )
 
 

@@ -103,3 +103,7 @@ def test_a_group_alone_shows_its_help(infl: Callable[..., Any], group: str) -> N
 def test_help_and_completion_do_not_wait_for_torch() -> None:
     code = "import infl_cli.main, sys; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_help_keeps_the_asterisks_of_a_pattern(infl: Callable[..., Any]) -> None:
+    assert "*lora*" in infl("submit", "grad-norms", "--help").out
