@@ -256,7 +256,7 @@ def s_test_cg(subject):
 
 
 def s_test_hessian(subject):
-    """(H + lambda I) x = v: the residual in float64 is what the run says."""
+    """(H + lambda I) x = v: the residual in float64 is what the run says; 0 is no difference."""
     run = subject.submit("s-test", *TESTED, "--operator", "hessian", "--tolerance", 1e-3)
     x_QP, columns = _vectors(subject, run, "s_test")
     return _residual(subject, run, {0: x_QP}, columns, subject.truth.hessian_product)
@@ -274,7 +274,7 @@ def s_test_lissa(subject):
 
 
 def s_test_ek_fac(subject):
-    """The residual in float64 is what the run says; the sum of what was left out too."""
+    """The residual in float64 is what the run says: of EK-FAC it is large, as it approximates."""
     run = subject.submit("s-test", *TESTED, "--solver", "ek-fac")
     x_QP, columns = _vectors(subject, run, "s_test")
     if not (x_QP * subject.truth.queries_QP[:, columns]).sum(1).gt(0).all():
