@@ -202,16 +202,20 @@ class Truth:
 
     # -- training ---------------------------------------------------------------------------------
 
-    def retrained(self, recipe, seed, *, removed=(), relabelled=None):
+    def retrained(self, recipe, seed, *, removed=(), relabelled=None, noise=0.0):
         """A model trained by a plain loop of SGD without some samples; its weights.
 
         Args:
             recipe: Of the run: epochs, batch_size, lr, momentum, weight_decay.
             relabelled: New classes by sample.
+            noise: A relative change of the initial weights.
         """
         task = self.task
         torch.manual_seed(seed)
         model = task.model().train()
+        with torch.no_grad():
+            for p in model.parameters() if noise else ():
+                p *= 1 + noise * torch.randn_like(p)
         options = {name: recipe[name] for name in ("lr", "momentum", "weight_decay")}
         optimizer = torch.optim.SGD(model.parameters(), **options)
         for epoch in range(recipe["epochs"]):
