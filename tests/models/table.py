@@ -170,7 +170,7 @@ def page(done):
     if faults:
         lines += ["", "## Faults", ""]
         for (name, column), one in faults:
-            last = (one.words.strip().splitlines() or [""])[-1][:300]
+            last = refusal((one.words.strip().splitlines() or [""])[-1], name)[:200]
             lines.append(f"- {name}, {column}: {one.mark} {one.error or ''} {last}")
     return "\n".join(lines) + "\n"
 
