@@ -19,7 +19,8 @@ from influence_jobs.gradients.rules import LayerRule, nearest_rule, supported
 from influence_jobs.gradients.rules.base import reduce_read, reduced_shape
 from influence_jobs.terms import Reduction
 
-_BIAS = re.compile(r"(^|_)(bias|b)(_|\d|$)")  # bias, in_proj_bias, bias_ih_l0
+# bias, in_proj_bias, bias_ih_l0_reverse, bias_k; not relative_position_bias_table
+_BIAS = re.compile(r"(^|_)(bias|b)(\d*|_\w|_l\d+|_(ih|hh)(_l\d+)?(_reverse)?)$")
 
 
 @dataclass(frozen=True)

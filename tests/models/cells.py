@@ -256,7 +256,7 @@ def s_test_cg(subject):
 
 
 def s_test_hessian(subject):
-    """(H + lambda I) x = v: the residual in float64 is what the run says."""
+    """(H + lambda I) x = v: the residual in float64 is what the run says; 0 is no difference."""
     run = subject.submit("s-test", *TESTED, "--operator", "hessian", "--tolerance", 1e-3)
     x_QP, columns = _vectors(subject, run, "s_test")
     return _residual(subject, run, {0: x_QP}, columns, subject.truth.hessian_product)
@@ -274,7 +274,7 @@ def s_test_lissa(subject):
 
 
 def s_test_ek_fac(subject):
-    """The residual in float64 is what the run says; the sum of what was left out too."""
+    """The residual in float64 is what the run says: of EK-FAC it is large, as it approximates."""
     run = subject.submit("s-test", *TESTED, "--solver", "ek-fac")
     x_QP, columns = _vectors(subject, run, "s_test")
     if not (x_QP * subject.truth.queries_QP[:, columns]).sum(1).gt(0).all():
@@ -386,15 +386,23 @@ def ablation(subject):
     scores = _run_of(
         subject, "influence", lambda spec: spec == run.spec["rankings"][0]["scores"][0]
     )
-    errors = []
+    errors, words = [], ""
     for row in run.table("results"):
-        top = np.argsort(-scores.arrays["scores"][row["query"]], kind="stable")[:4]
-        weights = subject.truth.retrained(run.spec["recipe"], row["seed"], removed=top.tolist())
-        expected = _loss(subject, weights, row["test"])
-        errors.append(abs(row["loss"] - expected) / abs(expected))
+        top = np.argsort(-scores.arrays["scores"][row["query"]], kind="stable")[:4].tolist()
+
+        def off(noise, row=row, top=top):
+            recipe, seed = run.spec["recipe"], row["seed"]
+            weights = subject.truth.retrained(recipe, seed, removed=top, noise=noise)
+            expected = _loss(subject, weights, row["test"])
+            return abs(row["loss"] - expected) / abs(expected)
+
+        errors.append(off(0.0))
+        if errors[-1] > _training_limit(subject):  # a training that rounding alone leads elsewhere?
+            words = f"rounding alone moves a loss by {errors[-1]:.0e}"
+            errors[-1] = min(off(noise) for noise in (1e-8, 3e-8, 1e-7))
         before = _loss(subject, subject.weights, row["test"])
         errors.append(abs(row["loss_before"] - before) / abs(before))
-    return judged(max(errors), _training_limit(subject))
+    return judged(max(errors), _training_limit(subject), words)
 
 
 def relabelling(subject):

@@ -174,6 +174,13 @@ class Truth:
 
     def gauss_newton_product(self, x_QP, columns):
         """The Gauss-Newton matrix of the mean loss times vectors."""
+        try:
+            return self._gauss_newton_product(x_QP, columns)
+        except NotImplementedError:  # a second derivative, which the root does not need
+            root = self.gauss_newton_root(columns)
+            return x_QP @ root.t() @ root
+
+    def _gauss_newton_product(self, x_QP, columns):
         products = torch.zeros_like(x_QP)
         for i in range(self.count):
             batch = self.sample(i)
@@ -195,16 +202,20 @@ class Truth:
 
     # -- training ---------------------------------------------------------------------------------
 
-    def retrained(self, recipe, seed, *, removed=(), relabelled=None):
+    def retrained(self, recipe, seed, *, removed=(), relabelled=None, noise=0.0):
         """A model trained by a plain loop of SGD without some samples; its weights.
 
         Args:
             recipe: Of the run: epochs, batch_size, lr, momentum, weight_decay.
             relabelled: New classes by sample.
+            noise: A relative change of the initial weights.
         """
         task = self.task
         torch.manual_seed(seed)
         model = task.model().train()
+        with torch.no_grad():
+            for p in model.parameters() if noise else ():
+                p *= 1 + noise * torch.randn_like(p)
         options = {name: recipe[name] for name in ("lr", "momentum", "weight_decay")}
         optimizer = torch.optim.SGD(model.parameters(), **options)
         for epoch in range(recipe["epochs"]):

@@ -1,7 +1,5 @@
 """Models of images, most of them from torchvision and timm."""
 
-from functools import partial
-
 import torch
 import torchvision
 from torch import nn
@@ -114,24 +112,6 @@ class TimmMixer(Pictures):
         from timm.models.mlp_mixer import MlpMixer
 
         return MlpMixer(img_size=16, patch_size=4, embed_dim=16, num_blocks=2, num_classes=3)
-
-
-class TimmResNet(Pictures):
-    """With blur pooling, squeeze and excitation, and GroupNorm for BatchNorm."""
-
-    def model(self):
-        from timm.models.resnet import Bottleneck, ResNet
-
-        return ResNet(
-            Bottleneck,
-            [1, 1],
-            num_classes=3,
-            channels=(8, 16),
-            stem_width=8,
-            stem_type="deep",
-            norm_layer=partial(nn.GroupNorm, 4),
-            block_args={"attn_layer": "se"},
-        )
 
 
 class DenseNet(Pictures):
