@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from influence_jobs.errors import ModelError
+from influence_jobs.gradients.dots import SMALLEST_PART
 from influence_jobs.gradients.fallback import Fallback
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.gradients.requirements import require_plain
@@ -46,7 +47,7 @@ class OutputGradients(TappedModel):
     """
 
     _result = "gradients of the outputs"
-    _relative_to = "the layer's largest"
+    _relative_to = "the parameter's largest"
     _many_calls = True
 
     def __init__(
@@ -181,17 +182,14 @@ class OutputGradients(TappedModel):
         return self._space.parameters()
 
     def _of_gradients(self, gradients: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-        largest: dict[str, Tensor] = {}
-        for name, gradient in gradients.items():
-            owner = name.rpartition(".")[0]
-            # By layer: the gradient by attention's bias of keys, say, is zero but for rounding.
-            largest[owner] = (
-                gradient.abs().max().maximum(largest.get(owner, gradient.new_zeros(())))
-            )
+        # The gradient by a bias of attention's keys is zero but for rounding, which other
+        # parameters' gradients are the measure of.
+        largest = {name: gradient.abs().max() for name, gradient in gradients.items()}
+        floor = SMALLEST_PART * torch.stack([*largest.values()]).max()
         return {
             name: (
                 gradient.unsqueeze(0).to(self._dtype),
-                largest[name.rpartition(".")[0]].to(self._dtype).expand(1, *gradient.shape),
+                largest[name].maximum(floor).to(self._dtype).expand(1, *gradient.shape),
             )
             for name, gradient in gradients.items()
         }

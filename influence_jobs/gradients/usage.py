@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from influence_jobs.errors import ModelError
-from influence_jobs.gradients.batches import one_sample
+from influence_jobs.gradients.batches import KINDS, one_sample
 from influence_jobs.gradients.rules import LayerRule, nearest_rule
 
 NOT_ALONE = (
     "a sample's loss is another in a batch than alone: usual causes are samples that influence "
     "each other (batch statistics), losses divided by the batch size, random operations in the "
-    "forward, and a batch that is no tuple, list or dict of tensors (or a registered pytree)"
+    f"forward, and a batch other than {KINDS}"
 )
 
 

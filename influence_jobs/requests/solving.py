@@ -47,13 +47,7 @@ def s_tests_of(
         modules = resolve_layers(layers, built, say)
     else:
         modules = _modules(built, solver)
-        model = built.model()
-        if modules and (others := left_out(model, modules)):
-            say(
-                f"--solver {solver.name} takes {len(modules)} of {len(modules) + len(others)} "
-                f"layers; without factors, so left out: {by_type(model, others)}"
-            )
-    return tuple(
+    specs = tuple(
         make_spec(
             STestSpec,
             task=subject.task,
@@ -66,6 +60,13 @@ def s_tests_of(
         )
         for checkpoint in subject.checkpoints
     )
+    model = built.model()
+    if not layers and (others := left_out(model, modules)):
+        say(
+            f"--solver {solver.name} takes {len(modules)} of {len(modules) + len(others)} "
+            f"layers; without factors, so left out: {by_type(model, others)}"
+        )
+    return specs
 
 
 def require_used(request: CurvatureOptions, methods: Sequence[str]) -> None:

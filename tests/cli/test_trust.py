@@ -117,9 +117,9 @@ def test_a_run_below_where_one_works_names_no_trusted_file(
     """As `runs.x.payload:Task`, which Python would find below the working directory."""
     monkeypatch.setattr(trust, "_everything", False)
     mark = tmp_path / "executed"
-    (tmp_path / "mine.py").write_text(TASK.format(mark=str(tmp_path / "fine")))
+    (tmp_path / "own_task_of_trust.py").write_text(TASK.format(mark=str(tmp_path / "fine")))
     made = infl(
-        "submit", "train", "--task", "mine:Theirs", "--epochs", 1, "--local", "--json"
+        "submit", "train", "--task", "own_task_of_trust:Theirs", "--epochs", 1, "--local", "--json"
     ).json["run"]
     spec = json.loads((tmp_path / "runs" / made / "spec.json").read_text())
     payload = tmp_path / "runs" / "x"

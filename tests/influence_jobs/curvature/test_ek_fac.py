@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import TensorDataset
 
 from influence_jobs.curvature import EkFac, GaussNewton, Hessian, ek_fac
 from influence_jobs.curvature.ek_fac import _eigenvectors
@@ -19,6 +20,7 @@ from influence_jobs.tasks.output_loss import FORMS, IGNORED, Form, forms_of
 from .test_any_model import (
     LOSSES,
     MODELS,
+    Encoder,
     Given,
     N,
     Tied,
@@ -213,6 +215,29 @@ def test_any_model_has_its_trace(name: str) -> None:
     eigenvalues = sum(float(b.eigenvalues.sum()) for b in solver._last[1].blocks.values())
     trace = float(dense(task, operator.model, hessian=False).trace())
     assert eigenvalues == pytest.approx(trace, rel=1e-6)
+
+
+def test_biases_alone_count_though_that_of_the_keys_is_rounding() -> None:
+    """BitFit: a softmax over keys does not change with their bias."""
+
+    def biases_alone() -> nn.Module:
+        model = Encoder()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("bias" in name)
+        return model
+
+    class InFloat32(Given):
+        def model(self) -> nn.Module:
+            return super().model().float()
+
+        def train_data(self) -> TensorDataset:
+            return TensorDataset(rows(5, 4).float(), classes(3))
+
+    task = InFloat32(biases_alone, rows(5, 4), classes(3), F.cross_entropy, "cross-entropy")
+    model = task.model().eval()
+    operator = GaussNewton(model, ParameterSpace(model), task, torch.arange(N))
+    found = EkFac(LAMBDA).solve(operator, torch.randn(1, operator.size)).x_QP
+    assert found.isfinite().all()
 
 
 class Across(nn.Module):

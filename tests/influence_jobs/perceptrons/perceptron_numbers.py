@@ -30,6 +30,7 @@ from influence_jobs.specs.solvers import Curvature, LissaSettings
 from influence_jobs.store.layout import S_TEST
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.base import Batch, Draw, Task
+from influence_jobs.tasks.trust import trust_all
 from influence_jobs.training.changes import Changes
 from influence_jobs.training.ensemble import EnsembleTrainer, Variant
 from influence_jobs.training.ensemble_norms import NormsWanted
@@ -188,6 +189,7 @@ def jobs() -> dict[str, Tensor]:
 
 
 if __name__ == "__main__":
+    trust_all()
     torch.set_num_threads(1)
     (solutions, steps), (trained, trainers) = lissa(), ensembles()
     # The path of the imported package: the test checks that it is the right one.

@@ -181,7 +181,7 @@ def test_models_that_an_ensemble_would_train_otherwise_are_seen(how: Recipe) -> 
     assert why_alone(Points(normed), how, CPU) == ""
     for held in ((0, 1), (0,), (1,)):
         assert "trained otherwise than alone" in why_alone(Points(partial(Held, held)), how, CPU)
-    assert "trained otherwise than alone" in why_alone(Points(Looped), how, CPU)
+    assert "cannot be trained as an ensemble" in why_alone(Points(Looped), how, CPU)
 
 
 def test_bad_ensembles_are_refused() -> None:
