@@ -43,10 +43,7 @@ def s_tests_of(
         seed=seed,
     )
     built = subject.built
-    if layers:
-        modules = resolve_layers(layers, built, say)
-    else:
-        modules = _modules(built, solver)
+    modules = resolve_layers(layers, built, say) if layers else _modules(built, solver)
     specs = tuple(
         make_spec(
             STestSpec,

@@ -48,7 +48,8 @@ def request(name: str, **given: Any) -> TaskSpec:
 def test_workers_are_told_where_data_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mnist_task, "fetch_mnist", lambda _folder, say: None)
     monkeypatch.setattr(mnist_task.MnistTask, "fingerprint", lambda _self: "data")
-    monkeypatch.setattr(mnist_task.MnistTask, "train_data", lambda _self: range(3))
+    for data in ("train_data", "test_data"):
+        monkeypatch.setattr(mnist_task.MnistTask, data, lambda _self: range(3))
     monkeypatch.setenv("INFL_DATA", "")  # the same as none
     assert request("mnist").paths == {"data_dir": str(default_data_dir())}
     monkeypatch.setenv("INFL_DATA", str(tmp_path / "data"))

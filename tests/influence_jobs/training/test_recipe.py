@@ -199,9 +199,7 @@ def test_a_tasks_own_optimizer_and_schedule_train() -> None:
         task, task.optimizer, lambda o: task.scheduler(o, epochs=3, steps_per_epoch=STEPS)
     )
     for key, value in expected.items():
-        torch.testing.assert_close(
-            found[key], value, rtol=1e-9, atol=1e-12, msg=lambda m, key=key: f"{key}: {m}"
-        )
+        torch.testing.assert_close(found[key], value, rtol=1e-9, atol=1e-12, msg=key)
 
 
 @pytest.mark.parametrize(
