@@ -1,6 +1,7 @@
 """Per-sample gradient norms of chosen layers from one forward and one truncated backward pass."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,6 +64,7 @@ class GradNorms(TappedModel):
             require_dtype(name, model.get_parameter(weight.parameter), self._dtype)
         self._fallback: Fallback | None = None
         self._reasons: dict[str, str] = {}  # of the layers that do not go by a rule
+        self._ranged = False  # whether every layer's norms are watched; a batch had some to watch
         self._freeze()
 
     def __call__(self, batch: Any) -> dict[str, Tensor]:
@@ -80,11 +82,18 @@ class GradNorms(TappedModel):
                 the gradient, or its input was overwritten; the losses are not (B,); the model went
                 into train mode.
         """
+        found = self._computed(batch)
+        if self._ranged or self._dtype == torch.float64 or _all_in_range(found.values()):
+            return found
+        self._ranged = True
+        return self._computed(batch)
+
+    def _computed(self, batch: Any) -> dict[str, Tensor]:
         fallback = self._routed(batch)
         norms: dict[str, Tensor] = {}
 
         def visit(name: str, rule: LayerRule[Any], a: Tensor, g: Tensor) -> None:
-            norms[name] = _in_range(lambda g: rule.norms(a, g, self._reduction), g)
+            norms[name] = self._watched(lambda g: rule.norms(a, g, self._reduction), g)
 
         with torch.autocast(self._device.type, enabled=False):
             if self._layers or fallback.calls:
@@ -199,14 +208,26 @@ class GradNorms(TappedModel):
         }
 
     def _norms_of(self, weight: Weight, gradients: Tensor) -> Tensor:
-        return _in_range(lambda g: weight.norms(g, self._reduction), gradients)
+        return self._watched(lambda g: weight.norms(g, self._reduction), gradients)
+
+    def _watched(self, norms: Callable[[Tensor], Tensor], g: Tensor) -> Tensor:
+        return _in_range(norms, g) if self._ranged else norms(g)
 
     def _of_gradients(self, gradients: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         parts: dict[str, tuple[Tensor, Tensor]] = {}
         for name, weight in self._weights.items():
-            norms = self._norms_of(weight, gradients[name].unsqueeze(0))
+            gradient = gradients[name].unsqueeze(0)
+            norms = _in_range(partial(weight.norms, reduction=self._reduction), gradient)
             parts[name] = norms, norms.nan_to_num(nan=0, posinf=0).amax().expand_as(norms)
         return parts
+
+
+def _all_in_range(norms: Iterable[Tensor]) -> bool:
+    """Whether each sample's largest norm of each layer is one whose squares are exact enough."""
+    smallest, largest = _SAFE
+    largest_LB = torch.stack([n if n.ndim == 1 else n.flatten(1).amax(1) for n in norms])
+    least, most = torch.stack(largest_LB.aminmax()).tolist()
+    return bool(smallest <= least and most <= largest)  # not if one is NaN
 
 
 def _in_range(norms: Callable[[Tensor], Tensor], g: Tensor) -> Tensor:
@@ -216,13 +237,11 @@ def _in_range(norms: Callable[[Tensor], Tensor], g: Tensor) -> Tensor:
     times a power of two.
     """
     found = norms(g)
-    if found.dtype == torch.float64:
+    if found.dtype == torch.float64 or _all_in_range([found]):
         return found
     smallest, largest = _SAFE
-    largest_B = found.detach().reshape(len(found), -1).amax(1)
-    lost_B = ~((largest_B >= smallest) & (largest_B <= largest))  # NaN too
-    if not lost_B.any():
-        return found
+    largest_B = found.flatten(1).amax(1) if found.ndim > 1 else found
+    lost_B = ~((largest_B >= smallest) & (largest_B <= largest))
     size_B = torch.linalg.vector_norm(g.flatten(1), torch.inf, dim=1)
     lost_B &= (size_B > 0) & size_B.isfinite()  # gradients may well be zero
     if not lost_B.any():
