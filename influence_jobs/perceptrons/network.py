@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from influence_jobs.tasks.base import Batch, Task
+from influence_jobs.tasks.base import Batch, Task, copy_of
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,12 @@ def find_perceptron(model: nn.Module) -> Perceptron | None:
     and possibly Dropout, any number of times, and a last Linear, possibly with log-softmax over the
     classes. Every linear layer has a bias, is trained and occurs once. Nothing else has parameters.
     """
+    owners = [m for m in model.modules() if next(m.parameters(recurse=False), None) is not None]
+    if any(type(owner) is not nn.Linear for owner in owners):
+        return None
     try:
-        nodes = list(fx.symbolic_trace(model).graph.nodes)
+        # Of a copy: what its forward keeps in the model would stay there as fx's stand-ins.
+        nodes = list(fx.symbolic_trace(copy_of(model)).graph.nodes)
     except Exception:  # noqa: BLE001  (tracing fails on control flow and more, with any error)
         return None
     modules = dict(model.named_modules())

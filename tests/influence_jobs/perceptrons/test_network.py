@@ -99,3 +99,25 @@ def test_a_frozen_or_unused_parameter_makes_it_none() -> None:
     model = MnistMLP()
     model.spare = nn.Parameter(torch.zeros(1))
     assert find_perceptron(model) is None
+
+
+class Remembering(nn.Module):
+    """Keeps what it saw in its last forward pass, and a running mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.register_buffer("mean", torch.zeros(4))
+        self.seen: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen, self.mean = x, 0.9 * self.mean + 0.1 * x.mean(0)
+        out: Tensor = self.layer(x)
+        return out
+
+
+def test_a_model_is_looked_at_without_a_change_to_it() -> None:
+    model = Remembering()
+    assert find_perceptron(model) is None
+    assert model.seen is None
+    assert torch.equal(model.mean, torch.zeros(4))
