@@ -203,10 +203,10 @@ class Task(ABC):
         task = super().__new__(cls)
         # A run stores these arguments, so that workers can construct the task again.
         bound = inspect.signature(cls.__init__).bind_partial(task, *args, **kwargs)
-        task.given = dict(list(bound.arguments.items())[1:])
+        own = vars(task)  # attributes of a frozen dataclass cannot be set
+        own["given"] = dict(list(bound.arguments.items())[1:])
         # Read once: the data would be opened again for every batch, by `batch` or a user's own.
-        for name in _READ_ONCE:
-            setattr(task, name, cache(getattr(task, name)))
+        own |= {name: cache(getattr(task, name)) for name in _READ_ONCE}
         return task
 
     def __getstate__(self) -> dict[str, Any]:

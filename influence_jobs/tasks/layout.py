@@ -1,14 +1,12 @@
 """Which memory format suits a model."""
 
-from weakref import WeakKeyDictionary
-
 import torch
 from torch import Tensor, nn
 
 from influence_jobs.tasks.base import Draw, Task, copy_of, device_of, to_device, to_type
 
 AGREEMENT = 1e-3  # relative difference of the losses; rounding makes 1e-6
-_CHANNELS_LAST: WeakKeyDictionary[Task, bool] = WeakKeyDictionary()
+_ANSWER = "_channels_last"  # kept in the task's object, which may have no hash
 
 
 def in_fast_layout(task: Task, model: nn.Module) -> nn.Module:
@@ -18,9 +16,10 @@ def in_fast_layout(task: Task, model: nn.Module) -> nn.Module:
     `view`, or has weights of five axes, stays as it is. The answer is kept by task, for all its
     models.
     """
-    if task not in _CHANNELS_LAST:
-        _CHANNELS_LAST[task] = _same_in_channels_last(task, model)
-    if not _CHANNELS_LAST[task]:
+    kept = vars(task)
+    if _ANSWER not in kept:
+        kept[_ANSWER] = _same_in_channels_last(task, model)
+    if not kept[_ANSWER]:
         return model
     found: nn.Module = model.to(memory_format=torch.channels_last)
     return found
