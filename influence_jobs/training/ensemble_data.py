@@ -142,8 +142,7 @@ class Feed:
     def __init__(self, task: Task, seeds: Sequence[int], device: torch.device):
         self._task, self._seeds, self._device = task, seeds, device
         self._fixed = fixed_samples(task, device)
-        if self._fixed is None:
-            self._require_one_shape()
+        self._require_one_shape()
 
     def _require_one_shape(self) -> None:
         """Refuse samples that make batches of several shapes, as texts of several lengths do.
@@ -157,6 +156,9 @@ class Feed:
             for i in torch.linspace(0, n - 1, min(n, LOOKED_AT)).long()
             for one in [self._task.train_batch(i[None], Draw(0))]
         }
+        if self._fixed is not None:  # padded to the longest of all
+            leaves = (leaf for leaf in flattened(self._fixed)[0] if isinstance(leaf, Tensor))
+            shapes.add(tuple(torch.Size((1, *leaf.shape[1:])) for leaf in leaves))
         if len(shapes) > 1:
             raise ModelError(
                 "samples are of several shapes, and variants of an ensemble would be padded "

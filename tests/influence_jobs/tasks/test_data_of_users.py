@@ -106,6 +106,13 @@ class Padded(Points):
         return texts.where(texts != draw.index, 8), labels
 
 
+class PaddedOnce(Padded):
+    """The same without the drawn words: all samples could be put into one batch, once."""
+
+    def train_batch(self, ids: Tensor, draw: Draw) -> Any:
+        return self.batch(ids, draw)
+
+
 def test_collate_puts_training_and_test_rows_together() -> None:
     task = Padded()
     texts, labels = task.batch(torch.tensor([0, 2]), Draw(0))
@@ -237,7 +244,7 @@ def test_variants_with_texts_beside_are_trained_as_alone() -> None:
             torch.testing.assert_close(ensemble.model(seed).state_dict()[name], value)
 
 
-@pytest.mark.parametrize("task", [ReadTexts(), ReadByRow(), Padded()])
+@pytest.mark.parametrize("task", [ReadTexts(), ReadByRow(), Padded(), PaddedOnce()])
 def test_what_cannot_be_trained_side_by_side_is_refused(task: Task) -> None:
     with pytest.raises(ModelError, match=r"one at a time|several shapes"):
         EnsembleTrainer(task, RECIPE, [Variant(0), Variant(1)], device=CPU).step()
