@@ -247,8 +247,8 @@ def why_alone(task: Task, recipe: Recipe, device: torch.device) -> str:
     """Why the task's model must be trained one variant at a time; empty if an ensemble will do.
 
     Dropout between convolutions is a reason, or an optimizer of the task's own. A model that uses a
-    weight past its modules, from a list of its own, would be trained wrongly: the first steps show
-    it.
+    weight past its modules, from a list of its own, would be trained wrongly, and a buffer that its
+    forward assigns anew would stay as it was: the first steps show both.
     """
     try:
         together = EnsembleTrainer(task, recipe, [Variant(0), Variant(1)], device=device)
@@ -274,6 +274,12 @@ def why_alone(task: Task, recipe: Recipe, device: torch.device) -> str:
             same = move == 0 or not torch.equal(found[name], before[name])
         if not same:
             return f"side by side, parameter '{name}' is trained otherwise than alone"
+    buffers = dict(together.model(1).named_buffers())
+    for name, buffer in alone.model.named_buffers():
+        kind = torch.promote_types(buffer.dtype, torch.float64)
+        pair = buffers[name].to(kind), buffer.to(kind)
+        if not torch.allclose(*pair, rtol=MOVED, equal_nan=True):
+            return f"side by side, buffer '{name}' is another than alone"
     return ""
 
 

@@ -166,6 +166,24 @@ class Held(nn.Module):
         return x
 
 
+class Averaged(nn.Module):
+    """Its running mean is assigned anew in each step, not written in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 5)
+        self.register_buffer("mean", torch.zeros(16))
+        self.register_buffer("mask", torch.tensor([-torch.inf, 0, torch.nan]))
+        self.register_buffer("flags", torch.tensor([True, False]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+        out: Tensor = self.layer(x - self.mean)
+        return out
+
+
 def normed() -> nn.Module:
     """Its layer keeps the weight that it computed, which is no leaf of autograd."""
     first: nn.Module = nn.utils.weight_norm(nn.Linear(16, 6))
@@ -181,6 +199,7 @@ def test_models_that_an_ensemble_would_train_otherwise_are_seen(how: Recipe) -> 
     assert why_alone(Points(normed), how, CPU) == ""
     for held in ((0, 1), (0,), (1,)):
         assert "trained otherwise than alone" in why_alone(Points(partial(Held, held)), how, CPU)
+    assert "buffer 'mean' is another than alone" in why_alone(Points(Averaged), how, CPU)
     assert "cannot be trained as an ensemble" in why_alone(Points(Looped), how, CPU)
 
 
