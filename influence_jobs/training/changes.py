@@ -10,8 +10,10 @@ from torch.nn import functional as F
 
 from influence_jobs.errors import SpecError
 from influence_jobs.tasks.base import Batch, Draw, Task
+from influence_jobs.tasks.output_loss import alike
 
 UNCHANGED = -1  # stands for the sample's own label
+LOOKED_AT = 16  # samples whose losses are compared with the cross-entropy
 
 
 def _none() -> npt.NDArray[np.int64]:
@@ -35,12 +37,16 @@ class Changes:
     relabelled: npt.NDArray[np.int64] = field(default_factory=_none)
     labels: npt.NDArray[np.int64] = field(default_factory=_none)
 
-    def check(self, task: Task) -> None:
+    def check(self, task: Task, *, by_task: bool = False) -> None:
         """Check that these changes can be made to the task's training set.
+
+        Args:
+            by_task: Whether the task trains itself, with a loss of its own.
 
         Raises:
             SpecError: Ids are repeated or out of range, all samples are removed, the task has no
-                classes, or a new label is not a class.
+                classes, a new label is not a class, or the task's loss is another than that of
+                relabelled samples.
         """
         n = len(task.train_data())
         for what, ids in (("removed", self.removed), ("relabelled", self.relabelled)):
@@ -62,7 +68,7 @@ class Changes:
                 f"{type(task).__name__} cannot be relabelled: its samples have no classes "
                 f"(output_loss is {task.output_loss!r}, not 'cross-entropy'); remove them instead"
             )
-        require_classes(task)
+        require_classes(task, by_task=by_task)
         classes = num_classes(task)
         if self.labels.min() < 0 or self.labels.max() >= classes:
             raise SpecError(f"new labels must be classes, from 0 to {classes - 1}")
@@ -84,11 +90,15 @@ class Changes:
         return labels_N
 
 
-def require_classes(task: Task) -> None:
+def require_classes(task: Task, *, by_task: bool) -> None:
     """Refuse to relabel samples that have not one class each, such as texts with one a token.
 
+    Args:
+        by_task: As for `Changes.check`. If not, `losses` must be the plain cross-entropy, which a
+            training with relabelled samples minimises.
+
     Raises:
-        SpecError: It says what the targets are.
+        SpecError: It says what the targets are, or that the loss is another.
     """
     targets = task.targets(task.batch(torch.tensor([0]), Draw(0)))
     if targets.is_floating_point() or targets.shape != (1,):
@@ -97,6 +107,28 @@ def require_classes(task: Task) -> None:
             f"{tuple(targets.shape)} {str(targets.dtype).removeprefix('torch.')}, not one class; "
             "remove samples instead (--mode remove)"
         )
+    if not (by_task or _is_cross_entropy(task)):
+        raise SpecError(
+            f"{type(task).__name__} cannot be relabelled: its losses are not the plain "
+            "cross-entropy of its outputs and targets, which relabelled samples would be trained "
+            "with (class weights and label smoothing make another); remove samples instead "
+            "(--mode remove), or define train()"
+        )
+
+
+@torch.no_grad()
+def _is_cross_entropy(task: Task) -> bool:
+    n = len(task.train_data())
+    batch = task.batch(torch.linspace(0, n - 1, min(n, LOOKED_AT)).long(), Draw(0))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = task.model().eval()
+        for weight in (p for p in model.parameters() if p.requires_grad and p.ndim > 1):
+            # A last layer of zeros gives the same loss with label smoothing as without.
+            weight.add_(torch.randn_like(weight), alpha=weight[0].numel() ** -0.5)
+        losses_B = task.losses(model, batch)
+        plain_B = F.cross_entropy(task.outputs(model, batch), task.targets(batch), reduction="none")
+    return losses_B.shape == plain_B.shape and alike(losses_B, plain_B)
 
 
 @torch.no_grad()

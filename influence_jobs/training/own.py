@@ -22,7 +22,7 @@ def trained_by_task(task: Task, seed: int, device: torch.device, changes: Change
         SpecError: These changes cannot be made, or the weights are not finite.
         ModelError: What `train` returns is no state dict of the task's model.
     """
-    changes.check(task)
+    changes.check(task, by_task=True)
     ids = changes.order(torch.arange(len(task.train_data())))
     labels = {}
     if len(changes.relabelled):

@@ -100,5 +100,5 @@ def ablation_of(
     )
     require_ablation(spec, built)
     if "relabel" in modes:
-        require_classes(built)
+        require_classes(built, by_task=trained.train.trainer == "task")
     return spec

@@ -1,16 +1,21 @@
 """Training with samples removed or relabelled, compared with a loop written out by hand."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from influence_jobs.errors import SpecError
 from influence_jobs.tasks.base import Draw, Task
 from influence_jobs.tasks.ffdnet import FFDNetGreyTask
-from influence_jobs.training.changes import Changes
+from influence_jobs.training.changes import Changes, require_classes
 from influence_jobs.training.recipe import Recipe
 from influence_jobs.training.train import Trainer, epoch_order
+
+from .ensembles import Points, SmoothedPoints, mlp
 
 RECIPE = Recipe(epochs=2, batch_size=64, optimizer="sgd", lr=0.05, momentum=0.9)
 CPU = torch.device("cpu")
@@ -75,3 +80,23 @@ def test_a_regression_has_nothing_to_relabel() -> None:
     with pytest.raises(SpecError, match="no classes"):
         Changes(relabelled=ids(1), labels=ids(0)).check(task)
     Changes(removed=ids(1)).check(task)
+
+
+def headless() -> nn.Module:
+    """A last layer of zeros, from which cross-entropies are alike, smoothed or not."""
+    network = mlp()
+    nn.init.zeros_(network[7].weight)
+    nn.init.zeros_(network[7].bias)
+    return network
+
+
+@pytest.mark.parametrize("network", [mlp, headless])
+def test_relabelled_samples_are_trained_with_the_loss_of_the_others(network: Any) -> None:
+    task = SmoothedPoints(network)
+    changes = Changes(
+        relabelled=ids(1), labels=task.targets(task.batch(torch.tensor([1]), Draw(0))).numpy()
+    )
+    with pytest.raises(SpecError, match="not the plain cross-entropy"):
+        Trainer(task, RECIPE, seed=0, device=CPU, changes=changes)
+    require_classes(task, by_task=True)  # whose train() is given the labels
+    require_classes(Points(network), by_task=False)
