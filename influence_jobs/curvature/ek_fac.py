@@ -454,7 +454,12 @@ class _VectorBlock(_Block):
 
     def diagonalise(self) -> None:
         if self._moments.shape[2] > 1:
-            self.eigenvalues, self._vectors = torch.linalg.eigh(self._moments)
+            try:
+                self.eigenvalues, self._vectors = torch.linalg.eigh(self._moments)
+            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # many numbers are zero
+                self._vectors = torch.stack([_eigenvectors(moment) for moment in self._moments])
+                rotated = self._vectors.transpose(1, 2) @ self._moments @ self._vectors
+                self.eigenvalues = rotated.diagonal(dim1=1, dim2=2).contiguous()
             self.eigenvalues.clamp_(min=0)
 
     def inverse(self, vectors: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:

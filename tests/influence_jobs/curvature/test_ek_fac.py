@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from influence_jobs.curvature import EkFac, GaussNewton, Hessian, ek_fac
-from influence_jobs.curvature.ek_fac import _eigenvectors
+from influence_jobs.curvature.ek_fac import _eigenvectors, _VectorBlock
 from influence_jobs.curvature.output_roots import exact_roots, random_root, random_signs
 from influence_jobs.errors import ModelError, SpecError
 from influence_jobs.gradients.parameters import ParameterSpace
@@ -538,3 +538,20 @@ def test_numbers_that_are_always_zero_are_axes_of_their_own() -> None:
     assert torch.equal(vectors[~live], torch.eye(12, dtype=torch.float64)[~live])
     zero = torch.zeros(3, 3)
     assert torch.equal(_eigenvectors(zero), torch.eye(3))
+
+
+def test_a_block_with_many_numbers_that_are_always_zero() -> None:
+    g = torch.Generator().manual_seed(0)
+    size, live = 512, 10
+    sizes = 10 ** -torch.empty(size).uniform_(0, 8, generator=g)
+    gradients = torch.randn(200, size, generator=g) * sizes
+    gradients[:, torch.randperm(size, generator=g)[live:]] = 0
+    block = _VectorBlock("spare", torch.Size([size]), gradients, torch.float32)
+    block.add(gradients)
+    moment = gradients.double().t() @ gradients.double()
+    block.diagonalise()  # LAPACK's own way fails for it in float32
+    damping = 0.1 * float(moment.diagonal().max())
+    v = torch.randn(1, size, generator=g)
+    found = block.inverse({"spare": v}, damping)["spare"]
+    wanted = torch.linalg.solve(moment + damping * torch.eye(size).double(), v[0].double())
+    torch.testing.assert_close(found[0].double(), wanted, rtol=1e-3, atol=1e-5 / damping)
