@@ -21,8 +21,18 @@ from influence_jobs.gradients.weights import (
     weights_of,
     with_parametrizations,
 )
-from influence_jobs.tasks.base import Draw, Task, device_of, out_of_half, to_device, to_type
+from influence_jobs.tasks.base import (
+    Draw,
+    Task,
+    converted,
+    device_of,
+    dtype_of,
+    out_of_half,
+    to_device,
+    to_type,
+)
 from influence_jobs.tasks.own_code import described
+from influence_jobs.terms import Precision
 
 Say = Callable[[str], None]
 LISTED = 4  # names in a line
@@ -162,12 +172,14 @@ def say_slow_layers(layers: Sequence[str], task: Task, say: Say) -> None:
     """Tell which weights no rule serves, and what their gradients cost, as two samples show.
 
     Raises:
-        ModelError: As `GradNorms`.
+        ModelError: As `GradNorms` and `converted`.
     """
-    model = task.model().float().eval()
-    ids = torch.arange(min(2, len(task.train_data())))
-    batch = to_type(task.batch(ids, Draw(seed=0)), torch.float32)
-    with GradNorms(model, layers, task.losses, reduction="layer") as engine:
+    model, converts = converted(task, torch.device("cpu"))
+    dtype = dtype_of(model)
+    batch = task.batch(torch.arange(min(2, len(task.train_data()))), Draw(seed=0))
+    batch = to_type(batch, dtype) if converts else batch
+    precision: Precision = "float64" if dtype == torch.float64 else "float32"
+    with GradNorms(model, layers, task.losses, reduction="layer", precision=precision) as engine:
         for line in slow_lines(engine.slow_layers(batch)):
             say(line)
 

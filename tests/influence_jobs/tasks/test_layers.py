@@ -250,3 +250,29 @@ def test_what_some_modules_leave_out() -> None:
         f"ParametrizationList {normed}; Linear fitted, blocks.0, blocks.2"
     )
     assert left_out(model, [*others, "first", "embed"]) == []
+
+
+class Doubled(nn.Module):
+    """Built in float64, to which its forward turns what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 4).double()
+        self.out = weight_norm(nn.Linear(4, 2).double())
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.out(torch.tanh(self.first(x.double())))
+        return out
+
+
+def test_slow_layers_of_a_model_in_float64_are_told() -> None:
+    class Points(Tokens):
+        def model(self) -> nn.Module:
+            return Doubled()
+
+        def train_data(self) -> TensorDataset:
+            return TensorDataset(torch.ones(4, 3), torch.arange(4) % 2)
+
+    said: list[str] = []
+    say_slow_layers(["first", "out.parametrizations.weight.original1"], Points(), said.append)
+    assert "no rule for original1" in "".join(said)
