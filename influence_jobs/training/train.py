@@ -211,6 +211,8 @@ class Trainer:
             self.scheduler.step()
         self._loss_sum += losses_B.detach().sum()
         self.finite_steps += self._loss_sum.isfinite()
+        if self.recipe.by_task and self.epoch == self.step_in_epoch == 0:
+            require_saveable(self.task, self._own_state())  # now it has all that it will have
         self.step_in_epoch += 1
         if self.step_in_epoch < self.steps_per_epoch:
             return None

@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -308,3 +309,19 @@ def test_an_ensemble_never_replaces_them_silently(how: Recipe) -> None:
     variants = [Variant(0), Variant(1, Changes(removed=np.arange(4)))]
     with pytest.raises(ModelError, match=r"own optimizer or scheduler.* one at a time"):
         EnsembleTrainer(Scheduled(convnet), how, variants, device=CPU)
+
+
+class Remembering(SGD):
+    """Has nothing to save before its first step."""
+
+    def step(self, closure: Any = None) -> None:
+        super().step(closure)
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["seen"] = deque([1.0])
+
+
+def test_a_state_that_cannot_be_resumed_is_refused_after_the_first_step() -> None:
+    task = Returning(lambda m: Remembering(m.parameters(), 0.1), _constant)
+    trainer = Trainer(task, OWN, seed=0, device=CPU)
+    with pytest.raises(ModelError, match="has a state that cannot be saved"):
+        trainer.step()
