@@ -104,6 +104,8 @@ def test_a_frozen_or_unused_parameter_makes_it_none() -> None:
 class Remembering(nn.Module):
     """Keeps what it saw in its last forward pass, and a running mean."""
 
+    mean: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(4, 3)

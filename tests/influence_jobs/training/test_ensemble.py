@@ -169,6 +169,8 @@ class Held(nn.Module):
 class Averaged(nn.Module):
     """Its running mean is assigned anew in each step, not written in place."""
 
+    mean: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(16, 5)
