@@ -61,14 +61,14 @@ def initial_model(task: Task, seed: int, device: torch.device) -> nn.Module:
 
 
 def require_full_batches(task: Task, batch_size: int, num_samples: int) -> None:
-    """Refuse a training whose last batch has one sample, if the model cannot be trained on one.
+    """Refuse a training with a batch of one sample, if the model cannot be trained on one.
 
     Batch normalisation cannot, unless a sample has several positions.
 
     Raises:
         SpecError: Naming the batch and the cure.
     """
-    if num_samples % batch_size != 1 or num_samples == 0:
+    if num_samples == 0 or (batch_size > 1 and num_samples % batch_size != 1):
         return
     with torch.random.fork_rng(devices=[]):  # the weights do not matter
         model = task.model().train()
@@ -79,10 +79,13 @@ def require_full_batches(task: Task, batch_size: int, num_samples: int) -> None:
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
+        if num_samples == 1:
+            raise SpecError("BatchNorm cannot be trained on one sample: leave more") from None
         better = next(size for size in itertools.count(batch_size + 1) if num_samples % size != 1)
+        one = "are batches of one" if batch_size == 1 else "leave a last batch of one"
         raise SpecError(
-            f"{num_samples:,} samples in batches of {batch_size} leave a last batch of one, which "
-            f"BatchNorm cannot be trained on: choose another --batch-size, such as {better}"
+            f"{num_samples:,} samples in batches of {batch_size} {one}, which BatchNorm cannot be "
+            f"trained on: choose another --batch-size, such as {better}"
         ) from None
 
 

@@ -1,3 +1,5 @@
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -5,6 +7,7 @@ from digits import DigitsTask
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from influence_jobs.errors import SpecError
 from influence_jobs.tasks.base import Batch, Draw, Task
 from influence_jobs.training.recipe import Recipe
 from influence_jobs.training.recorded_norms import RecordedNorms
@@ -197,3 +200,36 @@ def test_recorded_norms_of_any_dtype_are_those_of_its_gradients(dtype: torch.dty
     expected = model[0].weight.grad.double().norm(dim=1)
     torch.testing.assert_close(norms.sums["0"][2].double(), expected, rtol=1e-6, atol=0)
     assert norms.sums["0"][1].eq(0).all()
+
+
+class Normed(Task):
+    """Points, and a network with BatchNorm."""
+
+    def __init__(self, samples: int) -> None:
+        self.x = torch.randn(samples, 4, generator=torch.Generator().manual_seed(0))
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+
+    def train_data(self) -> TensorDataset:
+        return TensorDataset(self.x)
+
+    def losses(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        losses: torch.Tensor = model(batch[0]).square().sum(1)
+        return losses
+
+
+@pytest.mark.parametrize(
+    ("samples", "batch_size", "told"),
+    [
+        (7, 3, "7 samples in batches of 3 leave a last batch of one, .* such as 4"),
+        (7, 1, "7 samples in batches of 1 are batches of one, .* such as 4"),
+        (1, 1, "cannot be trained on one sample"),
+        (1, 8, "cannot be trained on one sample"),
+        (7, 4, ""),
+    ],
+)
+def test_a_batch_of_one_with_batch_norm(samples: int, batch_size: int, told: str) -> None:
+    recipe = Recipe(epochs=1, batch_size=batch_size, optimizer="sgd", lr=0.1)
+    with pytest.raises(SpecError, match=told) if told else nullcontext():
+        finish(Trainer(Normed(samples), recipe, seed=0, device=torch.device("cpu")))
