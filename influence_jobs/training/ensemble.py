@@ -19,7 +19,12 @@ from influence_jobs.training.ensemble_data import Members, stretches
 from influence_jobs.training.ensemble_norms import EnsembleNorms, NormsWanted
 from influence_jobs.training.ensemble_stacked import StackedSteps
 from influence_jobs.training.recipe import Recipe
-from influence_jobs.training.train import Trainer, epoch_order, initial_model
+from influence_jobs.training.train import (
+    Trainer,
+    epoch_order,
+    initial_model,
+    require_repeatable,
+)
 
 MOVED = 0.1  # share of its move by which a weight of an ensemble may be elsewhere than alone
 
@@ -80,6 +85,7 @@ class EnsembleTrainer:
 
     Raises:
         SpecError: There are no variants, or the changes of one cannot be made.
+        DataError: The task's training samples are other numbers each time.
         ModelError: The model cannot be trained as an ensemble, or the task gives the optimizer.
     """
 
@@ -101,6 +107,7 @@ class EnsembleTrainer:
             )
         for variant in variants:
             variant.changes.check(task)
+        require_repeatable(task)
         self.task, self.recipe, self._device = task, recipe, device
         n = len(task.train_data())
         # Inside, variants are sorted by size, largest first; `_rows` maps to this order.

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from influence_jobs.errors import DataError, SpecError
-from influence_jobs.tasks.base import Draw, Task, to_device
+from influence_jobs.gradients.batches import plain_leaves
+from influence_jobs.tasks.base import FINGERPRINT_ROWS, Draw, Task, defines, digest, to_device
 from influence_jobs.tasks.layout import in_fast_layout
 from influence_jobs.training.changes import Changes, changed_losses
 from influence_jobs.training.recipe import Recipe, optimizer_of, scheduler_of
@@ -89,6 +90,30 @@ def require_full_batches(task: Task, batch_size: int, num_samples: int) -> None:
         ) from None
 
 
+def require_repeatable(task: Task) -> None:
+    """Refuse a task whose own `train_batch` gives other numbers for the same samples and draw.
+
+    No training could be repeated. `Task.fingerprint` looks at `batch`, which others train with.
+
+    Raises:
+        DataError: The numbers differ.
+    """
+    if not defines(type(task), "train_batch"):
+        return
+    n = len(task.train_data())
+    ids = torch.linspace(0, n - 1, min(n, FINGERPRINT_ROWS)).round().long()
+    pair = [
+        [leaf for leaf in plain_leaves(task.train_batch(ids, Draw(0))) if isinstance(leaf, Tensor)]
+        for _ in range(2)
+    ]
+    if digest(pair[0]) != digest(pair[1]):
+        raise DataError(
+            f"train_batch() of {type(task).__name__} gives other numbers each time the same "
+            "samples are fetched, so no training could be repeated: let it draw from (draw.seed, "
+            "draw.index, sample id) alone"
+        )
+
+
 def require_sound_samples(
     task: Task, seed: int, device: torch.device, *, changes: Changes, epoch: int
 ) -> None:
@@ -148,6 +173,7 @@ class Trainer:
 
     Raises:
         SpecError: These changes cannot be made to the task's training set.
+        DataError: The task's training samples are other numbers each time.
         ModelError: The task's own optimizer or scheduler cannot be used.
     """
 
@@ -166,6 +192,7 @@ class Trainer:
         self.norms = norms
         self._changes = changes or Changes()
         self._changes.check(task)
+        require_repeatable(task)
         self._new_labels_N = self._changes.new_labels(len(task.train_data()))
         self.num_samples = len(task.train_data()) - len(self._changes.removed)
         require_full_batches(task, recipe.batch_size, self.num_samples)

@@ -7,8 +7,9 @@ from digits import DigitsTask
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from influence_jobs.errors import SpecError
+from influence_jobs.errors import DataError, SpecError
 from influence_jobs.tasks.base import Batch, Draw, Task
+from influence_jobs.training.ensemble import EnsembleTrainer, Variant
 from influence_jobs.training.recipe import Recipe
 from influence_jobs.training.recorded_norms import RecordedNorms
 from influence_jobs.training.train import Trainer, epoch_order
@@ -233,3 +234,18 @@ def test_a_batch_of_one_with_batch_norm(samples: int, batch_size: int, told: str
     recipe = Recipe(epochs=1, batch_size=batch_size, optimizer="sgd", lr=0.1)
     with pytest.raises(SpecError, match=told) if told else nullcontext():
         finish(Trainer(Normed(samples), recipe, seed=0, device=torch.device("cpu")))
+
+
+class Noised(Normed):
+    """Its noise is of torch's global generator, which nothing here seeds."""
+
+    def train_batch(self, ids: torch.Tensor, draw: Draw) -> Batch:
+        return [self.x[ids] + 1e-3 * torch.randn(len(ids), 4)]
+
+
+def test_samples_that_are_other_numbers_each_time_are_refused() -> None:
+    recipe = Recipe(epochs=1, batch_size=4, optimizer="sgd", lr=0.1)
+    with pytest.raises(DataError, match=r"train_batch\(\) of Noised gives other numbers"):
+        Trainer(Noised(8), recipe, seed=0, device=torch.device("cpu"))
+    with pytest.raises(DataError, match=r"train_batch\(\) of Noised gives other numbers"):
+        EnsembleTrainer(Noised(8), recipe, [Variant(0)], device=torch.device("cpu"))
