@@ -143,7 +143,7 @@ def _renamed(
 
 
 def _shared_prefix(state: Mapping[str, Any]) -> str:
-    return next((p for p in _PREFIXES if all(name.startswith(p) for name in state)), "")
+    return next((p for p in _PREFIXES if state and all(name.startswith(p) for name in state)), "")
 
 
 def _read(source: Path | BinaryIO, called: str) -> dict[str, torch.Tensor]:
