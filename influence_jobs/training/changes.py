@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from influence_jobs.errors import SpecError
+from influence_jobs.errors import ModelError, SpecError
 from influence_jobs.tasks.base import Batch, Draw, Task
 from influence_jobs.tasks.output_loss import alike
 
@@ -147,6 +147,24 @@ def changed_losses(
         return task.losses(model, batch)
     targets_B = replaced(task.targets(batch), new_labels_B)
     return F.cross_entropy(task.outputs(model, batch), targets_B, reduction="none")
+
+
+def require_one_each(task: Task, losses: Tensor, samples: torch.Size) -> None:
+    """Refuse losses that are not one a sample, such as their mean.
+
+    Args:
+        losses: As the task gives them, or those of several variants.
+        samples: The shape that they must have.
+
+    Raises:
+        ModelError: It says what they are.
+    """
+    if losses.shape != samples:
+        raise ModelError(
+            f"losses of {type(task).__name__} are {tuple(losses.shape)} for {samples.numel()} "
+            "samples: one loss per sample is needed; do not average over the batch "
+            "(reduction='none')"
+        )
 
 
 def replaced(targets: Tensor, new_labels: Tensor) -> Tensor:

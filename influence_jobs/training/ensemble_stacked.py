@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from influence_jobs.errors import ModelError
 from influence_jobs.tasks.base import Batch, Task
-from influence_jobs.training.changes import changed_losses
+from influence_jobs.training.changes import changed_losses, require_one_each
 from influence_jobs.training.ensemble_data import Feed, Members
 from influence_jobs.training.ensemble_norms import EnsembleNorms
 from influence_jobs.training.recipe import Recipe, decay_groups, make_optimizer, rate_factor
@@ -59,6 +59,7 @@ class StackedSteps:
         models, sizes = members.models, members.sizes
         _refuse_dropout(models[0])
         self._device = members.device
+        self._task = task
         self._losses = _Losses(task, models[0])
         self._feed = Feed(task, members.seeds, members.device)
         self._new_labels_MN = members.new_labels_MN
@@ -105,6 +106,7 @@ class StackedSteps:
         stack = {name: tensor[rows] for name, tensor in self._stack.items()}
         leaves = {name: stack[name].detach().requires_grad_() for name in trained}
         losses_MB = self._forward({**stack, **leaves}, batch, new_labels_MB)
+        require_one_each(self._task, losses_MB, ids_MB.shape)
         gradients: dict[str, Tensor | None] = dict(
             zip(
                 leaves,

@@ -16,7 +16,7 @@ from influence_jobs.errors import DataError, SpecError
 from influence_jobs.gradients.batches import plain_leaves
 from influence_jobs.tasks.base import FINGERPRINT_ROWS, Draw, Task, defines, digest, to_device
 from influence_jobs.tasks.layout import in_fast_layout
-from influence_jobs.training.changes import Changes, changed_losses
+from influence_jobs.training.changes import Changes, changed_losses, require_one_each
 from influence_jobs.training.recipe import Recipe, optimizer_of, scheduler_of
 from influence_jobs.training.recorded_norms import RecordedNorms
 from influence_jobs.training.state import plain, require_saveable
@@ -231,6 +231,7 @@ class Trainer:
         self.model.zero_grad(set_to_none=True)
         with seeded(step_seed(self.seed, self.epoch, self.step_in_epoch), self.device):
             losses_B = changed_losses(self.task, self.model, batch, new_labels_B)
+            require_one_each(self.task, losses_B, ids.shape)
             losses_B.mean().backward()  # type: ignore[no-untyped-call]
             if self.norms is not None:
                 self.norms.add(self.model, ids, self.epoch)

@@ -7,7 +7,7 @@ from digits import DigitsTask
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from influence_jobs.errors import DataError, SpecError
+from influence_jobs.errors import DataError, ModelError, SpecError
 from influence_jobs.tasks.base import Batch, Draw, Task
 from influence_jobs.training.ensemble import EnsembleTrainer, Variant
 from influence_jobs.training.recipe import Recipe
@@ -249,3 +249,18 @@ def test_samples_that_are_other_numbers_each_time_are_refused() -> None:
         Trainer(Noised(8), recipe, seed=0, device=torch.device("cpu"))
     with pytest.raises(DataError, match=r"train_batch\(\) of Noised gives other numbers"):
         EnsembleTrainer(Noised(8), recipe, [Variant(0)], device=torch.device("cpu"))
+
+
+class Averaged(Normed):
+    def losses(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        return super().losses(model, batch).mean()
+
+
+def test_a_mean_instead_of_one_loss_a_sample_is_refused() -> None:
+    recipe = Recipe(epochs=1, batch_size=4, optimizer="sgd", lr=0.1)
+    told = r"losses of Averaged are \(\) for 4 samples: one loss per sample is needed"
+    with pytest.raises(ModelError, match=told):
+        Trainer(Averaged(8), recipe, seed=0, device=torch.device("cpu")).step()
+    variants = [Variant(0), Variant(1)]
+    with pytest.raises(ModelError, match=r"losses of Averaged are \(2,\) for 8 samples"):
+        EnsembleTrainer(Averaged(8), recipe, variants, device=torch.device("cpu")).step()
