@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from influence_jobs.errors import ModelError, SpecError
-from influence_jobs.tasks.base import Batch, Draw, Task
+from influence_jobs.tasks.base import Batch, Draw, Task, converted, out_of_half
 from influence_jobs.tasks.output_loss import alike
 
 UNCHANGED = -1  # stands for the sample's own label
@@ -121,13 +121,17 @@ def _is_cross_entropy(task: Task) -> bool:
     n = len(task.train_data())
     batch = task.batch(torch.linspace(0, n - 1, min(n, LOOKED_AT)).long(), Draw(0))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = task.model().eval()
+        torch.default_generator.manual_seed(0)
+        model = converted(task, torch.device("cpu"))[0]
+        batch = out_of_half(batch, model)
         for weight in (p for p in model.parameters() if p.requires_grad and p.ndim > 1):
             # A last layer of zeros gives the same loss with label smoothing as without.
             weight.add_(torch.randn_like(weight), alpha=weight[0].numel() ** -0.5)
-        losses_B = task.losses(model, batch)
-        plain_B = F.cross_entropy(task.outputs(model, batch), task.targets(batch), reduction="none")
+        losses_B, outputs_BC = task.losses(model, batch), task.outputs(model, batch)
+    try:
+        plain_B = F.cross_entropy(outputs_BC, task.targets(batch), reduction="none")
+    except IndexError:  # targets that only the task's own loss knows, such as another ignore_index
+        return False
     return losses_B.shape == plain_B.shape and alike(losses_B, plain_B)
 
 

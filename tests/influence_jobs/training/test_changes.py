@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from influence_jobs.errors import SpecError
@@ -100,3 +100,33 @@ def test_relabelled_samples_are_trained_with_the_loss_of_the_others(network: Any
         Trainer(task, RECIPE, seed=0, device=CPU, changes=changes)
     require_classes(task, by_task=True)  # whose train() is given the labels
     require_classes(Points(network), by_task=False)
+
+
+def test_a_model_in_half_precision_whose_losses_are_not_can_be_relabelled() -> None:
+    class Half(Points):
+        def model(self) -> nn.Module:
+            return mlp().bfloat16()
+
+        def batch(self, ids: Tensor, draw: Draw) -> Any:
+            x, y = super().batch(ids, draw)
+            return x.bfloat16(), y
+
+        def losses(self, model: nn.Module, batch: Any) -> Tensor:
+            return F.cross_entropy(self.outputs(model, batch).float(), batch[1], reduction="none")
+
+    require_classes(Half(mlp), by_task=False)
+
+
+def test_classes_that_only_the_tasks_own_loss_knows_are_not_relabelled() -> None:
+    class Unlabelled(Points):
+        def targets(self, batch: Any) -> Tensor:
+            labels: Tensor = batch[1]
+            return labels.where(labels != 4, -1)
+
+        def losses(self, model: nn.Module, batch: Any) -> Tensor:
+            return F.cross_entropy(
+                self.outputs(model, batch), self.targets(batch), ignore_index=-1, reduction="none"
+            )
+
+    with pytest.raises(SpecError, match="not the plain cross-entropy"):
+        require_classes(Unlabelled(mlp), by_task=False)
