@@ -255,7 +255,8 @@ def why_alone(task: Task, recipe: Recipe, device: torch.device) -> str:
 
     Dropout between convolutions is a reason, or an optimizer of the task's own. A model that uses a
     weight past its modules, from a list of its own, would be trained wrongly, and a buffer that its
-    forward assigns anew would stay as it was: the first steps show both.
+    forward assigns anew would stay as it was; variants would share a number that it counts. The
+    first steps show all three.
     """
     try:
         together = EnsembleTrainer(task, recipe, [Variant(0), Variant(1)], device=device)
@@ -281,13 +282,29 @@ def why_alone(task: Task, recipe: Recipe, device: torch.device) -> str:
             same = move == 0 or not torch.equal(found[name], before[name])
         if not same:
             return f"side by side, parameter '{name}' is trained otherwise than alone"
-    buffers = dict(together.model(1).named_buffers())
-    for name, buffer in alone.model.named_buffers():
+    buffers = dict(alone.model.named_buffers())  # those that a first forward registers, too
+    for name, buffer in together.model(1).named_buffers():
         kind = torch.promote_types(buffer.dtype, torch.float64)
-        pair = buffers[name].to(kind), buffer.to(kind)
+        pair = buffer.to(kind), buffers[name].to(kind)
         if not torch.allclose(*pair, rtol=MOVED, equal_nan=True):
             return f"side by side, buffer '{name}' is another than alone"
+    counts = _counts(alone.model)
+    if not alone.finished:
+        alone.step()
+    for name, number in _counts(alone.model).items():
+        if number != counts.get(name, number):
+            return f"its forward counts in '{name}', which variants of unequal size would share"
     return ""
+
+
+def _counts(model: nn.Module) -> dict[str, float]:
+    """The plain numbers that a model keeps, by name."""
+    return {
+        f"{name}.{own}".lstrip("."): value
+        for name, module in model.named_modules()
+        for own, value in vars(module).items()
+        if isinstance(value, int | float)
+    }
 
 
 def _new_labels(

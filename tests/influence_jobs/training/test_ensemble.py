@@ -186,6 +186,20 @@ class Averaged(nn.Module):
         return out
 
 
+class Counting(nn.Module):
+    """Its scale grows with its steps; the width that it notes stays."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 5)
+        self.steps = self.width = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps, self.width = self.steps + 1, x.shape[-1]
+        out: Tensor = self.layer(x.flatten(1)) * (1 + 0.01 * self.steps)
+        return out
+
+
 def normed() -> nn.Module:
     """Its layer keeps the weight that it computed, which is no leaf of autograd."""
     first: nn.Module = nn.utils.weight_norm(nn.Linear(16, 6))
@@ -201,6 +215,7 @@ def test_models_that_an_ensemble_would_train_otherwise_are_seen(how: Recipe) -> 
     assert why_alone(Points(normed), how, CPU) == ""
     for held in ((0, 1), (0,), (1,)):
         assert "trained otherwise than alone" in why_alone(Points(partial(Held, held)), how, CPU)
+    assert "counts in 'steps'" in why_alone(Points(Counting), how, CPU)
     assert "buffer 'mean' is another than alone" in why_alone(Points(Averaged), how, CPU)
     assert "cannot be trained as an ensemble" in why_alone(Points(Looped), how, CPU)
 
