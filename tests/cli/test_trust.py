@@ -1,6 +1,7 @@
 """Looking at a run from a stranger imports none of its code."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -206,3 +207,32 @@ def test_a_module_below_a_known_package_is_not_known(
         task_class(theirs)
     assert not mark.exists()
     assert task_class(TaskSpec(name=f"{package}.tasks:Theirs", data="")).__name__ == "Theirs"
+
+
+@pytest.mark.parametrize("planted", ["report", "report/report.html"])
+def test_a_report_is_not_written_through_a_link(
+    infl: Infl, strangers: tuple[str, Path], tmp_path: Path, planted: str
+) -> None:
+    run, _ = strangers
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "file").write_text("mine")
+    link = tmp_path / "runs" / run / planted
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(outside if planted == "report" else outside / "file")
+    found = infl("report", run)
+    assert found.code == 2
+    assert f"{link} may lead out of its folder" in found.err
+    assert [path.name for path in outside.iterdir()] == ["file"]
+    assert (outside / "file").read_text() == "mine"
+    assert infl("report", run, "--out", outside).code == 0
+    assert (outside / "report.html").is_file()
+
+
+def test_a_pipe_does_not_hold_the_report(infl: Infl, strangers: tuple[str, Path]) -> None:
+    run, _ = strangers
+    folder = Path("runs", run, "report")
+    folder.mkdir()
+    os.mkfifo(folder / "report.html")
+    assert infl("report", run).code == 0
+    assert (folder / "report.html").is_file()
