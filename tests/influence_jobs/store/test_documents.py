@@ -24,6 +24,8 @@ from influence_jobs.store.documents import (
 )
 from influence_jobs.store.files import LocalFiles
 from influence_jobs.store.lease import Lease
+from influence_jobs.store.run import now
+from influence_jobs.store.status import rate_and_eta
 
 KINDS = [Status, PlanFile, Holder, JobFile, ProgressFile, Width, Entry]
 GOOD: dict[Any, dict[str, Any]] = {
@@ -82,6 +84,12 @@ def test_any_json_is_the_document_or_refused(kind: Any) -> None:
         (Status, "phase", "../../x"),
         (Status, "units_done", -1),
         (Status, "started_at", float("nan")),
+        (Status, "started_at", 1e300),
+        (Status, "units_done", 10**400),
+        (Entry, "finished_at", 1e300),
+        (Entry, "attempt", 10**4000),
+        (Holder, "pid", 2**40),
+        (Holder, "beat", float("inf")),
         (JobFile, "address", "javascript:alert(1)"),
         (JobFile, "submission_id", "../stop"),
         (PlanFile, "batch_size", 0),
@@ -91,6 +99,15 @@ def test_any_json_is_the_document_or_refused(kind: Any) -> None:
 def test_values_that_would_do_harm_are_refused(kind: Any, field: str, value: Any) -> None:
     with pytest.raises(StoreError, match=r"^x is damaged \("):
         parsed(json.dumps({**GOOD[kind], field: value}).encode(), kind, "x")
+
+
+def test_a_status_without_the_beginning_of_work_has_no_rate() -> None:
+    """The field may be missing, as in a run that has not begun to work."""
+    counts = {"units_done": 2, "units_total": 3, "state": "running"}
+    found = parsed(json.dumps({**GOOD[Status], **counts}).encode(), Status, "x")
+    assert rate_and_eta({**found}) is None
+    found["work_started_at"] = now() - 4
+    assert rate_and_eta({**found}) == pytest.approx((0.5, 2), rel=0.1)
 
 
 def test_a_lease_of_null_does_not_hang(tmp_path: Path) -> None:
