@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -176,3 +177,35 @@ def test_names_do_not_lead_out_and_only_plain_files_are_read(tmp_path: Path) -> 
     os.mkfifo(tmp_path / "runs/pipe")
     with pytest.raises(StoreError, match="pipe is no plain file: delete it"):
         files.read("pipe")
+
+
+@pytest.mark.parametrize("planted", ["zarr.json", "x/zarr.json", "x/c/0", "x/c", "x"])
+def test_arrays_are_neither_read_nor_written_through_links(tmp_path: Path, planted: str) -> None:
+    files = LocalFiles(tmp_path / "run")
+
+    def array() -> Any:
+        return zarr.open_group(files.zarr_store("data.zarr"), mode="r+")["x"]
+
+    made = zarr.open_group(files.zarr_store("data.zarr"), mode="a")
+    made.create_array("x", shape=(4,), chunks=(2,), dtype="float32")[:] = 1
+    place, outside = tmp_path / "run/data.zarr" / planted, tmp_path / "outside"
+    place.rename(outside)
+    place.symlink_to(outside)
+    before = {path: path.read_bytes() for path in [outside, *outside.rglob("*")] if path.is_file()}
+    for act in (lambda: array()[:], lambda: array().__setitem__(slice(None), 2)):
+        with pytest.raises(StoreError, match="may lead out of its folder: replace the link"):
+            act()
+    after = {path: path.read_bytes() for path in [outside, *outside.rglob("*")] if path.is_file()}
+    assert after == before
+
+
+@pytest.mark.parametrize("planted", ["zarr.json", "x/zarr.json", "x/c/0"])
+def test_a_pipe_among_arrays_does_not_hold_the_reader(tmp_path: Path, planted: str) -> None:
+    files = LocalFiles(tmp_path)
+    made = zarr.open_group(files.zarr_store("data.zarr"), mode="a")
+    made.create_array("x", shape=(4,), chunks=(2,), dtype="float32")[:] = 1
+    place = tmp_path / "data.zarr" / planted
+    place.unlink()
+    os.mkfifo(place)
+    with pytest.raises(StoreError, match="is no plain file: delete it"):
+        zarr.open_group(files.zarr_store("data.zarr"), mode="r+")["x"][:]  # type: ignore[index]
