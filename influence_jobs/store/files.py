@@ -183,6 +183,8 @@ class LocalFiles:
 
     def sweep(self, older_than_s: float = 0.0) -> None:
         for path in self.root.rglob(f"*{PARTIAL}"):
+            if path.is_dir() and not path.is_symlink():
+                continue
             with contextlib.suppress(FileNotFoundError):
                 if not older_than_s or time.time() - path.stat().st_mtime > older_than_s:
                     path.unlink()
