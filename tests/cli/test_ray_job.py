@@ -199,7 +199,7 @@ def test_a_driver_that_ends_meanwhile_is_stopped(
 
     with a_driver("input()", run_id) as driver:
         held_by(lease.parent, driver.pid)
-        monkeypatch.setattr(runs_commands.psutil, "Process", Gone)
+        monkeypatch.setattr(psutil, "Process", Gone)
         monkeypatch.setattr(runs_commands, "live_holder", lambda files: holder_of(files))
         assert f"{run_id} is stopped" in infl("stop", "train").err
 
