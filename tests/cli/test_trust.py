@@ -236,3 +236,16 @@ def test_a_pipe_does_not_hold_the_report(infl: Infl, strangers: tuple[str, Path]
     os.mkfifo(folder / "report.html")
     assert infl("report", run).code == 0
     assert (folder / "report.html").is_file()
+
+
+def test_a_run_may_be_a_link_to_another_disk(
+    infl: Infl, strangers: tuple[str, Path], tmp_path: Path
+) -> None:
+    run, _ = strangers
+    (tmp_path / "runs" / run).rename(tmp_path / "disk")
+    (tmp_path / "runs" / run).symlink_to(tmp_path / "disk")
+    assert run in infl("runs").out
+    for command in ("status", "verify", "top", "report"):
+        found = infl(command, run)
+        assert found.code == 0, found.err
+    assert (tmp_path / "disk/report/report.html").is_file()
