@@ -32,7 +32,8 @@ def task_class(task: str | TaskSpec) -> type[Task]:
 
     Raises:
         SpecError: There is no such task, it cannot be imported, or what is there is no task.
-        UntrustedCode: A spec names code that the user has not named on this machine.
+        UntrustedCode: A spec names code that the user has not named on this machine, or that is
+            not here.
     """
     name = task if isinstance(task, str) else task.name
     known = _known()
@@ -53,6 +54,11 @@ def task_class(task: str | TaskSpec) -> type[Task]:
             let_import(found.module, name, task.folder)
     module = _imported(name, found)
     kind = getattr(module, found.class_name, None)
+    if kind is None and found.module == "__main__" and not isinstance(task, str):
+        raise UntrustedCode(
+            f"task {name!r} of this run was defined in a script or notebook, where alone it is "
+            "known: look at the run there, or put the task into a file of its own"
+        )
     if kind is None:
         tasks = ", ".join(other.__name__ for other in _tasks_in(module)) or "none"
         raise SpecError(

@@ -46,7 +46,7 @@ def let_import(module: str, task: str, folder: str) -> None:
         folder: Where the run says that the module lies; may be empty.
 
     Raises:
-        UntrustedCode: Naming the file and the cure.
+        UntrustedCode: The user has not named a file, or there is none; with the cure.
     """
     here = str(Path.cwd())
     if not _everything:
@@ -65,9 +65,21 @@ def let_import(module: str, task: str, folder: str) -> None:
                     f"task {task!r} of this run would run {file}, which you have not named on this "
                     "machine: read it, then add --trust"
                 )
+        if not complete and not _is_there(module.partition(".")[0]):
+            raise UntrustedCode(
+                f"task {task!r} of this run is not here: put the file of its module {module} to "
+                "where you work, and name it with --task"
+            )
         folder = folder if complete and path == folder else ""
     _append(here)
     _append(folder)
+
+
+def _is_there(top: str) -> bool:
+    try:
+        return find_spec(top) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def _append(folder: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -249,3 +250,34 @@ def test_a_run_may_be_a_link_to_another_disk(
         found = infl(command, run)
         assert found.code == 0, found.err
     assert (tmp_path / "disk/report/report.html").is_file()
+
+
+def test_a_run_whose_code_is_elsewhere_is_shown(
+    infl: Infl, strangers: tuple[str, Path], tmp_path: Path
+) -> None:
+    run, _ = strangers
+    (tmp_path / "payload.py").unlink()
+    found = infl("report", run)
+    assert found.code == 0, found.err
+    told = "task 'payload:Theirs' of this run is not here: put the file of its module payload to"
+    assert told in found.err
+    again = infl("top", run, "--png", "sheet.png")
+    assert again.code == 2
+    assert told in again.err
+
+
+def test_a_run_of_a_script_is_shown(
+    infl: Infl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its class is known in that script alone."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        TASK.format(mark=str(tmp_path / "mark"))
+        + "import influence_jobs\n"
+        + "influence_jobs.submit('influence', task=Theirs, epochs=1, test=0, solver='cg')\n"
+    )
+    subprocess.run([sys.executable, script], cwd=tmp_path, check=True, capture_output=True)
+    monkeypatch.setattr(trust, "_everything", False)
+    found = infl("report", "influence")
+    assert found.code == 0, found.err
+    assert "task '__main__:Theirs' of this run was defined in a script or notebook" in found.err
