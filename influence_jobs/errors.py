@@ -35,7 +35,10 @@ class DataError(InflError):
 
 
 class UntrustedCode(DataError):
-    """A run names code that the user has not; without it the run can be shown, but not its data."""
+    """A run names code that the user has not, or that is not here.
+
+    Without it the run can be shown, but not its data.
+    """
 
 
 class ModelError(InflError):

@@ -5,7 +5,6 @@ cluster to send the token to - is done only if the user has named the same thing
 names are `known`.
 """
 
-import contextlib
 import hashlib
 import os
 import stat
@@ -16,6 +15,8 @@ from influence_jobs.errors import RuntimeFault
 
 Kind = Literal["code", "cluster"]
 
+_named: set[tuple[Kind, str]] = set()  # by this process, where the folder cannot be written
+
 
 def infl_home() -> Path:
     """The folder, readable by its owner only.
@@ -23,7 +24,11 @@ def infl_home() -> Path:
     Raises:
         RuntimeFault: It cannot be made or belongs to somebody else.
     """
-    return private_dir(Path(os.environ.get("INFL_HOME") or "~/.infl").expanduser().absolute())
+    try:
+        path = Path(os.environ.get("INFL_HOME") or "~/.infl").expanduser()
+    except RuntimeError:
+        raise RuntimeFault("you have no home folder: set INFL_HOME to a folder of yours") from None
+    return private_dir(path.absolute())
 
 
 def private_dir(path: Path) -> Path:
@@ -46,15 +51,19 @@ def private_dir(path: Path) -> Path:
 
 
 def make_known(kind: Kind, name: str) -> None:
-    """Remember a name that the user gave. Without a folder to write to it is forgotten."""
-    with contextlib.suppress(OSError, RuntimeFault):
+    """Remember a name that the user gave; without a folder to write to, in this process only."""
+    try:
         path = _path(kind, name)
         private_dir(path.parent)
         path.write_text(name)
+    except (OSError, RuntimeFault):
+        _named.add((kind, name))
 
 
 def is_known(kind: Kind, name: str) -> bool:
     """Whether the user has given this name before."""
+    if (kind, name) in _named:
+        return True
     try:
         return _path(kind, name).is_file()
     except RuntimeFault:

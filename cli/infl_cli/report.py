@@ -8,9 +8,12 @@ import typer
 from infl_cli import options as o
 from infl_cli.render import say
 from influence_jobs.errors import SpecError
+from influence_jobs.store.files import LocalFiles
 from influence_jobs.store.find import find_run
 from influence_jobs.store.folder import for_runs, runs_folder
 from influence_jobs.store.run import Run
+
+REPORT = "report"
 
 
 def report(
@@ -41,8 +44,12 @@ def report(
 
 
 def report_folder(run: Run) -> Path:
-    """The folder that the report of a run on this machine is written to by default."""
-    return Path(run.root) / run.id / "report"
+    """The folder that the report of a run on this machine is written to by default.
+
+    Raises:
+        StoreError: It is a link, and the run may be a stranger's.
+    """
+    return LocalFiles(Path(run.root)).sub(run.id).path(REPORT)
 
 
 def write_report_of(runs: list[Run], folder: Path) -> None:

@@ -28,6 +28,7 @@ from influence_jobs.store.verify import find_damage, mark_undone
 from influence_jobs.terms import duration
 
 STOP_DEADLINE_S = 30.0
+DRIVER = "infl_cluster.driver_main"  # on the command line of the drivers of Ray jobs
 STOP_GRACE_S = 10.0  # a driver that hangs is killed after so long
 
 
@@ -145,11 +146,10 @@ def stop(run: o.RunId, runs: o.Runs = o.DEFAULT_RUNS, address: o.Address = None)
         holder = live_holder(found.files)
         if holder is not None and holder["host"] == socket.gethostname():
             if holder["owner"] not in asked:
-                _require_driver(found, holder["pid"])
                 asked.add(holder["owner"])
-                os.kill(holder["pid"], signal.SIGTERM)
+                _end_driver(found, holder["pid"], signal.SIGTERM)
             elif time.monotonic() - began > STOP_GRACE_S:
-                os.kill(holder["pid"], signal.SIGKILL)
+                _end_driver(found, holder["pid"], signal.SIGKILL)
         elif job is not None and is_unfinished(job):
             if job["submission_id"] not in asked:
                 asked.add(job["submission_id"])
@@ -164,14 +164,27 @@ def stop(run: o.RunId, runs: o.Runs = o.DEFAULT_RUNS, address: o.Address = None)
     raise RuntimeFault(f"{found.id} did not stop within {STOP_DEADLINE_S:.0f} s; try again")
 
 
-def _require_driver(run: Run, pid: int) -> None:
-    """Refuse to end a process that a lease names, but that does not look like a driver."""
-    words = psutil.Process(pid).cmdline()
-    if run.id not in words and not any(Path(word).name == "infl" for word in words):
+def _end_driver(run: Run, pid: int, how: signal.Signals) -> None:
+    """End a process that a lease names, if it looks like a driver of this run or of one around it.
+
+    Raises:
+        RuntimeFault: It does not, or it is another user's.
+    """
+    try:
+        words = psutil.Process(pid).cmdline()
+        ours = {run.id, DRIVER} & {*words} or any(Path(word).name == "infl" for word in words)
+        if not ours:
+            raise RuntimeFault(
+                f"the driver of {run.id} is process {pid} ({' '.join(words)[:60]}), which infl has "
+                "not started: end it yourself"
+            )
+        os.kill(pid, how)
+    except (psutil.NoSuchProcess, ProcessLookupError):
+        return  # it has just ended
+    except (psutil.AccessDenied, PermissionError):
         raise RuntimeFault(
-            f"the driver of {run.id} is process {pid} ({' '.join(words)[:60]}), which infl has not "
-            "started: end it yourself"
-        )
+            f"the driver of {run.id} is process {pid}, which is another user's: let them stop it"
+        ) from None
 
 
 def resume(**values: Any) -> None:

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from types import FrameType
 from typing import Any, Protocol
 
@@ -156,6 +156,12 @@ def _settled_plan(job: Job[Any], shard_rows: int | None) -> Plan:
         raise StoreError(
             f"run {run.id} has shards computed from an earlier {changed[0]}, which has been "
             "computed again since: delete the run's folder and submit it again"
+        )
+    known = {field.name for field in fields(Shard)}
+    if later := sorted({name for shard in stored["shards"] for name in shard} - known):
+        raise StoreError(
+            f"run {run.id}: its {layout.PLAN} is of a later version (shards have {later[0]}): "
+            "resume it with that version"
         )
     shards = tuple(Shard(**shard) for shard in stored["shards"])
     return Plan(job.plan().arrays, shards, stored["units"], stored["batch_size"])

@@ -263,6 +263,8 @@ def _md5(path: Path) -> str | None:
 
 def _read(raw: Path, file: _IdxFile) -> torch.Tensor:
     path = raw / file.name
+    if path.is_fifo():  # of a stranger's run: it would never end
+        raise DataError(f"MNIST file {path} is a pipe; {_CURE}")
     try:
         # Mapped, so that all workers of a node share one copy in memory. Mode "c" makes it
         # writable, as torch demands.

@@ -19,6 +19,7 @@ from influence_jobs.kinds import view_of
 from influence_jobs.report.made import Made, made, needed, request_in_words
 from influence_jobs.specs.base import Spec
 from influence_jobs.store import layout
+from influence_jobs.store.files import LocalFiles
 from influence_jobs.store.folder import for_runs
 from influence_jobs.store.run import Run
 from influence_jobs.store.status import read_status
@@ -105,6 +106,7 @@ def write_report(title: str, sections: Sequence[Section], folder: Path) -> list[
 
     Raises:
         SpecError: The folder, or a folder above it, is a file or a link to nothing.
+        StoreError: What is to be written is a link.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -115,20 +117,26 @@ def write_report(title: str, sections: Sequence[Section], folder: Path) -> list[
         raise SpecError(
             f"cannot write a report to {folder}: {file} is {what}, name a folder"
         ) from None
-    written = [folder / "report.html"]
-    written[0].write_text(render_report(title, sections), encoding="utf-8")
+    files = LocalFiles(folder)  # which follow no link: the folder may lie in a stranger's run
+    written: list[Path] = []
+
+    def write(name: str, data: bytes) -> None:
+        files.write(name, data)
+        written.append(folder / name)
+
+    write("report.html", render_report(title, sections).encode())
     if tables := [table for section in sections for table in section.tables]:
         ids = ", ".join(f"`{section.run}`" for section in sections if section.tables)
-        written.append(folder / "tables.md")
         text = "\n".join([f"Runs: {ids}\n", *(table.markdown() for table in tables)])
-        written[-1].write_text(text, encoding="utf-8")
+        write("tables.md", text.encode())
     for section in sections:
         for shown in section.figures:
-            path = folder / "figures" / section.run / shown.name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            shown.draw().savefig(f"{path}.png", format="png")
-            pq.write_table(shown.data, f"{path}.parquet")
-            written += [Path(f"{path}.png"), Path(f"{path}.parquet")]
+            drawn, data = io.BytesIO(), io.BytesIO()
+            shown.draw().savefig(drawn, format="png")
+            pq.write_table(shown.data, data)
+            name = f"figures/{section.run}/{shown.name}"
+            write(f"{name}.png", drawn.getvalue())
+            write(f"{name}.parquet", data.getvalue())
     return written
 
 

@@ -166,7 +166,7 @@ def spec_of(value: Any) -> Any:
         return value
     importlib.import_module("influence_jobs.kinds").kinds()  # late: kinds import this module
     kind = value.get("kind")
-    if kind not in Spec._by_kind:
+    if not isinstance(kind, str) or kind not in Spec._by_kind:
         raise ValueError(f"there is no kind of run {kind!r}; there are {', '.join(Spec._by_kind)}")
     return Spec._by_kind[kind].model_validate(value)
 

@@ -152,7 +152,7 @@ def _settings_of(value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value
     name = value.get("name")
-    if name not in SolverSettings.by_name:
+    if not isinstance(name, str) or name not in SolverSettings.by_name:
         known = ", ".join(SolverSettings.by_name)
         raise ValueError(f"there is no solver {name!r}; there are {known}")
     return SolverSettings.by_name[name].model_validate(value)

@@ -18,10 +18,13 @@ def file_checkpoint(path: str) -> FileCheckpoint:
     """The checkpoint of a file or of a folder of weights, identified by its content.
 
     Raises:
-        ModelError: There is no such file, or the folder holds no weights.
+        ModelError: There is no such plain file, or the folder holds no weights.
     """
     digests = []
     for weights in weight_files(Path(path)):
+        # A run may name a pipe or a device, which might never end.
+        if weights.exists() and not weights.is_file():
+            raise ModelError(f"checkpoint {weights} is no plain file: name another")
         try:
             with weights.open("rb") as file:
                 digests.append(hashlib.file_digest(file, "sha256").hexdigest())

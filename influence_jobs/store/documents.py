@@ -15,8 +15,8 @@ from typing_extensions import TypedDict  # pydantic needs this one before Python
 from influence_jobs.errors import StoreError
 from influence_jobs.specs.base import first_error
 
-Time = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # seconds since 1970
-Count = Annotated[int, Field(ge=0)]
+Time = Annotated[float, Field(ge=0, lt=2.5e11)]  # seconds since 1970, before the year 9892
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]  # of a run, shard or owner
 _LAX = ConfigDict(extra="allow", strict=True)
 
@@ -79,9 +79,9 @@ class Holder(TypedDict):
 
     owner: Name
     host: str
-    pid: Annotated[int, Field(ge=1)]
+    pid: Annotated[int, Field(ge=1, lt=2**31)]
     process_started: float
-    beat: float
+    beat: Time
 
 
 @with_config(_LAX)
@@ -135,7 +135,7 @@ class Entry:
     seconds: float = 0.0
     worker: str = ""
     software: Mapping[str, Any] = field(default_factory=dict)
-    finished_at: float | None = None
+    finished_at: Time | None = None
 
 
 D = TypeVar("D")

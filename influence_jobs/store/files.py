@@ -12,12 +12,13 @@ import shutil
 import stat
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from zarr.abc.store import Store
+from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
 from influence_jobs.errors import StoreError
@@ -80,11 +81,8 @@ class LocalFiles:
         self.url = str(root)
 
     def read(self, name: str) -> bytes:
-        path = self.path(name)
         try:
-            if not stat.S_ISREG(path.stat().st_mode):
-                raise StoreError(f"{path} is no plain file: delete it")
-            return path.read_bytes()
+            return self.plain(name).read_bytes()
         except NotADirectoryError as error:
             raise FileNotFoundError(*error.args) from error
 
@@ -101,6 +99,18 @@ class LocalFiles:
                 raise StoreError(
                     f"{path} may lead out of its folder: replace the link by what it names"
                 )
+        return path
+
+    def plain(self, name: str) -> Path:
+        """The path of a plain file.
+
+        Raises:
+            FileNotFoundError, NotADirectoryError: There is no such file.
+            StoreError: It is something else, or not below this folder.
+        """
+        path = self.path(name)
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise StoreError(f"{path} is no plain file: delete it")
         return path
 
     def write(self, name: str, data: bytes) -> None:
@@ -154,7 +164,7 @@ class LocalFiles:
         return LocalFiles(self.root / folder)
 
     def zarr_store(self, folder: str) -> Store:
-        return LocalStore(self.root / folder)
+        return _ArraysOfRun(self.path(folder))
 
     def sync(self, names: Iterable[str]) -> None:
         paths = [path for name in names if (path := self.root / name).exists()]
@@ -173,9 +183,55 @@ class LocalFiles:
 
     def sweep(self, older_than_s: float = 0.0) -> None:
         for path in self.root.rglob(f"*{PARTIAL}"):
+            if path.is_dir() and not path.is_symlink():
+                continue
             with contextlib.suppress(FileNotFoundError):
                 if not older_than_s or time.time() - path.stat().st_mtime > older_than_s:
                     path.unlink()
+
+
+class _ArraysOfRun(LocalStore):
+    """A Zarr store below which no link is followed, and nothing but plain files is read."""
+
+    def _require_plain(self, key: str) -> None:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            LocalFiles(self.root).plain(key)
+
+    def _require_inside(self, key: str) -> None:
+        LocalFiles(self.root).path(key)
+
+    async def get(self, key: str, *args: Any, **options: Any) -> Buffer | None:
+        self._require_plain(key)
+        return await super().get(key, *args, **options)
+
+    def get_sync(self, key: str, **options: Any) -> Buffer | None:
+        self._require_plain(key)
+        return super().get_sync(key, **options)
+
+    async def set(self, key: str, value: Buffer) -> None:
+        self._require_inside(key)
+        await super().set(key, value)
+
+    def set_sync(self, key: str, value: Buffer) -> None:
+        self._require_inside(key)
+        super().set_sync(key, value)
+
+    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
+        self._require_inside(key)
+        await super().set_if_not_exists(key, value)
+
+    async def delete(self, key: str) -> None:
+        self._require_inside(key)
+        await super().delete(key)
+
+    async def delete_dir(self, prefix: str) -> None:
+        self._require_inside(prefix)
+        await super().delete_dir(prefix)
+
+    async def list_dir(self, prefix: str) -> AsyncIterator[str]:
+        self._require_inside(prefix)
+        async for name in super().list_dir(prefix):
+            yield name
 
 
 def _create_in_place(path: Path, data: bytes) -> bool:

@@ -2,14 +2,19 @@
 
 from influence_jobs.errors import StoreError
 from influence_jobs.store import layout
-from influence_jobs.store.files import open_files
+from influence_jobs.store.files import LocalFiles, open_files
 from influence_jobs.store.folder import for_runs
 from influence_jobs.store.run import Run
 
 
 def run_ids(root: str) -> list[str]:
-    """Ids of the runs in a folder, sorted; other folders there are ignored."""
+    """Ids of the runs in a folder, sorted; other folders there are ignored.
+
+    The folder of all runs is the user's own, so that a run in it may be a link to another disk.
+    """
     files = open_files(root)
+    if isinstance(files, LocalFiles):
+        return [name for name in files.folders() if layout.SPEC in files.sub(name).names("")]
     return [name for name in files.folders() if layout.SPEC in files.names(name)]
 
 

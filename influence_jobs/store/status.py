@@ -49,7 +49,7 @@ def under_way(run: Run, status: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
 def rate_and_eta(status: dict[str, Any]) -> tuple[float, float] | None:
     """Samples per second since this driver's work began, and the seconds left at that rate."""
     done = status["units_done"] - status.get("units_before", 0)
-    if not status.get("units_total") or done <= 0:
+    if not status.get("units_total") or done <= 0 or "work_started_at" not in status:
         return None
     until = now() if status["state"] == "running" else status["updated_at"]
     rate = done / max(until - status["work_started_at"], 1e-3)

@@ -20,7 +20,7 @@ def is_own(file: Path, module: str) -> bool:
         return False
     if {"site-packages", "dist-packages"} & set(file.parts):  # of this or another environment
         return False
-    return not any(file.is_relative_to(folder) for folder in _library_folders())
+    return not any(file.is_relative_to(folder) for folder in library_folders())
 
 
 def described(error: BaseException) -> str:
@@ -44,7 +44,8 @@ def _last_own_line(error: BaseException) -> str:
 
 
 @cache
-def _library_folders() -> frozenset[Path]:
+def library_folders() -> frozenset[Path]:
+    """Where Python and what is installed for it lie."""
     paths = sysconfig.get_paths()
     names = [paths[key] for key in ("stdlib", "platstdlib", "purelib", "platlib")]
     return frozenset(Path(name).resolve() for name in (*names, *site.getsitepackages()))

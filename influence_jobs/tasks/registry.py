@@ -13,7 +13,7 @@ from influence_jobs.specs.base import TaskSpec
 from influence_jobs.tasks.base import Task
 from influence_jobs.tasks.own_code import described, is_own
 from influence_jobs.tasks.published import Published
-from influence_jobs.tasks.trust import make_trusted, require_trusted
+from influence_jobs.tasks.trust import let_import, make_trusted
 
 ENTRY_POINTS = "influence_jobs.tasks"  # the group in which packages announce their tasks
 BUILT_IN = {
@@ -32,7 +32,8 @@ def task_class(task: str | TaskSpec) -> type[Task]:
 
     Raises:
         SpecError: There is no such task, it cannot be imported, or what is there is no task.
-        UntrustedCode: A spec names code that the user has not named on this machine.
+        UntrustedCode: A spec names code that the user has not named on this machine, or that is
+            not here.
     """
     name = task if isinstance(task, str) else task.name
     known = _known()
@@ -44,16 +45,20 @@ def task_class(task: str | TaskSpec) -> type[Task]:
         )
     if name not in known:
         # One's own task lies where one works, or beside the file named; it shadows nothing.
-        folder = "" if isinstance(task, str) else task.folder
-        for path in filter(None, (found.folder, str(Path.cwd()), folder)):
-            if path not in sys.path:
-                sys.path.append(path)
         if isinstance(task, str):
+            for path in filter(None, (found.folder, str(Path.cwd()))):
+                if path not in sys.path:
+                    sys.path.append(path)
             make_trusted(found.module)
         else:
-            require_trusted(found.module, name)
+            let_import(found.module, name, task.folder)
     module = _imported(name, found)
     kind = getattr(module, found.class_name, None)
+    if kind is None and found.module == "__main__" and not isinstance(task, str):
+        raise UntrustedCode(
+            f"task {name!r} of this run was defined in a script or notebook, where alone it is "
+            "known: look at the run there, or put the task into a file of its own"
+        )
     if kind is None:
         tasks = ", ".join(other.__name__ for other in _tasks_in(module)) or "none"
         raise SpecError(

@@ -45,6 +45,8 @@ FFDNET = (*NORMS, "--task", "ffdnet", "--layer", "11", "--patch-size", "32", "--
             (*TRAIN, "--batch-size", "0"),
             "error: --batch-size: input should be greater than or equal to ",
         ),
+        ((*TRAIN, "--clip-norm", "0"), "error: --clip-norm: input should be greater than 0"),
+        ((*TRAIN, "--step-factor", "2"), "error: --step-factor: input should be less than or "),
         ((*TRAIN, "--lr", "0"), "lr: Input should be greater than 0"),
         ((*TRAIN, "--momentum", "1"), "momentum: Input should be less than 1"),
         (

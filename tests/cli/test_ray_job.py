@@ -1,5 +1,6 @@
 """Runs whose driver is a Ray job, on a fake cluster."""
 
+import errno
 import json
 import os
 import signal
@@ -26,6 +27,7 @@ from infl_cluster.watch import watch
 from influence_jobs.errors import RuntimeFault
 from influence_jobs.store import find
 from influence_jobs.store.documents import Status
+from influence_jobs.store.lease import holder_of
 from influence_jobs.store.run import Run, now
 from influence_jobs.store.status import read_status, under_way
 
@@ -155,6 +157,51 @@ def test_a_process_that_is_no_driver_is_not_ended(
         assert f"is process {victim.pid} (" in found.err
         assert "which infl has not started: end it yourself" in found.err
         assert victim.poll() is None
+
+
+def test_the_driver_of_a_run_that_needs_this_one_is_ended(
+    infl: Infl, ray: FakeCluster, tmp_path: Path
+) -> None:
+    """Its command line names the run that was asked for."""
+    run_id = infl(*TRAIN, "--detach", "--json").json["run"]
+    with a_driver("input()", "infl_cluster.driver_main", "runs", "another-run") as driver:
+        held_by(tmp_path / "runs" / run_id, driver.pid)
+        assert f"{run_id} is stopped" in infl("stop", "train").err
+        assert driver.wait(10) != 0
+
+
+def test_a_driver_of_another_user_is_told(
+    infl: Infl, ray: FakeCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_pid: int, _signal: int) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    run_id = infl(*TRAIN, "--detach", "--json").json["run"]
+    with a_driver("input()", run_id) as driver:
+        held_by(tmp_path / "runs" / run_id, driver.pid)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "kill", refuse)
+            found = infl("stop", "train")
+        assert found.code == 2
+        assert f"is process {driver.pid}, which is another user's: let them stop it" in found.err
+
+
+def test_a_driver_that_ends_meanwhile_is_stopped(
+    infl: Infl, ray: FakeCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = infl(*TRAIN, "--detach", "--json").json["run"]
+    lease = tmp_path / "runs" / run_id / "lease.json"
+
+    class Gone:
+        def __init__(self, pid: int) -> None:
+            lease.unlink()
+            raise psutil.NoSuchProcess(pid)
+
+    with a_driver("input()", run_id) as driver:
+        held_by(lease.parent, driver.pid)
+        monkeypatch.setattr(psutil, "Process", Gone)
+        monkeypatch.setattr(runs_commands, "live_holder", lambda files: holder_of(files))
+        assert f"{run_id} is stopped" in infl("stop", "train").err
 
 
 @pytest.mark.parametrize("words", [("stop",), ("status", "--follow")])

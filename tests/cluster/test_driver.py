@@ -5,6 +5,7 @@ import json
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -309,6 +310,19 @@ def test_a_lost_plan_is_made_again(
     assert is_done(run)
     assert find_damage(run).damaged == {}
     assert shas(run) == shas(finished_run)
+
+
+def test_a_plan_of_a_later_version_is_refused(
+    tmp_path: Path, grad_norms_spec: GradNormsSpec, trained_root: Path
+) -> None:
+    shutil.copytree(trained_root, tmp_path / "runs")
+    run = carry_out(tmp_path / "runs", grad_norms_spec)
+    plan: dict[str, Any] = {**(run.plan() or {})}
+    plan["shards"][0]["later"] = 1
+    run.write_json(layout.PLAN, plan)
+    run.files.delete(layout.STATUS)
+    with pytest.raises(StoreError, match=r"plan\.json is of a later version \(shards have later\)"):
+        drive(run.root, run.id, InlineBackend())
 
 
 def test_a_run_learns_where_its_inputs_lie_now(

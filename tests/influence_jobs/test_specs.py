@@ -3,11 +3,13 @@
 import json
 
 import pytest
+from pydantic import TypeAdapter
 
 from influence_jobs.errors import SpecError, StoreError
 from influence_jobs.kinds.grad_norms.spec import GradNormsSpec
 from influence_jobs.kinds.train.spec import FileCheckpoint, TrainedCheckpoint, TrainSpec
 from influence_jobs.specs.base import TaskSpec, make_spec, parse_spec
+from influence_jobs.specs.solvers import AnySolver
 
 TASK = TaskSpec(name="mnist", options={"limit": None}, paths={"data_dir": "/here"}, data="MNIST")
 TRAIN = make_spec(TrainSpec, task=TASK, epochs=5, save_epochs=(1, 5))
@@ -117,3 +119,12 @@ def test_damaged_specs_are_refused() -> None:
     ):
         with pytest.raises(StoreError, match=r"x/spec\.json is not a readable spec"):
             parse_spec(damaged, "x/spec.json")
+
+
+@pytest.mark.parametrize("name", [[], {}, ["train"], {"a": 1}, 3, None])
+def test_names_that_are_no_words_are_refused(name: object) -> None:
+    """One such run hid all others from `infl runs`."""
+    with pytest.raises(StoreError, match="x is not a readable spec: there is no kind of run"):
+        parse_spec(json.dumps({**json.loads(TRAIN.model_dump_json()), "kind": name}), "x")
+    with pytest.raises(ValueError, match="there is no solver"):
+        TypeAdapter(AnySolver).validate_python({"name": name})

@@ -74,13 +74,18 @@ class TrainRequest(Request):
         None, "Epochs between steps of the schedule step.", panel=TRAINING
     )
     step_factor: One[float | None] = option(
-        None, "Factor of the schedule step; by default the preset's, else .1.", panel=TRAINING
+        None,
+        "Factor of the schedule step; by default the preset's, else .1.",
+        panel=TRAINING,
+        gt=0,
+        le=1,
     )
     clip_norm: One[float | None] = option(
         None,
         "Scale the gradient of a batch down to this norm if it is larger; by default the preset's, "
         "else not.",
         panel=TRAINING,
+        gt=0,
     )
     batch_size: One[Count | None] = option(
         None, "Samples in a step; by default the preset's.", panel=TRAINING

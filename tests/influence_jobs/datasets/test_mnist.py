@@ -337,3 +337,11 @@ def test_the_library_imports_without_its_optional_parts() -> None:
         "import influence_jobs.models.ffdnet, influence_jobs.models.checkpoints\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_pipe_in_place_of_a_file_does_not_hang(tmp_path: Path) -> None:
+    """A run names the folder of its data, and may be a stranger's."""
+    (tmp_path / "MNIST/raw").mkdir(parents=True)
+    os.mkfifo(tmp_path / "MNIST/raw/train-images-idx3-ubyte")
+    with pytest.raises(DataError, match=r"ubyte is a pipe; run `infl data mnist`"):
+        load_mnist(tmp_path)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,6 +25,8 @@ from influence_jobs.store.documents import (
 )
 from influence_jobs.store.files import LocalFiles
 from influence_jobs.store.lease import Lease
+from influence_jobs.store.run import now
+from influence_jobs.store.status import rate_and_eta
 
 KINDS = [Status, PlanFile, Holder, JobFile, ProgressFile, Width, Entry]
 GOOD: dict[Any, dict[str, Any]] = {
@@ -82,6 +85,12 @@ def test_any_json_is_the_document_or_refused(kind: Any) -> None:
         (Status, "phase", "../../x"),
         (Status, "units_done", -1),
         (Status, "started_at", float("nan")),
+        (Status, "started_at", 1e300),
+        (Status, "units_done", 10**400),
+        (Entry, "finished_at", 1e300),
+        (Entry, "attempt", 10**4000),
+        (Holder, "pid", 2**40),
+        (Holder, "beat", float("inf")),
         (JobFile, "address", "javascript:alert(1)"),
         (JobFile, "submission_id", "../stop"),
         (PlanFile, "batch_size", 0),
@@ -91,6 +100,15 @@ def test_any_json_is_the_document_or_refused(kind: Any) -> None:
 def test_values_that_would_do_harm_are_refused(kind: Any, field: str, value: Any) -> None:
     with pytest.raises(StoreError, match=r"^x is damaged \("):
         parsed(json.dumps({**GOOD[kind], field: value}).encode(), kind, "x")
+
+
+def test_a_status_without_the_beginning_of_work_has_no_rate() -> None:
+    """The field may be missing, as in a run that has not begun to work."""
+    counts = {"units_done": 2, "units_total": 3, "state": "running"}
+    found = parsed(json.dumps({**GOOD[Status], **counts}).encode(), Status, "x")
+    assert rate_and_eta({**found}) is None
+    found["work_started_at"] = now() - 4
+    assert rate_and_eta({**found}) == pytest.approx((0.5, 2), rel=0.1)
 
 
 def test_a_lease_of_null_does_not_hang(tmp_path: Path) -> None:
@@ -159,3 +177,35 @@ def test_names_do_not_lead_out_and_only_plain_files_are_read(tmp_path: Path) -> 
     os.mkfifo(tmp_path / "runs/pipe")
     with pytest.raises(StoreError, match="pipe is no plain file: delete it"):
         files.read("pipe")
+
+
+@pytest.mark.parametrize("planted", ["zarr.json", "x/zarr.json", "x/c/0", "x/c", "x"])
+def test_arrays_are_neither_read_nor_written_through_links(tmp_path: Path, planted: str) -> None:
+    files = LocalFiles(tmp_path / "run")
+
+    def array() -> Any:
+        return zarr.open_group(files.zarr_store("data.zarr"), mode="r+")["x"]
+
+    made = zarr.open_group(files.zarr_store("data.zarr"), mode="a")
+    made.create_array("x", shape=(4,), chunks=(2,), dtype="float32")[:] = 1
+    place, outside = tmp_path / "run/data.zarr" / planted, tmp_path / "outside"
+    place.rename(outside)
+    place.symlink_to(outside)
+    before = {path: path.read_bytes() for path in [outside, *outside.rglob("*")] if path.is_file()}
+    for act in (lambda: array()[:], lambda: array().__setitem__(slice(None), 2)):
+        with pytest.raises(StoreError, match="may lead out of its folder: replace the link"):
+            act()
+    after = {path: path.read_bytes() for path in [outside, *outside.rglob("*")] if path.is_file()}
+    assert after == before
+
+
+@pytest.mark.parametrize("planted", ["zarr.json", "x/zarr.json", "x/c/0"])
+def test_a_pipe_among_arrays_does_not_hold_the_reader(tmp_path: Path, planted: str) -> None:
+    files = LocalFiles(tmp_path)
+    made = zarr.open_group(files.zarr_store("data.zarr"), mode="a")
+    made.create_array("x", shape=(4,), chunks=(2,), dtype="float32")[:] = 1
+    place = tmp_path / "data.zarr" / planted
+    place.unlink()
+    os.mkfifo(place)
+    with pytest.raises(StoreError, match="is no plain file: delete it"):
+        zarr.open_group(files.zarr_store("data.zarr"), mode="r+")["x"][:]  # type: ignore[index]

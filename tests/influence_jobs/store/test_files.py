@@ -91,6 +91,7 @@ def test_a_killed_writer_leaves_no_half_file(tmp_path: Path) -> None:
     files.write("manifest/a.json", b"whole")
     (tmp_path / "manifest" / "b.json.0123.partial").write_bytes(b"ha")
     assert files.names("manifest") == ["a.json"]
+    (tmp_path / "a-folder.partial").mkdir()
     files.sweep()
     assert [p.name for p in (tmp_path / "manifest").iterdir()] == ["a.json"]
 

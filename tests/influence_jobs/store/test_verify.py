@@ -119,6 +119,9 @@ def test_a_file_of_weights_that_changed_is_not_loaded(tmp_path: Path, digits_tas
         load_checkpoint(digits_task.model(), "", checkpoint)
     with pytest.raises(ModelError, match=r"cannot read checkpoint .*gone: No such file"):
         file_checkpoint(str(tmp_path / "gone"))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ModelError, match="pipe is no plain file"):
+        file_checkpoint(str(tmp_path / "pipe"))
 
 
 @pytest.mark.parametrize(("silent_s", "state"), [(0, "running"), (STALE_S + 5, "interrupted")])
