@@ -169,7 +169,7 @@ def test_options_of_a_training_and_those_of_a_preset(infl: Infl, tmp_path: Path)
         ("Toy", ("--schedule", "step"), "--schedule step needs --step-every, the epochs"),
         ("Toy", ("--nesterov", "--momentum", 0), "--nesterov needs a --momentum above 0"),
         ("Toy", ("--schedule", "task"), "'task' is not one of 'constant', 'cosine'"),
-        ("Toy", ("--clip-norm", 0), "clip_norm: Input should be greater than 0"),
+        ("Toy", ("--clip-norm", 0), "--clip-norm: input should be greater than 0"),
         ("Toy", ("--preset", "bad.yaml"), "optimizer cannot be 'task': a task with its own"),
         ("Optimized", ("--lr", 0.1), "--lr has no meaning here: task my_tasks:Optimized has its "),
         ("Optimized", ("--optimizer", "sgd"), "its own optimizer(); change it there, and leave"),
