@@ -60,11 +60,16 @@ def contact_sheet(rows: Sequence[Row]) -> Figure:
     """Draw each row as a line of pictures: the query with its region marked, then its samples."""
     columns = 1 + max(len(row.samples) for row in rows)
     height = _CELL + _CAPTION + _MARGIN
-    figure = Figure(figsize=(columns * (_CELL + 0.25) + 0.3, len(rows) * height + 0.1), dpi=150)
+    # The last row's caption lies below its pictures.
+    size = columns * (_CELL + 0.25) + 0.3, len(rows) * height + _CAPTION
+    figure = Figure(figsize=size, dpi=150)
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(rows), columns, squeeze=False)
     figure.subplots_adjust(
-        left=0.01, right=0.99, top=1 - _MARGIN / figure.get_figheight(), bottom=0.01
+        left=0.01,
+        right=0.99,
+        top=1 - _MARGIN / figure.get_figheight(),
+        bottom=_CAPTION / figure.get_figheight(),
     )
     for axes, row in zip(grid, rows, strict=True):
         for axis in axes:
@@ -99,7 +104,9 @@ def _mark(axis: Axes, region: Region | None) -> None:
         return
     y, x, height, width = region
     if (height, width) == (1, 1):  # a single pixel would be invisible
-        axis.add_patch(Circle((x, y), 8, fill=False, edgecolor=_MARK, linewidth=1.2))
+        pixels = max(axis.get_images()[0].get_array().shape[:2])  # type: ignore[union-attr]
+        ring = Circle((x, y), min(8, pixels / 10), fill=False, edgecolor=_MARK, linewidth=1.2)
+        axis.add_patch(ring)
         axis.plot(x, y, marker="+", color=_MARK, markersize=4, markeredgewidth=0.8)
     else:
         axis.add_patch(

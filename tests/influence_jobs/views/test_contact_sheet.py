@@ -43,7 +43,7 @@ def test_each_row_has_its_query_its_samples_and_its_marks() -> None:
     assert asked == ["query", "query", "", "query"]
     # A point is a ring around x, y; a region and a match are frames at the edges of their pixels.
     (ring,) = (patch for patch in grid[0, 0].patches if isinstance(patch, Circle))
-    assert ring.center == (20, 10)
+    assert (ring.center, ring.radius) == ((20, 10), 4)
     (cross,) = grid[0, 0].lines
     assert cross.get_xydata().tolist() == [[20, 10]]
     assert frames(grid[1, 0]) == [(19.5, 9.5, 6, 5)]
