@@ -1,7 +1,6 @@
 """EK-FAC: the Gauss-Newton matrix of each layer, diagonal in a Kronecker-factored eigenbasis."""
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from influence_jobs.curvature.ek_fac_blocks import Block, MatrixBlock, VectorBlock
 from influence_jobs.curvature.operators import LOOKED_AT, GaussNewton, Operator
 from influence_jobs.curvature.output_gradients import OutputGradients
 from influence_jobs.curvature.output_roots import exact_roots, random_root, random_signs
@@ -23,9 +23,6 @@ from influence_jobs.curvature.solver import (
 )
 from influence_jobs.errors import ModelError, SpecError
 from influence_jobs.gradients import Metric
-from influence_jobs.gradients.rules import LayerRule
-from influence_jobs.gradients.rules.base import product_of_rows
-from influence_jobs.gradients.rules.blocks import SampleShape, in_blocks, rows_rotated_first
 
 Targets = Literal["auto", "exact", "sampled"]
 
@@ -33,8 +30,6 @@ Targets = Literal["auto", "exact", "sampled"]
 # Of 1,500 digits a random root was 5 to 9 % off the exact solution, of 6,000 it was 2 to 5 %; one
 # target drawn a sample was off by 12 to 114 %.
 AUTO_OUTPUTS, AUTO_PASSES = 64, 2**15
-MOST_SIDE = 8192  # rows or columns of a matrix that get an eigenbasis: its factor has 256 MB
-MOST_MOMENTS = 2**20  # numbers in the blocks of a parameter that is no matrix
 
 
 class EkFac(Solver):
@@ -43,7 +38,7 @@ class EkFac(Solver):
     Layers count each for itself. The gradient of a layer that applies one matrix to every position
     is sum_t g_t x_t^T, over the positions of all its calls. Its block is diagonal in the eigenbasis
     of the second moments of x and g, with the mean squares of the rotated gradients as eigenvalues.
-    A side of more than `MOST_SIDE` keeps its own axes. All other parameters - of normalisation,
+    A side of more than `ek_fac_blocks.MOST_SIDE` keeps its own axes. All other parameters - of normalisation,
     embeddings, attention, one's own - have the exact block of up to 1,024 numbers, else a block for
     each row, else the diagonal.
 
@@ -62,7 +57,7 @@ class EkFac(Solver):
     Args:
         damping: Lambda, added to the corrected eigenvalues; None for `AUTOMATIC_DAMPING` times the
             largest of them.
-        seed: Seed of the sampled targets.
+        seed: Seed of the random roots.
         targets: `sampled`: one random root of the loss's Hessian a sample. `exact`: all columns of
             the Hessian. `auto`: exact for at most `AUTO_OUTPUTS` outputs a sample, if samples times
             outputs are at most `AUTO_PASSES`.
@@ -101,7 +96,7 @@ class EkFac(Solver):
         factors = self._fitted(operator, no_progress)
         damping = self._damping_of(factors)
         for name, block in factors.blocks.items():
-            if not isinstance(block, _MatrixBlock) or not block.complete:
+            if not isinstance(block, MatrixBlock) or not block.complete:
                 raise ModelError(
                     f"'{name}' has no Kronecker eigenbasis, which relative scores need: leave it "
                     "out (--layer), or leave --relative out"
@@ -109,7 +104,7 @@ class EkFac(Solver):
         return {
             name: block.metric(damping, power)
             for name, block in factors.blocks.items()
-            if isinstance(block, _MatrixBlock)
+            if isinstance(block, MatrixBlock)
         }
 
     def _damping_of(self, factors: "_Factors") -> float:
@@ -227,7 +222,7 @@ class _Factors:
         columns: The most columns that a batch had.
     """
 
-    blocks: Mapping[str, "_Block"]
+    blocks: Mapping[str, "Block"]
     exact: bool
     columns: int = 0
 
@@ -238,7 +233,7 @@ class _Factors:
 
         def on_rows(layer: str, x: Tensor, g: Tensor) -> None:
             block = self.blocks[layer]
-            assert isinstance(block, _MatrixBlock)
+            assert isinstance(block, MatrixBlock)
             if sweep == 0:
                 block.add_moments(x, g, inputs=inputs)
             else:
@@ -246,7 +241,7 @@ class _Factors:
 
         def on_gradients(parameter: str, gradients: Tensor) -> None:
             block = self.blocks[parameter]
-            assert isinstance(block, _VectorBlock)
+            assert isinstance(block, VectorBlock)
             if sweep == 0:
                 block.add(gradients)
 
@@ -280,206 +275,12 @@ class _Factors:
         return [line]
 
 
-class _Block(ABC):
-    """The curvature of some parameters.
-
-    Attributes:
-        names: Full names of the parameters.
-        eigenvalues: Of the block, once it is finished.
-        coarse: Whether it is coarser than the whole block or its Kronecker factors.
-    """
-
-    names: list[str]
-    eigenvalues: Tensor
-    coarse: bool = False
-
-    @abstractmethod
-    def diagonalise(self) -> None:
-        """End the first sweep."""
-
-    @abstractmethod
-    def inverse(self, vectors: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:
-        """(block + lambda I)^-1 of vectors {name: (Q, *shape)}."""
-
-
-def _eigenvectors(moment: Tensor) -> Tensor:
-    """Of a second moment; of numbers that are always zero, as dead units are, the unit vectors."""
-    live = moment.diagonal() > 0
-    vectors = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-    # By themselves: LAPACK may fail where many rows are zero.
-    if live.any():
-        vectors[live.unsqueeze(1) & live] = torch.linalg.eigh(
-            moment[live][:, live]
-        ).eigenvectors.flatten()
-    return vectors
-
-
-class _MatrixBlock(_Block):
-    """Of a matrix (C, J), the bias as its last column if it has one; U and V are orthogonal.
-
-    Args:
-        rule: The layer's.
-        names: Of the weight, and of the bias.
-        complete: Whether these are all parameters of the layer.
-    """
-
-    def __init__(
-        self, rule: LayerRule[Any], names: list[str], *, complete: bool, dtype: torch.dtype
-    ) -> None:
-        self.names, self._rule, self.complete = names, rule, complete
-        weight = rule.weight
-        _, rows, columns = rule.as_matrix(weight.detach().unsqueeze(0)).shape
-        self._has_bias = len(names) > 1
-        self._columns = columns
-        self._shape = rows, columns + self._has_bias
-
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=weight.device)
-
-        self._outputs, self._inputs = (
-            zeros(side, side) if side <= MOST_SIDE else None for side in self._shape
-        )
-        self.eigenvalues = zeros(*self._shape)
-        self._squared_BJ = self.eigenvalues[:0]  # the rotated inputs of a batch, squared
-
-    def add_moments(self, x_BTJ: Tensor, g_BTC: Tensor, *, inputs: bool) -> None:
-        """Add to the second moments of the rows; their scale does not matter."""
-        if self._outputs is not None:
-            g_NC = g_BTC.flatten(0, 1)
-            self._outputs.addmm_(g_NC.t(), g_NC)
-        if self._inputs is None or not inputs:
-            return
-        x_NJ, j = x_BTJ.flatten(0, 1), self._columns
-        self._inputs[:j, :j].addmm_(x_NJ.t(), x_NJ)
-        if self._has_bias:
-            sums_J = x_NJ.sum(0)
-            self._inputs[:j, j] += sums_J
-            self._inputs[j, :j] += sums_J
-            self._inputs[j, j] += len(x_NJ)
-
-    def diagonalise(self) -> None:
-        self._outputs, self._inputs = (
-            None if moment is None else _eigenvectors(moment)
-            for moment in (self._outputs, self._inputs)
-        )
-
-    def add_squares(self, x_BTJ: Tensor, g_BTC: Tensor, *, inputs: bool) -> None:
-        """Add the squares of (U^T G V), G = sum_t g_t x_t^T."""
-        u, v, j = self._outputs, self._inputs, self._columns
-        positions, outputs = g_BTC.shape[1:]
-        shape = SampleShape(positions, outputs, self._shape[1], 1)
-
-        def with_one(x: Tensor) -> Tensor:
-            return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], -1) if self._has_bias else x
-
-        def rotated_inputs(x: Tensor) -> Tensor:
-            if v is None:
-                return with_one(x)
-            return x @ v[:j] + v[j] if self._has_bias else x @ v
-
-        def rows_first(x: Tensor, g: Tensor) -> Tensor:
-            return product_of_rows(rotated_inputs(x), g if u is None else g @ u)
-
-        def gradient_first(x: Tensor, g: Tensor) -> Tensor:
-            gradient = product_of_rows(with_one(x), g)
-            gradient = gradient if v is None else gradient @ v
-            return gradient if u is None else u.t() @ gradient
-
-        if positions == 1:
-            if inputs:  # all columns of a batch have these
-                self._squared_BJ = rotated_inputs(x_BTJ.squeeze(1)).square()
-            g_BC = g_BTC.squeeze(1)
-            g_BC = g_BC if u is None else g_BC @ u
-            self.eigenvalues.addmm_(g_BC.square().t(), self._squared_BJ)
-            return
-        rotated = rows_first if rows_rotated_first(shape) else gradient_first
-
-        def squares(x: Tensor, g: Tensor) -> Tensor:
-            return rotated(x, g).square_().sum(0, keepdim=True)
-
-        self.eigenvalues += in_blocks(squares, x_BTJ, g_BTC, self.eigenvalues.numel()).sum(0)
-
-    def inverse(self, vectors: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:
-        weight, *bias = self.names
-        parts = [self._rule.as_matrix(vectors[weight])]
-        parts += [vectors[name].unsqueeze(2) for name in bias]
-        v_QCJ = torch.cat(parts, dim=2).to(self.eigenvalues.dtype)
-        rotated = self._rotated(v_QCJ, self._outputs, self._inputs)
-        rotated = rotated / (self.eigenvalues + damping)
-        back = [None if side is None else side.t() for side in (self._outputs, self._inputs)]
-        x_QCJ = self._rotated(rotated, *back)
-        found = {weight: self._rule.from_matrix(x_QCJ[..., : self._columns])}
-        return found | dict.fromkeys(bias, x_QCJ[..., -1])
-
-    def metric(self, damping: float, power: int) -> Metric:
-        """The quadratic form of a gradient in (block + lambda I)^-power."""
-        u, v = (
-            torch.eye(size, dtype=self.eigenvalues.dtype, device=self.eigenvalues.device)
-            if side is None
-            else side
-            for side, size in zip((self._outputs, self._inputs), self._shape, strict=True)
-        )
-        return Metric(u, v, (self.eigenvalues + damping) ** -power)
-
-    @staticmethod
-    def _rotated(v_QCJ: Tensor, u: Tensor | None, v: Tensor | None) -> Tensor:
-        v_QCJ = v_QCJ if u is None else u.t() @ v_QCJ
-        return v_QCJ if v is None else v_QCJ @ v
-
-
-class _VectorBlock(_Block):
-    """Of a parameter that is no matrix: R blocks (n, n) on the diagonal.
-
-    One whole block if `MOST_MOMENTS` allows it, else one a row, else one a number.
-    """
-
-    def __init__(self, name: str, shape: torch.Size, like: Tensor, dtype: torch.dtype) -> None:
-        self.names, self._shape = [name], shape
-        size = math.prod(shape)
-        cuts = 1, shape[0] if shape else 1, size
-        blocks = next((r for r in cuts if size**2 // r <= MOST_MOMENTS), size)
-        self.coarse = blocks > 1
-        self._moments = torch.zeros(
-            blocks, size // blocks, size // blocks, dtype=dtype, device=like.device
-        )
-        self._vectors, self.eigenvalues = self._moments, self._moments[..., 0]  # a diagonal's own
-
-    def add(self, gradients: Tensor) -> None:
-        """Add gradients (b, *shape)."""
-        gradient_BRn = gradients.reshape(len(gradients), *self._moments.shape[:2])
-        if gradient_BRn.shape[2] == 1:
-            self._moments += gradient_BRn.square().sum(0).unsqueeze(2)
-        else:
-            self._moments.baddbmm_(gradient_BRn.permute(1, 2, 0), gradient_BRn.transpose(0, 1))
-
-    def diagonalise(self) -> None:
-        if self._moments.shape[2] > 1:
-            try:
-                self.eigenvalues, self._vectors = torch.linalg.eigh(self._moments)
-            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # many numbers are zero
-                self._vectors = torch.stack([_eigenvectors(moment) for moment in self._moments])
-                rotated = self._vectors.transpose(1, 2) @ self._moments @ self._vectors
-                self.eigenvalues = rotated.diagonal(dim1=1, dim2=2).contiguous()
-            self.eigenvalues.clamp_(min=0)
-
-    def inverse(self, vectors: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:
-        (name,) = self.names
-        v_QRn = vectors[name].reshape(-1, *self.eigenvalues.shape).to(self.eigenvalues.dtype)
-        if v_QRn.shape[2] > 1:
-            v_RnQ = self._vectors.transpose(1, 2) @ v_QRn.permute(1, 2, 0)
-            v_RnQ = v_RnQ / (self.eigenvalues + damping).unsqueeze(2)
-            v_QRn = (self._vectors @ v_RnQ).permute(2, 0, 1)
-        else:
-            v_QRn = v_QRn / (self.eigenvalues + damping)
-        return {name: v_QRn.reshape(-1, *self._shape)}
-
-
-def _blocks(engine: OutputGradients, operator: GaussNewton) -> dict[str, _Block]:
+def _blocks(engine: OutputGradients, operator: GaussNewton) -> dict[str, Block]:
     parameters = operator.space.parameters()
     dtypes = {parameter.dtype for parameter in parameters.values()}
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-    matrices: dict[str, _Block] = {
-        layer: _MatrixBlock(
+    matrices: dict[str, Block] = {
+        layer: MatrixBlock(
             rule,
             engine.names[layer],
             complete=len(engine.names[layer]) == 1 + (rule.bias is not None),
@@ -488,6 +289,6 @@ def _blocks(engine: OutputGradients, operator: GaussNewton) -> dict[str, _Block]
         for layer, rule in engine.matrices.items()
     }
     return matrices | {
-        name: _VectorBlock(name, parameters[name].shape, parameters[name], dtype)
+        name: VectorBlock(name, parameters[name].shape, parameters[name], dtype)
         for name in engine.others
     }

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from influence_jobs.curvature import EkFac, GaussNewton, Hessian, ek_fac
-from influence_jobs.curvature.ek_fac import _eigenvectors, _VectorBlock
+from influence_jobs.curvature import EkFac, GaussNewton, Hessian, ek_fac, ek_fac_blocks
+from influence_jobs.curvature.ek_fac_blocks import VectorBlock, _eigenvectors
 from influence_jobs.curvature.output_roots import exact_roots, random_root, random_signs
 from influence_jobs.errors import ModelError, SpecError
 from influence_jobs.gradients.parameters import ParameterSpace
@@ -161,7 +161,7 @@ def test_a_side_that_is_too_large_keeps_its_own_axes(
     side: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Here the moments of that side are diagonal anyway, so EK-FAC is the whole matrix."""
-    monkeypatch.setattr(ek_fac, "MOST_SIDE", 3)
+    monkeypatch.setattr(ek_fac_blocks, "MOST_SIDE", 3)
     x = torch.eye(8, dtype=torch.float64)[:N] if side == "inputs" else rows(2)
     inputs, outputs = (8, 2) if side == "inputs" else (2, 8)
     task = Given(lambda: nn.Sequential(nn.Linear(inputs, outputs, bias=False)), x, rows(outputs),
@@ -179,7 +179,7 @@ def test_a_side_that_is_too_large_keeps_its_own_axes(
 @pytest.mark.parametrize("most", [2**20, 40, 1])
 def test_what_is_no_matrix_has_its_own_block(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole, by row or a diagonal: blocks cut from the dense Gauss-Newton matrix."""
-    monkeypatch.setattr(ek_fac, "MOST_MOMENTS", most)
+    monkeypatch.setattr(ek_fac_blocks, "MOST_MOMENTS", most)
     task = Given(
         lambda: nn.Sequential(
             nn.Conv2d(2, 4, 2, groups=2, bias=False), nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten()
@@ -517,12 +517,12 @@ def test_what_cannot_be_done_is_refused_by_name(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_coarse_block_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ek_fac, "MOST_MOMENTS", 4)
+    monkeypatch.setattr(ek_fac_blocks, "MOST_MOMENTS", 4)
     _, operator, _ = operators(classifier(MODELS["GRU"]))
     v_QP = torch.randn(1, operator.size, dtype=torch.float64)
     (line,) = EkFac(LAMBDA).solve(operator, v_QP).record["messages"]
     assert "too large for a whole block: rnn.weight_ih_l0, rnn.weight_hh_l0" in line
-    monkeypatch.setattr(ek_fac, "MOST_MOMENTS", 2**20)
+    monkeypatch.setattr(ek_fac_blocks, "MOST_MOMENTS", 2**20)
     assert EkFac(LAMBDA).solve(operator, v_QP).record["messages"] == []
 
 
@@ -546,7 +546,7 @@ def test_a_block_with_many_numbers_that_are_always_zero() -> None:
     sizes = 10 ** -torch.empty(size).uniform_(0, 8, generator=g)
     gradients = torch.randn(200, size, generator=g) * sizes
     gradients[:, torch.randperm(size, generator=g)[live:]] = 0
-    block = _VectorBlock("spare", torch.Size([size]), gradients, torch.float32)
+    block = VectorBlock("spare", torch.Size([size]), gradients, torch.float32)
     block.add(gradients)
     moment = gradients.double().t() @ gradients.double()
     block.diagonalise()  # LAPACK's own way fails for it in float32
