@@ -38,9 +38,9 @@ class EkFac(Solver):
     Layers count each for itself. The gradient of a layer that applies one matrix to every position
     is sum_t g_t x_t^T, over the positions of all its calls. Its block is diagonal in the eigenbasis
     of the second moments of x and g, with the mean squares of the rotated gradients as eigenvalues.
-    A side of more than `ek_fac_blocks.MOST_SIDE` keeps its own axes. All other parameters - of normalisation,
-    embeddings, attention, one's own - have the exact block of up to 1,024 numbers, else a block for
-    each row, else the diagonal.
+    A side of more than `ek_fac_blocks.MOST_SIDE` keeps its own axes. All other parameters - of
+    normalisation, embeddings, attention, one's own - have the exact block of up to 1,024 numbers,
+    else a block for each row, else the diagonal.
 
     Gradients are those of the outputs along a root of the loss's Hessian (`output_roots`), so any
     loss that is convex in the outputs will do.
