@@ -122,7 +122,8 @@ class CurvatureBase(Options):
     )
     damping: One[float | None] = option(
         None,
-        "Lambda, added to the eigenvalues of the curvature; by default a fraction of the largest. "
+        "Lambda, added to the eigenvalues of the curvature; by default (1 - momentum) / (learning "
+        "rate x steps) + weight decay of a training by SGD, else .04 of the largest eigenvalue. "
         "With --scale, as in published LiSSA settings, lambda is damping x scale.",
         panel=CURVATURE,
     )
@@ -140,9 +141,10 @@ class CurvatureBase(Options):
         "in it, else float32.",
         panel=CURVATURE,
     )
-    curvature_samples: Annotated[int | str, BeforeValidator(_number_or_word)] = option(
-        10_000,
-        "Number of random training samples to measure the curvature on, or all.",
+    curvature_samples: Annotated[int | str | None, BeforeValidator(_number_or_word)] = option(
+        None,
+        "Number of random training samples to measure the curvature on, or all; by default all, up "
+        "to 10^10 samples x parameters of the model, but never fewer than 10,000.",
         panel=CURVATURE,
     )
 

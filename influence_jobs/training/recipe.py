@@ -4,6 +4,7 @@ import inspect
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -74,6 +75,14 @@ def rate_factor(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
     if recipe.schedule == "cosine":
         return (1 + math.cos(math.pi * done)) / 2
     return 1 - done if recipe.schedule == "linear" else 1.0
+
+
+@cache
+def summed_rates(recipe: Recipe, epochs: range, steps_per_epoch: int) -> float:
+    """The sum of the learning rates over all steps of some epochs, counted from 0."""
+    assert recipe.lr is not None
+    steps = range(epochs.start * steps_per_epoch, epochs.stop * steps_per_epoch)
+    return recipe.lr * math.fsum(rate_factor(recipe, step, steps_per_epoch) for step in steps)
 
 
 def make_optimizer(recipe: Recipe, groups: Iterable[Mapping[str, Any]]) -> Optimizer:

@@ -1,7 +1,7 @@
 """s_test vectors: a query's gradient times the inverse of the curvature of the training loss."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -11,9 +11,12 @@ import pyarrow as pa
 import torch
 
 from influence_jobs.curvature import GaussNewton, Hessian, Operator, Solution, make_solver
+from influence_jobs.curvature.halves import cosines_of_halves
+from influence_jobs.curvature.solver import AUTOMATIC_DAMPING
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.jobs.base import Job, Plan, Progress, Result, Shard
 from influence_jobs.jobs.queries import query_gradients, require_queries, write_queries
+from influence_jobs.jobs.recipe import scheduled_damping
 from influence_jobs.jobs.samples import trained_inputs
 from influence_jobs.kinds.s_test.spec import STestSpec
 from influence_jobs.kinds.train.spec import TrainedCheckpoint
@@ -29,6 +32,8 @@ MAX_QUERIES, MAX_BLOCK_BYTES = 64, 64 * 2**20
 MAX_REPEATS = 3
 SHARD_TABLES = "solutions"  # folder with one table for each shard
 SAMPLES_DRAW = 2**32  # Philox key of the subset; solvers use other keys
+# Queries whose s_test are compared between halves of a subset, and the cosine below which it warns.
+COMPARED, STABLE = 3, 0.9
 
 
 class STestJob(Job[STestSpec]):
@@ -119,7 +124,8 @@ class STestJob(Job[STestSpec]):
             solutions = solver.solve_repeats(self._operator, rhs_QP, repeats, solved)
             for repeat, solution in zip(repeats, solutions, strict=True):
                 vectors[repeat].append(solution.x_QP.cpu().numpy())
-                rows += _rows(solution, start, repeat)
+                said = self._said(solution, rhs_QP) if start == repeat == 0 else {}
+                rows += _rows(solution, start, repeat, said)
         found = {
             repeat_name(repeat) if self._repeats > 1 else S_TEST: np.concatenate(blocks)
             for repeat, blocks in vectors.items()
@@ -127,6 +133,51 @@ class STestJob(Job[STestSpec]):
         # One table for each shard: two shards must not write to one file.
         files = self.run_store.write_table(f"{SHARD_TABLES}/{shard.id}", pa.Table.from_pylist(rows))
         return Result(found, files)
+
+    def _said(self, solution: Solution, rhs_QP: torch.Tensor) -> dict[str, Any]:
+        """What the first solution's record says of lambda and of the samples."""
+        found, messages = dict[str, Any](), [*self._defaults, *solution.record.get("messages", ())]
+        if self._of_subset:
+            cosines = cosines_of_halves(
+                make_solver(self.spec.solver, seed=self.spec.curvature.seed),
+                self._operator,
+                rhs_QP[:COMPARED],
+                solution.damping,
+            )
+            found["cosines_of_halves"], least = cosines, min(cosines)
+            said = f"s_test vectors of two halves of these samples have cosines from {least:.2f}"
+            if least < STABLE:
+                said += f", below {STABLE:g}: more --curvature-samples make them more stable"
+            messages.append(said)
+        return {**found, "messages": messages}
+
+    @property
+    def _defaults(self) -> list[str]:
+        """Where lambda comes from, and which samples the curvature is of, in lines."""
+        if not self.spec.solver.uses_curvature:
+            return []
+        lines, n = [], len(self.task.train_data())
+        damping = getattr(self.spec.solver, "damping", None)
+        scheduled = scheduled_damping(self.spec.checkpoint, n)
+        if damping is None:
+            more = ""
+            if self.spec.curvature.operator == "hessian":
+                more = ", and what makes the smallest positive"
+            lines.append(f"lambda is {AUTOMATIC_DAMPING:g} of the largest eigenvalue{more}")
+        elif scheduled is not None and damping == scheduled.value:
+            lines.append(f"lambda is {scheduled.how} of the training")
+        if self._of_subset:
+            lines.append(
+                f"curvature of {len(self._samples):,} of {n:,} samples; --curvature-samples all "
+                "takes all"
+            )
+        return lines
+
+    @property
+    def _of_subset(self) -> bool:
+        """Whether the curvature is of a subset that can be halved."""
+        uses, n = self.spec.solver.uses_curvature, len(self.task.train_data())
+        return uses and 1 < len(self._samples) < n
 
     def probe(self) -> Iterator[float]:
         notes: list[str] = []
@@ -139,7 +190,7 @@ class STestJob(Job[STestSpec]):
         )
         solver = make_solver(self.spec.solver, seed=self.spec.curvature.seed)
         trial = solver.trial(self._operator, rhs_QP, self.spec.solver.passes)
-        self._notes = [*notes, *trial.said]
+        self._notes = [*notes, *self._defaults, *trial.said]
         for fraction in trial.pieces:
             yield fraction * len(self._samples)
 
@@ -212,8 +263,10 @@ def curvature_samples(task: Task, curvature: Curvature) -> torch.Tensor:
     return torch.from_numpy(np.sort(generator.choice(n, curvature.samples, replace=False)))
 
 
-def _rows(solution: Solution, start: int, repeat: int) -> list[dict[str, Any]]:
-    """The rows of a solution in the table, one for each query."""
+def _rows(
+    solution: Solution, start: int, repeat: int, said: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """The rows of a solution in the table, one for each query; `said` is added to the record."""
     return [
         {
             "query": start + i,
@@ -222,7 +275,7 @@ def _rows(solution: Solution, start: int, repeat: int) -> list[dict[str, Any]]:
             "residual": float(solution.residual_Q[i]),
             "iterations": int(solution.iterations_Q[i]),
             "gradient_equivalents": solution.gradient_equivalents,
-            "record": json.dumps(solution.record),
+            "record": json.dumps({**solution.record, **said}),
         }
         for i in range(len(solution.x_QP))
     ]

@@ -9,6 +9,7 @@ import torch
 
 from influence_jobs.curvature import ConjugateGradient, EkFac, GaussNewton, Identity, Lissa
 from influence_jobs.curvature import lissa as lissa_module
+from influence_jobs.curvature.halves import cosines_of_halves
 from influence_jobs.errors import DataError, RuntimeFault, SpecError
 from influence_jobs.gradients.parameters import ParameterSpace
 
@@ -323,3 +324,21 @@ def test_the_automatic_lambda_is_a_part_of_the_largest_eigenvalue(case):
     largest = float(torch.linalg.eigvalsh(case.dense_gauss_newton())[-1])
     solution = ConjugateGradient().solve(case.gauss_newton(), randoms(1, case.space.size))
     assert solution.damping == pytest.approx(0.04 * largest, rel=0.05)
+
+
+@pytest.mark.parametrize("solver", [ConjugateGradient(LAMBDA), EkFac(LAMBDA), Lissa(LAMBDA)])
+def test_cosines_of_halves_are_those_of_two_solutions(case, solver):
+    v_QP = randoms(2, case.space.size)
+    found = cosines_of_halves(solver, case.gauss_newton(), v_QP, LAMBDA)
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(0))
+    halves = order[: N // 2].sort().values, order[N // 2 :].sort().values
+    if isinstance(solver, EkFac):
+        x = [EkFac(LAMBDA).solve(case.gauss_newton(ids=ids), v_QP).x_QP for ids in halves]
+    else:
+        damping = LAMBDA * torch.eye(case.space.size, dtype=torch.float64)
+        x = [torch.linalg.solve(case.dense_gauss_newton(i) + damping, v_QP.T).T for i in halves]
+    expected = torch.cosine_similarity(x[0], x[1], dim=1)
+    assert expected.max() < 0.999
+    torch.testing.assert_close(
+        torch.tensor(found, dtype=torch.float64), expected, atol=1e-3, rtol=0
+    )

@@ -1,0 +1,77 @@
+"""What a user gets who says nothing of lambda and of the curvature's samples."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from influence_jobs.kinds.s_test.request import STestRequest
+from influence_jobs.kinds.s_test.spec import STestSpec
+from influence_jobs.requests import solving
+from influence_jobs.specs.solvers import ConjugateGradientSettings, EkFacSettings
+
+Infl = Callable[..., Any]
+STEPS = 2 * math.ceil(1500 / 32)  # of the digits' training
+LAMBDA = float(f"{0.1 / (0.05 * STEPS):.3g}")
+
+
+def asked(runs: Path, **options: Any) -> STestSpec:
+    given = {"checkpoint": "train-digits", "test": 5, **options}
+    (spec,) = STestRequest.of(given).specs(str(runs), print)
+    assert isinstance(spec, STestSpec)
+    return spec
+
+
+def test_lambda_is_that_of_the_schedule(infl: Infl, runs: Path) -> None:
+    assert asked(runs).solver == ConjugateGradientSettings(damping=LAMBDA)
+    # What is shown, typed again, is the same run.
+    assert asked(runs, damping=LAMBDA).run_id == asked(runs).run_id
+    assert asked(runs, solver="ek-fac").solver == EkFacSettings(damping=LAMBDA, targets="auto")
+    early = asked(runs, checkpoint="train-digits@1").solver
+    assert getattr(early, "damping", None) == pytest.approx(2 * LAMBDA, rel=0.01)
+    # A user's own stays, and the Hessian's must also make it positive.
+    assert asked(runs, damping=0.3).solver == ConjugateGradientSettings(damping=0.3)
+    assert asked(runs, operator="hessian").solver == ConjugateGradientSettings()
+
+
+def test_a_training_by_adam_or_elsewhere_has_a_part_of_the_largest_eigenvalue(
+    infl: Infl, runs: Path, tmp_path: Path
+) -> None:
+    words = ("submit", "train", "--task", "digits:DigitsTask", "--width", 8, "--epochs", 1)
+    adam = infl(*words, "--optimizer", "adam", "--local", "--json").json["run"]
+    assert asked(runs, checkpoint=adam).solver == ConjugateGradientSettings()
+    (weights,) = (runs / adam).rglob("*.pt*")
+    elsewhere = asked(runs, checkpoint=str(weights), task="digits:DigitsTask", width=8)
+    assert elsewhere.solver == ConjugateGradientSettings()
+
+
+def test_the_curvature_is_of_all_samples_up_to_a_stated_work(
+    infl: Infl, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert asked(runs).curvature.samples is None
+    assert asked(runs).run_id == asked(runs, curvature_samples="all").run_id
+    assert asked(runs, curvature_samples=10_000).curvature.samples == 10_000
+    monkeypatch.setattr(solving, "LEAST_SAMPLES", 100)
+    assert asked(runs).curvature.samples is None
+    parameters = 8 * 9 + 2 * 8 + (8 * 9 + 1) * 16 + (16 * 4 * 4 + 1) * 10
+    monkeypatch.setattr(solving, "MOST_WORK", 1000 * parameters)
+    assert asked(runs).curvature.samples == 1000
+    monkeypatch.setattr(solving, "MOST_WORK", 1)
+    assert asked(runs).curvature.samples == 100
+
+
+def test_a_subset_says_how_stable_it_is(infl: Infl, runs: Path) -> None:
+    words = ("submit", "s-test", "--checkpoint", "train-digits", "--local", "--test", 5)
+    whole = infl(*words, "--damping", ".1").out
+    assert "samples have cosines" not in whole
+    few = infl(*words, "--damping", ".001", "--curvature-samples", 20).out
+    assert "curvature of 20 of 1,500 samples; --curvature-samples all takes all" in few
+    assert "below 0.9: more --curvature-samples make them more stable" in " ".join(few.split())
+    many = infl(*words, "--damping", "10", "--curvature-samples", 1400).out
+    assert "two halves of these samples have cosines from 1.00" in " ".join(many.split())
+    assert "below 0.9" not in many
+    planned = infl(*words, "--curvature-samples", 200, "--dry-run").out
+    assert "curvature of 200 of 1,500 samples" in " ".join(planned.split())
+    assert "learning rate 0.05 x 94 steps" in " ".join(planned.split())
