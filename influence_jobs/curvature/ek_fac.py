@@ -1,7 +1,7 @@
 """EK-FAC: the Gauss-Newton matrix of each layer, diagonal in a Kronecker-factored eigenbasis."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from influence_jobs.curvature.operators import LOOKED_AT, GaussNewton, Operator
 from influence_jobs.curvature.output_gradients import OutputGradients
 from influence_jobs.curvature.output_roots import exact_roots, random_root, random_signs
 from influence_jobs.curvature.solver import (
-    AUTOMATIC_DAMPING,
+    DAMPING_SHARE,
     Progress,
     Solution,
     Solver,
@@ -55,7 +55,7 @@ class EkFac(Solver):
     Generalization with Influence Functions", 2023.
 
     Args:
-        damping: Lambda, added to the corrected eigenvalues; None for `AUTOMATIC_DAMPING` times the
+        damping: Lambda, added to the corrected eigenvalues; None for `damping_share` times the
             largest of them.
         seed: Seed of the random roots.
         targets: `sampled`: one random root of the loss's Hessian a sample. `exact`: all columns of
@@ -63,8 +63,14 @@ class EkFac(Solver):
             outputs are at most `AUTO_PASSES`.
     """
 
-    def __init__(self, damping: float | None = None, seed: int = 0, targets: Targets = "auto"):
-        super().__init__(damping)
+    def __init__(
+        self,
+        damping: float | None = None,
+        seed: int = 0,
+        targets: Targets = "auto",
+        damping_share: float = DAMPING_SHARE,
+    ):
+        super().__init__(damping, damping_share)
         self.seed, self.targets = seed, targets
         self._last: tuple[Any, _Factors] | None = None
 
@@ -86,6 +92,17 @@ class EkFac(Solver):
                 "messages": factors.messages(),
             },
         )
+
+    def approximate_inverse(
+        self, operator: Operator, damping: float
+    ) -> tuple[Callable[[Tensor], Tensor], float]:
+        """v -> (EK-FAC + lambda I)^-1 v for rows v, and its cost in gradients of all samples.
+
+        Raises:
+            As `solve`.
+        """
+        factors = self._fitted(operator, no_progress)
+        return lambda v_QP: factors.inverse(operator, v_QP, damping), 2.0 * factors.columns
 
     def metrics(self, operator: Operator, *, power: int) -> dict[str, Metric]:
         """The quadratic form g^T (G + lambda I)^-power g of each layer, for relative influence.
@@ -110,7 +127,7 @@ class EkFac(Solver):
     def _damping_of(self, factors: "_Factors") -> float:
         if self._damping is not None:
             return self._damping
-        chosen = AUTOMATIC_DAMPING * factors.largest()
+        chosen = self._share * factors.largest()
         if not chosen > 0:
             raise SpecError(
                 "no damping can be chosen, as the curvature is zero for these samples: give "

@@ -13,6 +13,7 @@ from torch import Tensor
 from influence_jobs.curvature.lissa_steps import lissa_steps
 from influence_jobs.curvature.operators import Operator
 from influence_jobs.curvature.solver import (
+    DAMPING_SHARE,
     Progress,
     Solution,
     Solver,
@@ -73,7 +74,7 @@ class Lissa(Solver):
     If a repeat grows faster than a convergent one can, it is restarted with twice the scale.
 
     Args:
-        damping: Lambda, the effective damping.
+        damping, damping_share: See `Solver`; lambda is the effective damping.
         scale: s; the recursion's own damping d is lambda / s.
         depth: Number of steps.
         batch_size: Samples of a mini-batch. They are drawn with replacement, which the mean of the
@@ -91,9 +92,10 @@ class Lissa(Solver):
         scale: float | None = None,
         depth: int | None = None,
         batch_size: int | None = None,
+        damping_share: float = DAMPING_SHARE,
         seed: int = 0,
     ):
-        super().__init__(damping)
+        super().__init__(damping, damping_share)
         for name, value in (("scale", scale), ("depth", depth), ("batch size", batch_size)):
             if value is not None and not value > 0:
                 raise SpecError(f"{name} of LiSSA is {value}: it must be larger than 0")

@@ -18,9 +18,7 @@ if TYPE_CHECKING:  # pydantic is not needed to compute
     from influence_jobs.specs.solvers import SolverSettings
 
 
-# Lambda as a fraction of the largest eigenvalue. Directions that the data determine have larger
-# eigenvalues; the many others are damped.
-AUTOMATIC_DAMPING = 0.04
+DAMPING_SHARE = 0.04  # lambda as a part of the largest eigenvalue
 
 Progress = Callable[[float], None]  # takes the fraction of the work done
 
@@ -70,17 +68,18 @@ class Solver(ABC):
     """Solves (A + lambda I) x = v for a symmetric operator A.
 
     Args:
-        damping: Lambda; None for `AUTOMATIC_DAMPING` times A's largest eigenvalue. If the smallest
+        damping: Lambda; None for `damping_share` times A's largest eigenvalue. If the smallest
             eigenvalue is negative, its absolute value is added.
 
     Raises:
         SpecError: Lambda is not positive.
     """
 
-    def __init__(self, damping: float | None = None):
-        if damping is not None and not damping > 0:
-            raise SpecError(f"damping is {damping}: it must be larger than 0")
-        self._damping = damping
+    def __init__(self, damping: float | None = None, damping_share: float = DAMPING_SHARE):
+        for name, value in (("damping", damping), ("damping share", damping_share)):
+            if value is not None and not value > 0:
+                raise SpecError(f"{name} is {value}: it must be larger than 0")
+        self._damping, self._share = damping, damping_share
 
     def solve(
         self, operator: Operator, rhs_QP: Tensor, progress: Progress = no_progress
@@ -148,7 +147,7 @@ class Solver(ABC):
         """Lambda; it is chosen if it was not given."""
         if self._damping is not None:
             return self._damping
-        chosen = AUTOMATIC_DAMPING * largest_eigenvalue(operator)
+        chosen = self._share * largest_eigenvalue(operator)
         if not operator.positive_semidefinite:
             chosen = abs(chosen) + max(0.0, -smallest_eigenvalue(operator))
         if not chosen > 0:

@@ -123,7 +123,7 @@ class CurvatureBase(Options):
     damping: One[float | None] = option(
         None,
         "Lambda, added to the eigenvalues of the curvature; by default (1 - momentum) / (learning "
-        "rate x steps) + weight decay of a training by SGD, else .04 of the largest eigenvalue. "
+        "rate x steps) + weight decay of a training by SGD, else .001 of the largest eigenvalue. "
         "With --scale, as in published LiSSA settings, lambda is damping x scale.",
         panel=CURVATURE,
     )

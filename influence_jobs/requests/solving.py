@@ -13,7 +13,12 @@ from influence_jobs.requests.options import SETTINGS, CurvatureOptions
 from influence_jobs.requests.subject import Subject
 from influence_jobs.specs.base import make_spec
 from influence_jobs.specs.queries import Queries
-from influence_jobs.specs.solvers import Curvature, LissaSettings, SolverSettings
+from influence_jobs.specs.solvers import (
+    Curvature,
+    DampedSettings,
+    LissaSettings,
+    SolverSettings,
+)
 from influence_jobs.tasks.base import Task, dtype_of
 from influence_jobs.tasks.layers import by_type, left_out, resolve_layers, trained_modules
 
@@ -58,7 +63,9 @@ def s_tests_of(
             modules=modules,
             queries=queries,
             curvature=curvature,
-            solver=_with_damping(solver, curvature, checkpoint, built),
+            solver=solver
+            if getattr(request, "damping_share", None) is not None
+            else _with_damping(solver, curvature, checkpoint, built),
             precision=request.precision or str(dtype_of(built.model())).removeprefix("torch."),
         )
         for checkpoint in subject.checkpoints
@@ -100,7 +107,9 @@ def _solver(request: CurvatureOptions, say: Say) -> SolverSettings:
         **{name: getattr(request, name) for name in SETTINGS},
     }
     chosen = {name: value for name, value in given.items() if value is not None}
-    of_lissa = chosen.keys() & ({*LissaSettings.model_fields, "batch"} - {"damping"})
+    of_lissa = chosen.keys() & ({*LissaSettings.model_fields, "batch"} - {*DampedSettings.model_fields})
+    if {"damping", "damping_share"} <= chosen.keys():
+        raise SpecError("--damping and --damping-share both say lambda: leave one out")
     name_of_solver = request.solver or ("lissa" if of_lissa else "cg")
     kind = SolverSettings.by_name[name_of_solver]
     fields = {"batch": "batch_size"}
@@ -132,10 +141,12 @@ def _with_damping(
 
     Of the Hessian lambda must also make negative eigenvalues positive, so it is measured.
     """
-    if getattr(solver, "damping", 1.0) is not None or curvature.operator != "gauss-newton":
+    if not isinstance(solver, DampedSettings) or curvature.operator != "gauss-newton":
         return solver
     found = scheduled_damping(checkpoint, len(task.train_data()))
-    return solver if found is None else solver.model_copy(update={"damping": found.value})
+    if solver.damping is not None or found is None:
+        return solver
+    return type(solver)(**{**dict(solver), "damping": found.value})
 
 
 def _curvature_samples(given: int | str | None, task: Task) -> int | None:

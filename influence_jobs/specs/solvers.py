@@ -62,7 +62,9 @@ class SolverSettings(Model):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
-        SolverSettings.by_name[cls.model_fields["name"].default] = cls
+        name = cls.model_fields["name"].default
+        if isinstance(name, str):
+            SolverSettings.by_name[name] = cls
 
     @property
     def num_repeats(self) -> int:
@@ -70,28 +72,55 @@ class SolverSettings(Model):
         return getattr(self, "repeats", 1)
 
 
-class ConjugateGradientSettings(SolverSettings):
-    """Batched conjugate gradients to a relative residual.
+class DampedSettings(SolverSettings):
+    """Base of the settings of a solver of (A + lambda I) x = v.
 
     Attributes:
-        damping: Lambda; None to choose it from the largest eigenvalue.
+        damping: Lambda, the effective damping; None for `damping_share` of the largest eigenvalue.
+        damping_share: Runs made before there was a choice have .04. A request has .001, as trainings
+            by SGD of hundreds to thousands of steps have 1e-4 to 1e-3 by their schedule.
     """
+
+    asked = {"damping_share": 0.001}  # noqa: RUF012  (a ClassVar of the base)
+
+    damping: Positive | None = None
+    damping_share: Annotated[
+        Positive,
+        Field(
+            description="Lambda as a part of the largest eigenvalue, if neither --damping nor the "
+            "schedule of a training says it."
+        ),
+    ] = 0.04
+
+    @model_validator(mode="after")
+    def _one_lambda(self) -> Self:
+        if self.damping is not None:
+            object.__setattr__(self, "damping_share", 0.04)
+        return self
+
+
+class ConjugateGradientSettings(DampedSettings):
+    """Batched conjugate gradients to a relative residual."""
 
     solver = "cg:ConjugateGradient"
     summary = "batched conjugate gradients, the default"
     passes = 20
 
     name: Literal["cg"] = "cg"
-    damping: Positive | None = None
     tolerance: Annotated[float, Field(gt=0, lt=1, description="Relative residual.")] = 1e-4
     max_iterations: Annotated[Count, Field(description="Upper limit of the iterations.")] = 200
+    preconditioner: Annotated[
+        Literal["none", "ek-fac"],
+        Field(description="Matrix near the curvature that makes the iterations fewer."),
+    ] = "none"
 
 
-class LissaSettings(SolverSettings):
+class LissaSettings(DampedSettings):
     """Stochastic recursion; see `curvature.lissa`. A None is chosen from the measured spectrum.
 
+    The recursion itself uses damping / scale.
+
     Attributes:
-        damping: Effective damping lambda; the recursion itself uses damping / scale.
         batch_size: Samples in a step.
         repeats: Independent recursions; s_test is their mean.
     """
@@ -101,7 +130,6 @@ class LissaSettings(SolverSettings):
     passes = 10
 
     name: Literal["lissa"] = "lissa"
-    damping: Positive | None = None
     scale: Annotated[Positive | None, Field(description="Measured if not given.")] = None
     depth: Annotated[
         Count | None, Field(description="Steps of a recursion; chosen if not given.")
@@ -112,7 +140,7 @@ class LissaSettings(SolverSettings):
     repeats: Annotated[Count, Field(description="Independent recursions, averaged.")] = 5
 
 
-class EkFacSettings(SolverSettings):
+class EkFacSettings(DampedSettings):
     """Eigenvalue-corrected Kronecker factors (George et al. 2018).
 
     Attributes:
@@ -124,10 +152,9 @@ class EkFacSettings(SolverSettings):
     passes = 3
     operators = ("gauss-newton",)
     needs_factors = True
-    asked = {"targets": "auto"}  # noqa: RUF012  (a ClassVar of the base)
+    asked = {**DampedSettings.asked, "targets": "auto"}  # noqa: RUF012  (a ClassVar of the base)
 
     name: Literal["ek-fac"] = "ek-fac"
-    damping: Positive | None = None
     targets: Annotated[
         Literal["auto", "exact", "sampled"],
         Field(

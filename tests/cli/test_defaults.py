@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from influence_jobs.errors import SpecError
 from influence_jobs.kinds.s_test.request import STestRequest
 from influence_jobs.kinds.s_test.spec import STestSpec
 from influence_jobs.requests import solving
@@ -14,6 +15,7 @@ from influence_jobs.specs.solvers import ConjugateGradientSettings, EkFacSetting
 
 Infl = Callable[..., Any]
 STEPS = 2 * math.ceil(1500 / 32)  # of the digits' training
+MEASURED = ConjugateGradientSettings(damping_share=0.001)
 LAMBDA = float(f"{0.1 / (0.05 * STEPS):.3g}")
 
 
@@ -33,7 +35,11 @@ def test_lambda_is_that_of_the_schedule(infl: Infl, runs: Path) -> None:
     assert getattr(early, "damping", None) == pytest.approx(2 * LAMBDA, rel=0.01)
     # A user's own stays, and the Hessian's must also make it positive.
     assert asked(runs, damping=0.3).solver == ConjugateGradientSettings(damping=0.3)
-    assert asked(runs, operator="hessian").solver == ConjugateGradientSettings()
+    assert asked(runs, operator="hessian").solver == MEASURED
+    share = asked(runs, damping_share=0.02).solver
+    assert share == ConjugateGradientSettings(damping_share=0.02)
+    with pytest.raises(SpecError, match="--damping and --damping-share both say lambda"):
+        asked(runs, damping=0.1, damping_share=0.02)
 
 
 def test_a_training_by_adam_or_elsewhere_has_a_part_of_the_largest_eigenvalue(
@@ -41,10 +47,10 @@ def test_a_training_by_adam_or_elsewhere_has_a_part_of_the_largest_eigenvalue(
 ) -> None:
     words = ("submit", "train", "--task", "digits:DigitsTask", "--width", 8, "--epochs", 1)
     adam = infl(*words, "--optimizer", "adam", "--local", "--json").json["run"]
-    assert asked(runs, checkpoint=adam).solver == ConjugateGradientSettings()
+    assert asked(runs, checkpoint=adam).solver == MEASURED
     (weights,) = (runs / adam).rglob("*.pt*")
     elsewhere = asked(runs, checkpoint=str(weights), task="digits:DigitsTask", width=8)
-    assert elsewhere.solver == ConjugateGradientSettings()
+    assert elsewhere.solver == MEASURED
 
 
 def test_the_curvature_is_of_all_samples_up_to_a_stated_work(

@@ -18,7 +18,8 @@ TRAINED = f"{HOW} {TASK_DATA} dry-run task checkpoint preset epochs workers"
 QUERIES = "test test-set point region quantity noise-draws seed"
 SCORES = f"{TRAINED} {QUERIES} batch-size shard-size"
 SOLVER = (
-    "solver damping operator product precision curvature-samples tolerance max-iterations scale "
+    "solver damping damping-share operator product precision curvature-samples tolerance "
+    "max-iterations preconditioner segments exponential scale "
     "depth batch repeats targets"
 )
 CURVATURE = f"layer {SOLVER}"

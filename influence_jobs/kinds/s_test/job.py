@@ -12,7 +12,6 @@ import torch
 
 from influence_jobs.curvature import GaussNewton, Hessian, Operator, Solution, make_solver
 from influence_jobs.curvature.halves import cosines_of_halves
-from influence_jobs.curvature.solver import AUTOMATIC_DAMPING
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.jobs.base import Job, Plan, Progress, Result, Shard
 from influence_jobs.jobs.queries import query_gradients, require_queries, write_queries
@@ -21,7 +20,7 @@ from influence_jobs.jobs.samples import trained_inputs
 from influence_jobs.kinds.s_test.spec import STestSpec
 from influence_jobs.kinds.train.spec import TrainedCheckpoint
 from influence_jobs.specs.base import AnySpec
-from influence_jobs.specs.solvers import Curvature
+from influence_jobs.specs.solvers import Curvature, DampedSettings
 from influence_jobs.store.checkpoints import load_checkpoint, recorded_digest
 from influence_jobs.store.layout import S_TEST, S_TEST_VARIANCE, ArrayLayout, repeat_name
 from influence_jobs.tasks.base import Draw, Task, converted, device_of
@@ -154,17 +153,16 @@ class STestJob(Job[STestSpec]):
     @property
     def _defaults(self) -> list[str]:
         """Where lambda comes from, and which samples the curvature is of, in lines."""
-        if not self.spec.solver.uses_curvature:
+        solver, lines, n = self.spec.solver, list[str](), len(self.task.train_data())
+        if not isinstance(solver, DampedSettings):
             return []
-        lines, n = [], len(self.task.train_data())
-        damping = getattr(self.spec.solver, "damping", None)
         scheduled = scheduled_damping(self.spec.checkpoint, n)
-        if damping is None:
+        if solver.damping is None:
             more = ""
             if self.spec.curvature.operator == "hessian":
                 more = ", and what makes the smallest positive"
-            lines.append(f"lambda is {AUTOMATIC_DAMPING:g} of the largest eigenvalue{more}")
-        elif scheduled is not None and damping == scheduled.value:
+            lines.append(f"lambda is {solver.damping_share:g} of the largest eigenvalue{more}")
+        elif scheduled is not None and solver.damping == scheduled.value:
             lines.append(f"lambda is {scheduled.how} of the training")
         if self._of_subset:
             lines.append(
