@@ -77,9 +77,7 @@ class ConjugateGradient(Solver):
             residual_QP[going] -= step_Q[:, None].to(p_QP.dtype) * product_QP
             ahead_QP = inverse(residual_QP[going])
             new_Q = _dot(residual_QP[going], ahead_QP)
-            direction_QP[going] = (
-                ahead_QP + (new_Q / along_Q[going])[:, None].to(p_QP.dtype) * p_QP
-            )
+            direction_QP[going] = ahead_QP + (new_Q / along_Q[going])[:, None].to(p_QP.dtype) * p_QP
             along_Q[going] = new_Q
             squared_Q[going] = _dot(residual_QP[going], residual_QP[going])
             iterations_Q[going.cpu()] += 1
@@ -99,7 +97,7 @@ class ConjugateGradient(Solver):
     def _preconditioner(
         self, operator: Operator, damping: float
     ) -> tuple[Callable[[Tensor], Tensor], float]:
-        """v -> M^-1 v for rows v, and what making M took, in gradients of all samples."""
+        """M^-1 as a function of rows v, and what making M took, in gradients of all samples."""
         if self.preconditioner == "none":
             return lambda v_QP: v_QP, 0.0
         return self._ek_fac.approximate_inverse(operator, damping)

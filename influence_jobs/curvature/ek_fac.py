@@ -1,7 +1,8 @@
 """EK-FAC: the Gauss-Newton matrix of each layer, diagonal in a Kronecker-factored eigenbasis."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from influence_jobs.curvature.solver import (
 )
 from influence_jobs.errors import ModelError, SpecError
 from influence_jobs.gradients import Metric
+from influence_jobs.gradients.parameters import ParameterSpace
 
 Targets = Literal["auto", "exact", "sampled"]
 
@@ -72,12 +74,12 @@ class EkFac(Solver):
     ):
         super().__init__(damping, damping_share)
         self.seed, self.targets = seed, targets
-        self._last: tuple[Any, _Factors] | None = None
+        self._last: tuple[Any, Factors] | None = None
 
     def _solve(self, operator: Operator, rhs_QP: Tensor, progress: Progress) -> Solution:
         factors = self._fitted(operator, progress)
         damping = self._damping_of(factors)
-        x_QP = factors.inverse(operator, rhs_QP, damping)
+        x_QP = factors.times(operator.space, rhs_QP, lambda values: 1 / (values + damping))
         _, relative_Q = relative_residual(operator, x_QP, rhs_QP, damping)
         steps_Q = torch.ones(len(rhs_QP), dtype=torch.int64)
         return Solution(
@@ -96,13 +98,27 @@ class EkFac(Solver):
     def approximate_inverse(
         self, operator: Operator, damping: float
     ) -> tuple[Callable[[Tensor], Tensor], float]:
-        """v -> (EK-FAC + lambda I)^-1 v for rows v, and its cost in gradients of all samples.
+        """(EK-FAC + lambda I)^-1 as a function of rows v, and its cost in gradients of all samples.
 
         Raises:
             As `solve`.
         """
         factors = self._fitted(operator, no_progress)
-        return lambda v_QP: factors.inverse(operator, v_QP, damping), 2.0 * factors.columns
+
+        def inverse(v_QP: Tensor) -> Tensor:
+            return factors.times(operator.space, v_QP, lambda values: 1 / (values + damping))
+
+        return inverse, 2.0 * factors.columns
+
+    def factors_of(
+        self, operators: Sequence[GaussNewton], progress: Progress = no_progress
+    ) -> "Factors":
+        """The factors of the mean of several matrices, such as those of several checkpoints.
+
+        Raises:
+            As `solve`.
+        """
+        return self._fit(operators, progress)
 
     def metrics(self, operator: Operator, *, power: int) -> dict[str, Metric]:
         """The quadratic form g^T (G + lambda I)^-power g of each layer, for relative influence.
@@ -124,7 +140,7 @@ class EkFac(Solver):
             if isinstance(block, MatrixBlock)
         }
 
-    def _damping_of(self, factors: "_Factors") -> float:
+    def _damping_of(self, factors: "Factors") -> float:
         if self._damping is not None:
             return self._damping
         chosen = self._share * factors.largest()
@@ -135,23 +151,26 @@ class EkFac(Solver):
             )
         return chosen
 
-    def _fitted(self, operator: Operator, progress: Progress) -> "_Factors":
+    def _fitted(self, operator: Operator, progress: Progress) -> "Factors":
         if not isinstance(operator, GaussNewton):
             raise _not_gauss_newton()
         versions = [parameter._version for parameter in operator.model.parameters()]
         if self._last is None or self._last[0] != (operator, versions):
-            self._last = (operator, versions), self._fit(operator, progress)
+            self._last = (operator, versions), self._fit([operator], progress)
         return self._last[1]
 
-    def _fit(self, operator: GaussNewton, progress: Progress) -> "_Factors":
-        operator.require_finite()
-        done = 0.0
-        with self._engine(operator) as engine:
-            factors = _Factors(_blocks(engine, operator), self._exact(operator))
+    def _fit(self, operators: Sequence[GaussNewton], progress: Progress) -> "Factors":
+        for operator in operators:
+            operator.require_finite()
+        done, rows = 0.0, sum(operator.num_samples for operator in operators)
+        with ExitStack() as stack:
+            engines = [stack.enter_context(self._engine(operator)) for operator in operators]
+            factors = Factors(_blocks(engines[0], operators[0]), self._exact(operators[0]))
             for sweep in range(2):
-                for samples in self._sweep(operator, engine, factors, sweep):
-                    done += samples / (2 * operator.num_samples)
-                    progress(min(1.0, done))
+                for operator, engine in zip(operators, engines, strict=True):
+                    for samples in self._sweep(operator, engine, factors, sweep, rows):
+                        done += samples / (2 * rows)
+                        progress(min(1.0, done))
                 if sweep == 0:
                     for block in factors.blocks.values():
                         block.diagonalise()
@@ -164,13 +183,22 @@ class EkFac(Solver):
         )
 
     def _sweep(
-        self, operator: GaussNewton, engine: OutputGradients, factors: "_Factors", which: int
+        self,
+        operator: GaussNewton,
+        engine: OutputGradients,
+        factors: "Factors",
+        which: int,
+        rows: int,
     ) -> Iterator[int]:
-        """One of the two sweeps over all samples; yields the samples of each batch."""
+        """One of the two sweeps over all samples; yields the samples of each batch.
+
+        Args:
+            rows: Samples of the mean.
+        """
         for batch, columns in _columns(operator, self.seed, exact=factors.exact):
             size = 0
             for k, s in enumerate(columns):
-                mean = s / math.sqrt(operator.num_samples)  # sums of squares are means
+                mean = s / math.sqrt(rows)  # sums of squares are means
                 factors.add(engine, which, (batch, mean), inputs=k == 0)
                 size, factors.columns = len(s), max(factors.columns, k + 1)
             yield size
@@ -187,8 +215,8 @@ class EkFac(Solver):
     def _pieces(self, operator: GaussNewton, *, exact: bool) -> Iterator[float]:
         with self._engine(operator) as engine:
             while True:
-                factors = _Factors(_blocks(engine, operator), exact)
-                for samples in self._sweep(operator, engine, factors, 0):
+                factors = Factors(_blocks(engine, operator), exact)
+                for samples in self._sweep(operator, engine, factors, 0, operator.num_samples):
                     yield samples / (2 * operator.num_samples)
 
     def _exact(self, operator: GaussNewton) -> bool:
@@ -230,7 +258,7 @@ def _columns(
 
 
 @dataclass
-class _Factors:
+class Factors:
     """The blocks of a Gauss-Newton matrix.
 
     Attributes:
@@ -265,14 +293,16 @@ class _Factors:
         with torch.no_grad():
             engine.visit(batch, on_rows, on_gradients)
 
-    def inverse(self, operator: Operator, v_QP: Tensor, damping: float) -> Tensor:
-        """(G + lambda I)^-1 v, (Q, P)."""
-        vectors = operator.space.split(v_QP)
+    def times(
+        self, space: ParameterSpace, v_QP: Tensor, function: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """A function of the matrix, given as one of its eigenvalues, times every row, (Q, P)."""
+        vectors = space.split(v_QP)
         found: dict[str, Tensor] = {}
         for block in self.blocks.values():
             parts = {name: vectors[name] for name in block.names}
-            found |= block.inverse(parts, damping)
-        return operator.space.join(found).to(v_QP.dtype)
+            found |= block.times(parts, function)
+        return space.join(found).to(v_QP.dtype)
 
     def largest(self) -> float:
         """The largest eigenvalue of all blocks."""

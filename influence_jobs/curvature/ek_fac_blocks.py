@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -35,8 +35,10 @@ class Block(ABC):
         """End the first sweep."""
 
     @abstractmethod
-    def inverse(self, vectors: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:
-        """(block + lambda I)^-1 of vectors {name: (Q, *shape)}."""
+    def times(
+        self, vectors: Mapping[str, Tensor], function: Callable[[Tensor], Tensor]
+    ) -> dict[str, Tensor]:
+        """A function of the block, given as one of its eigenvalues, times {name: (Q, *shape)}."""
 
 
 def _eigenvectors(moment: Tensor) -> Tensor:
@@ -136,13 +138,15 @@ class MatrixBlock(Block):
 
         self.eigenvalues += in_blocks(squares, x_BTJ, g_BTC, self.eigenvalues.numel()).sum(0)
 
-    def inverse(self, vectors: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:
+    def times(
+        self, vectors: Mapping[str, Tensor], function: Callable[[Tensor], Tensor]
+    ) -> dict[str, Tensor]:
         weight, *bias = self.names
         parts = [self._rule.as_matrix(vectors[weight])]
         parts += [vectors[name].unsqueeze(2) for name in bias]
         v_QCJ = torch.cat(parts, dim=2).to(self.eigenvalues.dtype)
         rotated = self._rotated(v_QCJ, self._outputs, self._inputs)
-        rotated = rotated / (self.eigenvalues + damping)
+        rotated = rotated * function(self.eigenvalues)
         back = [None if side is None else side.t() for side in (self._outputs, self._inputs)]
         x_QCJ = self._rotated(rotated, *back)
         found = {weight: self._rule.from_matrix(x_QCJ[..., : self._columns])}
@@ -199,13 +203,15 @@ class VectorBlock(Block):
                 self.eigenvalues = rotated.diagonal(dim1=1, dim2=2).contiguous()
             self.eigenvalues.clamp_(min=0)
 
-    def inverse(self, vectors: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:
+    def times(
+        self, vectors: Mapping[str, Tensor], function: Callable[[Tensor], Tensor]
+    ) -> dict[str, Tensor]:
         (name,) = self.names
         v_QRn = vectors[name].reshape(-1, *self.eigenvalues.shape).to(self.eigenvalues.dtype)
         if v_QRn.shape[2] > 1:
             v_RnQ = self._vectors.transpose(1, 2) @ v_QRn.permute(1, 2, 0)
-            v_RnQ = v_RnQ / (self.eigenvalues + damping).unsqueeze(2)
+            v_RnQ = v_RnQ * function(self.eigenvalues).unsqueeze(2)
             v_QRn = (self._vectors @ v_RnQ).permute(2, 0, 1)
         else:
-            v_QRn = v_QRn / (self.eigenvalues + damping)
+            v_QRn = v_QRn * function(self.eigenvalues)
         return {name: v_QRn.reshape(-1, *self._shape)}

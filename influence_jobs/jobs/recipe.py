@@ -12,22 +12,13 @@ def recipe_of(spec: TrainSpec) -> Recipe:
     return Recipe(**{field.name: getattr(spec, field.name) for field in fields(Recipe)})
 
 
-def has_flow_time(train: TrainSpec) -> bool:
-    """Whether a training follows the gradient of the mean loss, at a known rate.
-
-    Adam's steps have another length in each direction, which depends on the gradients that it saw.
-    What a task decides, and how often a norm was clipped, cannot be read from the spec.
-    """
-    return train.optimizer == "sgd" and train.schedule != "task" and train.clip_norm is None
-
-
 def flow_time(train: TrainSpec, num_samples: int, epochs: range) -> float:
     """The time that gradient flow takes for some epochs of SGD, counted from 0.
 
     It is the sum of the steps' learning rates, divided by 1 - momentum (Bae et al.: "Training Data
     Attribution via Approximate Unrolled Differentiation", 2024).
     """
-    assert has_flow_time(train)
+    assert train.follows_gradient
     steps = math.ceil(num_samples / train.batch_size)
     return summed_rates(recipe_of(train), epochs, steps) / (1 - train.momentum)
 
@@ -52,7 +43,7 @@ def scheduled_damping(checkpoint: Checkpoint, num_samples: int) -> ScheduledDamp
     with one segment. 1 / (s + 1 / t) has the same limits, t for small and 1 / s for large s, and is
     nowhere more than 30 % off. So lambda = w + 1 / t = w + (1 - momentum) / sum of learning rates.
     """
-    if not isinstance(checkpoint, TrainedCheckpoint) or not has_flow_time(checkpoint.train):
+    if not isinstance(checkpoint, TrainedCheckpoint) or not checkpoint.train.follows_gradient:
         return None
     train = checkpoint.train
     time = flow_time(train, num_samples, range(checkpoint.epoch))

@@ -7,7 +7,7 @@ from influence_jobs.errors import ModelError, SpecError
 from influence_jobs.gradients.rules import has_factors, matrix_layers
 from influence_jobs.jobs.recipe import scheduled_damping
 from influence_jobs.kinds.s_test.spec import STestSpec
-from influence_jobs.kinds.train.spec import Checkpoint
+from influence_jobs.kinds.train.spec import Checkpoint, TrainedCheckpoint
 from influence_jobs.requests.base import Say
 from influence_jobs.requests.options import SETTINGS, CurvatureOptions
 from influence_jobs.requests.subject import Subject
@@ -47,6 +47,12 @@ def s_tests_of(
     """
     built = subject.built
     solver = _solver(request, say)
+    runs = [c.train.run_id for c in subject.checkpoints if isinstance(c, TrainedCheckpoint)]
+    if not solver.inverts and len({*runs}) < len(runs):
+        raise SpecError(
+            f"--solver {solver.name} goes through all checkpoints up to the one that is named: "
+            "name one of each training with --checkpoint"
+        )
     curvature = make_spec(
         Curvature,
         operator=request.operator,
@@ -107,7 +113,9 @@ def _solver(request: CurvatureOptions, say: Say) -> SolverSettings:
         **{name: getattr(request, name) for name in SETTINGS},
     }
     chosen = {name: value for name, value in given.items() if value is not None}
-    of_lissa = chosen.keys() & ({*LissaSettings.model_fields, "batch"} - {*DampedSettings.model_fields})
+    of_lissa = chosen.keys() & (
+        {*LissaSettings.model_fields, "batch"} - {*DampedSettings.model_fields}
+    )
     if {"damping", "damping_share"} <= chosen.keys():
         raise SpecError("--damping and --damping-share both say lambda: leave one out")
     name_of_solver = request.solver or ("lissa" if of_lissa else "cg")

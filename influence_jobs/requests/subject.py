@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from infl_configs import preset_names, read_preset
 from influence_jobs.errors import ModelError, SpecError
 from influence_jobs.gradients.weights import weight_named
+from influence_jobs.kinds.s_test.spec import spread_epochs
 from influence_jobs.kinds.train.spec import (
     Checkpoint,
     FileCheckpoint,
@@ -24,6 +25,7 @@ from influence_jobs.models.checkpoints import load_weights
 from influence_jobs.requests.base import Request, Say
 from influence_jobs.requests.options import WeightsRequest
 from influence_jobs.specs.base import TaskSpec, first_error, make_spec
+from influence_jobs.specs.solvers import SourceSettings
 from influence_jobs.store.checkpoints import file_checkpoint, load_checkpoint
 from influence_jobs.store.find import find_run
 from influence_jobs.store.layout import SPEC
@@ -73,7 +75,12 @@ def subject_of(
     checkpoints = checkpoints or [*default_checkpoints]
     task, built = task_of(request, say, trained=_trained_task(checkpoints, request.task))
     if not checkpoints:
-        spec = training_of(task, preset=request.preset, given={"epochs": request.epochs}, say=say)
+        given: dict[str, Any] = {"epochs": request.epochs}
+        spec = training_of(task, preset=request.preset, given=given, say=say)
+        if getattr(request, "solver", None) == "source" and spec.follows_gradient:
+            segments = getattr(request, "segments", None) or SourceSettings().segments
+            given["save_epochs"] = spread_epochs(spec.epochs, segments)
+            spec = training_of(task, preset=request.preset, given=given, say=lambda _: None)
         checkpoints = [TrainedCheckpoint(train=spec, epoch=spec.epochs)]
     # Refuse a wrong file here, before workers start.
     model = built.model()

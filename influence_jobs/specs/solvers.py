@@ -44,7 +44,8 @@ class SolverSettings(Model):
             estimates.
         operators: The matrices that it can invert.
         uses_curvature: False if the solver multiplies with no matrix.
-        needs_factors: Whether layers without Kronecker factors must be named to be taken.
+        inverts: False if s_test is not (A + lambda I)^-1 times the query's gradient, but one vector
+            for each segment of a training.
         asked: Settings that a request gives if the user says nothing, where the default is what
             earlier runs had.
     """
@@ -54,7 +55,7 @@ class SolverSettings(Model):
     passes: ClassVar[int]
     operators: ClassVar[tuple[Operator, ...]] = ("gauss-newton", "hessian")
     uses_curvature: ClassVar[bool] = True
-    needs_factors: ClassVar[bool] = False
+    inverts: ClassVar[bool] = True
     asked: ClassVar[Mapping[str, Any]] = {}
     by_name: ClassVar[dict[str, type["SolverSettings"]]] = {}
 
@@ -67,6 +68,11 @@ class SolverSettings(Model):
             SolverSettings.by_name[name] = cls
 
     @property
+    def needs_factors(self) -> bool:
+        """Whether layers without Kronecker factors must be named to be taken."""
+        return False
+
+    @property
     def num_repeats(self) -> int:
         """Number of independent solutions; s_test is their mean."""
         return getattr(self, "repeats", 1)
@@ -77,8 +83,8 @@ class DampedSettings(SolverSettings):
 
     Attributes:
         damping: Lambda, the effective damping; None for `damping_share` of the largest eigenvalue.
-        damping_share: Runs made before there was a choice have .04. A request has .001, as trainings
-            by SGD of hundreds to thousands of steps have 1e-4 to 1e-3 by their schedule.
+        damping_share: Runs made before there was a choice have .04. A request has .001: by their
+            schedule trainings by SGD of hundreds to thousands of steps have 1e-4 to 1e-3.
     """
 
     asked = {"damping_share": 0.001}  # noqa: RUF012  (a ClassVar of the base)
@@ -151,7 +157,6 @@ class EkFacSettings(DampedSettings):
     summary = "eigenvalue-corrected Kronecker factors"
     passes = 3
     operators = ("gauss-newton",)
-    needs_factors = True
     asked = {**DampedSettings.asked, "targets": "auto"}  # noqa: RUF012  (a ClassVar of the base)
 
     name: Literal["ek-fac"] = "ek-fac"
@@ -162,6 +167,40 @@ class EkFacSettings(DampedSettings):
             "for each sample (sampled), or exact where outputs and samples are few (auto)."
         ),
     ] = "sampled"
+
+    @property
+    def needs_factors(self) -> bool:
+        return True
+
+
+class SourceSettings(SolverSettings):
+    """Influence through the training, cut into segments; see `curvature.source`.
+
+    The checkpoints are those that the train run keeps up to the one that is asked for, shared out
+    evenly, in order. A segment ends with its last checkpoint.
+    """
+
+    solver = "source:Source"
+    summary = "through the stored checkpoints of a training by SGD (SOURCE)"
+    passes = 3
+    operators = ("gauss-newton",)
+    inverts = False
+
+    name: Literal["source"] = "source"
+    segments: Annotated[
+        Count, Field(description="Stretches of training, each with a curvature of its own.")
+    ] = 3
+    exponential: Annotated[
+        Literal["ek-fac", "chebyshev"],
+        Field(
+            description="How functions of the curvature are multiplied: in the eigenbasis of "
+            "EK-FAC, or by a series of products, slow and without its approximation."
+        ),
+    ] = "ek-fac"
+
+    @property
+    def needs_factors(self) -> bool:
+        return self.exponential == "ek-fac"
 
 
 class IdentitySettings(SolverSettings):

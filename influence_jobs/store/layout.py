@@ -60,6 +60,11 @@ def repeat_name(repeat: int) -> str:
     return f"repeats/{repeat}"
 
 
+def segment_name(segment: int) -> str:
+    """The array of the s_test vectors of one segment of a training, counted from 0."""
+    return f"segments/{segment + 1}"
+
+
 def part_name(module: str) -> str:
     """The array with one module's part of the scores."""
     return f"parts/{module or '(model)'}"  # the model itself has no name

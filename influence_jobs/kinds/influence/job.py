@@ -18,18 +18,19 @@ from influence_jobs.jobs.scores import Scores, ScoresJob
 from influence_jobs.kinds.influence.spec import InfluenceSpec
 from influence_jobs.kinds.s_test.job import curvature_samples
 from influence_jobs.kinds.s_test.spec import STestSpec
+from influence_jobs.kinds.s_test.terms import Term, terms_of
 from influence_jobs.kinds.train.spec import Checkpoint
 from influence_jobs.methods.relative import relative_scores
 from influence_jobs.specs.base import AnySpec
 from influence_jobs.specs.solvers import EkFacSettings
-from influence_jobs.store.layout import S_TEST, SCORES, part_name
+from influence_jobs.store.layout import SCORES, part_name
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.base import Draw
 from influence_jobs.terms import ScorePrecision
 
 
 class InfluenceJob(ScoresJob[InfluenceSpec]):
-    """The scores have one term for every s_test run and noise draw."""
+    """The scores have terms for every s_test run (`terms_of`) and noise draw."""
 
     spec_type = InfluenceSpec
     _engines: tuple[int, GradDots, GradQuadratics | None] | None = None
@@ -39,6 +40,11 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
         """Metrics by s_test run, filled on demand."""
         return {}
 
+    @cached_property
+    def _terms(self) -> tuple[tuple[STestSpec, Term], ...]:
+        """The terms of the scores, each with its s_test run."""
+        return tuple((s_test, term) for s_test in self.spec.s_tests for term in terms_of(s_test))
+
     @staticmethod
     def inputs(spec: InfluenceSpec) -> tuple[AnySpec, ...]:
         trained = trained_inputs(tuple(s_test.checkpoint for s_test in spec.s_tests))
@@ -46,7 +52,7 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
-        return tuple(s_test.checkpoint for s_test in self.spec.s_tests)
+        return tuple(term.checkpoint for _, term in self._terms)
 
     def input_digests(self) -> dict[str, str]:
         runs = [Run(self.run_store.root, s_test) for s_test in self.spec.s_tests]
@@ -63,7 +69,7 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
 
     @property
     def terms(self) -> int:
-        return len(self.spec.s_tests) * self.spec.noise_draws
+        return len(self._terms) * self.spec.noise_draws
 
     @cached_property
     def kept_layers(self) -> tuple[str, ...]:
@@ -111,21 +117,21 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
         if sizes is not None:
             squared_B = torch.stack([*sizes(batch).values()]).sum(dim=0).double().cpu().numpy()
             scores = {name: relative_scores(values, squared_B) for name, values in scores.items()}
-        terms = self.spec.noise_draws
+        weight = self._terms[which][1].weight / self.spec.noise_draws
         if self.spec.combine == "mean":
-            terms *= len(self.spec.s_tests)
-        return {name: values / terms for name, values in scores.items()}
+            weight /= len(self.spec.s_tests)
+        return {name: values * weight for name, values in scores.items()}
 
     def _engines_of(self, which: int) -> tuple[GradDots, GradQuadratics | None]:
-        """The engines of one s_test run, with its checkpoint's weights in the model."""
+        """The engines of one term, with its checkpoint's weights in the model."""
         if self._engines is None or self._engines[0] != which:
             if self._engines is not None:
                 for engine in self._engines[1:]:
                     if engine is not None:
                         engine.close()
-            s_test = self.spec.s_tests[which]
-            self.load(s_test.checkpoint)
-            vectors_QP = torch.from_numpy(self._vectors(s_test))
+            s_test, term = self._terms[which]
+            self.load(term.checkpoint)
+            vectors_QP = torch.from_numpy(self._vectors(s_test, term))
             space = ParameterSpace(self.model, s_test.modules)
             sizes = None
             if self.spec.relative is not None:
@@ -144,9 +150,9 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
         first = torch.arange(min(2, len(self.task.train_data())))
         dots.check(self.batch(first, Draw(self.spec.seed)))
 
-    def _vectors(self, s_test: STestSpec) -> npt.NDArray[np.floating]:
+    def _vectors(self, s_test: STestSpec, term: Term) -> npt.NDArray[np.floating]:
         run = Run(self.run_store.root, s_test)
-        return run.read_rows(S_TEST, 0, len(s_test.queries.items))
+        return run.read_rows(term.array, 0, len(s_test.queries.items))
 
     def _metrics(self, s_test: STestSpec) -> dict[str, Metric | None]:
         """Each layer's quadratic form; relative scores are divided by the root of their sum."""

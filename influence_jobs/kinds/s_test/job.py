@@ -10,20 +10,37 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from influence_jobs.curvature import GaussNewton, Hessian, Operator, Solution, make_solver
+from influence_jobs.curvature import (
+    ConjugateGradient,
+    EkFac,
+    GaussNewton,
+    Hessian,
+    Operator,
+    Solution,
+    make_solver,
+)
 from influence_jobs.curvature.halves import cosines_of_halves
+from influence_jobs.curvature.solver import Trial
+from influence_jobs.curvature.source import Segment, Source
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.jobs.base import Job, Plan, Progress, Result, Shard
 from influence_jobs.jobs.queries import query_gradients, require_queries, write_queries
 from influence_jobs.jobs.recipe import scheduled_damping
 from influence_jobs.jobs.samples import trained_inputs
 from influence_jobs.kinds.s_test.spec import STestSpec
+from influence_jobs.kinds.s_test.terms import Stretch, stretches_of, terms_of
 from influence_jobs.kinds.train.spec import TrainedCheckpoint
 from influence_jobs.specs.base import AnySpec
-from influence_jobs.specs.solvers import Curvature, DampedSettings
+from influence_jobs.specs.solvers import Curvature, DampedSettings, SourceSettings
 from influence_jobs.store.checkpoints import load_checkpoint, recorded_digest
-from influence_jobs.store.layout import S_TEST, S_TEST_VARIANCE, ArrayLayout, repeat_name
-from influence_jobs.tasks.base import Draw, Task, converted, device_of
+from influence_jobs.store.layout import (
+    S_TEST,
+    S_TEST_VARIANCE,
+    ArrayLayout,
+    repeat_name,
+    segment_name,
+)
+from influence_jobs.tasks.base import Draw, Task, converted, copy_of, device_of
 
 # A block of queries, which is a chunk, shares each product. The bytes limit a shard's vectors.
 MAX_QUERIES, MAX_BLOCK_BYTES = 64, 64 * 2**20
@@ -50,11 +67,10 @@ class STestJob(Job[STestSpec]):
         return trained_inputs((spec.checkpoint,))
 
     def input_digests(self) -> dict[str, str]:
-        checkpoint = self.spec.checkpoint
-        if not isinstance(checkpoint, TrainedCheckpoint):
-            return {}
-        name = f"{checkpoint.train.run_id}@{checkpoint.epoch}"
-        return {name: recorded_digest(self.run_store.root, checkpoint)}
+        checkpoints = [term.checkpoint for term in terms_of(self.spec)] + [self.spec.checkpoint]
+        trained = [c for c in checkpoints if isinstance(c, TrainedCheckpoint)]
+        root = self.run_store.root
+        return {f"{c.train.run_id}@{c.epoch}": recorded_digest(root, c) for c in trained}
 
     @cached_property
     def _repeats(self) -> int:
@@ -70,7 +86,7 @@ class STestJob(Job[STestSpec]):
         row_bytes = np.dtype(self.spec.precision).itemsize * size
         block = max(1, min(MAX_QUERIES, MAX_BLOCK_BYTES // row_bytes, num_queries))
         rows = -(-(shard_rows or block) // block) * block
-        names = [S_TEST]
+        names = list(dict.fromkeys(term.array for term in terms_of(self.spec)))
         if self._repeats > 1:
             names += [S_TEST_VARIANCE, *(repeat_name(r) for r in range(self._repeats))]
         arrays = tuple(
@@ -105,6 +121,8 @@ class STestJob(Job[STestSpec]):
     def run(self, shard: Shard, progress: Progress) -> Result:
         load_checkpoint(self._model, self.run_store.root, self.spec.checkpoint)
         progress(0)
+        if isinstance(self.spec.solver, SourceSettings):
+            return self._run_source(shard, self.spec.solver, progress)
         block = self.plan().arrays[0].chunk_rows
         starts = range(shard.start, shard.stop, block)
         repeats, units = shard.repeats, self._units(shard)
@@ -123,41 +141,95 @@ class STestJob(Job[STestSpec]):
             solutions = solver.solve_repeats(self._operator, rhs_QP, repeats, solved)
             for repeat, solution in zip(repeats, solutions, strict=True):
                 vectors[repeat].append(solution.x_QP.cpu().numpy())
-                said = self._said(solution, rhs_QP) if start == repeat == 0 else {}
+                said = dict[str, Any]()
+                if start == repeat == 0:
+                    said = self._said(solution.damping, rhs_QP)
+                    said["messages"] += solution.record.get("messages", ())
                 rows += _rows(solution, start, repeat, said)
         found = {
             repeat_name(repeat) if self._repeats > 1 else S_TEST: np.concatenate(blocks)
             for repeat, blocks in vectors.items()
         }
-        # One table for each shard: two shards must not write to one file.
-        files = self.run_store.write_table(f"{SHARD_TABLES}/{shard.id}", pa.Table.from_pylist(rows))
-        return Result(found, files)
+        return Result(found, self._written(shard, rows))
 
-    def _said(self, solution: Solution, rhs_QP: torch.Tensor) -> dict[str, Any]:
-        """What the first solution's record says of lambda and of the samples."""
-        found, messages = dict[str, Any](), [*self._defaults, *solution.record.get("messages", ())]
-        if self._of_subset:
-            cosines = cosines_of_halves(
-                make_solver(self.spec.solver, seed=self.spec.curvature.seed),
-                self._operator,
-                rhs_QP[:COMPARED],
-                solution.damping,
-            )
-            found["cosines_of_halves"], least = cosines, min(cosines)
-            said = f"s_test vectors of two halves of these samples have cosines from {least:.2f}"
-            if least < STABLE:
-                said += f", below {STABLE:g}: more --curvature-samples make them more stable"
-            messages.append(said)
-        return {**found, "messages": messages}
+    def _written(self, shard: Shard, rows: list[dict[str, Any]]) -> dict[str, str]:
+        # One table for each shard: two shards must not write to one file.
+        name = f"{SHARD_TABLES}/{shard.id}"
+        return self.run_store.write_table(name, pa.Table.from_pylist(rows))
+
+    def _run_source(self, shard: Shard, settings: SourceSettings, progress: Progress) -> Result:
+        rhs_QP = query_gradients(
+            self.task, self._model, self._space, self.spec.queries, shard.start, shard.stop
+        )
+        stretches, units = stretches_of(self.spec), self._units(shard)
+        found: dict[str, npt.NDArray[Any]] = {}
+        rows: list[dict[str, Any]] = []
+
+        def solved(fraction: float) -> None:
+            progress(round((len(found) + fraction) / len(stretches) * units))
+
+        solver = Source(settings.exponential, seed=self.spec.curvature.seed)
+        segments = (self._segment(stretch) for stretch in reversed(stretches))
+        for solution in solver.solve(segments, rhs_QP, solved):
+            number = len(stretches) - 1 - len(found)
+            stretch = stretches[number]
+            found[segment_name(number)] = solution.x_QP.cpu().numpy()
+            time = stretch.time(len(self.task.train_data()))
+            record = {"time": time, "messages": list(solution.messages)}
+            if shard.start == 0 and number == len(stretches) - 1:
+                said = self._said(1 / time, rhs_QP)
+                record |= {**said, "messages": [*said["messages"], *record["messages"]]}
+            rows += [
+                {
+                    "query": query,
+                    "repeat": 0,
+                    "segment": number + 1,
+                    "epochs": f"{stretch.begin} to {stretch.end}",
+                    "checkpoints": len(stretch.checkpoints),
+                    "time": time,
+                    "products": solution.products,
+                    "record": json.dumps(record),
+                }
+                for query in range(shard.start, shard.stop)
+            ]
+        return Result(found, self._written(shard, rows))
+
+    def _segment(self, stretch: Stretch) -> Segment:
+        """A segment, with a model for each of its checkpoints."""
+        operators = []
+        for checkpoint in stretch.checkpoints:
+            model = copy_of(self._model)
+            load_checkpoint(model, self.run_store.root, checkpoint)
+            operators.append(self._gauss_newton(model))
+        train = stretch.checkpoints[0].train
+        return Segment(operators, stretch.time(len(self.task.train_data())), train.weight_decay)
+
+    def _said(self, damping: float, rhs_QP: torch.Tensor) -> dict[str, Any]:
+        """What the record of a run's first row says of lambda and of the samples."""
+        messages = self._defaults
+        if not self._of_subset:
+            return {"messages": messages}
+        cosines = cosines_of_halves(
+            EkFac(seed=self.spec.curvature.seed)
+            if self.spec.solver.needs_factors
+            else ConjugateGradient(),
+            self._operator,
+            rhs_QP[:COMPARED],
+            damping,
+        )
+        said = f"s_test vectors of two halves of these samples have cosines from {min(cosines):.2f}"
+        if min(cosines) < STABLE:
+            said += f", below {STABLE:g}: more --curvature-samples make them more stable"
+        return {"cosines_of_halves": cosines, "messages": [*messages, said]}
 
     @property
     def _defaults(self) -> list[str]:
         """Where lambda comes from, and which samples the curvature is of, in lines."""
         solver, lines, n = self.spec.solver, list[str](), len(self.task.train_data())
-        if not isinstance(solver, DampedSettings):
-            return []
         scheduled = scheduled_damping(self.spec.checkpoint, n)
-        if solver.damping is None:
+        if not isinstance(solver, DampedSettings):
+            pass
+        elif solver.damping is None:
             more = ""
             if self.spec.curvature.operator == "hessian":
                 more = ", and what makes the smallest positive"
@@ -186,11 +258,23 @@ class STestJob(Job[STestSpec]):
         rhs_QP = torch.randn(self.plan().arrays[0].chunk_rows, self._space.size).to(
             device_of(self._model), next(self._model.parameters()).dtype
         )
-        solver = make_solver(self.spec.solver, seed=self.spec.curvature.seed)
-        trial = solver.trial(self._operator, rhs_QP, self.spec.solver.passes)
+        trial = self._trial(rhs_QP)
         self._notes = [*notes, *self._defaults, *trial.said]
         for fraction in trial.pieces:
             yield fraction * len(self._samples)
+
+    def _trial(self, rhs_QP: torch.Tensor) -> Trial:
+        settings, n = self.spec.solver, len(self.task.train_data())
+        if not isinstance(settings, SourceSettings):
+            solver = make_solver(settings, seed=self.spec.curvature.seed)
+            return solver.trial(self._operator, rhs_QP, settings.passes)
+        source = Source(settings.exponential, seed=self.spec.curvature.seed)
+        assert isinstance(self._operator, GaussNewton)
+        segments = [
+            (Segment([self._operator], stretch.time(n)), len(stretch.checkpoints))
+            for stretch in stretches_of(self.spec)
+        ]
+        return source.trial(segments, rhs_QP)
 
     def notes(self) -> Sequence[str]:
         return self._notes
@@ -212,21 +296,24 @@ class STestJob(Job[STestSpec]):
 
     @cached_property
     def _operator(self) -> Operator:
-        curvature, draw = self.spec.curvature, Draw(self.spec.curvature.seed)
+        curvature = self.spec.curvature
         # The identity solver uses neither. The Hessian needs only the losses of a task.
         if curvature.operator == "gauss-newton" and self.spec.solver.uses_curvature:
-            return GaussNewton(
-                self._model, self._space, self.task, self._samples, draw, self.batch_size
-            )
+            return self._gauss_newton(self._model)
         return Hessian(
             self._model,
             self._space,
             self.task,
             self._samples,
-            draw,
+            Draw(curvature.seed),
             self.batch_size,
             finite_difference=curvature.product == "finite-difference",
         )
+
+    def _gauss_newton(self, model: torch.nn.Module) -> GaussNewton:
+        draw = Draw(self.spec.curvature.seed)
+        space = self._space.of(model)
+        return GaussNewton(model, space, self.task, self._samples, draw, self.batch_size)
 
     def finish(self) -> Result:
         run, spec = self.run_store, self.spec
@@ -234,9 +321,8 @@ class STestJob(Job[STestSpec]):
         shards = plan["shards"] if plan else []
         names = [f"{SHARD_TABLES}/{shard['id']}" for shard in shards]
         tables = pa.concat_tables([run.read_table(name) for name in names])
-        files = run.write_table(
-            "solutions", tables.sort_by([("query", "ascending"), ("repeat", "ascending")])
-        )
+        order = [name for name in ("query", "repeat", "segment") if name in tables.column_names]
+        files = run.write_table("solutions", tables.sort_by([(o, "ascending") for o in order]))
         files |= write_queries(run, self.task, spec.queries)
         if self._repeats == 1:
             return Result(files=files)
@@ -282,5 +368,12 @@ def _rows(
 def _quantity(name: str, spec: STestSpec) -> str:
     if name == S_TEST_VARIANCE:
         return "variance over repeats of each entry of s_test"
+    if isinstance(spec.solver, SourceSettings):
+        stretch = stretches_of(spec)[int(name.rpartition("/")[2]) - 1]
+        return (
+            "(1 - exp(-t curvature)) / curvature times the gradient of the query's "
+            f"{spec.queries.quantity} at the end of the segment, epochs {stretch.begin} to "
+            f"{stretch.end}"
+        )
     which = "" if name == S_TEST else ", one repeat"
     return f"(curvature + lambda I)^-1 gradient of the query's {spec.queries.quantity}{which}"

@@ -4,10 +4,15 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from influence_jobs.kinds.train.spec import Checkpoint
+from influence_jobs.kinds.train.spec import Checkpoint, TrainedCheckpoint
 from influence_jobs.specs.base import Spec
 from influence_jobs.specs.queries import Queries
-from influence_jobs.specs.solvers import AnySolver, ConjugateGradientSettings, Curvature
+from influence_jobs.specs.solvers import (
+    AnySolver,
+    ConjugateGradientSettings,
+    Curvature,
+    SourceSettings,
+)
 from influence_jobs.terms import ScorePrecision
 
 
@@ -42,4 +47,50 @@ class STestSpec(Spec):
                 f"{preconditioner} comes near the gauss-newton matrix only: leave --operator or "
                 "--preconditioner out"
             )
+        if isinstance(self.solver, SourceSettings):
+            require_segments(self.checkpoint, self.solver.segments)
         return self
+
+
+def stored_epochs(checkpoint: TrainedCheckpoint) -> list[int]:
+    """The epochs up to a checkpoint whose weights its run keeps."""
+    return [epoch for epoch in checkpoint.train.save_epochs if epoch <= checkpoint.epoch]
+
+
+def spread_epochs(last: int, segments: int) -> tuple[int, ...]:
+    """Epochs to keep for a number of segments: two in each, evenly, as far as there are so many."""
+    wanted = 2 * segments
+    return tuple(sorted({-(-last * i // wanted) for i in range(1, wanted + 1)}))
+
+
+def require_segments(checkpoint: Checkpoint, segments: int) -> None:
+    """Refuse a checkpoint whose training cannot be cut into segments.
+
+    Raises:
+        ValueError: Naming the cure.
+    """
+    if not isinstance(checkpoint, TrainedCheckpoint):
+        raise ValueError(  # noqa: TRY004  (pydantic's)
+            f"source goes through a training, which {checkpoint.words()} does not say: name a "
+            "train run with --checkpoint, or use another --solver"
+        )
+    train = checkpoint.train
+    if not train.follows_gradient:
+        clipped = "" if train.clip_norm is None else ", with a clipped norm"
+        raise ValueError(
+            f"source is of training by plain SGD, and {train.run_id} has {train.how()}{clipped}: "
+            "use another --solver"
+        )
+    stored, last = stored_epochs(checkpoint), checkpoint.epoch
+    if len(stored) >= segments:
+        return
+    if last < segments:
+        raise ValueError(
+            f"{segments} segments need as many epochs, and {checkpoint.words()} is earlier: use "
+            f"--segments {last}, or train longer"
+        )
+    missing = (f"--save-epoch {e}" for e in spread_epochs(last, segments) if e not in stored)
+    raise ValueError(
+        f"{segments} segments need the weights of as many epochs up to {last}, and {train.run_id} "
+        f"keeps {', '.join(map(str, stored))}: train with {' '.join(missing)}"
+    )

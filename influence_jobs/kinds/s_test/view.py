@@ -24,6 +24,9 @@ class STestView(View[STestSpec]):
         if not self.spec.solver.uses_curvature:
             return ["no curvature: s_test is the query's gradient"]
         rows = self.run.read_table("solutions").to_pylist()
+        messages = [m for row in rows for m in json.loads(row["record"]).get("messages", ())]
+        if not self.spec.solver.inverts:
+            return [self._segments(rows), *dict.fromkeys(messages)]
         damping, record = rows[0]["damping"], json.loads(rows[0]["record"])
         residual = max(row["residual"] for row in rows)
         steps = max(row["iterations"] for row in rows)
@@ -36,8 +39,16 @@ class STestView(View[STestSpec]):
                 f"; the recursion's own damping {record['recursion_damping']:.4g} x scale "
                 f"{record['scale']:.4g}, batches of {record['batch_size']}"
             )
-        messages = [m for row in rows for m in json.loads(row["record"]).get("messages", ())]
         return [line, *dict.fromkeys(messages)]
+
+    @staticmethod
+    def _segments(rows: Sequence[dict[str, Any]]) -> str:
+        said = [
+            f"epochs {row['epochs']}: {row['checkpoints']} checkpoints, time {row['time']:.4g}"
+            for row in rows
+            if row["query"] == rows[0]["query"]
+        ]
+        return f"segments: {'; '.join(said)}, the sum of learning rates / (1 - momentum)"
 
     def next_step(self) -> str:
         return f"infl submit influence --s-test {self.run.id}{self.more}"
@@ -47,6 +58,17 @@ class STestView(View[STestSpec]):
         rows = self.run.read_table("solutions").to_pylist()
         count = len(rows)
         more = f" The first {MAX_SOLUTIONS} of {count}." if count > MAX_SOLUTIONS else ""
+        if not self.spec.solver.inverts:
+            columns = ("query", "segment", "epochs", "checkpoints", "time", "products")
+            return [
+                Table(
+                    title="s_test vectors",
+                    columns=columns,
+                    rows=[tuple(row[column] for column in columns) for row in rows[:MAX_SOLUTIONS]],
+                    note="Time: sum of the learning rates / (1 - momentum). Products: of the "
+                    f"curvature with the query's vector; none by EK-FAC.{more}",
+                )
+            ]
         columns = ("query", "repeat", "damping", "residual", "iterations", "gradient_equivalents")
         return [
             Table(

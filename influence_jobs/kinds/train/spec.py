@@ -145,6 +145,15 @@ class TrainSpec(NormsSpec):
             return frozenset(plain | {"momentum", "weight_decay"})
         return frozenset(plain)
 
+    @property
+    def follows_gradient(self) -> bool:
+        """Whether it follows the gradient of the mean loss, at rates that can be read here.
+
+        Adam's steps have another length in each direction, which depends on the gradients that it
+        saw. What a task decides, and how often a norm was clipped, cannot be read from the spec.
+        """
+        return self.optimizer == "sgd" and self.schedule != "task" and self.clip_norm is None
+
     def how(self) -> str:
         """How the model is trained, in a few words."""
         if self.trainer == "task":

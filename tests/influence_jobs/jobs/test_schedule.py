@@ -9,7 +9,7 @@ import torch
 from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, StepLR
 
-from influence_jobs.jobs.recipe import flow_time, has_flow_time, scheduled_damping
+from influence_jobs.jobs.recipe import flow_time, scheduled_damping
 from influence_jobs.kinds.train.spec import FileCheckpoint, TrainedCheckpoint, TrainSpec
 from influence_jobs.specs.base import make_spec
 from influence_jobs.specs.solvers import ConjugateGradientSettings, IdentitySettings
@@ -91,7 +91,7 @@ def test_only_plain_sgd_says_a_lambda(task: Any) -> None:
 
     assert found(training(task, nesterov=True)) is not None
     for other in ({"optimizer": "adam"}, {"clip_norm": 1.0}, {"schedule": "task"}):
-        assert not has_flow_time(training(task, **other))
+        assert not training(task, **other).follows_gradient
         assert found(training(task, **other)) is None
     assert found(training(task, optimizer="task", lr=None)) is None
     assert scheduled_damping(FileCheckpoint(path="/w.pt", sha256="ab"), N) is None
