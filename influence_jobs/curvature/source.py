@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ Exponential = Literal["ek-fac", "chebyshev"]
 TOLERANCE = 1e-5  # of the series, as a part of its largest value
 MOST_DEGREE = 2**14
 LANCZOS_STEPS = 12
+
 Spectral = Callable[[Tensor], Tensor]  # a function of eigenvalues
 
 
@@ -206,7 +207,7 @@ def series_of(segment: Segment, top: float) -> tuple[list[float], list[float]]:
         SpecError: More products are needed than anyone waits for.
     """
 
-    def on_interval(function: Spectral) -> Callable[[np.ndarray], np.ndarray]:
+    def on_interval(function: Spectral) -> Any:
         return lambda y: function(torch.from_numpy((y + 1) * top / 2)).numpy()
 
     degree = 16

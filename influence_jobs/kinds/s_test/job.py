@@ -175,10 +175,10 @@ class STestJob(Job[STestSpec]):
             stretch = stretches[number]
             found[segment_name(number)] = solution.x_QP.cpu().numpy()
             time = stretch.time(len(self.task.train_data()))
-            record = {"time": time, "messages": list(solution.messages)}
+            record: dict[str, Any] = {"messages": []}
             if shard.start == 0 and number == len(stretches) - 1:
-                said = self._said(1 / time, rhs_QP)
-                record |= {**said, "messages": [*said["messages"], *record["messages"]]}
+                record = self._said(1 / time, rhs_QP)
+            record["messages"] += solution.messages
             rows += [
                 {
                     "query": query,

@@ -94,7 +94,8 @@ def s_test_of(task: Any, *, every: int, segments: int, exponential: str) -> STes
 
 def rise_without(task: Any, sample: int, test: int, amount: float) -> float:
     """N x the rise of a test loss by SGD with a sample of less weight, per weight."""
-    made, losses = make_task(task), []
+    made: Any = make_task(task)
+    losses = []
     for weight in (1 - amount, 1 + amount):
         model = initial_model(made, 0, torch.device("cpu"))
         optimizer = torch.optim.SGD(model.parameters(), LR, MOMENTUM, weight_decay=DECAY)
