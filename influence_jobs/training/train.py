@@ -170,6 +170,7 @@ class Trainer:
 
     Attributes:
         finite_steps: Number of first steps in which the loss was finite.
+        batch_loss: Mean loss of the last batch, a number without a graph; NaN before the first.
 
     Raises:
         SpecError: These changes cannot be made to the task's training set.
@@ -206,6 +207,7 @@ class Trainer:
         self.epoch, self.step_in_epoch = 0, 0  # finished epochs, and steps of the current one
         self._loss_sum = torch.zeros((), device=device, dtype=torch.float64)
         self.finite_steps = torch.zeros((), device=device, dtype=torch.int64)
+        self.batch_loss = torch.tensor(math.nan)
         self._order = self._epoch_order()
 
     @property
@@ -219,10 +221,15 @@ class Trainer:
         in_epoch = min(self.step_in_epoch * self.recipe.batch_size, self.num_samples)
         return self.epoch * self.num_samples + in_epoch
 
+    @property
+    def next_ids(self) -> Tensor:
+        """The samples of the next step, (B,)."""
+        first = self.step_in_epoch * self.recipe.batch_size
+        return self._order[first : first + self.recipe.batch_size]
+
     def step(self) -> float | None:
         """Take one optimiser step; at the end of an epoch return its mean training loss."""
-        first = self.step_in_epoch * self.recipe.batch_size
-        ids = self._order[first : first + self.recipe.batch_size]
+        ids = self.next_ids
         draw = Draw(self.seed, self.epoch)
         batch = to_device(self.task.train_batch(ids, draw), self.device)
         new_labels_B = None
@@ -235,7 +242,8 @@ class Trainer:
             require_one_each(self.task, losses_B, ids.shape)
             if self._weights_N is not None:
                 losses_B = losses_B * self._weights_N[ids].to(losses_B)
-            losses_B.mean().backward()  # type: ignore[no-untyped-call]
+            loss = losses_B.mean()
+            loss.backward()  # type: ignore[no-untyped-call]
             if self.norms is not None:
                 self.norms.add(self.model, ids, self.epoch)
             if self.recipe.clip_norm is not None:
@@ -243,6 +251,7 @@ class Trainer:
             self.optimizer.step()
         if self.scheduler is not None:
             self.scheduler.step()
+        self.batch_loss = loss.detach()
         self._loss_sum += losses_B.detach().sum()
         self.finite_steps += self._loss_sum.isfinite()
         if self.recipe.by_task and self.epoch == self.step_in_epoch == 0:
