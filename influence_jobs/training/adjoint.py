@@ -67,7 +67,10 @@ class Cotangents(ABC):
 
 
 class OfSGD(Cotangents):
-    """b' = mu b + g + lambda theta; theta' = theta - lr b', with Nesterov - lr (g + ... + mu b')."""
+    """b' = mu b + h with h = g + lambda theta; theta' = theta - lr b', Nesterov - lr (h + mu b').
+
+    Torch begins with b' = h, which is the same as b = 0.
+    """
 
     state = ("buffer",)
 
@@ -170,7 +173,8 @@ def back_through_clipping(
 ) -> dict[str, Tensor]:
     """The cotangents (Q, *shape) of gradients, from those of the clipped gradients.
 
-    g' = f g with f = limit / (|g| + 1e-6), so g_bar = f g'_bar - f (g . g'_bar) g / |g| / (|g| + 1e-6).
+    g' = f g with f = limit / (|g| + 1e-6), so
+    g_bar = f (g'_bar - (g . g'_bar) g / (|g| (|g| + 1e-6))).
     """
     if factor == 1:
         return dict(cotangents)

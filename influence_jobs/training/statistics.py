@@ -62,6 +62,15 @@ def moving(model: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
             yield name, module
 
 
+def statistics_of(model: nn.Module) -> dict[str, Tensor]:
+    """The running statistics that a training moves, by name."""
+    return {
+        f"{name}.{own}".lstrip("."): getattr(norm, own)
+        for name, norm in moving(model)
+        for own in STATISTICS
+    }
+
+
 def require_plain_average(model: nn.Module) -> None:
     """Refuse a layer whose running statistics are a plain mean over all batches.
 
@@ -78,7 +87,7 @@ def require_plain_average(model: nn.Module) -> None:
 
 @contextmanager
 def watched(model: nn.Module) -> Iterator[Moves]:
-    """Collect what a forward pass in train mode moves running statistics towards, with its graph."""
+    """Collect what a forward pass in train mode moves running statistics towards."""
     moves: Moves = []
 
     def hook(name: str) -> Any:

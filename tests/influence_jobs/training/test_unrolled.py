@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from influence_jobs.errors import ModelError
 from influence_jobs.gradients.parameters import ParameterSpace
-from influence_jobs.tasks.base import Draw
+from influence_jobs.tasks.base import Draw, Task
 from influence_jobs.training.recipe import Recipe
 from influence_jobs.training.statistics import with_statistics
 from influence_jobs.training.train import Trainer
+from influence_jobs.training.trajectory import Trajectory
 from influence_jobs.training.unrolled import Unrolled
 
 from .ensembles import CPU, Points, recipe
@@ -120,12 +120,10 @@ def trained(task: Weighted, how: Recipe, epochs: int) -> nn.Module:
     return trainer.model.eval()
 
 
-def unrolled(task: Any, how: Recipe, *, epochs: int | None = None, kept: Kept | None = None,
-             dtype: torch.dtype = torch.float64) -> Unrolled:  # fmt: skip
-    return Unrolled(
-        task, how, seed=SEED, epochs=epochs or how.epochs, device=CPU, dtype=dtype,
-        snapshots=Kept() if kept is None else kept,
-    )  # fmt: skip
+def trajectory(task: Task, how: Recipe, *, epochs: int | None = None) -> Trajectory:
+    return Trajectory(
+        task, how, seed=SEED, epochs=epochs or how.epochs, device=CPU, snapshots=Kept()
+    )
 
 
 def gradients(task: Weighted, model: nn.Module) -> dict[str, Tensor]:
@@ -135,10 +133,16 @@ def gradients(task: Weighted, model: nn.Module) -> dict[str, Tensor]:
     return space.split(torch.stack([space.gradient(task.measures(exact)[i]) for i in range(3)]))
 
 
-def scores(task: Weighted, how: Recipe, **options: Any) -> np.ndarray:
-    run = unrolled(task, how, **options)
-    model = run.train(lambda done: None)
-    return run.scores(gradients(task, model), lambda done: None).numpy()
+def ignored(done: int) -> None:
+    """Progress."""
+
+
+def scores(
+    task: Weighted, how: Recipe, *, dtype: torch.dtype = torch.float64, **options: Any
+) -> np.ndarray:
+    steps = trajectory(task, how, **options)
+    model = steps.train(ignored)
+    return Unrolled(steps, dtype).scores(gradients(task, model), ignored).numpy()
 
 
 def differences(task: Weighted, how: Recipe, sample: int, epochs: int) -> np.ndarray:
@@ -158,7 +162,7 @@ CASES = {
     "decay": (smooth, recipe("sgd", 16, lr=0.1, momentum=0.5, weight_decay=0.05)),
     "decay-no-bias": (
         smooth,
-        recipe("sgd", 16, lr=0.1, momentum=0.8, weight_decay=0.1, no_bias_decay=True, nesterov=True),
+        recipe("sgd", 16, lr=0.1, momentum=0.8, weight_decay=0.1, no_bias_decay=True),
     ),
     "schedule": (
         smooth, recipe("sgd", 16, lr=0.2, momentum=0.8, schedule="cosine", warmup=4)
