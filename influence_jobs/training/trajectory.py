@@ -135,8 +135,12 @@ class Trajectory:
 
         Returns:
             The trained model, in eval mode.
+
+        Raises:
+            ModelError: The training changes a buffer that cannot be gone back through.
         """
         trainer, done = self.trainer(), 0
+        before = _other_buffers(trainer.model)
         there = self._kept_at & {*self._snapshots.steps()}
         for step in sorted(there, reverse=True):
             if (state := self._snapshots.read(step)) is not None:
@@ -149,6 +153,7 @@ class Trajectory:
             if done in self._kept_at and done not in there:
                 self._snapshots.write(done, trainer.state_dict())
             if done == self.num_steps:
+                _require_unmoved(trainer.model, before)
                 return trainer.model.eval()
             trainer.step()
             done += 1
@@ -158,7 +163,7 @@ class Trajectory:
         """The steps from the last kept state up to a step, taken again.
 
         Raises:
-            ModelError: They end elsewhere than before, or change a buffer that is not known.
+            ModelError: They end elsewhere than before.
             StoreError: The state is gone.
         """
         start = (stop - 1) // self.spacing * self.spacing
@@ -169,9 +174,7 @@ class Trajectory:
                 "resume the run"
             )
         trainer.load_state_dict(state)
-        before = _other_buffers(trainer.model)
         steps = [self.recorded_step(trainer) for _ in range(start, stop)]
-        _require_unmoved(trainer.model, before)
         after = self._snapshots.read(stop) if stop in self._kept_at else None
         if after is not None and not same_weights(trainer.model.state_dict(), after["model"]):
             raise ModelError(
