@@ -13,7 +13,7 @@ class UnrolledRequest(WeightsRequest, QueriesOptions):
     """What this very run would have given without each sample, by going back through its steps.
 
     Exact derivatives for one training, its seed and order included; influence asks what other
-    trainings would give. It costs two more trainings, and for each query about three. Each
+    trainings would give. It costs about three trainings, and two more for each query. Each
     checkpoint has a run of its own.
     """
 
