@@ -23,6 +23,35 @@ S = TypeVar("S", bound=ScoresSpec)
 Scores = Mapping[str, npt.NDArray[np.floating[Any]]]
 
 
+def sides_of(quantity: str) -> dict[str, str]:
+    """Sign and unit of scores of influence, as attributes of their arrays."""
+    ends = "helpful" if quantity == "loss" else f"it lowers the {quantity}"
+    other = "harmful" if quantity == "loss" else f"it raises the {quantity}"
+    return {"sign": f"positive = {ends}, negative = {other}", "unit": quantity}
+
+
+def scores_layout(
+    name: str,
+    num_queries: int,
+    num_samples: int,
+    *,
+    dtype: ScorePrecision,
+    attributes: Mapping[str, str],
+) -> ArrayLayout:
+    """The layout of scores (Q, N) whose rows are the samples."""
+    row_bytes = np.dtype(dtype).itemsize * min(num_queries, QUERIES_PER_CHUNK)
+    return ArrayLayout(
+        name=name,
+        shape=(num_queries, num_samples),
+        row_axis=1,
+        chunk_rows=chunk_rows(num_samples, row_bytes),
+        chunk_leading=QUERIES_PER_CHUNK,
+        dims=("query", "sample"),
+        dtype=dtype,
+        attributes=attributes,
+    )
+
+
 class ScoresJob(SampleJob[S]):
     """Base of the jobs that compute a score for every (query, training sample)."""
 
@@ -60,19 +89,9 @@ class ScoresJob(SampleJob[S]):
 
     def layouts(self) -> tuple[ArrayLayout, ...]:
         n, q = len(self.task.train_data()), len(self.spec.queries.items)
-        rows = chunk_rows(n, np.dtype(self.stored).itemsize * min(q, QUERIES_PER_CHUNK))
         names = {SCORES: "all", **{part_name(layer): layer for layer in self.kept_layers}}
         return tuple(
-            ArrayLayout(
-                name=name,
-                shape=(q, n),
-                row_axis=1,
-                chunk_rows=rows,
-                chunk_leading=QUERIES_PER_CHUNK,
-                dims=("query", "sample"),
-                dtype=self.stored,
-                attributes={**self.meaning, "of": of},
-            )
+            scores_layout(name, q, n, dtype=self.stored, attributes={**self.meaning, "of": of})
             for name, of in names.items()
         )
 

@@ -94,6 +94,7 @@ class ShardRunner:
                 "worker": f"{socket.gethostname()}:{os.getpid()}",
                 "software": software(),
                 "finished_at": now(),
+                "threads": torch.get_num_threads(),
             }
         )
         run.manifest.write(done)

@@ -122,6 +122,7 @@ class Entry:
         seconds: Time taken, including the writing.
         worker: Host and process that computed it.
         software: Versions and revision that computed it; empty in runs older than this field.
+        threads: Of one torch operation, on which rounding depends; 0 in runs older than this field.
     """
 
     shard: Name
@@ -136,6 +137,7 @@ class Entry:
     worker: str = ""
     software: Mapping[str, Any] = field(default_factory=dict)
     finished_at: Time | None = None
+    threads: Count = 0
 
 
 D = TypeVar("D")

@@ -11,7 +11,8 @@
     manifest/ID.json    one file per shard: its attempts, and checksums once its data are written
     progress/ID.json    the progress of a shard that is being computed
     data.zarr/          the arrays
-    checkpoints/        weights of a train run, and states from which long shards resume
+    checkpoints/        weights of a train run, and states from which long shards resume; while an
+                        unrolled run is at work, states of the training that it recomputes
     tables/NAME.parquet small tables; tables/solutions/ID.parquet is one table per s-test shard
     logs/               logs of the drivers; shard-ID.log has the traceback of an unexpected error
     report/             pages and figures that `infl report` wrote; not part of the run
@@ -34,6 +35,7 @@ LOGS = "logs"
 TABLES = "tables"
 CHECKPOINTS = "checkpoints"
 FINISH = "finish"  # the manifest entry for everything that is written after all shards
+STEP = "step-"  # begins the names of such files; see `step_name`
 TRAINING_STATE = f"{CHECKPOINTS}/state.pt"
 
 MAX_CHUNK_BYTES = 4 * 2**20
@@ -50,9 +52,15 @@ def norms_name(layer: str) -> str:
     return f"norms/{layer}"
 
 
+def step_name(step: int) -> str:
+    """The file with the state of a training that is recomputed, after so many steps."""
+    return f"{CHECKPOINTS}/{STEP}{step:09d}.pt"
+
+
 S_TEST = "s_test"
 S_TEST_VARIANCE = "variance"
 SCORES = "scores"
+BY_QUERY = "by_query"  # the scores of a job whose shards are queries; a row is a query
 
 
 def repeat_name(repeat: int) -> str:

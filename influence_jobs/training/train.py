@@ -166,10 +166,11 @@ class Trainer:
         seed: Seed of initial weights, order of samples and noise.
         device: Device of the model.
         norms: Records norms of the batch gradient in every step, if wanted.
-        changes: Samples to remove or relabel.
+        changes: Samples to remove, mask or relabel.
 
     Attributes:
         finite_steps: Number of first steps in which the loss was finite.
+        batch_loss: Mean loss of the last batch, a number without a graph; NaN before the first.
 
     Raises:
         SpecError: These changes cannot be made to the task's training set.
@@ -194,6 +195,7 @@ class Trainer:
         self._changes.check(task)
         require_repeatable(task)
         self._new_labels_N = self._changes.new_labels(len(task.train_data()))
+        self._weights_N = self._changes.weights(len(task.train_data()))
         self.num_samples = len(task.train_data()) - len(self._changes.removed)
         require_full_batches(task, recipe.batch_size, self.num_samples)
         self.steps_per_epoch = math.ceil(self.num_samples / recipe.batch_size)
@@ -205,6 +207,7 @@ class Trainer:
         self.epoch, self.step_in_epoch = 0, 0  # finished epochs, and steps of the current one
         self._loss_sum = torch.zeros((), device=device, dtype=torch.float64)
         self.finite_steps = torch.zeros((), device=device, dtype=torch.int64)
+        self.batch_loss = torch.tensor(math.nan)
         self._order = self._epoch_order()
 
     @property
@@ -218,10 +221,15 @@ class Trainer:
         in_epoch = min(self.step_in_epoch * self.recipe.batch_size, self.num_samples)
         return self.epoch * self.num_samples + in_epoch
 
+    @property
+    def next_ids(self) -> Tensor:
+        """The samples of the next step, (B,)."""
+        first = self.step_in_epoch * self.recipe.batch_size
+        return self._order[first : first + self.recipe.batch_size]
+
     def step(self) -> float | None:
         """Take one optimiser step; at the end of an epoch return its mean training loss."""
-        first = self.step_in_epoch * self.recipe.batch_size
-        ids = self._order[first : first + self.recipe.batch_size]
+        ids = self.next_ids
         draw = Draw(self.seed, self.epoch)
         batch = to_device(self.task.train_batch(ids, draw), self.device)
         new_labels_B = None
@@ -232,7 +240,10 @@ class Trainer:
         with seeded(step_seed(self.seed, self.epoch, self.step_in_epoch), self.device):
             losses_B = changed_losses(self.task, self.model, batch, new_labels_B)
             require_one_each(self.task, losses_B, ids.shape)
-            losses_B.mean().backward()  # type: ignore[no-untyped-call]
+            if self._weights_N is not None:
+                losses_B = losses_B * self._weights_N[ids].to(losses_B)
+            loss = losses_B.mean()
+            loss.backward()  # type: ignore[no-untyped-call]
             if self.norms is not None:
                 self.norms.add(self.model, ids, self.epoch)
             if self.recipe.clip_norm is not None:
@@ -240,6 +251,7 @@ class Trainer:
             self.optimizer.step()
         if self.scheduler is not None:
             self.scheduler.step()
+        self.batch_loss = loss.detach()
         self._loss_sum += losses_B.detach().sum()
         self.finite_steps += self._loss_sum.isfinite()
         if self.recipe.by_task and self.epoch == self.step_in_epoch == 0:

@@ -59,7 +59,7 @@ def ranked_scores(
     array = SCORES if layer is None else part_name(layer)
     run.array(SCORES)  # if even these are missing, the layer is not the cause
     if array not in run.array_names():
-        kept = [name.partition("/")[2] for name in run.array_names() if name != SCORES]
+        kept = [name.partition("/")[2] for name in run.array_names() if name.startswith("parts/")]
         there = (
             f"it has {', '.join(kept)}"
             if kept

@@ -60,7 +60,9 @@ class ScoresView(View[S]):
             raise SpecError(f"--side has no meaning for {self.run.id}: leave it out")
         if layer is not None:
             kept = [
-                name.removeprefix("parts/") for name in self.run.array_names() if name != SCORES
+                name.removeprefix("parts/")
+                for name in self.run.array_names()
+                if name.startswith("parts/")
             ]
             meant = layers_of_run(layer, kept, self.task) if kept else []
             if len(meant) > 1:
@@ -95,6 +97,13 @@ class ScoresView(View[S]):
                     pa.Table.from_pylist(of_side),
                     rows=pictures,
                 )
+
+
+def influence_sides(quantity: str) -> dict[str, bool]:
+    """The sides of a ranking by influence, each with whether its largest scores come first."""
+    if quantity == "loss":
+        return {"helpful": True, "harmful": False}
+    return {"lowers it": True, "raises it": False}
 
 
 def of_first(ranked: Sequence[RankedRow], count: int) -> list[RankedRow]:

@@ -74,6 +74,9 @@ ONE = ("--test", "3")
             (*ATTRIBUTION, *ONE, "--exclude-norm-above", "0"),
             "--exclude-norm-above: input should be greater than 0",
         ),
+        (("submit", "unrolled", *DIGITS), "say what to explain: --test ID"),
+        (("submit", "unrolled", "--checkpoint", "train-digits@3", *ONE), "with --save-epoch 3"),
+        (("submit", "unrolled", *DIGITS, *ONE, "--layer", "1"), "there is no option --layer here"),
         (("submit", "baseline", *DIGITS, *ONE), "Missing option '--method'"),
         (
             ("submit", "baseline", *DIGITS, *ONE, "--method", "luck"),
@@ -96,3 +99,15 @@ def test_a_file_of_ids_that_holds_something_else(
     assert "--test-set ids.txt: 'four' is not a test id" in refused(
         *S_TEST, "--test-set", "ids.txt"
     )
+
+
+def test_weights_without_their_training_cannot_be_unrolled(
+    refused: Refused, runs: Path, tmp_path: Path
+) -> None:
+    (train,) = runs.glob("train-*")
+    (weights,) = train.glob("checkpoints/epoch-0002.pt")
+    (tmp_path / "w.pt").write_bytes(weights.read_bytes())
+    told = refused(
+        *("submit", "unrolled", "--task", "digits:DigitsTask", "--checkpoint", "w.pt", *ONE)
+    )
+    assert "does not say by which steps it was trained: name a train run" in told

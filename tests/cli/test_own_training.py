@@ -194,6 +194,23 @@ def test_options_that_mean_nothing_are_refused_by_name(
     assert told in refused(*named, *words)
 
 
+@pytest.mark.parametrize(
+    ("task", "words", "told"),
+    [
+        ("Optimized", ("unrolled",), "task Optimized is trained by RMSprop: train with one of"),
+        ("Scripted", ("unrolled",), "task my_tasks:Scripted trains itself, by train(), so the"),
+        ("Scripted", ("lds", "--same-run"), "train() of task my_tasks:Scripted knows of no masked"),
+        ("Toy", ("lds", "--same-run", "--seeds", 2), "--same-run has the seed of its training"),
+    ],
+)
+def test_what_needs_the_very_steps_of_a_training_refuses_others_by_name(
+    refused: Refused, tmp_path: Path, task: str, words: tuple[Any, ...], told: str
+) -> None:
+    assert task_class(f"{tmp_path}/my_tasks.py:{task}")
+    named = ("--task", "my_tasks:" + task, "--test", 0, "--local")
+    assert told in refused("submit", *words, *named)
+
+
 def test_an_own_optimizer_counts_and_nothing_else_is_claimed(infl: Infl, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("train: {epochs: 2, lr: .5, momentum: .3, warmup: 2}\n")
     words = ("submit", "train", *LOCAL, "--preset", "mine.yaml", "--task")

@@ -14,7 +14,7 @@ from influence_jobs.gradients import GradDots, GradQuadratics, Metric
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.gradients.rules import MatrixRule, matrix_layers, nearest_rule
 from influence_jobs.jobs.samples import trained_inputs
-from influence_jobs.jobs.scores import Scores, ScoresJob
+from influence_jobs.jobs.scores import Scores, ScoresJob, sides_of
 from influence_jobs.kinds.influence.spec import InfluenceSpec
 from influence_jobs.kinds.s_test.job import curvature_samples
 from influence_jobs.kinds.s_test.spec import STestSpec
@@ -86,8 +86,6 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
         if len(self.spec.s_tests) > 1:
             over = {"sum": "summed", "mean": "averaged"}[self.spec.combine]
             rise += f", {over} over {len(self.spec.s_tests)} s_test runs"
-        ends = "helpful" if quantity == "loss" else f"it lowers the {quantity}"
-        other = "harmful" if quantity == "loss" else f"it raises the {quantity}"
         size = {
             None: "",
             "theta": ", per unit of the sample's effect on the parameters of Linear and Conv2d "
@@ -96,8 +94,8 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
             "layers",
         }[self.spec.relative]
         return {
+            **sides_of(quantity),
             "quantity": f"s_test . gradient of the sample's loss: {rise}{size}",
-            "sign": f"positive = {ends}, negative = {other}",
             "unit": quantity if self.spec.relative is None else f"relative {quantity}",
         }
 

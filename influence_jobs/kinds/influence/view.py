@@ -3,7 +3,7 @@
 from influence_jobs.kinds.influence.spec import InfluenceSpec
 from influence_jobs.kinds.s_test.view import STestView
 from influence_jobs.store.run import Run
-from influence_jobs.views.scores import ScoresView
+from influence_jobs.views.scores import ScoresView, influence_sides
 
 
 class InfluenceView(ScoresView[InfluenceSpec]):
@@ -19,9 +19,7 @@ class InfluenceView(ScoresView[InfluenceSpec]):
 
     @property
     def sides(self) -> dict[str, bool]:
-        if self.spec.queries.quantity == "loss":
-            return {"helpful": True, "harmful": False}
-        return {"lowers it": True, "raises it": False}
+        return influence_sides(self.spec.queries.quantity)
 
     def certainty(self) -> list[str]:
         views = [STestView(Run(self.run.root, s_test)) for s_test in self.spec.s_tests]
