@@ -1,31 +1,20 @@
 """The linear datamodeling score."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from influence_jobs.specs.rankings import RetrainingSpec
+from influence_jobs.specs.rankings import SubsetsSpec
 
 
-class LdsSpec(RetrainingSpec):
+class LdsSpec(SubsetsSpec):
     """Linear datamodeling score: do sums of scores predict the losses of retrained models?
 
     Park et al. 2023, "TRAK: Attributing Model Behavior at Scale".
 
     Attributes:
         subsets: Number of random subsets that models are retrained on.
-        fraction: Fraction of the training set in each subset.
     """
 
     kind: Literal["lds"] = "lds"
     subsets: Annotated[int, Field(ge=3)] = 100
-    fraction: Annotated[float, Field(gt=0, lt=1)] = 0.5
-
-    @model_validator(mode="after")
-    def _scores_are_taken_as_they_are(self) -> Self:
-        for ranking in self.rankings:
-            if not ranking.largest:
-                raise ValueError(
-                    f"sums of scores have no smallest-first order: leave method {ranking.name} out"
-                )
-        return self

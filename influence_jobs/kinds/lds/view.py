@@ -21,7 +21,22 @@ class LdsView(View[LdsSpec]):
         return f"Linear datamodeling scores ({self.spec.task.slug})"
 
     def certainty(self) -> list[str]:
-        return [f"{self.spec.subsets} subsets, {len(self.spec.seeds)} training(s) each."]
+        lines = [f"{self.spec.subsets} subsets, {len(self.spec.seeds)} training(s) each."]
+        if (limit := self._ceiling) is not None:
+            lines.append(
+                f"No method can pass {limit['value']:.2f} ({limit['low']:.2f} to "
+                f"{limit['high']:.2f}): losses from two seeds of one subset correlate at "
+                f"{limit['agreement']:.2f}."
+            )
+        return lines
+
+    @property
+    def _ceiling(self) -> Mapping[str, Any] | None:
+        """The row of the table `ceiling`; None with one seed a subset, or of an earlier version."""
+        if "ceiling" not in self.run.table_names():
+            return None
+        found: Mapping[str, Any] = self.run.read_table("ceiling").to_pylist()[0]
+        return found
 
     def next_step(self) -> str:
         return f"infl report {self.run.id}{self.more}"
@@ -30,16 +45,26 @@ class LdsView(View[LdsSpec]):
         spec = self.spec
         rows = sorted(self.run.read_table("summary").to_pylist(), key=_by_mean)
         seeds, quantity = len(spec.seeds), spec.queries.quantity
-        columns = ("method", "mean_lds", "low", "high", "queries")
+        columns = ["method", "mean_lds", "low", "high", "queries"]
+        names = ["method", "mean LDS", "95 % from", "to", "queries"]
+        note = ""
+        if (limit := self._ceiling) is not None and limit["value"] > 0:
+            rows = [row | {"share": row["mean_lds"] / limit["value"]} for row in rows]
+            columns.append("share")
+            names.append("of the ceiling")
+            note = (
+                " The ceiling is what the agreement of seeds allows: the root of the reliability "
+                f"of the losses, {limit['value']:.3g}."
+            )
         return [
             Table(
                 title=f"Linear datamodeling score: {spec.subsets} subsets of {spec.fraction:g} of "
                 f"the samples, {seeds} training{'s' * (seeds > 1)} each",
-                columns=("method", "mean LDS", "95 % from", "to", "queries"),
+                columns=names,
                 rows=[tuple(row[column] for column in columns) for row in rows],
                 note=f"Spearman's correlation over subsets of summed scores and each query's "
                 f"{quantity}, mean over queries. Intervals: percentile bootstrap over subsets. "
-                f"Positive: the samples that a method ranks first lower the {quantity}.",
+                f"Positive: the samples that a method ranks first lower the {quantity}.{note}",
             )
         ]
 
