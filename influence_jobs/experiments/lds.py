@@ -44,6 +44,14 @@ class Ceiling(NamedTuple):
     low: float
     high: float
 
+    @property
+    def words(self) -> str:
+        """The ceiling in a sentence."""
+        return (
+            f"No method can pass {self.value:.2f} ({self.low:.2f} to {self.high:.2f}): losses from "
+            f"two seeds of one subset correlate at {self.agreement:.2f}."
+        )
+
 
 def ceiling(found_MSQ: npt.NDArray[np.floating]) -> Ceiling:
     """The ceiling of the mean LDS, from the agreement of seeds.

@@ -64,6 +64,8 @@ def read_scores(path: str, shape: tuple[int, int]) -> npt.NDArray[np.floating[An
 
 def _read(path: Path) -> npt.NDArray[Any]:
     if path.is_dir():
+        if not any((path / name).is_file() for name in _ZARR):
+            raise ValueError("a folder without an array of Zarr")
         found = zarr.open(str(path), mode="r")
         array = found[SCORES] if isinstance(found, zarr.Group) else found
         return np.asarray(array[:])

@@ -59,22 +59,19 @@ class CalibrateJob(SubsetsJob[CalibrateSpec]):
         best = int(np.nanargmax(scores))  # the first of equals, which has the fewest models
         chosen = spec.rankings[best]
         measured = mean_lds(self.predicted(chosen)[:, held_out], found_QM[:, held_out])
-        limit = ceiling(found_MSQ[held_out])
         result = {
             "method": chosen.name,
             "mean_lds": measured.mean,
             "low": measured.low,
             "high": measured.high,
-            "agreement": limit.agreement,
-            "ceiling": limit.value,
-            "ceiling_low": limit.low,
-            "ceiling_high": limit.high,
             "chosen_lds": rows[best]["mean_lds"],
             "setting_seconds": rows[best]["seconds"],
             "scores_seconds": self._all_seconds(),
             "retraining_seconds": _own_seconds(self.run_store),
         }
+        limit = ceiling(found_MSQ[held_out])._asdict()
         files = self.write_queries()
+        files |= self.run_store.write_table("ceiling", pa.Table.from_pylist([limit]))
         files |= self.run_store.write_table("settings", pa.Table.from_pylist(rows))
         files |= self.run_store.write_table("result", pa.Table.from_pylist([result]))
         return Result(files=files)

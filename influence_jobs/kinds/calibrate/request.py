@@ -1,8 +1,7 @@
 """The request for a calibration."""
 
-from typing import TYPE_CHECKING, Annotated, Literal
-
-from pydantic import BeforeValidator
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
 
 from influence_jobs.errors import SpecError
 from influence_jobs.kinds.calibrate.spec import LEAST_SUBSETS, CalibrateSpec, setting_of
@@ -17,7 +16,9 @@ from influence_jobs.requests.options import (
 from influence_jobs.specs.base import Count, Positive, Spec, make_spec
 
 if TYPE_CHECKING:
+    from influence_jobs.kinds.influence.spec import InfluenceSpec
     from influence_jobs.requests.rankings import Trained
+    from influence_jobs.requests.subject import Subject
     from influence_jobs.specs.queries import Queries
     from influence_jobs.specs.rankings import Ranking
 
@@ -62,7 +63,7 @@ class CalibrateRequest(WeightsRequest, QueriesOptions):
     fraction: One[float] = option(
         0.5, "Share of the training set in each subset.", panel=EXPERIMENT
     )
-    curvature_samples: Annotated[int | str | None, BeforeValidator(lambda v: v)] = option(
+    curvature_samples: One[int | str | None] = option(
         None,
         "Number of random training samples to measure the curvature on, or all; by default as "
         "infl submit influence does.",
@@ -124,6 +125,8 @@ class CalibrateRequest(WeightsRequest, QueriesOptions):
             train = changed(train, save_epochs=tuple(epochs))
         counts = sorted({*self.models})
         trains = [changed(train, seed=train.seed + i) for i in range(counts[-1])]
+        given = self.curvature_samples
+        samples = {} if given is None else {"curvature_samples": given}
         said: set[str] = set()
 
         def say_once(line: str) -> None:
@@ -134,30 +137,35 @@ class CalibrateRequest(WeightsRequest, QueriesOptions):
         found: dict[int, list[Ranking]] = {count: [] for count in counts}
         for solver in dict.fromkeys(self.solver):
             for epoch in epochs:
-                for damping in self._dampings(trained, epoch):
-                    options = CurvatureOptions(
-                        solver=solver, damping=damping, curvature_samples=self.curvature_samples
+                points = [TrainedCheckpoint(train=one, epoch=epoch) for one in trains]
+                subjects = [trained.subject._replace(checkpoints=(point,)) for point in points]
+
+                def influences(
+                    damping: float | None,
+                    solver: str = solver,
+                    subjects: "Sequence[Subject]" = subjects,
+                ) -> "tuple[InfluenceSpec, ...]":
+                    options = CurvatureOptions(solver=solver, damping=damping, **samples)
+                    return tuple(
+                        influence_of(subject, queries, options, say_once, seed=self.seed)
+                        for subject in subjects
                     )
-                    scores = [
-                        influence_of(
-                            trained.subject._replace(
-                                checkpoints=(TrainedCheckpoint(train=one, epoch=epoch),)
-                            ),
-                            queries,
-                            options,
-                            say_once,
-                            seed=self.seed,
-                        )
-                        for one in trains
-                    ]
+
+                for damping in self.damping or _dampings(influences(None)[0]):
+                    scores = influences(damping)
                     for count in counts:
-                        ranking = make_spec(Ranking, name="", scores=tuple(scores[:count]))
+                        ranking = make_spec(Ranking, name="", scores=scores[:count])
                         named = ranking.model_copy(update={"name": setting_of(ranking).words})
                         found[count].append(named)
         return tuple(ranking for count in counts for ranking in found[count])
 
-    def _dampings(self, trained: "Trained", epoch: int) -> tuple[float | None, ...]:
-        return tuple(dict.fromkeys(self.damping)) or (None,)
+
+def _dampings(default: "InfluenceSpec") -> tuple[float | None, ...]:
+    """The lambdas that are tried beside that of an influence run; None is chosen by the solver."""
+    damping = getattr(default.s_tests[0].solver, "damping", None)
+    if damping is None:
+        return (None,)
+    return tuple(float(f"{factor * damping:.3g}") for factor in DAMPING_FACTORS)
 
 
 def _epochs(last: int) -> set[int]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from influence_jobs.experiments.lds import Ceiling
 from influence_jobs.kinds.calibrate.spec import CalibrateSpec, setting_of
 from influence_jobs.kinds.influence.spec import InfluenceSpec
 from influence_jobs.kinds.train.spec import TrainedCheckpoint
@@ -22,14 +23,12 @@ class CalibrateView(View[CalibrateSpec]):
         return f"Calibration of influence ({self.spec.task.slug})"
 
     def certainty(self) -> list[str]:
-        row = self._result
-        return [
-            f"Chosen by {self.spec.choosing} subsets, measured on {self.spec.held_out} others; "
-            f"{len(self.spec.seeds)} trainings of each subset.",
-            f"No method can pass {row['ceiling']:.2f} ({row['ceiling_low']:.2f} to "
-            f"{row['ceiling_high']:.2f}): losses from two seeds of one subset correlate at "
-            f"{row['agreement']:.2f}.",
-        ]
+        spec = self.spec
+        said = (
+            f"Chosen by {spec.choosing} subsets, measured on {spec.held_out} others; "
+            f"{len(spec.seeds)} trainings of each subset."
+        )
+        return [said, self._ceiling.words]
 
     def next_step(self) -> str:
         return self._command
@@ -38,6 +37,10 @@ class CalibrateView(View[CalibrateSpec]):
     def _result(self) -> Mapping[str, Any]:
         found: Mapping[str, Any] = self.run.read_table("result").to_pylist()[0]
         return found
+
+    @property
+    def _ceiling(self) -> Ceiling:
+        return Ceiling(**self.run.read_table("ceiling").to_pylist()[0])
 
     @property
     def _command(self) -> str:
@@ -63,7 +66,8 @@ class CalibrateView(View[CalibrateSpec]):
         spec, result = self.spec, self._result
         settings = self.run.read_table("settings").to_pylist()
         settings.sort(key=lambda row: (row["mean_lds"] != row["mean_lds"], -row["mean_lds"]))
-        share = result["mean_lds"] / result["ceiling"] if result["ceiling"] else float("nan")
+        limit = self._ceiling.value
+        share = result["mean_lds"] / limit if limit else float("nan")
         columns = ("method", "mean_lds", "low", "high")
         return [
             Table(
@@ -80,7 +84,7 @@ class CalibrateView(View[CalibrateSpec]):
             Table(
                 title=f"The chosen setting on {spec.held_out} other subsets",
                 columns=("setting", "mean LDS", "95 % from", "to", "ceiling", "of the ceiling"),
-                rows=[(*(result[column] for column in columns), result["ceiling"], share)],
+                rows=[(*(result[column] for column in columns), limit, share)],
                 note=f"Use it: {self._command}. It takes {duration(result['setting_seconds'])} of "
                 "compute for these queries; finding it took "
                 f"{duration(result['scores_seconds'])} for the scores of all settings and "

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from influence_jobs.experiments.lds import Ceiling
 from influence_jobs.kinds.lds.spec import LdsSpec
 from influence_jobs.views.base import Say, View
 from influence_jobs.views.table import Table
@@ -23,20 +24,15 @@ class LdsView(View[LdsSpec]):
     def certainty(self) -> list[str]:
         lines = [f"{self.spec.subsets} subsets, {len(self.spec.seeds)} training(s) each."]
         if (limit := self._ceiling) is not None:
-            lines.append(
-                f"No method can pass {limit['value']:.2f} ({limit['low']:.2f} to "
-                f"{limit['high']:.2f}): losses from two seeds of one subset correlate at "
-                f"{limit['agreement']:.2f}."
-            )
+            lines.append(limit.words)
         return lines
 
     @property
-    def _ceiling(self) -> Mapping[str, Any] | None:
-        """The row of the table `ceiling`; None with one seed a subset, or of an earlier version."""
+    def _ceiling(self) -> Ceiling | None:
+        """The ceiling; None with one seed a subset, or in a run of an earlier version."""
         if "ceiling" not in self.run.table_names():
             return None
-        found: Mapping[str, Any] = self.run.read_table("ceiling").to_pylist()[0]
-        return found
+        return Ceiling(**self.run.read_table("ceiling").to_pylist()[0])
 
     def next_step(self) -> str:
         return f"infl report {self.run.id}{self.more}"
@@ -48,13 +44,13 @@ class LdsView(View[LdsSpec]):
         columns = ["method", "mean_lds", "low", "high", "queries"]
         names = ["method", "mean LDS", "95 % from", "to", "queries"]
         note = ""
-        if (limit := self._ceiling) is not None and limit["value"] > 0:
-            rows = [row | {"share": row["mean_lds"] / limit["value"]} for row in rows]
+        if (limit := self._ceiling) is not None and limit.value > 0:
+            rows = [row | {"share": row["mean_lds"] / limit.value} for row in rows]
             columns.append("share")
             names.append("of the ceiling")
             note = (
                 " The ceiling is what the agreement of seeds allows: the root of the reliability "
-                f"of the losses, {limit['value']:.3g}."
+                f"of the losses, {limit.value:.3g}."
             )
         return [
             Table(
