@@ -4,7 +4,7 @@ import os
 import secrets
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from infl_cluster.driver import drive
@@ -14,8 +14,9 @@ from infl_cluster.watch import watch
 from influence_jobs.devices import cores
 from influence_jobs.errors import RuntimeFault, SpecError, StoreError
 from influence_jobs.home import make_known
-from influence_jobs.kinds import open_job
+from influence_jobs.kinds import kind_of, open_job
 from influence_jobs.requests.base import Say
+from influence_jobs.specs.base import AnySpec
 from influence_jobs.store import layout
 from influence_jobs.store.documents import JobFile
 from influence_jobs.store.folder import for_runs
@@ -53,11 +54,22 @@ def carry_out(run: Run, how: How, say: Say) -> bool:
         say(f"{run.id} is already done")
         return True
     _say_versions(run, say)
-    _forget_last_end(run, local=how.local)
-    if how.local:
+    for needed in _made_here(run.spec):
+        drive(run.root, Run.create(run.root, needed).id, InlineBackend(threads=cores()))
+    here = how.local or kind_of(run.spec).here
+    _forget_last_end(run, local=here)
+    if here:
         _carry_out_here(run, how, say)
         return True
     return _carry_out_on_ray(run, how, say)
+
+
+def _made_here(spec: AnySpec) -> Iterator[AnySpec]:
+    """The needed runs that are carried out where they are submitted."""
+    for needed in kind_of(spec).job_type.inputs(spec):
+        yield from _made_here(needed)
+        if kind_of(needed).here:
+            yield needed
 
 
 def _say_versions(run: Run, say: Say) -> None:

@@ -28,6 +28,71 @@ def subset(num_samples: int, fraction: float, index: int) -> npt.NDArray[np.int6
     return np.sort(draws.choice(num_samples, size, replace=False))
 
 
+class Ceiling(NamedTuple):
+    """What no method can pass, because the retrained losses have noise of their seeds.
+
+    Attributes:
+        agreement: Spearman's correlation over subsets of the losses from two seeds, mean over
+            queries and pairs of seeds.
+        value: The root of the reliability of the mean over seeds (Spearman 1910, Brown 1910), which
+            is the correlation of that mean with the mean over infinitely many.
+        low, high: The 95 % interval of `value`, of the percentile bootstrap over subsets.
+    """
+
+    agreement: float
+    value: float
+    low: float
+    high: float
+
+    @property
+    def words(self) -> str:
+        """The ceiling in a sentence."""
+        return (
+            f"No method can pass {self.value:.2f} ({self.low:.2f} to {self.high:.2f}): losses from "
+            f"two seeds of one subset correlate at {self.agreement:.2f}."
+        )
+
+
+def ceiling(found_MSQ: npt.NDArray[np.floating]) -> Ceiling:
+    """The ceiling of the mean LDS, from the agreement of seeds.
+
+    Args:
+        found_MSQ: For each of M subsets the losses of models from S >= 2 seeds, on Q queries.
+
+    Returns:
+        The ceiling; NaN if no query has losses that change.
+    """
+    seeds = found_MSQ.shape[1]
+    # Ranked once: resampled subsets keep their ranks, as ranking them anew takes a minute.
+    ranks_MSQ = stats.rankdata(found_MSQ, axis=0)
+
+    def agreement(subsets: npt.NDArray[np.int64]) -> float:
+        ranks = ranks_MSQ[subsets] - ranks_MSQ[subsets].mean(axis=0)
+        sizes_SQ = np.sqrt((ranks * ranks).sum(axis=0))
+        there = (sizes_SQ > 0).all(axis=0)
+        sums_MQ = (ranks[..., there] / sizes_SQ[:, there]).sum(axis=1)
+        pairs_Q = ((sums_MQ**2).sum(axis=0) - seeds) / (seeds * (seeds - 1))
+        return float(pairs_Q.mean()) if there.any() else np.nan
+
+    def reached(subsets: npt.NDArray[np.int64]) -> float:
+        alone = max(agreement(subsets), 0.0)
+        return float(np.sqrt(seeds * alone / (1 + (seeds - 1) * alone)))
+
+    subsets = np.arange(len(found_MSQ))
+    if np.isnan(alone := agreement(subsets)):
+        return Ceiling(np.nan, np.nan, np.nan, np.nan)
+    found = stats.bootstrap(
+        (subsets,),
+        reached,
+        vectorized=False,
+        n_resamples=RESAMPLES,
+        confidence_level=LEVEL,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return Ceiling(alone, reached(subsets), float(found.low), float(found.high))
+
+
 class Correlation(NamedTuple):
     """Spearman's correlation over subsets, with its 95 % interval (Fisher's z)."""
 

@@ -32,6 +32,8 @@ class Kind:
             choice.
         batched: Whether samples pass through the model in batches whose size the user may choose.
         workers: Whether its work, or the work of the runs it needs, spreads over workers.
+        here: Whether it is carried out where it is submitted, because it reads files that workers
+            may not have.
     """
 
     folder: str
@@ -43,6 +45,7 @@ class Kind:
     shard_unit: Literal["samples", "models"] | None = None
     batched: bool = False
     workers: bool = True
+    here: bool = False
 
     @property
     def name(self) -> str:

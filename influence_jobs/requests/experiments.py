@@ -41,7 +41,8 @@ class ExperimentRequest(WeightsRequest, QueriesOptions, CurvatureOptions):
     by: Many[str] = option(
         (),
         f"A method to test: {', '.join(METHODS)}, or a run with scores (RUN+RUN: their mean; "
-        "NAME=RUN: under this name). May be repeated.",
+        "NAME=RUN: under this name), or NAME=FILE, scores of another library: (queries, training "
+        "samples) as .npy, .parquet or .zarr, positive = helpful. May be repeated.",
         panel=EXPERIMENT,
         metavar="METHOD",
     )

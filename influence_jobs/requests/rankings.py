@@ -13,6 +13,7 @@ from influence_jobs.kinds.baseline.spec import METHODS as BASELINES
 from influence_jobs.kinds.baseline.spec import BaselineSpec
 from influence_jobs.kinds.grad_norms.spec import GradNormsSpec
 from influence_jobs.kinds.influence.spec import InfluenceSpec
+from influence_jobs.kinds.scores.request import scores_of_file
 from influence_jobs.kinds.train.spec import FileCheckpoint, TrainedCheckpoint, TrainSpec
 from influence_jobs.requests.base import Say
 from influence_jobs.requests.experiments import INFLUENCE, METHODS
@@ -25,6 +26,7 @@ from influence_jobs.specs.queries import Queries
 from influence_jobs.specs.rankings import Ranking
 from influence_jobs.specs.scores import ScoresSpec
 from influence_jobs.store.find import find_run
+from influence_jobs.store.scores_file import is_scores_file
 from influence_jobs.tasks.base import Task
 from influence_jobs.tasks.layers import weight_layers
 
@@ -180,7 +182,9 @@ class Rankings:
         self._root, self._seed, self._say = root, seed, say
 
     def of(self, word: str, *, ensemble: int = 1) -> Ranking:
-        """The ranking by a method's name, or by runs with scores: RUN, RUN+RUN (mean), NAME=RUN.
+        """The ranking by a method's name, by runs with scores, or by a file of scores.
+
+        Of runs: RUN, RUN+RUN (their mean), NAME=RUN; of a file: FILE, NAME=FILE.
 
         The largest scores come first. If the name is `harmful`, the smallest do.
 
@@ -189,7 +193,7 @@ class Rankings:
                 training.
 
         Raises:
-            SpecError: There is no such method.
+            SpecError: There is no such method, or the file does not hold scores.
             StoreError: There is no such run.
         """
         if word not in METHODS:
@@ -240,11 +244,16 @@ class Rankings:
 
     def _of_runs(self, word: str) -> Ranking:
         name, _, runs = word.rpartition("=")
+        if is_scores_file(runs):
+            subject = self._trained.subject
+            given = scores_of_file(runs, subject.task, subject.built, self._queries)
+            name = name or Path(runs).stem
+            return make_spec(Ranking, name=name, scores=(given,), largest=name != "harmful")
         misspelt = difflib.get_close_matches(runs, METHODS, 1, cutoff=0.8)
         if "-" not in runs or misspelt:
             raise SpecError(
-                f"unknown method {word!r}: choose {', '.join(METHODS)}, or the id of a run with "
-                "scores"
+                f"unknown method {word!r}: choose {', '.join(METHODS)}, a run with scores, or a "
+                "file of them (.npy, .parquet, .zarr)"
             )
         specs = tuple(scores_named(self._root, run) for run in runs.split("+"))
         return make_spec(Ranking, name=name or runs, scores=specs, largest=name != "harmful")

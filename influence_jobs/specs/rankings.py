@@ -105,3 +105,22 @@ class RetrainingSpec(Spec):
     def queries(self) -> Queries:
         """The queries that every variant is measured on."""
         return self.rankings[0].queries
+
+
+class SubsetsSpec(RetrainingSpec):
+    """Base of the experiments that retrain models on random subsets.
+
+    Attributes:
+        fraction: Fraction of the training set in each subset.
+    """
+
+    fraction: Annotated[float, Field(gt=0, lt=1)] = 0.5
+
+    @model_validator(mode="after")
+    def _scores_are_taken_as_they_are(self) -> Self:
+        for ranking in self.rankings:
+            if not ranking.largest:
+                raise ValueError(
+                    f"sums of scores have no smallest-first order: leave method {ranking.name} out"
+                )
+        return self

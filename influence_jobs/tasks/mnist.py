@@ -28,6 +28,7 @@ class MnistTask(Task):
     # The ten test images of the research report, section 4.1.
     query_sets: ClassVar[Mapping[str, tuple[int, ...]]] = {"paper": MNIST.tests}
     published: ClassVar[Published | None] = MNIST
+    pixels: ClassVar[tuple[float, float]] = (0.5, 0.5)  # subtracted, then divided by
 
     def __init__(
         self,
@@ -64,7 +65,7 @@ class MnistTask(Task):
     def batch(self, ids: Tensor, draw: Draw) -> Batch:
         # Images are kept as bytes: scaling a batch costs less than reading four times the memory.
         images = self._mnist.train_images[: self.limit].index_select(0, ids)
-        return _scaled(images), self._labels_N[ids]
+        return self._scaled(images), self._labels_N[ids]
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         # On log-probabilities this equals the cross-entropy, but its Hessian in them is zero.
@@ -83,11 +84,11 @@ class MnistTask(Task):
         return self._mnist.test_labels
 
     def test_batch(self, ids: Tensor, draw: Draw) -> Batch:
-        return _scaled(self._mnist.test_images[ids]), self._mnist.test_labels[ids]
+        return self._scaled(self._mnist.test_images[ids]), self._mnist.test_labels[ids]
 
     def test_images(self) -> Tensor:
         """The 10,000 test images as inputs of the model, (10000, 784)."""
-        return _scaled(self._mnist.test_images)
+        return self._scaled(self._mnist.test_images)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> Mapping[str, float]:
@@ -119,12 +120,13 @@ class MnistTask(Task):
         # The content is known: load_mnist has checked the MD5 of every file.
         return f"MNIST, {len(self._labels_N)} samples"
 
+    def _scaled(self, images: Tensor) -> Tensor:
+        mean, deviation = self.pixels
+        return images.flatten(1).float().div_(255).sub_(mean).div_(deviation)
+
 
 class MnistDropoutTask(MnistTask):
-    """The same network with dropout of .1; dattri published linear datamodeling scores for it.
-
-    Deng et al.: "dattri: A Library for Efficient Data Attribution", 2024.
-    """
+    """The same network with dropout of .1."""
 
     published = None
 
@@ -132,5 +134,21 @@ class MnistDropoutTask(MnistTask):
         return MnistMLP(dropout=0.1)
 
 
-def _scaled(images: Tensor) -> Tensor:
-    return images.flatten(1).float().div_(255).sub_(0.5).div_(0.5)
+class MnistLdsTask(MnistDropoutTask):
+    """The protocol of published linear datamodeling scores: dropout, standardised pixels, 5,000.
+
+    Deng et al.: "dattri: A Library for Efficient Data Attribution", 2024.
+    """
+
+    pixels = (0.1307, 0.3081)
+
+    def __init__(
+        self,
+        *,
+        data_dir: Annotated[
+            str | None,
+            Doc("Folder of downloaded data; by default INFL_DATA, else your cache folder."),
+        ] = None,
+        limit: Annotated[int | None, Doc("Use only this many training images.")] = 5000,
+    ):
+        super().__init__(data_dir=data_dir, limit=limit)

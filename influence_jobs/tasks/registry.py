@@ -19,6 +19,7 @@ ENTRY_POINTS = "influence_jobs.tasks"  # the group in which packages announce th
 BUILT_IN = {
     "mnist": "influence_jobs.tasks.mnist:MnistTask",
     "mnist-dropout": "influence_jobs.tasks.mnist:MnistDropoutTask",
+    "mnist-lds": "influence_jobs.tasks.mnist:MnistLdsTask",
     "ffdnet": "influence_jobs.tasks.ffdnet:FFDNetTask",
     "ffdnet-grey": "influence_jobs.tasks.ffdnet:FFDNetGreyTask",
 }

@@ -1,19 +1,22 @@
 """The request for influence scores."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from influence_jobs.errors import SpecError
 from influence_jobs.kinds.influence.spec import InfluenceSpec
 from influence_jobs.kinds.s_test.request import LAYERS_THAT_COUNT
 from influence_jobs.kinds.s_test.spec import STestSpec
-from influence_jobs.requests.base import Many, Say, option
+from influence_jobs.requests.base import Many, One, Say, option
 from influence_jobs.requests.options import (
     SCORES,
     CurvatureOptions,
     QueriesOptions,
     WeightsRequest,
 )
-from influence_jobs.specs.base import Spec, make_spec
+from influence_jobs.specs.base import Count, Spec, make_spec
+
+if TYPE_CHECKING:
+    from influence_jobs.requests.subject import Subject
 
 # Options that may stand beside `--s-test`, which decides all others.
 _BESIDE_S_TESTS = {"s_test", "checkpoint", "combine", "relative", "keep_layers", "seed"}
@@ -29,10 +32,17 @@ class InfluenceRequest(WeightsRequest, QueriesOptions, CurvatureOptions):
         panel=SCORES,
         metavar="RUN",
     )
-    combine: Literal["sum", "mean"] = option(
-        "sum",
+    models: One[Count | None] = option(
+        None,
+        "Mean scores of so many models, which predict retrainings better than those of one: "
+        "trained from --seed and the seeds after it, or from the seed of --checkpoint and those "
+        "after it, and at its epoch.",
+        panel=SCORES,
+    )
+    combine: Literal["sum", "mean"] | None = option(
+        None,
         "How to combine scores: sum over checkpoints (TracIn), or mean over trainings from several "
-        "seeds (ensemble).",
+        "seeds (ensemble); by default sum, with --models mean.",
         panel=SCORES,
     )
     relative: Literal["theta", "loss"] | None = option(
@@ -52,7 +62,7 @@ class InfluenceRequest(WeightsRequest, QueriesOptions, CurvatureOptions):
             InfluenceSpec,
             task=s_tests[0].task,
             s_tests=s_tests,
-            combine=self.combine,
+            combine=self.combine or ("sum" if self.models is None else "mean"),
             relative=self.relative,
             keep_modules=self.keep_layers,
             noise_draws=s_tests[0].queries.noise_draws,
@@ -66,6 +76,9 @@ class InfluenceRequest(WeightsRequest, QueriesOptions, CurvatureOptions):
         from influence_jobs.requests.subject import subject_of
 
         subject = subject_of(self, root, say)
+        if self.models is not None:
+            first = None if self.checkpoint else self.seed
+            subject = _trained_from_seeds(subject, self.models, first)
         queries = queries_of(self, subject.built)
         return s_tests_of(self, subject, queries, say, layers=self.layer, seed=self.seed)
 
@@ -92,6 +105,39 @@ class InfluenceRequest(WeightsRequest, QueriesOptions, CurvatureOptions):
                         "s_test vectors of their own checkpoint, leave --checkpoint out"
                     )
         return tuple(found)
+
+
+def _trained_from_seeds(subject: "Subject", count: int, first: int | None) -> "Subject":
+    """The subject at its checkpoints of trainings from several seeds.
+
+    Args:
+        first: The first seed; None for that of the subject's training.
+
+    Raises:
+        SpecError: Its checkpoints are not all of one training that can be repeated.
+    """
+    from influence_jobs.kinds.train.spec import TrainedCheckpoint
+    from influence_jobs.requests.rankings import changed
+
+    found = []
+    for checkpoint in subject.checkpoints:
+        if not isinstance(checkpoint, TrainedCheckpoint) or not checkpoint.repeatable:
+            raise SpecError(
+                f"--models needs trainings from other seeds, and {checkpoint.words()} does not say "
+                "how it was trained: name a train run with --checkpoint, or leave --models out"
+            )
+        found.append(checkpoint)
+    trains = {checkpoint.train.run_id: checkpoint.train for checkpoint in found}
+    if len(trains) > 1:
+        raise SpecError(
+            "--models trains from other seeds itself: name one train run with --checkpoint, not "
+            f"{len(trains)}"
+        )
+    (train,) = trains.values()
+    start = train.seed if first is None else first
+    others = [changed(train, seed=start + i) for i in range(count)]
+    at = [TrainedCheckpoint(train=t, epoch=c.epoch) for t in others for c in found]
+    return subject._replace(checkpoints=tuple(at))
 
 
 def _say_what_is_measured(s_test: STestSpec, say: Say) -> None:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from influence_jobs.experiments.lds import Ceiling
 from influence_jobs.kinds.lds.spec import LdsSpec
 from influence_jobs.views.base import Say, View
 from influence_jobs.views.table import Table
@@ -27,7 +28,17 @@ class LdsView(View[LdsSpec]):
                 "with the other samples masked; it says nothing of trainings from other seeds."
             )
             return [said]
-        return [f"{self.spec.subsets} subsets, {len(self.spec.seeds)} training(s) each."]
+        lines = [f"{self.spec.subsets} subsets, {len(self.spec.seeds)} training(s) each."]
+        if (limit := self._ceiling) is not None:
+            lines.append(limit.words)
+        return lines
+
+    @property
+    def _ceiling(self) -> Ceiling | None:
+        """The ceiling; None with one seed a subset, or in a run of an earlier version."""
+        if "ceiling" not in self.run.table_names():
+            return None
+        return Ceiling(**self.run.read_table("ceiling").to_pylist()[0])
 
     def next_step(self) -> str:
         return f"infl report {self.run.id}{self.more}"
@@ -39,16 +50,26 @@ class LdsView(View[LdsSpec]):
         trainings = f"{seeds} training{'s' * (seeds > 1)} each"
         if spec.same_run:
             trainings = "the same run with the others masked"
-        columns = ("method", "mean_lds", "low", "high", "queries")
+        columns = ["method", "mean_lds", "low", "high", "queries"]
+        names = ["method", "mean LDS", "95 % from", "to", "queries"]
+        note = ""
+        if (limit := self._ceiling) is not None and limit.value > 0:
+            rows = [row | {"share": row["mean_lds"] / limit.value} for row in rows]
+            columns.append("share")
+            names.append("of the ceiling")
+            note = (
+                " The ceiling is what the agreement of seeds allows: the root of the reliability "
+                f"of the losses, {limit.value:.3g}."
+            )
         return [
             Table(
                 title=f"Linear datamodeling score: {spec.subsets} subsets of {spec.fraction:g} of "
                 f"the samples, {trainings}",
-                columns=("method", "mean LDS", "95 % from", "to", "queries"),
+                columns=names,
                 rows=[tuple(row[column] for column in columns) for row in rows],
                 note=f"Spearman's correlation over subsets of summed scores and each query's "
                 f"{quantity}, mean over queries. Intervals: percentile bootstrap over subsets. "
-                f"Positive: the samples that a method ranks first lower the {quantity}.",
+                f"Positive: the samples that a method ranks first lower the {quantity}.{note}",
             )
         ]
 
