@@ -22,11 +22,17 @@ class FFDNet(nn.Module):
 
     Args:
         color: Three channels (BGR) if true, one (grey) if false.
+        layers: Number of convolutions, at least 2; by default 12 in colour and 15 in grey.
+        channels: Channels between them; by default 96 in colour and 64 in grey.
     """
 
-    def __init__(self, color: bool = True) -> None:
+    def __init__(
+        self, color: bool = True, layers: int | None = None, channels: int | None = None
+    ) -> None:
         super().__init__()
-        convs, width, folded = (12, 96, 12) if color else (15, 64, 4)
+        folded = 12 if color else 4
+        convs = layers or (12 if color else 15)
+        width = channels or (96 if color else 64)
         # ReLU is not in place, since hooks may keep a convolution's output.
         layers: list[nn.Module] = [nn.Conv2d(folded + 1, width, 3, padding=1), nn.ReLU()]
         for _ in range(convs - 2):

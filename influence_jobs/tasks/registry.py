@@ -21,6 +21,7 @@ BUILT_IN = {
     "mnist-dropout": "influence_jobs.tasks.mnist:MnistDropoutTask",
     "ffdnet": "influence_jobs.tasks.ffdnet:FFDNetTask",
     "ffdnet-grey": "influence_jobs.tasks.ffdnet:FFDNetGreyTask",
+    "ffdnet-small": "influence_jobs.tasks.ffdnet:FFDNetSmallTask",
 }
 
 
