@@ -394,4 +394,5 @@ def _key(variant: Variant) -> str:
         np.sort(changes.removed).astype("<i8").tobytes(),
         changes.relabelled[order].astype("<i8").tobytes(),
         changes.labels[order].astype("<i8").tobytes(),
+        np.sort(changes.masked).astype("<i8").tobytes(),
     )

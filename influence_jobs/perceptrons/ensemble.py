@@ -75,7 +75,9 @@ def _first(members: Members) -> Members:
     """The first variant alone."""
     labels_MN = members.new_labels_MN
     labels_1N = None if labels_MN is None else labels_MN[:1]
-    return Members(members.models[:1], members.seeds[:1], members.sizes[:1], labels_1N)
+    weights_MN = members.weights_MN
+    weights_1N = None if weights_MN is None else weights_MN[:1]
+    return Members(members.models[:1], members.seeds[:1], members.sizes[:1], labels_1N, weights_1N)
 
 
 def _agrees(
@@ -148,6 +150,7 @@ class PerceptronSteps:
     ):
         self._perceptron, self._data, self._recipe = perceptron, data, recipe
         self._seeds, self._new_labels_MN = members.seeds, members.new_labels_MN
+        self._weights_MN = members.weights_MN
         self._device, self._norms = members.device, norms
         self.longest = max(1, BLOCK_SAMPLES // recipe.batch_size)
         first_MCI, *others = (_stacked(members.models, name) for name in perceptron.linears)
@@ -166,6 +169,10 @@ class PerceptronSteps:
         x_MKI = self._inputs(ids_MSB.flatten(1))
         targets_MK = self._targets(rows, ids_MSB.flatten(1))
         targets_MSB = torch.unflatten(targets_MK, 1, (steps, batch))
+        weights_MSB = None
+        if self._weights_MN is not None:
+            weights_MSB = self._weights_MN[rows].gather(1, ids_MSB.flatten(1)).view_as(ids_MSB)
+            weights_MSB = weights_MSB.to(self._others_MP.dtype)
         masks = self._dropout_masks(rows, steps, batch, epoch, first_step)
         block = self._first.block(rows, x_MKI, steps)
         hidden = _Hidden(self._others_MP[rows], self._momentum_MP[rows], self._shapes, self._recipe)
@@ -174,7 +181,12 @@ class PerceptronSteps:
         for step in range(steps):
             logits_MBC = hidden.forward(block.outputs(step), [mask[:, step] for mask in masks])
             logits.append(logits_MBC)
-            deltas = hidden.backward(logits_MBC, targets_MSB[:, step], self._perceptron.dropouts)
+            deltas = hidden.backward(
+                logits_MBC,
+                targets_MSB[:, step],
+                self._perceptron.dropouts,
+                None if weights_MSB is None else weights_MSB[:, step],
+            )
             block.d_MSBC[:, step] = deltas[0]
             if norms_wanted:
                 inputs = [a_MBI.clone() for a_MBI in hidden.inputs]
@@ -191,6 +203,8 @@ class PerceptronSteps:
             self._record(rows, ids_MSB, [(x_MSBI, block.d_MSBC), *others])
         logits_MKC = torch.stack(logits, dim=1).flatten(1, 2)
         losses_MK = F.cross_entropy(logits_MKC.transpose(1, 2), targets_MK, reduction="none")
+        if weights_MSB is not None:
+            losses_MK = losses_MK * weights_MSB.flatten(1)
         return losses_MK.sum(1, dtype=torch.float64)
 
     def _inputs(self, ids_MK: Tensor) -> Tensor:
@@ -295,13 +309,23 @@ class _Hidden:
         return z_MBC
 
     def backward(
-        self, logits_MBC: Tensor, targets_MB: Tensor, dropouts: Sequence[float]
+        self,
+        logits_MBC: Tensor,
+        targets_MB: Tensor,
+        dropouts: Sequence[float],
+        weights_MB: Tensor | None,
     ) -> list[Tensor]:
-        """Gradients (M, B, C) of the summed losses by every layer's outputs, in forward order."""
+        """Gradients (M, B, C) of the summed losses by every layer's outputs, in forward order.
+
+        Args:
+            weights_MB: What each loss is multiplied with; None for one.
+        """
         d_MBC = torch.softmax(logits_MBC, dim=2)
         d_MBC.scatter_add_(
             2, targets_MB[..., None], torch.full_like(targets_MB[..., None], -1, dtype=d_MBC.dtype)
         )
+        if weights_MB is not None:
+            d_MBC *= weights_MB[..., None]
         deltas = [d_MBC]
         for a_MBI, w_MCI, p in zip(
             reversed(self.inputs), reversed(self._weights), reversed(dropouts), strict=True

@@ -6,9 +6,9 @@ So no variant is trained twice.
     recipe.json         how all of them were trained
     manifest/KEY.json   one file per variant: the checksum of its weights, written after them
     checkpoints/KEY-SUM.pt  its weights; SUM is the beginning of their checksum
-KEY is the hash of what distinguishes a variant: seed, removed samples, relabelled samples and their
-new labels. Two workers may train the same variant at the same time. Then they write two files,
-equal up to rounding, and the manifest names one of them.
+KEY is the hash of what distinguishes a variant: seed, removed samples, relabelled samples, their
+new labels, and masked samples. Two workers may train the same variant at the same time. Then they
+write two files, equal up to rounding, and the manifest names one of them.
 """
 
 import io
@@ -93,7 +93,9 @@ class Retrained:
         self._manifest.write(entry)
 
 
-def variant_key(seed: int, removed: bytes, relabelled: bytes, labels: bytes) -> str:
+def variant_key(
+    seed: int, removed: bytes, relabelled: bytes, labels: bytes, masked: bytes = b""
+) -> str:
     """The key of a variant.
 
     Args:
@@ -101,6 +103,7 @@ def variant_key(seed: int, removed: bytes, relabelled: bytes, labels: bytes) -> 
         removed: Bytes of the sorted ids of its removed samples, int64.
         relabelled: Bytes of the sorted ids of its relabelled samples, int64.
         labels: Bytes of their new labels, int64.
+        masked: Bytes of the sorted ids of its masked samples, int64.
     """
     parts = {
         "seed": seed,
@@ -108,4 +111,6 @@ def variant_key(seed: int, removed: bytes, relabelled: bytes, labels: bytes) -> 
         "relabelled": checksum(relabelled),
         "labels": checksum(labels),
     }
+    if masked:  # older than this part, variants have none
+        parts["masked"] = checksum(masked)
     return checksum(json.dumps(parts).encode())[:24]

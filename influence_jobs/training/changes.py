@@ -1,4 +1,4 @@
-"""Changes of the training set for one training: removed samples and relabelled samples."""
+"""Changes of the training set for one training: removed, relabelled and masked samples."""
 
 from dataclasses import dataclass, field
 
@@ -22,13 +22,17 @@ def _none() -> npt.NDArray[np.int64]:
 
 @dataclass(frozen=True, eq=False)
 class Changes:
-    """Samples that one training leaves out, and samples that it gives a new label.
+    """Samples that one training leaves out, masks, or gives a new label.
 
-    Removed samples are taken out of the order of each epoch; the others keep their order. The loss
-    of a relabelled sample is the cross-entropy of the task's outputs with the new class.
+    Removed samples are taken out of the order of each epoch; the others keep their order, but not
+    their batches. A masked sample stays in its batches, with a loss of weight zero: the mean keeps
+    its divisor B, and batch statistics still have the sample in them. So all other random numbers
+    of the training are as they were. The loss of a relabelled sample is the cross-entropy of the
+    task's outputs with the new class.
 
     Attributes:
         removed: Ids (R,) of removed samples.
+        masked: Ids (M,) of masked samples.
         relabelled: Ids (K,) of relabelled samples. An id that is also in `removed` is removed.
         labels: The new classes (K,) of relabelled samples.
     """
@@ -36,6 +40,7 @@ class Changes:
     removed: npt.NDArray[np.int64] = field(default_factory=_none)
     relabelled: npt.NDArray[np.int64] = field(default_factory=_none)
     labels: npt.NDArray[np.int64] = field(default_factory=_none)
+    masked: npt.NDArray[np.int64] = field(default_factory=_none)
 
     def check(self, task: Task, *, by_task: bool = False) -> None:
         """Check that these changes can be made to the task's training set.
@@ -44,18 +49,30 @@ class Changes:
             by_task: Whether the task trains itself, with a loss of its own.
 
         Raises:
-            SpecError: Ids are repeated or out of range, all samples are removed, the task has no
-                classes, a new label is not a class, or the task's loss is another than that of
-                relabelled samples.
+            SpecError: Ids are repeated or out of range, all samples are removed or masked, the task
+                has no classes, a new label is not a class, the task's loss is another than that of
+                relabelled samples, or its own training would not know of masks.
         """
         n = len(task.train_data())
-        for what, ids in (("removed", self.removed), ("relabelled", self.relabelled)):
+        changed = {
+            "removed": self.removed,
+            "relabelled": self.relabelled,
+            "masked": self.masked,
+        }
+        for what, ids in changed.items():
             if len(ids) and not (ids.min() >= 0 and ids.max() < n):
                 raise SpecError(f"{what} ids must be from 0 to {n - 1}: there are {n} samples")
             if len(np.unique(ids)) < len(ids):
                 raise SpecError(f"an id is {what} twice: give each id once")
         if len(self.removed) == n:
             raise SpecError(f"all {n} samples are removed: leave some to train on")
+        if len(self.masked) == n:
+            raise SpecError(f"all {n} samples are masked: leave some to train on")
+        if len(self.masked) and by_task:
+            raise SpecError(
+                f"train() of {type(task).__name__} knows of no masked samples: remove them "
+                "instead, or give it an optimizer() in its place"
+            )
         if len(self.labels) != len(self.relabelled):
             raise SpecError(
                 f"{len(self.relabelled)} ids are relabelled with {len(self.labels)} labels: "
@@ -80,6 +97,14 @@ class Changes:
         kept_N = torch.ones(len(order), dtype=torch.bool)
         kept_N[torch.from_numpy(self.removed)] = False
         return order[kept_N[order]]
+
+    def weights(self, num_samples: int) -> Tensor | None:
+        """What each sample's loss is multiplied with, (N,): 0 or 1; None if no sample is masked."""
+        if not len(self.masked):
+            return None
+        weights_N = torch.ones(num_samples)
+        weights_N[torch.from_numpy(self.masked)] = 0
+        return weights_N
 
     def new_labels(self, num_samples: int) -> Tensor | None:
         """The new label of every sample, (N,), or `UNCHANGED`; None if no sample is relabelled."""

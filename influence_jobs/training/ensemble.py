@@ -1,6 +1,6 @@
 """Train many variants of one model side by side.
 
-Variants differ in their seed, and in which samples are removed or relabelled.
+Variants differ in their seed, and in which samples are removed, masked or relabelled.
 """
 
 import math
@@ -35,7 +35,7 @@ class Variant:
 
     Attributes:
         seed: Seed of initial weights, order of samples and noise, as for `Trainer`.
-        changes: Samples to remove or relabel.
+        changes: Samples to remove, mask or relabel.
     """
 
     seed: int
@@ -120,6 +120,7 @@ class EnsembleTrainer:
             seeds=[variant.seed for variant in self._variants],
             sizes=[n - len(variant.changes.removed) for variant in self._variants],
             new_labels_MN=_new_labels(self._variants, n, device),
+            weights_MN=_weights(self._variants, n, device),
         )
         self._sizes = members.sizes
         self._template = copy_of(members.models[0]).eval()
@@ -318,3 +319,14 @@ def _new_labels(
     unchanged_N = torch.full((num_samples,), UNCHANGED)
     stacked_MN = torch.stack([unchanged_N if labels_N is None else labels_N for labels_N in labels])
     return stacked_MN.to(device)
+
+
+def _weights(variants: Sequence[Variant], num_samples: int, device: torch.device) -> Tensor | None:
+    """What the losses of every variant are multiplied with, (M, N); None without masks."""
+    weights = [variant.changes.weights(num_samples) for variant in variants]
+    if all(weights_N is None for weights_N in weights):
+        return None
+    ones_N = torch.ones(num_samples)
+    return torch.stack([ones_N if weights_N is None else weights_N for weights_N in weights]).to(
+        device
+    )

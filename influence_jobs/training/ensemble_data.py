@@ -27,12 +27,14 @@ class Members:
         seeds: Seeds of augmentation, noise and dropout.
         sizes: Number of samples that each is trained on.
         new_labels_MN: New label of every sample (`Changes.new_labels`); None if no variant has any.
+        weights_MN: Weight of every sample's loss (`Changes.weights`); None if no variant has masks.
     """
 
     models: Sequence[nn.Module]
     seeds: Sequence[int]
     sizes: Sequence[int]
     new_labels_MN: Tensor | None
+    weights_MN: Tensor | None = None
 
     @property
     def device(self) -> torch.device:

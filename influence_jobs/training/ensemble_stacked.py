@@ -63,6 +63,7 @@ class StackedSteps:
         self._losses = _Losses(task, models[0])
         self._feed = Feed(task, members.seeds, members.device)
         self._new_labels_MN = members.new_labels_MN
+        self._weights_MN = members.weights_MN
         self._norms = norms
         parameters = [dict(model.named_parameters()) for model in models]
         trained = [name for name, p in parameters[0].items() if p.requires_grad]
@@ -107,6 +108,9 @@ class StackedSteps:
         leaves = {name: stack[name].detach().requires_grad_() for name in trained}
         losses_MB = self._forward({**stack, **leaves}, batch, new_labels_MB)
         require_one_each(self._task, losses_MB, ids_MB.shape)
+        if self._weights_MN is not None:
+            weights_MB = self._weights_MN[rows].gather(1, ids_MB.to(self._device))
+            losses_MB = losses_MB * weights_MB.to(losses_MB)
         gradients: dict[str, Tensor | None] = dict(
             zip(
                 leaves,

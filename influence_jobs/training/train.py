@@ -166,7 +166,7 @@ class Trainer:
         seed: Seed of initial weights, order of samples and noise.
         device: Device of the model.
         norms: Records norms of the batch gradient in every step, if wanted.
-        changes: Samples to remove or relabel.
+        changes: Samples to remove, mask or relabel.
 
     Attributes:
         finite_steps: Number of first steps in which the loss was finite.
@@ -194,6 +194,7 @@ class Trainer:
         self._changes.check(task)
         require_repeatable(task)
         self._new_labels_N = self._changes.new_labels(len(task.train_data()))
+        self._weights_N = self._changes.weights(len(task.train_data()))
         self.num_samples = len(task.train_data()) - len(self._changes.removed)
         require_full_batches(task, recipe.batch_size, self.num_samples)
         self.steps_per_epoch = math.ceil(self.num_samples / recipe.batch_size)
@@ -232,6 +233,8 @@ class Trainer:
         with seeded(step_seed(self.seed, self.epoch, self.step_in_epoch), self.device):
             losses_B = changed_losses(self.task, self.model, batch, new_labels_B)
             require_one_each(self.task, losses_B, ids.shape)
+            if self._weights_N is not None:
+                losses_B = losses_B * self._weights_N[ids].to(losses_B)
             losses_B.mean().backward()  # type: ignore[no-untyped-call]
             if self.norms is not None:
                 self.norms.add(self.model, ids, self.epoch)

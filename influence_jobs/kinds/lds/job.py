@@ -35,7 +35,9 @@ class LdsJob(RetrainJob[LdsSpec]):
 
     @cached_property
     def sizes(self) -> Sequence[int]:
-        return [len(self._subset(0))] * (self.spec.subsets * len(self.spec.seeds))
+        count = self.spec.subsets * len(self.spec.seeds)
+        n = len(self.task.train_data())
+        return [n if self.spec.same_run else len(self._subset(0))] * count
 
     def _subset(self, index: int) -> npt.NDArray[np.int64]:
         n = len(self.task.train_data())
@@ -44,9 +46,11 @@ class LdsJob(RetrainJob[LdsSpec]):
     def variant(self, row: int) -> Variant:
         index, which = divmod(row, len(self.spec.seeds))
         everything = np.arange(len(self.task.train_data()))
-        removed = np.setdiff1d(everything, self._subset(index), assume_unique=True)
+        others = np.setdiff1d(everything, self._subset(index), assume_unique=True)
+        if self.spec.same_run:
+            return Variant(self.spec.seeds[0], Changes(masked=others))
         # Each subset has its own seeds: subsets must not share the noise of training.
-        return Variant(index + SEED_STEP * self.spec.seeds[which], Changes(removed=removed))
+        return Variant(index + SEED_STEP * self.spec.seeds[which], Changes(removed=others))
 
     def finish(self) -> Result:
         losses_VQ = self.measured()[0].astype(np.float64)

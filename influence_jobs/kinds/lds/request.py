@@ -1,9 +1,10 @@
 """The request for a linear datamodeling score."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
+from influence_jobs.errors import SpecError
 from influence_jobs.kinds.lds.spec import LdsSpec
 from influence_jobs.requests.base import One, Say, option
 from influence_jobs.requests.experiments import (
@@ -13,6 +14,9 @@ from influence_jobs.requests.experiments import (
 )
 from influence_jobs.requests.options import EXPERIMENT
 from influence_jobs.specs.base import Spec, make_spec
+
+if TYPE_CHECKING:
+    from influence_jobs.requests.rankings import Trained
 
 METHODS = ("helpful", "dot-product", "attribution", "nearest", "loss", "random")
 
@@ -29,11 +33,22 @@ class LdsRequest(ExperimentRequest, SeedsOptions, EnsembleOptions):
     fraction: One[float] = option(
         0.5, "Share of the training set in each subset.", panel=EXPERIMENT
     )
+    same_run: bool = option(
+        False,
+        "Repeat the training itself for each subset: from its seed, in its order and batches, with "
+        "the samples outside of the subset masked, that is with a loss of weight 0. By default "
+        "each subset is trained from other seeds without them.",
+        panel=EXPERIMENT,
+    )
 
     def specs(self, root: str, say: Say) -> tuple[Spec, ...]:
         from influence_jobs.requests.solving import require_used
 
+        if self.same_run and self.given("seeds"):
+            raise SpecError("--same-run has the seed of its training: leave --seeds out")
         trained, methods, rankings = self.rankings(root, say, METHODS)
+        if self.same_run:
+            _require_same_run(trained)
         ranked = tuple(rankings.of(word, ensemble=self.ensemble) for word in methods)
         require_used(self, methods)
         spec = make_spec(
@@ -41,8 +56,27 @@ class LdsRequest(ExperimentRequest, SeedsOptions, EnsembleOptions):
             task=trained.subject.task,
             recipe=trained.train,
             rankings=ranked,
-            seeds=tuple(range(self.seeds)),
+            seeds=(trained.train.seed,) if self.same_run else tuple(range(self.seeds)),
             subsets=self.subsets,
             fraction=self.fraction,
+            same_run=self.same_run,
         )
         return (spec,)
+
+
+def _require_same_run(trained: "Trained") -> None:
+    """Refuse a model whose training cannot be repeated with masks.
+
+    Raises:
+        SpecError: It came from elsewhere, or the task trains it.
+    """
+    if any(not checkpoint.repeatable for checkpoint in trained.subject.checkpoints):
+        raise SpecError(
+            "--same-run repeats the training of a train run, and this checkpoint has none: name a "
+            "train run with --checkpoint, or leave it out"
+        )
+    if trained.train.trainer == "task":
+        raise SpecError(
+            f"train() of task {trained.train.task.name} knows of no masked samples: leave "
+            "--same-run out, or give the task an optimizer() in place of train()"
+        )

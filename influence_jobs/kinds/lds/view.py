@@ -21,6 +21,12 @@ class LdsView(View[LdsSpec]):
         return f"Linear datamodeling scores ({self.spec.task.slug})"
 
     def certainty(self) -> list[str]:
+        if self.spec.same_run:
+            said = (
+                f"{self.spec.subsets} subsets, each the same run from seed {self.spec.seeds[0]}, "
+                "with the other samples masked; it says nothing of trainings from other seeds."
+            )
+            return [said]
         return [f"{self.spec.subsets} subsets, {len(self.spec.seeds)} training(s) each."]
 
     def next_step(self) -> str:
@@ -30,11 +36,14 @@ class LdsView(View[LdsSpec]):
         spec = self.spec
         rows = sorted(self.run.read_table("summary").to_pylist(), key=_by_mean)
         seeds, quantity = len(spec.seeds), spec.queries.quantity
+        trainings = f"{seeds} training{'s' * (seeds > 1)} each"
+        if spec.same_run:
+            trainings = "the same run with the others masked"
         columns = ("method", "mean_lds", "low", "high", "queries")
         return [
             Table(
                 title=f"Linear datamodeling score: {spec.subsets} subsets of {spec.fraction:g} of "
-                f"the samples, {seeds} training{'s' * (seeds > 1)} each",
+                f"the samples, {trainings}",
                 columns=("method", "mean LDS", "95 % from", "to", "queries"),
                 rows=[tuple(row[column] for column in columns) for row in rows],
                 note=f"Spearman's correlation over subsets of summed scores and each query's "

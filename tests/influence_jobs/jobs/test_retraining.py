@@ -215,6 +215,31 @@ def test_lds_is_the_correlation_of_summed_scores_with_losses_of_retrained_models
     assert before.items() <= after.items()
 
 
+def test_the_lds_of_the_same_run_repeats_it_with_the_others_masked(
+    carry_out, lds_spec, digits_task, recipe, queries, random, trained, fresh_root
+) -> None:
+    run = carry_out(
+        lds_spec(same_run=True, seeds=(3,), fraction=0.9, rankings=(random,)), root=fresh_root()
+    )
+    assert len(trained) == 6
+    batch = digits_task.test_batch(torch.tensor([query.test for query in queries.items]), Draw(0))
+    losses = run.read_rows("losses", 0, 6)
+    for index in range(6):
+        masked = np.setdiff1d(np.arange(N), subset(N, 0.9, index))
+        assert len(masked) == N // 10
+        model = alone(digits_task, recipe, 3, Changes(masked=masked))
+        with torch.no_grad():
+            expected = digits_task.losses(model, batch).numpy()
+        # In float32, and other subsets are further away than rounding is.
+        np.testing.assert_allclose(losses[index], expected, rtol=0.02)
+        assert not np.allclose(losses[index - 1], expected, rtol=0.04)
+
+
+def test_the_same_run_has_one_seed(lds_spec) -> None:
+    with pytest.raises(SpecError, match="leave --seeds out with --same-run"):
+        lds_spec(same_run=True)
+
+
 def test_a_ranking_by_smallest_scores_has_no_lds(lds_spec, random) -> None:
     turned = random.model_copy(update={"largest": False, "name": "harmful"})
     with pytest.raises(SpecError, match="leave method harmful out"):

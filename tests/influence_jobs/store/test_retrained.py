@@ -82,10 +82,12 @@ def test_weights_without_their_manifest_entry_are_not_believed(tmp_path: Path) -
 
 def test_whatever_makes_another_training_makes_another_key() -> None:
     keys = {
-        variant_key(seed, removed, relabelled, labels)
+        variant_key(seed, removed, relabelled, labels, masked)
         for seed in (0, 1)
         for removed in (b"", b"a")
         for relabelled in (b"", b"a")
         for labels in (b"", b"a")
+        for masked in (b"", b"a")
     }
-    assert len(keys) == 16
+    assert len(keys) == 32
+    assert variant_key(0, b"", b"", b"", b"") == KEY

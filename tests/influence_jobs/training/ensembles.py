@@ -132,6 +132,12 @@ ONE_ORDER = (  # same seed, nothing removed: the same samples in every step
     Variant(2, Changes(relabelled=np.arange(5, 45), labels=np.arange(40) % 5)),
     Variant(2, Changes(relabelled=np.arange(50), labels=np.full(50, 3))),
 )
+MASKED = (  # same seed and order, as REMOVALS but masked; one of another size too
+    Variant(2, Changes(masked=np.arange(9))),
+    Variant(2),
+    Variant(2, Changes(masked=np.arange(30, 39))),
+    Variant(3, Changes(masked=np.arange(9), removed=np.arange(5, 12))),
+)
 REMOVALS = (
     Variant(5, Changes(removed=np.arange(5))),
     Variant(6),

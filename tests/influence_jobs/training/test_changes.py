@@ -130,3 +130,43 @@ def test_classes_that_only_the_tasks_own_loss_knows_are_not_relabelled() -> None
 
     with pytest.raises(SpecError, match="not the plain cross-entropy"):
         require_classes(Unlabelled(mlp), by_task=False)
+
+
+def test_masked_samples_stay_in_their_batches_with_a_loss_of_weight_zero() -> None:
+    """Their bytes cannot matter, and the mean over the batch keeps its divisor."""
+    task, masked = Points(lambda: mlp(0.2)), ids(3, 40, 41)
+    trainer = Trainer(task, RECIPE, seed=3, device=CPU, changes=Changes(masked=masked))
+
+    class Zeroed(Points):
+        def losses(self, model: nn.Module, batch: Any) -> Tensor:
+            weights_N = torch.ones(len(self._y), dtype=torch.float64)
+            weights_N[torch.from_numpy(masked)] = 0
+            return super().losses(model, batch[:2]) * weights_N[batch[2]]
+
+        def batch(self, ids: Tensor, draw: Draw) -> Any:
+            return *super().batch(ids, draw), ids
+
+    alone = Trainer(Zeroed(lambda: mlp(0.2)), RECIPE, seed=3, device=CPU)
+    assert trainer.steps_per_epoch == alone.steps_per_epoch
+    while not alone.finished:
+        assert trainer.step() == alone.step()
+    for name, expected in alone.model.state_dict().items():
+        assert torch.equal(trainer.model.state_dict()[name], expected)
+
+
+@pytest.mark.parametrize(
+    ("masked", "message"),
+    [
+        (ids(90), "masked ids must be from 0 to 89"),
+        (ids(3, 3), "masked twice"),
+        (np.arange(90), "all 90 samples are masked"),
+    ],
+)
+def test_masks_that_cannot_be_are_refused(masked: np.ndarray, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        Changes(masked=masked).check(Points(mlp))
+
+
+def test_a_training_of_the_tasks_own_takes_no_masks() -> None:
+    with pytest.raises(SpecError, match=r"train\(\) of Points knows of no masked samples"):
+        Changes(masked=ids(1)).check(Points(mlp), by_task=True)

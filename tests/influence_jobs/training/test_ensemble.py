@@ -26,6 +26,7 @@ from .ensembles import (
     ADAMW,
     CLIPPED,
     CPU,
+    MASKED,
     NESTEROV,
     REMOVALS,
     SGD,
@@ -56,6 +57,8 @@ from .ensembles import (
         (Points(convnet), ADAMW, VARIANTS, ("0", "4")),
         (Points(frozen), STEPPED, VARIANTS, ("4",)),
         (Points(mlp, noise=0.3), CLIPPED, VARIANTS, ("1", "7")),
+        (Points(mlp, noise=0.3), SGD, MASKED, ("1", "7")),
+        (Points(convnet), ADAMW, MASKED, ("0", "4")),
         (SmallFFDNetTask(), recipe("adam", 4, 2, lr=1e-3), REMOVALS, ("main.29",)),
     ],
 )  # fmt: skip
