@@ -28,7 +28,6 @@ from influence_jobs.store.find import find_run
 from influence_jobs.tasks.base import Task
 from influence_jobs.tasks.layers import weight_layers
 
-
 # Methods by the gradients of sample and query, and what `InfluenceSpec.relative` says of each.
 GRADIENTS_ALONE: Mapping[str, Literal["theta"] | None] = {"dot-product": None, "cosine": "theta"}
 
