@@ -41,7 +41,7 @@ def denoise_folder(
     sigma: Annotated[
         float, typer.Option(min=0, help="Standard deviation of the noise, in grey levels of 255.")
     ] = 25.0,
-    grey: Annotated[bool, typer.Option("--grey", help="Use the 15-layer grey network.")] = False,
+    grey: Annotated[bool, typer.Option("--grey", help="The file is of the 15-layer grey network.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
     out: Annotated[
         Path | None, typer.Option(help="Folder to write the denoised images to, as PNG.")
@@ -54,16 +54,23 @@ def denoise_folder(
     from PIL import Image
 
     from influence_jobs.datasets.images import ImageFolder
+    from influence_jobs.kinds.train.spec import TrainedCheckpoint
     from influence_jobs.requests.subject import checkpoints_of
     from influence_jobs.store.checkpoints import load_checkpoint
+    from influence_jobs.tasks.base import Task
     from influence_jobs.tasks.ffdnet import FFDNetGreyTask, FFDNetTask, denoise
+    from influence_jobs.tasks.registry import task_class
 
     root = runs_folder(runs)
-    kind = FFDNetGreyTask if grey else FFDNetTask
-    model = kind.network()
     found = checkpoints_of(checkpoint, root)
     if len(found) != 1:
         raise SpecError(f"--checkpoint {checkpoint} names {len(found)} checkpoints: name one epoch")
+    kind: type[Task] = FFDNetGreyTask if grey else FFDNetTask
+    if isinstance(found[0], TrainedCheckpoint):
+        kind = task_class(found[0].train.task)
+    if not issubclass(kind, FFDNetTask):
+        raise SpecError(f"--checkpoint {checkpoint} is of {kind.__name__}, which is no FFDNet")
+    model = kind.network()
     load_checkpoint(model, root, found[0])
     folder = ImageFolder(images, color=kind.color)
     folder.check(skip_unreadable=False)

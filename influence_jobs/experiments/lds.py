@@ -6,6 +6,7 @@ losses with the losses that scores predict.
 Park, Georgiev, Ilyas, Leclerc, Madry: "TRAK: Attributing Model Behavior at Scale", ICML 2023.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -109,21 +110,48 @@ def mean_lds(
     All queries share the subsets and trainings, so subsets are resampled, not queries. Queries
     without a correlation do not count. For the arguments see `lds`.
     """
+    return _resampled(lambda subsets: _mean_lds(predicted_QM, found_QM, subsets), found_QM.shape[1])
 
-    def mean(subsets: npt.NDArray[np.int64]) -> float:
-        # Spearman's correlations of all queries at once, as Pearson's of the ranks.
-        ranks = [stats.rankdata(x[:, subsets], axis=1) for x in (predicted_QM, found_QM)]
-        a, b = (r - r.mean(axis=1, keepdims=True) for r in ranks)
-        sizes = np.sqrt((a * a).sum(axis=1) * (b * b).sum(axis=1))
-        there = sizes > 0
-        return float(np.mean((a * b).sum(axis=1)[there] / sizes[there])) if there.any() else np.nan
 
-    subsets = np.arange(predicted_QM.shape[1])
-    if np.isnan(value := mean(subsets)):
+def mean_difference(
+    predicted_QM: npt.NDArray[np.floating],
+    others_QM: npt.NDArray[np.floating],
+    found_QM: npt.NDArray[np.floating],
+) -> Interval:
+    """How much larger the mean LDS of a method is than another's, with the interval of both.
+
+    Both are measured on the same resampled subsets, so what they have in common cancels out. For
+    the arguments see `lds`.
+    """
+
+    def difference(subsets: npt.NDArray[np.int64]) -> float:
+        one = _mean_lds(predicted_QM, found_QM, subsets)
+        return one - _mean_lds(others_QM, found_QM, subsets)
+
+    return _resampled(difference, found_QM.shape[1])
+
+
+def _mean_lds(
+    predicted_QM: npt.NDArray[np.floating],
+    found_QM: npt.NDArray[np.floating],
+    subsets: npt.NDArray[np.int64],
+) -> float:
+    """The mean over queries of Spearman's correlation over some subsets; NaN if none has one."""
+    # Of all queries at once, as Pearson's of the ranks.
+    ranks = [stats.rankdata(x[:, subsets], axis=1) for x in (predicted_QM, found_QM)]
+    a, b = (r - r.mean(axis=1, keepdims=True) for r in ranks)
+    sizes = np.sqrt((a * a).sum(axis=1) * (b * b).sum(axis=1))
+    there = sizes > 0
+    return float(np.mean((a * b).sum(axis=1)[there] / sizes[there])) if there.any() else np.nan
+
+
+def _resampled(statistic: Callable[[npt.NDArray[np.int64]], float], num_subsets: int) -> Interval:
+    subsets = np.arange(num_subsets)
+    if np.isnan(value := statistic(subsets)):
         return Interval(np.nan, np.nan, np.nan)
     found = stats.bootstrap(
         (subsets,),
-        mean,
+        statistic,
         vectorized=False,
         n_resamples=RESAMPLES,
         confidence_level=LEVEL,

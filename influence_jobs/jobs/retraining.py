@@ -29,12 +29,18 @@ from influence_jobs.tasks.base import Batch, Draw, converted, out_of_half, to_de
 from influence_jobs.terms import Region
 from influence_jobs.training.changes import Changes
 from influence_jobs.training.ensemble import EnsembleTrainer, Variant, why_alone
-from influence_jobs.training.ensemble_width import WIDTHS, bytes_per_variant, measure_widths
+from influence_jobs.training.ensemble_width import (
+    WIDTHS,
+    bytes_per_variant,
+    faster_alone,
+    measure_widths,
+)
 from influence_jobs.training.own import trained_by_task
 from influence_jobs.training.train import Trainer, require_full_batches, require_sound_samples
 
 MAX_SHARD, MIN_SHARD, AIM_SHARDS = 128, 8, 16
-MEASURED_STEPS = 200_000  # steps over all models; a smaller run does not repay measuring
+# Steps over all models; a smaller run does not repay measuring.
+COMPARED_STEPS, MEASURED_STEPS = 5_000, 200_000
 MEMORY_SHARE = 0.5  # share of the free memory for the models of one ensemble
 LOSSES, DECISIONS = "losses", "decisions"
 WIDTH = "width.json"
@@ -164,7 +170,9 @@ class RetrainJob(Job[S]):
                 progress(done)
             return found
         saved = SavedState(self.run_store.files, f"{CHECKPOINTS}/state-{shard.id}.pt")
-        state = saved.read()
+        state, alone = saved.read(), self._width() == 1
+        if state is not None and ("steps" in state["trainer"]) == alone:
+            state = None  # of an earlier version, which trained ensembles of one
         for group in self._groups(variants):
             keys = [key for key in group if key in missing]
             if not keys:
@@ -173,7 +181,7 @@ class RetrainJob(Job[S]):
                 # Resume the interrupted ensemble, even if some of its members are already kept.
                 keys = state["keys"]
                 done -= sum(self._samples(variants[key]) for key in set(keys) - missing)
-            trainer = self._trainer([variants[key] for key in keys])
+            trainer = self._trainer([variants[key] for key in keys], alone=alone)
             if resumed:
                 trainer.load_state_dict(state["trainer"])
             progress(done + trainer.samples_seen)
@@ -218,14 +226,12 @@ class RetrainJob(Job[S]):
             f"of epoch {epoch + 1}: their losses are not finite; lower the learning rate"
         )
 
-    def _trainer(self, variants: Sequence[Variant]) -> Trainer | EnsembleTrainer:
+    def _trainer(self, variants: Sequence[Variant], *, alone: bool) -> Trainer | EnsembleTrainer:
         recipe = recipe_of(self.spec.recipe)
-        if not self._alone:
+        if not alone:
             return EnsembleTrainer(self.task, recipe, variants, device=self.device)
-        (alone,) = variants
-        return Trainer(
-            self.task, recipe, seed=alone.seed, device=self.device, changes=alone.changes
-        )
+        (one,) = variants
+        return Trainer(self.task, recipe, seed=one.seed, device=self.device, changes=one.changes)
 
     def _groups(self, variants: Mapping[str, Variant]) -> list[list[str]]:
         """Cut a shard's variants into ensembles of similar size, at most the fastest width.
@@ -252,7 +258,7 @@ class RetrainJob(Job[S]):
         return [f"models are trained one at a time: {self._alone}"] if self._alone else []
 
     def _width(self) -> int:
-        """Number of variants to train side by side.
+        """Number of variants to train side by side; 1 for one at a time.
 
         The run's first worker chooses it, so that ensembles are the same in all workers.
         """
@@ -267,14 +273,26 @@ class RetrainJob(Job[S]):
 
     def _fastest_width(self) -> int:
         recipe, memory = recipe_of(self.spec.recipe), int(self._free_bytes() * MEMORY_SHARE)
-        steps = sum(self.sizes) * recipe.epochs / recipe.batch_size
-        if steps < MEASURED_STEPS:
+        if self._faster_alone:
+            return 1
+        if self._steps < MEASURED_STEPS:
             each = bytes_per_variant(self.task, recipe, device=self.device)
             return min(WIDTHS[-1], max(1, memory // each))
         rates = measure_widths(
             self.task, recipe, device=self.device, widths=WIDTHS, seconds=0.5, memory=memory
         )
         return max(rates, key=rates.__getitem__)
+
+    @cached_property
+    def _steps(self) -> float:
+        """Steps of all models together."""
+        return sum(self.sizes) * self.spec.recipe.epochs / self.spec.recipe.batch_size
+
+    @cached_property
+    def _faster_alone(self) -> bool:
+        if self._steps < COMPARED_STEPS:
+            return False
+        return faster_alone(self.task, recipe_of(self.spec.recipe), device=self.device)
 
     def _free_bytes(self) -> int:
         """Free memory for this worker, in bytes."""
@@ -341,8 +359,9 @@ class RetrainJob(Job[S]):
         if self.spec.recipe.trainer == "task":
             return
         # No samples are removed: the scores that choose them may not exist yet.
-        count = 1 if self._alone else min(len(self.sizes), WIDTHS[-1])
-        trainer = self._trainer([Variant(seed) for seed in range(count)])
+        alone = bool(self._alone) or self._faster_alone
+        count = 1 if alone else min(len(self.sizes), WIDTHS[-1])
+        trainer = self._trainer([Variant(seed) for seed in range(count)], alone=alone)
         while not trainer.finished:
             before = trainer.samples_seen
             trainer.step()

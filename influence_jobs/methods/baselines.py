@@ -43,9 +43,9 @@ def random_scores(
     return scores
 
 
-def loss_scores(losses_B: npt.NDArray[np.floating], num_queries: int) -> npt.NDArray[np.float32]:
-    """A sample's own training loss, the same for every query: (Q, B)."""
-    return np.tile(losses_B.astype(np.float32), (num_queries, 1))
+def own_scores(values_B: npt.NDArray[np.floating], num_queries: int) -> npt.NDArray[np.float32]:
+    """A sample's own loss or gradient norm, the same for every query: (Q, B)."""
+    return np.tile(values_B.astype(np.float32), (num_queries, 1))
 
 
 def nearest_scores(

@@ -1,5 +1,7 @@
 """FFDNet, a denoiser that takes the noise level as an input."""
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -22,17 +24,37 @@ class FFDNet(nn.Module):
 
     Args:
         color: Three channels (BGR) if true, one (grey) if false.
+        layers: Number of convolutions, at least 2; by default 12 in colour and 15 in grey.
+        channels: Channels between them; by default 96 in colour and 64 in grey.
+        batch_norm: Whether batch normalisation follows the inner convolutions. Without it, weights
+            are initialised by the rule of He et al. (2015), for ReLU.
     """
 
-    def __init__(self, color: bool = True) -> None:
+    def __init__(
+        self,
+        color: bool = True,
+        layers: int | None = None,
+        channels: int | None = None,
+        batch_norm: bool = True,
+    ) -> None:
         super().__init__()
-        convs, width, folded = (12, 96, 12) if color else (15, 64, 4)
+        folded = 12 if color else 4
+        convs = layers or (12 if color else 15)
+        width = channels or (96 if color else 64)
         # ReLU is not in place, since hooks may keep a convolution's output.
-        layers: list[nn.Module] = [nn.Conv2d(folded + 1, width, 3, padding=1), nn.ReLU()]
+        modules: list[nn.Module] = [nn.Conv2d(folded + 1, width, 3, padding=1), nn.ReLU()]
         for _ in range(convs - 2):
-            layers += [nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
-        layers.append(nn.Conv2d(width, folded, 3, padding=1))
-        self.main = nn.Sequential(*layers)
+            modules.append(nn.Conv2d(width, width, 3, padding=1))
+            modules += [nn.BatchNorm2d(width), nn.ReLU()] if batch_norm else [nn.ReLU()]
+        modules.append(nn.Conv2d(width, folded, 3, padding=1))
+        self.main = nn.Sequential(*modules)
+        if not batch_norm:
+            for module in modules:
+                if isinstance(module, nn.Conv2d):
+                    last = module is modules[-1]
+                    gain: Literal["linear", "relu"] = "linear" if last else "relu"
+                    nn.init.kaiming_normal_(module.weight, nonlinearity=gain)
+                    nn.init.zeros_(module.bias)
 
     def forward(self, noisy_BCHW: torch.Tensor, sigma_B: torch.Tensor) -> torch.Tensor:
         """Denoise.

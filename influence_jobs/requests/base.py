@@ -98,9 +98,9 @@ class Request(Options, ABC):
 
     task: Any = option(
         None,
-        "mnist, mnist-dropout, mnist-lds, ffdnet, ffdnet-grey, or your own as file.py:Class or "
-        "module:Class; by default that of the run that is named, if any. Its own options are shown "
-        "with --task NAME --help.",
+        "mnist, mnist-dropout, mnist-lds, ffdnet, ffdnet-grey, ffdnet-small, or your own as "
+        "file.py:Class or module:Class; by default that of the run that is named, if any. Its own "
+        "options are shown with --task NAME --help.",
     )
     task_options: Mapping[str, Any] = {}
 

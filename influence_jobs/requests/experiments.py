@@ -15,7 +15,7 @@ from influence_jobs.specs.base import Count
 if TYPE_CHECKING:
     from influence_jobs.requests.rankings import Rankings, Trained
 
-INFLUENCE = ("helpful", "harmful", "dot-product")
+INFLUENCE = ("helpful", "harmful", "dot-product", "cosine")
 METHODS = ("attribution", *INFLUENCE, *BASELINES)
 
 

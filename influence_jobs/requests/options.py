@@ -53,7 +53,8 @@ class QueriesOptions(SeedOptions):
     )
     test_set: One[str | None] = option(
         None,
-        "Several test samples: a file of ids, one a line, or a set that the task names.",
+        "Several test samples: a file of ids, one a line, each with a region Y,X,H,W or a point "
+        "Y,X behind it if wanted; or a set that the task names.",
         panel=QUERY,
     )
     point: Many[Any] = option(

@@ -1,6 +1,5 @@
 """From a user's options to queries."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from influence_jobs.requests.options import QueriesOptions
 from influence_jobs.specs.base import make_spec
 from influence_jobs.specs.queries import Queries, Query
 from influence_jobs.tasks.base import Task
+from influence_jobs.terms import Region
 
 
 def queries_of(request: QueriesOptions, task: Task, *, default_set: bool = False) -> Queries:
@@ -24,20 +24,24 @@ def queries_of(request: QueriesOptions, task: Task, *, default_set: bool = False
     named = request.test_set
     if default_set and not request.test and named is None:
         named = next(iter(task.query_sets), None)
-    tests = [*request.test, *_test_set(named, task)]
-    if not tests:
+    chosen = [(test, None) for test in request.test] + _test_set(named, task)
+    if not chosen:
         raise SpecError(
             "say what to explain: --test ID (may be repeated), or --test-set with a file of ids"
         )
     points, areas = _pairs(request.point, 2), _pairs(request.region, 4)
-    regions: list[Any] = [(*_numbers("--point", word, 2), 1, 1) for word in points]
-    regions += [_numbers("--region", word, 4) for word in areas]
+    regions = [_region("--point", word) for word in points]
+    regions += [_region("--region", word) for word in areas]
+    if regions and any(region for _, region in chosen):
+        raise SpecError(
+            f"--test-set {named} has regions of its own: leave --point and --region out"
+        )
     queries = make_spec(
         Queries,
         items=tuple(
             make_spec(Query, test=test, region=region)
-            for test in tests
-            for region in regions or (None,)
+            for test, own in chosen
+            for region in regions or (own,)
         ),
         quantity=request.quantity,
         noise_draws=request.noise_draws,
@@ -47,22 +51,37 @@ def queries_of(request: QueriesOptions, task: Task, *, default_set: bool = False
     return queries
 
 
-def _test_set(word: str | None, task: Task) -> Sequence[int]:
+def _test_set(word: str | None, task: Task) -> list[tuple[int, Region | None]]:
+    """The test samples of a named set, or of a file with a line for each: ID, or ID and a region.
+
+    Raises:
+        SpecError: There is no such set or file, or a line is something else.
+    """
     if word is None:
-        return ()
+        return []
     if word in task.query_sets:
-        return task.query_sets[word]
+        return [(test, None) for test in task.query_sets[word]]
     try:
-        lines = Path(word).read_text().split()
+        lines = Path(word).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         named = ", ".join(task.query_sets) or "no named sets"
         raise SpecError(
             f"--test-set {word}: this is not a readable file, and {type(task).__name__} has {named}"
         ) from error
+    found: list[tuple[int, Region | None]] = []
     for line in lines:
-        if not line.isdecimal():
-            raise SpecError(f"--test-set {word}: {line!r} is not a test id")
-    return [int(line) for line in lines]
+        words = line.split()
+        if len(words) == 2 and words[0].isdecimal() and "," in words[1]:
+            found.append((int(words[0]), _region(f"--test-set {word}:", words[1])))
+            continue
+        for part in words:
+            if not part.isdecimal():
+                raise SpecError(
+                    f"--test-set {word}: {line.strip()!r} is not a test id, nor one with a point "
+                    "Y,X or a region Y,X,H,W"
+                )
+            found.append((int(part), None))
+    return found
 
 
 def _pairs(given: tuple[Any, ...], count: int) -> tuple[Any, ...]:
@@ -70,10 +89,13 @@ def _pairs(given: tuple[Any, ...], count: int) -> tuple[Any, ...]:
     return (given,) if len(given) == count and all(isinstance(v, int) for v in given) else given
 
 
-def _numbers(option: str, word: Any, count: int) -> tuple[int, ...]:
-    """Numbers from `Y,X` on the command line or (y, x) in Python."""
+def _region(option: str, word: Any) -> Region:
+    """A region from `Y,X,H,W` on the command line, (y, x, h, w) in Python, or a point `Y,X`."""
     parts = word.split(",") if isinstance(word, str) else [str(part) for part in word]
-    if len(parts) != count or not all(part.strip().isdecimal() for part in parts):
-        form = "Y,X" if count == 2 else "Y,X,H,W"
+    counts = {"--point": (2,), "--region": (4,)}.get(option, (2, 4))
+    if len(parts) not in counts or not all(part.strip().isdecimal() for part in parts):
+        form = " or ".join({2: "Y,X", 4: "Y,X,H,W"}[count] for count in counts)
         raise SpecError(f"{option} {word}: write {form}, in whole pixels from the upper left")
-    return tuple(map(int, parts))
+    y, x, *size = map(int, parts)
+    height, width = size or (1, 1)
+    return y, x, height, width

@@ -1,9 +1,9 @@
 """From the methods of `--by` to rankings of the training samples, of one or more trainings."""
 
 import difflib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from influence_jobs.errors import SpecError
 from influence_jobs.gradients.weights import weight_named, weights_of
@@ -29,6 +29,9 @@ from influence_jobs.store.find import find_run
 from influence_jobs.store.scores_file import is_scores_file
 from influence_jobs.tasks.base import Task
 from influence_jobs.tasks.layers import weight_layers
+
+# Methods by the gradients of sample and query, and what `InfluenceSpec.relative` says of each.
+GRADIENTS_ALONE: Mapping[str, Literal["theta"] | None] = {"dot-product": None, "cosine": "theta"}
 
 
 def depends_on_training(method: str) -> bool:
@@ -264,11 +267,10 @@ class Rankings:
         Attribution takes the norms recorded in training, or replays them if there are none.
         """
         subject, queries = trained.subject, self._queries
+        if method in GRADIENTS_ALONE:
+            return gradients_alone(method, subject, queries, self._say, seed=self._seed)
         if method in INFLUENCE:
-            curvature = self._curvature
-            if method == "dot-product":
-                curvature = CurvatureOptions(solver="identity")
-            return influence_of(subject, queries, curvature, self._say, seed=self._seed)
+            return influence_of(subject, queries, self._curvature, self._say, seed=self._seed)
         if method == "attribution":
             layers = hidden_layers(subject.built)
             norms: NormsSpec = trained.train
@@ -303,14 +305,33 @@ def scores_named(root: str, word: str) -> ScoresSpec:
     return spec
 
 
+def gradients_alone(
+    method: str, subject: Subject, queries: Queries, say: Say, *, seed: int
+) -> InfluenceSpec:
+    """The spec of a method of `GRADIENTS_ALONE`: influence without curvature.
+
+    The cosine lacks the norm of the query's gradient, which changes no order of samples.
+    """
+    identity = CurvatureOptions(solver="identity")
+    relative = GRADIENTS_ALONE[method]
+    return influence_of(subject, queries, identity, say, seed=seed, relative=relative)
+
+
 def influence_of(
-    subject: Subject, queries: Queries, curvature: CurvatureOptions, say: Say, *, seed: int
+    subject: Subject,
+    queries: Queries,
+    curvature: CurvatureOptions,
+    say: Say,
+    *,
+    seed: int,
+    relative: Literal["theta", "loss"] | None = None,
 ) -> InfluenceSpec:
     """The spec of influence through all layers."""
     return make_spec(
         InfluenceSpec,
         task=subject.task,
         s_tests=s_tests_of(curvature, subject, queries, say, seed=seed),
+        relative=relative,
         noise_draws=queries.noise_draws,
         seed=seed,
     )

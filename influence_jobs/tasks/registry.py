@@ -22,6 +22,7 @@ BUILT_IN = {
     "mnist-lds": "influence_jobs.tasks.mnist:MnistLdsTask",
     "ffdnet": "influence_jobs.tasks.ffdnet:FFDNetTask",
     "ffdnet-grey": "influence_jobs.tasks.ffdnet:FFDNetGreyTask",
+    "ffdnet-small": "influence_jobs.tasks.ffdnet:FFDNetSmallTask",
 }
 
 

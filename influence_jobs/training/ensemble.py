@@ -80,6 +80,7 @@ class EnsembleTrainer:
         norms: In-training norms to record, if any.
 
     Attributes:
+        device: Device of the models.
         epoch: Number of epochs that all variants have finished.
         steps: The steps in use.
 
@@ -108,7 +109,7 @@ class EnsembleTrainer:
         for variant in variants:
             variant.changes.check(task)
         require_repeatable(task)
-        self.task, self.recipe, self._device = task, recipe, device
+        self.task, self.recipe, self.device = task, recipe, device
         n = len(task.train_data())
         # Inside, variants are sorted by size, largest first; `_rows` maps to this order.
         by_size = sorted(range(len(variants)), key=lambda i: len(variants[i].changes.removed))
@@ -218,7 +219,7 @@ class EnsembleTrainer:
     @torch.no_grad()
     def evaluate(self, measure: Callable[[nn.Module, Batch], Tensor], batch: Batch) -> Tensor:
         """Apply a function such as `task.losses` or `task.outputs` to every model: (M, B, ...)."""
-        batch = to_device(batch, self._device)
+        batch = to_device(batch, self.device)
         return torch.stack([measure(self.model(i), batch) for i in range(len(self._rows))])
 
     def norms(self, variant: int) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """Choose how many variants to train side by side, by memory and by measured speed."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,9 +11,10 @@ from influence_jobs.tasks.base import Draw, Task, to_device
 from influence_jobs.training.ensemble import EnsembleTrainer, Variant
 from influence_jobs.training.ensemble_norms import EnsembleNorms, NormsWanted
 from influence_jobs.training.recipe import Recipe
-from influence_jobs.training.train import initial_model
+from influence_jobs.training.train import Trainer, initial_model
 
 WIDTHS = (1, 2, 4, 8, 16, 32)
+CLEARLY = 1.1  # times as fast; a smaller difference is within the noise of the measurement
 
 
 def bytes_per_variant(
@@ -83,15 +84,43 @@ def measure_widths(
             [Variant(seed) for seed in range(width)],
             device=device,
         )
-        trainer.step()
-        _wait(device)
-        first, started = trainer.samples_seen, time.perf_counter()
-        while time.perf_counter() - started < seconds:
-            trainer.step()
-        _wait(device)
-        samples = trainer.samples_seen - first
-        rates[width] = samples / recipe.batch_size / (time.perf_counter() - started)
+        rates[width] = _rate(trainer, seconds, recipe.batch_size)
     return rates
+
+
+def faster_alone(task: Task, recipe: Recipe, *, device: torch.device, seconds: float = 0.3) -> bool:
+    """Whether a model is trained faster by itself than side by side with others.
+
+    A convolution of several models is a grouped one, which CPUs compute more slowly. Other models
+    gain from company; they are not measured.
+    """
+    model = initial_model(task, 0, device)
+    if device.type != "cpu" or not any(p.ndim > 3 for p in model.parameters()):
+        return False
+    endless = replace(recipe, epochs=10**9)
+    four = EnsembleTrainer(task, endless, [Variant(seed) for seed in range(4)], device=device)
+    alone = Trainer(task, endless, seed=0, device=device)
+    # By processor time, which other processes on the machine do not disturb.
+    together, by_itself = (
+        _rate(trainer, seconds, recipe.batch_size, time.process_time) for trainer in (four, alone)
+    )
+    return by_itself > CLEARLY * together
+
+
+def _rate(
+    trainer: Trainer | EnsembleTrainer,
+    seconds: float,
+    batch_size: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """Steps per second of all models together, after a first stretch that is not counted."""
+    trainer.step()
+    _wait(trainer.device)
+    first, started = trainer.samples_seen, clock()
+    while clock() - started < seconds:
+        trainer.step()
+    _wait(trainer.device)
+    return (trainer.samples_seen - first) / batch_size / (clock() - started)
 
 
 def _wait(device: torch.device) -> None:

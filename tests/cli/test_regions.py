@@ -143,3 +143,51 @@ def test_nearest_compares_vectors_of_the_task_and_is_refused_without_any(
 def test_the_check_says_which_regions_there_are(infl: Infl, task: str) -> None:
     answer = infl("check", task)
     assert "4 test samples; measured is loss; regions of 8 x 8 pixels" in answer.out
+
+
+def test_a_file_of_ids_says_where_in_each_image(
+    infl: Infl, refused: Callable[..., str], task: str, tmp_path: Path
+) -> None:
+    (tmp_path / "where.txt").write_text("1 0,0,4,8\n\n1 2,3\n0\n")
+    asked = ("--task", task, "--test-set", "where.txt", "--method", "loss")
+    answer = infl(*of("baseline", *asked, "--json"))
+    run = Run.open(str(tmp_path / "runs"), answer.json["run"])
+    queries = run.read_table("queries").to_pylist()
+    assert [(row["test"], row["region"]) for row in queries] == [
+        (1, "0,0,4,8"),
+        (1, "2,3,1,1"),
+        (0, None),
+    ]
+    assert "--test-set where.txt has regions of its own: leave --point and --region out" in (
+        refused(*of("baseline", *asked, "--point", "1,1"))
+    )
+    for bad, said in (
+        ("1 2,3,4", "--test-set where.txt: 2,3,4: write Y,X or Y,X,H,W"),
+        ("1 2,3 4", "--test-set where.txt: '1 2,3 4' is not a test id, nor one with a point"),
+        ("1 2,3,7,7", "region 2,3,7,7 is outside test image 1"),
+    ):
+        (tmp_path / "where.txt").write_text(bad)
+        assert said in refused(*of("baseline", *asked))
+
+
+def test_an_ablation_tells_the_psnr_of_a_region_and_of_its_image_elsewhere(
+    infl: Infl, task: str, tmp_path: Path
+) -> None:
+    (tmp_path / "where.txt").write_text("1 0,0,4,8\n1 4,0,4,8\n0 0,0,4,4\n")
+    asked = ("--test-set", "where.txt", "--by", "loss", "--mode", "remove", "--k", "5")
+    answer = infl(*of("ablation", "--task", task, *asked, "--json"))
+    run = Run.open(str(tmp_path / "runs"), answer.json["run"])
+    upper, lower, alone = run.read_table("results").to_pylist()
+    # The loss ranks alike for all queries, so one model without the five samples is measured thrice.
+    for one, other in ((upper, lower), (lower, upper)):
+        assert one["loss"] != one["loss_before"]
+        fall = 10 * np.log10(one["loss"] / one["loss_before"])
+        assert one["psnr_fall"] == pytest.approx(fall)
+        assert one["psnr_fall_elsewhere"] == pytest.approx(other["psnr_fall"])
+        assert one["loss_elsewhere"] == pytest.approx(other["loss"])
+        assert one["loss_elsewhere_before"] == pytest.approx(other["loss_before"])
+    assert alone["psnr_fall"] is not None
+    assert alone["psnr_fall_elsewhere"] is None
+    assert infl("report", answer.json["run"], "--out", "report").code == 0
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "Fall of the PSNR in dB, of the query and of the other queries of its image" in page

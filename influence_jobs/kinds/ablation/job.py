@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 
 from influence_jobs.errors import SpecError
-from influence_jobs.experiments.ablation import new_labels, summary
+from influence_jobs.experiments.ablation import new_labels, psnr_falls, summary
 from influence_jobs.experiments.stability import head
 from influence_jobs.jobs.base import Plan, Result
 from influence_jobs.jobs.retraining import RetrainJob
@@ -96,6 +96,15 @@ class AblationJob(RetrainJob[AblationSpec]):
         ).numpy()
         return labels
 
+    @cached_property
+    def _beside(self) -> Sequence[Sequence[int]]:
+        """For each query the other queries of the same test sample, such as its other regions."""
+        tests = [query.test for query in self.spec.queries.items]
+        return [
+            [other for other, its in enumerate(tests) if its == test and other != query]
+            for query, test in enumerate(tests)
+        ]
+
     def finish(self) -> Result:
         rows = self._rows()
         files = self.write_queries()
@@ -111,6 +120,20 @@ class AblationJob(RetrainJob[AblationSpec]):
             value = decisions_VQ[row, query]
             return None if np.isnan(value) else int(value)
 
+        def elsewhere(row: int, query: int) -> float | None:
+            found = losses_VQ[row, self._beside[query]]
+            return float(found.mean()) if len(found) else None
+
+        def falls(row: int, cell: Cell) -> dict[str, float | None]:
+            if not (self.task.output_loss == "mse" and self.spec.queries.quantity == "loss"):
+                return {}
+            fall_Q = psnr_falls(losses_VQ[row], losses_VQ[before[cell.seed]])
+            beside = fall_Q[self._beside[cell.query]]
+            return {
+                "psnr_fall": float(fall_Q[cell.query]),
+                "psnr_fall_elsewhere": float(beside.mean()) if len(beside) else None,
+            }
+
         return [
             {
                 "query": cell.query,
@@ -124,6 +147,9 @@ class AblationJob(RetrainJob[AblationSpec]):
                 "decision": decision(row, cell.query),
                 "loss_before": float(losses_VQ[before[cell.seed], cell.query]),
                 "decision_before": decision(before[cell.seed], cell.query),
+                "loss_elsewhere": elsewhere(row, cell.query),
+                "loss_elsewhere_before": elsewhere(before[cell.seed], cell.query),
+                **falls(row, cell),
             }
             for row, cell in enumerate(self._cells)
             if cell.mode is not None

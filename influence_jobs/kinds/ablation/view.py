@@ -29,8 +29,41 @@ class AblationView(View[AblationSpec]):
         return f"infl report {self.run.id}{self.more}"
 
     def tables(self) -> list[Table]:
-        changed = self._decisions()
-        return [self._changes(), *([changed] if changed.rows else [])]
+        return [
+            self._changes(),
+            *(table for table in (self._falls(), self._decisions()) if table.rows),
+        ]
+
+    def _falls(self) -> Table:
+        summary = self.run.read_table("summary").to_pylist()
+        names = ("psnr_fall", "psnr_fall_elsewhere", "psnr_fall_beyond")
+        return Table(
+            title="Fall of the PSNR in dB, of the query and of the other queries of its image",
+            columns=(
+                "mode",
+                "by",
+                "k",
+                *(
+                    column
+                    for name in ("fall", "elsewhere", "difference")
+                    for column in (name, "95 % from", "to")
+                ),
+            ),
+            rows=[
+                (
+                    *(row[name] for name in ("mode", "by", "k")),
+                    *(
+                        row.get(column)
+                        for name in names
+                        for column in (f"mean_{name}", f"{name}_low", f"{name}_high")
+                    ),
+                )
+                for row in summary
+                if row.get("mean_psnr_fall") is not None
+            ],
+            note="A method that finds the samples that matter for a region, and not just samples "
+            "that matter, makes it fall more there than elsewhere.",
+        )
 
     def _changes(self) -> Table:
         summary, quantity = self.run.read_table("summary").to_pylist(), self.spec.queries.quantity

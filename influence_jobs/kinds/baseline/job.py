@@ -9,20 +9,22 @@ import numpy.typing as npt
 import torch
 
 from influence_jobs.errors import SpecError
+from influence_jobs.gradients import GradNorms
 from influence_jobs.jobs.queries import embeds
 from influence_jobs.jobs.samples import trained_inputs
 from influence_jobs.jobs.scores import Scores, ScoresJob
 from influence_jobs.kinds.baseline.spec import EMBEDDED, METHODS, BaselineSpec
 from influence_jobs.kinds.train.spec import Checkpoint
 from influence_jobs.methods.baselines import (
-    loss_scores,
     nearest_scores,
+    own_scores,
     query_pixels,
     random_scores,
 )
 from influence_jobs.specs.base import AnySpec
 from influence_jobs.store.layout import SCORES
 from influence_jobs.tasks.base import Batch, Draw
+from influence_jobs.tasks.layers import resolve_weights
 
 
 def scorer(method: str) -> str:
@@ -31,7 +33,7 @@ def scorer(method: str) -> str:
 
 
 class BaselineJob(ScoresJob[BaselineSpec]):
-    """Scores by random numbers, the sample's loss, or minus the distance of pixels or vectors."""
+    """Scores by random numbers, a sample's loss or gradient norm, or distances of pixels."""
 
     spec_type = BaselineSpec
 
@@ -75,13 +77,31 @@ class BaselineJob(ScoresJob[BaselineSpec]):
         return nearest_scores(self._query_vectors, pictures.reshape(len(ids), -1))
 
     def _loss(self, ids: torch.Tensor) -> npt.NDArray[np.float32]:
-        if self._loaded is None and self.spec.checkpoint is not None:
-            self.load(self.spec.checkpoint)
+        self._load_once()
         with torch.no_grad():
             losses = self.task.losses(self.model, self.batch(ids, Draw(self.spec.seed)))
         found = losses.cpu().numpy()
         self.require_finite("the loss", found, ids)
-        return loss_scores(found, len(self.spec.queries.items))
+        return own_scores(found, len(self.spec.queries.items))
+
+    def _norm(self, ids: torch.Tensor) -> npt.NDArray[np.float32]:
+        self._load_once()
+        norms = self._norms(self.batch(ids, Draw(self.spec.seed)))
+        found = torch.stack([*norms.values()]).double().square().sum(dim=0).sqrt().cpu().numpy()
+        self.require_finite("the gradient", found, ids)
+        return own_scores(found, len(self.spec.queries.items))
+
+    def _load_once(self) -> None:
+        if self._loaded is None and self.spec.checkpoint is not None:
+            self.load(self.spec.checkpoint)
+
+    @cached_property
+    def _norms(self) -> GradNorms:
+        weights = resolve_weights(("all",), self.task, lambda _: None)
+        engine = GradNorms(self.model, weights, self.task.losses, reduction="layer")
+        first = torch.arange(min(2, len(self.task.train_data())))
+        engine.check(self.batch(first, Draw(self.spec.seed)))
+        return engine
 
     @cached_property
     def _query_vectors(self) -> npt.NDArray[Any]:

@@ -30,6 +30,12 @@ class Baseline:
 METHODS = {
     "random": Baseline("a uniform random number", "none", "none"),
     "loss": Baseline("the sample's own training loss", "positive = fits badly", "loss", True),
+    "norm": Baseline(
+        "the norm of the sample's own loss gradient by all weights",
+        "positive = large",
+        "gradient norm",
+        True,
+    ),
     "nearest": Baseline(
         "minus the Euclidean distance of the pixels", "larger = more alike", "grey levels"
     ),

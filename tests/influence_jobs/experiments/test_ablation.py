@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import norm
 
-from influence_jobs.experiments.ablation import new_labels, summary
+from influence_jobs.datasets.quality import psnr
+from influence_jobs.experiments.ablation import new_labels, psnr_falls, summary
 from influence_jobs.experiments.intervals import mean_interval
 
 IDS = np.array([7, 2, 11])
@@ -88,3 +90,30 @@ def test_the_interval_of_a_mean_is_the_bca_bootstraps() -> None:
     assert (found.low, found.high) == pytest.approx(np.quantile(means, shares), abs=0.02)
     assert np.isnan(mean_interval(values[:1]).low)
     assert not np.isnan(mean_interval(values[:2]).low)
+
+
+def test_the_fall_of_the_psnr_is_that_of_the_images() -> None:
+    clean, before, after = torch.rand(3, 1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    errors = [(other - clean).square().mean(dim=(1, 2, 3)).numpy() for other in (after, before)]
+    expected = psnr(clean, before) - psnr(clean, after)
+    np.testing.assert_allclose(psnr_falls(*errors), expected.numpy(), rtol=1e-4)
+
+
+def test_what_happens_elsewhere_is_subtracted_query_by_query() -> None:
+    rows = [
+        row(0, 2, 1, psnr_fall=3.0, psnr_fall_elsewhere=1.0, loss_elsewhere=5.0,
+            loss_elsewhere_before=4.0),
+        row(0, 2, 1, psnr_fall=5.0, psnr_fall_elsewhere=1.0, loss_elsewhere=5.0,
+            loss_elsewhere_before=2.0),
+        row(1, 2, 1, psnr_fall=1.0, psnr_fall_elsewhere=0.0, loss_elsewhere=1.0,
+            loss_elsewhere_before=1.0),
+        row(2, 2, 1, psnr_fall=7.0, psnr_fall_elsewhere=None, loss_elsewhere=None,
+            loss_elsewhere_before=None),
+    ]  # fmt: skip
+    (only,) = summary(rows)
+    assert only["mean_psnr_fall"] == pytest.approx((4 + 1 + 7) / 3)
+    assert only["mean_psnr_fall_elsewhere"] == pytest.approx((1 + 0) / 2)
+    assert only["mean_psnr_fall_beyond"] == pytest.approx((3 + 1) / 2)
+    assert only["psnr_fall_beyond_low"] <= 2 <= only["psnr_fall_beyond_high"]
+    assert only["mean_change_elsewhere"] == pytest.approx((2 + 0) / 2)
+    assert "mean_psnr_fall" not in summary([row(0, 2, 1)])[0]

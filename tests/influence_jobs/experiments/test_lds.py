@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from influence_jobs.experiments.lds import lds, mean_lds, subset
+from influence_jobs.experiments.lds import lds, mean_difference, mean_lds, subset
 
 
 def test_subsets_are_halves_that_depend_on_their_index_alone() -> None:
@@ -85,3 +85,16 @@ def test_subsets_are_the_ones_that_stored_runs_were_trained_on() -> None:
     """Weights are kept by the samples they were trained on: other draws would train all anew."""
     assert subset(20, 0.25, 0).tolist() == [6, 9, 14, 16, 17]
     assert subset(20, 0.25, 3).tolist() == [0, 2, 8, 18, 19]
+
+
+def test_a_difference_is_surer_than_what_it_is_of() -> None:
+    draws = np.random.default_rng(0)
+    found = draws.normal(size=(5, 60))
+    worse = found + draws.normal(size=(5, 60))
+    better = worse - 0.2 * (worse - found)  # the same errors, smaller
+    difference = mean_difference(better, worse, found)
+    one, other = mean_lds(better, found), mean_lds(worse, found)
+    assert difference.mean == pytest.approx(one.mean - other.mean)
+    assert 0 < difference.low < difference.mean < difference.high
+    assert difference.high - difference.low < 0.5 * (other.high - other.low)
+    assert mean_difference(worse, worse, found) == (0, 0, 0)

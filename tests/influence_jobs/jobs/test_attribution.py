@@ -7,6 +7,8 @@ from torch.nn import functional as F
 
 from influence_jobs.kinds.attribution.spec import AttributionSpec
 from influence_jobs.kinds.baseline.spec import BaselineSpec
+from influence_jobs.requests.rankings import gradients_alone
+from influence_jobs.requests.subject import Subject
 from influence_jobs.specs.base import make_spec
 from influence_jobs.store.checkpoints import load_checkpoint
 from influence_jobs.store.layout import SCORES, norms_name, part_name
@@ -81,7 +83,7 @@ def test_samples_of_large_norm_are_left_out(
     assert np.isnan(scores[0]).sum() == 9
 
 
-@pytest.mark.parametrize("method", ["random", "loss", "nearest"])
+@pytest.mark.parametrize("method", ["random", "loss", "norm", "nearest"])
 def test_baselines_are_the_same_in_any_shards(
     carry_out, fresh_root, grad_norms_spec, checkpoint, queries, method
 ):
@@ -96,7 +98,7 @@ def test_baselines_are_the_same_in_any_shards(
     cut = carry_out(spec, shard_rows=256, root=fresh_root()).read_rows(SCORES, 0, 1500)
     assert np.array_equal(whole, cut)
     assert np.isfinite(whole).all()
-    assert spec.checkpoint == (checkpoint if method == "loss" else None)
+    assert spec.checkpoint == (checkpoint if method in ("loss", "norm") else None)
 
 
 def test_the_loss_baseline_is_the_loss(carry_out, loss, network, digits_task):
@@ -104,3 +106,50 @@ def test_the_loss_baseline_is_the_loss(carry_out, loss, network, digits_task):
     with torch.no_grad():
         losses = digits_task.losses(network, digits_task.batch(torch.arange(1500), Draw(0)))
     np.testing.assert_allclose(scores, np.tile(losses, (3, 1)), rtol=1e-5, atol=1e-6)
+
+
+def test_the_norm_baseline_is_the_norm_by_all_weights(
+    carry_out, grad_norms_spec, checkpoint, queries, network, digits_task
+):
+    spec = make_spec(
+        BaselineSpec,
+        task=grad_norms_spec.task,
+        method="norm",
+        queries=queries,
+        checkpoint=checkpoint,
+    )
+    scores = carry_out(spec).read_rows(SCORES, 0, 1500)
+    weights = [
+        module.weight
+        for module in network.modules()
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear | torch.nn.BatchNorm2d)
+    ]
+    for sample in (0, 7, 1499):
+        loss = digits_task.losses(network, digits_task.batch(torch.tensor([sample]), Draw(0))).sum()
+        found = torch.autograd.grad(loss, weights)
+        expected = torch.cat([gradient.flatten() for gradient in found]).norm()
+        np.testing.assert_allclose(scores[:, sample], float(expected), rtol=1e-4)
+
+
+def test_the_cosine_is_the_dot_product_of_gradients_of_length_one(
+    carry_out, grad_norms_spec, checkpoint, queries, network, digits_task
+):
+    task = grad_norms_spec.task
+    subject = Subject(task, digits_task, (checkpoint,))
+    found = {}
+    for method in ("dot-product", "cosine"):
+        spec = gradients_alone(method, subject, queries, lambda _: None, seed=0)
+        found[method] = carry_out(spec).read_rows(SCORES, 0, 1500)
+    parameters = [
+        p
+        for module in network.modules()
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear)
+        for p in module.parameters()
+    ]
+    for sample in (3, 900):
+        loss = digits_task.losses(network, digits_task.batch(torch.tensor([sample]), Draw(0))).sum()
+        gradients = torch.autograd.grad(loss, parameters)
+        norm = float(torch.cat([gradient.flatten() for gradient in gradients]).norm())
+        np.testing.assert_allclose(
+            found["cosine"][:, sample], found["dot-product"][:, sample] / norm, rtol=1e-4
+        )

@@ -1,5 +1,6 @@
 """Ablation and LDS runs, compared with trainings by `Trainer`, one at a time."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -289,6 +290,24 @@ def test_a_wide_shard_is_cut_into_ensembles_of_the_fastest_width(
     assert widths == [4, 1, 4, 1]
     assert set(trained.values()) == {2}
     assert len(trained) == 5
+
+
+def test_a_network_that_is_faster_alone_is_trained_alone_and_as_well(
+    grid, random, fresh_root, trained, monkeypatch
+) -> None:
+    chosen = grid(modes=("remove",), rankings=(random,))
+    rows = {}
+    for alone in (False, True):
+        monkeypatch.setattr(retraining, "COMPARED_STEPS", 0 if alone else 10**9)
+        monkeypatch.setattr(retraining, "faster_alone", lambda *_, **__: True)
+        run = Run.create(str(fresh_root()), chosen)
+        drive(run.root, run.id, InlineBackend())
+        width = json.loads(run.files.read("width.json"))["variants_side_by_side"]
+        assert width == (1 if alone else 32)
+        rows[alone] = table(run, "results")
+    for one, other in zip(rows[True], rows[False], strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=0.02, abs=2e-3)
+    assert set(trained.values()) == {2}
 
 
 def test_a_network_that_cannot_be_stacked_is_trained_one_variant_at_a_time(

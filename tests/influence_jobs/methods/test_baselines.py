@@ -3,8 +3,8 @@ import pytest
 
 from influence_jobs.errors import SpecError
 from influence_jobs.methods.baselines import (
-    loss_scores,
     nearest_scores,
+    own_scores,
     query_pixels,
     random_scores,
 )
@@ -52,10 +52,10 @@ def test_random_scores_share_no_word_with_the_noise_of_sample_0() -> None:
     assert not np.isin(random_scores(np.array([3520]), np.arange(20), seed=5), numbers).any()
 
 
-def test_loss_scores_are_the_same_for_every_query() -> None:
+def test_own_scores_are_the_same_for_every_query() -> None:
     losses = np.array([0.5, 2.0, 0.0])
-    assert loss_scores(losses, 2).tolist() == [[0.5, 2.0, 0.0]] * 2
-    assert loss_scores(losses, 2).dtype == np.float32
+    assert own_scores(losses, 2).tolist() == [[0.5, 2.0, 0.0]] * 2
+    assert own_scores(losses, 2).dtype == np.float32
 
 
 def test_nearest_scores_in_loops() -> None:

@@ -113,3 +113,18 @@ def test_published_weights_denoise_and_want_bgr() -> None:
     assert before == pytest.approx(20.17, abs=0.05)  # 20 log10(255 / 25)
     assert psnr(clean, as_bgr).mean() > before + 8
     assert psnr(clean, as_bgr).mean() > psnr(clean, as_rgb).mean() + 0.1
+
+
+def test_a_small_network_without_batch_normalisation_begins_by_the_rule_of_he() -> None:
+    torch.manual_seed(0)
+    model = FFDNet(color=False, layers=6, channels=32, batch_norm=False)
+    expected = conv(0, 32, 5) | conv(10, 4, 32)
+    for index in (2, 4, 6, 8):
+        expected |= conv(index, 32, 32)
+    state = model.state_dict()
+    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == expected
+    assert float(state["main.4.weight"].std()) == pytest.approx((2 / (32 * 9)) ** 0.5, rel=0.05)
+    assert float(state["main.10.weight"].std()) == pytest.approx((1 / (32 * 9)) ** 0.5, rel=0.1)
+    assert not any(state[name].any() for name in state if name.endswith("bias"))
+    noisy = torch.rand(1, 1, 9, 12)
+    assert model(noisy, torch.tensor([0.1])).shape == noisy.shape

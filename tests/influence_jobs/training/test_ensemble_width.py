@@ -1,10 +1,13 @@
 import pytest
 import torch
+from torch import nn
 
-from influence_jobs.tasks.base import Task
+from influence_jobs.tasks.base import Draw, Task
+from influence_jobs.training import ensemble_width
 from influence_jobs.training.ensemble_norms import NormsWanted
-from influence_jobs.training.ensemble_width import bytes_per_variant, measure_widths
+from influence_jobs.training.ensemble_width import bytes_per_variant, faster_alone, measure_widths
 from influence_jobs.training.recipe import Recipe
+from influence_jobs.training.train import Trainer
 
 CPU = torch.device("cpu")
 ADAM = Recipe(epochs=1, batch_size=16, optimizer="adam", lr=1e-3)
@@ -40,3 +43,38 @@ def test_widths_are_tried_as_memory_allows(digits_task: Task) -> None:
 def test_it_counts_what_a_gpu_takes(digits_task: Task) -> None:
     rates = measure_widths(digits_task, SGD, device=torch.device("cuda"), widths=(2,), seconds=0.1)
     assert rates[2] > 0
+
+
+class Convolved(Task):
+    """Samples of 3 channels, and a network that may have a convolution."""
+
+    output_loss = "mse"
+
+    def __init__(self, convolution: bool):
+        self._convolution = convolution
+
+    def model(self) -> nn.Module:
+        if self._convolution:
+            return nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.Flatten())
+        return nn.Sequential(nn.Flatten(), nn.Linear(48, 48))
+
+    def train_data(self) -> range:
+        return range(64)
+
+    def batch(self, ids: torch.Tensor, draw: Draw) -> torch.Tensor:
+        return ids.view(-1, 1, 1, 1).expand(-1, 3, 4, 4) / 64
+
+    def losses(self, model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        return (model(batch) - batch.flatten(1)).square().mean(1)
+
+
+@pytest.mark.parametrize(("alone", "faster"), [(300, True), (210, False), (100, False)])
+def test_only_a_convolution_that_is_clearly_slower_in_company_is_trained_alone(
+    alone: float, faster: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rate(trainer: object, *_: object) -> float:
+        return alone if isinstance(trainer, Trainer) else 200
+
+    monkeypatch.setattr(ensemble_width, "_rate", rate)
+    assert faster_alone(Convolved(True), ADAM, device=CPU) == faster
+    assert not faster_alone(Convolved(False), ADAM, device=CPU)
