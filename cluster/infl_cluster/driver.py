@@ -77,6 +77,7 @@ def drive(
     if is_done(run):
         return
     with Lease(run.files) as lease, run_log(run), StatusWriter(run) as status:
+        run.manifest.drop_summary()
         run.files.sweep()
         for name in run.files.names(layout.PROGRESS):
             run.files.delete(f"{layout.PROGRESS}/{name}")
@@ -183,7 +184,6 @@ def _work(
 
     def on_receipt(receipt: Receipt, retried: bool) -> None:
         status.count(receipt, retried=retried)
-        run.files.delete(f"{layout.PROGRESS}/{receipt.shard}.json")
         if receipt.status == "done":
             failed.pop(receipt.shard, None)
             log.info(
@@ -193,6 +193,7 @@ def _work(
                 receipt.attempt,
             )
         else:
+            run.files.delete(f"{layout.PROGRESS}/{receipt.shard}.json")
             failed[receipt.shard] = receipt.error or "unknown error"
             again = ", tried again" if retried else ""
             log.warning("shard %s failed%s: %s", receipt.shard, again, receipt.error)
@@ -232,6 +233,7 @@ def _finish(run: Run, job: Job[Any]) -> None:
             finished_at=now(),
         )
     )
+    run.manifest.write_summary()
 
 
 def stop_on_sigterm() -> None:

@@ -132,9 +132,9 @@ class Paused(LocalFiles):
         self._pause("create", name)
         return super().create(name, data)
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: bytes, *, durable: bool = True) -> None:
         self._pause("write", name)
-        super().write(name, data)
+        super().write(name, data, durable=durable)
 
 
 @pytest.mark.parametrize("before", ["create", "write"])
