@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, fields
 from types import FrameType
 from typing import Any, Protocol
@@ -76,7 +77,12 @@ def drive(
     run = Run.open(root, run_id)
     if is_done(run):
         return
-    with Lease(run.files) as lease, run_log(run), StatusWriter(run) as status:
+    with ExitStack() as stack:
+        lease = stack.enter_context(Lease(run.files))
+        if is_done(run):  # another driver has just ended it
+            return
+        stack.enter_context(run_log(run))
+        status = stack.enter_context(StatusWriter(run))
         run.manifest.drop_summary()
         run.files.sweep()
         for name in run.files.names(layout.PROGRESS):
