@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 RUNS ?= demo-runs
 
-.PHONY: install test slow models mutants lint format dist demo bench clean
+.PHONY: install test test-faults slow models mutants lint format dist demo bench clean
 
 install: $(VENV)/installed
 
@@ -20,6 +20,9 @@ test: install
 
 slow: install
 	$(BIN)/python -m pytest -m slow
+
+test-faults: install
+	$(BIN)/python -m pytest -m faults
 
 # Which command is right for which of some fifty models? An hour or two; it goes on where it was
 # stopped, and keeps its cells in models.jsonl. The page is docs/models.md.

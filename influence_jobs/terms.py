@@ -1,5 +1,6 @@
-"""Words that requests, engines and trainer share, and how times and sizes are written."""
+"""Words that requests, engines and trainer share, and how times, sizes and texts are written."""
 
+import re
 from typing import Literal
 
 Reduction = Literal["kernel", "channel", "layer"]
@@ -10,6 +11,27 @@ OutputLoss = Literal["cross-entropy", "mse", "binary-cross-entropy"]
 Optimizer = Literal["sgd", "adam", "adamw", "task"]
 Schedule = Literal["constant", "cosine", "linear", "step", "task"]
 Region = tuple[int, int, int, int]  # y, x, height, width in pixels
+
+
+LONGEST = 2000  # characters of a text that are shown in a line
+# Control characters, which a terminal obeys; those that turn the direction of reading; surrogates.
+_UNSEEN = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def shown(text: str) -> str:
+    """A text of any source as a terminal may show it: what is not seen is written out.
+
+    New lines and tabs stay.
+    """
+    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def in_a_line(text: str) -> str:
+    """A text of any source in one line, cut if it is very long."""
+    line = shown(" ".join(text[: 2 * LONGEST].split()))
+    return line if len(line) <= LONGEST else line[:LONGEST] + "..."
 
 
 def duration(seconds: float) -> str:

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, fields
 from types import FrameType
 from typing import Any, Protocol
@@ -76,7 +77,13 @@ def drive(
     run = Run.open(root, run_id)
     if is_done(run):
         return
-    with Lease(run.files) as lease, run_log(run), StatusWriter(run) as status:
+    with ExitStack() as stack:
+        lease = stack.enter_context(Lease(run.files))
+        if is_done(run):  # another driver has just ended it
+            return
+        stack.enter_context(run_log(run))
+        status = stack.enter_context(StatusWriter(run))
+        run.manifest.drop_summary()
         run.files.sweep()
         for name in run.files.names(layout.PROGRESS):
             run.files.delete(f"{layout.PROGRESS}/{name}")
@@ -183,7 +190,6 @@ def _work(
 
     def on_receipt(receipt: Receipt, retried: bool) -> None:
         status.count(receipt, retried=retried)
-        run.files.delete(f"{layout.PROGRESS}/{receipt.shard}.json")
         if receipt.status == "done":
             failed.pop(receipt.shard, None)
             log.info(
@@ -193,6 +199,7 @@ def _work(
                 receipt.attempt,
             )
         else:
+            run.files.delete(f"{layout.PROGRESS}/{receipt.shard}.json")
             failed[receipt.shard] = receipt.error or "unknown error"
             again = ", tried again" if retried else ""
             log.warning("shard %s failed%s: %s", receipt.shard, again, receipt.error)
@@ -232,6 +239,7 @@ def _finish(run: Run, job: Job[Any]) -> None:
             finished_at=now(),
         )
     )
+    run.manifest.write_summary()
 
 
 def stop_on_sigterm() -> None:

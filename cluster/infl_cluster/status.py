@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # readers of a status must not load torch
     from influence_jobs.jobs.base import Plan, Receipt
 
 BEAT_S = 1.0
+MAX_FAILURES = 100  # that a status tells; the log has all of them
 QUIET_S = 300.0  # after so long without progress, the status says so
 
 
@@ -109,7 +110,7 @@ class StatusWriter:
                 self._running.discard(receipt.shard)
                 self._status["shards_done"] += 1
                 self._status["failures"].pop(receipt.shard, None)
-            else:
+            elif len(self._status["failures"]) < MAX_FAILURES:
                 self._status["failures"][receipt.shard] = receipt.error
             self._status["retries"] += retried
 

@@ -98,7 +98,7 @@ class ShardRunner:
             }
         )
         run.manifest.write(done)
-        run.files.delete(f"{layout.PROGRESS}/{shard.id}.json")
+        progress.end()
         return progress.units
 
     def _keep_traceback(self, shard: Shard) -> None:
@@ -116,6 +116,7 @@ class _Progress:
         self._name = f"{layout.PROGRESS}/{shard.id}.json"
         self._resumed: int | None = None
         self._done = 0
+        self._written = False
         self._last = time.monotonic()
 
     def __call__(self, done: int) -> None:
@@ -126,6 +127,12 @@ class _Progress:
         if (first and done) or time.monotonic() - self._last >= PROGRESS_EVERY_S:
             self._last = time.monotonic()
             self._run.write_json(self._name, {"units": done, "resumed": self._resumed})
+            self._written = True
+
+    def end(self) -> None:
+        """Remove what was written: the shard is done."""
+        if self._written:
+            self._run.files.delete(self._name)
 
     @property
     def units(self) -> int:

@@ -1,7 +1,6 @@
 """The request of a run in words, and how the run was made."""
 
 import json
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -55,27 +54,25 @@ class Made:
 
 def made(run: Run) -> Made:
     """How a run was made, from its manifest."""
-    status, entries = read_status(run), run.manifest.entries()
-    shards = [entry for entry in entries if entry.shard != "finish"]
-    used = Counter(
-        ", ".join(f"{name} {value}" for name, value in entry.software.items()) for entry in entries
-    )
-    software = [
-        (words or "not recorded (the run is older than this record)")
-        + (f": {count} of {len(entries)} shards" if len(used) > 1 else "")
-        for words, count in used.most_common()
-    ]
-    ends = [entry.finished_at for entry in entries if entry.finished_at]
+    status, all_entries = read_status(run), run.manifest.summary()
+    software = []
+    for used in all_entries["used"]:
+        words = ", ".join(f"{name} {value}" for name, value in used["software"].items())
+        part = f": {used['entries']} of {all_entries['entries']} shards"
+        software.append(
+            (words or "not recorded (the run is older than this record)")
+            + (part if len(all_entries["used"]) > 1 else "")
+        )
     return Made(
         run=run.id,
         state=status["state"],
         seeds=dict(_seeds(run.spec)),
-        shards=len(shards),
-        retries=sum(entry.attempt - 1 for entry in entries),
-        seconds=sum(entry.seconds for entry in entries),
+        shards=all_entries["shards"],
+        retries=all_entries["retries"],
+        seconds=all_entries["seconds"],
         started=_time(status.get("started_at")),
-        ended=_time(max(ends, default=None)),
-        workers=len({entry.worker for entry in shards if entry.worker}),
+        ended=_time(all_entries["ended"]),
+        workers=all_entries["workers"],
         software=software,
         spec=json.dumps(run.spec.identity(), indent=2),
     )

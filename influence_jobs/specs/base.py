@@ -24,6 +24,7 @@ from pydantic.fields import FieldInfo
 
 from influence_jobs.errors import SpecError, StoreError
 from influence_jobs.specs.format_1 import ALWAYS_HASHED
+from influence_jobs.terms import in_a_line
 
 MANY = 12  # a list in words shows at most so many items
 FORMAT = 1  # raise it when the same spec starts to give other numbers
@@ -209,7 +210,8 @@ def make_spec(kind: type[M], **fields: Any) -> M:
 
 def first_error(error: ValidationError) -> str:
     """The first error of a validation, in one line."""
-    first = error.errors()[0]
+    # Without the input: it may be long, and errors of many inputs take long to make.
+    first = error.errors(include_input=False, include_url=False)[0]
     field = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
-    return f"{field}: {message}" if field else message
+    return in_a_line(f"{field}: {message}" if field else message)

@@ -11,7 +11,8 @@ from influence_jobs.kinds.train.spec import FileCheckpoint, TrainedCheckpoint
 from influence_jobs.models.checkpoints import load_weights, weight_files
 from influence_jobs.store.folder import for_runs
 from influence_jobs.store.layout import checkpoint_name
-from influence_jobs.store.run import Run, checksum
+from influence_jobs.store.manifest import checksum
+from influence_jobs.store.run import Run
 
 
 def file_checkpoint(path: str) -> FileCheckpoint:

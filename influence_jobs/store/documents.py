@@ -16,6 +16,7 @@ from influence_jobs.errors import StoreError
 from influence_jobs.specs.base import first_error
 
 Time = Annotated[float, Field(ge=0, lt=2.5e11)]  # seconds since 1970, before the year 9892
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]  # of a run, shard or owner
 _LAX = ConfigDict(extra="allow", strict=True)
@@ -133,11 +134,46 @@ class Entry:
     state: Literal["running", "done"] = "running"
     arrays: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[Annotated[str, AfterValidator(_inside)], str] = field(default_factory=dict)
-    seconds: float = 0.0
+    seconds: Seconds = 0.0
     worker: str = ""
     software: Mapping[str, Any] = field(default_factory=dict)
     finished_at: Time | None = None
     threads: Count = 0
+
+
+@with_config(_LAX)
+class Used(TypedDict):
+    """The software that computed some entries of a manifest."""
+
+    software: dict[str, Any]
+    entries: Count
+
+
+@with_config(_LAX)
+class Summary(TypedDict):
+    """summary.json: what the entries of a finished run's manifest say together.
+
+    Attributes:
+        entries: Number of entries; in the file, all are done.
+        shards: The same without the one of what follows all shards.
+        finish: SHA-256 of the entry that was written last, the one of what follows all shards.
+        digest: `Run.digest`.
+        retries: Number of repeated attempts.
+        seconds: Time in shards, summed over workers.
+        workers: Number of processes that computed shards.
+        ended: When the last entry was finished; None if that was not recorded.
+        used: The software, the most used first.
+    """
+
+    entries: Count
+    shards: Count
+    finish: str
+    digest: str
+    retries: Count
+    seconds: Seconds
+    workers: Count
+    ended: Time | None
+    used: list[Used]
 
 
 D = TypeVar("D")

@@ -12,8 +12,10 @@ import shutil
 import stat
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -23,6 +25,8 @@ from zarr.storage import LocalStore
 
 from influence_jobs.errors import StoreError
 
+READERS = 32  # requests to an object store at a time
+SYNCS = 16  # files and folders to wait for at a time
 PARTIAL = ".partial"  # suffix of files being written, ours and Zarr's
 
 
@@ -38,14 +42,21 @@ class Files(Protocol):
             FileNotFoundError: There is no such file.
         """
 
-    def write(self, name: str, data: bytes) -> None:
-        """Replace the file as a whole: a reader sees the old bytes or the new ones, never a mix."""
+    def read_all(self, names: Sequence[str]) -> list[bytes | None]:
+        """The bytes of many files; None for those that do not exist."""
+
+    def write(self, name: str, data: bytes, *, durable: bool = True) -> None:
+        """Replace the file as a whole: a reader sees the old bytes or the new ones, never a mix.
+
+        Args:
+            durable: Whether it must outlast a power cut; else the file may be empty or old then.
+        """
 
     def create(self, name: str, data: bytes) -> bool:
         """Write the file if it is absent. Returns False if it already existed."""
 
     def delete(self, name: str) -> None:
-        """Remove the file if it exists."""
+        """Remove the file if it exists; a power cut does not bring it back."""
 
     def names(self, folder: str) -> list[str]:
         """Sorted names of the files directly in a folder, without the folder's own name."""
@@ -69,8 +80,15 @@ class Files(Protocol):
         """Remove partial files of killed writers. Give an age if other writers may be active."""
 
 
+def _read_or_none(files: Files, name: str) -> bytes | None:
+    try:
+        return files.read(name)
+    except FileNotFoundError:
+        return None
+
+
 class LocalFiles:
-    """Files on a local or shared disk. A file is durable once the call that wrote it returns.
+    """Files on a local or shared disk.
 
     A folder may come from a stranger, so nothing below it is read or written through a link, and
     only plain files are read: a device or a pipe might never end.
@@ -85,6 +103,9 @@ class LocalFiles:
             return self.plain(name).read_bytes()
         except NotADirectoryError as error:
             raise FileNotFoundError(*error.args) from error
+
+    def read_all(self, names: Sequence[str]) -> list[bytes | None]:
+        return [_read_or_none(self, name) for name in names]
 
     def path(self, name: str) -> Path:
         """The path of a file or folder that lies below this one.
@@ -113,9 +134,9 @@ class LocalFiles:
             raise StoreError(f"{path} is no plain file: delete it")
         return path
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: bytes, *, durable: bool = True) -> None:
         path = self.path(name)
-        with self._written_aside(name, data) as aside:
+        with self._written_aside(name, data, durable=durable) as aside:
             aside.replace(path)
 
     def create(self, name: str, data: bytes) -> bool:
@@ -130,30 +151,38 @@ class LocalFiles:
             return True
 
     @contextlib.contextmanager
-    def _written_aside(self, name: str, data: bytes) -> Iterator[Path]:
+    def _written_aside(self, name: str, data: bytes, *, durable: bool = True) -> Iterator[Path]:
         path = self.path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
         try:
             with aside.open("wb") as file:
                 file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
             yield aside
         finally:
             aside.unlink(missing_ok=True)
-        _sync_folder(path.parent)  # so that the rename survives a power cut
+        if durable:
+            _sync(path.parent)  # so that the rename survives a power cut
 
     def delete(self, name: str) -> None:
-        self.path(name).unlink(missing_ok=True)
+        path = self.path(name)
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+            _sync(path.parent)
 
     def names(self, folder: str) -> list[str]:
         path = self.path(folder)
         if not path.is_dir():
             return []
-        return sorted(
-            p.name for p in path.iterdir() if not p.is_dir() and not p.name.endswith(PARTIAL)
-        )
+        with os.scandir(path) as found:  # it asks for no file's type again, unlike iterdir
+            return sorted(
+                entry.name
+                for entry in found
+                if not entry.name.endswith(PARTIAL) and not entry.is_dir()
+            )
 
     def folders(self) -> list[str]:
         if not self.root.is_dir():
@@ -167,13 +196,13 @@ class LocalFiles:
         return _ArraysOfRun(self.path(folder))
 
     def sync(self, names: Iterable[str]) -> None:
-        paths = [path for name in names if (path := self.root / name).exists()]
-        for path in paths:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        # A chunk's folder may be new as well.
-        for folder in {f for path in paths for f in (path.parent, path.parent.parent)}:
-            _sync_folder(folder)
+        paths = {path for name in names if (path := self.root / name).exists()}
+        # The folders may be new as well. A disk flushes for many at a time as fast as for one.
+        folders = {
+            folder for path in paths for folder in path.parents if self.root in folder.parents
+        }
+        with ThreadPoolExecutor(SYNCS) as pool:
+            list(pool.map(_sync, [*paths, *folders]))
 
     def free_bytes(self) -> int | None:
         folder = self.root
@@ -246,9 +275,10 @@ def _create_in_place(path: Path, data: bytes) -> bool:
     return True
 
 
-def _sync_folder(folder: Path) -> None:
+def _sync(path: Path) -> None:
+    """Make a file durable, or the names in a folder."""
     try:
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
     except PermissionError:  # Windows cannot open a folder
         return
     try:
@@ -296,7 +326,11 @@ class ObjectFiles:
         with _os_errors(self.url):
             return bytes(self._store.get(name).bytes())
 
-    def write(self, name: str, data: bytes) -> None:
+    def read_all(self, names: Sequence[str]) -> list[bytes | None]:
+        with ThreadPoolExecutor(READERS) as pool:  # a store takes its time to answer each
+            return list(pool.map(partial(_read_or_none, self), names))
+
+    def write(self, name: str, data: bytes, *, durable: bool = True) -> None:
         with _os_errors(self.url, writing=True):
             self._store.put(name, data)
 

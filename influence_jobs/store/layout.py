@@ -9,6 +9,8 @@
                         OWNER died
     job.json            the Ray job that runs the driver
     manifest/ID.json    one file per shard: its attempts, and checksums once its data are written
+    summary.json        what the manifest of a finished run says in all, so that readers need not
+                        read every entry
     progress/ID.json    the progress of a shard that is being computed
     data.zarr/          the arrays
     checkpoints/        weights of a train run, and states from which long shards resume; while an
@@ -29,6 +31,7 @@ STATUS = "status.json"
 LEASE = "lease.json"
 JOB = "job.json"
 MANIFEST = "manifest"
+SUMMARY = "summary.json"
 PROGRESS = "progress"
 ARRAYS = "data.zarr"
 LOGS = "logs"

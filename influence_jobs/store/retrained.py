@@ -22,8 +22,8 @@ from influence_jobs.kinds.train.spec import TrainSpec
 from influence_jobs.store.documents import Entry
 from influence_jobs.store.files import open_files
 from influence_jobs.store.layout import CHECKPOINTS
-from influence_jobs.store.manifest import Manifest
-from influence_jobs.store.run import checksum, now
+from influence_jobs.store.manifest import Manifest, checksum
+from influence_jobs.store.run import now
 from influence_jobs.store.software import software
 
 log = logging.getLogger(__name__)

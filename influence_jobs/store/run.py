@@ -1,6 +1,5 @@
 """One run: a folder with a spec, arrays, a manifest of finished shards, and tables."""
 
-import hashlib
 import io
 import itertools
 import json
@@ -25,7 +24,7 @@ from influence_jobs.store.documents import PlanFile, parsed
 from influence_jobs.store.files import open_files
 from influence_jobs.store.folder import for_runs
 from influence_jobs.store.layout import ArrayLayout
-from influence_jobs.store.manifest import Manifest
+from influence_jobs.store.manifest import Manifest, checksum
 
 D = TypeVar("D")
 
@@ -251,11 +250,7 @@ class Run:
 
     def digest(self) -> str:
         """One SHA-256 over the manifest's checksums of all finished shards."""
-        sums = {
-            name: [dict(sorted(entry.arrays.items())), dict(sorted(entry.files.items()))]
-            for name, entry in sorted(self.manifest.done().items())
-        }
-        return checksum(json.dumps(sums).encode())
+        return self.manifest.summary()["digest"]
 
     # -- tables and other files -------------------------------------------------------------------
 
@@ -284,11 +279,6 @@ class Run:
     def table_names(self) -> list[str]:
         """Sorted names of all tables."""
         return [name.removesuffix(".parquet") for name in self.files.names(layout.TABLES)]
-
-
-def checksum(data: npt.NDArray[Any] | bytes) -> str:
-    """SHA-256, in hexadecimal, of bytes or of an array's bytes in C order."""
-    return hashlib.sha256(data if isinstance(data, bytes) else data.tobytes()).hexdigest()
 
 
 def now() -> float:

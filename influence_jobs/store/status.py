@@ -61,5 +61,5 @@ def is_done(run: Run) -> bool:
     status, plan = run.read_json(layout.STATUS, Status), run.plan()
     if status is None or plan is None or status["state"] != "done":
         return False
-    done = run.manifest.done()
+    done = set(run.manifest.done_shards())
     return all(name in done for name in (*(s["id"] for s in plan["shards"]), layout.FINISH))

@@ -7,7 +7,8 @@ from influence_jobs.store import layout
 from influence_jobs.store.documents import Entry, PlanFile
 from influence_jobs.store.folder import for_runs
 from influence_jobs.store.lease import Lease
-from influence_jobs.store.run import Run, checksum
+from influence_jobs.store.manifest import checksum
+from influence_jobs.store.run import Run
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ def mark_undone(run: Run, shards: dict[str, str]) -> None:
     with Lease(run.files):
         # First: if this is killed halfway, no status of `done` may be left.
         run.files.delete(layout.STATUS)
+        run.manifest.drop_summary()
         for shard in shards:
             entry = run.manifest.read(shard)
             if entry is not None:

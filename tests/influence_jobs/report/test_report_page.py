@@ -12,6 +12,7 @@ from influence_jobs.errors import SpecError, StoreError
 from influence_jobs.kinds import view_of
 from influence_jobs.kinds.attribution.spec import AttributionSpec
 from influence_jobs.report.html import render_report, sections_of, write_report
+from influence_jobs.store.files import LocalFiles
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.base import Task
 
@@ -222,3 +223,16 @@ def test_a_task_without_pictures_is_told_in_words(
     assert "test 5, label" in first.inner_text()
     assert first.locator(".cell").nth(1).inner_text().startswith(f"{expected}\nscore ")
     assert serious(shown.page) == []
+
+
+def test_a_report_reads_no_entry_of_a_shard(
+    runs_of_all_kinds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a stability study with many runs of many shards, it would be thousands of files."""
+    read: list[str] = []
+    original = LocalFiles.read
+    monkeypatch.setattr(LocalFiles, "read", lambda self, n: read.append(n) or original(self, n))
+    (section,) = sections_of([runs_of_all_kinds.stability])
+    assert len(section.made) == 7
+    entries = [name for name in read if name.startswith("manifest/")]
+    assert entries == ["manifest/finish.json"] * len(section.made)

@@ -53,7 +53,10 @@ def test_the_lease_of_a_killed_process_is_taken_over_at_once(tmp_path: Path) -> 
         assert holder["pid"] == os.getpid()
 
 
-def test_a_silent_holder_elsewhere_loses_it_after_the_time_limit(tmp_path: Path) -> None:
+def test_a_silent_holder_elsewhere_loses_it_after_the_time_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease_module, "WATCH_S", 0.05)
     files = LocalFiles(tmp_path)
     holder = {
         "owner": "x",
@@ -69,6 +72,42 @@ def test_a_silent_holder_elsewhere_loses_it_after_the_time_limit(tmp_path: Path)
     files.write("lease.json", json.dumps(holder).encode())
     with Lease(files):
         pass
+
+
+@pytest.mark.parametrize("age", [40.0, -3000.0])
+def test_a_holder_whose_clock_differs_keeps_it_as_long_as_it_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, age: float
+) -> None:
+    files = LocalFiles(tmp_path)
+    beat = time.time() - age
+    files.write("lease.json", dead_holder("live", beat=beat))
+
+    def watched(seconds: float) -> None:
+        assert seconds == lease_module.WATCH_S
+        files.write("lease.json", dead_holder("live", beat=beat + lease_module.BEAT_S))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lease_module.time, "sleep", watched)
+        with pytest.raises(LeaseHeld, match="process 1 on elsewhere"), Lease(files):
+            pass
+    monkeypatch.setattr(lease_module, "WATCH_S", 0.0)
+    with Lease(files):  # it writes no more
+        pass
+
+
+def test_a_lease_that_somebody_deleted_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease_module, "BEAT_S", 0.02)
+    files = LocalFiles(tmp_path)
+    with Lease(files) as lease:
+        files.delete("lease.json")
+        deadline = time.monotonic() + 20
+        while holder_of(files) is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert not lease.lost.is_set()
+    assert files.names("") == []
 
 
 def test_a_reused_process_id_is_not_the_holder(tmp_path: Path) -> None:
@@ -132,9 +171,9 @@ class Paused(LocalFiles):
         self._pause("create", name)
         return super().create(name, data)
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: bytes, *, durable: bool = True) -> None:
         self._pause("write", name)
-        super().write(name, data)
+        super().write(name, data, durable=durable)
 
 
 @pytest.mark.parametrize("before", ["create", "write"])
