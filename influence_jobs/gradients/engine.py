@@ -13,7 +13,7 @@ from influence_jobs.gradients.requirements import require_dtype, require_indepen
 from influence_jobs.gradients.rules import LayerRule
 from influence_jobs.gradients.taps import TOLERANCE, TappedModel, thawed, unused
 from influence_jobs.gradients.usage import Usage
-from influence_jobs.gradients.weights import Weight, weight_named
+from influence_jobs.gradients.weights import Weight, ancestors, weight_named
 from influence_jobs.terms import Precision, Reduction
 
 # Between these norms the squares in float32 are exact enough.
@@ -138,7 +138,7 @@ class GradNorms(TappedModel):
         weights = self._weights.values()
         parameters = self._parameters()
         homes = {
-            w.parameter: [home for home in _ancestors(w.parameter) if home in modules]
+            w.parameter: [home for home in ancestors(w.parameter) if home in modules]
             for w in weights
         }
         names = {name for of in homes.values() for name in of} | {w.owner for w in weights}
@@ -258,9 +258,3 @@ def _in_range(norms: Callable[[Tensor], Tensor], g: Tensor) -> Tensor:
 
 def _along(values_B: Tensor, like: Tensor) -> Tensor:
     return values_B.view(-1, *(1,) * (like.ndim - 1))
-
-
-def _ancestors(parameter: str) -> list[str]:
-    """The modules that a parameter is in but for the model itself, the smallest first."""
-    parts = parameter.split(".")
-    return [".".join(parts[:i]) for i in range(len(parts) - 1, 0, -1)]

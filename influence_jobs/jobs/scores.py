@@ -59,7 +59,7 @@ class ScoresJob(SampleJob[S]):
         return self.terms
 
     def layouts(self) -> tuple[ArrayLayout, ...]:
-        n, q = len(self.task.train_data()), len(self.spec.queries.items)
+        n, q = self.num_rows, len(self.spec.queries.items)
         rows = chunk_rows(n, np.dtype(self.stored).itemsize * min(q, QUERIES_PER_CHUNK))
         names = {SCORES: "all", **{part_name(layer): layer for layer in self.kept_layers}}
         return tuple(

@@ -13,8 +13,9 @@ from torch.nn.utils import weight_norm as old_weight_norm
 from torch.utils import _pytree as pytree
 
 from influence_jobs.errors import ModelError
-from influence_jobs.gradients import GradDots, GradNorms, ParameterSpace
+from influence_jobs.gradients import GradDots, GradNorms, GradProjections, ParameterSpace
 from influence_jobs.gradients.fallback import slow_lines
+from influence_jobs.gradients.projections import projections
 from influence_jobs.gradients.reference import gradients_one_by_one
 from influence_jobs.gradients.weights import weight_named
 
@@ -303,6 +304,29 @@ def test_dot_products_of_all_parameters(case: Case) -> None:
         engine.check(batch_of(case))
     assert list(parts) == list(space.groups)
     torch.testing.assert_close(sum(parts.values()), found, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("whole", [False, True])
+def test_projections_of_all_parameters(case: Case, whole: bool) -> None:
+    case.model.double()
+    batch, space = batch_of(case, torch.float64), ParameterSpace(case.model)
+    gradients = gradients_one_by_one(case.model, [*space.shapes], losses, batch)
+    maps = projections(
+        case.model, space, outputs=3, inputs=2, distribution="rademacher", seed=0, whole=whole
+    )
+    with GradProjections(case.model, space, losses, maps, precision="float64") as engine:
+        alone = engine(cut(batch, slice(1, 2)))  # before any form is found
+        found = engine(batch)
+        engine.check(batch)
+    for group, of_group in maps.items():
+        parts = [
+            of_one.to(torch.device("cpu"), torch.float64)(gradients[name])
+            for name, of_one in of_group.items()
+        ]
+        wanted = torch.stack(parts).sum(0).flatten(1)
+        torch.testing.assert_close(found[group], wanted, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(alone[group], wanted[1:2], rtol=1e-9, atol=1e-11)
 
 
 class NoForwardMode(torch.autograd.Function):
