@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from influence_jobs.gradients.dots import SMALLEST_PART
 from influence_jobs.gradients.fallback import Fallback, Form
 from influence_jobs.gradients.parameters import ParameterSpace
-from influence_jobs.gradients.projections import Projection, as_matrices
+from influence_jobs.gradients.projections import Projection
 from influence_jobs.gradients.requirements import (
     require_dtype,
     require_independent_samples,
     require_plain,
 )
-from influence_jobs.gradients.rules import LayerRule, rule_of, supported
+from influence_jobs.gradients.routes import holders, why_not_by_rules
+from influence_jobs.gradients.rules import LayerRule, rule_of
 from influence_jobs.gradients.taps import TOLERANCE, TappedModel, thawed
 from influence_jobs.gradients.usage import Usage
 from influence_jobs.gradients.weights import ancestors
@@ -50,7 +51,6 @@ class GradProjections(TappedModel):
 
     _result = "projected gradients"
     _relative_to = "their largest"
-    _many_calls = True
 
     def __init__(
         self,
@@ -150,10 +150,10 @@ class GradProjections(TappedModel):
             return self._fallback
         require_independent_samples(self._model)
         modules, parameters = dict(self._model.named_modules()), self._space.parameters()
-        owners = self._owners(modules)
+        held = holders(self._model, parameters)
         homes = {name: [home for home in ancestors(name) if home in modules] for name in parameters}
         watched = {home for of in homes.values() for home in of} | {
-            owner for of in owners.values() for owner, _ in of
+            layer for of in held.values() for layer, _ in of
         }
         with (
             thawed(parameters.values()),
@@ -163,16 +163,13 @@ class GradProjections(TappedModel):
             usage = Usage(self._forward, batch, {name: modules[name] for name in watched})
         self._ruled, self._reasons = {}, {}
         for name, parameter in parameters.items():
-            layers = [owner for owner, _ in owners[name]]
-            if reason := self._why_not_by_rule(name, owners[name], modules):
+            if reason := why_not_by_rules(parameter, held[name], modules, usage):
                 self._reasons[name] = reason
-            elif not usage.only_in_calls(parameter, layers):
-                self._reasons[name] = "it is used otherwise than in calls of its layer"
-            else:
-                for owner, own in owners[name]:
-                    if usage.calls(owner):
-                        self._ruled.setdefault(owner, {})[own] = name
-        self._attach({owner: rule_of(modules[owner]) for owner in self._ruled})
+                continue
+            for layer, own in held[name]:
+                if usage.calls(layer):
+                    self._ruled.setdefault(layer, {})[own] = name
+        self._attach({layer: rule_of(modules[layer]) for layer in self._ruled})
         slow = list(self._reasons)
         fallback = Fallback(
             self._model,
@@ -192,36 +189,6 @@ class GradProjections(TappedModel):
             fallback.find_forms(batch, usage.size, within)
         self._fallback = fallback
         return fallback
-
-    def _owners(self, modules: Mapping[str, nn.Module]) -> dict[str, list[tuple[str, str]]]:
-        """By parameter the layers that hold it, each with its own name of it."""
-        by_id = {id(parameter): name for name, parameter in self._space.parameters().items()}
-        owners: dict[str, list[tuple[str, str]]] = {name: [] for name in by_id.values()}
-        for layer, module in modules.items():
-            for own, parameter in module._parameters.items():
-                if parameter is not None and id(parameter) in by_id:
-                    owners[by_id[id(parameter)]].append((layer, own))
-        return owners
-
-    def _why_not_by_rule(
-        self, name: str, owners: list[tuple[str, str]], modules: Mapping[str, nn.Module]
-    ) -> str:
-        for layer, own in owners:
-            module = modules[layer]
-            known = {own for own, _ in module.named_parameters()} <= {"weight", "bias"}
-            if own not in ("weight", "bias") or not supported(module) or not known:
-                return f"no rule for {own} of {type(module).__name__}"
-            if own == "weight" and len(owners) > 1 and not self._reads_alike(name, module):
-                return "the layers that share it read it differently"
-        return ""
-
-    def _reads_alike(self, name: str, module: nn.Module) -> bool:
-        """Whether a layer reads a shared weight as the matrix that its projection is for."""
-        numbers = torch.arange(self._space.shapes[name].numel()).view(1, *self._space.shapes[name])
-        projection = self._projections[name]
-        return projection.rule is not None and torch.equal(
-            rule_of(module).as_matrix(numbers), as_matrices(numbers, projection.rule)
-        )
 
     def _parameters(self) -> dict[str, Tensor]:
         return self._space.parameters()

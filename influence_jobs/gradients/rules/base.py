@@ -115,6 +115,17 @@ class LayerRule(ABC, Generic[M]):
         """x_t (B, T, J) and g_t (B, T, C): as a matrix the weight gradient is sum_t g_t x_t^T."""
         raise NotImplementedError(f"{type(self).__name__} has no rows: its weight is no one matrix")
 
+    def factors(self, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor] | None:
+        """l_t and r_t (B, T, J) with the weight gradient sum_t l_t r_t^T as a matrix.
+
+        Returns:
+            l_t are (B, T, C), or the ids (B, T) of unit vectors. None: there are none.
+        """
+        if not self.one_matrix:
+            return None
+        x_BTJ, g_BTC = self.rows(a, g)
+        return g_BTC, x_BTJ
+
     def as_matrix(self, weights: Tensor) -> Tensor:
         """Tensors (B, *weight shape) as the matrices (B, C, J) of `rows`."""
         return self.as_read(weights).flatten(2)

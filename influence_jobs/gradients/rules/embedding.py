@@ -40,6 +40,9 @@ class RowsRule(LayerRule[E]):
         norms[present] = torch.linalg.vector_norm(sums, dim=1)
         return norms.view(batch, rows, 1, 1)
 
+    def factors(self, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        return self._positions(a, g)
+
     def projected(
         self, left_CK: Tensor | None, right_JI: Tensor | None, a: Tensor, g: Tensor
     ) -> Tensor:

@@ -7,7 +7,7 @@ from pydantic import Field
 from influence_jobs.errors import SpecError
 from influence_jobs.kinds.gradient_scores.spec import DAMPING, GradientScoresSpec, Method
 from influence_jobs.kinds.gradients.request import GradientsRequest, gradients_of
-from influence_jobs.kinds.gram.request import store_named
+from influence_jobs.kinds.query_gradients.request import refuse_another_checkpoint, store_named
 from influence_jobs.requests.base import Many, One, Say, option
 from influence_jobs.requests.options import SCORES, QueriesOptions, WeightsRequest
 from influence_jobs.specs.base import Spec, make_spec
@@ -51,8 +51,8 @@ class GradientScoresRequest(WeightsRequest, QueriesOptions):
         from influence_jobs.requests.subject import subject_of
 
         named = tuple(store_named(root, word) for word in self.gradients)
-        if named and any(self.given(name) for name in ("checkpoint", "preset", "epochs")):
-            raise SpecError("--gradients RUN decides the checkpoint: leave its options out")
+        if named:
+            refuse_another_checkpoint(self)
         at: tuple[TrainedCheckpoint | FileCheckpoint, ...] = tuple(s.checkpoint for s in named)
         subject = subject_of(self, root, say, default_checkpoints=at)
         built = subject.built

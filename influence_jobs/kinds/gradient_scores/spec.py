@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from influence_jobs.kinds.gradients.spec import GradientsSpec
+from influence_jobs.kinds.query_gradients.spec import QueryGradientsSpec
 from influence_jobs.specs.queries import Queries
 from influence_jobs.specs.scores import ScoresSpec
 
@@ -45,8 +46,6 @@ class GradientScoresSpec(ScoresSpec):
         if len({store.run_id for store in ordered}) < len(ordered):
             raise ValueError("a run of gradients is named twice")
         for store in ordered:
-            if store.queries is not None:
-                raise ValueError(f"{store.run_id} is of queries, not of training samples")
             if store.modules != first.modules or store.whole != first.whole:
                 raise ValueError(f"{store.run_id} has other layers than {first.run_id}")
             if store.task.identity() != first.task.identity():
@@ -60,6 +59,9 @@ class GradientScoresSpec(ScoresSpec):
         return self
 
     @property
-    def of_queries(self) -> tuple[GradientsSpec, ...]:
+    def of_queries(self) -> tuple[QueryGradientsSpec, ...]:
         """The runs with the queries' gradients, in the order of `gradients`."""
-        return tuple(store.of(self.queries) for store in self.gradients)
+        return tuple(
+            QueryGradientsSpec(task=self.task, gradients=store, queries=self.queries)
+            for store in self.gradients
+        )

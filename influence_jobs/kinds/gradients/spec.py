@@ -6,12 +6,11 @@ from pydantic import Field
 
 from influence_jobs.kinds.train.spec import Checkpoint
 from influence_jobs.specs.base import Count, Seed, Spec
-from influence_jobs.specs.queries import Queries
 from influence_jobs.terms import Distribution, Precision, Stored
 
 
 class GradientsSpec(Spec):
-    """A random projection of the gradient of every training sample, or of every query.
+    """A random projection of the gradient of every training sample's loss.
 
     Attributes:
         modules: Names of the layers whose parameters are used, in the model's order.
@@ -23,7 +22,6 @@ class GradientsSpec(Spec):
         precision: Of the forward and backward pass.
         noise_draws: Gradients are the mean over this many draws of the training samples' noise.
         seed: Of the projection, and of the samples' noise.
-        queries: The queries whose gradients are projected; None for the training samples.
     """
 
     kind: Literal["gradients"] = "gradients"
@@ -37,8 +35,3 @@ class GradientsSpec(Spec):
     precision: Precision = "float32"
     noise_draws: Count = 1
     seed: Seed = 0
-    queries: Queries | None = None
-
-    def of(self, queries: Queries) -> "GradientsSpec":
-        """The same projection of the gradients of queries."""
-        return self.model_copy(update={"queries": queries, "stored": "float32", "noise_draws": 1})

@@ -9,25 +9,31 @@ import numpy.typing as npt
 from influence_jobs.errors import StoreError
 from influence_jobs.kinds import open_job
 from influence_jobs.kinds.gradients.spec import GradientsSpec
+from influence_jobs.kinds.query_gradients.spec import QueryGradientsSpec
 from influence_jobs.methods.packing import unpacked
 from influence_jobs.store.folder import for_runs
 from influence_jobs.store.layout import LOSSES_OF_ROWS, ArrayLayout, gradients_name, scales_name
 from influence_jobs.store.run import Run
+from influence_jobs.terms import Stored
 
 BLOCK_NUMBERS = 2**24  # in a block of rows: 64 MB in float32
 
 
 class GradientStore:
-    """The rows of a gradients run, as float32. Neither the model nor the data are needed.
+    """The rows of projected gradients, of samples or of queries, as float32.
+
+    Neither the model nor the data are needed.
 
     Args:
         root: Folder of all runs.
         spec: Of the run; if it has not begun, only its sizes are known.
     """
 
-    def __init__(self, root: str, spec: GradientsSpec) -> None:
+    def __init__(self, root: str, spec: GradientsSpec | QueryGradientsSpec) -> None:
         self.run = Run(root, spec)
-        self._spec = spec
+        self._stored: Stored = "float32"  # of queries
+        if isinstance(spec, GradientsSpec):
+            self._stored = spec.stored
 
     @cached_property
     def _layouts(self) -> dict[str, ArrayLayout]:
@@ -72,7 +78,7 @@ class GradientStore:
         Raises:
             StoreError: Some are missing.
         """
-        stored = self._spec.stored
+        stored = self._stored
         codes = self.run.read_rows(gradients_name(group), start, stop)
         scales = None
         if stored != "float32":

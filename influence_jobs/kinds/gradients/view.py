@@ -9,8 +9,7 @@ class GradientsView(View[GradientsSpec]):
 
     @property
     def title(self) -> str:
-        of = "queries" if self.spec.queries else "samples"
-        return f"Projected gradients of {of} ({self.spec.task.slug})"
+        return f"Projected gradients ({self.spec.task.slug})"
 
     def certainty(self) -> list[str]:
         spec = self.spec
@@ -22,6 +21,4 @@ class GradientsView(View[GradientsSpec]):
         return [said]
 
     def next_step(self) -> str:
-        if self.spec.queries is not None:
-            return f"infl verify {self.run.id}{self.more}"
         return f"infl submit gradient-scores --gradients {self.run.id} --test 0{self.more}"

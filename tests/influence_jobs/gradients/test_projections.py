@@ -43,7 +43,13 @@ def model() -> nn.Module:
 
 
 def made(model: nn.Module, **options: Any) -> Any:
-    chosen = {"outputs": 3, "inputs": 2, "distribution": "gaussian", "seed": 0, "whole": False}
+    chosen: dict[str, Any] = {
+        "outputs": 3,
+        "inputs": 2,
+        "distribution": "gaussian",
+        "seed": 0,
+        "whole": False,
+    }
     return projections(model, ParameterSpace(model), **(chosen | options))
 
 

@@ -140,7 +140,8 @@ def dense(expected, losses, method: str, damping: float) -> np.ndarray:
 
 @pytest.mark.parametrize("method", ["influence", "trak", "dot", "cosine"])
 def test_scores_are_those_of_their_formulas(carry_out, store_of, scores_of, explicit, method):
-    expected = dense(*explicit, method, 0.1)
+    rows, losses = explicit
+    expected = dense(rows, losses, method, 0.1)
     run = carry_out(scores_of(store_of(), method=method, damping=0.1))
     found = run.read_rows(SCORES, 0, N)
     np.testing.assert_allclose(found, expected, rtol=2e-3, atol=1e-4 * np.abs(expected).max())
@@ -153,7 +154,7 @@ def test_scores_need_neither_the_model_nor_the_data(
 ):
     store = store_of()
     spec = scores_of(store, method="dot")
-    for needed in (store, store.of(queries)):
+    for needed in (store, *spec.of_queries):
         carry_out(needed)
 
     def gone(self):
@@ -203,11 +204,10 @@ def test_a_lost_chunk_is_told(carry_out, store_of, scores_of, fresh_root, querie
         carry_out(scores_of(store, method="dot"), root=root)
 
 
-def test_stores_that_do_not_go_together_are_refused(store_of, scores_of, queries):
+def test_stores_that_do_not_go_together_are_refused(store_of, scores_of):
     for other, said in (
         (store_of(modules=("head",)), "other layers"),
         (store_of(), "named twice"),
-        (store_of().of(queries), "is of queries"),
     ):
         with pytest.raises(SpecError, match=said):
             scores_of(store_of(), other)
