@@ -380,7 +380,7 @@ def test_what_is_told() -> None:
         "gradients without a rule, mapped over the samples through the whole model"
     )
     assert line.endswith(
-        ": cls_token (no rule for cls_token of Vision), heat (no rule for heat of Vision)"
+        ": cls_token (no rule for cls_token of Vision); heat (no rule for heat of Vision)"
     )
 
 
