@@ -10,6 +10,9 @@ OutputLoss = Literal["cross-entropy", "mse", "binary-cross-entropy"]
 # "task": the task's own.
 Optimizer = Literal["sgd", "adam", "adamw", "task"]
 Schedule = Literal["constant", "cosine", "linear", "step", "task"]
+# How the entries of a random projection are distributed; how stored gradients are rounded.
+Distribution = Literal["gaussian", "rademacher", "sparse"]
+Stored = Literal["float32", "float16", "int8", "1-bit"]
 Region = tuple[int, int, int, int]  # y, x, height, width in pixels
 
 

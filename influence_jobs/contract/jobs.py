@@ -28,6 +28,7 @@ ASKED: Mapping[str, Mapping[str, Any]] = {
     "influence": {},
     "attribution": {"layer": "all"},
     "baseline": {"method": "loss"},
+    "gradients": {},
     "ablation": {"by": "random", "mode": "remove", "k": 1},
 }
 

@@ -48,7 +48,6 @@ class OutputGradients(TappedModel):
 
     _result = "gradients of the outputs"
     _relative_to = "the parameter's largest"
-    _many_calls = True
 
     def __init__(
         self,

@@ -1,9 +1,10 @@
-"""Norms, dot products and quadratic forms of per-sample gradients, which are not stored."""
+"""Norms, dot products, quadratic forms and projections of per-sample gradients never stored."""
 
 from influence_jobs.gradients.dots import GradDots
 from influence_jobs.gradients.engine import GradNorms
 from influence_jobs.gradients.metric import Metric
 from influence_jobs.gradients.parameters import ParameterSpace
+from influence_jobs.gradients.projected import GradProjections
 from influence_jobs.gradients.quadratics import GradQuadratics
 from influence_jobs.gradients.requirements import require_supported
 from influence_jobs.gradients.rules import (
@@ -17,6 +18,7 @@ from influence_jobs.gradients.rules import (
 __all__ = [
     "GradDots",
     "GradNorms",
+    "GradProjections",
     "GradQuadratics",
     "LayerRule",
     "MatrixRule",

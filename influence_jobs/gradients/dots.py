@@ -17,7 +17,8 @@ from influence_jobs.gradients.requirements import (
     require_independent_samples,
     require_plain,
 )
-from influence_jobs.gradients.rules import LayerRule, rule_of, supported
+from influence_jobs.gradients.routes import holders, why_not_by_rules
+from influence_jobs.gradients.rules import LayerRule, rule_of
 from influence_jobs.gradients.taps import TOLERANCE, TappedModel, thawed
 from influence_jobs.gradients.usage import Usage
 from influence_jobs.terms import Precision
@@ -28,12 +29,12 @@ SMALLEST_PART = 1e-3  # of a product: rounding is not measured against smaller o
 class GradDots(TappedModel):
     """Dot products v_q . grad loss_b of Q vectors with every sample's loss gradient.
 
-    The rule of a layer is used if its type has one, if the layer is called once with the batch as
-    first axis, and if its parameters are used nowhere else. All other parameters - custom ones,
-    attention, recurrent layers, shared weights - are differentiated in forward mode, for all
-    samples of a batch at once. If the model has an operation without a forward-mode derivative,
-    plain autograd differentiates them sample by sample; this is slow and gives a warning. The first
-    batch decides which parameters take which way.
+    The rule of a layer is used if its type has one, if every call of the layer has the batch as
+    first axis, and if its parameters are used nowhere else but in layers that share them and have
+    rules too. All other parameters - custom ones, attention, recurrent layers - are differentiated
+    in forward mode, for all samples of a batch at once. If the model has an operation without a
+    forward-mode derivative, plain autograd differentiates them sample by sample; this is slow and
+    gives a warning. The first batch decides which parameters take which way.
 
     The model's parameters have `requires_grad` off until `close`; weights may be loaded between
     calls. On CUDA, convolutions run in TF32 unless `torch.backends.cudnn.allow_tf32` is False.
@@ -83,7 +84,9 @@ class GradDots(TappedModel):
         self._names = {group: names for group, names in space.groups.items() if names}
         self._fallback: Fallback | None = None
         self._vectors_QP = vectors_QP.detach().to(self._device, self._dtype)
-        self._ruled: dict[str, dict[str, Tensor]] | None = None
+        # By layer and group: the vectors of its parameters, as its rule reads them.
+        self._ruled: dict[str, dict[str, dict[str, Tensor]]] | None = None
+        self._by_rule: set[str] = set()
         self._why_not_forward = ""
         self._verified = False  # forward mode, by plain autograd
         self._freeze()
@@ -100,7 +103,7 @@ class GradDots(TappedModel):
             the weights. The result is not checked for NaN.
 
         Raises:
-            ModelError: A layer with a rule is not called exactly once, is not reached by the
+            ModelError: A layer with a rule is not called, is not reached by the
                 gradient, or its input was overwritten; the losses are not (B,); the model is in
                 train mode.
         """
@@ -123,7 +126,7 @@ class GradDots(TappedModel):
         """
         self._route(batch)
         parts = list(self._by_rules(batch).values())
-        rest = [group for group in self._names if group not in self._layers]
+        rest = [group for group in self._names if group not in self._by_rule]
         if found := self._in_forward_mode(batch, [rest] if rest else []):
             parts += found
         elif rest:
@@ -158,11 +161,13 @@ class GradDots(TappedModel):
 
     def _by_rules(self, batch: Any) -> dict[str, Tensor]:
         parts: dict[str, Tensor] = {}
-        vectors = self._ruled
-        assert vectors is not None
+        ruled = self._ruled
+        assert ruled is not None
 
-        def visit(name: str, rule: LayerRule[Any], a: Tensor, g: Tensor) -> None:
-            parts[name] = rule.dots(vectors[name], a, g)
+        def visit(layer: str, rule: LayerRule[Any], a: Tensor, g: Tensor) -> None:
+            for group, vectors in ruled[layer].items():
+                part_BQ = rule.dots(vectors, a, g)
+                parts[group] = parts[group] + part_BQ if group in parts else part_BQ
 
         if self._layers:
             self._run(batch, visit)
@@ -252,47 +257,33 @@ class GradDots(TappedModel):
         }
 
     def _route(self, batch: Any) -> None:
-        """On the first batch, find the layers whose rule holds, and tap them."""
+        """On the first batch, find the groups whose layers' rules hold, and tap the layers."""
         if self._ruled is not None:
             return
         require_independent_samples(self._model)
-        vectors = self._space.split(self._vectors_QP)
-        rules = self._plainly_used(batch)
-        self._ruled = {
-            group: rule.arrange({_own(name): vectors[name] for name in self._names[group]})
-            for group, rule in rules.items()
-        }
-        self._attach(rules)
-
-    def _plainly_used(self, batch: Any) -> dict[str, LayerRule[Any]]:
-        """Rules of the groups whose layer is called once, for all samples, and used so alone."""
-        modules = {}
-        for group, names in self._names.items():
-            owners = {name.rpartition(".")[0] for name in names}
-            module = self._model.get_submodule(owners.pop())
-            if not owners and supported(module) and _has_no_more(module):
-                modules[group] = module
-        parameters = self._space.parameters()
+        vectors, parameters = self._space.split(self._vectors_QP), self._space.parameters()
+        modules, held = dict(self._model.named_modules()), holders(self._model, parameters)
+        watched = {layer for of in held.values() for layer, _ in of}
         with (
-            thawed(parameters[name] for group in modules for name in self._names[group]),
+            thawed(parameters.values()),
             torch.enable_grad(),
             torch.autocast(self._device.type, enabled=False),
         ):
-            usage = Usage(self._forward, batch, modules)
-        return {
-            group: rule_of(module)
-            for group, module in modules.items()
-            if usage.plain(group, [parameters[name] for name in self._names[group]])
-        }
-
-
-def _has_no_more(module: nn.Module) -> bool:
-    """Whether a module has no parameters but those that its rule knows."""
-    return {name for name, _ in module.named_parameters()} <= {"weight", "bias"}
-
-
-def _own(name: str) -> str:
-    return name.rpartition(".")[2]
+            usage = Usage(self._forward, batch, {name: modules[name] for name in watched})
+        self._ruled = {}
+        for group, names in self._names.items():
+            if any(why_not_by_rules(parameters[n], held[n], modules, usage) for n in names):
+                continue
+            self._by_rule.add(group)
+            for name in names:
+                for layer, own in held[name]:
+                    if usage.calls(layer):
+                        of_group = self._ruled.setdefault(layer, {}).setdefault(group, {})
+                        of_group[own] = vectors[name]
+        rules = {layer: rule_of(modules[layer]) for layer in self._ruled}
+        for layer, groups in self._ruled.items():
+            groups |= {group: rules[layer].arrange(of) for group, of in groups.items()}
+        self._attach(rules)
 
 
 def _flat(vectors: Tensor) -> Tensor:

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from influence_jobs.errors import ModelError
 from influence_jobs.gradients.fallback import Fallback, Form
 from influence_jobs.gradients.requirements import require_dtype, require_independent_samples
-from influence_jobs.gradients.rules import LayerRule
+from influence_jobs.gradients.routes import holders, why_not_by_rules
+from influence_jobs.gradients.rules import LayerRule, rule_of
+from influence_jobs.gradients.several_uses import Call, norms_of_calls
 from influence_jobs.gradients.taps import TOLERANCE, TappedModel, thawed, unused
 from influence_jobs.gradients.usage import Usage
-from influence_jobs.gradients.weights import Weight, weight_named
+from influence_jobs.gradients.weights import Weight, ancestors, weight_named
 from influence_jobs.terms import Precision, Reduction
 
 # Between these norms the squares in float32 are exact enough.
@@ -64,6 +66,9 @@ class GradNorms(TappedModel):
             require_dtype(name, model.get_parameter(weight.parameter), self._dtype)
         self._fallback: Fallback | None = None
         self._reasons: dict[str, str] = {}  # of the layers that do not go by a rule
+        # By weight with several uses, the layers whose calls they are.
+        self._sharers: dict[str, list[str]] = {}
+        self._shared_layers: set[str] = set()
         self._ranged = False  # whether every layer's norms are watched; a batch had some to watch
         self._freeze()
 
@@ -91,15 +96,22 @@ class GradNorms(TappedModel):
     def _computed(self, batch: Any) -> dict[str, Tensor]:
         fallback = self._routed(batch)
         norms: dict[str, Tensor] = {}
+        calls: dict[str, list[Call]] = {layer: [] for layer in self._shared_layers}
 
         def visit(name: str, rule: LayerRule[Any], a: Tensor, g: Tensor) -> None:
-            norms[name] = self._watched(lambda g: rule.norms(a, g, self._reduction), g)
+            if name in calls:
+                calls[name].append(Call(rule, a, g))
+            else:
+                norms[name] = self._watched(lambda g: rule.norms(a, g, self._reduction), g)
 
         with torch.autocast(self._device.type, enabled=False):
             if self._layers or fallback.calls:
                 size = self._run(batch, visit, fallback.calls)
             else:
                 size = fallback.size_of(batch)
+            for name, layers in self._sharers.items():
+                used_in = [call for layer in layers for call in calls[layer]]
+                norms[name] = self._norms_of_calls(self._weights[name], used_in)
             pieces: dict[str, list[Tensor]] = {name: [] for name in self._weights}
             for found in fallback.gradients(batch, size):
                 for name, weight in self._weights.items():
@@ -137,11 +149,13 @@ class GradNorms(TappedModel):
         modules = dict(self._model.named_modules())
         weights = self._weights.values()
         parameters = self._parameters()
+        held = holders(self._model, parameters)
         homes = {
-            w.parameter: [home for home in _ancestors(w.parameter) if home in modules]
+            w.parameter: [home for home in ancestors(w.parameter) if home in modules]
             for w in weights
         }
         names = {name for of in homes.values() for name in of} | {w.owner for w in weights}
+        names |= {layer for of in held.values() for layer, _ in of}
         with (
             thawed(parameters.values()),
             torch.enable_grad(),
@@ -153,8 +167,12 @@ class GradNorms(TappedModel):
             reason = self._why_not_by_rule(name, weight, usage)
             if reason is None and weight.rule is not None:
                 rules[name] = weight.rule
+            elif not why_not_by_rules(parameters[name], held[name], modules, usage):
+                self._sharers[name] = [layer for layer, _ in held[name] if usage.calls(layer)]
             elif reason is not None:
                 self._reasons[name] = reason
+        self._shared_layers = {layer for layers in self._sharers.values() for layer in layers}
+        rules |= {layer: rule_of(modules[layer]) for layer in self._shared_layers}
         self._attach(rules)
         slow = list(dict.fromkeys(self._weights[name].parameter for name in self._reasons))
         fallback = Fallback(
@@ -210,6 +228,26 @@ class GradNorms(TappedModel):
     def _norms_of(self, weight: Weight, gradients: Tensor) -> Tensor:
         return self._watched(lambda g: weight.norms(g, self._reduction), gradients)
 
+    def _norms_of_calls(self, weight: Weight, calls: Sequence[Call]) -> Tensor:
+        if not self._ranged:
+            return norms_of_calls(calls, weight, self._reduction)
+        # Norms are linear in the calls' gradients together.
+        sizes = [call.g[0].numel() for call in calls]
+        together_BG = torch.cat([call.g.flatten(1) for call in calls], dim=1)
+
+        def norms(together_BG: Tensor) -> Tensor:
+            parts = torch.split(together_BG, sizes, dim=1)
+            scaled = [
+                Call(call.rule, call.a, part.view_as(call.g))
+                for call, part in zip(calls, parts, strict=True)
+            ]
+            return norms_of_calls(scaled, weight, self._reduction)
+
+        return _in_range(norms, together_BG)
+
+    def _may_repeat(self, name: str) -> bool:
+        return name in self._shared_layers
+
     def _watched(self, norms: Callable[[Tensor], Tensor], g: Tensor) -> Tensor:
         return _in_range(norms, g) if self._ranged else norms(g)
 
@@ -258,9 +296,3 @@ def _in_range(norms: Callable[[Tensor], Tensor], g: Tensor) -> Tensor:
 
 def _along(values_B: Tensor, like: Tensor) -> Tensor:
     return values_B.view(-1, *(1,) * (like.ndim - 1))
-
-
-def _ancestors(parameter: str) -> list[str]:
-    """The modules that a parameter is in but for the model itself, the smallest first."""
-    parts = parameter.split(".")
-    return [".".join(parts[:i]) for i in range(len(parts) - 1, 0, -1)]

@@ -110,6 +110,9 @@ class GradQuadratics(TappedModel):
                     "layer out, or divide by nothing (without --relative)"
                 )
 
+    def _may_repeat(self, name: str) -> bool:
+        return False
+
     def _parameters(self) -> dict[str, Tensor]:
         return {
             f"{name}.{own}": parameter

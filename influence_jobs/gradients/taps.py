@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -82,8 +82,6 @@ class TappedModel(ABC):
     #: Words for messages: the name of the results, and what errors are relative to.
     _result: str
     _relative_to: str
-    #: Whether a layer may be called several times in a pass. Then each call is visited.
-    _many_calls: ClassVar[bool] = False
 
     def __init__(
         self, model: nn.Module, losses: Callable[[nn.Module, Any], Tensor], precision: Precision
@@ -154,6 +152,10 @@ class TappedModel(ABC):
     @abstractmethod
     def _of_gradients(self, gradients: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         """Results (1, ...) computed from one sample's gradients, and the scale of their errors."""
+
+    def _may_repeat(self, name: str) -> bool:
+        """Whether a tapped layer may be called several times in a pass. Each call is visited."""
+        return True
 
     def _freeze(self) -> None:
         for parameter, _ in self._flags:
@@ -256,7 +258,7 @@ class TappedModel(ABC):
             return None
         if call.batch_size:  # the backward pass calls the layer again, for a checkpoint
             return self._tapped(rule, output, lambda _: None)
-        if call.reached[name] and not self._many_calls:
+        if call.reached[name] and not self._may_repeat(name):
             raise ModelError(
                 f"layer '{name}' is called more than once in a forward pass: its {self._result} "
                 "would mix the uses; give each use its own module, or leave the layer out"

@@ -1,7 +1,7 @@
 """How a forward uses layers and parameters: what decides whether a rule holds for them."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -95,14 +95,23 @@ class Usage:
     def in_calls(self, module: str, parameters: Iterable[Tensor]) -> bool:
         """Whether each call of a layer is for all samples, and a use of each parameter."""
         count = self.calls(module)
+        return (
+            count > 0
+            and self._for_all_samples(module)
+            and all(self.uses(parameter) == count for parameter in parameters)
+        )
+
+    def only_in_calls(self, parameter: Tensor, modules: Collection[str]) -> bool:
+        """Whether the uses of a parameter are the calls of some layers, each for all samples."""
+        calls = sum(self.calls(module) for module in modules)
+        return calls == self.uses(parameter) and all(map(self._for_all_samples, modules))
+
+    def _for_all_samples(self, module: str) -> bool:
+        count = self.calls(module)
         rows = [call.rows for call in self._calls[module]]
         if self._of_one is not None and [c.rows for c in self._of_one[module]] != [1] * count:
             return False
-        return (
-            count > 0
-            and rows == [self.size] * count
-            and all(self.uses(p) == count for p in parameters)
-        )
+        return rows == [self.size] * count
 
     def within(self, parameter: Tensor, module: str) -> bool:
         """Whether a module is called once, and all uses of a parameter are in that call."""

@@ -146,6 +146,12 @@ def first_names(model: nn.Module) -> dict[str, str]:
     return {name: first[id(parameter)] for name, parameter in all_parameters(model).items()}
 
 
+def ancestors(parameter: str) -> list[str]:
+    """The modules that a parameter is in but for the model itself, the smallest first."""
+    parts = parameter.split(".")
+    return [".".join(parts[:i]) for i in range(len(parts) - 1, 0, -1)]
+
+
 def full_name(module: str, own: str) -> str:
     """The name of what a module has, from the model's root."""
     return f"{module}.{own}" if module else own

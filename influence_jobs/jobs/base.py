@@ -121,6 +121,7 @@ class Job(ABC, Generic[S]):
     """
 
     spec_type: ClassVar[type[Spec]]
+    reads_data: ClassVar[bool] = True  # or, if not, only other runs
 
     def __init__(self, run: Run, *, device: torch.device, batch_size: int | None = None):
         # Torch warns about its own code at the first forward-mode differentiation.

@@ -45,8 +45,13 @@ class SampleJob(Job[S]):
     def checkpoints(self) -> tuple[Checkpoint, ...]:
         """The checkpoints that the job reads."""
 
+    @property
+    def num_rows(self) -> int:
+        """Number of rows of the arrays: N."""
+        return len(self.task.train_data())
+
     def plan(self, shard_rows: int | None = None) -> Plan:
-        n = len(self.task.train_data())
+        n = self.num_rows
         arrays = self.layouts()
         chunk = arrays[0].chunk_rows
         wanted = shard_rows or math.ceil(n / MAX_SHARDS)
@@ -66,7 +71,7 @@ class SampleJob(Job[S]):
     def all_batches(self) -> Iterator[torch.Tensor]:
         """Ids by batch, in an endless loop, for probes."""
         while True:
-            yield from _split(0, len(self.task.train_data()), self.batch_size)
+            yield from _split(0, self.num_rows, self.batch_size)
 
     @cached_property
     def _chunk_rows(self) -> int:

@@ -88,7 +88,7 @@ class ScoresJob(SampleJob[S]):
         return self.terms
 
     def layouts(self) -> tuple[ArrayLayout, ...]:
-        n, q = len(self.task.train_data()), len(self.spec.queries.items)
+        n, q = self.num_rows, len(self.spec.queries.items)
         names = {SCORES: "all", **{part_name(layer): layer for layer in self.kept_layers}}
         return tuple(
             scores_layout(name, q, n, dtype=self.stored, attributes={**self.meaning, "of": of})

@@ -76,6 +76,20 @@ def segment_name(segment: int) -> str:
     return f"segments/{segment + 1}"
 
 
+GRAM = "gram"
+LOSSES_OF_ROWS = "losses"
+
+
+def gradients_name(group: str) -> str:
+    """The array with a group's projected gradients, as numbers or as codes."""
+    return f"gradients/{group or '(model)'}"  # the model itself has no name
+
+
+def scales_name(group: str) -> str:
+    """The array with what the rows of a group's codes are multiplied by."""
+    return f"scales/{group or '(model)'}"
+
+
 def part_name(module: str) -> str:
     """The array with one module's part of the scores."""
     return f"parts/{module or '(model)'}"  # the model itself has no name

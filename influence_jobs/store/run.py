@@ -130,10 +130,11 @@ class Run:
     # -- arrays -----------------------------------------------------------------------------------
 
     def create_arrays(self, layouts: Sequence[ArrayLayout]) -> None:
-        """Create the arrays that do not exist yet, with their full shape and filled with NaN.
+        """Create the arrays that do not exist yet, with their full shape.
 
-        Metadata that are missing, damaged or of another shape are written anew. Chunks are left
-        alone: their checksums say whether they are right.
+        They are filled with NaN, those of whole numbers with 0. Metadata that are missing, damaged
+        or of another shape are written anew. Chunks are left alone: their checksums say whether
+        they are right.
         """
         group = self._group()
         group.attrs["run"] = self.id
@@ -146,7 +147,7 @@ class Run:
                 shape=array.shape,
                 chunks=array.chunks,
                 dtype=array.dtype,
-                fill_value=float("nan"),
+                fill_value=float("nan") if np.issubdtype(array.dtype, np.floating) else 0,
                 # Without the checksum a damaged byte would silently read back as a wrong number.
                 compressors=[
                     BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle"),

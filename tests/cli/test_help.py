@@ -45,6 +45,12 @@ OPTIONS = {
     "submit influence": f"{SCORES} {CURVATURE} s-test combine relative keep-layers",
     "submit attribution": f"{SCORES} layer norms exclude-norm-above normalize keep-layers",
     "submit baseline": f"{SCORES} method",
+    "submit gradients": f"{TRAINED} layer dim projection whole stored precision noise-draws seed "
+    "batch-size shard-size",
+    "submit gram": f"{HOW} {TASK_DATA} dry-run task gradients quantity workers",
+    "submit query-gradients": f"{TRAINED} {QUERIES} gradients",
+    "submit gradient-scores": f"{TRAINED} {QUERIES} gradients method damping combine keep-layers "
+    "shard-size",
     "submit ablation": f"{EXPERIMENT} k mode relabel-to seeds shard-size",
     "submit stability": f"{EXPERIMENT} retrainings top ensemble",
     "submit lds": f"{EXPERIMENT} subsets fraction seeds ensemble shard-size",

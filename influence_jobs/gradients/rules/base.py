@@ -115,6 +115,17 @@ class LayerRule(ABC, Generic[M]):
         """x_t (B, T, J) and g_t (B, T, C): as a matrix the weight gradient is sum_t g_t x_t^T."""
         raise NotImplementedError(f"{type(self).__name__} has no rows: its weight is no one matrix")
 
+    def factors(self, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor] | None:
+        """l_t and r_t (B, T, J) with the weight gradient sum_t l_t r_t^T as a matrix.
+
+        Returns:
+            l_t are (B, T, C), or the ids (B, T) of unit vectors. None: there are none.
+        """
+        if not self.one_matrix:
+            return None
+        x_BTJ, g_BTC = self.rows(a, g)
+        return g_BTC, x_BTJ
+
     def as_matrix(self, weights: Tensor) -> Tensor:
         """Tensors (B, *weight shape) as the matrices (B, C, J) of `rows`."""
         return self.as_read(weights).flatten(2)
@@ -196,6 +207,29 @@ class LayerRule(ABC, Generic[M]):
             return self.weight_gradient(a, g).flatten(1) @ vectors.flatten(1).t()
 
         return in_blocks(dots, a, g, self.weight.numel())
+
+    def projected(
+        self, left_CK: Tensor | None, right_JI: Tensor | None, a: Tensor, g: Tensor
+    ) -> Tensor:
+        """L^T M R (B, K, I) of each sample's weight gradient as a matrix M (C, J).
+
+        Args:
+            left_CK: L; None for the unit matrix.
+            right_JI: R; None for the unit matrix.
+        """
+
+        def of_rows(a: Tensor, g: Tensor) -> Tensor:
+            x_BTJ, g_BTC = self.rows(a, g)
+            return product_of_rows(times(x_BTJ, right_JI), times(g_BTC, left_CK))
+
+        def of_gradient(a: Tensor, g: Tensor) -> Tensor:
+            matrix_BCJ = times(self.as_matrix(self.weight_gradient(a, g)), right_JI)
+            return matrix_BCJ if left_CK is None else left_CK.t() @ matrix_BCJ
+
+        if self.one_matrix:
+            patches = math.prod(self.kernel_shape[2:]) * (a[0].numel() + g[0].numel())
+            return in_blocks(of_rows, a, g, patches)
+        return in_blocks(of_gradient, a, g, self.weight.numel())
 
     def squared_norms(self, a: Tensor, g: Tensor) -> Tensor:
         """Squared L2 norm of each sample's gradient by weight and bias, (B,)."""
@@ -342,6 +376,11 @@ class MatrixRule(LayerRule[M]):
             return rotated_BCJ(a, g).square_().flatten(1) @ d_CJ.flatten()
 
         return in_blocks(forms, a, g, max(d_CJ.numel(), shape.rows if rows_first else 0))
+
+
+def times(rows: Tensor, matrix: Tensor | None) -> Tensor:
+    """Rows (..., J) times a matrix (J, I); None for the unit matrix."""
+    return rows if matrix is None else rows @ matrix
 
 
 def product_of_rows(a_BTJ: Tensor, g_BTC: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import grad
 
-from influence_jobs.gradients.rules.base import MatrixRule, product_of_rows
+from influence_jobs.gradients.rules.base import MatrixRule, product_of_rows, times
 from influence_jobs.gradients.rules.blocks import in_blocks, through_gradient, through_patches
 
 # If a sample's gradient takes more multiplications than this, torch's own convolution, sample by
@@ -144,6 +144,19 @@ class ConvolutionRule(MatrixRule[V]):
         if through_gradient(positions, queries):
             return in_blocks(gradient_first, a, g, outputs * inputs)
         return in_blocks(direct, a, g, positions * queries * outputs)
+
+    def projected(
+        self, left_CK: Tensor | None, right_JI: Tensor | None, a: Tensor, g: Tensor
+    ) -> Tensor:
+        """As in `LayerRule`; R^T x_t is a convolution of the input with the columns of R."""
+        if right_JI is None or not self.one_matrix:
+            return super().projected(left_CK, right_JI, a, g)
+        module = self.module
+        filters = right_JI.t().reshape(-1, *self.weight.shape[1:])
+        rows = type(self).convolve(
+            self._padded(a), filters, None, module.stride, 0, module.dilation, 1
+        )
+        return product_of_rows(self.output_rows(rows), times(self.output_rows(g), left_CK))
 
     def gradient_matrix(self, a: Tensor, g: Tensor) -> Tensor:
         """As in `MatrixRule`, but the columns are ordered by kernel offset first."""

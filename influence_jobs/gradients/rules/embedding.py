@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from influence_jobs.gradients.rules.base import LayerRule
+from influence_jobs.gradients.rules.base import LayerRule, product_of_rows, times
 from influence_jobs.gradients.rules.blocks import in_blocks
 
 E = TypeVar("E", nn.Embedding, nn.EmbeddingBag)
@@ -39,6 +39,18 @@ class RowsRule(LayerRule[E]):
         norms = g.new_zeros(batch * rows)
         norms[present] = torch.linalg.vector_norm(sums, dim=1)
         return norms.view(batch, rows, 1, 1)
+
+    def factors(self, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        return self._positions(a, g)
+
+    def projected(
+        self, left_CK: Tensor | None, right_JI: Tensor | None, a: Tensor, g: Tensor
+    ) -> Tensor:
+        """As in `LayerRule`; a row's input is one, so L^T of it is a row of L."""
+        ids_BT, g_BTD = self._positions(a, g)
+        if left_CK is None:
+            left_CK = torch.eye(self.module.num_embeddings, device=g.device, dtype=g.dtype)
+        return product_of_rows(times(g_BTD, right_JI), left_CK[ids_BT])
 
     def arrange_weight(self, vectors_Q: Tensor) -> Tensor:
         return vectors_Q.transpose(0, 1)  # (R, Q, D), so that one row of all vectors is contiguous

@@ -135,7 +135,7 @@ class Zoo(nn.Module):
         return self.head(h).mean(1) / self.temperature
 
 
-ZOO_RULED = {"norm", "groups", "batch_norm", "wide", "narrow", "head"}  # of the head its bias
+ZOO_RULED = {"embed", "norm", "groups", "batch_norm", "wide", "narrow", "twice", "head"}
 
 
 @pytest.fixture

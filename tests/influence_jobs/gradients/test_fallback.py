@@ -13,8 +13,9 @@ from torch.nn.utils import weight_norm as old_weight_norm
 from torch.utils import _pytree as pytree
 
 from influence_jobs.errors import ModelError
-from influence_jobs.gradients import GradDots, GradNorms, ParameterSpace
+from influence_jobs.gradients import GradDots, GradNorms, GradProjections, ParameterSpace
 from influence_jobs.gradients.fallback import slow_lines
+from influence_jobs.gradients.projections import projections
 from influence_jobs.gradients.reference import gradients_one_by_one
 from influence_jobs.gradients.weights import weight_named
 
@@ -191,7 +192,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "custom": lambda: Case(
         Custom(), {"inner.matrix": "layer", "inner.scale": "layer"}, torch.randn(B, 6)
     ),
-    "shared": lambda: Case(Shared(), {"embed": "model", "middle": "model"}, ids()),
+    "shared": lambda: Case(Shared(), {"embed": "rules", "middle": "rules"}, ids()),
     "stored": lambda: Case(Stored(), {"head": "sample"}, torch.randn(B, 6)),
     "pruned": lambda: Case(pruned(), {"0": "layer"}, torch.randn(B, 6)),
     "normed": lambda: Case(
@@ -258,7 +259,8 @@ def test_norms(case: Case, precision: Any, reduction: Any) -> None:
         assert_close(alone, {name: norms[1:2] for name, norms in wanted.items()}, bound)
         assert_close(engine(batch), wanted, bound)
         engine.check(batch)
-        assert {name: form for name, (form, _) in engine.slow_layers(batch).items()} == case.forms
+        slow = {name: form for name, form in case.forms.items() if form != "rules"}
+        assert {name: form for name, (form, _) in engine.slow_layers(batch).items()} == slow
         three = engine(cut(batch, slice(0, 3)))
         assert_close(three, {name: norms[:3] for name, norms in wanted.items()}, bound)
         assert not any(p.requires_grad for p in case.model.parameters())
@@ -305,6 +307,29 @@ def test_dot_products_of_all_parameters(case: Case) -> None:
     torch.testing.assert_close(sum(parts.values()), found, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("whole", [False, True])
+def test_projections_of_all_parameters(case: Case, whole: bool) -> None:
+    case.model.double()
+    batch, space = batch_of(case, torch.float64), ParameterSpace(case.model)
+    gradients = gradients_one_by_one(case.model, [*space.shapes], losses, batch)
+    maps = projections(
+        case.model, space, outputs=3, inputs=2, distribution="rademacher", seed=0, whole=whole
+    )
+    with GradProjections(case.model, space, losses, maps, precision="float64") as engine:
+        alone = engine(cut(batch, slice(1, 2)))  # before any form is found
+        found = engine(batch)
+        engine.check(batch)
+    for group, of_group in maps.items():
+        parts = [
+            of_one.to(torch.device("cpu"), torch.float64)(gradients[name])
+            for name, of_one in of_group.items()
+        ]
+        wanted = torch.stack(parts).sum(0).flatten(1)
+        torch.testing.assert_close(found[group], wanted, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(alone[group], wanted[1:2], rtol=1e-9, atol=1e-11)
+
+
 class NoForwardMode(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -347,14 +372,16 @@ def test_dot_products_without_forward_mode_are_mapped() -> None:
 
 
 def test_what_is_told() -> None:
-    case = CASES["shared"]()
+    case = CASES["vision"]()
     case.model.eval()
-    with GradNorms(case.model, ["embed", "middle"], losses, reduction="layer") as engine:
+    with GradNorms(case.model, ["cls_token", "heat"], losses, reduction="layer") as engine:
         (line,) = slow_lines(engine.slow_layers(batch_of(case)))
     assert line.startswith(
         "gradients without a rule, mapped over the samples through the whole model"
     )
-    assert line.endswith(": embed, middle (its weight is used 2 times in a forward)")
+    assert line.endswith(
+        ": cls_token (no rule for cls_token of Vision); heat (no rule for heat of Vision)"
+    )
 
 
 def test_both_names_of_a_shared_weight_are_accepted() -> None:

@@ -1,7 +1,7 @@
 """What every rule promises: the registered rules, and two that this file defines."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from influence_jobs.errors import ModelError
 from influence_jobs.gradients import (
     GradDots,
     GradNorms,
+    GradProjections,
     GradQuadratics,
     LayerRule,
     MatrixRule,
@@ -29,6 +30,7 @@ from influence_jobs.gradients import (
     supported,
 )
 from influence_jobs.gradients.layer_table import layers_page
+from influence_jobs.gradients.projections import Projection, projected_size, projections
 from influence_jobs.gradients.reference import gradients_one_by_one, per_sample_gradients
 from influence_jobs.gradients.rules import base, blocks, conv, linear, registered, rule_of
 from influence_jobs.jobs.norm_arrays import norm_layouts
@@ -228,6 +230,43 @@ def check_quadratics(model: nn.Module, batch: Any) -> None:
     close(found, torch.einsum("kl,bkl->b", metric.weights_CJ, rotated**2))
 
 
+def check_projections(model: nn.Module, batch: Any, outputs: int, inputs: int) -> None:
+    space = ParameterSpace(model)
+    gradients = gradients_one_by_one(model, [*space.shapes], weighted_sum, batch)
+    for whole in (False, True):
+        maps = projections(
+            model,
+            space,
+            outputs=outputs,
+            inputs=inputs,
+            distribution="gaussian",
+            seed=1,
+            whole=whole,
+        )
+        with GradProjections(model, space, weighted_sum, maps, precision="float64") as engine:
+            found = engine(batch)
+            close(engine.losses_B, weighted_sum(model, batch))
+            assert engine.slow_layers(batch) == {}  # computed by the rule
+        for group, of_group in maps.items():
+            size = projected_size(of_group, space)
+            assert found[group].shape == (len(batch[0]), size)
+            assert size <= outputs * inputs
+            close(found[group], by_matrix(model, of_group, gradients))
+
+
+def by_matrix(
+    model: nn.Module, of_group: Mapping[str, Projection], gradients: Mapping[str, Tensor]
+) -> Tensor:
+    """P g, with P written out from what the projection makes of every unit vector."""
+    rows = []
+    for name, projection in of_group.items():
+        shape = model.get_parameter(name).shape
+        unit = torch.eye(shape.numel(), dtype=torch.float64).view(-1, *shape)
+        exact = projection.to(torch.device("cpu"), torch.float64)
+        rows.append(gradients[name].flatten(1) @ exact(unit).flatten(1))
+    return torch.stack(rows).sum(0)
+
+
 def test_every_rule_has_examples() -> None:
     assert {layer.__name__ for layer in EXAMPLES} == {rule.type_name() for rule in registered()}
     assert {layer.__name__ for layer in ONE_POSITION} == set(base.matrix_layers().split(", "))
@@ -276,6 +315,8 @@ def test_every_engine(
     check_dots(model, batch, queries=1)
     check_dots(model, batch, queries=9)
     check_quadratics(model, batch)
+    check_projections(model, batch, 2, 3)
+    check_projections(model, batch, 9, 2)  # the outputs stay as they are
 
 
 @pytest.mark.parametrize(("layer", "shape"), CASES, ids=names)

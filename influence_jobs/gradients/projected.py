@@ -1,0 +1,208 @@
+"""Random projections of every sample's loss gradient, without forming the gradients."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from influence_jobs.gradients.dots import SMALLEST_PART
+from influence_jobs.gradients.fallback import Fallback, Form
+from influence_jobs.gradients.parameters import ParameterSpace
+from influence_jobs.gradients.projections import Projection
+from influence_jobs.gradients.requirements import (
+    require_dtype,
+    require_independent_samples,
+    require_plain,
+)
+from influence_jobs.gradients.routes import holders, why_not_by_rules
+from influence_jobs.gradients.rules import LayerRule, rule_of
+from influence_jobs.gradients.taps import TOLERANCE, TappedModel, thawed
+from influence_jobs.gradients.usage import Usage
+from influence_jobs.gradients.weights import ancestors
+from influence_jobs.terms import Precision
+
+
+class GradProjections(TappedModel):
+    """Random projections of every sample's gradient, from one forward and one backward pass.
+
+    A layer may be called several times, and several layers may share a weight: the projection is
+    linear, so that the uses add up. Parameters that no rule serves go by a `Fallback`.
+
+    The model's parameters have `requires_grad` off until `close`; weights may be loaded between
+    calls.
+
+    Args:
+        model: In eval mode, with weights of float32, or of float64 for `precision="float64"`.
+        space: The parameters of this model that the gradients are by.
+        losses: (model, batch) to one loss per sample (B,), not averaged over the batch.
+            `batches` says what a batch may be.
+        projections: By group and full name of a parameter; see `projections.projections`.
+        precision: `bfloat16` runs forward and backward in mixed precision (autocast); projections
+            are always accumulated in the dtype of the weights.
+
+    Attributes:
+        losses_B: The losses of the batch of the last call.
+
+    Raises:
+        ModelError: A parameter has another dtype, or the model is in train mode or uses batch
+            statistics.
+    """
+
+    _result = "projected gradients"
+    _relative_to = "their largest"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        space: ParameterSpace,
+        losses: Callable[[nn.Module, Any], Tensor],
+        projections: Mapping[str, Mapping[str, Projection]],
+        *,
+        precision: Precision = "float32",
+    ) -> None:
+        super().__init__(model, losses, precision)
+        self._space = space = space.of(model)
+        for name, parameter in space.parameters().items():
+            module = name.rpartition(".")[0]
+            require_dtype(module, parameter, self._dtype)
+            require_plain(module, model.get_submodule(module))
+        self._groups = {group: list(names) for group, names in projections.items()}
+        self._projections = {
+            name: projection.to(self._device, self._dtype)
+            for names in projections.values()
+            for name, projection in names.items()
+        }
+        self._ruled: dict[str, dict[str, str]] = {}  # by layer, {weight or bias: its full name}
+        self._reasons: dict[str, str] = {}
+        self._fallback: Fallback | None = None
+        self._seen: Tensor | None = None
+        self.losses_B = torch.zeros(0)
+        self._freeze()
+
+    def __call__(self, batch: Any) -> dict[str, Tensor]:
+        """Projections of every sample of a batch.
+
+        Args:
+            batch: A batch for `losses`.
+
+        Returns:
+            {group: (B, D)} with the dtype of the weights. They are not checked for NaN.
+
+        Raises:
+            ModelError: A layer is not reached by the gradient, or its input was overwritten; the
+                losses are not (B,); the model is used in another way than in the first batch.
+        """
+        fallback = self._routed(batch)
+        sums: dict[str, Tensor] = {}
+
+        def add(name: str, projected_BKI: Tensor) -> None:
+            sums[name] = sums[name] + projected_BKI if name in sums else projected_BKI
+
+        def visit(layer: str, rule: LayerRule[Any], a: Tensor, g: Tensor) -> None:
+            for own, name in self._ruled[layer].items():
+                projection = self._projections[name]
+                if own == "bias":
+                    add(name, projection(rule.bias_gradient(g)))
+                elif projection.rule is None:
+                    add(name, projection(rule.weight_gradient(a, g)))
+                else:
+                    add(name, rule.projected(projection.left_CK, projection.right_JI, a, g))
+
+        with torch.autocast(self._device.type, enabled=False):
+            self._seen = None
+            if self._layers or fallback.calls:
+                size = self._run(batch, visit, fallback.calls)
+            else:
+                with torch.no_grad():
+                    size = len(self._forward(batch))
+            assert self._seen is not None
+            self.losses_B = self._seen
+            pieces: dict[str, list[Tensor]] = {}
+            for found in fallback.gradients(batch, size):
+                for name, gradients in found.items():
+                    projected = self._projections[name](gradients.to(self._dtype))
+                    pieces.setdefault(name, []).append(projected)
+        sums |= {name: torch.cat(parts) for name, parts in pieces.items()}
+        return {
+            group: torch.stack([sums[name] for name in names]).sum(0).flatten(1)
+            for group, names in self._groups.items()
+        }
+
+    def slow_layers(self, batch: Any) -> dict[str, tuple[Form, str]]:
+        """The parameters that no rule serves: by which form of `Fallback` each goes, and why.
+
+        Args:
+            batch: Of two samples or more.
+        """
+        fallback = self._routed(batch)
+        return {name: (fallback.forms[name], why) for name, why in self._reasons.items()}
+
+    def _forward(self, batch: Any) -> Tensor:
+        losses = super()._forward(batch)
+        if self._seen is None:  # later passes of a call are of single samples
+            self._seen = losses.detach()
+        return losses
+
+    def _routed(self, batch: Any) -> Fallback:
+        """How each parameter is served, as the first batch of several samples shows."""
+        if self._fallback is not None:
+            return self._fallback
+        require_independent_samples(self._model)
+        modules, parameters = dict(self._model.named_modules()), self._space.parameters()
+        held = holders(self._model, parameters)
+        homes = {name: [home for home in ancestors(name) if home in modules] for name in parameters}
+        watched = {home for of in homes.values() for home in of} | {
+            layer for of in held.values() for layer, _ in of
+        }
+        with (
+            thawed(parameters.values()),
+            torch.enable_grad(),
+            torch.autocast(self._device.type, enabled=False),
+        ):
+            usage = Usage(self._forward, batch, {name: modules[name] for name in watched})
+        self._ruled, self._reasons = {}, {}
+        for name, parameter in parameters.items():
+            if reason := why_not_by_rules(parameter, held[name], modules, usage):
+                self._reasons[name] = reason
+                continue
+            for layer, own in held[name]:
+                if usage.calls(layer):
+                    self._ruled.setdefault(layer, {})[own] = name
+        self._attach({layer: rule_of(modules[layer]) for layer in self._ruled})
+        slow = list(self._reasons)
+        fallback = Fallback(
+            self._model,
+            slow,
+            forward=self._forward,
+            plain=self._plain_gradients,
+            record=self._record,
+            tolerance=TOLERANCE[self._precision],
+        )
+        if slow and usage.size == 1:  # it does not show the forms: the next batch decides
+            return fallback
+        if slow:
+            within = {
+                name: [home for home in homes[name] if usage.within(parameters[name], home)]
+                for name in slow
+            }
+            fallback.find_forms(batch, usage.size, within)
+        self._fallback = fallback
+        return fallback
+
+    def _parameters(self) -> dict[str, Tensor]:
+        return self._space.parameters()
+
+    def _of_gradients(self, gradients: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        found = {}
+        for group, names in self._groups.items():
+            parts = [self._projections[name](gradients[name].unsqueeze(0)) for name in names]
+            found[group] = torch.stack(parts).sum(0).flatten(1)
+        largest = {group: projected.abs().max() for group, projected in found.items()}
+        # The gradient by a bias of attention's keys is zero but for rounding, which other
+        # parameters' gradients are the measure of.
+        floor = SMALLEST_PART * torch.stack([*largest.values()]).max()
+        return {
+            group: (projected, largest[group].maximum(floor).expand_as(projected))
+            for group, projected in found.items()
+        }

@@ -1,0 +1,165 @@
+"""Scores from stored projected gradients: reads runs, and neither the model nor the data."""
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from influence_jobs.jobs.base import Result
+from influence_jobs.jobs.samples import trained_inputs
+from influence_jobs.jobs.scores import Scores, ScoresJob
+from influence_jobs.kinds.gradient_scores.spec import DAMPING, GradientScoresSpec
+from influence_jobs.kinds.gradients.store import GradientStore
+from influence_jobs.kinds.gram.spec import GramSpec
+from influence_jobs.kinds.train.spec import Checkpoint
+from influence_jobs.methods.projected import margin_factors, preconditioned
+from influence_jobs.specs.base import AnySpec
+from influence_jobs.store.layout import GRAM, SCORES, part_name
+from influence_jobs.store.run import Run
+
+_MEANING = {
+    "influence": "projected q^T (G + lambda I)^-1 g, an estimate of N x the predicted rise of the "
+    "query's {quantity} when the sample is removed",
+    "trak": "TRAK: an estimate of N x the predicted fall of the query's margin when the sample is "
+    "removed",
+    "dot": "dot product of the two projected gradients",
+    "cosine": "cosine of the two projected gradients",
+}
+_UNIT = {"influence": "{quantity}", "trak": "margin", "dot": "{quantity}", "cosine": "cosine"}
+
+Rows = npt.NDArray[np.float32]
+
+
+class GradientScoresJob(ScoresJob[GradientScoresSpec]):
+    """The scores have one term for every store."""
+
+    spec_type = GradientScoresSpec
+    reads_data = False
+
+    @staticmethod
+    def inputs(spec: GradientScoresSpec) -> tuple[AnySpec, ...]:
+        trained = trained_inputs(tuple(store.checkpoint for store in spec.gradients))
+        return (*trained, *spec.gradients, *spec.of_queries, *_grams(spec))
+
+    @property
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        return ()
+
+    def input_digests(self) -> dict[str, str]:
+        spec = self.spec
+        specs = (*spec.gradients, *spec.of_queries, *_grams(spec))
+        runs = [Run(self.run_store.root, one) for one in specs]
+        return {run.id: run.digest() for run in runs}
+
+    @property
+    def num_rows(self) -> int:
+        return self._stores[0].num_rows
+
+    @property
+    def batch_size(self) -> int:
+        return self._batch_size or 1024  # a chunk at most
+
+    @property
+    def terms(self) -> int:
+        return len(self.spec.gradients)
+
+    @property
+    def kept_layers(self) -> tuple[str, ...]:
+        return tuple(self._stores[0].groups) if self.spec.keep_modules else ()
+
+    @property
+    def meaning(self) -> dict[str, str]:
+        spec, quantity = self.spec, self.spec.queries.quantity
+        said = _MEANING[spec.method].format(quantity=quantity)
+        if len(spec.gradients) > 1:
+            over = {"sum": "summed", "mean": "averaged"}[spec.combine]
+            said += f", {over} over {len(spec.gradients)} stores"
+        helps = "helpful" if quantity == "loss" else f"it lowers the {quantity}"
+        harms = "harmful" if quantity == "loss" else f"it raises the {quantity}"
+        return {
+            "quantity": said,
+            "sign": f"positive = {helps}, negative = {harms}",
+            "unit": _UNIT[spec.method].format(quantity=quantity),
+        }
+
+    @cached_property
+    def _stores(self) -> list[GradientStore]:
+        return [GradientStore(self.run_store.root, store) for store in self.spec.gradients]
+
+    @cached_property
+    def _prepared(self) -> dict[int, dict[str, Rows]]:
+        """What each store's rows are multiplied with, by group; filled on demand."""
+        return {}
+
+    def score(self, term: int, ids: torch.Tensor) -> Scores:
+        store, start, stop = self._stores[term], int(ids[0]), int(ids[-1]) + 1
+        if term not in self._prepared:
+            self._prepared[term] = self._queries(term)
+        found: dict[str, npt.NDArray[Any]] = {}
+        total_QB = np.zeros((len(self.spec.queries.items), len(ids)))
+        squares_B = np.zeros(len(ids))
+        for group, queries_QD in self._prepared[term].items():
+            rows_BD = store.rows(group, start, stop)
+            part_QB = queries_QD @ rows_BD.T
+            total_QB += part_QB
+            if self.spec.method == "cosine":
+                squares_B += np.square(rows_BD, dtype=np.float64).sum(axis=1)
+            if self.kept_layers:
+                found[part_name(group)] = part_QB
+        if self.spec.method == "cosine":
+            size_B = np.sqrt(squares_B)
+            total_QB = total_QB / np.where(size_B > 0, size_B, 1)
+        found[SCORES] = total_QB
+        terms = self.terms if self.spec.combine == "mean" else 1
+        return {name: values / terms for name, values in found.items()}
+
+    def _queries(self, term: int) -> dict[str, Rows]:
+        spec = self.spec
+        store = GradientStore(self.run_store.root, spec.of_queries[term])
+        count = len(spec.queries.items)
+        found = {group: store.rows(group, 0, count).astype(np.float64) for group in store.groups}
+        if spec.method == "trak":
+            factors_Q = margin_factors(store.losses(0, count))
+            found = {group: rows * factors_Q[:, None] for group, rows in found.items()}
+        if spec.method in DAMPING:
+            gram = Run(self.run_store.root, _grams(spec)[term])
+            layers = list(gram.array(GRAM).attrs["layers"])  # type: ignore[arg-type]
+            for group, rows in found.items():
+                size, at = rows.shape[1], layers.index(group)
+                gram_DD = gram.read_rows(GRAM, at, at + 1)[0, :size, :size]
+                found[group] = preconditioned(rows, gram_DD, damping=spec.damping)
+        if spec.method == "cosine":
+            squares_Q = np.sum([np.square(rows).sum(axis=1) for rows in found.values()], axis=0)
+            size_Q = np.sqrt(np.where(squares_Q > 0, squares_Q, 1))
+            found = {group: rows / size_Q[:, None] for group, rows in found.items()}
+        return {group: rows.astype(np.float32) for group, rows in found.items()}
+
+    def probe(self) -> Iterator[int]:
+        # The store may not exist yet. Made-up rows take the same time, but for reading.
+        sizes, count = self._stores[0].sizes, len(self.spec.queries.items)
+        queries = {group: np.ones((count, size), np.float32) for group, size in sizes.items()}
+        rows = {g: np.ones((self.batch_size, size), np.float32) for g, size in sizes.items()}
+        while True:
+            for group in sizes:
+                queries[group] @ rows[group].T
+            yield self.batch_size
+
+    def finish(self) -> Result:
+        """Copies the tables of the inputs: the data need not be here."""
+        store = self._stores[0].run
+        of_queries = Run(self.run_store.root, self.spec.of_queries[0])
+        files = self.run_store.write_table("samples", store.read_table("samples"))
+        return Result(
+            files=files | self.run_store.write_table("queries", of_queries.read_table("queries"))
+        )
+
+
+def _grams(spec: GradientScoresSpec) -> tuple[GramSpec, ...]:
+    """The second moments that the method divides by, in the order of `gradients`."""
+    if spec.method not in DAMPING:
+        return ()
+    quantity = "margin" if spec.method == "trak" else "loss"
+    return tuple(GramSpec(task=s.task, gradients=s, quantity=quantity) for s in spec.gradients)

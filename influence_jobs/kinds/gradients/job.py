@@ -1,0 +1,141 @@
+"""Projected gradients of training samples, or of queries, at one checkpoint."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from influence_jobs.gradients import GradProjections, ParameterSpace
+from influence_jobs.gradients.fallback import slow_lines
+from influence_jobs.gradients.projections import Projection
+from influence_jobs.jobs.base import Progress, Result, Shard
+from influence_jobs.jobs.samples import SampleJob, trained_inputs
+from influence_jobs.kinds.gradients.rows import (
+    packed_rows,
+    projections_of,
+    row_layouts,
+    sizes_of,
+)
+from influence_jobs.kinds.gradients.spec import GradientsSpec
+from influence_jobs.kinds.train.spec import Checkpoint
+from influence_jobs.methods.rounding import rounding_lines
+from influence_jobs.specs.base import AnySpec
+from influence_jobs.store.layout import (
+    ArrayLayout,
+)
+from influence_jobs.tasks.base import Batch, Draw
+
+log = logging.getLogger(__name__)
+
+PROBED_ROWS = 1024  # from which the loss by rounding is measured
+
+Rows = dict[str, npt.NDArray[Any]]
+
+
+class GradientsJob(SampleJob[GradientsSpec]):
+    """A shard is a range of rows of all arrays."""
+
+    spec_type = GradientsSpec
+
+    @property
+    def title(self) -> str:
+        return f"gradients {self.spec.task.slug} {self.spec.outputs}x{self.spec.inputs}"
+
+    @staticmethod
+    def inputs(spec: GradientsSpec) -> tuple[AnySpec, ...]:
+        return trained_inputs((spec.checkpoint,))
+
+    @property
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        return (self.spec.checkpoint,)
+
+    @property
+    def passes(self) -> int:
+        return self.spec.noise_draws
+
+    def layouts(self) -> tuple[ArrayLayout, ...]:
+        return row_layouts(
+            self.num_rows, self._sizes, stored=self.spec.stored, axis="sample", quantity="loss"
+        )
+
+    def run(self, shard: Shard, progress: Progress) -> Result:
+        progress(done := 0)
+        self.load(self.spec.checkpoint)
+        total: dict[str, npt.NDArray[np.float64]] = {}
+        losses: npt.NDArray[np.float64] = np.zeros(())
+        for draw in range(self.spec.noise_draws):
+            pieces: dict[str, list[npt.NDArray[Any]]] = {group: [] for group in self._sizes}
+            of_batches = []
+            for ids, batch in self.loaded(self.batches(shard), Draw(self.spec.seed, draw)):
+                rows, losses_B = self._projected(ids, batch)
+                for group, values in rows.items():
+                    pieces[group].append(values)
+                of_batches.append(losses_B)
+                done += len(ids)
+                progress(done)
+            for group, parts in pieces.items():
+                values = np.concatenate(parts, dtype=np.float64) / self.spec.noise_draws
+                total[group] = total[group] + values if group in total else values
+            losses = losses + np.concatenate(of_batches) / self.spec.noise_draws
+        return Result(packed_rows(total, losses, stored=self.spec.stored))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float64 if self.spec.precision == "float64" else torch.float32
+
+    @cached_property
+    def _space(self) -> ParameterSpace:
+        return ParameterSpace(self.model, self.spec.modules)
+
+    @cached_property
+    def _projections(self) -> dict[str, dict[str, Projection]]:
+        return projections_of(self.spec, self.model, self._space)
+
+    @cached_property
+    def _sizes(self) -> dict[str, int]:
+        return sizes_of(self._projections, self._space)
+
+    @cached_property
+    def _engine(self) -> GradProjections:
+        engine = GradProjections(
+            self.model,
+            self._space,
+            self.task.losses,
+            self._projections,
+            precision=self.spec.precision,
+        )
+        # Once a worker: hooks do not see every use that a model makes of its weights.
+        first = torch.arange(min(2, self.num_rows))
+        batch = self.batch(first, Draw(self.spec.seed))
+        engine.check(batch)
+        for line in slow_lines(engine.slow_layers(batch)):
+            log.info(line)
+        return engine
+
+    def _projected(self, ids: torch.Tensor, batch: Batch) -> tuple[Rows, npt.NDArray[Any]]:
+        rows = {group: values.cpu().numpy() for group, values in self._engine(batch).items()}
+        for group, values in rows.items():
+            self.require_finite(f"the gradient of layer {group}", values, ids)
+        return rows, self._engine.losses_B.double().cpu().numpy()
+
+    @cached_property
+    def _probed(self) -> list[Rows]:
+        """Rows of the probe, filled as it goes."""
+        return []
+
+    def probe(self) -> Iterator[float]:
+        for ids, batch in self.loaded(self.all_batches(), Draw(self.spec.seed)):
+            rows, _ = self._projected(ids, batch)
+            if sum(len(next(iter(seen.values()))) for seen in self._probed) < PROBED_ROWS:
+                self._probed.append(rows)
+            yield len(ids)
+
+    def notes(self) -> Sequence[str]:
+        if not self._probed:
+            return ()
+        rows = [np.concatenate([seen[group] for seen in self._probed]) for group in self._sizes]
+        return rounding_lines(rows, chosen=self.spec.stored)

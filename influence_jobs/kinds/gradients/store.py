@@ -1,0 +1,96 @@
+"""Reading a store of projected gradients."""
+
+from collections.abc import Iterator
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from influence_jobs.errors import StoreError
+from influence_jobs.kinds import open_job
+from influence_jobs.kinds.gradients.spec import GradientsSpec
+from influence_jobs.kinds.query_gradients.spec import QueryGradientsSpec
+from influence_jobs.methods.packing import unpacked
+from influence_jobs.store.folder import for_runs
+from influence_jobs.store.layout import LOSSES_OF_ROWS, ArrayLayout, gradients_name, scales_name
+from influence_jobs.store.run import Run
+from influence_jobs.terms import Stored
+
+BLOCK_NUMBERS = 2**24  # in a block of rows: 64 MB in float32
+
+
+class GradientStore:
+    """The rows of projected gradients, of samples or of queries, as float32.
+
+    Neither the model nor the data are needed.
+
+    Args:
+        root: Folder of all runs.
+        spec: Of the run; if it has not begun, only its sizes are known.
+    """
+
+    def __init__(self, root: str, spec: GradientsSpec | QueryGradientsSpec) -> None:
+        self.run = Run(root, spec)
+        self._stored: Stored = "float32"  # of queries
+        if isinstance(spec, GradientsSpec):
+            self._stored = spec.stored
+
+    @cached_property
+    def _layouts(self) -> dict[str, ArrayLayout]:
+        """The layouts of a run that has not begun, by array name."""
+        return {array.name: array for array in open_job(self.run).plan().arrays}
+
+    @cached_property
+    def _begun(self) -> bool:
+        return bool(self.run.array_names())
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """D by group of parameters."""
+        if not self._begun:
+            attributes = [array.attributes for array in self._layouts.values()]
+        else:
+            attributes = [dict(self.run.array(n).attrs) for n in self.run.array_names()]
+        return {str(a["layer"]): int(a["numbers"]) for a in attributes if "numbers" in a}
+
+    @property
+    def groups(self) -> list[str]:
+        """The groups of parameters with projections of their own."""
+        return [*self.sizes]
+
+    @cached_property
+    def num_rows(self) -> int:
+        """N."""
+        if not self._begun:
+            return self._layouts[LOSSES_OF_ROWS].shape[0]
+        return int(self.run.array(LOSSES_OF_ROWS).shape[0])
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """Bounds of blocks of rows that are read at once, whole chunks."""
+        chunk = self.run.array(LOSSES_OF_ROWS).chunks[0]
+        step = max(1, BLOCK_NUMBERS // max(self.sizes.values()) // chunk) * chunk
+        for start in range(0, self.num_rows, step):
+            yield start, min(start + step, self.num_rows)
+
+    def rows(self, group: str, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Projected gradients (B, D).
+
+        Raises:
+            StoreError: Some are missing.
+        """
+        stored = self._stored
+        codes = self.run.read_rows(gradients_name(group), start, stop)
+        scales = None
+        if stored != "float32":
+            scales = self.run.read_rows(scales_name(group), start, stop)
+        rows_BD = unpacked(codes, scales, self.sizes[group], stored)
+        if not np.isfinite(rows_BD).all():
+            raise StoreError(
+                f"run {self.run.id} lacks gradients of samples {start} to {stop}: "
+                f"infl verify {self.run.id}{for_runs(self.run.root)}"
+            )
+        return rows_BD
+
+    def losses(self, start: int, stop: int) -> npt.NDArray[np.float64]:
+        """The losses (B,)."""
+        return self.run.read_rows(LOSSES_OF_ROWS, start, stop).astype(np.float64)

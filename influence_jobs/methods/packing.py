@@ -1,0 +1,70 @@
+"""Rows of numbers as fewer bytes: a scale a row, and codes."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from influence_jobs.errors import StoreError
+from influence_jobs.terms import Stored
+
+LARGEST_CODE = 127
+CODES: dict[Stored, str] = {
+    "float32": "float32",
+    "float16": "float16",
+    "int8": "int8",
+    "1-bit": "uint8",
+}
+
+
+def code_shape(size: int, stored: Stored) -> int:
+    """Number of codes of a row of `size` numbers."""
+    return -(-size // 8) if stored == "1-bit" else size
+
+
+def row_bytes(size: int, stored: Stored) -> int:
+    """Bytes of a row of `size` numbers, with its scale."""
+    scale = 0 if stored == "float32" else 4
+    return np.dtype(CODES[stored]).itemsize * code_shape(size, stored) + scale
+
+
+def packed(
+    rows_BD: npt.NDArray[np.floating[Any]], stored: Stored
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.float32]]:
+    """Codes (B, ...) and scales (B,) of rows.
+
+    `float16` and `int8` are relative to the row's largest number. `1-bit` keeps the signs, as bits
+    of bytes, and the mean size (QLESS, arXiv 2502.01703). `float32` keeps the rows; scales are 1.
+    """
+    rows_BD = np.asarray(rows_BD, dtype=np.float32)
+    if stored == "float32":
+        return rows_BD, np.ones(len(rows_BD), dtype=np.float32)
+    sizes_BD = np.abs(rows_BD)
+    if stored == "1-bit":
+        return np.packbits(rows_BD >= 0, axis=1), sizes_BD.mean(axis=1)
+    scales_B = sizes_BD.max(axis=1)
+    relative_BD = rows_BD / np.where(scales_B > 0, scales_B, 1)[:, None]
+    if stored == "float16":
+        return relative_BD.astype(np.float16), scales_B
+    return np.rint(relative_BD * LARGEST_CODE).astype(np.int8), scales_B / LARGEST_CODE
+
+
+def unpacked(
+    codes: npt.NDArray[Any], scales_B: npt.NDArray[np.float32] | None, size: int, stored: Stored
+) -> npt.NDArray[np.float32]:
+    """The rows (B, D) of codes and scales; the inverse of `packed`, up to rounding.
+
+    Raises:
+        StoreError: Codes are missing: they read as 0, though a scale is not.
+    """
+    if stored == "float32":
+        return np.asarray(codes, dtype=np.float32)
+    assert scales_B is not None
+    if not np.issubdtype(codes.dtype, np.floating) and scales_B.any() and not codes.any():
+        raise StoreError("projected gradients are missing: infl verify names the shard")
+    if stored == "1-bit":
+        rows_BD = np.unpackbits(codes, axis=1, count=size).astype(np.float32)
+        rows_BD = 2 * rows_BD - 1
+    else:
+        rows_BD = codes.astype(np.float32)
+    return rows_BD * scales_B[:, None]

@@ -1,0 +1,86 @@
+"""From `infl submit gradients` to the top samples of a new query, in a user's steps."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Infl = Callable[..., Any]
+Refused = Callable[..., str]
+DIGITS = ("--checkpoint", "train-digits", "--local")
+STORE = ("submit", "gradients", *DIGITS)
+SCORES = ("submit", "gradient-scores", "--local")
+ONE = ("--test", "3")
+
+
+def test_from_a_store_to_the_top_samples(infl: Infl, runs: Path) -> None:
+    stored = infl(*STORE, "--dim", "4x4", "--layer", "head")
+    assert stored.code == 0, stored.err
+    assert "data.zarr/gradients/head: 1500 x 16 float16" in stored.out
+    assert "next: infl submit gradient-scores --gradients gradients-digitstask-" in stored.out
+    for method in ("influence", "trak", "dot", "cosine"):
+        scored = infl(
+            *SCORES, "--gradients", "gradients-digits", *ONE, "--method", method, "--json"
+        )
+        assert scored.code == 0, scored.err
+        assert scored.json["arrays"]["scores"]["shape"] == [1, 1500]
+        top = infl("top", scored.json["run"], "--k", 2)
+        assert "sign: positive = helpful, negative = harmful" in top.out
+        assert top.out.count("test 3 (label") == 2
+    page = infl("report", scored.json["run"])
+    assert page.code == 0, page.err
+
+
+def test_a_dry_run_tells_what_rounding_loses(infl: Infl, runs: Path) -> None:
+    planned = infl(*STORE[:4], "--dry-run", "--stored", "1-bit", "--dim", "4x4")
+    assert planned.code == 0, planned.err
+    for stored in ("float32", "float16", "int8", "1-bit"):
+        assert f"stored as {stored}: " in planned.out
+    assert planned.out.count("(chosen)") == 1
+
+
+def test_a_store_is_made_if_none_is_named(infl: Infl, runs: Path) -> None:
+    scored = infl(*SCORES, "--checkpoint", "train-digits", *ONE, "--method", "dot", "--json")
+    assert scored.code == 0, scored.err
+    kinds = {path.name.rpartition("-digits")[0] for path in runs.iterdir()}
+    assert {"gradients", "gradient-scores"} <= kinds
+    again = infl(*SCORES, "--checkpoint", "train-digits", *ONE, "--method", "cosine")
+    assert again.code == 0, again.err
+    assert len(list(runs.glob("gradients-*"))) == len(list(runs.glob("query-gradients-*"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ((*STORE, "--dim", "16"), "--dim 16: write two numbers, such as 16x16"),
+        ((*STORE, "--dim", "0x4"), "--dim 0x4: write two numbers"),
+        ((*STORE, "--stored", "int4"), "'int4' is not one of 'float32', 'float16', 'int8'"),
+        ((*STORE, "--projection", "dct"), "'dct' is not one of 'gaussian'"),
+        ((*STORE, "--layer", "nix"), "layer 'nix' does not exist"),
+        ((*SCORES, "--gradients", "train-digits", *ONE), "has no projected gradients"),
+        ((*SCORES, "--gradients", "nix", *ONE), "there is no run nix"),
+        ((*SCORES, *DIGITS[:2]), "say what to explain: --test ID"),
+        ((*SCORES, *DIGITS[:2], *ONE, "--damping", "-1"), "--damping: input should be greater"),
+        (
+            (*SCORES, *DIGITS[:2], *ONE, "--method", "dot", "--damping", ".1"),
+            "--damping has no meaning for --method dot: leave it out",
+        ),
+        (
+            (*SCORES, *DIGITS[:2], *ONE, "--method", "cosine", "--keep-layers"),
+            "a cosine is no sum over layers: leave --keep-layers out",
+        ),
+        (("submit", "gram", "--gradients", "train-digits"), "has no projected gradients"),
+    ],
+)
+def test_a_wrong_command_line_is_refused(
+    refused: Refused, runs: Path, words: tuple[str, ...], expected: str
+) -> None:
+    assert expected in refused(*words)
+
+
+def test_options_beside_a_store_are_refused(infl: Infl, runs: Path) -> None:
+    assert infl(*STORE, "--dim", "2x2", "--layer", "head").code == 0
+    said = infl(*SCORES, "--gradients", "gradients-digits", *DIGITS[:2], *ONE)
+    assert said.code == 2
+    assert "--gradients RUN decides the checkpoint: leave its options out" in said.err
