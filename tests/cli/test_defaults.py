@@ -8,10 +8,17 @@ from typing import Any
 import pytest
 
 from influence_jobs.errors import SpecError
+from influence_jobs.kinds.influence.spec import InfluenceSpec
 from influence_jobs.kinds.s_test.request import STestRequest
 from influence_jobs.kinds.s_test.spec import STestSpec
+from influence_jobs.kinds.train.spec import TrainedCheckpoint
 from influence_jobs.requests import solving
-from influence_jobs.specs.solvers import ConjugateGradientSettings, EkFacSettings
+from influence_jobs.specs.solvers import (
+    ConjugateGradientSettings,
+    EkFacSettings,
+    SourceSettings,
+)
+from influence_jobs.store.run import Run
 
 Infl = Callable[..., Any]
 STEPS = 2 * math.ceil(1500 / 32)  # of the digits' training
@@ -81,3 +88,35 @@ def test_a_subset_says_how_stable_it_is(infl: Infl, runs: Path) -> None:
     planned = infl(*words, "--curvature-samples", 200, "--dry-run").out
     assert "curvature of 200 of 1,500 samples" in " ".join(planned.split())
     assert "learning rate 0.05 x 94 steps" in " ".join(planned.split())
+
+
+def test_source_keeps_the_checkpoints_that_it_needs(infl: Infl, runs: Path) -> None:
+    words = ("--task", "digits:DigitsTask", "--width", 8, "--epochs", 2, "--layer", "head")
+    source = ("--solver", "source", "--segments", 2, "--curvature-samples", 300)
+    answer = infl("submit", "influence", *words, *source, "--test", 5, "--local")
+    assert answer.code == 0, answer.err
+    said = " ".join(answer.out.split())
+    assert "segments: epochs 0 to 1: 1 checkpoints, time 5.64; epochs 1 to 2: 1 checkpoints" in said
+    assert "two halves of these samples have cosines" in said
+    (influence,) = runs.glob("influence-*")
+    run = Run.open(str(runs), influence.name)
+    assert run.read_rows("scores", 0, 1500).shape == (1, 1500)
+    assert isinstance(run.spec, InfluenceSpec)
+    checkpoint = run.spec.s_tests[0].checkpoint
+    assert isinstance(checkpoint, TrainedCheckpoint)
+    assert len([*(runs / checkpoint.train.run_id).rglob("epoch-*.pt")]) == 2
+
+
+def test_what_source_cannot_do_is_refused_by_name(infl: Infl, runs: Path) -> None:
+    for options, said in (
+        ({}, "3 segments need as many epochs, and train-digitstask.* is earlier: use --segments 2"),
+        ({"segments": 2, "checkpoint": "train-digits@all"}, "name one of each training"),
+        ({"segments": 2, "damping": 0.1}, "--damping has no meaning for --solver source"),
+        ({"segments": 2, "operator": "hessian"}, "leave --operator out"),
+        ({"solver": "cg", "segments": 2}, "--segments has no meaning for --solver cg"),
+        ({"solver": "cg", "operator": "hessian", "preconditioner": "ek-fac"}, "--preconditioner"),
+    ):
+        with pytest.raises(SpecError, match=said):
+            asked(runs, **{"solver": "source", **options})
+    found = asked(runs, solver="source", segments=2).solver
+    assert found == SourceSettings(segments=2)
