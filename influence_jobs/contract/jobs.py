@@ -26,6 +26,7 @@ ASKED: Mapping[str, Mapping[str, Any]] = {
     "grad-norms": {"layer": "all"},
     "s-test": {},
     "influence": {},
+    "unrolled": {},
     "attribution": {"layer": "all"},
     "baseline": {"method": "loss"},
     "gradients": {},

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from influence_jobs.curvature.operators import AGREEMENT, DIFFERENCES
 from influence_jobs.curvature.requirements import saved_bytes
 from influence_jobs.errors import ModelError
 from influence_jobs.gradients.transforms import all_derivatives
@@ -17,8 +18,6 @@ from influence_jobs.training.statistics import Moves, watched
 from influence_jobs.training.train import seeded
 
 MAX_BYTES = 2**30  # largest memory for activations times vectors in a pass
-DIFFERENCES = (1e-5, 1e-6, 1e-7)  # steps of differences in float64, as parts of the weights
-AGREEMENT = 1e-3  # allowed relative difference of two ways to a product; rounding causes 1e-6
 
 
 @dataclass(frozen=True)

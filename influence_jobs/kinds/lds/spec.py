@@ -24,6 +24,10 @@ class LdsSpec(SubsetsSpec):
     subsets: Annotated[int, Field(ge=3)] = 100
     same_run: bool = False
 
+    @property
+    def unsaid(self) -> frozenset[str]:
+        return frozenset() if self.same_run else frozenset({"same_run"})
+
     @model_validator(mode="after")
     def _the_same_run_has_one_seed(self) -> Self:
         if self.same_run and len(self.seeds) > 1:
