@@ -18,6 +18,7 @@ from infl_cli import (
 )
 from influence_jobs.errors import DISK_ERRORS, InflError
 from influence_jobs.store.files import StorageError, is_of_store, storage_message
+from influence_jobs.terms import in_a_line
 
 
 class Commands(TyperGroup):
@@ -78,5 +79,5 @@ def main() -> None:
 
 def _fail(message: str) -> None:
     if message:
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        print(f"error: {in_a_line(message)}", file=sys.stderr)
     sys.exit(2)

@@ -10,11 +10,25 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from influence_jobs.store.run import Run
+from influence_jobs.terms import in_a_line, shown
 
-# Results go to standard output, messages to standard error. Names of files and runs are printed
-# unchanged: no markup, no emoji, never wrapped or cut.
-out = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
-err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
+
+class _Plain(Console):
+    """Prints texts of any source: names of files and runs, messages from a run's folder.
+
+    They are not wrapped, and nothing in them is markup; what a terminal would obey is written out.
+    """
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, soft_wrap=True, highlight=False, markup=False, emoji=False)
+
+    def print(self, *texts: Any, **options: Any) -> None:
+        super().print(*(shown(str(text)) for text in texts), **options)
+
+
+# Results go to standard output, messages to standard error.
+out = _Plain()
+err = _Plain(stderr=True)
 
 
 def say(line: str) -> None:
@@ -32,14 +46,14 @@ def print_fields(fields: Sequence[tuple[str, object]]) -> None:
     """Print a name and its value on each line."""
     width = max(len(name) for name, _ in fields)
     for name, value in fields:
-        out.print(f"{name:<{width}}  {value}")
+        out.print(f"{name:<{width}}  {in_a_line(str(value))}")
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print rows under headings. Numbers are flush right; nothing is cut."""
     flushed = []
     for name, values in zip(columns, zip(*rows, strict=True), strict=True):
-        cells = [name, *_cells(values)]
+        cells = [in_a_line(cell) for cell in (name, *_cells(values))]
         width = max(map(cell_len, cells))
         numbers = all(isinstance(value, (int, float)) for value in values)
         for i, cell in enumerate(cells):

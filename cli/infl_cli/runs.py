@@ -25,10 +25,11 @@ from influence_jobs.store.lease import live_holder
 from influence_jobs.store.run import Run
 from influence_jobs.store.status import rate_and_eta, read_status
 from influence_jobs.store.verify import find_damage, mark_undone
-from influence_jobs.terms import duration
+from influence_jobs.terms import duration, shown
 
 STOP_DEADLINE_S = 30.0
 DRIVER = "infl_cluster.driver_main"  # on the command line of the drivers of Ray jobs
+MOST_LOG_BYTES = 2**28  # of a file of the log
 STOP_GRACE_S = 10.0  # a driver that hangs is killed after so long
 
 
@@ -126,7 +127,8 @@ def logs(run: o.RunId, runs: o.Runs = o.DEFAULT_RUNS) -> None:
     found = _find(runs, run)
     names = found.files.names(layout.LOGS)
     for name in names:
-        typer.echo(found.files.read(f"{layout.LOGS}/{name}").decode(errors="replace"), nl=False)
+        text = found.files.read(f"{layout.LOGS}/{name}", most=MOST_LOG_BYTES)
+        typer.echo(shown(text.decode(errors="replace")), nl=False)
     if not names:
         say(f"{found.id} has no logs yet: it has not begun")
 

@@ -5,12 +5,15 @@ address it is given, and would send our token there. It also follows proxies and
 client does none of that, and does not import ray.
 """
 
+import contextlib
 import http.client
 import ipaddress
 import json
 import os
 import shlex
+import socket
 import ssl
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from urllib.parse import quote, urlsplit
 
 from influence_jobs.errors import RuntimeFault
 
+MOST_BYTES = 2**28  # of an answer: the log of a job
 FINAL_STATUSES = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
 
 
@@ -155,19 +159,31 @@ class JobClient:
             )
         else:
             connection = http.client.HTTPConnection(self._host, self._port, timeout=self._timeout_s)
+        # A socket's timeout is of each read: whoever answers a byte a second would never end.
+        expired = threading.Event()
+        timer = threading.Timer(self._timeout_s, _cut, (connection, expired))
+        timer.daemon = True
         try:
             payload = None if body is None else json.dumps(body)
+            connection.connect()
+            timer.start()
             connection.request(method, self._prefix + path, payload, headers)
             response = connection.getresponse()
-            text = response.read().decode(errors="replace")
-        except TimeoutError:
-            raise RuntimeFault(
-                f"no Ray answers at {self.address}: silence for {self._timeout_s:g} s"
-            ) from None
-        except (OSError, http.client.HTTPException) as error:
+            answer = response.read(MOST_BYTES + 1)
+            if expired.is_set():
+                raise TimeoutError
+            if len(answer) > MOST_BYTES:
+                raise http.client.HTTPException("an answer without an end")
+            text = answer.decode(errors="replace")
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            if expired.is_set() or isinstance(error, TimeoutError):
+                raise RuntimeFault(
+                    f"no Ray answers at {self.address}: no whole answer in {self._timeout_s:g} s"
+                ) from None
             reason = getattr(error, "strerror", None) or error or type(error).__name__
             raise RuntimeFault(f"no Ray answers at {self.address}: {reason}") from None
         finally:
+            timer.cancel()
             connection.close()
         if response.status == 200:
             try:
@@ -202,6 +218,14 @@ class JobClient:
             )
         last_line = text.strip().rsplit("\n", 1)[-1][:300]
         return RuntimeFault(f"Ray at {self.address} answered {status} to {path}: {last_line}")
+
+
+def _cut(connection: http.client.HTTPConnection, expired: threading.Event) -> None:
+    """End a call whose time is over."""
+    expired.set()
+    if connection.sock is not None:
+        with contextlib.suppress(OSError):
+            connection.sock.shutdown(socket.SHUT_RDWR)
 
 
 def remote_client(address: str, *, timeout_s: float = 30.0) -> JobClient:

@@ -7,6 +7,7 @@ from infl_cluster.driver import drive_when_free, stop_on_sigterm
 from infl_cluster.pool import RayBackend
 from influence_jobs.errors import InflError
 from influence_jobs.tasks.trust import trust_all
+from influence_jobs.terms import in_a_line
 
 
 def main() -> int:
@@ -32,7 +33,7 @@ def main() -> int:
             batch_size=options.batch_size,
         )
     except InflError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {in_a_line(str(error))}", file=sys.stderr)
         return 2
     return 0
 

@@ -123,6 +123,8 @@ class Supervisor:
             "RAY_AUTH_TOKEN_PATH": str(self._token_path),
             "RAY_TMPDIR": str(self._temp_dir),
             "RAY_USAGE_STATS_ENABLED": "0",
+            # One machine is all there is: without clusters Ray listens on loopback addresses only.
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             # Otherwise Ray waits 30 s for work to end; the jobs have ended by then.
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
             "AUTOSCALER_METRIC_PORT": str(self._ports["autoscaler"]),

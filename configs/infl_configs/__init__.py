@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+MOST_BYTES = 2**20  # of a preset
+
 
 def preset_names() -> list[str]:
     """Names of the presets that come with the package."""
@@ -23,16 +25,20 @@ def read_preset(name: str) -> dict[str, Any]:
         text = files(__name__).joinpath(f"{name}.yaml").read_text(encoding="utf-8")
     else:
         try:
-            text = Path(name).read_text(encoding="utf-8")
-        except OSError:
+            path = Path(name)
+            if not path.is_file() or path.stat().st_size > MOST_BYTES:  # a device might not end
+                raise OSError
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"preset {name} is not YAML: it is no UTF-8") from None
+        except (OSError, ValueError):
             known = ", ".join(preset_names())
             raise ValueError(f"no preset {name!r}: choose {known}, or name a YAML file") from None
     try:
         preset = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(
-            f"preset {name} is not YAML: {getattr(error, 'problem', error)}"
-        ) from error
+    except Exception as error:  # the constructors of YAML's types raise almost anything
+        deep = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise ValueError(f"preset {name} is not YAML: {getattr(error, 'problem', deep)}") from error
     if not isinstance(preset, dict) or not isinstance(preset.get("train"), dict):
         raise ValueError(  # noqa: TRY004  (the content is wrong, not a caller's type)
             f"preset {name} must have a mapping `train` of training options"

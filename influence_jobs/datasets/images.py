@@ -3,8 +3,10 @@
 import hashlib
 import importlib.util
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -16,7 +18,10 @@ from influence_jobs.errors import DataError
 
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff"})
 _FORMATS = ("JPEG", "PNG", "BMP", "TIFF")  # decoders that are tried, whatever a file's suffix
+MOST_PIXELS = 89_478_485  # of an image; Pillow warns of larger ones, and we refuse them
 _NAMED = 5  # how many files an error message lists
+
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 # Photographs that ship with scikit-image and scikit-learn: (package, path within it).
 SAMPLES = {
@@ -32,6 +37,12 @@ SAMPLES = {
         ("sklearn", "datasets/images/flower.jpg"),
     ),
 }
+
+
+class _TooLarge(DataError):
+    def __init__(self, path: Path) -> None:
+        many = f"{MOST_PIXELS / 1e6:.0f} million pixels"
+        super().__init__(f"image {path} has more than {many}: scale it down, or cut it")
 
 
 class ImageFolder:
@@ -82,8 +93,10 @@ class ImageFolder:
         sizes, bad = [], []
         for name, path in zip(self.names, self._paths, strict=True):
             try:
-                with Image.open(path, formats=_FORMATS) as image:
+                with _opened(path) as image:
                     sizes.append((image.height, image.width))
+            except _TooLarge:
+                raise
             except Exception:  # noqa: BLE001  (a decoder may raise anything on bad bytes)
                 bad.append(name)
         if bad:
@@ -101,6 +114,8 @@ class ImageFolder:
         """
         try:
             return _decode(self._paths[index], color=self.channels == 3)
+        except _TooLarge:
+            raise
         except Exception as error:  # a decoder may raise anything on bad bytes
             raise _unreadable([self.names[index]]) from error
 
@@ -117,18 +132,19 @@ class ImageFolder:
             DataError: An image cannot be decoded, and `skip_unreadable` is false.
         """
 
-        def readable(index: int) -> bool:
+        def fault(index: int) -> DataError | None:
             try:
                 self.load(index)
-            except DataError:
-                return False
-            return True
+            except DataError as error:
+                return error
+            return None
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            results = pool.map(readable, range(len(self.names)))
-            bad = [name for name, fine in zip(self.names, results, strict=True) if not fine]
+            faults = list(pool.map(fault, range(len(self.names))))
+        bad = [name for name, found in zip(self.names, faults, strict=True) if found]
         if bad and not skip_unreadable:
-            raise _unreadable(bad)
+            large = (found for found in faults if isinstance(found, _TooLarge))
+            raise next(large, _unreadable(bad))
         return bad
 
     def digest(self) -> str:
@@ -178,7 +194,7 @@ def _samples(subset: str) -> dict[str, Path]:
 
 
 def _decode(path: Path, *, color: bool) -> torch.Tensor:
-    with Image.open(path, formats=_FORMATS) as opened:
+    with _opened(path) as opened:
         image: Image.Image = opened
         if image.mode == "F":
             raise ValueError("floating-point pixels have no agreed scale")
@@ -190,6 +206,23 @@ def _decode(path: Path, *, color: bool) -> torch.Tensor:
     if color:
         return torch.from_numpy(np.ascontiguousarray(pixels[:, :, ::-1].transpose(2, 0, 1)))
     return torch.from_numpy(pixels.copy()).unsqueeze(0)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """An image whose header was read. A small file may claim to be of any size.
+
+    Raises:
+        _TooLarge: It has more than `MOST_PIXELS`.
+    """
+    try:
+        opened = Image.open(path, formats=_FORMATS)
+    except Image.DecompressionBombError:
+        raise _TooLarge(path) from None
+    with opened:
+        if opened.width * opened.height > MOST_PIXELS:
+            raise _TooLarge(path)
+        yield opened
 
 
 def _sha256(path: Path) -> str:

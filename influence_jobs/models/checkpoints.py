@@ -13,6 +13,7 @@ from torch import nn
 from influence_jobs.errors import ModelError
 
 _NAMED = 3  # how many offending parameters an error message lists of a kind
+MOST_INDEX_BYTES = 2**26
 _KEYS = ("state_dict", "model_state_dict", "model")  # where training scripts put a state dict
 # What DataParallel, torch.compile and Lightning put before every name.
 _PREFIXES = ("module.", "_orig_mod.", "model.")
@@ -73,6 +74,7 @@ def put_weights(
         if held is not None:
             state |= {key: held for key in names if key not in state}
     problems = [
+        *_listed("it has", [f"{key} as {what}" for key in state if (what := _odd(state[key]))]),
         *_listed("it lacks", [key for key in expected if key not in state]),
         *_listed("it has besides", [key for key in state if key not in expected]),
         *_listed(
@@ -83,12 +85,33 @@ def put_weights(
                 if key in state and state[key].shape != tensor.shape
             ],
         ),
+        *_listed(
+            "complex numbers for real ones:",
+            [
+                key
+                for key, tensor in expected.items()
+                if key in state and state[key].is_complex() and not tensor.is_complex()
+            ],
+        ),
     ]
     if problems:
         raise ModelError(
             f"{name} does not fit {type(model).__name__}: {'; '.join(problems)}: {cure}"
         )
     model.load_state_dict(state)
+
+
+def _odd(tensor: torch.Tensor) -> str | None:
+    """What a tensor is if it is no plain one of numbers; None if it is."""
+    if tensor.is_meta:
+        return "a tensor without numbers (meta)"
+    if tensor.is_quantized:
+        return "a quantized tensor"
+    if tensor.is_nested:
+        return "a nested tensor"
+    if tensor.layout != torch.strided:
+        return "a sparse tensor"
+    return None
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -107,8 +130,10 @@ def weight_files(path: Path) -> list[Path]:
     if found.suffix != ".json":
         return [found]
     try:
+        if found.stat().st_size > MOST_INDEX_BYTES:
+            raise ValueError
         names = sorted(set(json.loads(found.read_bytes())["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ModelError(f"checkpoint index {found} has no weight_map: get it again") from error
     for name in names:
         # A folder from elsewhere must not lead out of itself.

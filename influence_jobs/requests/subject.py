@@ -214,8 +214,12 @@ def _scalar(value: Any) -> Any:
         return value
     try:
         return json.loads(value)  # YAML 1.1 takes 1e-3 for text
-    except ValueError:
+    except (ValueError, RecursionError):
+        pass
+    try:
         return yaml.safe_load(value)
+    except Exception:  # noqa: BLE001  (the constructors of YAML's types raise almost anything)
+        return value
 
 
 # What a task decides that has a method of its own, as fields of a training.

@@ -18,7 +18,9 @@ from influence_jobs.specs.base import first_error
 Time = Annotated[float, Field(ge=0, lt=2.5e11)]  # seconds since 1970, before the year 9892
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]  # of a run, shard or owner
+# Of a run, shard or owner: it is part of a file's name.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", max_length=200)]
+MOST_BYTES = 2**26  # of a document: a plan of half a million shards
 _LAX = ConfigDict(extra="allow", strict=True)
 
 

@@ -24,6 +24,7 @@ from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
 from influence_jobs.errors import StoreError
+from influence_jobs.terms import size
 
 READERS = 32  # requests to an object store at a time
 SYNCS = 16  # files and folders to wait for at a time
@@ -35,14 +36,18 @@ class Files(Protocol):
 
     url: str
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, *, most: int | None = None) -> bytes:
         """The bytes of a file.
+
+        Args:
+            most: Bytes that it may have.
 
         Raises:
             FileNotFoundError: There is no such file.
+            StoreError: It is larger.
         """
 
-    def read_all(self, names: Sequence[str]) -> list[bytes | None]:
+    def read_all(self, names: Sequence[str], *, most: int | None = None) -> list[bytes | None]:
         """The bytes of many files; None for those that do not exist."""
 
     def write(self, name: str, data: bytes, *, durable: bool = True) -> None:
@@ -80,9 +85,9 @@ class Files(Protocol):
         """Remove partial files of killed writers. Give an age if other writers may be active."""
 
 
-def _read_or_none(files: Files, name: str) -> bytes | None:
+def _read_or_none(files: Files, name: str, most: int | None) -> bytes | None:
     try:
-        return files.read(name)
+        return files.read(name, most=most)
     except FileNotFoundError:
         return None
 
@@ -98,14 +103,17 @@ class LocalFiles:
         self.root = root
         self.url = str(root)
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, *, most: int | None = None) -> bytes:
         try:
-            return self.plain(name).read_bytes()
+            path = self.plain(name)
+            if most is not None and (found := path.stat().st_size) > most:
+                raise _too_large(path, found)
+            return path.read_bytes()
         except NotADirectoryError as error:
             raise FileNotFoundError(*error.args) from error
 
-    def read_all(self, names: Sequence[str]) -> list[bytes | None]:
-        return [_read_or_none(self, name) for name in names]
+    def read_all(self, names: Sequence[str], *, most: int | None = None) -> list[bytes | None]:
+        return [_read_or_none(self, name, most) for name in names]
 
     def path(self, name: str) -> Path:
         """The path of a file or folder that lies below this one.
@@ -219,6 +227,10 @@ class LocalFiles:
                     path.unlink()
 
 
+def _too_large(file: Path | str, found: int) -> StoreError:
+    return StoreError(f"{file} has {size(found)}, more than a run writes there: delete it")
+
+
 class _ArraysOfRun(LocalStore):
     """A Zarr store below which no link is followed, and nothing but plain files is read."""
 
@@ -322,13 +334,16 @@ class ObjectFiles:
         self.url = url.rstrip("/")
         self._store = _object_store(self.url)
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, *, most: int | None = None) -> bytes:
         with _os_errors(self.url):
-            return bytes(self._store.get(name).bytes())
+            found = self._store.get(name)
+            if most is not None and found.meta["size"] > most:
+                raise _too_large(f"{self.url}/{name}", found.meta["size"])
+            return bytes(found.bytes())
 
-    def read_all(self, names: Sequence[str]) -> list[bytes | None]:
+    def read_all(self, names: Sequence[str], *, most: int | None = None) -> list[bytes | None]:
         with ThreadPoolExecutor(READERS) as pool:  # a store takes its time to answer each
-            return list(pool.map(partial(_read_or_none, self), names))
+            return list(pool.map(partial(_read_or_none, self, most=most), names))
 
     def write(self, name: str, data: bytes, *, durable: bool = True) -> None:
         with _os_errors(self.url, writing=True):

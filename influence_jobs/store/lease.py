@@ -21,7 +21,7 @@ import psutil
 
 from influence_jobs.errors import StoreError
 from influence_jobs.store import layout
-from influence_jobs.store.documents import Holder, parsed
+from influence_jobs.store.documents import MOST_BYTES, Holder, parsed
 from influence_jobs.store.files import Files
 from influence_jobs.store.process import is_running
 
@@ -163,7 +163,7 @@ def holder_of(files: Files, name: str = layout.LEASE) -> Holder | None:
         StoreError: It is damaged.
     """
     try:
-        data = files.read(name)
+        data = files.read(name, most=MOST_BYTES)
     except FileNotFoundError:
         return None
     return parsed(data, Holder, f"{files.url}/{name}")

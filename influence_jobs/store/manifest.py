@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from influence_jobs.errors import StoreError
 from influence_jobs.store import layout
-from influence_jobs.store.documents import Entry, Summary, Used, parsed
+from influence_jobs.store.documents import MOST_BYTES, Entry, Summary, Used, parsed
 from influence_jobs.store.files import Files
 
 
@@ -35,7 +35,7 @@ class Manifest:
     def read(self, shard: str) -> Entry | None:
         """A shard's entry; None if the shard was never started."""
         try:
-            text = self._files.read(_name(shard))
+            text = self._files.read(_name(shard), most=MOST_BYTES)
         except FileNotFoundError:
             return None
         return self._parsed(shard, text)
@@ -70,7 +70,7 @@ class Manifest:
     def entries(self) -> list[Entry]:
         """All entries, by shard."""
         shards = self._shards()
-        texts = self._files.read_all([_name(shard) for shard in shards])
+        texts = self._files.read_all([_name(shard) for shard in shards], most=MOST_BYTES)
         found = (self._parsed(shard, text) for shard, text in zip(shards, texts, strict=True))
         return [entry for entry in found if entry is not None]
 
@@ -98,14 +98,15 @@ class Manifest:
     def _stored_summary(self, shards: Sequence[str]) -> Summary | None:
         """The summary, if it holds for a manifest with these entries."""
         try:
-            found = parsed(self._files.read(layout.SUMMARY), Summary, layout.SUMMARY)
+            text = self._files.read(layout.SUMMARY, most=MOST_BYTES)
+            found = parsed(text, Summary, layout.SUMMARY)
         except (FileNotFoundError, StoreError):
             return None
         holds = found["entries"] == len(shards) and found["finish"] == self._finish_digest()
         return found if holds else None
 
     def _finish_digest(self) -> str:
-        (text,) = self._files.read_all([_name(layout.FINISH)])
+        (text,) = self._files.read_all([_name(layout.FINISH)], most=MOST_BYTES)
         return checksum(text or b"")
 
     def _summed(self) -> Summary:

@@ -20,7 +20,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from influence_jobs.errors import StoreError
 from influence_jobs.specs.base import AnySpec, parse_spec
 from influence_jobs.store import layout
-from influence_jobs.store.documents import PlanFile, parsed
+from influence_jobs.store.documents import MOST_BYTES, PlanFile, parsed
 from influence_jobs.store.files import open_files
 from influence_jobs.store.folder import for_runs
 from influence_jobs.store.layout import ArrayLayout
@@ -58,7 +58,7 @@ class Run:
         """
         files = open_files(root).sub(run_id)
         try:
-            text = files.read(layout.SPEC)
+            text = files.read(layout.SPEC, most=MOST_BYTES)
         except (FileNotFoundError, NotADirectoryError):
             raise StoreError(
                 f"there is no run {run_id} in {root}: "
@@ -110,7 +110,7 @@ class Run:
             StoreError: It is damaged.
         """
         try:
-            data = self.files.read(name)
+            data = self.files.read(name, most=MOST_BYTES)
         except FileNotFoundError:
             return None
         return parsed(data, kind, f"run {self.id}: {name}")

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import socket
 import sys
@@ -10,6 +11,7 @@ from threading import Thread
 
 import pytest
 
+from infl_cluster import client as client_module
 from infl_cluster.client import FINAL_STATUSES, JobClient, UnknownJob, remote_client
 from influence_jobs.errors import RuntimeFault
 
@@ -62,8 +64,36 @@ def test_a_silent_server_meets_the_deadline():
         server.bind(("127.0.0.1", 0))
         server.listen()
         client = JobClient(f"http://127.0.0.1:{server.getsockname()[1]}", None, timeout_s=0.3)
-        with pytest.raises(RuntimeFault, match=r"silence for 0\.3 s"):
+        with pytest.raises(RuntimeFault, match=r"no whole answer in 0\.3 s"):
             client.status("x")
+
+
+@pytest.mark.parametrize("head", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n"])
+def test_a_server_that_answers_a_byte_at_a_time_meets_the_deadline_too(head):
+    def drip(server):
+        with contextlib.suppress(OSError):
+            connection, _ = server.accept()
+            connection.sendall(head)
+            while True:
+                connection.sendall(b"H")
+                time.sleep(0.05)
+
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        Thread(target=drip, args=(server,), daemon=True).start()
+        client = JobClient(f"http://127.0.0.1:{server.getsockname()[1]}", None, timeout_s=0.5)
+        with pytest.raises(RuntimeFault, match=r"no whole answer in 0\.5 s"):
+            client.logs("x")
+
+
+def test_an_answer_without_an_end_is_not_kept(monkeypatch):
+    monkeypatch.setattr(client_module, "MOST_BYTES", 1000)
+    with (
+        http_server(body="x" * 1001) as (address, _),
+        pytest.raises(RuntimeFault, match="an answer without an end"),
+    ):
+        JobClient(address, None).version()
 
 
 @pytest.mark.parametrize("body", ["<html>hello", "{}", "[]"])

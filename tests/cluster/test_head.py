@@ -1,4 +1,7 @@
+import contextlib
 import dataclasses
+import http.client
+import json
 import os
 import shutil
 import signal
@@ -7,6 +10,7 @@ import stat
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import psutil
@@ -14,6 +18,7 @@ import pytest
 
 from infl_cluster import head as heads
 from infl_cluster import supervisor as supervisors
+from infl_cluster.client import FINAL_STATUSES
 from infl_cluster.head import Head, current_head, ensure_head, recorded_head, stop_head
 from infl_cluster.supervisor import _free_ports
 from influence_jobs.errors import RuntimeFault
@@ -165,14 +170,73 @@ def test_the_token_is_on_no_command_line(ray_head):
 
 
 @pytest.mark.ray
-def test_the_dashboard_listens_on_this_machine_only(ray_head):
-    port = int(ray_head.dashboard_url.rsplit(":", 1)[1])
-    addresses = {
-        c.laddr.ip
-        for c in psutil.net_connections("tcp")
-        if c.status == psutil.CONN_LISTEN and c.laddr.port == port
+def test_the_token_is_in_no_environment_no_log_and_no_job(ray_head):
+    token = ray_head.token_path.read_text()
+    client = ray_head.client()
+    client.submit(["env"], submission_id="says-env", metadata={"a": "b"}, env={"C": "d"})
+    while client.status("says-env") not in FINAL_STATUSES:
+        time.sleep(0.2)
+    assert "RAY_AUTH_TOKEN_PATH" in client.logs("says-env")
+    assert token not in client.logs("says-env")
+    request = urllib.request.Request(
+        f"{ray_head.dashboard_url}/api/jobs/", headers={"Authorization": f"Bearer {token}"}
+    )
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        assert token not in answer.read().decode()
+    for process in heads.head_processes(ray_head.pid, ray_head.create_time, ray_head.temp_dir):
+        with contextlib.suppress(psutil.Error):
+            assert token not in "".join(process.environ().values())
+    files = [path for path in ray_head.token_path.parent.rglob("*") if path.is_file()]
+    assert len(files) > 10
+    holding = [path for path in files if token.encode() in path.read_bytes()]
+    assert holding == [ray_head.token_path]
+
+
+def listening(head):
+    """Addresses at which the processes of a head listen."""
+    return {
+        connection.laddr
+        for process in heads.head_processes(head.pid, head.create_time, head.temp_dir)
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
     }
-    assert addresses == {"127.0.0.1"}
+
+
+@pytest.mark.ray
+def test_every_port_is_of_this_machine_only(ray_head):
+    found = listening(ray_head)
+    assert len(found) > 5
+    assert {address.ip for address in found} <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("headers", [{}, {"Authorization": f"Bearer {'f' * 64}"}])
+def test_no_port_tells_of_jobs_or_takes_one_without_the_token(ray_head, tmp_path, headers):
+    """Metrics are open, which SECURITY.md says; they are asked for elsewhere."""
+    probe = tmp_path / "probe"
+    body = json.dumps({"entrypoint": f"touch {probe}"}).encode()
+    asked = [("GET", "/api/jobs/", None), ("GET", "/nodes?view=summary", None)]
+    asked += [("GET", "/api/v0/actors", None), ("GET", "/api/version", None)]
+    asked += [("POST", "/api/jobs/", body), ("POST", "/api/job_agent/jobs/", body)]
+    refused = 0
+    for address in listening(ray_head):
+        for method, path, data in asked:
+            connection = http.client.HTTPConnection("127.0.0.1", address.port, timeout=5)
+            try:
+                kind = {"Content-Type": "application/json"}
+                connection.request(method, path, data, {**headers, **kind})
+                answer = connection.getresponse()
+                text = answer.read()
+            except (OSError, http.client.HTTPException):  # gRPC
+                continue
+            finally:
+                connection.close()
+            is_metrics = answer.status == 200 and text.startswith(b"# HELP")
+            assert is_metrics or answer.status >= 400, (address, method, path, text[:200])
+            refused += answer.status in (401, 403)
+    assert refused >= len(asked)
+    assert ray_head.client().unfinished() == []
+    assert not probe.exists()
 
 
 @pytest.mark.ray

@@ -33,7 +33,7 @@ class Files:
     def _step(self, what: str) -> str:
         return self._world.pause(what)
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, *, most: int | None = None) -> bytes:
         self._step(f"read {name}")
         found = self._world.files.get(name)
         self._world.note(found)
@@ -41,7 +41,7 @@ class Files:
             raise FileNotFoundError(name)
         return found
 
-    def read_all(self, names: Sequence[str]) -> list[bytes | None]:
+    def read_all(self, names: Sequence[str], *, most: int | None = None) -> list[bytes | None]:
         self._step(f"read {len(names)} files")
         found = [self._world.files.get(name) for name in names]
         self._world.note(found)
@@ -103,12 +103,12 @@ class Plain:
     def __init__(self, files: dict[str, bytes]):
         self._files = files
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, *, most: int | None = None) -> bytes:
         if name not in self._files:
             raise FileNotFoundError(name)
         return self._files[name]
 
-    def read_all(self, names: Sequence[str]) -> list[bytes | None]:
+    def read_all(self, names: Sequence[str], *, most: int | None = None) -> list[bytes | None]:
         return [self._files.get(name) for name in names]
 
     def names(self, folder: str) -> list[str]:

@@ -1,6 +1,8 @@
+import struct
 import subprocess
 import sys
 from pathlib import Path
+from zlib import compress, crc32
 
 import numpy as np
 import pytest
@@ -146,6 +148,36 @@ def test_unreadable_files_are_named_and_skipped_when_asked(tmp_path: Path) -> No
     assert rest.sizes == ((6, 9),)
     assert rest.check(skip_unreadable=False) == []
     assert torch.equal(rest.load(0), BGR)
+
+
+def png_that_says(width: int, height: int) -> bytes:
+    """A few bytes whose header claims a size."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    rows = compress(bytes(1000))
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize("size", [(10_000, 9_000), (20_000, 20_000), (2**31 - 1, 2**31 - 1)])
+def test_a_small_file_that_claims_to_be_huge_is_not_decoded(
+    tmp_path: Path, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("decoded"))
+    (tmp_path / "bomb.png").write_bytes(png_that_says(*size))
+    folder = ImageFolder(tmp_path)
+    for act in (
+        lambda: folder.sizes,
+        lambda: folder.load(0),
+        lambda: folder.check(skip_unreadable=False),
+    ):
+        with pytest.raises(DataError, match=r"bomb\.png has more than 89 million pixels: scale it"):
+            act()
+    assert folder.check(skip_unreadable=True) == ["bomb.png"]
 
 
 def test_many_unreadable_files_are_counted(tmp_path: Path) -> None:

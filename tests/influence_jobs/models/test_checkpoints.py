@@ -234,3 +234,38 @@ def test_own_names_stay_and_a_tied_weight_needs_one_name(tmp_path: Path) -> None
     del state["model.embed.weight"]
     torch.save(state, path)
     assert "it lacks model.embed.weight, model.head.weight: name" in refused(path, loaded)
+
+
+def sparse(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_sparse()
+
+
+def quantized(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8)
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        (lambda t: t.to("meta"), "fc1.weight as a tensor without numbers (meta)"),
+        (sparse, "fc1.weight as a sparse tensor"),
+        (lambda t: t.to_sparse_csr(), "fc1.weight as a sparse tensor"),
+        (quantized, "fc1.weight as a quantized tensor"),
+        (lambda t: t + 1j, "complex numbers for real ones: fc1.weight"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_that_are_no_plain_numbers_are_refused(
+    tmp_path: Path, other: Any, told: str
+) -> None:
+    state = MnistMLP().state_dict()
+    state["fc1.weight"] = other(state["fc1.weight"])
+    torch.save(state, tmp_path / "odd.pt")
+    message = refused(tmp_path / "odd.pt")
+    assert told in message or "is corrupted, truncated or holds more than tensors" in message
+
+
+def test_an_index_that_is_nested_without_end_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text("[" * 100_000)
+    with pytest.raises(ModelError, match="has no weight_map: get it again"):
+        weight_files(tmp_path)

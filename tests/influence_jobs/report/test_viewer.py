@@ -1,14 +1,19 @@
 """The viewer: access, answers, and that it writes nothing."""
 
+import contextlib
 import http.client
 import shutil
+import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import numpy as np
+import psutil
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from playwright.sync_api import expect
@@ -17,6 +22,7 @@ from influence_jobs.errors import InflError, SpecError
 from influence_jobs.kinds import view_of
 from influence_jobs.methods.attribution import query_activations
 from influence_jobs.report.explain import Explainer
+from influence_jobs.report.html import render_report, sections_of
 from influence_jobs.report.results import Results
 from influence_jobs.report.viewer import make_viewer
 from influence_jobs.store.checkpoints import load_checkpoint
@@ -101,6 +107,59 @@ def test_it_only_reads(get, runs_of_all_kinds) -> None:
         assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
         assert answer.headers["cache-control"] == "no-store"
     assert files_of(root) == before
+
+
+def test_hostile_labels_and_names_are_text(runs_of_all_kinds, tmp_path, served) -> None:
+    hostile = "<script>alert(1)</script><img src=x onerror=alert(2)>'\"&{{7*7}}"
+    shutil.copytree(runs_of_all_kinds.random.root, tmp_path / "runs")
+    shown = []
+    for run in (runs_of_all_kinds.random, runs_of_all_kinds.influence):
+        copy = Run.open(str(tmp_path / "runs"), run.id)
+        shown.append(copy)
+        for name in ("samples", "queries"):
+            table = copy.read_table(name)
+            texts = pa.array([hostile] * len(table))
+            at = table.column_names.index("label")
+            copy.write_table(name, table.set_column(at, "label", texts))
+    status = shown[0].read_json("status.json", Status)
+    shown[0].write_json("status.json", {**status, "state": "failed", "message": hostile})
+    seen = 0
+    with served(shown) as address, httpx.Client(base_url=address, follow_redirects=True) as client:
+        client.get(f"/?token={TOKEN}")
+        for path in ("/", "/query?test=5", "/sample/7", "/progress", "/?label=" + quote(hostile)):
+            answer = client.get(path)
+            assert answer.status_code == 200, path
+            for evil in ("<script>alert", "<img src=x", "onerror=alert(2)>"):
+                assert evil not in answer.text, path
+            seen += "&lt;script&gt;alert(1)" in answer.text
+    assert seen >= 2
+    text = render_report(hostile, sections_of(shown[1:]))
+    assert "<script>alert" not in text
+    assert "&lt;script&gt;alert(1)" in text
+
+
+def test_slow_and_large_requests_do_not_hold_the_others(digits, get) -> None:
+    host, port = digits.removeprefix("http://").split(":")
+    slow = [socket.create_connection((host, int(port))) for _ in range(100)]
+    try:
+        for connection in slow:
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Never-Ends: ")
+        assert get.get("/").status_code == 200
+        endless = slow[0]
+        with contextlib.suppress(OSError):  # the server may hang up at any time
+            for _ in range(64):
+                endless.sendall(b"a" * 2**16)
+            endless.settimeout(10)
+            assert endless.recv(100).startswith(b"HTTP/1.1 400") or not endless.recv(1)
+    finally:
+        for connection in slow:
+            connection.close()
+    before = psutil.Process().memory_info().rss
+    body = (bytes(2**20) for _ in range(200))
+    with contextlib.suppress(httpx.TransportError):
+        assert get.post("/", content=body).status_code == 405
+    assert psutil.Process().memory_info().rss - before < 150 * 2**20
+    assert get.get("/").status_code == 200
 
 
 @pytest.mark.parametrize(

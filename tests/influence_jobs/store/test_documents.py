@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,9 @@ from influence_jobs.store.documents import (
     parsed,
 )
 from influence_jobs.store.files import LocalFiles
-from influence_jobs.store.lease import Lease
-from influence_jobs.store.run import now
-from influence_jobs.store.status import rate_and_eta
+from influence_jobs.store.lease import Lease, holder_of
+from influence_jobs.store.run import Run, now
+from influence_jobs.store.status import rate_and_eta, read_status
 
 KINDS = [Status, PlanFile, Holder, JobFile, ProgressFile, Width, Entry]
 GOOD: dict[Any, dict[str, Any]] = {
@@ -83,6 +84,8 @@ def test_any_json_is_the_document_or_refused(kind: Any) -> None:
         (Holder, "pid", 0),
         (Holder, "pid", -1),
         (Status, "phase", "../../x"),
+        (Status, "phase", "x" * 1000),
+        (Holder, "owner", "x" * 1000),
         (Status, "units_done", -1),
         (Status, "started_at", float("nan")),
         (Status, "started_at", 1e300),
@@ -209,3 +212,35 @@ def test_a_pipe_among_arrays_does_not_hold_the_reader(tmp_path: Path, planted: s
     os.mkfifo(place)
     with pytest.raises(StoreError, match="is no plain file: delete it"):
         zarr.open_group(files.zarr_store("data.zarr"), mode="r+")["x"][:]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    "name", ["spec.json", "plan.json", "status.json", "lease.json", "manifest/a.json"]
+)
+def test_a_document_without_an_end_is_not_read(
+    tmp_path: Path, finished_run: Run, name: str
+) -> None:
+    """A file of a terabyte, which takes no space."""
+    shutil.copytree(finished_run.files.url, tmp_path / finished_run.id)
+    with (tmp_path / finished_run.id / name).open("ab") as file:
+        file.truncate(2**40)
+    with pytest.raises(StoreError, match=rf"{name} has 1\.1 TB, more than a run writes there"):
+        run = Run.open(str(tmp_path), finished_run.id)
+        run.plan()
+        holder_of(run.files)
+        run.manifest.done()
+        read_status(run)
+
+
+def test_an_endless_summary_is_not_read_either(tmp_path: Path, finished_run: Run) -> None:
+    shutil.copytree(finished_run.files.url, tmp_path / finished_run.id)
+    with (tmp_path / finished_run.id / "summary.json").open("ab") as file:
+        file.truncate(2**40)
+    assert Run.open(str(tmp_path), finished_run.id).digest() == finished_run.digest()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_nested_without_end_is_refused(kind: Any) -> None:
+    for text in (b"[" * 10**6, b'{"files":' * 10**5, b'{"failures": ' + b'{"a":' * 10**5):
+        with pytest.raises(StoreError, match=r"^x is damaged \("):
+            parsed(text, kind, "x")
