@@ -2,10 +2,10 @@
 
 The protocol (dattri, 2024), task `mnist-lds`: the perceptron 784-128-64-10 with dropout .1; the
 first 5,000 training and 500 test images of MNIST, standardised; SGD with learning rate .01,
-momentum .9, batch 64, 50 epochs; random halves of the training set. All methods are judged by the
-same retrained models. With `--peers PYTHON`, an environment that has dattri, kronfluence and traker,
-their scores too (lds_peers.py). With `--publish FOLDER` the losses and the halves are written as
-Parquet, by which lds_of_file.py judges scores without this project.
+momentum .9, batch 64, 50 epochs; random halves of the training set. The same retrained models judge
+all methods. With `--peers PYTHON`, an environment that has dattri, kronfluence and traker, their
+scores too (lds_peers.py). With `--publish FOLDER` the losses and the halves are written as Parquet,
+by which lds_of_file.py judges scores without this project.
 
     python benchmarks/lds.py --runs lds-runs
 """

@@ -1,6 +1,6 @@
 """The LDS of a file of scores by the published losses; needs NumPy, SciPy and pyarrow alone.
 
-python benchmarks/lds_of_file.py docs/results/lds scores.npy
+python benchmarks/lds_of_file.py benchmarks/lds scores.npy
 """
 
 import sys

@@ -1,9 +1,9 @@
 """Scores of other libraries for the protocol of lds.py, as files that `infl submit lds` judges.
 
 dattri: conjugate gradients with the Hessian of all samples in its published setting (lambda .005,
-10 iterations), TracIn over the models, and TRAK. kronfluence: EK-FAC, damped by its default. traker:
-TRAK. All of them get the same weights. lds.py calls this script in an environment that has the
-libraries.
+10 iterations), TracIn over the models, and TRAK. kronfluence: EK-FAC, damped by its default.
+traker: TRAK. All of them get the same weights. lds.py calls this script in an environment that has
+the libraries.
 
     python benchmarks/lds_peers.py --data mnist.npz --weights seed-0.pt --out peers
 """

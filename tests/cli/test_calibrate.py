@@ -54,14 +54,14 @@ def lds_by_hand(scores_QN: Any, found_MQ: Any, indices: Any) -> float:
 
 
 def test_a_setting_is_chosen_by_some_subsets_and_measured_on_others(infl: Infl, tiny: Path) -> None:
-    grid = ("--epoch", 1, "--epoch", 8, "--damping", 0.1, "--damping", 10, "--solver", "cg")
+    grid = ("--epoch", 1, "--epoch", 8, "--damping", 0.1, "--solver", "cg")
     words = ("submit", "calibrate", *AT, *TESTS, *grid, "--models", 1, "--models", 2)
     found = infl(*words, "--subsets", 10, "--held-out", 12)
     assert found.code == 0, found.err
     (folder,) = tiny.glob("calibrate-*")
     run = Run.open(str(tiny), folder.name)
     spec: Any = run.spec
-    assert len(spec.rankings) == 2 * 2 * 2
+    assert len(spec.rankings) == 2 * 2
     losses = np.asarray(run.array("losses")[:]).reshape(22, 2, Q)
 
     def scores_of(ranking: Any) -> Any:

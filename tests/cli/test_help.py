@@ -42,7 +42,7 @@ OPTIONS = {
     "submit grad-norms": f"{HOW} {TASK_DATA} dry-run task layer reduce checkpoint combine "
     "precision seed preset epochs workers batch-size shard-size",
     "submit s-test": f"{SCORES} {CURVATURE}",
-    "submit influence": f"{SCORES} {CURVATURE} s-test combine relative keep-layers",
+    "submit influence": f"{SCORES} {CURVATURE} s-test models combine relative keep-layers",
     "submit attribution": f"{SCORES} layer norms exclude-norm-above normalize keep-layers",
     "submit baseline": f"{SCORES} method",
     "submit gradients": f"{TRAINED} layer dim projection whole stored precision noise-draws seed "
@@ -54,6 +54,9 @@ OPTIONS = {
     "submit ablation": f"{EXPERIMENT} k mode relabel-to seeds shard-size",
     "submit stability": f"{EXPERIMENT} retrainings top ensemble",
     "submit lds": f"{EXPERIMENT} subsets fraction seeds ensemble shard-size",
+    "submit calibrate": f"{TRAINED} {QUERIES} epoch damping solver models subsets held-out seeds "
+    "fraction curvature-samples shard-size",
+    "submit scores": f"{HOW} {TASK_DATA} dry-run task {QUERIES} file",
     "submit paper": f"{TRAINED} quick",
     "report": "runs out trust",
     "view": "runs port open trust",

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from influence_jobs.experiments.lds import lds, mean_difference, mean_lds, subset
+from influence_jobs.experiments.lds import ceiling, lds, mean_difference, mean_lds, subset
 
 
 def test_subsets_are_halves_that_depend_on_their_index_alone() -> None:
@@ -98,3 +98,30 @@ def test_a_difference_is_surer_than_what_it_is_of() -> None:
     assert 0 < difference.low < difference.mean < difference.high
     assert difference.high - difference.low < 0.5 * (other.high - other.low)
     assert mean_difference(worse, worse, found) == (0, 0, 0)
+
+
+def test_the_ceiling_is_what_a_perfect_prediction_reaches() -> None:
+    draws = np.random.default_rng(0)
+    truth = draws.normal(size=(400, 20))
+    found = truth[:, None] + draws.normal(size=(400, 3, 20))
+    limit = ceiling(found)
+    reached = mean_lds(truth.T, found.mean(axis=1).T).mean
+    assert limit.value == pytest.approx(reached, abs=0.02)
+    assert limit.low < limit.value < limit.high
+    pairs = [(a, b) for a in range(3) for b in range(a)]
+    agree = [
+        spearmanr(found[:, a, q], found[:, b, q]).statistic for a, b in pairs for q in range(20)
+    ]
+    assert limit.agreement == pytest.approx(np.mean(agree))
+    more = ceiling(truth[:, None] + draws.normal(size=(400, 6, 20)))
+    assert more.value > limit.value + 0.03
+    assert more.agreement == pytest.approx(limit.agreement, abs=0.03)
+
+
+def test_seeds_that_do_not_agree_allow_nothing() -> None:
+    limit = ceiling(np.random.default_rng(1).normal(size=(50, 2, 40)))
+    assert limit.value < 0.3
+    assert ceiling(np.stack([np.arange(9.0)] * 2, axis=1)[:, :, None]).value == pytest.approx(1)
+    opposed = np.stack([np.arange(9.0), -np.arange(9.0)], axis=1)[:, :, None]
+    assert ceiling(opposed).value == 0
+    assert np.isnan(ceiling(np.ones((9, 2, 3))).value)
