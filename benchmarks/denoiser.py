@@ -11,7 +11,7 @@ least (texture).
 - `lds`: models are retrained on random halves of the patches. The first halves choose among the
   variants of influence, the others tell the linear datamodeling scores.
 - `removal`: models are retrained without the first 1, 2 and 5 % of the patches by a method, for
-  the regions of the first four test images.
+  the regions of the first four test images: the same runs, with these patches masked.
 - `planted`: patches of the test images lie among the others. Where is a region's own patch ranked?
 
 Everything is asked for by the command line; what is there is used again.
@@ -34,7 +34,7 @@ from PIL import Image
 import influence_jobs
 from influence_jobs.datasets.images import ImageFolder
 from influence_jobs.experiments.intervals import Interval, mean_interval
-from influence_jobs.experiments.lds import mean_difference, mean_lds, subset
+from influence_jobs.experiments.lds import ceiling, mean_difference, mean_lds, subset
 from influence_jobs.store.layout import SCORES, part_name
 
 COMMAND = (sys.executable, "-c", "from infl_cli.entry import main; main()")
@@ -216,19 +216,15 @@ class Bench:
         )
         print(f"\n{chosen} minus {simple}: {words_of(gain)}")
         if seeds > 1:
-            agreement = agreement_of(losses_MSQ[rest])
-            reliability = seeds * agreement / (1 + (seeds - 1) * agreement)
-            print(
-                f"Seeds of one half agree at {agreement:.2f}: no method can pass "
-                f"{max(reliability, 0) ** 0.5:.2f}"
-            )
+            print(f"\n{ceiling(losses_MSQ[rest]).words}")
 
     # -- removal -----------------------------------------------------------------------------------
 
     def removal(self, seeds: int) -> None:
         """The fall of the PSNR without the first patches by each method."""
         methods = methods_of(self.models)
-        words = ["--test-set", str(self.few), *DRAWS, "--mode", "remove", "--seeds", str(seeds)]
+        words = ["--test-set", str(self.few), *DRAWS, "--mode", "remove", "--same-run"]
+        words += ["--seeds", str(seeds)]
         for name in (f"EK-FAC, {self.models} models", "random", "norm", "nearest"):
             words += ["--by", f"{name}={'+'.join(self.scores(methods[name], self.few))}"]
         n = self.values(self.scores(methods["random"], self.few)).shape[1]
@@ -316,15 +312,6 @@ def listed(file: Path, regions: Sequence[tuple[int, Region]]) -> Path:
 def words_of(found: Interval) -> str:
     """A mean with its interval, as text."""
     return f"{found.mean:.3f} ({found.low:.3f} to {found.high:.3f})"
-
-
-def agreement_of(losses_MSQ: Floats) -> float:
-    """Spearman's correlation over halves between models of two seeds, mean over pairs, queries."""
-    seeds = range(losses_MSQ.shape[1])
-    pairs = [
-        mean_lds(losses_MSQ[:, a].T, losses_MSQ[:, b].T).mean for a in seeds for b in seeds if a < b
-    ]
-    return float(np.mean(pairs))
 
 
 def by_query(

@@ -44,7 +44,7 @@ def psnr_falls(
     errors: npt.NDArray[np.floating], before: npt.NDArray[np.floating]
 ) -> npt.NDArray[np.float64]:
     """The fall of the PSNR, in dB, when squared errors were `before`; the peak cancels out."""
-    falls: npt.NDArray[np.float64] = 10 * np.log10(errors / before)
+    falls: npt.NDArray[np.float64] = 10 * np.log10(errors.astype(np.float64) / before)
     return falls
 
 

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from influence_jobs.errors import SpecError
 from influence_jobs.kinds.baseline.spec import METHODS as BASELINES
 from influence_jobs.requests.base import Many, One, Options, Say, option
 from influence_jobs.requests.options import (
@@ -69,3 +70,21 @@ class ExperimentRequest(WeightsRequest, QueriesOptions, CurvatureOptions):
         queries = queries_of(self, subject.built, default_set=True)
         rankings = Rankings(trained, queries, self, root=root, seed=self.seed, say=say)
         return trained, methods, rankings
+
+
+def require_same_run(trained: "Trained") -> None:
+    """Refuse a model whose training cannot be repeated with masks.
+
+    Raises:
+        SpecError: It came from elsewhere, or the task trains it.
+    """
+    if any(not checkpoint.repeatable for checkpoint in trained.subject.checkpoints):
+        raise SpecError(
+            "--same-run repeats the training of a train run, and this checkpoint has none: name a "
+            "train run with --checkpoint, or leave it out"
+        )
+    if trained.train.trainer == "task":
+        raise SpecError(
+            f"train() of task {trained.train.task.name} knows of no masked samples: leave "
+            "--same-run out, or give the task an optimizer() in place of train()"
+        )

@@ -54,7 +54,8 @@ class AblationJob(RetrainJob[AblationSpec]):
     @cached_property
     def sizes(self) -> Sequence[int]:
         n = len(self.task.train_data())
-        return [n - cell.k if cell.mode == "remove" else n for cell in self._cells]
+        taken_out = not self.spec.same_run
+        return [n - cell.k * (cell.mode == "remove" and taken_out) for cell in self._cells]
 
     def plan(self, shard_rows: int | None = None) -> Plan:
         require_ablation(self.spec, self.task)
@@ -73,7 +74,8 @@ class AblationJob(RetrainJob[AblationSpec]):
                 f"{cell.k:,}: choose a smaller --k"
             )
         if cell.mode == "remove":
-            return Variant(cell.seed, Changes(removed=ids))
+            changes = Changes(masked=ids) if self.spec.same_run else Changes(removed=ids)
+            return Variant(cell.seed, changes)
         labels = new_labels(
             self.spec.relabel,
             ids,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 from influence_jobs.errors import SpecError
 from influence_jobs.kinds.ablation.spec import AblationSpec, RelabelRule
 from influence_jobs.requests.base import Many, Say, option
-from influence_jobs.requests.experiments import ExperimentRequest, SeedsOptions
+from influence_jobs.requests.experiments import ExperimentRequest, SeedsOptions, require_same_run
 from influence_jobs.requests.options import EXPERIMENT
 from influence_jobs.specs.base import Count, Spec, make_spec
 from influence_jobs.specs.rankings import Ranking
@@ -42,10 +42,22 @@ class AblationRequest(ExperimentRequest, SeedsOptions):
         panel=EXPERIMENT,
     )
 
+    same_run: bool = option(
+        False,
+        "Remove by a mask, that is by a loss of weight 0, so that the order and the batches of the "
+        "other samples and all random numbers stay those of the unchanged training. It takes the "
+        "noise of another order out of the comparison.",
+        panel=EXPERIMENT,
+    )
+
     def specs(self, root: str, say: Say) -> tuple[Spec, ...]:
         from influence_jobs.requests.solving import require_used
 
         trained, methods, rankings = self.rankings(root, say, METHODS)
+        if self.same_run:
+            if "remove" not in self.mode:
+                raise SpecError("--same-run has no meaning for --mode relabel: leave it out")
+            require_same_run(trained)
         ranked = [rankings.of(word) for word in methods]
         require_used(self, methods)
         spec = ablation_of(
@@ -55,6 +67,7 @@ class AblationRequest(ExperimentRequest, SeedsOptions):
             modes=self.mode,
             relabel=self.relabel_to,
             seeds=self.seeds,
+            same_run=self.same_run,
         )
         return (spec,)
 
@@ -67,6 +80,7 @@ def ablation_of(
     modes: Sequence[str],
     relabel: RelabelRule,
     seeds: int,
+    same_run: bool = False,
 ) -> AblationSpec:
     """The spec of an ablation.
 
@@ -74,6 +88,7 @@ def ablation_of(
         sizes: The numbers k; if empty, those numbers of the research report that are smaller than
             the training set.
         seeds: Number of seeds, counted from the training's own.
+        same_run: As in `AblationSpec`.
 
     Raises:
         SpecError: The task cannot have this grid; see `require_ablation`.
@@ -97,6 +112,7 @@ def ablation_of(
         sizes=tuple(sizes),
         modes=tuple(modes),
         relabel=relabel,
+        same_run=same_run,
     )
     require_ablation(spec, built)
     if "relabel" in modes:

@@ -23,7 +23,13 @@ class AblationView(View[AblationSpec]):
 
     def certainty(self) -> list[str]:
         queries, seeds = len(self.spec.queries.items), len(self.spec.seeds)
-        return [f"Mean over {queries} queries and {seeds} seed(s)."]
+        said = [f"Mean over {queries} queries and {seeds} seed(s)."]
+        if self.spec.same_run:
+            said.append(
+                "Samples are masked: order, batches and random numbers are those of the unchanged "
+                "training, and batch statistics still have the samples in them."
+            )
+        return said
 
     def next_step(self) -> str:
         return f"infl report {self.run.id}{self.more}"

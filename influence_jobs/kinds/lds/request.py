@@ -1,6 +1,6 @@
 """The request for a linear datamodeling score."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from pydantic import Field
 
@@ -11,12 +11,10 @@ from influence_jobs.requests.experiments import (
     EnsembleOptions,
     ExperimentRequest,
     SeedsOptions,
+    require_same_run,
 )
 from influence_jobs.requests.options import EXPERIMENT
 from influence_jobs.specs.base import Spec, make_spec
-
-if TYPE_CHECKING:
-    from influence_jobs.requests.rankings import Trained
 
 METHODS = ("helpful", "dot-product", "attribution", "nearest", "loss", "random")
 
@@ -48,7 +46,7 @@ class LdsRequest(ExperimentRequest, SeedsOptions, EnsembleOptions):
             raise SpecError("--same-run has the seed of its training: leave --seeds out")
         trained, methods, rankings = self.rankings(root, say, METHODS)
         if self.same_run:
-            _require_same_run(trained)
+            require_same_run(trained)
         ranked = tuple(rankings.of(word, ensemble=self.ensemble) for word in methods)
         require_used(self, methods)
         spec = make_spec(
@@ -62,21 +60,3 @@ class LdsRequest(ExperimentRequest, SeedsOptions, EnsembleOptions):
             same_run=self.same_run,
         )
         return (spec,)
-
-
-def _require_same_run(trained: "Trained") -> None:
-    """Refuse a model whose training cannot be repeated with masks.
-
-    Raises:
-        SpecError: It came from elsewhere, or the task trains it.
-    """
-    if any(not checkpoint.repeatable for checkpoint in trained.subject.checkpoints):
-        raise SpecError(
-            "--same-run repeats the training of a train run, and this checkpoint has none: name a "
-            "train run with --checkpoint, or leave it out"
-        )
-    if trained.train.trainer == "task":
-        raise SpecError(
-            f"train() of task {trained.train.task.name} knows of no masked samples: leave "
-            "--same-run out, or give the task an optimizer() in place of train()"
-        )
