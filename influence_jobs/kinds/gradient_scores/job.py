@@ -102,11 +102,13 @@ class GradientScoresJob(ScoresJob[GradientScoresSpec]):
         total_QB = np.zeros((len(self.spec.queries.items), len(ids)))
         squares_B = np.zeros(len(ids))
         for group, queries_QD in self._prepared[term].items():
-            rows_BD = store.rows(group, start, stop)
-            part_QB = queries_QD @ rows_BD.T
-            total_QB += part_QB
             if self.spec.method == "cosine":
+                rows_BD = store.rows(group, start, stop)
+                part_QB = queries_QD @ rows_BD.T
                 squares_B += np.square(rows_BD, dtype=np.float64).sum(axis=1)
+            else:
+                part_QB = store.dots(queries_QD, group, start, stop)
+            total_QB += part_QB
             if self.kept_layers:
                 found[part_name(group)] = part_QB
         if self.spec.method == "cosine":

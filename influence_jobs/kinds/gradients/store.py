@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,7 +11,7 @@ from influence_jobs.errors import StoreError
 from influence_jobs.kinds import open_job
 from influence_jobs.kinds.gradients.spec import GradientsSpec
 from influence_jobs.kinds.query_gradients.spec import QueryGradientsSpec
-from influence_jobs.methods.packing import unpacked
+from influence_jobs.methods.packing import unpacked, without_scales
 from influence_jobs.store.folder import for_runs
 from influence_jobs.store.layout import LOSSES_OF_ROWS, ArrayLayout, gradients_name, scales_name
 from influence_jobs.store.run import Run
@@ -78,18 +79,42 @@ class GradientStore:
         Raises:
             StoreError: Some are missing.
         """
-        stored = self._stored
+        codes, scales_B = self._read(group, start, stop)
+        rows_BD = unpacked(codes, scales_B, self.sizes[group], self._stored)
+        self._require_all(rows_BD, start, stop)
+        return rows_BD
+
+    def dots(
+        self, queries_QD: npt.NDArray[np.float32], group: str, start: int, stop: int
+    ) -> npt.NDArray[np.float32]:
+        """Dot products (Q, B) with vectors.
+
+        Raises:
+            StoreError: Some rows are missing.
+        """
+        codes, scales_B = self._read(group, start, stop)
+        rows_BD = without_scales(codes, scales_B, self.sizes[group], self._stored)
+        dots_QB: npt.NDArray[np.float32] = queries_QD @ rows_BD.T
+        if scales_B is not None:
+            dots_QB *= scales_B
+        self._require_all(dots_QB, start, stop)
+        return dots_QB
+
+    def _read(
+        self, group: str, start: int, stop: int
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.float32] | None]:
+        """Codes and scales."""
         codes = self.run.read_rows(gradients_name(group), start, stop)
-        scales = None
-        if stored != "float32":
-            scales = self.run.read_rows(scales_name(group), start, stop)
-        rows_BD = unpacked(codes, scales, self.sizes[group], stored)
-        if not np.isfinite(rows_BD).all():
+        if self._stored == "float32":
+            return codes, None
+        return codes, self.run.read_rows(scales_name(group), start, stop)
+
+    def _require_all(self, values: npt.NDArray[np.float32], start: int, stop: int) -> None:
+        if not np.isfinite(values).all():
             raise StoreError(
                 f"run {self.run.id} lacks gradients of samples {start} to {stop}: "
                 f"infl verify {self.run.id}{for_runs(self.run.root)}"
             )
-        return rows_BD
 
     def losses(self, start: int, stop: int) -> npt.NDArray[np.float64]:
         """The losses (B,)."""
