@@ -102,7 +102,7 @@ def _elsewhere(group: Sequence[Mapping[str, Any]]) -> dict[str, float]:
             row.get("psnr_fall"), row.get("psnr_fall_elsewhere")
         ),
     }
-    found = {}
+    found: dict[str, float] = {}
     for name, measure in measured.items():
         if mean := _over_queries(group, measure):
             found |= {f"mean_{name}": mean.mean, f"{name}_low": mean.low, f"{name}_high": mean.high}

@@ -54,7 +54,8 @@ class FFDNet(nn.Module):
                     last = module is modules[-1]
                     gain: Literal["linear", "relu"] = "linear" if last else "relu"
                     nn.init.kaiming_normal_(module.weight, nonlinearity=gain)
-                    nn.init.zeros_(module.bias)
+                    if module.bias is not None:
+                        nn.init.zeros_(module.bias)
 
     def forward(self, noisy_BCHW: torch.Tensor, sigma_B: torch.Tensor) -> torch.Tensor:
         """Denoise.

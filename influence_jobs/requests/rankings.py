@@ -13,11 +13,11 @@ from influence_jobs.kinds.baseline.spec import METHODS as BASELINES
 from influence_jobs.kinds.baseline.spec import BaselineSpec
 from influence_jobs.kinds.grad_norms.spec import GradNormsSpec
 from influence_jobs.kinds.influence.spec import InfluenceSpec
-from influence_jobs.kinds.scores.request import scores_of_file
 from influence_jobs.kinds.train.spec import FileCheckpoint, TrainedCheckpoint, TrainSpec
 from influence_jobs.requests.base import Say
 from influence_jobs.requests.experiments import INFLUENCE, METHODS
 from influence_jobs.requests.options import CurvatureOptions, WeightsRequest
+from influence_jobs.requests.score_files import scores_of_file
 from influence_jobs.requests.solving import s_tests_of
 from influence_jobs.requests.subject import Subject, training_of
 from influence_jobs.specs.base import make_spec

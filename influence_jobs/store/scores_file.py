@@ -68,6 +68,8 @@ def _read(path: Path) -> npt.NDArray[Any]:
             raise ValueError("a folder without an array of Zarr")
         found = zarr.open(str(path), mode="r")
         array = found[SCORES] if isinstance(found, zarr.Group) else found
+        if not isinstance(array, zarr.Array):
+            raise ValueError(f"{SCORES} is no array of Zarr")
         return np.asarray(array[:])
     if not path.is_file():
         raise FileNotFoundError(path)

@@ -12,7 +12,7 @@ from influence_jobs.kinds.scores.spec import GivenScoresSpec
 from influence_jobs.kinds.train.spec import Checkpoint
 from influence_jobs.specs.base import AnySpec
 from influence_jobs.store.layout import SCORES
-from influence_jobs.store.run import checksum
+from influence_jobs.store.manifest import checksum
 from influence_jobs.store.scores_file import read_scores
 from influence_jobs.terms import ScorePrecision
 
