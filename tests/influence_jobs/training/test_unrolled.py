@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from influence_jobs.errors import ModelError
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.tasks.base import Draw, Task
+from influence_jobs.tasks.ffdnet import FFDNetGreyTask
 from influence_jobs.training import batch_gradient, train
 from influence_jobs.training.recipe import Recipe
 from influence_jobs.training.statistics import with_statistics
@@ -20,7 +21,7 @@ from influence_jobs.training.train import Trainer
 from influence_jobs.training.trajectory import Trajectory
 from influence_jobs.training.unrolled import Unrolled
 
-from .ensembles import CPU, Points, recipe
+from .ensembles import CPU, Points, SmallFFDNetTask, recipe
 
 N, SEED, STEP = 90, 4, 1e-5
 
@@ -456,3 +457,14 @@ def test_a_training_that_does_not_repeat_is_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(train, "epoch_order", lambda n, seed, epoch: order(n, seed + 1, epoch))
     with pytest.raises(ModelError, match="give other weights each time"):
         Unrolled(steps, torch.float64).scores(asked, ignored)
+
+
+def test_a_deep_network_of_relus_is_taken() -> None:
+    """It has so many kinks that differences need tiny steps."""
+
+    class Larger(SmallFFDNetTask):
+        def __init__(self) -> None:
+            FFDNetGreyTask.__init__(self, patch_size=16, stride=16, limit=24)
+
+    steps = trajectory(Larger(), recipe("adam", 8, lr=1e-3))
+    assert next(Unrolled(steps, torch.float64).trial(1)) == 8
