@@ -128,9 +128,9 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     begun: Counter[str] = Counter()
     make = retraining.RetrainJob._trainer
 
-    def count(self: Any, variants: Any) -> Any:
+    def count(self: Any, variants: Any, **how: Any) -> Any:
         begun.update(retraining._key(variant) for variant in variants)
-        return make(self, variants)
+        return make(self, variants, **how)
 
     monkeypatch.setattr(retraining.RetrainJob, "_trainer", count)
     return begun

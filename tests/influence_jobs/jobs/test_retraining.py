@@ -271,9 +271,9 @@ def test_a_wide_shard_is_cut_into_ensembles_of_the_fastest_width(
     widths = []
     make = retraining.RetrainJob._trainer
 
-    def noted(self, variants):
+    def noted(self, variants, **how):
         widths.append(len(variants))
-        return make(self, variants)
+        return make(self, variants, **how)
 
     monkeypatch.setattr(retraining.RetrainJob, "_trainer", noted)
     root: Path = fresh_root()
@@ -324,9 +324,9 @@ def test_a_network_that_cannot_be_stacked_is_trained_one_variant_at_a_time(
     widths = []
     make = retraining.RetrainJob._trainer
 
-    def noted(self, variants):
+    def noted(self, variants, **how):
         widths.append(len(variants))
-        return make(self, variants)
+        return make(self, variants, **how)
 
     monkeypatch.setattr(retraining.RetrainJob, "_trainer", noted)
     run = Run.create(str(fresh_root()), grid(modes=("remove",), rankings=(random,)))
