@@ -78,8 +78,8 @@ def test_killed_while_keeping_an_ensemble_the_rest_of_it_goes_on_from_its_state(
     steps: list[int] = []
     make = retraining.RetrainJob._trainer
 
-    def counted(self: Any, variants: Any) -> Any:
-        trainer = make(self, variants)
+    def counted(self: Any, variants: Any, **how: Any) -> Any:
+        trainer = make(self, variants, **how)
         step: Any = trainer.step
         trainer.step = lambda: (steps.append(1), step())[1]
         return trainer
@@ -102,8 +102,8 @@ def test_an_ensemble_cut_off_goes_on_from_its_saved_state(
     started: list[int] = []
     make = retraining.RetrainJob._trainer
 
-    def dies(self, variants):
-        trainer = make(self, variants)
+    def dies(self, variants, **how):
+        trainer = make(self, variants, **how)
         step, steps = trainer.step, iter(range(9))
 
         def limited():
@@ -118,8 +118,8 @@ def test_an_ensemble_cut_off_goes_on_from_its_saved_state(
     with pytest.raises(Killed):
         drive(run.root, run.id, InlineBackend(), shard_rows=8)
 
-    def watched(self, variants):
-        trainer = make(self, variants)
+    def watched(self, variants, **how):
+        trainer = make(self, variants, **how)
         load = trainer.load_state_dict
 
         def loaded(state):
@@ -159,8 +159,8 @@ def test_where_one_training_diverges_the_others_are_kept(
 ) -> None:
     make = retraining.RetrainJob._trainer
 
-    def one_diverges(self: Any, variants: Any) -> Any:
-        trainer = make(self, variants)
+    def one_diverges(self: Any, variants: Any, **how: Any) -> Any:
+        trainer = make(self, variants, **how)
         trainer.diverged = lambda i: (1, 16) if i == 1 else None
         return trainer
 
