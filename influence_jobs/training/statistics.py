@@ -7,6 +7,7 @@ of the trained model depends on every batch of the training through r, too.
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -21,38 +22,32 @@ STATISTICS = ("running_mean", "running_var")
 Moves = list[tuple[str, float, Tensor]]
 
 
-class EvalNorm(nn.Module):
-    """A batch normalisation in eval mode, whose running statistics are parameters."""
-
-    def __init__(self, norm: _BatchNorm):
-        super().__init__()
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        self.running_mean = nn.Parameter(norm.running_mean.clone())
-        self.running_var = nn.Parameter(norm.running_var.clone())
-        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalise (B, C, ...)."""
-        shape = (1, -1, *[1] * (input.ndim - 2))
-        scale = (self.running_var + self.eps).rsqrt()
-        if self.weight is not None:
-            scale = scale * self.weight
-        centred = (input - self.running_mean.view(shape)) * scale.view(shape)
-        return centred if self.bias is None else centred + self.bias.view(shape)
-
-
 def with_statistics(model: nn.Module) -> nn.Module:
     """A copy of a trained model in eval mode, with its running statistics as parameters.
 
-    They keep their names.
+    They keep their names. Torch's own batch normalisation has no derivative by them.
     """
     model = copy_of(model).eval()
-    for name, norm in list(moving(model)):
-        if not name:
-            return EvalNorm(norm).eval()
-        model.set_submodule(name, EvalNorm(norm).eval())
+    for _, norm in moving(model):
+        for name in STATISTICS:
+            value = norm._buffers.pop(name)
+            assert value is not None
+            norm.register_parameter(name, nn.Parameter(value))
+        norm.forward = MethodType(_normalised, norm)  # type: ignore[method-assign]
     return model
+
+
+def _normalised(norm: _BatchNorm, input: Tensor) -> Tensor:
+    """The outputs (B, C, ...) of a batch normalisation in eval mode."""
+    shape = (1, -1, *[1] * (input.ndim - 2))
+    mean, variance = norm.running_mean, norm.running_var
+    assert mean is not None
+    assert variance is not None
+    scale = (variance + norm.eps).rsqrt()
+    if norm.affine:
+        scale = scale * norm.weight
+    centred = (input - mean.view(shape)) * scale.view(shape)
+    return centred + norm.bias.view(shape) if norm.affine else centred
 
 
 def moving(model: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:

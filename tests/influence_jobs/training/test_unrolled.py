@@ -92,11 +92,11 @@ def norm_called_twice() -> nn.Module:
         def __init__(self) -> None:
             super().__init__()
             self.first, self.norm = nn.Linear(16, 6, bias=False), nn.BatchNorm1d(6)
-            self.last = nn.Linear(6, 5)
+            self.again, self.last = self.norm, nn.Linear(self.norm.num_features, 5)
 
         def forward(self, x: Tensor) -> Tensor:
             hidden = torch.tanh(self.norm(self.first(x.flatten(1))))
-            return self.last(torch.tanh(self.norm(2 * hidden)))
+            return self.last(torch.tanh(self.again(2 * hidden)))
 
     return Twice()
 
