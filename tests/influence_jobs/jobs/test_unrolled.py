@@ -168,7 +168,7 @@ def test_the_steps_are_repeated_with_the_threads_of_the_training(done: Run) -> N
     job: Any = open_job(done)
     (entry,) = [e for e in job._entries() if e.shard == "all"]
     assert entry.threads == torch.get_num_threads()
-    manifest = Run(done.root, done.spec.checkpoint.train).manifest
+    manifest = Run(done.root, job.spec.checkpoint.train).manifest
     manifest.write(Entry(**{**entry.__dict__, "threads": 3}))
     try:
         with job._as_trained():

@@ -207,7 +207,7 @@ def test_of_an_earlier_epoch_the_later_ones_do_not_count() -> None:
 class Own(Weighted):
     """An optimizer with two groups, without one of the parameters, and a schedule of both rates."""
 
-    kind: type[torch.optim.Optimizer] = torch.optim.SGD
+    kind: Any = torch.optim.SGD
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         first, _bias, *others = model.parameters()
@@ -274,7 +274,7 @@ def test_kept_states_are_used_and_no_more_than_the_root_of_the_steps() -> None:
     task, how = Weighted(smooth), recipe("sgd", 4, epochs=4, lr=0.1)  # 92 steps
     steps = trajectory(task, how)
     trained_once = steps.train(ignored).state_dict()
-    kept = steps._snapshots
+    kept: Any = steps._snapshots
     assert sorted(kept) == [*range(0, 92, 10), 92]
     assert steps.num_states == 11
     for step in (40, 50, 60, 70, 80, 90, 92):  # a killed worker got so far
@@ -364,6 +364,7 @@ class Counting(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.largest: Tensor
         self.register_buffer("largest", torch.ones(()))
         self.linear = nn.Linear(16, 5)
 
