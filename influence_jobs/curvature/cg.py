@@ -1,13 +1,10 @@
 """Conjugate gradients for many right-hand sides at once."""
 
 import math
-from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from influence_jobs.curvature.ek_fac import EkFac
 from influence_jobs.curvature.operators import Operator
 from influence_jobs.curvature.solver import (
     DAMPING_SHARE,
@@ -25,18 +22,13 @@ class ConjugateGradient(Solver):
     """Conjugate gradients in which all right-hand sides share each pass over the samples.
 
     Each right-hand side has its own step lengths. Once it has converged it does not change.
-    Hestenes and Stiefel: "Methods of conjugate gradients for solving linear systems", 1952; with a
-    preconditioner Saad: "Iterative methods for sparse linear systems", 2003, algorithm 9.1. EK-FAC
-    as one follows ASTRA (arXiv 2507.14740).
+    Hestenes and Stiefel: "Methods of conjugate gradients for solving linear systems", 1952.
 
     Args:
         damping, damping_share: See `Solver`.
         tolerance: Relative residual at which a right-hand side has converged.
         max_iterations: Largest number of passes. Then the current solution is returned, with its
             residual and a message.
-        preconditioner: `ek-fac`: steps are taken as if (EK-FAC + lambda I) were the matrix. The
-            solution is the same.
-        seed: Seed of EK-FAC's random roots.
     """
 
     def __init__(
@@ -44,25 +36,19 @@ class ConjugateGradient(Solver):
         damping: float | None = None,
         tolerance: float = 1e-4,
         max_iterations: int = 200,
-        preconditioner: Literal["none", "ek-fac"] = "none",
         damping_share: float = DAMPING_SHARE,
-        seed: int = 0,
     ):
         super().__init__(damping, damping_share)
         self.tolerance, self.max_iterations = tolerance, max_iterations
-        self.preconditioner = preconditioner
-        self._ek_fac = EkFac(seed=seed)
 
     def _solve(self, operator: Operator, rhs_QP: Tensor, progress: Progress) -> Solution:
         operator.require_finite()
         damping = self.damping_for(operator)
         before = operator.gradient_equivalents
-        inverse, passes = self._preconditioner(operator, damping)
-        x_QP, residual_QP = torch.zeros_like(rhs_QP), rhs_QP.clone()
+        x_QP = torch.zeros_like(rhs_QP)
+        residual_QP, direction_QP = rhs_QP.clone(), rhs_QP.clone()
         squared_Q = _dot(residual_QP, residual_QP)
         target_Q = self.tolerance**2 * squared_Q
-        direction_QP = inverse(residual_QP).clone()
-        along_Q = _dot(residual_QP, direction_QP)  # residual . preconditioned residual
         iterations_Q = torch.zeros(len(rhs_QP), dtype=torch.int64)
         going = (squared_Q > 0).nonzero()[:, 0]  # rows that have not converged
         started = squared_Q.clone()
@@ -72,18 +58,18 @@ class ConjugateGradient(Solver):
             curvature_Q = _dot(p_QP, product_QP)
             if (curvature_Q <= 0).any():
                 raise _not_positive(operator, damping)
-            step_Q = along_Q[going] / curvature_Q
+            step_Q = squared_Q[going] / curvature_Q
             x_QP[going] += step_Q[:, None].to(p_QP.dtype) * p_QP
             residual_QP[going] -= step_Q[:, None].to(p_QP.dtype) * product_QP
-            ahead_QP = inverse(residual_QP[going])
-            new_Q = _dot(residual_QP[going], ahead_QP)
-            direction_QP[going] = ahead_QP + (new_Q / along_Q[going])[:, None].to(p_QP.dtype) * p_QP
-            along_Q[going] = new_Q
-            squared_Q[going] = _dot(residual_QP[going], residual_QP[going])
+            new_Q = _dot(residual_QP[going], residual_QP[going])
+            direction_QP[going] = (
+                residual_QP[going] + (new_Q / squared_Q[going])[:, None].to(p_QP.dtype) * p_QP
+            )
+            squared_Q[going] = new_Q
             iterations_Q[going.cpu()] += 1
             going = (squared_Q > target_Q).nonzero()[:, 0]
             progress(self._fraction(squared_Q, started, int(iterations_Q.max())))
-        cost = operator.gradient_equivalents - before + passes
+        cost = operator.gradient_equivalents - before
         _, relative_Q = relative_residual(operator, x_QP, rhs_QP, damping)
         messages = []
         if len(going):
@@ -94,14 +80,6 @@ class ConjugateGradient(Solver):
         record = {"tolerance": self.tolerance, "messages": messages}
         return Solution(x_QP, relative_Q.cpu(), iterations_Q, damping, cost, record)
 
-    def _preconditioner(
-        self, operator: Operator, damping: float
-    ) -> tuple[Callable[[Tensor], Tensor], float]:
-        """M^-1 as a function of rows v, and what making M took, in gradients of all samples."""
-        if self.preconditioner == "none":
-            return lambda v_QP: v_QP, 0.0
-        return self._ek_fac.approximate_inverse(operator, damping)
-
     def trial(self, operator: Operator, rhs_QP: Tensor, passes: float) -> Trial:
         largest, damping = abs(largest_eigenvalue(operator)), self.damping_for(operator)
         # A bound for any spectrum in [0, M]; clusters of eigenvalues converge sooner.
@@ -111,8 +89,6 @@ class ConjugateGradient(Solver):
             f"up to {iterations} iterations over {operator.num_samples:,} samples: lambda "
             f"{damping:.3g}, largest eigenvalue {largest:.3g}"
         )
-        if self.preconditioner != "none":
-            said += f"; far fewer where {self.preconditioner} comes near the curvature"
         if bound > self.max_iterations:
             said += (
                 f"; a residual of {self.tolerance:g} may take {math.ceil(bound):,}: raise --damping"

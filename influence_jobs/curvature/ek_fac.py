@@ -95,21 +95,6 @@ class EkFac(Solver):
             },
         )
 
-    def approximate_inverse(
-        self, operator: Operator, damping: float
-    ) -> tuple[Callable[[Tensor], Tensor], float]:
-        """(EK-FAC + lambda I)^-1 as a function of rows v, and its cost in gradients of all samples.
-
-        Raises:
-            As `solve`.
-        """
-        factors = self._fitted(operator, no_progress)
-
-        def inverse(v_QP: Tensor) -> Tensor:
-            return factors.times(operator.space, v_QP, lambda values: 1 / (values + damping))
-
-        return inverse, 2.0 * factors.columns
-
     def factors_of(
         self, operators: Sequence[GaussNewton], progress: Progress = no_progress
     ) -> "Factors":

@@ -83,7 +83,7 @@ class QueriesOptions(SeedOptions):
 def _solver_options() -> dict[str, Any]:
     """An option for every setting of a solver; None leaves it at the solver's default."""
     kinds: dict[str, Any] = {}
-    helps: dict[str, list[str]] = {}
+    helps: dict[str, dict[str, list[str]]] = {}  # by option and text the solvers
     for name, settings in SolverSettings.by_name.items():
         for field_name, field in settings.model_fields.items():
             if field_name in ("name", "damping"):
@@ -94,12 +94,19 @@ def _solver_options() -> dict[str, Any]:
             # Samples of a pass are `batch_size` already.
             option_name = "batch" if field_name == "batch_size" else field_name
             kinds[option_name] = field.annotation
-            lines = helps.setdefault(option_name, [])
-            lines.append(f"{name}: {said[:1].lower()}{said[1:]}{default}.")
+            line = f"{said[:1].lower()}{said[1:]}{default}."
+            helps.setdefault(option_name, {}).setdefault(line, []).append(name)
     one: Any = One
     return {
-        name: (one[kinds[name] | None], option(None, " ".join(lines), panel=CURVATURE))
-        for name, lines in helps.items()
+        option_name: (
+            one[kinds[option_name] | None],
+            option(
+                None,
+                " ".join(f"{', '.join(names)}: {line}" for line, names in lines.items()),
+                panel=CURVATURE,
+            ),
+        )
+        for option_name, lines in helps.items()
     }
 
 

@@ -115,10 +115,6 @@ class ConjugateGradientSettings(DampedSettings):
     name: Literal["cg"] = "cg"
     tolerance: Annotated[float, Field(gt=0, lt=1, description="Relative residual.")] = 1e-4
     max_iterations: Annotated[Count, Field(description="Upper limit of the iterations.")] = 200
-    preconditioner: Annotated[
-        Literal["none", "ek-fac"],
-        Field(description="Matrix near the curvature that makes the iterations fewer."),
-    ] = "none"
 
 
 class LissaSettings(DampedSettings):

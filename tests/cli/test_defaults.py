@@ -114,7 +114,6 @@ def test_what_source_cannot_do_is_refused_by_name(infl: Infl, runs: Path) -> Non
         ({"segments": 2, "damping": 0.1}, "--damping has no meaning for --solver source"),
         ({"segments": 2, "operator": "hessian"}, "leave --operator out"),
         ({"solver": "cg", "segments": 2}, "--segments has no meaning for --solver cg"),
-        ({"solver": "cg", "operator": "hessian", "preconditioner": "ek-fac"}, "--preconditioner"),
     ):
         with pytest.raises(SpecError, match=said):
             asked(runs, **{"solver": "source", **options})

@@ -19,7 +19,7 @@ QUERIES = "test test-set point region quantity noise-draws seed"
 SCORES = f"{TRAINED} {QUERIES} batch-size shard-size"
 SOLVER = (
     "solver damping damping-share operator product precision curvature-samples tolerance "
-    "max-iterations preconditioner segments exponential scale "
+    "max-iterations segments exponential scale "
     "depth batch repeats targets"
 )
 CURVATURE = f"layer {SOLVER}"

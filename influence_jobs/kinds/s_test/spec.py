@@ -41,12 +41,6 @@ class STestSpec(Spec):
                 f"{self.solver.name} inverts the {self.solver.operators[0]} matrix only: "
                 "leave --operator out"
             )
-        preconditioner = getattr(self.solver, "preconditioner", "none")
-        if preconditioner != "none" and self.curvature.operator != "gauss-newton":
-            raise ValueError(
-                f"{preconditioner} comes near the gauss-newton matrix only: leave --operator or "
-                "--preconditioner out"
-            )
         if isinstance(self.solver, SourceSettings):
             require_segments(self.checkpoint, self.solver.segments)
         return self

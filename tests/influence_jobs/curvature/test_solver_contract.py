@@ -91,7 +91,8 @@ def test_settings_are_options_with_help() -> None:
             option = "batch" if field_name == "batch_size" else field_name
             assert field.description, f"{name}: {field_name} has no description, which is its help"
             assert option not in others, f"{name}: --{option} means something else already"
-            assert f"{name}: " in (CurvatureOptions.model_fields[option].description or "")
+            said = CurvatureOptions.model_fields[option].description or ""
+            assert f"{name}: " in said or f"{name}, " in said
             kinds_of.setdefault(option, set()).add(str(field.annotation))
     assert kinds_of.keys() == SETTINGS.keys()
     assert [option for option, found in kinds_of.items() if len(found) > 1] == []
