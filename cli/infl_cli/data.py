@@ -41,7 +41,9 @@ def denoise_folder(
     sigma: Annotated[
         float, typer.Option(min=0, help="Standard deviation of the noise, in grey levels of 255.")
     ] = 25.0,
-    grey: Annotated[bool, typer.Option("--grey", help="The file is of the 15-layer grey network.")] = False,
+    grey: Annotated[
+        bool, typer.Option("--grey", help="The file is of the 15-layer grey network.")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
     out: Annotated[
         Path | None, typer.Option(help="Folder to write the denoised images to, as PNG.")
