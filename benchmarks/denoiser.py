@@ -83,6 +83,7 @@ def methods_of(models: int) -> dict[str, Scored]:
         f"EK-FAC, {models} models": Scored(EK_FAC, models=models),
         **{f"EK-FAC, lambda {value}": Scored((*EK_FAC, "--damping", value)) for value in LAMBDAS},
         **{f"EK-FAC, epoch {epoch}": Scored(EK_FAC, epoch) for epoch in EARLY},
+        f"EK-FAC, epoch {EARLY[-1]}, {models} models": Scored(EK_FAC, EARLY[-1], models),
         "EK-FAC, one noise draw": Scored((*EK_FAC, "--noise-draws", "1")),
         "EK-FAC, theta-relative": Scored((*EK_FAC, "--relative", "theta")),
         **{
@@ -260,15 +261,12 @@ class Bench:
         rows = []
         for quantity in ("loss", "output", "change"):
             for name, words in PLANTED.items():
-                if words[0] == "baseline" and words[-1] != "dot-product" and words[-1] != "cosine":
+                asked = (*where, "--quantity", quantity)
+                if words[-1] in ("loss", "norm", "nearest"):  # they know of no quantity
                     if quantity != "loss":
                         continue
-                    asked = where
-                else:
-                    asked = (*where, "--quantity", quantity)
-                source = task if words[-1] == "nearest" else ()
-                asked = asked[2:] if source else asked
-                run = self.run(*words, *source, *asked)
+                    asked = where if words[-1] != "nearest" else (*task, *where[2:])
+                run = self.run(*words, *asked)
                 scores_QN = self.values([run])
                 ranked = scores_QN if quantity == "loss" else np.abs(scores_QN)
                 names = np.array(self.results(run).table("samples").column("file").to_pylist())

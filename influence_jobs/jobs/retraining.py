@@ -170,8 +170,8 @@ class RetrainJob(Job[S]):
                 progress(done)
             return found
         saved = SavedState(self.run_store.files, f"{CHECKPOINTS}/state-{shard.id}.pt")
-        state, alone = saved.read(), self._width() == 1
-        if state is not None and ("steps" in state["trainer"]) == alone:
+        state = saved.read()
+        if state is not None and ("steps" in state["trainer"]) == self._one_at_a_time:
             state = None  # of an earlier version, which trained ensembles of one
         for group in self._groups(variants):
             keys = [key for key in group if key in missing]
@@ -181,7 +181,7 @@ class RetrainJob(Job[S]):
                 # Resume the interrupted ensemble, even if some of its members are already kept.
                 keys = state["keys"]
                 done -= sum(self._samples(variants[key]) for key in set(keys) - missing)
-            trainer = self._trainer([variants[key] for key in keys], alone=alone)
+            trainer = self._trainer([variants[key] for key in keys])
             if resumed:
                 trainer.load_state_dict(state["trainer"])
             progress(done + trainer.samples_seen)
@@ -226,9 +226,9 @@ class RetrainJob(Job[S]):
             f"of epoch {epoch + 1}: their losses are not finite; lower the learning rate"
         )
 
-    def _trainer(self, variants: Sequence[Variant], *, alone: bool) -> Trainer | EnsembleTrainer:
+    def _trainer(self, variants: Sequence[Variant]) -> Trainer | EnsembleTrainer:
         recipe = recipe_of(self.spec.recipe)
-        if not alone:
+        if not self._one_at_a_time:
             return EnsembleTrainer(self.task, recipe, variants, device=self.device)
         (one,) = variants
         return Trainer(self.task, recipe, seed=one.seed, device=self.device, changes=one.changes)
@@ -256,6 +256,10 @@ class RetrainJob(Job[S]):
 
     def notes(self) -> Sequence[str]:
         return [f"models are trained one at a time: {self._alone}"] if self._alone else []
+
+    @cached_property
+    def _one_at_a_time(self) -> bool:
+        return bool(self._alone) or self._width() == 1
 
     def _width(self) -> int:
         """Number of variants to train side by side; 1 for one at a time.
@@ -359,9 +363,10 @@ class RetrainJob(Job[S]):
         if self.spec.recipe.trainer == "task":
             return
         # No samples are removed: the scores that choose them may not exist yet.
-        alone = bool(self._alone) or self._faster_alone
-        count = 1 if alone else min(len(self.sizes), WIDTHS[-1])
-        trainer = self._trainer([Variant(seed) for seed in range(count)], alone=alone)
+        # Not by `_width`, which is kept in the run: there may be none.
+        self._one_at_a_time = bool(self._alone) or self._faster_alone
+        count = 1 if self._one_at_a_time else min(len(self.sizes), WIDTHS[-1])
+        trainer = self._trainer([Variant(seed) for seed in range(count)])
         while not trainer.finished:
             before = trainer.samples_seen
             trainer.step()

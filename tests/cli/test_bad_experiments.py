@@ -21,6 +21,10 @@ LDS = ("submit", "lds", *DIGITS)
         ((*ABLATION, "--k", "1500"), "removal must leave some: choose a smaller --k"),
         ((*ABLATION, "--k", "0"), "error: --k: input should be greater than or equal to "),
         ((*ABLATION, "--mode", "flip"), "error: --mode: input should be 'relabel' or 'remove'"),
+        (
+            (*ABLATION, "--mode", "relabel", "--same-run"),
+            "--same-run has no meaning for --mode relabel: leave it out",
+        ),
         ((*ABLATION, "--by", "helpfull"), "unknown method 'helpfull': choose attribution, helpful"),
         (
             (*ABLATION, "--by", "random", "--damping", "1"),

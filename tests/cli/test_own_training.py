@@ -200,6 +200,11 @@ def test_options_that_mean_nothing_are_refused_by_name(
         ("Optimized", ("unrolled",), "task Optimized is trained by RMSprop: train with one of"),
         ("Scripted", ("unrolled",), "task my_tasks:Scripted trains itself, by train(), so the"),
         ("Scripted", ("lds", "--same-run"), "train() of task my_tasks:Scripted knows of no masked"),
+        (
+            "Scripted",
+            ("ablation", "--same-run", "--mode", "remove"),
+            "train() of task my_tasks:Scripted knows of no masked",
+        ),
         ("Toy", ("lds", "--same-run", "--seeds", 2), "--same-run has the seed of its training"),
     ],
 )

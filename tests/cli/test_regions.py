@@ -178,7 +178,7 @@ def test_an_ablation_tells_the_psnr_of_a_region_and_of_its_image_elsewhere(
     answer = infl(*of("ablation", "--task", task, *asked, "--json"))
     run = Run.open(str(tmp_path / "runs"), answer.json["run"])
     upper, lower, alone = run.read_table("results").to_pylist()
-    # The loss ranks alike for all queries, so one model without the five samples is measured thrice.
+    # The loss ranks alike for all queries: one model without the five samples is measured thrice.
     for one, other in ((upper, lower), (lower, upper)):
         assert one["loss"] != one["loss_before"]
         fall = 10 * np.log10(one["loss"] / one["loss_before"])

@@ -31,7 +31,7 @@ METHODS = {
     "random": Baseline("a uniform random number", "none", "none"),
     "loss": Baseline("the sample's own training loss", "positive = fits badly", "loss", True),
     "norm": Baseline(
-        "the norm of the sample's own loss gradient by all weights",
+        "the norm of the sample's own loss gradient by the layers' weights",
         "positive = large",
         "gradient norm",
         True,

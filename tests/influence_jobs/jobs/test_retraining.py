@@ -79,6 +79,29 @@ def test_each_row_is_what_a_training_of_its_own_gives(
     assert labels.shape == (N,)
 
 
+def test_the_same_run_masks_what_it_would_remove(
+    carry_out, grid, loss, digits_task, recipe, queries
+) -> None:
+    run = carry_out(grid(modes=("remove",), rankings=(loss,), same_run=True))
+    row = table(run, "results")[1]
+    scores = Run(run.root, loss.scores[0]).read_rows("scores", 0, N)
+    ids = np.argsort(-scores[row["query"]], kind="stable")[:100]
+    batch = digits_task.test_batch(torch.tensor([query.test for query in queries.items]), Draw(0))
+    for name, made in (("loss", Changes(masked=ids)), ("loss_before", Changes())):
+        model = alone(digits_task, recipe, row["seed"], made)
+        with torch.no_grad():
+            expected = digits_task.losses(model, batch)[row["query"]]
+        assert row[name] == pytest.approx(float(expected), rel=1e-3)
+    removed = table(carry_out(grid(modes=("remove",), rankings=(loss,))), "results")[1]
+    assert removed["loss_before"] == row["loss_before"]
+    assert abs(removed["loss"] - row["loss"]) > 1e-3 * row["loss"]
+
+
+def test_masks_are_only_of_removals(grid) -> None:
+    assert grid(modes=("relabel",), same_run=True).run_id == grid(modes=("relabel",)).run_id
+    assert grid(same_run=True).run_id != grid().run_id
+
+
 def test_a_larger_grid_trains_only_what_is_new(carry_out, grid, fresh_root, trained) -> None:
     root = fresh_root()
     small = carry_out(grid(), root=root)
