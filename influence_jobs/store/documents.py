@@ -125,6 +125,7 @@ class Entry:
         seconds: Time taken, including the writing.
         worker: Host and process that computed it.
         software: Versions and revision that computed it; empty in runs older than this field.
+        checksum: SHA-256 of the other fields; empty in runs older than this field.
     """
 
     shard: Name
@@ -139,6 +140,7 @@ class Entry:
     worker: str = ""
     software: Mapping[str, Any] = field(default_factory=dict)
     finished_at: Time | None = None
+    checksum: str = ""
 
 
 @with_config(_LAX)
@@ -163,6 +165,7 @@ class Summary(TypedDict):
         workers: Number of processes that computed shards.
         ended: When the last entry was finished; None if that was not recorded.
         used: The software, the most used first.
+        checksum: SHA-256 of the other fields; in the file only.
     """
 
     entries: Count
@@ -174,6 +177,7 @@ class Summary(TypedDict):
     workers: Count
     ended: Time | None
     used: list[Used]
+    checksum: NotRequired[str]
 
 
 D = TypeVar("D")
