@@ -38,7 +38,8 @@ def read_preset(name: str) -> dict[str, Any]:
         preset = yaml.safe_load(text)
     except Exception as error:  # the constructors of YAML's types raise almost anything
         deep = "it is nested too deeply" if isinstance(error, RecursionError) else error
-        raise ValueError(f"preset {name} is not YAML: {getattr(error, 'problem', deep)}") from error
+        why = " ".join(str(getattr(error, "problem", deep)).split())
+        raise ValueError(f"preset {name} is not YAML: {why}") from error
     if not isinstance(preset, dict) or not isinstance(preset.get("train"), dict):
         raise ValueError(  # noqa: TRY004  (the content is wrong, not a caller's type)
             f"preset {name} must have a mapping `train` of training options"

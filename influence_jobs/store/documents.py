@@ -126,6 +126,7 @@ class Entry:
         worker: Host and process that computed it.
         software: Versions and revision that computed it; empty in runs older than this field.
         threads: Of one torch operation, on which rounding depends; 0 in runs older than this field.
+        checksum: SHA-256 of the other fields; empty in runs older than this field.
     """
 
     shard: Name
@@ -141,6 +142,7 @@ class Entry:
     software: Mapping[str, Any] = field(default_factory=dict)
     finished_at: Time | None = None
     threads: Count = 0
+    checksum: str = ""
 
 
 @with_config(_LAX)
@@ -165,6 +167,7 @@ class Summary(TypedDict):
         workers: Number of processes that computed shards.
         ended: When the last entry was finished; None if that was not recorded.
         used: The software, the most used first.
+        checksum: SHA-256 of the other fields; in the file only.
     """
 
     entries: Count
@@ -176,6 +179,7 @@ class Summary(TypedDict):
     workers: Count
     ended: Time | None
     used: list[Used]
+    checksum: NotRequired[str]
 
 
 D = TypeVar("D")

@@ -14,7 +14,7 @@ the entries say the same.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -47,6 +47,8 @@ class Manifest:
         entry = parsed(text, Entry, where, cure="delete it and resume")
         if entry.shard != shard:
             raise StoreError(f"{where} is damaged (it is of {entry.shard}): delete it and resume")
+        if entry.checksum and entry.checksum != _checksum_of(asdict(entry)):
+            raise StoreError(f"{where} is damaged (it was changed): delete it and resume")
         return entry
 
     def write(self, entry: Entry) -> None:
@@ -56,8 +58,9 @@ class Manifest:
         that says "done" is durable on return; its file and folder are synced at once, since many
         shards a second wait for the disk.
         """
-        name = _name(entry.shard)
-        self._files.write(name, json.dumps(asdict(entry), indent=1).encode(), durable=False)
+        name, fields = _name(entry.shard), asdict(entry)
+        fields["checksum"] = _checksum_of(fields)
+        self._files.write(name, json.dumps(fields, indent=1).encode(), durable=False)
         if entry.state == "done":
             self._files.sync([name])
 
@@ -89,7 +92,9 @@ class Manifest:
 
     def write_summary(self) -> None:
         """Write the summary, when all entries are done and none will change."""
-        self._files.write(layout.SUMMARY, json.dumps(self._summed(), indent=1).encode())
+        found = self._summed()
+        found["checksum"] = _checksum_of(found)
+        self._files.write(layout.SUMMARY, json.dumps(found, indent=1).encode())
 
     def drop_summary(self) -> None:
         """Remove the summary, before an entry changes."""
@@ -102,7 +107,11 @@ class Manifest:
             found = parsed(text, Summary, layout.SUMMARY)
         except (FileNotFoundError, StoreError):
             return None
-        holds = found["entries"] == len(shards) and found["finish"] == self._finish_digest()
+        holds = (
+            found["entries"] == len(shards)
+            and found.get("checksum") == _checksum_of(found)
+            and found["finish"] == self._finish_digest()
+        )
         return found if holds else None
 
     def _finish_digest(self) -> str:
@@ -137,6 +146,12 @@ def summary_of(entries: Iterable[Entry], finish: str) -> Summary:
         "ended": max((entry.finished_at for entry in entries if entry.finished_at), default=None),
         "used": [Used(software=json.loads(t), entries=n) for t, n in used.most_common()],
     }
+
+
+def _checksum_of(document: Mapping[str, Any]) -> str:
+    """SHA-256 of a document without its own checksum."""
+    fields = {name: value for name, value in document.items() if name != "checksum"}
+    return checksum(json.dumps(fields, sort_keys=True).encode())
 
 
 def checksum(data: npt.NDArray[Any] | bytes) -> str:

@@ -270,8 +270,12 @@ class Run:
             StoreError: It is missing or damaged.
         """
         try:
-            return pq.read_table(io.BytesIO(self.files.read(f"{layout.TABLES}/{name}.parquet")))
-        except (FileNotFoundError, ValueError):  # ArrowInvalid is a ValueError
+            data = self.files.read(f"{layout.TABLES}/{name}.parquet")
+        except FileNotFoundError:
+            data = b""
+        try:
+            return pq.read_table(io.BytesIO(data))
+        except (pa.ArrowException, ValueError, OSError):  # as which arrow tells corrupt data
             raise StoreError(
                 f"the table of {self.id}'s {name} is missing or damaged: "
                 f"infl verify {self.id}{for_runs(self.root)}"

@@ -1,5 +1,6 @@
 """Check that the data of a run match its manifest."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from influence_jobs.errors import StoreError
@@ -37,6 +38,8 @@ def find_damage(run: Run) -> Verification:
         raise StoreError(f"run {run.id} has not begun: infl resume {run.id}{for_runs(run.root)}")
     damaged, good = _damaged_shapes(run, plan), 0
     done = run.manifest.done()
+    if why := _damaged_plan(plan, done):
+        damaged[layout.PLAN] = why
     for shard in (*(shard["id"] for shard in plan["shards"]), layout.FINISH):
         entry = done.get(shard)
         if entry is None:
@@ -47,6 +50,17 @@ def find_damage(run: Run) -> Verification:
         elif shard != layout.FINISH:
             good += 1
     return Verification(len(plan["shards"]), good, damaged)
+
+
+def _damaged_plan(plan: PlanFile, done: Mapping[str, Entry]) -> str | None:
+    """How the plan differs from the records of what was done by it."""
+    planned = {shard["id"]: (shard["start"], shard["stop"]) for shard in plan["shards"]}
+    if len(planned) < len(plan["shards"]):
+        return "it has a shard twice"
+    for shard, entry in done.items():
+        if shard != layout.FINISH and planned.get(shard) != (entry.start, entry.stop):
+            return f"it lacks shard {shard} of rows {entry.start}..{entry.stop}, which is done"
+    return None
 
 
 def _damaged_shapes(run: Run, plan: PlanFile) -> dict[str, str]:
@@ -100,6 +114,8 @@ def mark_undone(run: Run, shards: dict[str, str]) -> None:
         # First: if this is killed halfway, no status of `done` may be left.
         run.files.delete(layout.STATUS)
         run.manifest.drop_summary()
+        if layout.PLAN in shards:
+            run.files.delete(layout.PLAN)
         for shard in shards:
             entry = run.manifest.read(shard)
             if entry is not None:

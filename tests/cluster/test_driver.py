@@ -174,7 +174,8 @@ def test_shards_of_another_spec_are_refused(tmp_path: Path, finished_run: Run) -
     run = Run.open(str(tmp_path / "runs"), finished_run.id)
     shard, entry = next(iter(shards_done(run).items()))
     path = tmp_path / "runs" / run.id / layout.MANIFEST / f"{shard}.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "spec": "f" * 64}))
+    forged = {**json.loads(path.read_text()), "spec": "f" * 64, "checksum": ""}
+    path.write_text(json.dumps(forged))
     assert entry.spec != "f" * 64
     run.files.delete(layout.STATUS)
     with pytest.raises(StoreError, match="computed for another spec"):

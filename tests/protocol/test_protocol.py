@@ -4,6 +4,7 @@ What must hold is told in docs/protocol.md. The code that runs is the project's 
 """
 
 import logging
+import random
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -48,7 +49,6 @@ LARGE = {
     "two drivers of two shards": Scenario(TWO_HOSTS, shards=2),
     "two drivers of a shard, a crash": Scenario(TWO_HOSTS, shards=1, crashes=1),
     "two drivers on one host, a power cut": Scenario(ONE_HOST, shards=1, cuts=1),
-    "two drivers of a shard, a pause": Scenario(TWO_HOSTS, shards=1, pauses=1),
     "a shard in an object store that loses answers": Scenario(
         TWO_HOSTS, shards=1, objects=True, lost=2
     ),
@@ -73,6 +73,15 @@ def test_every_order_of_events(name: str, capsys: pytest.CaptureFixture[str]) ->
     with capsys.disabled():
         print(f"\n{name}: {states:,} states, {histories:,} histories")
     assert states > 1000
+
+
+@pytest.mark.faults
+def test_many_orders_of_a_history_that_has_too_many(capsys: pytest.CaptureFixture[str]) -> None:
+    scenario = Scenario(TWO_HOSTS, shards=1, pauses=1, crashes=1)
+    states, histories = explore(scenario, SPEC, most=40_000, rng=random.Random(1))
+    with capsys.disabled():
+        print(f"\na pause and a crash: {states:,} states, {histories:,} histories at random")
+    assert states >= 40_000
 
 
 def takes_over_whoever_holds_it(patch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ state that it has seen. Nothing here knows the protocol; what must hold is in `c
 """
 
 import json
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -367,8 +368,10 @@ def _options(path: _Path | None) -> list[tuple[str, ...]]:
     return found[::-1]
 
 
-def explore(scenario: Scenario, spec: AnySpec, *, most: int = 10**9) -> tuple[int, int]:
-    """Try every history of a scenario.
+def explore(
+    scenario: Scenario, spec: AnySpec, *, most: int = 10**9, rng: random.Random | None = None
+) -> tuple[int, int]:
+    """Try every history of a scenario; or, of one that is too large, some drawn at random.
 
     Returns:
         The number of states, and of histories followed to a state that was seen or to the end.
@@ -380,7 +383,7 @@ def explore(scenario: Scenario, spec: AnySpec, *, most: int = 10**9) -> tuple[in
     todo: list[_Path | None] = [None]
     histories = 0
     while todo and len(seen) < most:
-        path = todo.pop()
+        path = todo.pop(rng.randrange(len(todo)) if rng else -1)
         histories += 1
         with patched() as bind:
             world = World(scenario, spec)

@@ -231,7 +231,9 @@ def test_a_report_reads_no_entry_of_a_shard(
     """Of a stability study with many runs of many shards, it would be thousands of files."""
     read: list[str] = []
     original = LocalFiles.read
-    monkeypatch.setattr(LocalFiles, "read", lambda self, n: read.append(n) or original(self, n))
+    monkeypatch.setattr(
+        LocalFiles, "read", lambda self, n, **k: read.append(n) or original(self, n, **k)
+    )
     (section,) = sections_of([runs_of_all_kinds.stability])
     assert len(section.made) == 7
     entries = [name for name in read if name.startswith("manifest/")]

@@ -229,7 +229,7 @@ def test_errors_of_storage_do_not_end_the_heartbeat(
     original = files.read
     failures: list[bytes | OSError] = [OSError(5, "no answer"), b"half a le", OSError(5, "again")]
 
-    def failing(name: str) -> bytes:
+    def failing(name: str, **options: Any) -> bytes:
         if not failures:
             return original(name)
         failure = failures.pop()

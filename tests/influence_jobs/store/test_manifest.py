@@ -65,9 +65,9 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     original = LocalFiles.read
 
-    def read(self: LocalFiles, name: str) -> bytes:
+    def read(self: LocalFiles, name: str, **options: Any) -> bytes:
         names.append(name)
-        return original(self, name)
+        return original(self, name, **options)
 
     monkeypatch.setattr(LocalFiles, "read", read)
     return names
