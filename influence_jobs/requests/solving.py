@@ -162,8 +162,10 @@ def _curvature_samples(given: int | str | None, task: Task) -> int | None:
         return None
     if given is None:
         parameters = sum(parameter.numel() for parameter in task.model().parameters())
-        most = max(LEAST_SAMPLES, MOST_WORK // max(1, parameters))
-        return most if most < len(task.train_data()) else None
+        most, n = max(LEAST_SAMPLES, MOST_WORK // max(1, parameters)), len(task.train_data())
+        if n <= LEAST_SAMPLES:
+            return LEAST_SAMPLES  # all, as requests said before: so their runs keep their ids
+        return most if most < n else None
     if not str(given).isdecimal() or int(given) == 0:
         raise SpecError(f"--curvature-samples {given}: write a number of samples, or all")
     return int(given)
