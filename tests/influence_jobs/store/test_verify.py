@@ -19,6 +19,7 @@ from influence_jobs.kinds.train.spec import TrainedCheckpoint
 from influence_jobs.store import layout
 from influence_jobs.store.checkpoints import file_checkpoint, load_checkpoint, recorded_digest
 from influence_jobs.store.lease import Lease
+from influence_jobs.store.manifest import checksum
 from influence_jobs.store.run import Run, now
 from influence_jobs.store.status import STALE_S, read_status
 from influence_jobs.store.verify import find_damage, mark_undone
@@ -254,3 +255,14 @@ def test_a_record_that_was_changed_is_told(run: Run) -> None:
             run.manifest.done()
     path.write_text(json.dumps({k: v for k, v in entry.items() if k != "checksum"}))
     assert len(run.manifest.done()) == 7  # as earlier versions wrote it
+
+
+def test_a_record_of_another_version_has_its_own_fields(run: Run) -> None:
+    path = next(Path(run.files.url, layout.MANIFEST).glob("0*.json"))
+    entry = json.loads(path.read_text())
+    del entry["checksum"], entry["worker"]
+    entry["later"] = {"b": 1, "a": [1.5e-7]}
+    entry["checksum"] = checksum(json.dumps(entry, sort_keys=True).encode())
+    path.write_text(json.dumps(entry))
+    assert len(run.manifest.done()) == 7
+    assert find_damage(run).damaged == {}
