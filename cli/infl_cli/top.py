@@ -108,7 +108,7 @@ def top(
         _print_norms(found, tables, channel)
     else:
         for array, table in tables.items():
-            render.out.print(f"{array}: {found.array(array).attrs['quantity']}")
+            render.out.print(f"{array}: {found.array(array).attrs.get('quantity', array)}")
             render.print_table(tuple(table[0]), [tuple(row.values()) for row in table])
 
 
@@ -145,7 +145,7 @@ def _print_norms(
         of_channel = "" if channel is None else f" of channel {channel}"
         over = summed_over(run, array, channel=channel)
         render.out.print(
-            f"\nlayer {run.array(array).attrs['layer']}: largest norms{of_channel}"
+            f"\nlayer {run.array(array).attrs.get('layer', array)}: largest norms{of_channel}"
             f"{f', summed over {over}' if over else ''}"
         )
         render.print_table(tuple(table[0]), [tuple(row.values()) for row in table])

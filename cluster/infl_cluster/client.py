@@ -44,7 +44,7 @@ class JobClient:
         address: str,
         token: str | None,
         *,
-        token_source: str = "the token given",
+        token_source: str = "the token given",  # noqa: S107  (no token, its name)
         timeout_s: float = 30.0,
     ) -> None:
         self.address = address.rstrip("/")

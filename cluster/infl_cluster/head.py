@@ -216,7 +216,8 @@ def _new_folder(home: Path) -> Path:
     root = home / "heads"
     if len(os.fsencode(root / name / "ray")) > MAX_TEMP_DIR_LENGTH:
         of_home = hashlib.sha256(os.fsencode(home)).hexdigest()[:6]
-        root = Path("/tmp") / f"infl-{os.getuid()}-{of_home}"
+        # private_dir refuses one that another user has made.
+        root = Path("/tmp") / f"infl-{os.getuid()}-{of_home}"  # noqa: S108
     private_dir(root)
     folders = sorted(root.iterdir(), key=lambda folder: folder.stat().st_mtime)
     for old in folders[: -(KEPT_FOLDERS - 1)]:

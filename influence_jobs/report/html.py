@@ -189,8 +189,9 @@ def _data_uri(kind: str, buffer: io.BytesIO) -> str:
 
 
 def _dimensions(array: "zarr.Array[Any]") -> Sequence[str]:
-    names = array.metadata.to_dict()["dimension_names"]
-    assert isinstance(names, (list, tuple))
+    names = array.metadata.to_dict().get("dimension_names")
+    if not isinstance(names, (list, tuple)):  # of a stranger
+        names = [f"axis {axis}" for axis in range(array.ndim)]
     return [str(name) for name in names]
 
 

@@ -132,7 +132,7 @@ class Results:
         ranked = view.top(k, layer=layer, tests=tests, side=side, channel=channel)
         if view.ranks != "norms":
             return pa.Table.from_pylist([row for rows in ranked.values() for row in rows])
-        named = {array: self.run.array(array).attrs["layer"] for array in ranked}
+        named = {array: self.run.array(array).attrs.get("layer", array) for array in ranked}
         rows = [{"layer": named[array], **row} for array, found in ranked.items() for row in found]
         return pa.Table.from_pylist(rows)
 

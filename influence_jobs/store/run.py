@@ -187,7 +187,11 @@ class Run:
         with self._metadata():
             group = zarr.open_group(self.files.zarr_store(layout.ARRAYS), mode="r+")
             members = sorted(group.members(None))
-        return {name: node for name, node in members if isinstance(node, zarr.Array)}
+            arrays = {name: node for name, node in members if isinstance(node, zarr.Array)}
+            for name, array in arrays.items():
+                if array.attrs.get("row_axis") not in range(array.ndim):
+                    raise ValueError(f"{name} does not say along which axis its rows lie")
+        return arrays
 
     @contextmanager
     def _metadata(self) -> Iterator[None]:
@@ -245,9 +249,7 @@ class Run:
 
     def row_axis(self, name: str) -> int:
         """The axis of an array along which its rows lie."""
-        axis = self.array(name).attrs["row_axis"]
-        assert isinstance(axis, int)
-        return axis
+        return int(str(self.array(name).attrs["row_axis"]))
 
     def digest(self) -> str:
         """One SHA-256 over the manifest's checksums of all finished shards."""

@@ -10,6 +10,7 @@ from influence_jobs.store.folder import for_runs
 from influence_jobs.store.lease import Lease
 from influence_jobs.store.manifest import checksum
 from influence_jobs.store.run import Run
+from influence_jobs.terms import in_a_line
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def _damage(run: Run, entry: Entry) -> str | None:
         try:
             found = checksum(run.read_rows(name, entry.start, entry.stop))
         except Exception as error:  # noqa: BLE001  codecs raise any error on damaged bytes
-            return f"{name} cannot be read ({str(error).splitlines()[0]})"
+            return f"{name} cannot be read ({in_a_line(str(error)) or type(error).__name__})"
         if found != expected:
             return f"{name} is not what was written"
     for name, expected in entry.files.items():

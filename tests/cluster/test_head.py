@@ -215,6 +215,7 @@ def test_no_port_tells_of_jobs_or_takes_one_without_the_token(ray_head, tmp_path
     """Metrics are open, which SECURITY.md says; they are asked for elsewhere."""
     probe = tmp_path / "probe"
     body = json.dumps({"entrypoint": f"touch {probe}"}).encode()
+    asked: list[tuple[str, str, bytes | None]]
     asked = [("GET", "/api/jobs/", None), ("GET", "/nodes?view=summary", None)]
     asked += [("GET", "/api/v0/actors", None), ("GET", "/api/version", None)]
     asked += [("POST", "/api/jobs/", body), ("POST", "/api/job_agent/jobs/", body)]

@@ -232,7 +232,7 @@ def table_read(run: Run) -> bool:
 def targets_of_users(folder: Path) -> list[Target]:
     """Files that a user names."""
     return [
-        Target("preset", presets(), preset_read(folder), changed_bytes, 3_000),
+        Target("preset", presets(), preset_read(folder), changed_bytes, 1_000),
         Target("image", images(), image_read(folder), changed_bytes, 6_000),
         Target("IDX", (idx(),), idx_read(folder), changed_bytes, 3_000),
         Target(

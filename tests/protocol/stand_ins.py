@@ -231,7 +231,8 @@ def patched() -> Iterator[Callable[["World"], None]]:
 
     class FakeThread:
         def __init__(self, target: Any, **_: Any):
-            self._target, self._thread = target, None
+            self._target = target
+            self._thread: Any = None
 
         def start(self) -> None:
             self._thread = world().spawn(world().me().of, self._target)

@@ -7,9 +7,11 @@ import logging
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
+from influence_jobs.jobs.base import Shard
 from influence_jobs.kinds.baseline.spec import BaselineSpec
 from influence_jobs.kinds.runner import ShardRunner
 from influence_jobs.specs.base import TaskSpec
@@ -107,8 +109,8 @@ def takes_its_own_lease_for_anothers(patch: pytest.MonkeyPatch) -> None:
 
 
 def records_first(patch: pytest.MonkeyPatch) -> None:
-    def do(self: ShardRunner, shard: object, attempt: int, started: float) -> int:
-        data = FakeRun.right(shard.start)
+    def do(self: ShardRunner, shard: Shard, attempt: int, started: float) -> int:
+        data: Any = FakeRun.right(shard.start)
         sums = {"numbers": checksum(data)}
         self._run.manifest.write(
             Entry(shard.id, shard.start, shard.stop, attempt, "x", "done", arrays=sums)

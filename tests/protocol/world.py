@@ -10,6 +10,7 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import greenlet
@@ -132,7 +133,7 @@ class World:
             for i, (host, skew) in enumerate(zip(scenario.hosts, skews, strict=True))
         ]
         for process in self.processes:
-            self.spawn(process, lambda process=process: self.drives(process))
+            self.spawn(process, partial(self.drives, process))
 
     # -- processes --------------------------------------------------------------------------------
 
@@ -167,7 +168,7 @@ class World:
         self.pause(f"sleep {seconds:g}", lambda: self.now >= wakes, wakes)
 
     def drives(self, process: Process) -> None:
-        files = Files(self)
+        files: Any = Files(self)
         for _ in range(TRIES):
             try:
                 if self.scenario.shards == 0:
@@ -188,7 +189,7 @@ class World:
                 process.holds = False
         process.outcome = "gave up"
 
-    def carry_out(self, process: Process, files: "Files") -> None:
+    def carry_out(self, process: Process, files: Any) -> None:
         """What `driver.drive` does, without a task, a log and a status every second."""
         run = FakeRun(self, files)
         if is_done(run):
@@ -345,7 +346,8 @@ class World:
                 raise Broken(f"left behind: {', '.join(self.files)}")
             return
         run = FakeRun(self, self)
-        manifest = Manifest(Plain(self.files))
+        plain: Any = Plain(self.files)
+        manifest = Manifest(plain)
         done = manifest.done()
         wanted = {*(shard.id for shard in shards_of(self.scenario.shards)), layout.FINISH}
         if {*done} != wanted:

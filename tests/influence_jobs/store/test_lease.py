@@ -87,7 +87,7 @@ def test_a_holder_whose_clock_differs_keeps_it_as_long_as_it_writes(
         files.write("lease.json", dead_holder("live", beat=beat + lease_module.BEAT_S))
 
     with monkeypatch.context() as patch:
-        patch.setattr(lease_module.time, "sleep", watched)
+        patch.setattr(time, "sleep", watched)
         with pytest.raises(LeaseHeld, match="process 1 on elsewhere"), Lease(files):
             pass
     monkeypatch.setattr(lease_module, "WATCH_S", 0.0)

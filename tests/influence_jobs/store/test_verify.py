@@ -19,6 +19,7 @@ from influence_jobs.kinds.train.spec import TrainedCheckpoint
 from influence_jobs.store import layout
 from influence_jobs.store.checkpoints import file_checkpoint, load_checkpoint, recorded_digest
 from influence_jobs.store.lease import Lease
+from influence_jobs.store.manifest import checksum
 from influence_jobs.store.run import Run, now
 from influence_jobs.store.status import STALE_S, read_status
 from influence_jobs.store.verify import find_damage, mark_undone
@@ -209,3 +210,59 @@ def test_a_damaged_request_is_mended_by_the_same_request(run: Run) -> None:
             Run.open(run.root, run.id)
         assert Run.create(run.root, spec).spec == spec
         assert Run.open(run.root, run.id).spec == spec
+
+
+def lacks_a_shard(plan: dict[str, Any]) -> None:
+    del plan["shards"][2]
+
+
+def has_other_rows(plan: dict[str, Any]) -> None:
+    plan["shards"][2]["stop"] += 1
+
+
+def has_no_shards(plan: dict[str, Any]) -> None:
+    plan["shards"] = []
+
+
+def has_one_twice(plan: dict[str, Any]) -> None:
+    plan["shards"].append(plan["shards"][0])
+
+
+@pytest.mark.parametrize("damage", [lacks_a_shard, has_other_rows, has_no_shards, has_one_twice])
+def test_a_plan_that_is_not_that_of_the_records_is_found_and_made_anew(
+    run: Run, damage: Callable[[dict[str, Any]], None]
+) -> None:
+    digest, plan = run.digest(), json.loads(run.files.read(layout.PLAN))
+    damage(plan)
+    run.write_json(layout.PLAN, plan)
+    found = find_damage(run).damaged
+    assert [*found] == [layout.PLAN]
+    assert found[layout.PLAN].startswith(("it lacks shard", "it has a shard twice"))
+    mark_undone(run, found)
+    drive(run.root, run.id, InlineBackend())
+    assert find_damage(run).damaged == {}
+    assert run.digest() == digest
+
+
+def test_a_record_that_was_changed_is_told(run: Run) -> None:
+    path = next(Path(run.files.url, layout.MANIFEST).glob("0*.json"))
+    entry = json.loads(path.read_text())
+    for change in ({"attempt": 7}, {"arrays": {}}, {"seconds": 1.5}, {"software": {}}):
+        path.write_text(json.dumps({**entry, **change}))
+        with pytest.raises(
+            StoreError, match=r"is damaged \(it was changed\): delete it and resume"
+        ):
+            run.manifest.done()
+    path.write_text(json.dumps({k: v for k, v in entry.items() if k != "checksum"}))
+    assert len(run.manifest.done()) == 7  # as earlier versions wrote it
+
+
+def test_a_record_of_another_version_has_its_own_fields(run: Run) -> None:
+    path = next(Path(run.files.url, layout.MANIFEST).glob("0*.json"))
+    entry = json.loads(path.read_text())
+    del entry["checksum"], entry["worker"]
+    entry["later"] = {"b": 1, "a": [1.5e-7]}
+    entry["checksum"] = checksum(json.dumps(entry, sort_keys=True).encode())
+    path.write_text(json.dumps(entry))
+    assert len(run.manifest.done()) == 7
+    assert find_damage(run).damaged == {}
