@@ -15,7 +15,9 @@ from influence_jobs.store.rankings import score_blocks
 from influence_jobs.training.changes import Changes
 from influence_jobs.training.ensemble import Variant
 
-SEED_STEP = 2**32  # distance between the seeds of one subset
+# Distance between the seeds of one subset. torch's generator on the CPU takes the low 32 bits of a
+# seed, so seeds that are 2**32 apart give the same initial weights.
+SEED_STEP, SHARED_START_STEP = 2**24, 2**32
 
 S = TypeVar("S", bound=SubsetsSpec)
 
@@ -46,7 +48,8 @@ class SubsetsJob(RetrainJob[S]):
         everything = np.arange(len(self.task.train_data()))
         removed = np.setdiff1d(everything, self._subset(index), assume_unique=True)
         # Each subset has its own seeds: subsets must not share the noise of training.
-        return Variant(index + SEED_STEP * self.spec.seeds[seed], Changes(removed=removed))
+        step = SEED_STEP if self.spec.own_starts else SHARED_START_STEP
+        return Variant(index + step * self.spec.seeds[seed], Changes(removed=removed))
 
     def found(self) -> npt.NDArray[np.float64]:
         """What was measured after each retraining: (subsets, seeds, queries)."""

@@ -112,9 +112,18 @@ class SubsetsSpec(RetrainingSpec):
 
     Attributes:
         fraction: Fraction of the training set in each subset.
+        own_starts: Whether each training of a subset has initial weights of its own. In runs made
+            before there was a choice, all trainings of a subset have the same.
     """
 
     fraction: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    own_starts: bool = False
+
+    @model_validator(mode="after")
+    def _one_seed_has_one_start(self) -> Self:
+        if self.seeds == (0,):
+            object.__setattr__(self, "own_starts", False)
+        return self
 
     @model_validator(mode="after")
     def _scores_are_taken_as_they_are(self) -> Self:

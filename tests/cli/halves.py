@@ -16,16 +16,16 @@ class Tiny(Task):
     def __init__(self):
         x = torch.randn(60, 5, generator=torch.Generator().manual_seed(0))
         y = (x[:, 0] + 0.5 * x[:, 1] > 0).long()
-        self.train, self.test = TensorDataset(x[:48], y[:48]), TensorDataset(x[48:], y[48:])
+        self.points, self.others = TensorDataset(x[:48], y[:48]), TensorDataset(x[48:], y[48:])
 
     def model(self):
         return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2))
 
     def train_data(self):
-        return self.train
+        return self.points
 
     def test_data(self):
-        return self.test
+        return self.others
 
     def outputs(self, model, batch):
         return model(batch[0])

@@ -47,6 +47,10 @@ def members(indices: Any) -> npt.NDArray[np.float64]:
     return np.array([np.isin(np.arange(N), subset(N, 0.5, i)) for i in indices], dtype=float)
 
 
+def scores_of_run(root: Path, run: str) -> npt.NDArray[Any]:
+    return np.asarray(Run.open(str(root), run).array("scores")[:])
+
+
 def lds_by_hand(scores_QN: Any, found_MQ: Any, indices: Any) -> float:
     predicted = -members(indices) @ np.asarray(scores_QN, dtype=float).T
     pairs = zip(predicted.T, found_MQ.T, strict=True)
@@ -150,20 +154,23 @@ def test_influence_trains_its_models_and_averages(infl: Infl, tiny: Path) -> Non
     for train in trains:
         at = ("--checkpoint", train.run_id, "--local", "--json")
         words = ("submit", "influence", *at, "--test", 3, "--damping", 0.1, "--seed", 4)
-        alone.append(Run.open(str(tiny), infl(*words).json["run"]).array("scores")[:])
-    np.testing.assert_allclose(run.array("scores")[:], np.mean(alone, axis=0), rtol=1e-5)
+        alone.append(scores_of_run(tiny, infl(*words).json["run"]))
+    together = scores_of_run(tiny, run.id)
+    np.testing.assert_allclose(together, np.mean(alone, axis=0), rtol=1e-5, atol=1e-6)
 
     # From a training that exists: its seed and the seeds after it, at its epoch.
     first = next(train for train in trains if train.seed == 5)
-    words = ("submit", "influence", "--checkpoint", first.run_id, "--local", "--test", 3)
-    other: Any = Run.open(str(tiny), infl(*words, "--models", 2, "--json").json["run"]).spec
+    existing = ("submit", "influence", "--checkpoint", first.run_id, "--local", "--test", 3)
+    other: Any = Run.open(str(tiny), infl(*existing, "--models", 2, "--json").json["run"]).spec
     assert sorted(s_test.checkpoint.train.seed for s_test in other.s_tests) == [5, 6]
-    several = infl(*words, "--checkpoint", trains[0].run_id, "--models", 2)
+    several = infl(*existing, "--checkpoint", trains[0].run_id, "--models", 2)
     assert several.code == 2
     assert "--models trains from other seeds itself: name one train run" in several.err
     (weights,) = tiny.glob(f"{first.run_id}/checkpoints/*.pt")
     shutil.copy(weights, "mine.pt")
-    mine = infl(*words[:2], "--task", TASK, "--checkpoint", "mine.pt", *words[4:], "--models", 2)
+    mine = infl(
+        *existing[:2], "--task", TASK, "--checkpoint", "mine.pt", *existing[4:], "--models", 2
+    )
     assert mine.code == 2
     assert "mine.pt" in mine.err
     assert "does not say how it was trained: name a train run with --checkpoint" in mine.err
@@ -176,8 +183,9 @@ def written(scores_QN: npt.NDArray[Any]) -> list[str]:
     pq.write_table(pa.table({"scores": lists}), "lists.parquet")
     columns = {str(i): column for i, column in enumerate(scores_QN.T)}
     pq.write_table(pa.table(columns), "columns.parquet")
-    zarr.save_array("theirs.zarr", scores_QN)
-    zarr.save_group("group", scores=scores_QN)
+    values: Any = scores_QN  # zarr's own type of an array is another
+    zarr.save_array("theirs.zarr", values)
+    zarr.save_group("group", scores=values)
     return ["theirs.npy", "lists.parquet", "columns.parquet", "theirs.zarr", "group"]
 
 

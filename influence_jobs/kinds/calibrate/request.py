@@ -106,6 +106,7 @@ class CalibrateRequest(WeightsRequest, QueriesOptions):
             rankings=self._grid(trained, queries, say),
             seeds=tuple(range(self.seeds)),
             fraction=self.fraction,
+            own_starts=True,
             choosing=self.subsets,
             held_out=self.held_out,
         )

@@ -69,7 +69,8 @@ class LdsJob(SubsetsJob[LdsSpec]):
             )
         files |= self.run_store.write_table("results", pa.Table.from_pylist(rows))
         files |= self.run_store.write_table("summary", pa.Table.from_pylist(summary))
-        if len(self.spec.seeds) > 1:
+        # Trainings that share their initial weights agree more than the ceiling allows for.
+        if len(self.spec.seeds) > 1 and self.spec.own_starts:
             limit = pa.Table.from_pylist([ceiling(found_MSQ)._asdict()])
             files |= self.run_store.write_table("ceiling", limit)
         return Result(files=files)

@@ -57,6 +57,7 @@ class LdsRequest(ExperimentRequest, SeedsOptions, EnsembleOptions):
             seeds=(trained.train.seed,) if self.same_run else tuple(range(self.seeds)),
             subsets=self.subsets,
             fraction=self.fraction,
+            own_starts=not self.same_run,
             same_run=self.same_run,
         )
         return (spec,)

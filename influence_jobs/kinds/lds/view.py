@@ -31,6 +31,11 @@ class LdsView(View[LdsSpec]):
         lines = [f"{self.spec.subsets} subsets, {len(self.spec.seeds)} training(s) each."]
         if (limit := self._ceiling) is not None:
             lines.append(limit.words)
+        elif len(self.spec.seeds) > 1:
+            lines.append(
+                "The trainings of a subset share their initial weights, as in all runs of earlier "
+                "versions, so the run does not tell the ceiling: submit it again for other starts."
+            )
         return lines
 
     @property

@@ -28,7 +28,7 @@ from influence_jobs.store.verify import find_damage, mark_undone
 from influence_jobs.tasks.base import Draw
 from influence_jobs.training.changes import Changes
 from influence_jobs.training.ensemble import Variant
-from influence_jobs.training.train import Trainer
+from influence_jobs.training.train import Trainer, initial_model
 
 N = 1500
 
@@ -237,6 +237,20 @@ def test_lds_is_the_correlation_of_summed_scores_with_losses_of_retrained_models
     before = {(r["subset"], r["query"]): r["loss"] for r in table(run, "losses")}
     after = {(r["subset"], r["query"]): r["loss"] for r in table(again, "losses")}
     assert before.items() <= after.items()
+
+
+def test_trainings_of_a_subset_have_initial_weights_of_their_own(lds_spec, digits_task) -> None:
+    """torch takes the low 32 bits of a seed; earlier runs had one start for all of a subset."""
+
+    def starts(**fields: Any) -> int:
+        job: Any = open_job(Run("unused", lds_spec(**fields)))
+        seeds = [job.variant(row).seed for row in range(12)]
+        models = [initial_model(digits_task, seed, torch.device("cpu")) for seed in seeds]
+        return len({model.head.weight.detach().numpy().tobytes() for model in models})
+
+    assert starts(own_starts=True) == 12
+    assert starts() == 6
+    assert lds_spec(seeds=(0,), own_starts=True) == lds_spec(seeds=(0,))
 
 
 def test_the_lds_of_the_same_run_repeats_it_with_the_others_masked(
