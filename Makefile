@@ -21,8 +21,19 @@ test: install
 slow: install
 	$(BIN)/python -m pytest -m slow
 
+# Faults in whole runs, and random schedules of them, side by side; then docs/reliability.md. Half an
+# hour on two idle cores. OPTIONS="--seed 17" repeats a schedule, OPTIONS="-k GCS" some of the faults.
 test-faults: install
-	$(BIN)/python -m pytest -m faults
+ifdef OPTIONS
+	$(BIN)/python -m pytest tests/faults -m "" $(OPTIONS)
+else
+	rm -f faults.jsonl
+	$(BIN)/python -m pytest -q tests/faults/test_schedules.py -m "" & schedules=$$!; \
+	    $(BIN)/python -m pytest -q tests/faults/test_every_fault.py -m ""; every=$$?; \
+	    wait $$schedules && exit $$every
+	$(BIN)/python -m pytest -q -m faults --ignore=tests/faults
+	$(BIN)/python tests/faults/faults_page.py
+endif
 
 # Which command is right for which of some fifty models? An hour or two; it goes on where it was
 # stopped, and keeps its cells in models.jsonl. The page is docs/models.md.

@@ -16,6 +16,11 @@ DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPER
 _OPTION = re.compile(r"(?<![\w-])--([a-z][a-z-]*)(?: (?=[^\s,;:)]*\d|[A-Z]+[\s,;:)=]|all\b))?")
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text; of one without a text, its type."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 class InflError(Exception):
     """Base of all errors whose message is meant for the user."""
 

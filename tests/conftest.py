@@ -40,6 +40,10 @@ sys.path.insert(0, str(EXAMPLES))
 FOREIGN = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, help="the only random schedule of faults to run")
+
+
 def _processes_of(head: Head) -> list[psutil.Process]:
     """Processes of a head, found by ancestry and by its folder on their command line."""
     found = []

@@ -7,7 +7,7 @@ import typer
 from infl_cli import options as o
 from infl_cli import render
 from infl_cli.render import say
-from infl_cluster.head import current_head, ensure_head, recorded_head, stop_head
+from infl_cluster.head import current_head, ensure_head, recorded_head, remains, stop_head
 
 app = typer.Typer(
     no_args_is_help=True, help="Start and stop the Ray on this machine that runs use."
@@ -36,13 +36,19 @@ def up(
 def status(json: o.Json = False) -> None:
     """Show whether Ray is up, and the addresses of its dashboard and metrics."""
     head = current_head()
+    left = [process.pid for process in remains()] if head is None else []
     if json:
         up = (
             {"dashboard": head.dashboard_url, "metrics": head.metrics_url, "pid": head.pid}
             if head
             else {}
         )
-        render.print_json({"up": head is not None, **up})
+        render.print_json({"up": head is not None, "left": left, **up})
+    elif left:
+        say(
+            f"Ray has died, and {len(left)} of its processes are left (process {left[0]}): "
+            "infl cluster down ends them; the next run does, too, and starts a new Ray"
+        )
     elif head is None:
         say(NONE)
     else:

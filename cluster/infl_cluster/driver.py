@@ -39,12 +39,14 @@ class Backend(Protocol):
         run: Run,
         shards: Sequence[Shard],
         *,
+        on_start: Callable[[str, str], None],
         on_receipt: Callable[[Receipt, bool], None],
         on_idle: Callable[[str | None], None],
     ) -> None:
         """Compute the shards, retrying as the retry policy says.
 
         Args:
+            on_start: Called with a shard's id and the process that has begun it, as HOST:PID.
             on_receipt: Called with each receipt and whether the shard will be tried again.
             on_idle: Called about once a second, also if no receipt arrives. Its argument is what
                 the backend waits for, if the user should know. It may raise to give up.
@@ -210,7 +212,7 @@ def _work(
             raise RuntimeFault(f"another driver has taken over run {run.id}")
 
     if todo:
-        backend.run(run, todo, on_receipt=on_receipt, on_idle=on_idle)
+        backend.run(run, todo, on_start=status.started, on_receipt=on_receipt, on_idle=on_idle)
     if failed:
         first = next(iter(failed.values()))
         count = (
@@ -242,10 +244,18 @@ def _finish(run: Run, job: Job[Any]) -> None:
     run.manifest.write_summary()
 
 
-def stop_on_sigterm() -> None:
-    """Turn SIGTERM into SystemExit, so that a stopped driver can write its last status."""
+def stop_on_sigterm(why_ended: Callable[[], str | None] = lambda: None) -> None:
+    """Turn SIGTERM into SystemExit, so that a stopped driver can write its last status.
+
+    Args:
+        why_ended: Returns what else than the user's wish ends this process, or None. Then the run
+            has failed of that, and was not stopped.
+    """
 
     def leave(_signal: int, _frame: FrameType | None) -> None:
+        why = why_ended()
+        if why is not None:
+            raise RuntimeFault(why)
         sys.exit(143)
 
     signal.signal(signal.SIGTERM, leave)

@@ -3,8 +3,9 @@
 import argparse
 import sys
 
+from infl_cluster import store_access
 from infl_cluster.driver import drive_when_free, stop_on_sigterm
-from infl_cluster.pool import RayBackend
+from infl_cluster.pool import RayBackend, why_ended
 from influence_jobs.errors import InflError
 from influence_jobs.tasks.trust import trust_all
 from influence_jobs.terms import in_a_line
@@ -21,7 +22,8 @@ def main() -> int:
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--shard-rows", type=int)
     options = parser.parse_args()
-    stop_on_sigterm()
+    stop_on_sigterm(why_ended)
+    store_access.take()
     trust_all()  # who submitted this has been asked
     backend = RayBackend(options.workers, device=options.device, num_gpus=options.num_gpus)
     try:
@@ -35,6 +37,8 @@ def main() -> int:
     except InflError as error:
         print(f"error: {in_a_line(str(error))}", file=sys.stderr)
         return 2
+    finally:
+        store_access.forget()
     return 0
 
 

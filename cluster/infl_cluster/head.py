@@ -7,6 +7,7 @@ compares the pid, the start time, and the session name that the head reports.
 
 import dataclasses
 import hashlib
+import http.client
 import importlib.metadata
 import json
 import os
@@ -18,6 +19,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import filelock
 import psutil
@@ -30,10 +32,12 @@ from influence_jobs.store.process import CLOCK_STEP_S, is_running, is_same
 START_DEADLINE_S = 60.0
 STOP_DEADLINE_S = 30.0
 ANSWER_DEADLINE_S = 15.0
+LISTEN_DEADLINE_S = 5.0
 # A UNIX socket's path is limited to 107 bytes. Ray appends up to 64 to its temporary folder:
 # /session_YYYY-MM-DD_hh-mm-ss_uuuuuu_PPPPPPP/sockets/plasma_store
 MAX_TEMP_DIR_LENGTH = 107 - 64
 KEPT_FOLDERS = 3
+TOKEN, ACCESS = "token", "access"  # in the folder of a head
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,10 @@ class Head:
     temp_dir: Path
     idle_timeout_s: float | None
     """The head ends itself after this long without a job; None: never."""
+    agent_url: str = ""
+    """The node's agent, which starts jobs; empty in records of earlier versions."""
+    num_cpus: int | None = None
+    num_gpus: int | None = None
 
     def client(self, *, timeout_s: float = 30.0) -> JobClient:
         """Return a job client of this head.
@@ -73,7 +81,7 @@ class Head:
 
 
 def current_head() -> Head | None:
-    """Return the live head, or None if there is none.
+    """Return the live head, or None if there is none. A head that cannot start jobs is dead.
 
     Raises:
         RuntimeFault: The head runs but does not answer, or runs another version of Ray.
@@ -81,8 +89,46 @@ def current_head() -> Head | None:
     head = recorded_head()
     if head is None or not is_running(head.pid, head.create_time):
         return None
+    if not _is_whole(head):
+        return None
     _check_answer(head)
     return head
+
+
+def remains() -> list[psutil.Process]:
+    """Return the live processes of the recorded head; meant for one that is dead."""
+    head = recorded_head()
+    return head_processes(head.pid, head.create_time, head.temp_dir) if head is not None else []
+
+
+def listens(url: str) -> bool:
+    """Return whether a process of Ray is there: its dashboard, or the node's agent.
+
+    Without the agent no job can be started, though the dashboard answers as before.
+
+    Raises:
+        RuntimeFault: It is there, but silent.
+    """
+    address = urlsplit(url)
+    connection = http.client.HTTPConnection(
+        address.hostname or "", address.port, timeout=LISTEN_DEADLINE_S
+    )
+    try:
+        connection.request("GET", "/api/local_raylet_healthz")  # any answer will do
+        connection.getresponse()
+    except TimeoutError:
+        raise RuntimeFault(
+            f"the local Ray does not answer at {url}: end it with `infl cluster down`"
+        ) from None
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+    return True
+
+
+def _is_whole(head: Head) -> bool:
+    return listens(head.dashboard_url) and (not head.agent_url or listens(head.agent_url))
 
 
 def recorded_head() -> Head | None:
@@ -99,7 +145,7 @@ def recorded_head() -> Head | None:
 def ensure_head(
     *, idle_timeout_s: float | None, num_cpus: int | None = None, num_gpus: int | None = None
 ) -> Head:
-    """Return the live head; start one if there is none.
+    """Return the live head; start one if there is none, or if it can start no job any more.
 
     Args:
         idle_timeout_s: The head ends itself after this long without a job. None keeps it until it
@@ -118,11 +164,14 @@ def ensure_head(
     with lock:
         head = recorded_head()
         if head is not None and is_running(head.pid, head.create_time):
-            _check_answer(head)
             if idle_timeout_s is None:
                 head = dataclasses.replace(head, idle_timeout_s=None)
-            write_record(head)  # a new modification time: the idle clock starts again
-            return head
+            if _is_whole(head):
+                _check_answer(head)
+                write_record(head)  # a new modification time: the idle clock starts again
+                return head
+            # As the user had it.
+            idle_timeout_s, num_cpus, num_gpus = head.idle_timeout_s, head.num_cpus, head.num_gpus
         if head is not None:
             stop_head(head)
         options = {
@@ -144,7 +193,14 @@ def stop_head(head: Head) -> None:
         supervisor.terminate()
         psutil.wait_procs([supervisor], timeout=STOP_DEADLINE_S)
     end_processes(head_processes(head.pid, head.create_time, head.temp_dir))
+    forget_secrets(head.token_path.parent)
     remove_record(head.pid)
+
+
+def forget_secrets(folder: Path) -> None:
+    """Delete what is secret in a head's own folder: the token, and the jobs' store variables."""
+    (folder / TOKEN).unlink(missing_ok=True)
+    shutil.rmtree(folder / ACCESS, ignore_errors=True)
 
 
 def head_processes(pid: int, create_time: float, temp_dir: Path) -> list[psutil.Process]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from infl_cluster.retry import Decision, RetryPolicy
 from influence_jobs.errors import RuntimeFault
 from influence_jobs.jobs.base import Receipt, Shard
-from influence_jobs.kinds.runner import ShardRunner
+from influence_jobs.kinds.runner import ShardRunner, this_process
 from influence_jobs.store.run import Run
 
 
@@ -23,6 +23,7 @@ class InlineBackend:
         run: Run,
         shards: Sequence[Shard],
         *,
+        on_start: Callable[[str, str], None],
         on_receipt: Callable[[Receipt, bool], None],
         on_idle: Callable[[str | None], None],
     ) -> None:
@@ -31,6 +32,7 @@ class InlineBackend:
         for shard in shards:
             for attempt in itertools.count(1):
                 on_idle(None)
+                on_start(shard.id, this_process())
                 receipt = runner.run(shard)
                 decision = None
                 if receipt.status == "failed":

@@ -23,7 +23,7 @@ from influence_jobs.store.folder import for_runs
 from influence_jobs.store.lease import live_holder
 from influence_jobs.store.run import Run
 from influence_jobs.store.software import other_versions, software
-from influence_jobs.store.status import is_done
+from influence_jobs.store.status import is_done, read_status
 from influence_jobs.terms import size
 
 IDLE_TIMEOUT_S = 600.0  # a head started by a run ends itself after so long without a job
@@ -53,6 +53,8 @@ def carry_out(run: Run, how: How, say: Say) -> bool:
     if is_done(run):
         say(f"{run.id} is already done")
         return True
+    if (before := read_status(run))["state"] == "interrupted" and before["message"]:
+        say(f"{run.id} was interrupted: {before['message']}")
     _say_versions(run, say)
     for needed in _made_here(run.spec):
         drive(run.root, Run.create(run.root, needed).id, InlineBackend(threads=cores()))
@@ -171,8 +173,9 @@ def _carry_out_on_ray(run: Run, how: How, say: Say) -> bool:
 
 def _submit(run: Run, how: How, say: Say) -> Callable[[], str | None]:
     """Start the Ray job of a run; returns a function that tells why the job ended, once it has."""
+    from infl_cluster import store_access
     from infl_cluster.client import remote_client
-    from infl_cluster.head import ensure_head
+    from infl_cluster.head import ACCESS, ensure_head
     from infl_cluster.ray_job import job_watcher
 
     if run.spec.task.name.startswith("__main__:"):
@@ -180,12 +183,15 @@ def _submit(run: Run, how: How, say: Say) -> Callable[[], str | None]:
             f"task {run.spec.task.name} is defined in this process, where Ray's workers cannot "
             "find it: put it into a file, or compute with --local"
         )
+    env: dict[str, str] = {}
+    submission_id = f"{run.id}-{secrets.token_hex(3)}"
     if how.address:
         client, python = remote_client(how.address), "python"
     else:
         head = ensure_head(idle_timeout_s=IDLE_TIMEOUT_S)
         say(f"Ray dashboard: {head.dashboard_url} (token in {head.token_path})")
         client, python = head.client(), sys.executable
+        env |= store_access.keep(head.token_path.parent / ACCESS, submission_id)
     argv = [python, "-m", "infl_cluster.driver_main", run.root, run.id]
     options = {
         "--workers": how.workers,
@@ -196,11 +202,9 @@ def _submit(run: Run, how: How, say: Say) -> Callable[[], str | None]:
     }
     for option, value in options.items():
         argv += [] if value is None else [option, str(value)]
-    env = {}
     if ":" in run.spec.task.name:  # one's own task lies in its folder, or where one works
         places = [run.spec.task.folder, str(Path.cwd()), os.environ.get("PYTHONPATH")]
         env["PYTHONPATH"] = os.pathsep.join(filter(None, places))
-    submission_id = f"{run.id}-{secrets.token_hex(3)}"
     job: JobFile = {"address": how.address, "submission_id": submission_id}
     run.write_json(layout.JOB, job)  # before submitting: this process may be killed right after
     client.submit(

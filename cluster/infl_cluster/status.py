@@ -5,13 +5,17 @@ Progress is counted in units: samples that went through a model. It includes wha
 unfinished shards.
 """
 
+import socket
 import threading
+import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from influence_jobs.store import layout
 from influence_jobs.store.documents import ProgressFile
+from influence_jobs.store.process import hangs, oom_kills
 from influence_jobs.store.run import Run, now
 
 if TYPE_CHECKING:  # readers of a status must not load torch
@@ -19,7 +23,24 @@ if TYPE_CHECKING:  # readers of a status must not load torch
 
 BEAT_S = 1.0
 MAX_FAILURES = 100  # that a status tells; the log has all of them
-QUIET_S = 300.0  # after so long without progress, the status says so
+QUIET_S = 45.0  # after so long without progress, the status says so
+
+
+@dataclass
+class _Step:
+    """What was last seen of a shard under way, or of the run as a whole."""
+
+    worker: str | None = None  # host:pid
+    units: int = 0
+    since: float = field(default_factory=time.monotonic)
+
+    def sees(self, units: int) -> None:
+        if units != self.units:
+            self.units, self.since = units, time.monotonic()
+
+    @property
+    def quiet_s(self) -> float:
+        return time.monotonic() - self.since
 
 
 class StatusWriter:
@@ -34,7 +55,8 @@ class StatusWriter:
         self._running: set[str] = set()
         self._before = 0  # units of shards that an earlier driver finished
         self._resumed: dict[str, int] = {}  # units of unfinished shards from earlier attempts
-        self._last_units, self._moved_at = 0, now()
+        self._whole = _Step()
+        self._steps: dict[str, _Step] = {}  # of the shards that a worker has
         self._status: dict[str, Any] = {
             "state": "running",
             "phase": None,
@@ -47,6 +69,7 @@ class StatusWriter:
             "units_total": None,
             "retries": 0,
             "failures": {},
+            "oom_kills": oom_kills(),
         }
 
     def __enter__(self) -> Self:
@@ -103,9 +126,15 @@ class StatusWriter:
             }
         self._write()
 
+    def started(self, shard: str, worker: str) -> None:
+        """Note that a worker, as HOST:PID, has begun a shard."""
+        with self._lock:
+            self._steps[shard] = _Step(worker)
+
     def count(self, receipt: "Receipt", *, retried: bool) -> None:
         """Count a shard that is done or has failed."""
         with self._lock:
+            self._steps.pop(receipt.shard, None)
             if receipt.status == "done":
                 self._running.discard(receipt.shard)
                 self._status["shards_done"] += 1
@@ -139,11 +168,32 @@ class StatusWriter:
             self._status["units_done"] = sum(finished) + sum(
                 units for shard, units in under_way.items() if shard in self._running
             )
-            # A run that waits for one of its inputs is not quiet: the input makes progress.
-            if self._status["units_done"] != self._last_units or self._status["phase"]:
-                self._last_units, self._moved_at = self._status["units_done"], now()
-            quiet = now() - self._moved_at
+            for shard, units in under_way.items():
+                if shard in self._steps:
+                    self._steps[shard].sees(units)
+            self._whole.sees(self._status["units_done"])
+            self._status["oom_kills"] = oom_kills()
             status = {**self._status, "updated_at": now()}
-            if status["state"] == "running" and not status["message"] and quiet > QUIET_S:
-                status["message"] = f"no progress for {quiet / 60:.0f} minutes"
+            if status["state"] == "running" and not status["message"]:
+                status["message"] = self._what_is_quiet()
             self._run.write_json(layout.STATUS, status)
+
+    def _what_is_quiet(self) -> str | None:
+        """What has made no progress for long, or None."""
+        if self._status["phase"]:  # a run that waits for one of its inputs: that one has a status
+            self._whole.since = time.monotonic()
+        quiet = {name: step for name, step in self._steps.items() if step.quiet_s > QUIET_S}
+        if quiet:
+            shard, step = max(quiet.items(), key=lambda item: item[1].quiet_s)
+            host, _, pid = (step.worker or "").rpartition(":")
+            others = f", and in {len(quiet) - 1} more" if len(quiet) > 1 else ""
+            why = hangs(int(pid)) if host == socket.gethostname() else f"on {host}"
+            return f"no progress in shard {shard} for {_time(step)}{others}: process {pid}, {why}"
+        if not self._steps and self._whole.quiet_s > QUIET_S:
+            return f"no progress for {_time(self._whole)}"
+        return None
+
+
+def _time(step: _Step) -> str:
+    quiet = step.quiet_s
+    return f"{quiet:.0f} s" if quiet < 120 else f"{quiet / 60:.0f} minutes"

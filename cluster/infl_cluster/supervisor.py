@@ -6,6 +6,7 @@ time, or on SIGTERM or SIGINT, it stops the child and all processes that came fr
 
 import argparse
 import contextlib
+import ctypes
 import os
 import random
 import secrets
@@ -14,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 
@@ -23,6 +24,7 @@ import psutil
 
 from infl_cluster import head as heads
 from infl_cluster.client import JobClient
+from infl_cluster.store_access import STORE_PREFIXES
 from influence_jobs.errors import RuntimeFault
 from influence_jobs.home import infl_home
 
@@ -35,6 +37,7 @@ UNKNOWN_TIMEOUT_S = 30.0  # a head without a record ends after so long without a
 PORTS = range(20000, 32768)
 # Variables of the caller that name another cluster, or would override the token file.
 FOREIGN_VARIABLES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN")
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 class Supervisor:
@@ -56,7 +59,9 @@ class Supervisor:
         num_gpus: int | None,
     ) -> None:
         self._idle_timeout_s = idle_timeout_s
-        self._token_path = folder / "token"
+        self._num_cpus, self._num_gpus = num_cpus, num_gpus
+        self._folder = folder
+        self._token_path = folder / heads.TOKEN
         # Ray makes its folder readable to all users; only the owner can enter the one around it.
         self._temp_dir = folder / "ray"
         self._create_time = psutil.Process().create_time()
@@ -82,7 +87,12 @@ class Supervisor:
         with os.fdopen(descriptor, "w") as file:
             file.write(token)
         client = JobClient(f"http://127.0.0.1:{self._ports['dashboard']}", token, timeout_s=5.0)
-        ray = subprocess.Popen(self._argv, stdin=subprocess.DEVNULL, env=self._environment())
+        ray = subprocess.Popen(
+            self._argv,
+            stdin=subprocess.DEVNULL,
+            env=self._environment(),
+            preexec_fn=_end_with_parent() if sys.platform == "linux" else None,  # noqa: PLW1509  no threads here
+        )
         try:
             head = self._wait_until_up(ray, client)
             if head is None:
@@ -92,7 +102,7 @@ class Supervisor:
         finally:
             heads.remove_record(os.getpid())
             self._stop(ray, client)
-            self._token_path.unlink(missing_ok=True)
+            heads.forget_secrets(self._folder)
 
     def _on_signal(self, _signum: int, _frame: FrameType | None) -> None:
         self._stopping = True
@@ -117,7 +127,11 @@ class Supervisor:
 
     def _environment(self) -> Mapping[str, str]:
         """Return the environment of Ray; jobs inherit it."""
-        environment = {k: v for k, v in os.environ.items() if k not in FOREIGN_VARIABLES}
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in FOREIGN_VARIABLES and not name.startswith(STORE_PREFIXES)
+        }
         return environment | {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self._token_path),
@@ -140,7 +154,8 @@ class Supervisor:
         while ray.poll() is None and not self._stopping:
             try:
                 version = client.version()
-                if client.has_node():
+                reason = "its agent is missing"
+                if client.has_node() and heads.listens(self._agent_url()):
                     return self._record(client.address, version)
             except RuntimeFault as fault:
                 reason = str(fault)
@@ -162,7 +177,13 @@ class Supervisor:
             token_path=self._token_path,
             temp_dir=self._temp_dir,
             idle_timeout_s=self._idle_timeout_s,
+            agent_url=self._agent_url(),
+            num_cpus=self._num_cpus,
+            num_gpus=self._num_gpus,
         )
+
+    def _agent_url(self) -> str:
+        return f"http://127.0.0.1:{self._ports['agent']}"
 
     def _watch(self, ray: "subprocess.Popen[bytes]", client: JobClient) -> int:
         """Wait until Ray ends, a signal arrives, or the head was idle for long enough.
@@ -174,10 +195,18 @@ class Supervisor:
         """
         busy_at = known_at = time.time()
         polled_at = 0.0
+        checked_at = time.monotonic()
         while not self._stopping:
             if ray.poll() is not None:
                 return 1
             time.sleep(0.2)
+            if time.monotonic() - checked_at > LONGEST_POLL_S:
+                checked_at = time.monotonic()
+                # Of those that end themselves in order, `ray start` takes no notice.
+                for url in (client.address, self._agent_url()):
+                    if _is_dead(url):
+                        print(f"a part of Ray has died: nothing listens at {url}", flush=True)
+                        return 1
             head = heads.recorded_head()
             known = head is not None and head.pid == os.getpid()
             if known:
@@ -222,6 +251,29 @@ class Supervisor:
                 ray.wait()
         left = heads.head_processes(os.getpid(), self._create_time, self._temp_dir)
         heads.end_processes([process for process in left if process.pid != os.getpid()])
+
+
+def _is_dead(url: str) -> bool:
+    try:
+        return not heads.listens(url)
+    except RuntimeFault:
+        return False  # it hangs, and may go on
+
+
+def _end_with_parent() -> Callable[[], None]:
+    """A function that asks Linux to end this process if its parent dies.
+
+    A killed supervisor would leave a Ray that no one finds and that never ends.
+    """
+    libc = ctypes.CDLL(None)
+    parent = os.getpid()
+
+    def ask() -> None:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it died before
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return ask
 
 
 def _has_jobs(client: JobClient) -> bool:

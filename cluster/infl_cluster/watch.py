@@ -1,5 +1,6 @@
 """Show the progress of a run. It is read from the run's folder, wherever the driver is."""
 
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -8,11 +9,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from influence_jobs.errors import first_line
 from influence_jobs.store.run import Run
 from influence_jobs.store.status import rate_and_eta, read_status, under_way
 from influence_jobs.terms import duration
 
 POLL_S = 0.5
+_DIGITS = re.compile(r"\d+")
 LINE_EVERY_S = 10.0  # without a terminal, lines replace the bar
 
 
@@ -30,6 +33,7 @@ class Progresses:
         )
         self._tasks: dict[str, TaskID] = {}
         self._drawn = sys.stderr.isatty()
+        self._said: str | None = None
         self._last_line = time.monotonic()
         if self._drawn:
             self._bars.start()
@@ -40,7 +44,12 @@ class Progresses:
             self._bars.stop()
 
     def show(self, run: Run, status: dict[str, Any]) -> None:
-        """Show the progress of a run."""
+        """Show the progress of a run, and what it waits for."""
+        message = status.get("message")
+        # Numbers in it grow every second.
+        if message and status["state"] == "running" and _DIGITS.sub("", message) != self._said:
+            self._said = _DIGITS.sub("", message)
+            self._say(f"{run.id}: {message}")
         total, done = status["units_total"], status["units_done"]
         if not total:
             return
@@ -72,18 +81,34 @@ def watch(
     asked = time.monotonic()
     try:
         while True:
-            status = read_status(run)
-            bars.show(*under_way(run, status))
-            if status["state"] not in ("new", "running"):
+            status = _status(run)
+            bars.show(*_under_way(run, status))
+            if status["state"] not in ("new", "running", "interrupted"):
                 return status
             if time.monotonic() - asked > 1:
                 asked = time.monotonic()
                 why = ended()
                 if why is not None:
-                    status = read_status(run)
-                    if status["state"] in ("new", "running"):
-                        status |= {"state": "interrupted", "message": why}
+                    status = _status(run)
+                    if status["state"] in ("new", "running", "interrupted"):
+                        status |= {"state": "interrupted", "message": status.get("message") or why}
                     return status
             time.sleep(POLL_S)
     finally:
         bars.close()
+
+
+def _status(run: Run) -> dict[str, Any]:
+    """The status of a run; a store that does not answer for a while does not end the run."""
+    try:
+        return read_status(run)
+    except OSError as error:
+        nothing = {"units_done": 0, "units_total": None}
+        return {"state": "running", "message": f"no status: {first_line(error)}", **nothing}
+
+
+def _under_way(run: Run, status: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
+    try:
+        return under_way(run, status)
+    except OSError:
+        return run, status

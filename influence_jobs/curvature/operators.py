@@ -21,7 +21,7 @@ from influence_jobs.curvature.requirements import (
     require_output_loss,
     saved_bytes,
 )
-from influence_jobs.errors import DataError, ModelError, SpecError
+from influence_jobs.errors import DataError, ModelError, SpecError, first_line
 from influence_jobs.gradients.batches import flattened
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.gradients.requirements import require_independent_samples
@@ -376,7 +376,7 @@ class Operator(ABC):
         Raises:
             ModelError: Plain autograd cannot do either.
         """
-        said = str(error).splitlines()[0]
+        said = first_line(error)
         self._plain = True
         try:
             self._compare_with_differences(batch)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from influence_jobs.errors import first_line
 from influence_jobs.store.files import Files
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ class SavedState:
         try:
             return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
         except Exception as error:  # noqa: BLE001  (torch raises any error on damaged bytes)
-            why = str(error).splitlines()[0]
+            why = first_line(error)
             log.warning("%s is damaged, so its shard begins anew: %s", self._name, why)
             return None
 

@@ -11,7 +11,14 @@ from typing import Literal
 
 import torch
 
-from influence_jobs.errors import DISK_ERRORS, InflError, ModelError, SpecError, StoreError
+from influence_jobs.errors import (
+    DISK_ERRORS,
+    InflError,
+    ModelError,
+    SpecError,
+    StoreError,
+    first_line,
+)
 from influence_jobs.jobs.base import Receipt, Shard
 from influence_jobs.kinds import open_job
 from influence_jobs.store import layout
@@ -26,6 +33,11 @@ log = logging.getLogger(__name__)
 PROGRESS_EVERY_S = 1.0
 # Errors that every shard would meet.
 FATAL = (ModelError, SpecError, StoreError)
+
+
+def this_process() -> str:
+    """This process, as HOST:PID."""
+    return f"{socket.gethostname()}:{os.getpid()}"
 
 
 class ShardRunner:
@@ -92,7 +104,7 @@ class ShardRunner:
                 "arrays": sums,
                 "files": dict(result.files),
                 "seconds": time.monotonic() - started,
-                "worker": f"{socket.gethostname()}:{os.getpid()}",
+                "worker": this_process(),
                 "software": software(),
                 "finished_at": now(),
                 "threads": torch.get_num_threads(),
@@ -161,9 +173,9 @@ def _line(error: Exception) -> str:
     if isinstance(error, InflError):
         return str(error)
     if _is_gpu_failure(error):
-        return f"the GPU failed ({str(error).splitlines()[0]}): resume the run"
+        return f"the GPU failed ({first_line(error)}): resume the run"
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return "out of memory: submit with a smaller --batch-size"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "the disk is full: make room and resume"
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+    return f"{type(error).__name__}: {first_line(error)}"

@@ -33,7 +33,10 @@ def _inside(name: str) -> str:
 
 @with_config(_LAX)
 class Status(TypedDict):
-    """status.json: the state of the driver. Units are samples that went through a model."""
+    """status.json: the state of the driver. Units are samples that went through a model.
+
+    `oom_kills` is how many processes the driver's machine had killed for lack of memory.
+    """
 
     state: Literal["running", "done", "stopped", "failed"]
     phase: Name | None
@@ -48,6 +51,7 @@ class Status(TypedDict):
     units_total: Count | None
     retries: Count
     failures: dict[str, str]
+    oom_kills: NotRequired[Count | None]
 
 
 @with_config(_LAX)

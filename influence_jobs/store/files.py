@@ -4,6 +4,7 @@ Both kinds replace a file atomically, can create a file only if it is absent, an
 something goes wrong. Nothing here knows what the files hold.
 """
 
+import asyncio
 import contextlib
 import errno
 import os
@@ -12,12 +13,20 @@ import shutil
 import stat
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Sequence,
+)
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from zarr.abc.store import Store
 from zarr.core.buffer import Buffer
@@ -25,6 +34,8 @@ from zarr.storage import LocalStore
 
 from influence_jobs.errors import StoreError
 from influence_jobs.terms import size
+
+T = TypeVar("T")
 
 READERS = 32  # requests to an object store at a time
 SYNCS = 16  # files and folders to wait for at a time
@@ -336,10 +347,13 @@ class ObjectFiles:
 
     def read(self, name: str, *, most: int | None = None) -> bytes:
         with _os_errors(self.url):
-            found = self._store.get(name)
-            if most is not None and found.meta["size"] > most:
-                raise _too_large(f"{self.url}/{name}", found.meta["size"])
-            return bytes(found.bytes())
+            return _repeated(partial(self._read, name, most))
+
+    def _read(self, name: str, most: int | None) -> bytes:
+        found = self._store.get(name)
+        if most is not None and found.meta["size"] > most:
+            raise _too_large(f"{self.url}/{name}", found.meta["size"])
+        return bytes(found.bytes())
 
     def read_all(self, names: Sequence[str], *, most: int | None = None) -> list[bytes | None]:
         with ThreadPoolExecutor(READERS) as pool:  # a store takes its time to answer each
@@ -347,39 +361,37 @@ class ObjectFiles:
 
     def write(self, name: str, data: bytes, *, durable: bool = True) -> None:
         with _os_errors(self.url, writing=True):
-            self._store.put(name, data)
+            _repeated(lambda: self._store.put(name, data))
 
     def create(self, name: str, data: bytes) -> bool:
         from obstore.exceptions import AlreadyExistsError
 
         with _os_errors(self.url, writing=True):
             try:
-                self._store.put(name, data, mode="create")
+                _repeated(lambda: self._store.put(name, data, mode="create"))
             except AlreadyExistsError:
                 return False
         return True
 
     def delete(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError), _os_errors(self.url):
-            self._store.delete(name)
+            _repeated(lambda: self._store.delete(name))
 
     def names(self, folder: str) -> list[str]:
         with _os_errors(self.url):
-            listing = self._store.list_with_delimiter(folder)
+            listing = _repeated(lambda: self._store.list_with_delimiter(folder))
         return sorted(entry["path"].rpartition("/")[2] for entry in listing["objects"])
 
     def folders(self) -> list[str]:
         with _os_errors(self.url):
-            prefixes = self._store.list_with_delimiter()["common_prefixes"]
+            prefixes = _repeated(self._store.list_with_delimiter)["common_prefixes"]
         return sorted(prefix.rstrip("/").rpartition("/")[2] for prefix in prefixes)
 
     def sub(self, folder: str) -> "ObjectFiles":
         return ObjectFiles(f"{self.url}/{folder}")
 
     def zarr_store(self, folder: str) -> Store:
-        from zarr.storage import ObjectStore
-
-        return ObjectStore(_object_store(f"{self.url}/{folder}"))
+        return _arrays_in_store(_object_store(f"{self.url}/{folder}"))
 
     def sync(self, names: Iterable[str]) -> None:
         """Nothing to do: an object that was put is durable."""
@@ -389,6 +401,70 @@ class ObjectFiles:
 
     def sweep(self, older_than_s: float = 0.0) -> None:
         """Nothing to do: an object is never partly written."""
+
+
+# obstore repeats requests that are refused or not answered, but not those whose answer breaks off.
+_BROKEN_OFF = "body error"
+_TIMES, _PAUSE_S = 10, 0.2
+
+
+def _repeated(call: Callable[[], T]) -> T:
+    """Make a call again if its answer breaks off."""
+    for _ in range(_TIMES - 1):
+        try:
+            return call()
+        except Exception as error:
+            if _BROKEN_OFF not in str(error):
+                raise
+        time.sleep(_PAUSE_S)
+    return call()
+
+
+def _arrays_in_store(store: Any) -> Store:
+    """A Zarr store in an object store, whose reads and writes are repeated likewise."""
+    from zarr.storage import ObjectStore
+
+    async def repeated(call: Callable[[], Awaitable[T]]) -> T:
+        for _ in range(_TIMES - 1):
+            try:
+                return await call()
+            except Exception as error:
+                if _BROKEN_OFF not in str(error):
+                    raise
+            await asyncio.sleep(_PAUSE_S)
+        return await call()
+
+    class Arrays(ObjectStore[Any]):
+        async def get(self, *args: Any, **options: Any) -> Buffer | None:
+            plain = super().get
+            return await repeated(lambda: plain(*args, **options))
+
+        async def set(self, key: str, value: Buffer) -> None:
+            plain = super().set
+            await repeated(lambda: plain(key, value))
+
+        async def set_if_not_exists(self, key: str, value: Buffer) -> None:
+            plain = super().set_if_not_exists
+            await repeated(lambda: plain(key, value))
+
+        async def delete(self, key: str) -> None:
+            plain = super().delete
+            await repeated(lambda: plain(key))
+
+        async def exists(self, key: str) -> bool:
+            plain = super().exists
+            return await repeated(lambda: plain(key))
+
+        async def list_dir(self, prefix: str) -> AsyncGenerator[str, None]:
+            plain = super().list_dir
+
+            async def names() -> list[str]:
+                return [name async for name in plain(prefix)]
+
+            for name in await repeated(names):
+                yield name
+
+    return Arrays(store)
 
 
 @contextlib.contextmanager
@@ -416,15 +492,23 @@ def is_of_store(error: BaseException) -> bool:
     return type(error).__module__.startswith("obstore")
 
 
+# Where a machine of a cloud gets its role's credentials: asked last, if there are no others.
+_METADATA_SERVICE = re.compile(r"169\.254\.169\.254|metadata\.google\.internal")
+_CURES = {
+    "s3": ("AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY", "AWS_REGION, AWS_ENDPOINT_URL"),
+    "gs": ("GOOGLE_APPLICATION_CREDENTIALS", "the project"),
+    "az": ("AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY", "the endpoint"),
+}
+
+
 def storage_message(error: BaseException, url: str) -> str:
     """An object store's error in one line, with what to check."""
     said = " ".join(str(error).split())
     said = re.sub(r"Debug source:.*|<[^>]*>", " ", said).strip()[:300]
-    return (
-        f"{url}: {said}; check the bucket's name, AWS_REGION, AWS_ENDPOINT_URL and the credentials"
-        if url.startswith("s3://")
-        else f"{url}: {said}; check the name, the endpoint and the credentials"
-    )
+    variables, place = _CURES.get(url.partition("://")[0], ("them", "the endpoint"))
+    if _METADATA_SERVICE.search(said):
+        return f"{url}: there are no credentials: set {variables}"
+    return f"{url}: {said}; check the bucket's name, {place} and the credentials"
 
 
 def open_files(url: str) -> LocalFiles | ObjectFiles:

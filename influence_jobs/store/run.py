@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
 import numpy as np
@@ -139,6 +140,8 @@ class Run:
         group = self._group()
         group.attrs["run"] = self.id
         for array in layouts:
+            for parent in PurePosixPath(array.name).parents[:-1]:
+                self._group(f"{parent}")
             if self._is_there(group, array):
                 continue
             self.files.delete(f"{layout.ARRAYS}/{array.name}/zarr.json")
@@ -157,13 +160,14 @@ class Run:
                 attributes={**array.attributes, "row_axis": array.row_axis},
             )
 
-    def _group(self) -> zarr.Group:
+    def _group(self, path: str = "") -> zarr.Group:
+        """A group of arrays; its metadata are written anew if they are missing or damaged."""
         store = self.files.zarr_store(layout.ARRAYS)
         try:
-            return zarr.open_group(store, mode="a")
+            return zarr.open_group(store, path=path, mode="a")
         except _NO_METADATA:
-            self.files.delete(f"{layout.ARRAYS}/zarr.json")
-            return zarr.open_group(store, mode="a")
+            self.files.delete(f"{PurePosixPath(layout.ARRAYS, path)}/zarr.json")
+            return zarr.open_group(store, path=path, mode="a")
 
     def _is_there(self, group: zarr.Group, array: ArrayLayout) -> bool:
         try:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zarr
 
-from influence_jobs.errors import SpecError
+from influence_jobs.errors import SpecError, first_line
 from influence_jobs.store.layout import SCORES
 
 _ZARR = ("zarr.json", ".zarray", ".zgroup")  # what tells a folder of Zarr, of version 3 or 2
@@ -38,7 +38,7 @@ def read_scores(path: str, shape: tuple[int, int]) -> npt.NDArray[np.floating[An
     except FileNotFoundError:
         raise SpecError(f"there is no file of scores {path}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:  # ArrowInvalid is a ValueError
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        said = first_line(error)
         raise SpecError(
             f"cannot read scores from {path} ({said}): write them as .npy, .parquet or .zarr"
         ) from error

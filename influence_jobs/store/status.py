@@ -6,7 +6,8 @@ from typing import Any
 from influence_jobs.store import layout
 from influence_jobs.store.documents import Status
 from influence_jobs.store.folder import for_runs
-from influence_jobs.store.lease import live_holder
+from influence_jobs.store.lease import holder_of, is_alive
+from influence_jobs.store.process import oom_kills
 from influence_jobs.store.run import Run, now
 
 STALE_S = 20.0  # a driver that has not written for this long is taken for dead
@@ -15,24 +16,34 @@ STALE_S = 20.0  # a driver that has not written for this long is taken for dead
 def read_status(run: Run) -> dict[str, Any]:
     """A run's status.
 
-    Its `state` is `new` before the first driver, and `interrupted` if the driver stopped writing
-    and lost the lease. If a silent driver holds the lease, the message says so.
+    Its `state` is `new` before the first driver, and `interrupted` if the driver has died without a
+    last word. If a silent driver holds the lease, the message says so.
     """
     found = run.read_json(layout.STATUS, Status)
     if found is None:
         return {"state": "new", "units_done": 0, "units_total": None, "failures": {}}
     status: dict[str, Any] = {**found}
+    if status["state"] != "running":
+        return status
     quiet = now() - status["updated_at"]
-    if status["state"] == "running" and quiet > STALE_S:
-        # Clocks of two machines may differ, so the status alone cannot tell.
-        holder = live_holder(run.files)
-        if holder is None:
-            status["state"] = "interrupted"
-        elif holder["host"] == socket.gethostname():
-            status["message"] = (
-                f"process {holder['pid']}, which computes it, does not respond for {quiet:.0f} s: "
-                f"infl stop {run.id}{for_runs(run.root)}"
-            )
+    # Clocks of two machines may differ, so the status alone cannot tell.
+    holder = holder_of(run.files)
+    here = holder is not None and holder["host"] == socket.gethostname()
+    if holder is None or not is_alive(holder):
+        # Without a lease, the driver may just have ended, after the status was read.
+        if here or quiet > STALE_S:
+            killed = found.get("oom_kills")
+            status |= {"state": "interrupted", "message": None}
+            if here and killed is not None and (oom_kills() or 0) > killed:
+                status["message"] = (
+                    "the process that computed it is gone, and this machine has killed a process "
+                    "for lack of memory since"
+                )
+    elif quiet > STALE_S and here:
+        status["message"] = (
+            f"process {holder['pid']}, which computes it, does not respond for {quiet:.0f} s: "
+            f"infl stop {run.id}{for_runs(run.root)}"
+        )
     return status
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from influence_jobs.errors import StoreError
+from influence_jobs.errors import StoreError, first_line
 from influence_jobs.store import layout
 from influence_jobs.store.documents import Entry, PlanFile
 from influence_jobs.store.folder import for_runs
@@ -38,6 +38,8 @@ def find_damage(run: Run) -> Verification:
     if plan is None:
         raise StoreError(f"run {run.id} has not begun: infl resume {run.id}{for_runs(run.root)}")
     damaged, good = _damaged_shapes(run, plan), 0
+    if damaged:  # no chunk can be read as it should be; once this is mended, they can
+        return Verification(len(plan["shards"]), good, damaged)
     done = run.manifest.done()
     if why := _damaged_plan(plan, done):
         damaged[layout.PLAN] = why
@@ -87,7 +89,7 @@ def _damage(run: Run, entry: Entry) -> str | None:
         try:
             found = checksum(run.read_rows(name, entry.start, entry.stop))
         except Exception as error:  # noqa: BLE001  codecs raise any error on damaged bytes
-            return f"{name} cannot be read ({in_a_line(str(error)) or type(error).__name__})"
+            return f"{name} cannot be read ({in_a_line(first_line(error))})"
         if found != expected:
             return f"{name} is not what was written"
     for name, expected in entry.files.items():

@@ -35,8 +35,9 @@ from PIL.Image import Image
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from influence_jobs.errors import DataError, ModelError, SpecError
+from influence_jobs.errors import DataError, InflError, ModelError, SpecError, first_line
 from influence_jobs.gradients.batches import KINDS, map_tensors, plain_leaves
+from influence_jobs.tasks.own_code import described
 from influence_jobs.tasks.published import Published
 from influence_jobs.tasks.regions import image_size, measure_outputs
 from influence_jobs.terms import Region
@@ -160,7 +161,7 @@ def converted(
             names = ", ".join(sorted(str(t).removeprefix("torch.") for t in types - {dtype}))
             raise ModelError(
                 f"{type(model).__name__} is built in {names} and does not run in "
-                f"{str(dtype).removeprefix('torch.')} ({str(error).splitlines()[0]}): let its "
+                f"{str(dtype).removeprefix('torch.')} ({first_line(error)}): let its "
                 "forward follow the dtype of its weights, and leave .to(dtype) to the training"
             ) from error
     return model, converts
@@ -206,7 +207,7 @@ class Task(ABC):
         own = vars(task)  # attributes of a frozen dataclass cannot be set
         own["given"] = dict(list(bound.arguments.items())[1:])
         # Read once: the data would be opened again for every batch, by `batch` or a user's own.
-        own |= {name: cache(getattr(task, name)) for name in _READ_ONCE}
+        own |= {name: _read_once(task, name) for name in _READ_ONCE}
         return task
 
     def __getstate__(self) -> dict[str, Any]:
@@ -407,6 +408,22 @@ class Task(ABC):
             say: Takes lines for the user.
         """
         return options
+
+
+def _read_once(task: Task, name: str) -> Callable[[], Any]:
+    """A method of a task that gives its data, called once."""
+    read = getattr(task, name)
+
+    @cache
+    def data() -> Any:
+        try:
+            return read()
+        except InflError:
+            raise
+        except Exception as error:
+            raise DataError(f"{type(task).__name__}.{name}() failed: {described(error)}") from error
+
+    return data
 
 
 def defines(kind: type[Task], name: str) -> bool:

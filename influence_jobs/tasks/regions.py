@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from influence_jobs.errors import SpecError
+from influence_jobs.errors import SpecError, first_line
 from influence_jobs.tasks.output_loss import IGNORED, Form, forms_of, forms_that_give
 from influence_jobs.terms import Region
 
@@ -67,7 +67,7 @@ def measure_outputs(
             assert region is not None
             raise SpecError(
                 f"output_loss of {name} cannot be taken of {region[2]} x {region[3]} pixels "
-                f"({str(error).splitlines()[0]}): choose a larger --region, or define measure()"
+                f"({first_line(error)}): choose a larger --region, or define measure()"
             ) from error
     if quantity == "output" and task.output_loss == "mse":
         return outputs.square().flatten(1).mean(1)

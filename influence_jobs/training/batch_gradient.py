@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from influence_jobs.curvature.operators import AGREEMENT, DIFFERENCES
 from influence_jobs.curvature.requirements import saved_bytes
-from influence_jobs.errors import ModelError
+from influence_jobs.errors import ModelError, first_line
 from influence_jobs.gradients.transforms import all_derivatives
 from influence_jobs.tasks.base import Batch, Task, copy_of, to_type
 from influence_jobs.training.changes import require_one_each
@@ -168,7 +168,7 @@ def _look(graph: BatchGradient, model: nn.Module) -> bool:
         except RuntimeError as error:
             raise ModelError(
                 f"torch cannot differentiate the gradient of {type(model).__name__} "
-                f"({str(error).splitlines()[0]}): replace the operation, or use infl submit "
+                f"({first_line(error)}): replace the operation, or use infl submit "
                 "influence"
             ) from error
         try:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from influence_jobs.errors import ModelError
+from influence_jobs.errors import ModelError, first_line
 from influence_jobs.tasks.base import Task
 
 
@@ -30,5 +30,5 @@ def require_saveable(task: Task, state: Any) -> None:
     except Exception as error:  # whatever pickle meets
         raise ModelError(
             f"the optimizer or scheduler of {type(task).__name__} has a state that cannot be saved "
-            f"({str(error).splitlines()[0]}): keep tensors, numbers and plain containers in it"
+            f"({first_line(error)}): keep tensors, numbers and plain containers in it"
         ) from error

@@ -69,7 +69,9 @@ class FakeCluster:
 def ray(monkeypatch: pytest.MonkeyPatch) -> FakeCluster:
     """A fake cluster in place of the local Ray and of all others."""
     fake = FakeCluster()
-    head = SimpleNamespace(client=lambda: fake, dashboard_url="http://here", token_path="token")
+    head = SimpleNamespace(
+        client=lambda: fake, dashboard_url="http://here", token_path=Path("token")
+    )
     monkeypatch.setattr(head_module, "ensure_head", lambda **_: head)
     monkeypatch.setattr(ray_job, "current_head", lambda: head)
     for module in (client, ray_job):
@@ -269,12 +271,21 @@ def test_runs_on_a_cluster_must_be_shared(infl: Infl, ray: FakeCluster, tmp_path
 
 
 def test_a_ray_that_is_up_keeps_its_size(infl: Infl, monkeypatch: pytest.MonkeyPatch) -> None:
-    head = SimpleNamespace(dashboard_url="http://here", token_path="token")
+    head = SimpleNamespace(dashboard_url="http://here", token_path=Path("token"))
     monkeypatch.setattr(cluster, "ensure_head", lambda **_: head)
     for up in (None, head):
         monkeypatch.setattr(cluster, "current_head", lambda up=up: up)
         assert ("keeps its CPUs" in infl("cluster", "up", "--num-cpus", "3").err) == bool(up)
         assert "keeps its CPUs" not in infl("cluster", "up").err
+
+
+def test_what_is_left_of_a_dead_ray_is_told(infl: Infl, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "current_head", lambda: None)
+    monkeypatch.setattr(cluster, "remains", lambda: [psutil.Process()])
+    said = infl("cluster", "status").err
+    assert f"Ray has died, and 1 of its processes are left (process {os.getpid()})" in said
+    assert "infl cluster down ends them" in said
+    assert infl("cluster", "status", "--json").json == {"up": False, "left": [os.getpid()]}
 
 
 def test_watching_does_not_list_all_runs(

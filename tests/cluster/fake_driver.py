@@ -21,7 +21,7 @@ def carry_out(request):
     backend = RayBackend(
         device="cpu", runner=f"fake_runner:{request['runner']}", **request["options"]
     )
-    receipts, fault = [], None
+    receipts, begun, fault = [], [], None
 
     def on_idle(_waiting):
         if request["idle_fault"]:
@@ -31,10 +31,16 @@ def carry_out(request):
         receipts.append((*astuple(receipt), again))
 
     try:
-        backend.run(run, shards, on_receipt=on_receipt, on_idle=on_idle)  # type: ignore[arg-type]
+        backend.run(
+            run,  # type: ignore[arg-type]
+            shards,
+            on_start=lambda shard, worker: begun.append((shard, worker)),
+            on_receipt=on_receipt,
+            on_idle=on_idle,
+        )
     except RuntimeFault as error:
         fault = str(error)
-    return {"receipts": receipts, "fault": fault}
+    return {"receipts": receipts, "begun": begun, "fault": fault}
 
 
 if __name__ == "__main__":

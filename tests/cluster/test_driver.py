@@ -354,7 +354,7 @@ def test_a_run_that_does_not_move_says_so(
     with StatusWriter(run) as status:
         time.sleep(0.05)
         status.waits_for(None)
-        assert "no progress for 0 minutes" in str(read_status(run)["message"])
+        assert "no progress for 0 s" in str(read_status(run)["message"])
         status.waits_for("train-something")  # it makes progress itself
         time.sleep(0.05)
         status.waits_for("train-something")

@@ -83,12 +83,24 @@ def test_another_process_with_the_same_id_is_not_the_head_and_is_left_alone(home
         assert recorded_head() is None
 
 
-def test_a_head_is_the_same_after_the_clock_was_set(home, tmp_path):
-    (tmp_path / "token").write_text("t")
+@pytest.fixture
+def silent(monkeypatch):
+    """The address of a server that accepts and never answers."""
+    monkeypatch.setattr(heads, "LISTEN_DEADLINE_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_a_head_is_the_same_after_the_clock_was_set(home, silent):
     moved = psutil.Process().create_time() + 0.4
-    heads.write_record(a_head(token_path=tmp_path / "token", create_time=moved))
+    heads.write_record(a_head(dashboard_url=silent, create_time=moved))
     with pytest.raises(RuntimeFault, match="does not answer"):  # the head counts as alive
         current_head()
+
+
+def test_a_head_of_which_a_part_has_died_is_none(home):
+    heads.write_record(a_head())  # nothing listens there
+    assert current_head() is None
 
 
 def test_processes_of_a_head_are_found_after_the_clock_was_set():
@@ -121,6 +133,8 @@ def test_a_supervisor_without_its_record_ends_once_no_job_runs(home, tmp_path, m
     jobs = [["job"], ["job"], []]
 
     class Client:
+        address = "http://127.0.0.1:1"
+
         def unfinished(self):
             return jobs.pop(0) if len(jobs) > 1 else jobs[0]
 
@@ -132,10 +146,9 @@ def test_a_supervisor_without_its_record_ends_once_no_job_runs(home, tmp_path, m
         ray.kill()
 
 
-def test_a_head_that_does_not_answer_is_told(home, tmp_path):
-    (tmp_path / "token").write_text("t")
-    heads.write_record(a_head(token_path=tmp_path / "token"))
-    with pytest.raises(RuntimeFault, match=r"does not answer, end it with `infl cluster down`"):
+def test_a_head_that_does_not_answer_is_told(home, silent):
+    heads.write_record(a_head(dashboard_url=silent))
+    with pytest.raises(RuntimeFault, match=r"does not answer .*: end it with `infl cluster down`"):
         current_head()
     with pytest.raises(RuntimeFault, match="does not answer"):
         ensure_head(idle_timeout_s=None)

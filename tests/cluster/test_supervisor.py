@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from infl_cluster.head import current_head, ensure_head, recorded_head, stop_head
+from infl_cluster.head import current_head, ensure_head, recorded_head, remains, stop_head
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -73,20 +73,36 @@ def test_stopping_asks_jobs_to_end_and_leaves_nothing(home, processes_of, alive)
     assert processes_of(head) == []
 
 
-def test_what_a_killed_supervisor_leaves_is_cleared_away(home, processes_of, alive):
+def test_ray_ends_with_a_killed_supervisor(home, processes_of, alive):
     old = ensure_head(idle_timeout_s=None, num_cpus=1)
     submit(old, "import time; time.sleep(600)")
     processes = processes_of(old)
     os.kill(old.pid, signal.SIGKILL)
     wait_until(lambda: current_head() is None)
+    wait_until(lambda: not alive(processes))
+    assert processes_of(old) == []
+    assert remains() == []
+
+
+def test_what_a_killed_supervisor_leaves_is_cleared_away(home, processes_of, alive):
+    old = ensure_head(idle_timeout_s=None, num_cpus=1)
+    processes = processes_of(old)
+    for process in processes:  # they hang, and do not end with it
+        process.suspend()
+    os.kill(old.pid, signal.SIGKILL)
+    wait_until(lambda: current_head() is None)
     assert len(alive(processes)) > 1
+    assert len(remains()) > 1
     new = ensure_head(idle_timeout_s=None, num_cpus=1)
     assert new.session_name != old.session_name
     assert alive(processes) == []
     assert processes_of(old) == []
+    assert not old.token_path.exists()
 
 
-@pytest.mark.parametrize("victim", ["gcs_server", "raylet", "scripts.scripts"])
+@pytest.mark.parametrize(
+    "victim", ["gcs_server", "raylet", "scripts.scripts", "ray::DashboardAgent"]
+)
 def test_a_head_whose_ray_dies_takes_its_record_and_the_rest_away(
     home, processes_of, alive, victim
 ):

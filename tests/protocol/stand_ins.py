@@ -10,7 +10,7 @@ import pytest
 from infl_cluster import driver as driver_module
 from influence_jobs.jobs.base import Plan, Result, Shard
 from influence_jobs.kinds import runner as runner_module
-from influence_jobs.kinds.runner import ShardRunner
+from influence_jobs.kinds.runner import ShardRunner, this_process
 from influence_jobs.store import lease as lease_module
 from influence_jobs.store.manifest import Manifest, checksum
 from influence_jobs.store.run import Run
@@ -168,12 +168,13 @@ class Backend:
     def __init__(self, world: "World"):
         self._world = world
 
-    def run(self, run: Any, shards: Any, *, on_receipt: Any, on_idle: Any) -> None:
+    def run(self, run: Any, shards: Any, *, on_start: Any, on_receipt: Any, on_idle: Any) -> None:
         runner = ShardRunner.__new__(ShardRunner)
         runner._run, runner._job = run, FakeJob(self._world, run)  # type: ignore[assignment]
         for shard in shards:
             for attempt in range(1, ATTEMPTS + 1):
                 on_idle(None)
+                on_start(shard.id, this_process())
                 receipt = runner.run(shard)
                 again = receipt.status != "done" and attempt < ATTEMPTS
                 on_receipt(receipt, again)

@@ -209,6 +209,40 @@ def test_a_driver_outlasts_an_overloaded_store(
     server.shutdown()
 
 
+def test_missing_credentials_are_told_as_such() -> None:
+    """Not as the address of a service of the cloud, which is asked last."""
+    error = OSError("Error performing PUT http://169.254.169.254/latest/api/token: 403")
+    told = files_module.storage_message(error, "s3://runs")
+    assert told == (
+        "s3://runs: there are no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    )
+
+
+@pytest.mark.parametrize("times", [3, 20])
+def test_an_answer_that_breaks_off_is_asked_for_again(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    import obstore.exceptions
+
+    monkeypatch.setattr(files_module, "_PAUSE_S", 0.0)
+    left = [times]
+
+    class Breaking:
+        def list_with_delimiter(self, *_: object) -> dict[str, list[object]]:
+            left[0] -= 1
+            if left[0]:
+                raise obstore.exceptions.GenericError("request or response body error")
+            return {"objects": [], "common_prefixes": []}
+
+    files = ObjectFiles(bucket)
+    files._store = Breaking()
+    if times < 10:
+        assert files.names("") == []
+    else:
+        with pytest.raises(StorageError, match="body error"):
+            files.names("")
+
+
 def test_a_bucket_that_is_not_there_is_an_os_error(bucket: str) -> None:
     with pytest.raises(OSError, match="nosuch"):
         ObjectFiles(f"{bucket}-nosuch/folder").write("name", b"")

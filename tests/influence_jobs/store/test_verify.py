@@ -183,9 +183,14 @@ OF_ARRAYS = {**DAMAGES, "empty": lambda path: path.write_text("{}"), "shape": ot
     ("which", "damage"),
     [
         *(("zarr.json", damage) for damage in DAMAGES.values()),
+        *(("norms/zarr.json", damage) for damage in DAMAGES.values()),
         *(("norms/head/zarr.json", damage) for damage in OF_ARRAYS.values()),
     ],
-    ids=[*DAMAGES, *(f"array, {name}" for name in OF_ARRAYS)],
+    ids=[
+        *DAMAGES,
+        *(f"group, {name}" for name in DAMAGES),
+        *(f"array, {name}" for name in OF_ARRAYS),
+    ],
 )
 def test_damaged_metadata_are_found_and_mended(
     run: Run, which: str, damage: Callable[[Path], Any]
@@ -194,8 +199,8 @@ def test_damaged_metadata_are_found_and_mended(
     before = {name: entry.attempt for name, entry in run.manifest.done().items()}
     damage(Path(run.files.url, "data.zarr", which))
     found = find_damage(Run.open(run.root, run.id))
-    assert layout.ARRAYS in found.damaged
-    mark_undone(run, {layout.ARRAYS: found.damaged[layout.ARRAYS]})
+    assert [*found.damaged] == [layout.ARRAYS]
+    mark_undone(run, found.damaged)
     drive(run.root, run.id, InlineBackend())
     again = Run.open(run.root, run.id)
     assert find_damage(again).damaged == {}

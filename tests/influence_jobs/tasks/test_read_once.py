@@ -11,6 +11,7 @@ import torch
 from digits import DigitsTask
 
 import influence_jobs
+from influence_jobs.errors import DataError
 from influence_jobs.tasks.base import Draw
 from influence_jobs.training.changes import Changes
 
@@ -83,6 +84,7 @@ def test_a_failure_is_not_kept() -> None:
             return super().train_data()
 
     task = Later()
-    with pytest.raises(OSError, match="not there yet"):
+    told = r"Later.train_data\(\) failed: OSError: not there yet \(.*test_read_once.py, line \d+\)"
+    with pytest.raises(DataError, match=told):
         task.train_data()
     assert len(task.train_data()) == 1500

@@ -1,0 +1,157 @@
+"""How the end of a driver, a worker or Ray is told."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from infl_cluster import head as heads
+from infl_cluster import status as status_module
+from infl_cluster import watch as watch_module
+from infl_cluster.driver import stop_on_sigterm
+from infl_cluster.head import listens
+from infl_cluster.pool import why_ended
+from infl_cluster.status import StatusWriter
+from infl_cluster.watch import watch
+from influence_jobs.errors import RuntimeFault
+from influence_jobs.kinds.grad_norms.spec import GradNormsSpec
+from influence_jobs.store import layout
+from influence_jobs.store import status as store_status
+from influence_jobs.store.lease import Lease
+from influence_jobs.store.process import hangs, oom_kills
+from influence_jobs.store.run import Run
+from influence_jobs.store.status import read_status
+
+
+@contextmanager
+def listening(*, answers: bool) -> Iterator[str]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if not answers:
+                time.sleep(1)
+            self.send_response(503)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_part_of_ray_that_is_gone_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heads, "LISTEN_DEADLINE_S", 0.2)
+    with listening(answers=True) as address:
+        assert listens(f"http://{address}")
+    assert not listens(f"http://{address}")
+    with listening(answers=False) as address, pytest.raises(RuntimeFault, match="cluster down"):
+        listens(f"http://{address}")
+
+
+def test_a_driver_is_stopped_only_while_ray_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    with listening(answers=True) as address:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        assert why_ended() is None
+    assert "has died" in str(why_ended())
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        stop_on_sigterm(why_ended)
+        with pytest.raises(RuntimeFault, match="the Ray that computed it has died"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        stop_on_sigterm(lambda: None)
+        with pytest.raises(SystemExit):
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def sleeper() -> "subprocess.Popen[bytes]":
+    return subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+
+
+def test_what_a_silent_process_waits_for() -> None:
+    with sleeper() as process:
+        assert "a long step, or it hangs" in hangs(process.pid)
+        os.kill(process.pid, signal.SIGSTOP)
+        while psutil.Process(process.pid).status() != psutil.STATUS_STOPPED:
+            time.sleep(0.01)
+        assert f"it is stopped: kill -CONT {process.pid}" in hangs(process.pid)
+        process.kill()
+    assert hangs(process.pid) == "it is gone"
+
+
+def test_a_silent_shard_is_told_though_others_go_on(
+    tmp_path: Path, grad_norms_spec: GradNormsSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run.create(str(tmp_path), grad_norms_spec)
+    with StatusWriter(run) as status, sleeper() as process:
+        status._running = {"one", "two"}
+        status.started("one", f"{socket.gethostname()}:{process.pid}")
+        status.started("two", "elsewhere:7")
+        monkeypatch.setattr(status_module, "QUIET_S", 0.3)
+        time.sleep(0.4)
+        run.write_json(f"{layout.PROGRESS}/two.json", {"units": 5})
+        status._write()
+        told = str(read_status(run)["message"])
+        assert told.startswith("no progress in shard one for 0 s: process ")
+        assert f"process {process.pid}, a long step, or it hangs" in told
+        time.sleep(0.4)
+        status._write()
+        assert ", and in 1 more: process" in str(read_status(run)["message"])
+        process.kill()
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_driver_killed_for_memory_is_told(
+    tmp_path: Path, grad_norms_spec: GradNormsSpec, monkeypatch: pytest.MonkeyPatch, killed: bool
+) -> None:
+    run = Run.create(str(tmp_path), grad_norms_spec)
+    with Lease(run.files), StatusWriter(run):
+        lease, status = run.files.read(layout.LEASE), run.files.read(layout.STATUS)
+    run.files.write(layout.LEASE, lease)  # as a killed driver leaves it
+    run.files.write(layout.STATUS, status)
+    monkeypatch.setattr(store_status, "is_alive", lambda _holder: False)
+    monkeypatch.setattr(store_status, "oom_kills", lambda: (oom_kills() or 0) + killed)
+    found = read_status(run)
+    assert found["state"] == "interrupted"
+    assert ("lack of memory" in str(found["message"])) == killed
+
+
+def test_a_watcher_outlasts_a_store_that_does_not_answer(
+    tmp_path: Path, grad_norms_spec: GradNormsSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run.create(str(tmp_path), grad_norms_spec)
+    answers: Iterator[Any] = iter(
+        [
+            OSError("no answer"),
+            {"state": "running", "message": "waits 5 s", "units_total": None, "units_done": 0},
+            {"state": "running", "message": "waits 6 s", "units_total": None, "units_done": 0},
+            {"state": "done", "units_total": None, "units_done": 0},
+        ]
+    )
+
+    def read(_run: Run) -> dict[str, Any]:
+        found: Any = next(answers)
+        if isinstance(found, OSError):
+            raise found
+        return dict(found)
+
+    said: list[str] = []
+    monkeypatch.setattr(watch_module, "read_status", read)
+    monkeypatch.setattr(watch_module, "POLL_S", 0.0)
+    assert watch(run, ended=lambda: None, say=said.append)["state"] == "done"
+    assert said == [f"{run.id}: no status: no answer", f"{run.id}: waits 5 s"]
