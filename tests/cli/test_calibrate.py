@@ -159,11 +159,11 @@ def test_influence_trains_its_models_and_averages(infl: Infl, tiny: Path) -> Non
     np.testing.assert_allclose(together, np.mean(alone, axis=0), rtol=1e-5, atol=1e-6)
 
     # From a training that exists: its seed and the seeds after it, at its epoch.
-    first = next(train for train in trains if train.seed == 5)
+    before, first, _ = sorted(trains, key=lambda train: train.seed)
     existing = ("submit", "influence", "--checkpoint", first.run_id, "--local", "--test", 3)
     other: Any = Run.open(str(tiny), infl(*existing, "--models", 2, "--json").json["run"]).spec
     assert sorted(s_test.checkpoint.train.seed for s_test in other.s_tests) == [5, 6]
-    several = infl(*existing, "--checkpoint", trains[0].run_id, "--models", 2)
+    several = infl(*existing, "--checkpoint", before.run_id, "--models", 2)
     assert several.code == 2
     assert "--models trains from other seeds itself: name one train run" in several.err
     (weights,) = tiny.glob(f"{first.run_id}/checkpoints/*.pt")
