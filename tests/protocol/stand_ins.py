@@ -191,6 +191,9 @@ class Silent:
     def says(self, *_: object) -> None:
         pass
 
+    def started(self, *_: object) -> None:
+        pass
+
     def count(self, *_: object, **__: object) -> None:
         pass
 
