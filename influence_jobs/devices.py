@@ -13,6 +13,12 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def threads() -> int:
+    """Threads of one torch operation: OMP_NUM_THREADS if it is set, as other programs count."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return min(cores(), int(asked)) if asked.isdecimal() and int(asked) else cores()
+
+
 def has_cuda() -> bool:
     """Whether torch finds a CUDA device."""
     import torch  # takes seconds: help and completion must not wait for it

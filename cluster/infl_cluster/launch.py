@@ -11,7 +11,7 @@ from infl_cluster.driver import drive
 from infl_cluster.how import How
 from infl_cluster.inline import InlineBackend
 from infl_cluster.watch import watch
-from influence_jobs.devices import cores
+from influence_jobs.devices import threads
 from influence_jobs.errors import RuntimeFault, SpecError, StoreError
 from influence_jobs.home import make_known
 from influence_jobs.kinds import kind_of, open_job
@@ -57,7 +57,7 @@ def carry_out(run: Run, how: How, say: Say) -> bool:
         say(f"{run.id} was interrupted: {before['message']}")
     _say_versions(run, say)
     for needed in _made_here(run.spec):
-        drive(run.root, Run.create(run.root, needed).id, InlineBackend(threads=cores()))
+        drive(run.root, Run.create(run.root, needed).id, InlineBackend(threads=threads()))
     here = how.local or kind_of(run.spec).here
     _forget_last_end(run, local=here)
     if here:
@@ -127,7 +127,7 @@ def _carry_out_here(run: Run, how: How, say: Say) -> None:
         daemon=True,
     )
     shown.start()
-    backend = InlineBackend(device=how.resolved_device, threads=cores())
+    backend = InlineBackend(device=how.resolved_device, threads=threads())
     try:
         drive(run.root, run.id, backend, shard_rows=how.shard_size, batch_size=how.batch_size)
     except RuntimeFault as fault:

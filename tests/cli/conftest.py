@@ -45,8 +45,9 @@ def infl(
     """Runs `infl` in an empty folder; returns exit code, standard output and standard error."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])  # the command puts the working directory there
-    for module in (devices, dry_run, launch):
+    for module in (devices, dry_run):
         monkeypatch.setattr(module, "cores", lambda: 1)
+    monkeypatch.setattr(launch, "threads", lambda: 1)
     for seconds in ("PROBE_S", "PROBE_OTHER_S"):
         monkeypatch.setattr(dry_run, seconds, 0.0)
     monkeypatch.setenv("COLUMNS", "80")

@@ -64,7 +64,7 @@ def run(request: dict[str, Any]) -> None:
     os.chdir(request["cwd"])
     os.environ.update(request["env"])
     torch.set_num_threads(1)
-    launch.cores = lambda: 1  # type: ignore[attr-defined]
+    launch.threads = lambda: 1  # type: ignore[attr-defined]
     runs_commands.STOP_GRACE_S = 1.0
     saved_state.SAVE_EVERY_S = 0.1
     status.STALE_S = request["stale_s"]
