@@ -379,9 +379,10 @@ def checkpoints_of(word: str, root: str) -> list[Checkpoint]:
     for epoch in epochs:
         if epoch not in spec.save_epochs:
             saved = ", ".join(map(str, spec.save_epochs))
+            cure = "--epochs" if epoch > spec.epochs else "--save-epoch"
             raise SpecError(
                 f"{spec.run_id} keeps no weights of epoch {epoch}; it keeps {saved}: train with "
-                f"--save-epoch {epoch}"
+                f"{cure} {epoch}"
             )
     return [TrainedCheckpoint(train=spec, epoch=epoch) for epoch in epochs]
 

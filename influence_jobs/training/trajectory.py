@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from influence_jobs.errors import ModelError, StoreError
+from influence_jobs.errors import ModelError
 from influence_jobs.tasks.base import Task
 from influence_jobs.training.adjoint import Cotangents, cotangents_of
 from influence_jobs.training.recipe import Recipe
@@ -139,10 +139,19 @@ class Trajectory:
         Raises:
             ModelError: The training changes a buffer that cannot be gone back through.
         """
+        before = _other_buffers(self.trainer().model)
+        trainer = self._after(self.num_steps, progress)
+        _require_unmoved(trainer.model, before)
+        return trainer.model.eval()
+
+    def _after(self, steps: int, progress: Callable[[int], None] = lambda done: None) -> Trainer:
+        """A trainer after some steps, from the last state before that can be read.
+
+        States that should be kept on its way, and are not, are kept.
+        """
         trainer, done = self.trainer(), 0
-        before = _other_buffers(trainer.model)
         there = self._kept_at & {*self._snapshots.steps()}
-        for step in sorted(there, reverse=True):
+        for step in sorted((step for step in there if step <= steps), reverse=True):
             if (state := self._snapshots.read(step)) is not None:
                 trainer.load_state_dict(state)
                 done = step
@@ -152,9 +161,8 @@ class Trajectory:
         while True:
             if done in self._kept_at and done not in there:
                 self._snapshots.write(done, trainer.state_dict())
-            if done == self.num_steps:
-                _require_unmoved(trainer.model, before)
-                return trainer.model.eval()
+            if done == steps:
+                return trainer
             trainer.step()
             done += 1
             progress(done)
@@ -164,16 +172,9 @@ class Trajectory:
 
         Raises:
             ModelError: They end elsewhere than before.
-            StoreError: The state is gone.
         """
         start = (stop - 1) // self.spacing * self.spacing
-        trainer, state = self.trainer(), self._snapshots.read(start)
-        if state is None:
-            raise StoreError(
-                f"the state of the recomputed training after step {start} is missing or damaged: "
-                "resume the run"
-            )
-        trainer.load_state_dict(state)
+        trainer = self._after(start)
         steps = [self.recorded_step(trainer) for _ in range(start, stop)]
         after = self._snapshots.read(stop) if stop in self._kept_at else None
         if after is not None and not same_weights(trainer.model.state_dict(), after["model"]):

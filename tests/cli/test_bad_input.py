@@ -156,7 +156,7 @@ def test_a_layer_that_does_not_exist(
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (("train-digits@3",), "of epoch 3; it keeps 1, 2: train with --save-epoch 3"),
+        (("train-digits@3",), "of epoch 3; it keeps 1, 2: train with --epochs 3"),
         (("train-digits@last",), "write an epoch or all after @"),
         (("grad-norms",), "is not a train run, so it has no weights"),
         (("train-nix",), "there is no run train-nix in"),

@@ -75,7 +75,7 @@ ONE = ("--test", "3")
             "--exclude-norm-above: input should be greater than 0",
         ),
         (("submit", "unrolled", *DIGITS), "say what to explain: --test ID"),
-        (("submit", "unrolled", "--checkpoint", "train-digits@3", *ONE), "with --save-epoch 3"),
+        (("submit", "unrolled", "--checkpoint", "train-digits@3", *ONE), "with --epochs 3"),
         (("submit", "unrolled", *DIGITS, *ONE, "--layer", "1"), "there is no option --layer here"),
         (("submit", "baseline", *DIGITS, *ONE), "Missing option '--method'"),
         (

@@ -91,6 +91,15 @@ def test_a_subset_says_how_stable_it_is(infl: Infl, runs: Path) -> None:
     assert "learning rate 0.05 x 94 steps" in " ".join(planned.split())
 
 
+def test_halves_that_lambda_does_not_make_positive_end_no_run(infl: Infl, runs: Path) -> None:
+    words = ("submit", "s-test", "--checkpoint", "train-digits", "--local", "--test", 5)
+    answer = infl(*words, "--operator", "hessian", "--curvature-samples", 200)
+    assert answer.code == 0, answer.err
+    said = " ".join(answer.out.split())
+    assert "lambda is 0.001 of the largest eigenvalue, and what makes the smallest positive" in said
+    assert "of two halves of these samples cannot be compared" in said
+
+
 def test_source_keeps_the_checkpoints_that_it_needs(infl: Infl, runs: Path) -> None:
     words = ("--task", "digits:DigitsTask", "--width", 8, "--epochs", 2, "--layer", "head")
     source = ("--solver", "source", "--segments", 2, "--curvature-samples", 300)

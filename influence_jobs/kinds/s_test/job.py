@@ -20,8 +20,9 @@ from influence_jobs.curvature import (
     make_solver,
 )
 from influence_jobs.curvature.halves import cosines_of_halves
-from influence_jobs.curvature.solver import Trial
+from influence_jobs.curvature.solver import Solver, Trial
 from influence_jobs.curvature.source import Segment, Source
+from influence_jobs.errors import SpecError
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.jobs.base import Job, Plan, Progress, Result, Shard
 from influence_jobs.jobs.queries import query_gradients, require_queries, write_queries
@@ -209,14 +210,17 @@ class STestJob(Job[STestSpec]):
         messages = self._defaults
         if not self._of_subset:
             return {"messages": messages}
-        cosines = cosines_of_halves(
-            EkFac(seed=self.spec.curvature.seed)
-            if self.spec.solver.needs_factors
-            else ConjugateGradient(),
-            self._operator,
-            rhs_QP[:COMPARED],
-            damping,
-        )
+        solver: Solver = ConjugateGradient()
+        if self.spec.solver.needs_factors:
+            solver = EkFac(seed=self.spec.curvature.seed)
+        try:
+            cosines = cosines_of_halves(solver, self._operator, rhs_QP[:COMPARED], damping)
+        except SpecError:  # only of a Hessian: what makes all of it positive may not make a half so
+            said = (
+                "s_test vectors of two halves of these samples cannot be compared: lambda does not "
+                "make both their curvatures positive; more --curvature-samples make them alike"
+            )
+            return {"messages": [*messages, said]}
         said = f"s_test vectors of two halves of these samples have cosines from {min(cosines):.2f}"
         if min(cosines) < STABLE:
             said += f", below {STABLE:g}: more --curvature-samples make them more stable"

@@ -21,7 +21,7 @@ from influence_jobs.tasks.fingerprints import fingerprinted
 from influence_jobs.tasks.registry import make_task
 from influence_jobs.training.train import initial_model
 
-N, EPOCHS, LR, MOMENTUM, DECAY = 12, 48, 0.02, 0.5, 0.05
+N, EPOCHS, LR, MOMENTUM, DECAY = 12, 48, 0.02, 0.5, 0.4
 
 LINES = """
 import torch

@@ -287,6 +287,20 @@ def test_kept_states_are_used_and_no_more_than_the_root_of_the_steps() -> None:
     assert [len(steps.segment(stop)) for stop in (92, 90, 85, 1)] == [2, 10, 5, 1]
 
 
+def test_a_state_that_is_lost_while_going_back_is_computed_again() -> None:
+    task, how = Weighted(smooth), recipe("sgd", 4, epochs=4, lr=0.1)
+    steps = trajectory(task, how)
+    steps.train(ignored)
+    kept: Any = steps._snapshots
+    whole = steps.segment(50)
+    kept[40] = None  # damaged
+    del kept[30]
+    for one, other in zip(steps.segment(50), whole, strict=True):
+        assert all(torch.equal(one.weights[name], w) for name, w in other.weights.items())
+        assert torch.equal(one.ids, other.ids)
+    assert kept[30] is not None and kept[40] is not None
+
+
 def test_queries_in_pieces_or_one_by_one_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     task, how = Weighted(conv), CASES["conv"][1]
     together = scores(task, how)
