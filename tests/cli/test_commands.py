@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from infl_cluster.inline import InlineBackend
 from influence_jobs.datasets import mnist
 from influence_jobs.errors import DataError
 from influence_jobs.kinds import runner as runner_module
+from influence_jobs.store import lease
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.ffdnet import FFDNetTask
 
@@ -315,6 +317,20 @@ def test_a_run_that_goes_on_with_other_versions_says_so(
     now = first.software["torch"]
     assert f"{run.id} goes on with torch {now}; some of its shards have 1.0\n" in resumed.err
     assert infl("verify", "grad").out.strip().endswith("6 of 6 shards are done and good")
+
+
+def test_who_takes_over_from_another_host_says_what_it_waits_for(
+    infl: Infl, runs: Path, finished_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "WATCH_S", 0.0)
+    run = Run.open(str(runs), finished_run.id)
+    holder = {"owner": "x", "host": "elsewhere", "pid": 7, "process_started": 0.0, "beat": 0.0}
+    run.write_json("lease.json", {**holder, "beat": time.time() - 100})
+    run.files.delete("status.json")
+    resumed = infl("resume", "grad", "--local")
+    assert resumed.code == 0
+    told = f"{run.id} was last computed by process 7 on elsewhere: it goes on if that writes"
+    assert f"{told} nothing for 12 s\n" in resumed.err
 
 
 @pytest.mark.parametrize("record", ["0*.json", "finish.json"])
