@@ -32,9 +32,13 @@ def shown(text: str) -> str:
 
 
 def in_a_line(text: str) -> str:
-    """A text of any source in one line, cut if it is very long."""
-    line = shown(" ".join(text[: 2 * LONGEST].split()))
-    return line if len(line) <= LONGEST else line[:LONGEST] + "..."
+    """A text of any source in one line. A very long one loses its middle: its end is the cure."""
+    if len(text) > 4 * LONGEST:
+        text = f"{text[: 2 * LONGEST]} ... {text[-2 * LONGEST :]}"
+    line = shown(" ".join(text.split()))
+    if len(line) <= LONGEST:
+        return line
+    return f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
 
 
 def duration(seconds: float) -> str:

@@ -226,7 +226,8 @@ def verify(
     """Compare the files of every finished shard with their checksums in the manifest."""
     found = _find(runs, run)
     check = find_damage(found)
-    if repair and check.damaged:
+    lies = bool(check.missing) and read_status(found)["state"] == "done"
+    if repair and (check.damaged or lies):
         mark_undone(found, check.damaged)
     if json:
         render.print_json(
@@ -234,7 +235,7 @@ def verify(
                 "run": found.id,
                 "shards": check.planned,
                 "good": check.good,
-                "not_done": check.planned - check.good - len(check.damaged),
+                "not_done": len({*check.missing} - {layout.FINISH}),
                 "damaged": check.damaged,
             }
         )
@@ -242,15 +243,18 @@ def verify(
         for shard, why in check.damaged.items():
             say(f"shard {shard}: {why}")
         render.out.print(f"{found.id}: {check.good} of {check.planned} shards are done and good")
-    count = "1 shard is" if len(check.damaged) == 1 else f"{len(check.damaged)} shards are"
-    if check.damaged and repair:
-        say(f"{count} to be computed again: {_command('resume', found)}")
+    again = len(check.damaged) + len(check.missing) * lies
+    repaired = f"{_command('verify', found)} --repair, then {_command('resume', found)}"
+    if repair and again:
+        say(f"{_shards_are(again)} to be computed again: {_command('resume', found)}")
     elif check.damaged:
-        repaired = f"{_command('verify', found)} --repair, then {_command('resume', found)}"
-        raise StoreError(f"{count} damaged: {repaired}")
-    missing = check.planned - check.good
-    if missing and read_status(found)["state"] == "done":
+        raise StoreError(f"{_shards_are(len(check.damaged))} damaged: {repaired}")
+    elif lies:
         raise StoreError(
-            f"{found.id} is said to be done, but {missing} of its shards have no record: "
-            f"{_command('resume', found)} computes them"
+            f"{found.id} is said to be done, but {len(check.missing)} of its shards have no "
+            f"record: {repaired}"
         )
+
+
+def _shards_are(count: int) -> str:
+    return "1 shard is" if count == 1 else f"{count} shards are"

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from influence_jobs.specs.base import AnySpec
 from influence_jobs.store import layout
 from influence_jobs.store.documents import JobFile
 from influence_jobs.store.folder import for_runs
-from influence_jobs.store.lease import live_holder
+from influence_jobs.store.lease import WATCH_S, holder_of, is_alive, live_holder
 from influence_jobs.store.run import Run
 from influence_jobs.store.software import other_versions, software
 from influence_jobs.store.status import is_done, read_status
@@ -60,6 +61,7 @@ def carry_out(run: Run, how: How, say: Say) -> bool:
         drive(run.root, Run.create(run.root, needed).id, InlineBackend(threads=threads()))
     here = how.local or kind_of(run.spec).here
     _forget_last_end(run, local=here)
+    _say_watch(run, say)
     if here:
         _carry_out_here(run, how, say)
         return True
@@ -103,6 +105,16 @@ def _forget_last_end(run: Run, *, local: bool) -> None:
         run.files.delete(layout.STATUS)
         if local:
             run.files.delete(layout.JOB)
+
+
+def _say_watch(run: Run, say: Say) -> None:
+    """Say what the driver will wait for first, if the last one was on another host."""
+    holder = holder_of(run.files)
+    if holder is not None and not is_alive(holder) and holder["host"] != socket.gethostname():
+        say(
+            f"{run.id} was last computed by process {holder['pid']} on {holder['host']}: it goes "
+            f"on if that writes nothing for {WATCH_S:.0f} s"
+        )
 
 
 def _check_space(run: Run) -> None:

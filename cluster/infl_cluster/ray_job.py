@@ -100,7 +100,10 @@ def job_watcher(job: JobFile) -> Callable[[], str | None]:
         silent_since = None
         if status not in FINAL_STATUSES:
             return None
-        last = client.logs(job["submission_id"]).strip().rpartition("\n")[2]
+        try:
+            last = client.logs(job["submission_id"]).strip().rpartition("\n")[2]
+        except RuntimeFault as fault:  # such as a log that is too long to come in time
+            last = f"its output cannot be read: {fault}"
         return f"the Ray job {status.lower()}: {last or 'no output'}"
 
     return ended

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-from influence_jobs.errors import InflError
+from influence_jobs.errors import InflError, StoreError
 from influence_jobs.store import layout
 from influence_jobs.store.run import Run
 
@@ -55,7 +55,8 @@ class _RunLogHandler(logging.Handler):
     def _write(self) -> None:
         if not self._unwritten:
             return
-        with contextlib.suppress(OSError):  # a full disk must not hide the error being logged
+        # A full disk, or a link in the folder, must not hide the error being logged.
+        with contextlib.suppress(OSError, StoreError):
             self._run.files.write(f"{self._name}-{self._part:06d}.log", self._text)
             self._unwritten = False
 

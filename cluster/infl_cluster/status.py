@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from influence_jobs.errors import StoreError
 from influence_jobs.store import layout
 from influence_jobs.store.documents import ProgressFile
 from influence_jobs.store.process import hangs, oom_kills
@@ -94,7 +95,7 @@ class StatusWriter:
             self._status["message"] = str(error)
         try:
             self._write()
-        except OSError:
+        except (OSError, StoreError):
             if error is None:  # a full disk must not hide the run's own error
                 raise
 
@@ -147,7 +148,7 @@ class StatusWriter:
         while not self._stop.wait(BEAT_S):
             try:
                 self._write()
-            except OSError:
+            except (OSError, StoreError):
                 continue  # a full disk: the work itself will report it
 
     def _write(self) -> None:
@@ -157,7 +158,10 @@ class StatusWriter:
         for name in self._run.files.names(layout.PROGRESS):
             shard = name.removesuffix(".json")
             if shard in running:
-                report = self._run.read_json(f"{layout.PROGRESS}/{name}", ProgressFile)
+                try:
+                    report = self._run.read_json(f"{layout.PROGRESS}/{name}", ProgressFile)
+                except StoreError:  # damaged; the worker soon writes it anew
+                    continue
                 if report is None:  # the shard has just ended
                     continue
                 under_way[shard] = report["units"]

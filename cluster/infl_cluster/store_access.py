@@ -7,13 +7,15 @@ go into a file that only the user can read, and the job's environment names the 
 
 import json
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from influence_jobs.home import private_dir
 
 STORE_PREFIXES = ("AWS_", "GOOGLE_", "AZURE_")  # what obstore reads
 FILE_VARIABLE = "INFL_STORE_ACCESS"
+SUBMITTING_S = 120.0  # a job has its file for some seconds before Ray knows of it
 
 
 def keep(folder: Path, submission_id: str) -> Mapping[str, str]:
@@ -44,3 +46,15 @@ def forget() -> None:
     """Delete the file, once the job has ended."""
     if path := os.environ.get(FILE_VARIABLE):
         Path(path).unlink(missing_ok=True)
+
+
+def kept(folder: Path) -> list[str]:
+    """The jobs for which there is a file."""
+    return [path.stem for path in folder.glob("*.json")]
+
+
+def forget_ended(folder: Path, unfinished: Collection[str]) -> None:
+    """Delete the files of jobs that could not do so: they were killed, or never began."""
+    for path in folder.glob("*.json"):
+        if path.stem not in unfinished and time.time() - path.stat().st_mtime > SUBMITTING_S:
+            path.unlink(missing_ok=True)

@@ -23,6 +23,7 @@ import filelock
 import psutil
 
 from infl_cluster import head as heads
+from infl_cluster import store_access
 from infl_cluster.client import JobClient
 from infl_cluster.store_access import STORE_PREFIXES
 from influence_jobs.errors import RuntimeFault
@@ -130,7 +131,7 @@ class Supervisor:
         environment = {
             name: value
             for name, value in os.environ.items()
-            if name not in FOREIGN_VARIABLES and not name.startswith(STORE_PREFIXES)
+            if name not in FOREIGN_VARIABLES and not name.startswith(store_access.STORE_PREFIXES)
         }
         return environment | {
             "RAY_AUTH_MODE": "token",
@@ -207,6 +208,7 @@ class Supervisor:
                     if _is_dead(url):
                         print(f"a part of Ray has died: nothing listens at {url}", flush=True)
                         return 1
+                self._forget_access(client)
             head = heads.recorded_head()
             known = head is not None and head.pid == os.getpid()
             if known:
@@ -225,6 +227,12 @@ class Supervisor:
             elif self._retire(busy_at, timeout_s):
                 return 0
         return 0
+
+    def _forget_access(self, client: JobClient) -> None:
+        folder = self._folder / heads.ACCESS
+        if store_access.kept(folder):
+            with contextlib.suppress(RuntimeFault):
+                store_access.forget_ended(folder, client.unfinished())
 
     def _retire(self, busy_at: float, idle_timeout_s: float) -> bool:
         """Remove the record if the head was idle for long enough; return whether it was."""

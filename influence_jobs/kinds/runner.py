@@ -117,7 +117,7 @@ class ShardRunner:
     def _keep_traceback(self, shard: Shard) -> None:
         """Write the traceback into the run folder, because the cluster's logs may be lost."""
         name = f"{layout.LOGS}/shard-{shard.id}.log"
-        with contextlib.suppress(OSError):  # the receipt has the error in any case
+        with contextlib.suppress(OSError, StoreError):  # the receipt has the error in any case
             self._run.files.write(name, traceback.format_exc().encode())
 
 

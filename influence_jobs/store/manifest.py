@@ -52,17 +52,17 @@ class Manifest:
             raise StoreError(f"{where} is damaged (it was changed): delete it and resume")
         return entry
 
-    def write(self, entry: Entry) -> None:
+    def write(self, entry: Entry, *, durable: bool = False) -> None:
         """Replace a shard's entry.
 
-        A power cut may leave an empty file, which means that the shard was never started. An entry
-        that says "done" is durable on return; its file and folder are synced at once, since many
-        shards a second wait for the disk.
+        A power cut may leave an empty file, which means that the shard was never started, or the
+        earlier entry. One that says "done" is durable on return, and so is any if asked for; its
+        file and folder are synced at once, since many shards a second wait for the disk.
         """
         name, fields = _name(entry.shard), asdict(entry)
         fields["checksum"] = _checksum_of(fields)
         self._files.write(name, json.dumps(fields, indent=1).encode(), durable=False)
-        if entry.state == "done":
+        if durable or entry.state == "done":
             self._files.sync([name])
 
     def keep_only(self, shards: Collection[str]) -> None:

@@ -21,11 +21,13 @@ class Verification:
         planned: Number of shards in the plan.
         good: Number of finished shards whose data match the manifest.
         damaged: What is wrong, by shard.
+        missing: Shards without a record that they are done, and `finish`.
     """
 
     planned: int
     good: int
     damaged: dict[str, str]
+    missing: tuple[str, ...] = ()
 
 
 def find_damage(run: Run) -> Verification:
@@ -37,7 +39,7 @@ def find_damage(run: Run) -> Verification:
     plan = run.plan()
     if plan is None:
         raise StoreError(f"run {run.id} has not begun: infl resume {run.id}{for_runs(run.root)}")
-    damaged, good = _damaged_shapes(run, plan), 0
+    damaged, good, missing = _damaged_shapes(run, plan), 0, []
     if damaged:  # no chunk can be read as it should be; once this is mended, they can
         return Verification(len(plan["shards"]), good, damaged)
     done = run.manifest.done()
@@ -46,13 +48,14 @@ def find_damage(run: Run) -> Verification:
     for shard in (*(shard["id"] for shard in plan["shards"]), layout.FINISH):
         entry = done.get(shard)
         if entry is None:
+            missing.append(shard)
             continue
         why = _damage(run, entry)
         if why is not None:
             damaged[shard] = why
         elif shard != layout.FINISH:
             good += 1
-    return Verification(len(plan["shards"]), good, damaged)
+    return Verification(len(plan["shards"]), good, damaged, tuple(missing))
 
 
 def _damaged_plan(plan: PlanFile, done: Mapping[str, Entry]) -> str | None:
@@ -122,4 +125,6 @@ def mark_undone(run: Run, shards: dict[str, str]) -> None:
         for shard in shards:
             entry = run.manifest.read(shard)
             if entry is not None:
-                run.manifest.write(replace(entry, state="running", arrays={}, files={}))
+                undone = replace(entry, state="running", arrays={}, files={})
+                # Durable, or a power cut brings the record of the damaged data back.
+                run.manifest.write(undone, durable=True)

@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from infl_cluster.inline import InlineBackend
 from influence_jobs.datasets import mnist
 from influence_jobs.errors import DataError
 from influence_jobs.kinds import runner as runner_module
+from influence_jobs.store import lease
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.ffdnet import FFDNetTask
 
@@ -317,15 +319,35 @@ def test_a_run_that_goes_on_with_other_versions_says_so(
     assert infl("verify", "grad").out.strip().endswith("6 of 6 shards are done and good")
 
 
-def test_a_done_run_without_a_record_of_a_shard_fails(
-    infl: Infl, runs: Path, finished_run: Run
+def test_who_takes_over_from_another_host_says_what_it_waits_for(
+    infl: Infl, runs: Path, finished_run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(lease, "WATCH_S", 0.0)
     run = Run.open(str(runs), finished_run.id)
-    (run_file, *_) = Path(run.files.url, "manifest").glob("0*.json")
-    run_file.unlink()
+    holder = {"owner": "x", "host": "elsewhere", "pid": 7, "process_started": 0.0, "beat": 0.0}
+    run.write_json("lease.json", {**holder, "beat": time.time() - 100})
+    run.files.delete("status.json")
+    resumed = infl("resume", "grad", "--local")
+    assert resumed.code == 0
+    told = f"{run.id} was last computed by process 7 on elsewhere: it goes on if that writes"
+    assert f"{told} nothing for 12 s\n" in resumed.err
+
+
+@pytest.mark.parametrize("record", ["0*.json", "finish.json"])
+@pytest.mark.parametrize("lost", [Path.unlink, lambda path: path.write_bytes(b"")])
+def test_a_done_run_without_a_record_fails_until_it_is_repaired(
+    infl: Infl, runs: Path, finished_run: Run, lost: Callable[[Path], Any], record: str
+) -> None:
+    """The summary of a run says that all is done as long as no record is gone."""
+    run = Run.open(str(runs), finished_run.id)
+    lost(next(Path(run.files.url, "manifest").glob(record)))
     found = infl("verify", "grad")
     assert found.code == 2
-    assert f"{run.id} is said to be done, but 1 of its shards have no record: infl res" in found.err
+    assert f"{run.id} is said to be done, but 1 of its shards have no record: infl ver" in found.err
+    assert "1 shard is to be computed again" in infl("verify", "grad", "--repair").err
+    assert infl("resume", "grad", "--local").code == 0
+    assert infl("verify", "grad").code == 0
+    assert run.digest() == finished_run.digest()
 
 
 def test_repairing_a_good_run_changes_nothing(infl: Infl, runs: Path, finished_run: Run) -> None:

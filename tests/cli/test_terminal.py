@@ -78,4 +78,8 @@ def test_what_is_seen_stays_as_it_is() -> None:
     text = "Größe 3.5 µm, 日本語, tab\tline\nfamily 👩\u200d👧"
     assert shown(text) == text
     assert in_a_line("a\n  b\tc") == "a b c"
-    assert in_a_line("x" * 10**7) == "x" * LONGEST + "..."
+    half = LONGEST // 2
+    assert in_a_line("x" * 10**7) == "x" * half + " ... " + "x" * half
+    assert in_a_line("x" * 10**4 + ": infl resume a").endswith("x: infl resume a")
+    assert in_a_line("x" * 3000 + ": infl resume a").endswith("x: infl resume a")
+    assert in_a_line("x" * LONGEST) == "x" * LONGEST

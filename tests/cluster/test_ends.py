@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from infl_cluster import head as heads
+from infl_cluster import ray_job
 from infl_cluster import status as status_module
 from infl_cluster import watch as watch_module
 from infl_cluster.driver import stop_on_sigterm
@@ -113,6 +114,37 @@ def test_a_silent_shard_is_told_though_others_go_on(
         status._write()
         assert ", and in 1 more: process" in str(read_status(run)["message"])
         process.kill()
+
+
+def test_a_damaged_progress_does_not_end_the_status(
+    tmp_path: Path, grad_norms_spec: GradNormsSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a run that goes on looks like one that hangs."""
+    monkeypatch.setattr(status_module, "BEAT_S", 0.02)
+    run = Run.create(str(tmp_path), grad_norms_spec)
+    with StatusWriter(run) as status:
+        status._running = {"one"}
+        run.files.write(f"{layout.PROGRESS}/one.json", b"[]")
+        before = read_status(run)["updated_at"]
+        time.sleep(0.2)
+        assert read_status(run)["updated_at"] > before
+        status.waits_for(None)
+    assert read_status(run)["state"] == "done"
+
+
+def test_a_job_whose_output_does_not_come_has_ended_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Client:
+        def status(self, _job: str) -> str:
+            return "FAILED"
+
+        def logs(self, _job: str) -> str:
+            raise RuntimeFault("no whole answer in 30 s")
+
+    monkeypatch.setattr(ray_job, "client_of", lambda _job: Client())
+    told = ray_job.job_watcher({"address": None, "submission_id": "job"})()
+    assert told == "the Ray job failed: its output cannot be read: no whole answer in 30 s"
 
 
 @pytest.mark.parametrize("killed", [True, False])

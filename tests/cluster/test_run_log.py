@@ -81,3 +81,22 @@ def test_the_last_words_are_the_error(run: Run) -> None:
     with pytest.raises(ZeroDivisionError), run_log(run):
         raise ZeroDivisionError("one by nought")
     assert lines(run)[-1] == "ZeroDivisionError: one by nought"
+
+
+def test_a_link_in_place_of_the_log_does_not_end_the_run(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "WRITE_EVERY_S", 0.02)
+    monkeypatch.setattr(module, "PART_BYTES", 10)
+    link = Path(run.files.url, layout.LOGS)
+    link.symlink_to(tmp_path)
+    with run_log(run):
+        log.info("told")
+        time.sleep(0.1)  # the thread meets the link as well
+        link.unlink()
+        deadline = time.monotonic() + 20
+        while not lines(run):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    assert [line.split()[-1] for line in lines(run)] == ["told"]
+    assert not [*tmp_path.glob("*.log")]

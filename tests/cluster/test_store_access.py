@@ -7,6 +7,7 @@ import pytest
 
 from infl_cluster import store_access
 from infl_cluster.supervisor import Supervisor
+from influence_jobs.errors import RuntimeFault
 
 
 def test_a_job_gets_the_variables_of_its_submit_through_a_file(
@@ -50,3 +51,25 @@ def test_ray_itself_has_no_variables_of_a_store(
     environment = supervisor._environment()
     assert "AWS_SESSION_TOKEN" not in environment
     assert environment["PLAIN"] == "kept"
+
+
+def test_the_files_of_jobs_that_were_killed_are_deleted(tmp_path: Path) -> None:
+    for job in ("killed", "running", "submitting"):
+        store_access.keep(tmp_path / "access", job)
+    for job in ("killed", "running"):
+        os.utime(tmp_path / "access" / f"{job}.json", (0, 0))
+    supervisor = Supervisor(tmp_path, idle_timeout_s=None, num_cpus=None, num_gpus=None)
+
+    class Client:
+        def unfinished(self) -> list[str]:
+            return ["running"]
+
+    supervisor._forget_access(Client())  # type: ignore[arg-type]
+    assert sorted(store_access.kept(tmp_path / "access")) == ["running", "submitting"]
+    supervisor._forget_access(Silent())  # type: ignore[arg-type]
+    assert len(store_access.kept(tmp_path / "access")) == 2
+
+
+class Silent:
+    def unfinished(self) -> list[str]:
+        raise RuntimeFault("no Ray answers")

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from influence_jobs.kinds.grad_norms.spec import GradNormsSpec
 from influence_jobs.kinds.train.spec import TrainedCheckpoint
 from influence_jobs.store import layout
 from influence_jobs.store.checkpoints import file_checkpoint, load_checkpoint, recorded_digest
+from influence_jobs.store.files import LocalFiles
 from influence_jobs.store.lease import Lease
 from influence_jobs.store.manifest import checksum
 from influence_jobs.store.run import Run, now
@@ -271,3 +272,20 @@ def test_a_record_of_another_version_has_its_own_fields(run: Run) -> None:
     path.write_text(json.dumps(entry))
     assert len(run.manifest.done()) == 7
     assert find_damage(run).damaged == {}
+
+
+def test_what_is_marked_as_undone_stays_so_after_a_power_cut(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the record of the damaged data comes back, and the run ends with them."""
+    shard = next(name for name in run.manifest.done() if name != layout.FINISH)
+    synced: list[str] = []
+    original = LocalFiles.sync
+
+    def sync(self: LocalFiles, names: Iterable[str]) -> None:
+        synced.extend(names := list(names))
+        original(self, names)
+
+    monkeypatch.setattr(LocalFiles, "sync", sync)
+    mark_undone(run, {shard: "damaged"})
+    assert f"{layout.MANIFEST}/{shard}.json" in synced
