@@ -44,7 +44,7 @@ ONE = ("--test", "3")
         ((*S_TEST, *ONE, "--scale", "5", "--tolerance", ".1"), "for --solver lissa: leave it out"),
         (
             (*S_TEST, *ONE, "--solver", "lu"),
-            "'lu' is not one of 'cg', 'lissa', 'ek-fac', 'identity'",
+            "'lu' is not one of 'cg', 'lissa', 'ek-fac', 'source', 'identity'",
         ),
         (
             (*S_TEST, *ONE, "--product", "finite-difference"),

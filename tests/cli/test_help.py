@@ -43,6 +43,7 @@ OPTIONS = {
     "precision seed preset epochs workers batch-size shard-size",
     "submit s-test": f"{SCORES} {CURVATURE}",
     "submit influence": f"{SCORES} {CURVATURE} s-test models combine relative keep-layers",
+    "submit unrolled": f"{TRAINED} {QUERIES} precision",
     "submit attribution": f"{SCORES} layer norms exclude-norm-above normalize keep-layers",
     "submit baseline": f"{SCORES} method",
     "submit gradients": f"{TRAINED} layer dim projection whole stored precision noise-draws seed "
@@ -51,9 +52,9 @@ OPTIONS = {
     "submit query-gradients": f"{TRAINED} {QUERIES} gradients",
     "submit gradient-scores": f"{TRAINED} {QUERIES} gradients method damping combine keep-layers "
     "shard-size",
-    "submit ablation": f"{EXPERIMENT} k mode relabel-to seeds shard-size",
+    "submit ablation": f"{EXPERIMENT} k mode relabel-to same-run seeds shard-size",
     "submit stability": f"{EXPERIMENT} retrainings top ensemble",
-    "submit lds": f"{EXPERIMENT} subsets fraction seeds ensemble shard-size",
+    "submit lds": f"{EXPERIMENT} subsets fraction same-run seeds ensemble shard-size",
     "submit calibrate": f"{TRAINED} {QUERIES} epoch damping solver models subsets held-out seeds "
     "fraction curvature-samples shard-size",
     "submit scores": f"{HOW} {TASK_DATA} dry-run task {QUERIES} file",

@@ -296,8 +296,8 @@ def test_layers_by_rule_on_the_slow_path_and_by_name() -> None:
     assert slow.startswith(f"warn: without a rule: {weights}; norms of them take ")
     assert " x a forward and backward pass for one query" in slow
     assert by_name == f"ok: --layer all leaves out, name them: {weights}, norm (LayerNorm)"
-    lines = looked(parameters.layers, FrozenTied())
-    assert any(said.startswith("warn: without a rule: 0 (Linear); ") for said in lines)
+    (shared,) = looked(parameters.layers, FrozenTied())
+    assert shared.startswith("ok: with a rule: 0 (Linear), 2 (Linear); ")
 
 
 class WideTargets(Right):
@@ -482,7 +482,7 @@ def test_nothing_is_built_on_what_failed() -> None:
 @pytest.mark.usefixtures("_short")
 def test_kinds_that_cannot_be_are_named() -> None:
     found = [f for f in influence_jobs.check(Untested) if f.check == "time"]
-    assert [f.said.split(" ")[0].rstrip(":") for f in found] == ["train", "grad-norms"]
+    assert [f.said.split(" ")[0].rstrip(":") for f in found] == ["train", "grad-norms", "gradients"]
     found = [f for f in influence_jobs.check(NoOutputs) if f.check == "time"]
     assert {f.mark for f in found} == {"ok"}
     assert "s-test --test 0 --operator hessian" in str(found)
