@@ -25,7 +25,6 @@ import psutil
 from infl_cluster import head as heads
 from infl_cluster import store_access
 from infl_cluster.client import JobClient
-from infl_cluster.store_access import STORE_PREFIXES
 from influence_jobs.errors import RuntimeFault
 from influence_jobs.home import infl_home
 
