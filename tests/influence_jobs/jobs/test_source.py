@@ -70,10 +70,13 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield spec.model_copy(update={"data": data, "code": code})
 
 
-def s_test_of(task: Any, *, every: int, segments: int, exponential: str) -> STestSpec:
+def s_test_of(
+    task: Any, *, every: int, segments: int, exponential: str, seed: int = 0
+) -> STestSpec:
     train = make_spec(
         TrainSpec,
         task=task,
+        seed=seed,
         epochs=EPOCHS,
         batch_size=N,
         lr=LR,
@@ -154,6 +157,23 @@ def test_segments_share_the_checkpoints_and_say_so(
         (1, 1, "0 to 18"),
     ]
     assert run.array("segments/3").shape == (2, 4)
+
+
+def test_of_several_trainings_it_is_the_mean_of_each(
+    carry_out: Any, lines: Any, tmp_path: Path
+) -> None:
+    s_tests = tuple(
+        s_test_of(lines, every=12, segments=2, exponential="ek-fac", seed=seed) for seed in (0, 1)
+    )
+
+    def scores(*some: STestSpec) -> np.ndarray:
+        spec = make_spec(InfluenceSpec, task=lines, s_tests=some, combine="mean")
+        found: np.ndarray = carry_out(spec, root=tmp_path).read_rows("scores", 0, N)
+        return found
+
+    one, other = (scores(s_test) for s_test in s_tests)
+    assert np.linalg.norm(one - other) > 0.01 * np.linalg.norm(one)  # two trainings
+    np.testing.assert_allclose(scores(*s_tests), (one + other) / 2, rtol=1e-9)
 
 
 def test_what_has_no_segments_is_refused(lines: Any) -> None:
