@@ -405,3 +405,25 @@ def test_a_resumed_training_tells_where_it_starts(
     assert again[-1] == 3000
     weights = "checkpoints/epoch-0002.pt"
     assert result.files[weights] == whole.manifest.done()["all"].files[weights]
+
+
+def test_a_run_that_goes_on_has_no_summary(
+    tmp_path: Path, finished_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else what is said of its entries would be of those before."""
+    shutil.copytree(finished_run.root, tmp_path / "runs")
+    run = Run.open(str(tmp_path / "runs"), finished_run.id)
+    assert layout.SUMMARY in run.files.names("")
+    run.files.delete(layout.STATUS)
+    entry = next(e for name, e in run.manifest.done().items() if name != layout.FINISH)
+    run.manifest.write(dataclasses.replace(entry, state="running", arrays={}, files={}))
+    seen: list[bool] = []
+
+    class Backend(InlineBackend):
+        def run(self, *args: Any, **options: Any) -> None:
+            seen.append(layout.SUMMARY in run.files.names(""))
+            super().run(*args, **options)
+
+    drive(run.root, run.id, Backend())
+    assert seen == [False]
+    assert layout.SUMMARY in run.files.names("")

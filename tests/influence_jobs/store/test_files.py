@@ -7,6 +7,7 @@ import threading
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -251,3 +252,38 @@ def test_a_bucket_that_is_not_there_is_an_os_error(bucket: str) -> None:
 def test_unknown_places_are_refused() -> None:
     with pytest.raises(StoreError, match="ftp://host/runs: use a path, s3://"):
         open_files("ftp://host/runs")
+
+
+@pytest.mark.parametrize("size", [19, 20, 25, 40])
+def test_a_large_object_is_read_in_pieces(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """Each request has a deadline of its own, which a large file would not meet as a whole."""
+    monkeypatch.setattr(files_module, "PIECE_BYTES", 20)
+    files = ObjectFiles(bucket)
+    data = bytes(range(size))
+    files.write("large", data)
+    asked: list[Any] = []
+    store = files._store
+
+    class Asked:
+        def get(self, name: str, **options: Any) -> Any:
+            asked.append(options.get("options", {}).get("range"))
+            return store.get(name, **options)
+
+    monkeypatch.setattr(files, "_store", Asked())
+    assert files.read("large") == data
+    assert asked == ([None] if size <= 20 else [None, (0, 20), (20, size)])
+
+
+def test_an_error_of_a_sync_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a shard would be done whose data the disk has refused."""
+    files = LocalFiles(tmp_path)
+    files.write("a/x", b"x")
+
+    def refuses(_descriptor: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("os.fsync", refuses)
+    with pytest.raises(OSError, match="Input/output error"):
+        files.sync(["a/x"])
