@@ -32,6 +32,11 @@ def find_run(root: str, word: str) -> Run:
         return Run.open(root, found[0])
     if found:
         raise StoreError(f"{word!r} may be any of {', '.join(found)}: give more characters")
+    if word in open_files(root).folders():
+        raise StoreError(
+            f"run {word} in {root} has lost its {layout.SPEC}: submit the same request again, "
+            "which writes it anew"
+        )
     raise StoreError(
         f"there is no run {word} in {root}: `infl runs{for_runs(root)}` lists the runs there"
     )

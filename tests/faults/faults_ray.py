@@ -262,8 +262,9 @@ def agent_dead_at_the_next_submit(world: World) -> str:
     old = the_head()
     world.infl("stop", world.id)
     world.let_go()
-    strike(VICTIMS["agent"](world), signal.SIGTERM)
-    wait_for(lambda: not VICTIMS["agent"](world), "end of the agent")
+    agents = VICTIMS["agent"](world)
+    strike(agents, signal.SIGTERM)
+    wait_for(lambda: not any(agent.is_running() for agent in agents), "end of the agent")
     world.resume()  # at once
     assert the_head().pid != old.pid
     assert not head_processes(old.pid, old.create_time, old.temp_dir)

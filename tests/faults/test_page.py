@@ -15,7 +15,9 @@ def test_the_page_has_every_fault_of_the_suite() -> None:
         elif (found := re.match(r"\| (.+?) \|", line)) and found[1] != "fault":
             told.append(f"{group}: {found[1]}".lower())
     assert told == [fault.id.lower() for fault in all_faults()]
-    assert re.search(r"\d+ schedules of one to three faults", schedules)
+    tried = re.search(r"(\d+) schedules of one to three faults", schedules)
+    assert tried
+    assert int(tried[1]) >= 200
 
 
 def test_faults_have_names_of_their_own() -> None:

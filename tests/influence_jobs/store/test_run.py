@@ -126,3 +126,9 @@ def test_chunks_are_on_the_disk_before_the_manifest_vouches_for_them(
     }
     assert len(written) == 4
     assert set(synced) == written
+
+
+def test_a_run_without_its_spec_is_told_with_the_cure(tmp_path: Path) -> None:
+    (tmp_path / "grad-norms-mnist-0123456789ab").mkdir()
+    with pytest.raises(StoreError, match=r"has lost its spec\.json: submit the same request"):
+        find_run(str(tmp_path), "grad-norms-mnist-0123456789ab")
