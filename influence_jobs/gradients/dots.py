@@ -277,9 +277,8 @@ class GradDots(TappedModel):
             self._by_rule.add(group)
             for name in names:
                 for layer, own in held[name]:
-                    if usage.calls(layer):
-                        of_group = self._ruled.setdefault(layer, {}).setdefault(group, {})
-                        of_group[own] = vectors[name]
+                    of_group = self._ruled.setdefault(layer, {}).setdefault(group, {})
+                    of_group[own] = vectors[name]
         rules = {layer: rule_of(modules[layer]) for layer in self._ruled}
         for layer, groups in self._ruled.items():
             groups |= {group: rules[layer].arrange(of) for group, of in groups.items()}

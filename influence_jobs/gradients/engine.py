@@ -168,7 +168,7 @@ class GradNorms(TappedModel):
             if reason is None and weight.rule is not None:
                 rules[name] = weight.rule
             elif not why_not_by_rules(parameters[name], held[name], modules, usage):
-                self._sharers[name] = [layer for layer, _ in held[name] if usage.calls(layer)]
+                self._sharers[name] = [layer for layer, _ in held[name]]
             elif reason is not None:
                 self._reasons[name] = reason
         self._shared_layers = {layer for layers in self._sharers.values() for layer in layers}
@@ -186,6 +186,12 @@ class GradNorms(TappedModel):
         if slow and usage.size == 1:
             return fallback
         if slow:
+            # A holder that is not called yet may be later: no one layer has all uses.
+            uncalled = {
+                self._weights[name].parameter
+                for name, of in held.items()
+                if len(of) > 1 and not all(usage.calls(layer) for layer, _ in of)
+            }
             within = {
                 name: [
                     home
@@ -193,6 +199,7 @@ class GradNorms(TappedModel):
                     if usage.within(self._model.get_parameter(name), home)
                 ]
                 for name in slow
+                if name not in uncalled
             }
             fallback.find_forms(batch, usage.size, within)
         self._fallback = fallback

@@ -167,8 +167,7 @@ class GradProjections(TappedModel):
                 self._reasons[name] = reason
                 continue
             for layer, own in held[name]:
-                if usage.calls(layer):
-                    self._ruled.setdefault(layer, {})[own] = name
+                self._ruled.setdefault(layer, {})[own] = name
         self._attach({layer: rule_of(modules[layer]) for layer in self._ruled})
         slow = list(self._reasons)
         fallback = Fallback(
@@ -185,6 +184,8 @@ class GradProjections(TappedModel):
             within = {
                 name: [home for home in homes[name] if usage.within(parameters[name], home)]
                 for name in slow
+                # A layer that shares it and is not called yet may be later.
+                if len(held[name]) == 1 or all(usage.calls(layer) for layer, _ in held[name])
             }
             fallback.find_forms(batch, usage.size, within)
         self._fallback = fallback

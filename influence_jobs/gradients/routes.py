@@ -46,6 +46,8 @@ def why_not_by_rules(
         known = {name for name, _ in module.named_parameters()} <= {"weight", "bias"}
         if own not in ("weight", "bias") or not supported(module) or not known:
             return f"no rule for {own} of {type(module).__name__}"
+    if not all(usage.calls(layer) for layer, _ in held):
+        return "a layer that has it is not called"  # and may be in a later batch
     if not usage.only_in_calls(parameter, [layer for layer, _ in held]):
         return "it is used otherwise than in calls of its layer"
     if any(own == "weight" for _, own in held) and not _read_alike(parameter, held, modules):

@@ -38,6 +38,8 @@ def preconditioned(
         SpecError: G is singular but for the damping, which is 0.
     """
     gram_DD = np.asarray(gram_DD, dtype=np.float64)
+    if not gram_DD.any():  # no sample has a gradient here, so no score depends on it
+        return np.zeros(queries_QD.shape)
     damped_DD = gram_DD + damping * np.trace(gram_DD) / len(gram_DD) * np.eye(len(gram_DD))
     try:
         factor = linalg.cho_factor(damped_DD, lower=True)

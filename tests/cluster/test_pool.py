@@ -58,6 +58,7 @@ def driver_process(ray_head):
         "RAY_ADDRESS": ray_head.gcs_address,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(ray_head.token_path),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # as jobs have it from the Ray that runs them
     }
     argv = [sys.executable, str(Path(__file__).with_name("fake_driver.py"))]
     pipe = subprocess.PIPE

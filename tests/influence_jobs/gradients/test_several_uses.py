@@ -8,7 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from influence_jobs.errors import ModelError
-from influence_jobs.gradients import GradDots, GradNorms, ParameterSpace, several_uses
+from influence_jobs.gradients import (
+    GradDots,
+    GradNorms,
+    GradProjections,
+    ParameterSpace,
+    several_uses,
+)
+from influence_jobs.gradients.projections import projections
 from influence_jobs.gradients.reference import gradients_one_by_one
 from influence_jobs.gradients.weights import weight_named
 
@@ -118,3 +125,47 @@ def test_a_layer_that_is_called_more_often_later() -> None:
         engine((torch.randn(3, 6), 1))
         with pytest.raises(ModelError, match="called more than once"):
             engine((torch.randn(3, 6), 2))
+
+
+class Sometimes(nn.Module):
+    """Two layers share a weight; the second is called only where a batch says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.second.weight = self.first.weight
+        self.never = nn.Linear(2, 2)
+
+    def forward(self, batch: tuple[Tensor, bool]) -> Tensor:
+        x, twice = batch
+        h = torch.tanh(self.first(x))
+        return self.second(h) if twice else h
+
+
+def test_a_layer_that_shares_a_weight_and_is_called_later_only() -> None:
+    """Its part is in projections and dot products too; a layer never called has zeros."""
+
+    def squares(model: nn.Module, batch: tuple[Tensor, bool]) -> Tensor:
+        return model(batch).square().sum(1)
+
+    torch.manual_seed(0)
+    model = Sometimes().double().eval()
+    x, space = torch.randn(3, 4, dtype=torch.float64), ParameterSpace(model)
+    gradients = gradients_one_by_one(model, [*space.shapes], squares, (x, True))
+    maps = projections(
+        model, space, outputs=2, inputs=2, distribution="gaussian", seed=0, whole=False
+    )
+    with GradProjections(model, space, squares, maps, precision="float64") as engine:
+        engine((x, False))
+        found = engine((x, True))
+    for group, of_group in maps.items():
+        parts = [
+            one.to(torch.device("cpu"), torch.float64)(gradients[name])
+            for name, one in of_group.items()
+        ]
+        wanted = torch.stack(parts).sum(0).flatten(1)
+        torch.testing.assert_close(found[group], wanted, rtol=1e-9, atol=1e-11)
+    v_QP = torch.randn(2, space.size, dtype=torch.float64)
+    with GradDots(model, space, squares, v_QP, precision="float64") as dots:
+        dots.total((x, False))
+        torch.testing.assert_close(dots.total((x, True)), space.join(gradients) @ v_QP.t())

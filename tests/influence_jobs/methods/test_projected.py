@@ -19,7 +19,11 @@ def test_preconditioned_is_the_damped_solution() -> None:
 
 def test_a_singular_matrix_is_refused() -> None:
     with pytest.raises(SpecError, match="--damping above 0"):
-        preconditioned(np.ones((1, 3)), np.zeros((3, 3)), damping=0.0)
+        preconditioned(np.ones((1, 3)), np.diag([1.0, 0, 0]), damping=0.0)
+
+
+def test_a_layer_without_gradients_scores_nothing() -> None:
+    assert not preconditioned(np.ones((1, 3)), np.zeros((3, 3)), damping=0.1).any()
 
 
 def test_the_factor_turns_gradients_of_the_loss_into_those_of_the_margin() -> None:
