@@ -138,7 +138,9 @@ def test_every_kind_of_run_takes_a_model_in_another_dtype(
     name = made(dtype)
     check = infl("check", name)
     assert check.code == 0, check.out
-    assert "refused" not in check.out
+    # Going back through the training needs the precision that half has not.
+    refused = [line for line in check.out.splitlines() if "refused" in line]
+    assert all("unrolled" in line and "of bfloat16" in line for line in refused)
     one = ("--local", "--epochs", "1", "--task", name, "--test", "3")
     for asked in (
         ("attribution",),
