@@ -649,9 +649,21 @@ def _solved(subject, solver, limit):
         cell.words += ", too large for a dense solve"
         return cell
     largest = float(torch.linalg.eigvalsh(root @ root.t()).max())
-    if not 0.02 < damping / largest < 0.041:  # the eigenvalue is an estimate from below
-        raise Wrong(f"lambda is {damping:.3g}, the largest eigenvalue {largest:.3g}")
+    least, most = _lambdas(run.spec, len(subject.truth.gradients_NP), largest)
+    if not least < damping < most:
+        raise Wrong(f"lambda is {damping:.3g}, and should be {least:.3g} to {most:.3g}")
     return judged(error(x_QP, solved(root, v_QP, damping)), limit, "dense")
+
+
+def _lambdas(spec, samples, largest):
+    """Bounds of the lambda that a request without one has."""
+    checkpoint = spec["checkpoint"]
+    train = checkpoint["train"]
+    if train["optimizer"] == "sgd" and train["schedule"] == "constant":
+        steps = checkpoint["epoch"] * -(-samples // train["batch_size"])
+        found = train["weight_decay"] + (1 - train["momentum"]) / (train["lr"] * steps)
+        return 0.99 * found, 1.01 * found  # it has three digits
+    return 0.0005 * largest, 0.00103 * largest  # the eigenvalue is an estimate from below
 
 
 def _residual(subject, run, vectors, columns, product):
