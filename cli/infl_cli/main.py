@@ -17,7 +17,7 @@ from infl_cli import (
     view,
 )
 from influence_jobs.errors import DISK_ERRORS, InflError
-from influence_jobs.store.files import StorageError, is_of_store, storage_message
+from influence_jobs.store.object_files import StorageError, is_of_store, storage_message
 from influence_jobs.terms import in_a_line
 
 

@@ -21,8 +21,8 @@ from influence_jobs.jobs.base import Job, Plan, Receipt, Shard
 from influence_jobs.kinds import open_job
 from influence_jobs.store import layout
 from influence_jobs.store.documents import Entry
-from influence_jobs.store.files import be_patient
 from influence_jobs.store.lease import Lease, LeaseHeld
+from influence_jobs.store.object_files import be_patient
 from influence_jobs.store.run import Run, now
 from influence_jobs.store.software import software
 from influence_jobs.store.status import is_done

@@ -7,15 +7,23 @@ and one forward pass for all vectors. So vectors have a leading axis here.
 import copy
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jvp, vjp, vmap
+from torch.func import grad, jvp, vjp, vmap
 from torch.utils import _pytree as pytree
 
+from influence_jobs.curvature.derivatives import (
+    AGREEMENT,
+    Parameters,
+    difference,
+    function_of_parameters,
+    gradients_along,
+    mapped,
+    require_alike,
+)
 from influence_jobs.curvature.requirements import (
     require_deterministic,
     require_output_loss,
@@ -36,9 +44,6 @@ MAX_BYTES = 2**30  # largest memory for activations times vectors in a pass
 MIN_ROWS = 8  # least samples in a pass; below it fewer vectors are faster than fewer samples
 LOOKED_AT = 8  # samples in the first check of a model
 DIFFERENCES = (1e-6, 1e-8, 1e-10)  # steps of differences in float64, as parts of the weights
-AGREEMENT = 1e-3  # allowed relative difference of two ways to a product; rounding causes 1e-6
-
-Parameters = dict[str, Tensor]
 
 
 class Operator(ABC):
@@ -397,7 +402,7 @@ class Operator(ABC):
                 own, or `torch.func` fails.
         """
         parameters = self.space.parameters()
-        losses = _function_of_parameters(self.model, self.task.losses, batch)
+        losses = function_of_parameters(self.model, self.task.losses, batch)
         ours = grad(lambda parameters: losses(parameters).mean())(self._values())
         generator = torch.Generator().manual_seed(0)
         vectors = {
@@ -406,13 +411,13 @@ class Operator(ABC):
         products = self._products({name: v[None] for name, v in vectors.items()}, batch, 1)
         with thawed(parameters.values()), torch.enable_grad():
             plain = self._autograd(self.task.losses(self.model, batch).mean())
-            _require_alike("gradient", ours, plain)
+            require_alike("gradient", ours, plain)
             try:
                 plain = self._plain_product(vectors, batch)
             except (RuntimeError, NotImplementedError):  # autograd itself knows no such derivative
                 return
         if self._exact:
-            _require_alike("curvature", {n: p[0] for n, p in products.items()}, plain)
+            require_alike("curvature", {n: p[0] for n, p in products.items()}, plain)
 
     def _autograd(
         self, value: Tensor, along: Tensor | None = None, *, create_graph: bool = False
@@ -464,7 +469,7 @@ class GaussNewton(Operator):
         outputs = self.task.outputs(self.model, batch)
         # J^T w is linear in w, so its derivative along w gives J v.
         w = torch.zeros_like(outputs, requires_grad=True)
-        tangents = _autograd(self._autograd(outputs, w, create_graph=True), [w], vectors)[0]
+        tangents = gradients_along(self._autograd(outputs, w, create_graph=True), [w], vectors)[0]
         with torch.no_grad():
             curved = self._forms[0].hessian(outputs.detach(), targets, tangents)
         return self._autograd(outputs, curved)
@@ -486,7 +491,7 @@ class GaussNewton(Operator):
         self, parameters: Parameters, vectors: Parameters, batch: Batch, at_once: int
     ) -> Parameters:
         output_hessian, targets = self._forms[0].hessian, self.task.targets(batch)
-        outputs = _function_of_parameters(self.model, self.task.outputs, batch)
+        outputs = function_of_parameters(self.model, self.task.outputs, batch)
         transposed_jacobian = vjp(outputs, parameters)[1]
 
         def product(vector: Parameters) -> Parameters:
@@ -496,7 +501,7 @@ class GaussNewton(Operator):
             (result,) = transposed_jacobian(output_hessian(outputs_BC, targets, tangents_BC))
             return result
 
-        products: Parameters = _mapped(product, vectors, at_once)
+        products: Parameters = mapped(product, vectors, at_once)
         return products
 
 
@@ -504,7 +509,7 @@ class Hessian(Operator):
     """The Hessian H of the mean loss. For networks it is indefinite, before and after training.
 
     Args:
-        finite_difference: Use differences of gradients (`_difference`), not exact products. All
+        finite_difference: Use differences of gradients (`difference`), not exact products. All
             other arguments are those of `Operator`.
     """
 
@@ -537,7 +542,7 @@ class Hessian(Operator):
         loss = self.task.losses(self.model, batch).mean()
         gradient = self._autograd(loss, create_graph=True)
         parameters = self.space.parameters()
-        found = _autograd(gradient, list(parameters.values()), vectors)
+        found = gradients_along(gradient, list(parameters.values()), vectors)
         return dict(zip(parameters, found, strict=True))
 
     def _first_derivative(self, batch: Batch) -> Tensor:
@@ -549,101 +554,14 @@ class Hessian(Operator):
     def _multiply(
         self, parameters: Parameters, vectors: Parameters, batch: Batch, at_once: int
     ) -> Parameters:
-        losses = _function_of_parameters(self.model, self.task.losses, batch)
+        losses = function_of_parameters(self.model, self.task.losses, batch)
         gradient = grad(lambda parameters: losses(parameters).mean())
         if self.finite_difference:
-            return _difference(gradient, parameters, vectors, at_once)
+            return difference(gradient, parameters, vectors, at_once)
         # Pearlmutter: "Fast exact multiplication by the Hessian", 1994. H is symmetric, so the
         # gradient's vjp equals its jvp, but it needs only one forward and backward pass for all
         # vectors and chunks.
         transposed_hessian = vjp(gradient, parameters)[1]
         products: Parameters
-        (products,) = _mapped(transposed_hessian, vectors, at_once)
+        (products,) = mapped(transposed_hessian, vectors, at_once)
         return products
-
-
-def _autograd(values: Parameters, by: Sequence[Tensor], along: Parameters) -> tuple[Tensor, ...]:
-    """The derivative of values along vectors, by some tensors."""
-    depending = [name for name, value in values.items() if value.requires_grad]
-    return torch.autograd.grad(
-        [values[name] for name in depending],
-        by,
-        [along[name] for name in depending],
-        materialize_grads=True,
-    )
-
-
-def _require_alike(what: str, ours: Parameters, plain: Parameters) -> None:
-    """Require the derivatives that plain autograd gives.
-
-    Raises:
-        RuntimeError: Naming the parameter that differs most.
-    """
-    errors = {name: float((ours[name] - plain[name]).detach().abs().max()) for name in plain}
-    largest = max(float(value.detach().abs().max()) for value in plain.values())
-    worst = max(errors, key=errors.__getitem__)
-    if not errors[worst] <= AGREEMENT * largest + torch.finfo(torch.float32).tiny:
-        raise RuntimeError(
-            f"the {what} by parameter '{worst}' is another through torch.func: the forward uses it "
-            "by a handle that the model keeps elsewhere, such as a list"
-        )
-
-
-def _mapped(function: Callable[[Parameters], Any], vectors: Parameters, at_once: int) -> Any:
-    """Apply a function of one vector to all vectors, `at_once` at a time."""
-    count = len(next(iter(vectors.values())))
-    # A single chunk would cost a copy of the result.
-    return vmap(function, chunk_size=at_once if at_once < count else None)(vectors)
-
-
-def _difference(
-    gradient: Callable[[Parameters], Parameters],
-    parameters: Parameters,
-    vectors: Parameters,
-    at_once: int,
-) -> Parameters:
-    """Central differences (g(theta + eps v) - g(theta - eps v)) / 2 eps for every vector.
-
-    The truncation error is eps^2/6 |D^3 g [v, v, v]| and the rounding error u |g| / eps, where u is
-    the unit roundoff. Their sum is smallest for a step eps |v| of u^(1/3) times the scale on which
-    g changes (Nocedal and Wright: "Numerical Optimization", section 8.1). |theta| is taken as this
-    scale. In float32 the step is .004 |theta|, and the relative error is about 1e-4 where the
-    network is smooth. If the step crosses the kink of a ReLU, the error grows by the gradient's
-    jump there.
-    """
-    scale = torch.stack([p.square().sum() for p in parameters.values()]).sum().sqrt()
-    unit = torch.finfo(scale.dtype).eps / 2
-
-    def product(vector: Parameters) -> Parameters:
-        length = torch.stack([v.square().sum() for v in vector.values()]).sum().sqrt()
-        eps = unit ** (1 / 3) * scale / length.clamp_min(torch.finfo(length.dtype).tiny)
-        ahead = gradient({name: p + eps * vector[name] for name, p in parameters.items()})
-        behind = gradient({name: p - eps * vector[name] for name, p in parameters.items()})
-        return {name: (ahead[name] - behind[name]) / (2 * eps) for name in parameters}
-
-    products: Parameters = _mapped(product, vectors, at_once)
-    return products
-
-
-class _Applied(nn.Module):
-    """function(model, batch) as a module, so that `functional_call` can insert parameters."""
-
-    def __init__(self, model: nn.Module, function: Callable[[nn.Module, Batch], Tensor]):
-        super().__init__()
-        self.model, self.function = model, function
-
-    def forward(self, batch: Batch) -> Tensor:
-        return self.function(self.model, batch)
-
-
-def _function_of_parameters(
-    model: nn.Module, function: Callable[[nn.Module, Batch], Tensor], batch: Batch
-) -> Callable[[Parameters], Tensor]:
-    applied = _Applied(model, function)
-
-    def of(parameters: Parameters) -> Tensor:
-        named = {f"model.{name}": p for name, p in parameters.items()}
-        result: Tensor = functional_call(applied, named, (batch,))
-        return result
-
-    return of

@@ -14,8 +14,7 @@ from influence_jobs.gradients.requirements import require_plain
 from influence_jobs.gradients.rules import LayerRule, nearest_rule, rule_of, supported
 from influence_jobs.gradients.rules.base import product_of_rows
 from influence_jobs.gradients.rules.blocks import sample_blocks
-from influence_jobs.gradients.taps import TOLERANCE, TappedModel, thawed
-from influence_jobs.gradients.usage import Usage
+from influence_jobs.gradients.taps import TappedModel
 
 #: Takes a layer's name, rows x_t (B, T, J) of the matrix's input, g_t (B, T, C) its output.
 OnRows = Callable[[str, Tensor, Tensor], None]
@@ -135,12 +134,7 @@ class OutputGradients(TappedModel):
             owners.setdefault(name.rpartition(".")[0], []).append(name)
         modules = {owner: self._model.get_submodule(owner) for owner in owners}
         parameters = self._space.parameters()
-        with (
-            thawed(parameters.values()),
-            torch.enable_grad(),
-            torch.autocast(self._device.type, enabled=False),
-        ):
-            usage = Usage(self._forward, like, modules)
+        usage = self._usage(like, modules)
         slow, tapped = list[str](), dict[str, LayerRule[Any]]()
         for owner, names in owners.items():
             require_plain(owner, modules[owner])
@@ -165,14 +159,7 @@ class OutputGradients(TappedModel):
         in_rows = {name for names in self.names.values() for name in names}
         self.others = [name for name in self._space.shapes if name not in in_rows]
         self._attach(tapped)
-        fallback = Fallback(
-            self._model,
-            slow,
-            forward=self._forward,
-            plain=self._plain_gradients,
-            record=self._record,
-            tolerance=TOLERANCE[self._precision],
-        )
+        fallback = self._fallback_of(slow)
         if slow and usage.size > 1:
             fallback.find_forms(like, usage.size, {})
         return fallback

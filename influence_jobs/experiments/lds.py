@@ -79,19 +79,10 @@ def ceiling(found_MSQ: npt.NDArray[np.floating]) -> Ceiling:
         alone = max(agreement(subsets), 0.0)
         return float(np.sqrt(seeds * alone / (1 + (seeds - 1) * alone)))
 
-    subsets = np.arange(len(found_MSQ))
-    if np.isnan(alone := agreement(subsets)):
+    everything = np.arange(len(found_MSQ))
+    if np.isnan(alone := agreement(everything)):
         return Ceiling(np.nan, np.nan, np.nan, np.nan)
-    found = stats.bootstrap(
-        (subsets,),
-        reached,
-        vectorized=False,
-        n_resamples=RESAMPLES,
-        confidence_level=LEVEL,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    return Ceiling(alone, reached(subsets), float(found.low), float(found.high))
+    return Ceiling(alone, *_resampled(reached, len(found_MSQ)))
 
 
 class Correlation(NamedTuple):

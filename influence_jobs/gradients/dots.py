@@ -19,8 +19,7 @@ from influence_jobs.gradients.requirements import (
 )
 from influence_jobs.gradients.routes import holders, why_not_by_rules
 from influence_jobs.gradients.rules import LayerRule, rule_of
-from influence_jobs.gradients.taps import TOLERANCE, TappedModel, thawed
-from influence_jobs.gradients.usage import Usage
+from influence_jobs.gradients.taps import TOLERANCE, TappedModel
 from influence_jobs.terms import Precision
 
 SMALLEST_PART = 1e-3  # of a product: rounding is not measured against smaller ones
@@ -224,14 +223,7 @@ class GradDots(TappedModel):
         names = [name for group in groups for name in self._names[group]]
         with torch.no_grad():
             size = len(self._forward(batch))
-        fallback = self._fallback or Fallback(
-            self._model,
-            names,
-            forward=self._forward,
-            plain=self._plain_gradients,
-            record=self._record,
-            tolerance=TOLERANCE[self._precision],
-        )
+        fallback = self._fallback or self._fallback_of(names)
         if self._fallback is None and size > 1:
             fallback.find_forms(batch, size, {})
             self._fallback = fallback
@@ -264,12 +256,7 @@ class GradDots(TappedModel):
         vectors, parameters = self._space.split(self._vectors_QP), self._space.parameters()
         modules, held = dict(self._model.named_modules()), holders(self._model, parameters)
         watched = {layer for of in held.values() for layer, _ in of}
-        with (
-            thawed(parameters.values()),
-            torch.enable_grad(),
-            torch.autocast(self._device.type, enabled=False),
-        ):
-            usage = Usage(self._forward, batch, {name: modules[name] for name in watched})
+        usage = self._usage(batch, {name: modules[name] for name in watched})
         self._ruled = {}
         for group, names in self._names.items():
             if any(why_not_by_rules(parameters[n], held[n], modules, usage) for n in names):

@@ -13,7 +13,7 @@ from influence_jobs.gradients.requirements import require_dtype, require_indepen
 from influence_jobs.gradients.routes import holders, why_not_by_rules
 from influence_jobs.gradients.rules import LayerRule, rule_of
 from influence_jobs.gradients.several_uses import Call, norms_of_calls
-from influence_jobs.gradients.taps import TOLERANCE, TappedModel, thawed, unused
+from influence_jobs.gradients.taps import TappedModel, unused
 from influence_jobs.gradients.usage import Usage
 from influence_jobs.gradients.weights import Weight, ancestors, weight_named
 from influence_jobs.terms import Precision, Reduction
@@ -156,12 +156,7 @@ class GradNorms(TappedModel):
         }
         names = {name for of in homes.values() for name in of} | {w.owner for w in weights}
         names |= {layer for of in held.values() for layer, _ in of}
-        with (
-            thawed(parameters.values()),
-            torch.enable_grad(),
-            torch.autocast(self._device.type, enabled=False),
-        ):
-            usage = Usage(self._forward, batch, {name: modules[name] for name in names})
+        usage = self._usage(batch, {name: modules[name] for name in names})
         rules: dict[str, LayerRule[Any]] = {}
         for name, weight in self._weights.items():
             reason = self._why_not_by_rule(name, weight, usage)
@@ -175,14 +170,7 @@ class GradNorms(TappedModel):
         rules |= {layer: rule_of(modules[layer]) for layer in self._shared_layers}
         self._attach(rules)
         slow = list(dict.fromkeys(self._weights[name].parameter for name in self._reasons))
-        fallback = Fallback(
-            self._model,
-            slow,
-            forward=self._forward,
-            plain=self._plain_gradients,
-            record=self._record,
-            tolerance=TOLERANCE[self._precision],
-        )
+        fallback = self._fallback_of(slow)
         if slow and usage.size == 1:
             return fallback
         if slow:

@@ -17,8 +17,7 @@ from influence_jobs.gradients.requirements import (
 )
 from influence_jobs.gradients.routes import holders, why_not_by_rules
 from influence_jobs.gradients.rules import LayerRule, rule_of
-from influence_jobs.gradients.taps import TOLERANCE, TappedModel, thawed
-from influence_jobs.gradients.usage import Usage
+from influence_jobs.gradients.taps import TappedModel
 from influence_jobs.gradients.weights import ancestors
 from influence_jobs.terms import Precision
 
@@ -155,12 +154,7 @@ class GradProjections(TappedModel):
         watched = {home for of in homes.values() for home in of} | {
             layer for of in held.values() for layer, _ in of
         }
-        with (
-            thawed(parameters.values()),
-            torch.enable_grad(),
-            torch.autocast(self._device.type, enabled=False),
-        ):
-            usage = Usage(self._forward, batch, {name: modules[name] for name in watched})
+        usage = self._usage(batch, {name: modules[name] for name in watched})
         self._ruled, self._reasons = {}, {}
         for name, parameter in parameters.items():
             if reason := why_not_by_rules(parameter, held[name], modules, usage):
@@ -170,14 +164,7 @@ class GradProjections(TappedModel):
                 self._ruled.setdefault(layer, {})[own] = name
         self._attach({layer: rule_of(modules[layer]) for layer in self._ruled})
         slow = list(self._reasons)
-        fallback = Fallback(
-            self._model,
-            slow,
-            forward=self._forward,
-            plain=self._plain_gradients,
-            record=self._record,
-            tolerance=TOLERANCE[self._precision],
-        )
+        fallback = self._fallback_of(slow)
         if slow and usage.size == 1:  # it does not show the forms: the next batch decides
             return fallback
         if slow:

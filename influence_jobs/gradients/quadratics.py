@@ -18,8 +18,7 @@ from influence_jobs.errors import ModelError
 from influence_jobs.gradients.metric import Metric
 from influence_jobs.gradients.requirements import find_rule
 from influence_jobs.gradients.rules import LayerRule, MatrixRule, matrix_layers
-from influence_jobs.gradients.taps import TappedModel, thawed
-from influence_jobs.gradients.usage import Usage
+from influence_jobs.gradients.taps import TappedModel
 from influence_jobs.terms import Precision
 
 
@@ -96,12 +95,7 @@ class GradQuadratics(TappedModel):
     def _require_plain(self, batch: Any) -> None:
         """Refuse layers whose rule does not hold, as the first batch shows."""
         modules = {name: rule.module for name, rule in self._layers.items()}
-        with (
-            thawed(self._parameters().values()),
-            torch.enable_grad(),
-            torch.autocast(self._device.type, enabled=False),
-        ):
-            usage = Usage(self._forward, batch, modules)
+        usage = self._usage(batch, modules)
         for name, module in modules.items():
             if not usage.plain(name, module.parameters()):
                 raise ModelError(

@@ -20,10 +20,12 @@ from torch import Tensor, nn
 
 from influence_jobs.errors import ModelError
 from influence_jobs.gradients.batches import KINDS, one_sample, plain_leaves
+from influence_jobs.gradients.fallback import Fallback
 from influence_jobs.gradients.recorded_call import RecordedCall
 from influence_jobs.gradients.requirements import require_independent_samples
 from influence_jobs.gradients.rules import LayerRule
 from influence_jobs.gradients.transforms import differentiable_kernels
+from influence_jobs.gradients.usage import Usage
 from influence_jobs.terms import Precision
 
 #: Takes a layer's name, rule, input and output gradient, the tensors with the weights' dtype.
@@ -156,6 +158,26 @@ class TappedModel(ABC):
     def _may_repeat(self, name: str) -> bool:
         """Whether a tapped layer may be called several times in a pass. Each call is visited."""
         return True
+
+    def _usage(self, batch: Any, modules: Mapping[str, nn.Module]) -> Usage:
+        """How a forward pass over a batch uses some modules and the engine's parameters."""
+        with (
+            thawed(self._parameters().values()),
+            torch.enable_grad(),
+            torch.autocast(self._device.type, enabled=False),
+        ):
+            return Usage(self._forward, batch, modules)
+
+    def _fallback_of(self, parameters: Sequence[str]) -> Fallback:
+        """The way of some parameters, by full name, that no rule serves."""
+        return Fallback(
+            self._model,
+            parameters,
+            forward=self._forward,
+            plain=self._plain_gradients,
+            record=self._record,
+            tolerance=TOLERANCE[self._precision],
+        )
 
     def _freeze(self) -> None:
         for parameter, _ in self._flags:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from influence_jobs.errors import ModelError
 from influence_jobs.gradients.requirements import require_plain
 from influence_jobs.gradients.rules import LayerRule, nearest_rule, supported
-from influence_jobs.gradients.rules.base import reduce_read, reduced_shape
+from influence_jobs.gradients.rules.reductions import reduce_read, reduced_shape
 from influence_jobs.terms import Reduction
 
 # bias, in_proj_bias, bias_ih_l0_reverse, bias_k; not relative_position_bias_table

@@ -23,7 +23,7 @@ from influence_jobs.jobs.base import Receipt, Shard
 from influence_jobs.kinds import open_job
 from influence_jobs.store import layout
 from influence_jobs.store.documents import Entry
-from influence_jobs.store.files import be_patient, is_of_store
+from influence_jobs.store.object_files import be_patient, is_of_store
 from influence_jobs.store.run import Run, now
 from influence_jobs.store.software import software
 from influence_jobs.tasks.fingerprints import require_unchanged

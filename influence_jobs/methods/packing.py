@@ -20,7 +20,7 @@ CODES: dict[Stored, str] = {
 
 def code_shape(size: int, stored: Stored) -> int:
     """Number of codes of a row of `size` numbers."""
-    return -(-size // 8) if stored == "1-bit" else size
+    return size // 8 + 1 if stored == "1-bit" else size  # a bit more than there are numbers
 
 
 def row_bytes(size: int, stored: Stored) -> int:
@@ -35,14 +35,16 @@ def packed(
     """Codes (B, ...) and scales (B,) of rows.
 
     `float16` and `int8` are relative to the row's largest number. `1-bit` keeps the signs, as bits
-    of bytes, and the mean size (QLESS, arXiv 2502.01703). `float32` keeps the rows; scales are 1.
+    of bytes, and the mean size (QLESS, arXiv 2502.01703); a further bit is always 1, so that no row
+    looks like one that is missing. `float32` keeps the rows; scales are 1.
     """
     rows_BD = np.asarray(rows_BD, dtype=np.float32)
     if stored == "float32":
         return rows_BD, np.ones(len(rows_BD), dtype=np.float32)
     sizes_BD = np.abs(rows_BD)
     if stored == "1-bit":
-        return np.packbits(rows_BD >= 0, axis=1), sizes_BD.mean(axis=1)
+        bits = np.pad(rows_BD >= 0, ((0, 0), (0, 1)), constant_values=True)
+        return np.packbits(bits, axis=1), sizes_BD.mean(axis=1)
     scales_B = sizes_BD.max(axis=1)
     relative_BD = rows_BD / np.where(scales_B > 0, scales_B, 1)[:, None]
     if stored == "float16":
@@ -71,11 +73,12 @@ def without_scales(
         scales_B: None for float32, which has none.
 
     Raises:
-        StoreError: Codes are missing: they read as 0, though a scale is not.
+        StoreError: A row's codes are missing: they read as 0, though its scale is not.
     """
-    whole_numbers = np.issubdtype(codes.dtype, np.integer)
-    if whole_numbers and scales_B is not None and scales_B.any() and not codes.any():
-        raise StoreError("projected gradients are missing: infl verify names the shard")
+    if scales_B is not None and np.issubdtype(codes.dtype, np.integer):
+        lost_B = np.logical_not(codes.any(axis=1))
+        if (lost_B & (scales_B != 0)).any():
+            raise StoreError("projected gradients are missing: infl verify names the shard")
     if stored == "1-bit":
         rows_BD = np.unpackbits(codes, axis=1, count=size).astype(np.float32)
         rows_BD *= 2

@@ -32,8 +32,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from influence_jobs.curvature.derivatives import AGREEMENT
 from influence_jobs.curvature.lissa_steps import LissaSteps
-from influence_jobs.curvature.operators import AGREEMENT, GaussNewton, Hessian, Operator
+from influence_jobs.curvature.operators import GaussNewton, Hessian, Operator
 from influence_jobs.perceptrons.network import Perceptron, find_perceptron, first_inputs
 from influence_jobs.perceptrons.pending import PendingOutputs, padded
 

@@ -81,6 +81,8 @@ def _read(path: Path) -> npt.NDArray[Any]:
 def _of_table(table: pa.Table) -> npt.NDArray[Any]:
     columns = [column.combine_chunks() for column in table.columns]
     if len(columns) == 1 and hasattr(columns[0].type, "value_type"):
+        if missing := columns[0].null_count:
+            raise ValueError(f"{missing} of {len(columns[0])} rows are null")
         return np.array([row.values.to_numpy(zero_copy_only=False) for row in columns[0]])
     return np.column_stack([column.to_numpy(zero_copy_only=False) for column in columns])
 

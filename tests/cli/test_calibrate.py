@@ -21,6 +21,8 @@ from scipy.stats import spearmanr
 from influence_jobs.experiments.lds import subset
 from influence_jobs.kinds.calibrate.job import CHOOSING
 from influence_jobs.kinds.calibrate.spec import setting_of
+from influence_jobs.kinds.calibrate.view import options_of
+from influence_jobs.specs.queries import Queries, Query
 from influence_jobs.store.run import Run
 
 Infl = Callable[..., Any]
@@ -111,6 +113,14 @@ def test_a_setting_is_chosen_by_some_subsets_and_measured_on_others(infl: Infl, 
     assert set(tiny.glob("retrained-*/manifest/*")) == kept
     assert infl("report", folder.name, "--out", "page").code == 0
     assert "Chosen by 10 subsets, measured on 12 others" in Path("page/report.html").read_text()
+
+
+def test_the_command_asks_for_what_was_measured() -> None:
+    query = Query(test=4, region=(1, 2, 3, 4))
+    queries = Queries(items=(query, Query(test=5)), quantity="output", noise_draws=3)
+    words = ["--test 4", "--region 1,2,3,4", "--quantity output", "--noise-draws 3"]
+    assert options_of(queries) == words
+    assert options_of(Queries(items=(Query(test=5),))) == ["--test 5"]
 
 
 def test_the_default_grid_has_early_epochs_and_both_solvers(infl: Infl, tiny: Path) -> None:
@@ -274,6 +284,10 @@ def test_files_without_a_score_for_everything_are_refused(
         (
             lambda: pq.write_table(pa.table({"a": [[1.0], [1.0, 2.0]]}), "bad.parquet"),
             "cannot read scores from bad.parquet",
+        ),
+        (
+            lambda: pq.write_table(pa.table({"a": [[1.0], None]}), "bad.parquet"),
+            "cannot read scores from bad.parquet (1 of 2 rows are null)",
         ),
         (
             lambda: pq.write_table(pa.table({"a": ["x"], "b": ["y"]}), "bad.parquet"),

@@ -11,14 +11,12 @@ from influence_jobs.gradients.rules.base import (
     nearest_rule,
     norm_shape,
     reduce_gradient,
-    reduce_norms,
-    reduce_read,
-    reduced_shape,
     registered,
     rule_of,
     supported,
     supported_layers,
 )
+from influence_jobs.gradients.rules.reductions import reduce_norms, reduce_read, reduced_shape
 
 __all__ = [
     "LayerRule",

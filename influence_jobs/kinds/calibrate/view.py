@@ -7,6 +7,7 @@ from influence_jobs.experiments.lds import Ceiling
 from influence_jobs.kinds.calibrate.spec import CalibrateSpec, setting_of
 from influence_jobs.kinds.influence.spec import InfluenceSpec
 from influence_jobs.kinds.train.spec import TrainedCheckpoint
+from influence_jobs.specs.queries import Queries
 from influence_jobs.terms import duration
 from influence_jobs.views.base import Say, View
 from influence_jobs.views.table import Table
@@ -44,7 +45,7 @@ class CalibrateView(View[CalibrateSpec]):
 
     @property
     def _command(self) -> str:
-        """The command that computes influence in the chosen setting."""
+        """The command that computes influence in the chosen setting, of the first query."""
         name = self._result["method"]
         (ranking,) = (r for r in self.spec.rankings if r.name == name)
         setting, scores = setting_of(ranking), ranking.scores[0]
@@ -58,7 +59,7 @@ class CalibrateView(View[CalibrateSpec]):
             f"--solver {setting.solver}",
             "" if setting.damping is None else f"--damping {setting.damping:g}",
             f"--curvature-samples {'all' if samples is None else samples}",
-            f"--test {self.spec.queries.items[0].test}",
+            *options_of(self.spec.queries),
         ]
         return " ".join(filter(None, words)) + self.more
 
@@ -108,3 +109,16 @@ class CalibrateView(View[CalibrateSpec]):
             settings,
             panels=lds_panels(settings.to_pylist()),
         )
+
+
+def options_of(queries: Queries) -> list[str]:
+    """The options that ask for the first query as it was measured."""
+    first = queries.items[0]
+    words = [f"--test {first.test}"]
+    if first.region is not None:
+        words.append(f"--region {','.join(map(str, first.region))}")
+    if queries.quantity != "loss":
+        words.append(f"--quantity {queries.quantity}")
+    if queries.noise_draws > 1:
+        words.append(f"--noise-draws {queries.noise_draws}")
+    return words

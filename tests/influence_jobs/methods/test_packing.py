@@ -33,6 +33,17 @@ def test_rows_come_back(stored) -> None:
         assert (np.abs(back - values) <= BOUND[stored] * largest * (1 + 1e-5)).all()
 
 
+@pytest.mark.parametrize("size", [1, 7, 8, 9])
+def test_signs_that_are_all_negative_are_no_loss(size) -> None:
+    values = -np.ones((3, size), np.float32)
+    codes, scales = packed(values, "1-bit")
+    assert codes.shape == (3, code_shape(size, "1-bit"))
+    np.testing.assert_array_equal(unpacked(codes, scales, size, "1-bit"), values)
+    codes[1] = 0
+    with pytest.raises(StoreError, match="missing"):
+        unpacked(codes, scales, size, "1-bit")
+
+
 @pytest.mark.parametrize("stored", ["int8", "1-bit"])
 def test_lost_codes_are_no_zeros(stored) -> None:
     codes, scales = packed(rows(), stored)

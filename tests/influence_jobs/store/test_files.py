@@ -14,14 +14,9 @@ import pytest
 import zarr
 
 from influence_jobs.errors import StoreError
-from influence_jobs.store import files as files_module
-from influence_jobs.store.files import (
-    LocalFiles,
-    ObjectFiles,
-    StorageError,
-    be_patient,
-    open_files,
-)
+from influence_jobs.store import object_files
+from influence_jobs.store.files import LocalFiles, open_files
+from influence_jobs.store.object_files import ObjectFiles, StorageError, be_patient
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -195,10 +190,10 @@ def test_a_driver_outlasts_an_overloaded_store(
         ("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}"), ("AWS_ALLOW_HTTP", "true"),
     ):  # fmt: skip
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(files_module, "_patient", False)
+    monkeypatch.setattr(object_files, "_patient", False)
     fast = {"backoff": {"init_backoff": timedelta(milliseconds=1),
                         "max_backoff": timedelta(milliseconds=2), "base": 2}}  # fmt: skip
-    for retry in (files_module._SOON, files_module._LATE):
+    for retry in (object_files._SOON, object_files._LATE):
         assert "backoff" not in retry
         monkeypatch.setitem(retry, "backoff", fast["backoff"])
     Overloaded.left = 60
@@ -206,14 +201,14 @@ def test_a_driver_outlasts_an_overloaded_store(
         ObjectFiles("s3://runs").read("x")
     be_patient()
     assert ObjectFiles("s3://runs").read("x") == b"here"
-    assert files_module._LATE["retry_timeout"] >= timedelta(minutes=5)
+    assert object_files._LATE["retry_timeout"] >= timedelta(minutes=5)
     server.shutdown()
 
 
 def test_missing_credentials_are_told_as_such() -> None:
     """Not as the address of a service of the cloud, which is asked last."""
     error = OSError("Error performing PUT http://169.254.169.254/latest/api/token: 403")
-    told = files_module.storage_message(error, "s3://runs")
+    told = object_files.storage_message(error, "s3://runs")
     assert told == (
         "s3://runs: there are no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
     )
@@ -225,7 +220,7 @@ def test_an_answer_that_breaks_off_is_asked_for_again(
 ) -> None:
     import obstore.exceptions
 
-    monkeypatch.setattr(files_module, "_PAUSE_S", 0.0)
+    monkeypatch.setattr(object_files, "_PAUSE_S", 0.0)
     left = [times]
 
     class Breaking:
@@ -259,7 +254,7 @@ def test_a_large_object_is_read_in_pieces(
     bucket: str, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
     """Each request has a deadline of its own, which a large file would not meet as a whole."""
-    monkeypatch.setattr(files_module, "PIECE_BYTES", 20)
+    monkeypatch.setattr(object_files, "PIECE_BYTES", 20)
     files = ObjectFiles(bucket)
     data = bytes(range(size))
     files.write("large", data)
