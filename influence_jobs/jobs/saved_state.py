@@ -10,6 +10,7 @@ import torch
 
 from influence_jobs.errors import first_line
 from influence_jobs.store.files import Files
+from influence_jobs.torch_files import load_torch
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class SavedState:
         except FileNotFoundError:
             return None
         try:
-            return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+            return load_torch(io.BytesIO(data))
         except Exception as error:  # noqa: BLE001  (torch raises any error on damaged bytes)
             why = first_line(error)
             log.warning("%s is damaged, so its shard begins anew: %s", self._name, why)

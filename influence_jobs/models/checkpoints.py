@@ -2,7 +2,6 @@
 
 import json
 import re
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from influence_jobs.errors import ModelError
+from influence_jobs.torch_files import UnsafeFileError, load_torch
 
 _NAMED = 3  # how many offending parameters an error message lists of a kind
 MOST_INDEX_BYTES = 2**26
@@ -207,12 +207,12 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 def _read_torch(stream: BinaryIO, called: str) -> dict[str, torch.Tensor]:
     try:
-        if zipfile.is_zipfile(stream):
-            with zipfile.ZipFile(stream) as archive:
-                if archive.testzip():  # torch itself does not look at the checksums
-                    raise zipfile.BadZipFile("checksum")
-        stream.seek(0)
-        loaded = torch.load(stream, map_location="cpu", weights_only=True)
+        loaded = load_torch(stream)
+    except UnsafeFileError as error:
+        raise ModelError(
+            f"checkpoint {called} is corrupted, or made to do harm ({error}): get it again, or "
+            f"{_CURE}"
+        ) from error
     except Exception as error:  # bad bytes make the unpickler raise almost anything
         # torch's own text is left out: it tells the reader how to switch the protection off.
         if found := re.search(r"\bGLOBAL (\S+)", str(error)):

@@ -25,6 +25,7 @@ from influence_jobs.store.layout import CHECKPOINTS
 from influence_jobs.store.manifest import Manifest, checksum
 from influence_jobs.store.run import now
 from influence_jobs.store.software import software
+from influence_jobs.torch_files import load_torch
 
 log = logging.getLogger(__name__)
 
@@ -62,9 +63,7 @@ class Retrained:
         if checksum(data) != expected:
             log.warning("variant %s is damaged: it is trained again", key)
             return None
-        weights: dict[str, Tensor] = torch.load(
-            io.BytesIO(data), weights_only=True, map_location="cpu"
-        )
+        weights: dict[str, Tensor] = load_torch(io.BytesIO(data))
         return weights
 
     def write(self, key: str, weights: dict[str, Tensor]) -> None:

@@ -207,12 +207,15 @@ def test_the_token_is_in_no_environment_no_log_and_no_job(ray_head):
 
 def listening(head):
     """Addresses at which the processes of a head listen."""
-    return {
-        connection.laddr
-        for process in heads.head_processes(head.pid, head.create_time, head.temp_dir)
-        for connection in process.net_connections("inet")
-        if connection.status == psutil.CONN_LISTEN
-    }
+    found = set()
+    for process in heads.head_processes(head.pid, head.create_time, head.temp_dir):
+        with contextlib.suppress(psutil.NoSuchProcess):  # idle workers come and go
+            found |= {
+                connection.laddr
+                for connection in process.net_connections("inet")
+                if connection.status == psutil.CONN_LISTEN
+            }
+    return found
 
 
 @pytest.mark.ray

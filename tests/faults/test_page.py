@@ -14,7 +14,7 @@ def test_the_page_has_every_fault_of_the_suite() -> None:
             group = line[3:].lower()
         elif (found := re.match(r"\| (.+?) \|", line)) and found[1] != "fault":
             told.append(f"{group}: {found[1]}".lower())
-    assert told == [fault.id.lower() for fault in all_faults()]
+    assert sorted(told) == sorted(fault.id.lower() for fault in all_faults())
     tried = re.search(r"(\d+) schedules of one to three faults", schedules)
     assert tried
     assert int(tried[1]) >= 200

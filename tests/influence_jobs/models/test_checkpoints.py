@@ -2,6 +2,7 @@ import io
 import json
 import os
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,42 @@ def test_planted_code_is_not_run(tmp_path: Path) -> None:
     path.write_bytes(pickle.dumps(planted, protocol=2))
     refused(path)
     assert not marker.exists()
+
+
+def deflate(path: Path) -> None:
+    """Write an archive anew, compressed."""
+    old = zipfile.ZipFile(io.BytesIO(path.read_bytes()))
+    with old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, old.read(entry))
+
+
+def test_an_archive_that_unpacks_to_much_more_than_its_size_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save({"fc1.weight": torch.zeros(1 << 25)}, path)
+    deflate(path)
+    assert path.stat().st_size < 1 << 20
+    assert "made to do harm (its" in refused(path)
+
+
+def test_a_bytearray_of_any_size_is_refused(tmp_path: Path) -> None:
+    class Huge:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return bytearray, (1 << 40,)
+
+    path = tmp_path / "weights.pth"
+    torch.save({"fc1.weight": Huge()}, path)
+    assert "holds a bytearray" in refused(path)
+
+
+def test_a_model_may_be_compressed(tmp_path: Path) -> None:
+    """torch reads such files, which other programs write."""
+    path, model = tmp_path / "weights.pth", MnistMLP()
+    torch.save(MnistMLP().state_dict(), path)
+    before = torch.load(path, weights_only=True)
+    deflate(path)
+    load_weights(model, path)
+    assert torch.equal(model.fc1.weight, before["fc1.weight"])
 
 
 @pytest.mark.parametrize(
