@@ -2,9 +2,9 @@
 
     python benchmarks/gradients.py gpt2                   # 124 million parameters, from a config
     python benchmarks/gradients.py ranks --runs gr-runs   # rank agreement with exact dot products
-    python benchmarks/gradients.py store --folder /tmp/store    # 1,000,000 x 4,096 float16
+    python benchmarks/gradients.py store --runs store-runs    # 1,000,000 x 4,096 float16
 
-`gpt2` compares with forward + backward of the same batches. `ranks` uses the command line.
+`gpt2` compares with forward + backward of the same batches. The others use the command line.
 """
 
 import json
@@ -25,16 +25,10 @@ from scipy import stats
 from torch import Tensor, nn
 
 from influence_jobs.gradients import GradNorms, GradProjections, ParameterSpace
-from influence_jobs.gradients.projections import WHOLE, projections
+from influence_jobs.gradients.projections import projections
 from influence_jobs.gradients.reference import gradients_one_by_one
-from influence_jobs.kinds.gradients.rows import packed_rows, row_layouts
-from influence_jobs.kinds.gradients.spec import GradientsSpec
-from influence_jobs.kinds.gradients.store import GradientStore
-from influence_jobs.kinds.train.spec import FileCheckpoint
-from influence_jobs.specs.base import TaskSpec
-from influence_jobs.store.layout import SCORES
+from influence_jobs.store.layout import SCORES, checkpoint_name
 from influence_jobs.store.run import Run
-from influence_jobs.store.top import top_of
 
 app = typer.Typer(help=__doc__, rich_markup_mode=None)
 INFL = str(Path(sys.executable).with_name("infl"))
@@ -165,53 +159,48 @@ def scores(run: str, runs: str) -> np.ndarray:
 
 @app.command()
 def store(
-    folder: Annotated[Path, typer.Option(help="Folder for the store; it stays there.")],
+    runs: Annotated[str, typer.Option(help="Folder of runs; what is there is used.")],
     rows: Annotated[int, typer.Option(help="Samples.")] = 1_000_000,
-    numbers: Annotated[int, typer.Option(help="Numbers of a sample.")] = 4096,
-    stored: Annotated[str, typer.Option(help="How they are rounded.")] = "float16",
-    queries: Annotated[int, typer.Option(help="Queries at once.")] = 1,
+    method: Annotated[str, typer.Option(help="Of the scores.")] = "influence",
 ) -> None:
-    """Write a store of random rows, as a job would, and find the top 100 of queries in it."""
-    header(f"A store of {rows:,} x {numbers:,} {stored}")
-    checkpoint = FileCheckpoint(path="none", sha256="0" * 64)
-    spec = GradientsSpec(
-        task=TaskSpec(name="random", data=f"{rows} x {numbers}"),
-        checkpoint=checkpoint,
-        modules=(WHOLE,),
-        whole=True,
-        stored=stored,  # type: ignore[arg-type]
-    )
-    run = Run.create(str(folder), spec)
-    layouts = row_layouts(
-        rows, {WHOLE: numbers}, stored=spec.stored, axis="sample", quantity="loss"
-    )
-    if not run.array_names():
-        run.create_arrays(layouts)
-        run = Run.open(str(folder), run.id)
-        step = 8 * layouts[0].chunk_rows
-        generator, started, drawn = np.random.default_rng(0), time.perf_counter(), 0.0
-        for start in range(0, rows, step):
-            count, before = min(step, rows - start), time.perf_counter()
-            values = {WHOLE: generator.standard_normal((count, numbers), np.float32)}
-            drawn += time.perf_counter() - before
-            packed = packed_rows(values, np.zeros(count), stored=spec.stored)
-            for name, part in packed.items():
-                run.write_rows(name, start, part)
-        took = time.perf_counter() - started - drawn
-        print(f"- rounded and written: {rows / took:,.0f} samples/s, one thread of work")
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    print(f"- on disk: {size / 1e9:.2f} GB")
-    opened = GradientStore(str(folder), spec)
-    query_QD = np.random.default_rng(1).standard_normal((queries, numbers), np.float32)
-    for attempt in ("first", "second"):
-        started = time.perf_counter()
-        blocks = (
-            (start, opened.dots(query_QD, WHOLE, start, stop).astype(np.float64))
-            for start, stop in opened.blocks()
-        )
-        top_of(blocks, range(queries), 100)
+    """Real gradients of MNIST images at many places: store, second moments, index, and queries."""
+    header(f"A store of {rows:,} x 4,096 float16")
+    task = ["--task", f"{Path(__file__).with_name('moved_mnist.py')}:MovedMnist"]
+    many = [*task, "--copies", str(rows)]
+    steps = []
+
+    def step(name: str, words: Sequence[str]) -> str:
+        started, before = time.perf_counter(), of_children()
+        run = submit(words, runs)
         took = time.perf_counter() - started
-        print(f"- {attempt} exact top 100 of {queries} queries: {took:.1f} s, {peak_mb():,} MB")
+        size = sum(p.stat().st_size for p in (Path(runs) / run).rglob("*") if p.is_file())
+        peak = f"{of_children():,}" if of_children() > before else f"below {before:,}"
+        steps.append([name, f"{took:,.1f}", f"{rows / took:,.0f}", f"{size / 1e9:.3f}", peak])
+        print(steps[-1], file=sys.stderr)
+        return run
+
+    trained = submit(["train", *task, "--copies", "60000", "--epochs", "2"], runs)
+    weights = str(Path(runs) / trained / checkpoint_name(2))
+    layers = [word for layer in range(4) for word in ("--layer", f"module:{2 * layer}")]
+    kept = ["gradients", *many, "--checkpoint", weights, *layers, "--dim", "32x32"]
+    named = step("store", kept)
+    of_store = ["--gradients", named, "--method", method]
+    step("second moments", ["gram", "--gradients", named])
+    step("index", ["gradient-index", *of_store])
+    for test in range(3):
+        asked = ["gradient-scores", *of_store, "--test", str(test)]
+        step(f"query {test}, exact", asked)
+        step(f"query {test}, approximate", [*asked, "--approximate", "100"])
+    columns = ["step", "s, the whole command", "samples/s", "GB", "largest peak so far, MB"]
+    print_table(columns, steps)
+    opened = Run.open(runs, submit(["gradient-index", *of_store], runs))
+    recall = np.mean(opened.read_table("recall").column("recall").to_numpy())
+    print(f"\nThe index finds {100 * recall:.1f} % of the top 100.")
+
+
+def of_children() -> int:
+    """Peak memory in MB of the largest process that was started, and has ended."""
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024
 
 
 if __name__ == "__main__":

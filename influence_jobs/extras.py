@@ -4,6 +4,7 @@ from influence_jobs.errors import InflError
 
 # For each extra of pyproject.toml, the import packages that it installs.
 EXTRAS = {
+    "faiss": ("faiss",),
     "report": ("jinja2", "matplotlib", "starlette", "uvicorn", "xarray"),
     "cli": ("ray", "rich", "skimage", "typer"),
 }

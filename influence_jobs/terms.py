@@ -13,6 +13,7 @@ Schedule = Literal["constant", "cosine", "linear", "step", "task"]
 # How the entries of a random projection are distributed; how stored gradients are rounded.
 Distribution = Literal["gaussian", "rademacher", "sparse"]
 Stored = Literal["float32", "float16", "int8", "1-bit"]
+GradientMethod = Literal["influence", "trak", "dot", "cosine"]  # scores of stored gradients
 Region = tuple[int, int, int, int]  # y, x, height, width in pixels
 
 

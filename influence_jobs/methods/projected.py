@@ -37,15 +37,32 @@ def preconditioned(
     Raises:
         SpecError: G is singular but for the damping, which is 0.
     """
-    gram_DD = np.asarray(gram_DD, dtype=np.float64)
-    if not gram_DD.any():  # no sample has a gradient here, so no score depends on it
+    if not np.any(gram_DD):  # no sample has a gradient here, so no score depends on it
         return np.zeros(queries_QD.shape)
+    factor = damped_root(gram_DD, damping=damping), True
+    return np.asarray(linalg.cho_solve(factor, queries_QD.T.astype(np.float64)).T)
+
+
+def damped_root(
+    gram_DD: npt.NDArray[np.floating[Any]], *, damping: float
+) -> npt.NDArray[np.float64]:
+    """L of L L^T = G + lambda I, lower triangular; I if G is 0, as then all gradients are.
+
+    Args:
+        gram_DD: G, the mean of g g^T.
+        damping: Lambda, as a part of G's mean eigenvalue.
+
+    Raises:
+        SpecError: G is singular but for the damping, which is 0.
+    """
+    gram_DD = np.asarray(gram_DD, dtype=np.float64)
+    if not gram_DD.any():
+        return np.eye(len(gram_DD))
     damped_DD = gram_DD + damping * np.trace(gram_DD) / len(gram_DD) * np.eye(len(gram_DD))
     try:
-        factor = linalg.cho_factor(damped_DD, lower=True)
+        return np.asarray(linalg.cholesky(damped_DD, lower=True))
     except linalg.LinAlgError as error:
         raise SpecError(
             "the second moments of the projected gradients are singular: there are fewer samples "
             "than numbers, or gradients are zero; give a --damping above 0"
         ) from error
-    return np.asarray(linalg.cho_solve(factor, queries_QD.T.astype(np.float64)).T)

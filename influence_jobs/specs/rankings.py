@@ -25,6 +25,11 @@ class Ranking(Model):
 
     @model_validator(mode="after")
     def _one_set_of_queries(self) -> Self:
+        for scores in self.scores:
+            if scores.top_only:
+                raise ValueError(
+                    f"{scores.run_id} has scores of the first samples only: leave --approximate out"
+                )
         for other in self.scores[1:]:
             if other.queries != self.queries:
                 raise ValueError(

@@ -20,6 +20,11 @@ class ScoresSpec(Spec):
         @property
         def queries(self) -> Queries: ...
 
+    @property
+    def top_only(self) -> int | None:
+        """How many samples of each end have a score; None: all samples have one."""
+        return None
+
 
 #: A spec of any kind whose runs have scores.
 AnyScores = Annotated[SerializeAsAny[ScoresSpec], BeforeValidator(spec_of)]

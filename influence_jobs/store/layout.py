@@ -15,6 +15,7 @@
     data.zarr/          the arrays
     checkpoints/        weights of a train run, and states from which long shards resume; while an
                         unrolled run is at work, states of the training that it recomputes
+    index.faiss         of a gradient-index run
     tables/NAME.parquet small tables; tables/solutions/ID.parquet is one table per s-test shard
     logs/               logs of the drivers; shard-ID.log has the traceback of an unexpected error
     report/             pages and figures that `infl report` wrote; not part of the run
@@ -78,6 +79,7 @@ def segment_name(segment: int) -> str:
 
 GRAM = "gram"
 LOSSES_OF_ROWS = "losses"
+INDEX = "index.faiss"
 
 
 def gradients_name(group: str) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from influence_jobs.errors import SpecError
+from influence_jobs.specs.scores import ScoresSpec
 from influence_jobs.store.folder import for_runs
 from influence_jobs.store.layout import SCORES, part_name
 from influence_jobs.store.run import Run
@@ -56,6 +57,8 @@ def ranked_scores(
         raise SpecError(f"side {side!r}: choose {', '.join(get_args(Side))}")
     if k < 1:
         raise SpecError(f"k = {k}: k must be at least 1")
+    if isinstance(run.spec, ScoresSpec) and run.spec.top_only:
+        k = min(k, run.spec.top_only)  # what comes next is the other end
     array = SCORES if layer is None else part_name(layer)
     run.array(SCORES)  # if even these are missing, the layer is not the cause
     if array not in run.array_names():

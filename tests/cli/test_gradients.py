@@ -32,6 +32,25 @@ def test_from_a_store_to_the_top_samples(infl: Infl, runs: Path) -> None:
     assert page.code == 0, page.err
 
 
+def test_the_top_samples_by_an_index(infl: Infl, runs: Path) -> None:
+    assert infl(*STORE, "--dim", "4x4", "--layer", "head").code == 0
+    words = (*SCORES, "--gradients", "gradients-digits", *ONE, "--approximate", "20")
+    scored = infl(*words, "--json")
+    assert scored.code == 0, scored.err
+    top = infl("top", scored.json["run"], "--k", "30")
+    assert top.out.count("\n  20 ") == 2  # both ends
+    assert "\n  21 " not in top.out  # which would be of the other end
+    ablation = ("submit", "ablation", "--checkpoint", "train-digits", "--k", "5", *ONE, "--local")
+    said = infl(*ablation, "--by", f"index={scored.json['run']}")
+    assert said.code == 2
+    assert "scores of the first samples only: leave --approximate out" in said.err
+    assert infl("report", scored.json["run"]).code == 0
+    index = infl("submit", "gradient-index", "--gradients", "gradients-digits", "--local")
+    assert index.code == 0, index.err
+    assert "of the 100 samples of largest score" in index.out
+    assert len(list(runs.glob("gradient-index-*"))) == 1  # the same one
+
+
 def test_a_dry_run_tells_what_rounding_loses(infl: Infl, runs: Path) -> None:
     planned = infl(*STORE[:4], "--dry-run", "--stored", "1-bit", "--dim", "4x4")
     assert planned.code == 0, planned.err
@@ -70,6 +89,12 @@ def test_a_store_is_made_if_none_is_named(infl: Infl, runs: Path) -> None:
             (*SCORES, *DIGITS[:2], *ONE, "--method", "cosine", "--keep-layers"),
             "a cosine is no sum over layers: leave --keep-layers out",
         ),
+        (
+            (*SCORES, *DIGITS[:2], *ONE, "--approximate", "5", "--keep-layers"),
+            "an index has no scores of single layers: leave --approximate or --keep-layers out",
+        ),
+        ((*SCORES, *DIGITS[:2], *ONE, "--approximate", "0"), "--approximate: input should be"),
+        (("submit", "gradient-index", "--gradients", "train-digits"), "no projected gradients"),
         (("submit", "gram", "--gradients", "train-digits"), "has no projected gradients"),
     ],
 )

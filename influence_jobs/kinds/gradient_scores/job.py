@@ -11,7 +11,9 @@ import torch
 from influence_jobs.jobs.base import Result
 from influence_jobs.jobs.samples import trained_inputs
 from influence_jobs.jobs.scores import Scores, ScoresJob
-from influence_jobs.kinds.gradient_scores.spec import DAMPING, GradientScoresSpec
+from influence_jobs.kinds.gradient_index.spec import DAMPING, gram_of
+from influence_jobs.kinds.gradient_index.vectors import ScoreVectors
+from influence_jobs.kinds.gradient_scores.spec import GradientScoresSpec
 from influence_jobs.kinds.gradients.store import GradientStore
 from influence_jobs.kinds.gram.spec import GramSpec
 from influence_jobs.kinds.train.spec import Checkpoint
@@ -42,7 +44,7 @@ class GradientScoresJob(ScoresJob[GradientScoresSpec]):
     @staticmethod
     def inputs(spec: GradientScoresSpec) -> tuple[AnySpec, ...]:
         trained = trained_inputs(tuple(store.checkpoint for store in spec.gradients))
-        return (*trained, *spec.gradients, *spec.of_queries, *_grams(spec))
+        return (*trained, *spec.gradients, *spec.of_queries, *_derived(spec))
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
@@ -50,7 +52,7 @@ class GradientScoresJob(ScoresJob[GradientScoresSpec]):
 
     def input_digests(self) -> dict[str, str]:
         spec = self.spec
-        specs = (*spec.gradients, *spec.of_queries, *_grams(spec))
+        specs = (*spec.gradients, *spec.of_queries, *_derived(spec))
         runs = [Run(self.run_store.root, one) for one in specs]
         return {run.id: run.digest() for run in runs}
 
@@ -77,6 +79,8 @@ class GradientScoresJob(ScoresJob[GradientScoresSpec]):
         if len(spec.gradients) > 1:
             over = {"sum": "summed", "mean": "averaged"}[spec.combine]
             said += f", {over} over {len(spec.gradients)} stores"
+        if spec.approximate:
+            said += f"; only the {spec.approximate} largest and smallest that an index finds"
         helps = "helpful" if quantity == "loss" else f"it lowers the {quantity}"
         harms = "harmful" if quantity == "loss" else f"it raises the {quantity}"
         return {
@@ -96,6 +100,8 @@ class GradientScoresJob(ScoresJob[GradientScoresSpec]):
 
     def score(self, term: int, ids: torch.Tensor) -> Scores:
         store, start, stop = self._stores[term], int(ids[0]), int(ids[-1]) + 1
+        if self.spec.approximate:
+            return {SCORES: self._found_between(start, stop)}
         if term not in self._prepared:
             self._prepared[term] = self._queries(term)
         found: dict[str, npt.NDArray[Any]] = {}
@@ -118,7 +124,29 @@ class GradientScoresJob(ScoresJob[GradientScoresSpec]):
         terms = self.terms if self.spec.combine == "mean" else 1
         return {name: values / terms for name, values in found.items()}
 
-    def _queries(self, term: int) -> dict[str, Rows]:
+    @cached_property
+    def _found(self) -> tuple[npt.NDArray[np.int64], Rows]:
+        """What an index finds: ids and scores (Q, 2 k), the largest and the smallest; -1: none."""
+        from influence_jobs.kinds.gradient_index.job import nearest, open_index  # needs faiss
+
+        spec, root = self.spec, self.run_store.root
+        assert spec.index is not None and spec.approximate is not None
+        queries_QD = ScoreVectors(root, spec.index)(self._gradients(0))
+        index, k = open_index(Run(root, spec.index)), min(spec.approximate, self.num_rows)
+        ids_QK, scores_QK = nearest(index, queries_QD, k)
+        least_QK, negative_QK = nearest(index, -queries_QD, k)
+        return np.hstack([ids_QK, least_QK]), np.hstack([scores_QK, -negative_QK])
+
+    def _found_between(self, start: int, stop: int) -> npt.NDArray[np.float64]:
+        """Scores (Q, B) of a range of samples; NaN for those that the index did not find."""
+        ids_QK, scores_QK = self._found
+        block_QB = np.full((len(ids_QK), stop - start), np.nan)
+        rows, columns = np.nonzero((ids_QK >= start) & (ids_QK < stop))
+        block_QB[rows, ids_QK[rows, columns] - start] = scores_QK[rows, columns]
+        return block_QB
+
+    def _gradients(self, term: int) -> dict[str, npt.NDArray[np.float64]]:
+        """The queries' projected gradients, by group; for TRAK those of the margin."""
         spec = self.spec
         store = GradientStore(self.run_store.root, spec.of_queries[term])
         count = len(spec.queries.items)
@@ -126,6 +154,10 @@ class GradientScoresJob(ScoresJob[GradientScoresSpec]):
         if spec.method == "trak":
             factors_Q = margin_factors(store.losses(0, count))
             found = {group: rows * factors_Q[:, None] for group, rows in found.items()}
+        return found
+
+    def _queries(self, term: int) -> dict[str, Rows]:
+        spec, found = self.spec, self._gradients(term)
         if spec.method in DAMPING:
             gram = Run(self.run_store.root, _grams(spec)[term])
             layers = list(gram.array(GRAM).attrs["layers"])  # type: ignore[arg-type]
@@ -161,7 +193,10 @@ class GradientScoresJob(ScoresJob[GradientScoresSpec]):
 
 def _grams(spec: GradientScoresSpec) -> tuple[GramSpec, ...]:
     """The second moments that the method divides by, in the order of `gradients`."""
-    if spec.method not in DAMPING:
-        return ()
-    quantity = "margin" if spec.method == "trak" else "loss"
-    return tuple(GramSpec(task=s.task, gradients=s, quantity=quantity) for s in spec.gradients)
+    found = (gram_of(store, spec.method) for store in spec.gradients)
+    return tuple(gram for gram in found if gram is not None)
+
+
+def _derived(spec: GradientScoresSpec) -> tuple[AnySpec, ...]:
+    """What is made once of a store, and used by all queries."""
+    return _grams(spec) if spec.index is None else (*_grams(spec), spec.index)

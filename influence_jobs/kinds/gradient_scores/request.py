@@ -5,12 +5,14 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from influence_jobs.errors import SpecError
-from influence_jobs.kinds.gradient_scores.spec import DAMPING, GradientScoresSpec, Method
+from influence_jobs.kinds.gradient_index.spec import DAMPING
+from influence_jobs.kinds.gradient_scores.spec import GradientScoresSpec
 from influence_jobs.kinds.gradients.request import GradientsRequest, gradients_of
 from influence_jobs.kinds.query_gradients.request import refuse_another_checkpoint, store_named
 from influence_jobs.requests.base import Many, One, Say, option
 from influence_jobs.requests.options import SCORES, QueriesOptions, WeightsRequest
 from influence_jobs.specs.base import Spec, make_spec
+from influence_jobs.terms import GradientMethod
 
 
 class GradientScoresRequest(WeightsRequest, QueriesOptions):
@@ -26,7 +28,7 @@ class GradientScoresRequest(WeightsRequest, QueriesOptions):
         panel=SCORES,
         metavar="RUN",
     )
-    method: Method = option(
+    method: GradientMethod = option(
         "influence",
         "influence: q^T (G + lambda I)^-1 g in each layer, with G the mean of g g^T; trak: the "
         "same for gradients of the margin (cross-entropy only); dot: dot product q^T g; cosine.",
@@ -44,6 +46,13 @@ class GradientScoresRequest(WeightsRequest, QueriesOptions):
         panel=SCORES,
     )
     keep_layers: bool = option(False, "Also keep the scores of each layer.", panel=SCORES)
+    approximate: One[int | None] = option(
+        None,
+        "Only so many of the most helpful and of the most harmful samples, found at once in an "
+        "index that misses some (it says how many); the others get no score. Needs faiss.",
+        panel=SCORES,
+        ge=1,
+    )
 
     def specs(self, root: str, say: Say) -> tuple[Spec, ...]:
         from influence_jobs.kinds.train.spec import FileCheckpoint, TrainedCheckpoint
@@ -78,5 +87,6 @@ class GradientScoresRequest(WeightsRequest, QueriesOptions):
             damping=damping,
             combine=self.combine,
             keep_modules=self.keep_layers,
+            approximate=self.approximate,
         )
         return (spec,)

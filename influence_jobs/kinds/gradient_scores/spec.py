@@ -4,15 +4,13 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from influence_jobs.kinds.gradient_index.spec import DAMPING, GradientIndexSpec
 from influence_jobs.kinds.gradients.spec import GradientsSpec
 from influence_jobs.kinds.query_gradients.spec import QueryGradientsSpec
+from influence_jobs.specs.base import Count
 from influence_jobs.specs.queries import Queries
 from influence_jobs.specs.scores import ScoresSpec
-
-Method = Literal["influence", "trak", "dot", "cosine"]
-
-#: Part of the mean eigenvalue that is added to a layer's second moments.
-DAMPING: dict[Method, float] = {"influence": 0.1, "trak": 0.1}
+from influence_jobs.terms import GradientMethod
 
 
 class GradientScoresSpec(ScoresSpec):
@@ -27,15 +25,18 @@ class GradientScoresSpec(ScoresSpec):
         damping: Lambda, as a part of the mean eigenvalue of a layer's G; 0 if the method has none.
         combine: Scores of several stores are summed (over checkpoints) or averaged (over seeds).
         keep_modules: Also keep the scores of each layer.
+        approximate: Only so many of the most helpful and of the most harmful samples, found in an
+            index; the others have no score.
     """
 
     kind: Literal["gradient-scores"] = "gradient-scores"
     gradients: Annotated[tuple[GradientsSpec, ...], Field(min_length=1)]
     queries: Queries
-    method: Method = "influence"
+    method: GradientMethod = "influence"
     damping: Annotated[float, Field(ge=0)] = 0.1
     combine: Literal["sum", "mean"] = "sum"
     keep_modules: bool = False
+    approximate: Count | None = None
 
     @model_validator(mode="after")
     def _normalise(self) -> Self:
@@ -56,7 +57,27 @@ class GradientScoresSpec(ScoresSpec):
             object.__setattr__(self, "damping", 0.0)
         if self.keep_modules and self.method == "cosine":
             raise ValueError("a cosine is no sum over layers: leave --keep-layers out")
+        if self.approximate and len(ordered) > 1:
+            raise ValueError("an index is of one store: leave --approximate out")
+        if self.approximate and self.keep_modules:
+            raise ValueError(
+                "an index has no scores of single layers: leave --approximate or --keep-layers out"
+            )
         return self
+
+    @property
+    def top_only(self) -> int | None:
+        return self.approximate
+
+    @property
+    def index(self) -> GradientIndexSpec | None:
+        """The index in which samples are found."""
+        if self.approximate is None:
+            return None
+        (store,) = self.gradients
+        return GradientIndexSpec(
+            task=self.task, gradients=store, method=self.method, damping=self.damping
+        )
 
     @property
     def of_queries(self) -> tuple[QueryGradientsSpec, ...]:

@@ -1,6 +1,9 @@
 """The view of scores from stored projected gradients."""
 
-from influence_jobs.kinds.gradient_scores.spec import DAMPING, GradientScoresSpec
+from influence_jobs.kinds import view_of
+from influence_jobs.kinds.gradient_index.spec import DAMPING
+from influence_jobs.kinds.gradient_scores.spec import GradientScoresSpec
+from influence_jobs.store.run import Run
 from influence_jobs.views.scores import ScoresView
 
 
@@ -27,4 +30,7 @@ class GradientScoresView(ScoresView[GradientScoresSpec]):
         )
         if spec.method in DAMPING:
             line += f"; lambda = {spec.damping:g} x the mean eigenvalue of each layer's G"
-        return [f"{line}."]
+        said = [f"{line}."]
+        if spec.index is not None:
+            said += view_of(Run(self.run.root, spec.index)).certainty()
+        return said

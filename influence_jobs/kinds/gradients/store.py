@@ -69,7 +69,13 @@ class GradientStore:
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Bounds of blocks of rows that are read at once, whole chunks."""
         chunk = self.run.array(LOSSES_OF_ROWS).chunks[0]
-        step = max(1, BLOCK_NUMBERS // max(self.sizes.values()) // chunk) * chunk
+        return self._cut(max(1, BLOCK_NUMBERS // max(self.sizes.values()) // chunk) * chunk)
+
+    def chunks(self) -> Iterator[tuple[int, int]]:
+        """Bounds of the chunks of rows."""
+        return self._cut(self.run.array(LOSSES_OF_ROWS).chunks[0])
+
+    def _cut(self, step: int) -> Iterator[tuple[int, int]]:
         for start in range(0, self.num_rows, step):
             yield start, min(start + step, self.num_rows)
 

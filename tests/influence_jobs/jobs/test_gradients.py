@@ -11,6 +11,7 @@ from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.gradients.projections import projections
 from influence_jobs.gradients.reference import gradients_one_by_one
 from influence_jobs.kinds import view_of
+from influence_jobs.kinds.gradient_index.job import nearest, new_index
 from influence_jobs.kinds.gradient_scores.spec import GradientScoresSpec
 from influence_jobs.kinds.gradients.spec import GradientsSpec
 from influence_jobs.kinds.gradients.store import GradientStore
@@ -18,6 +19,7 @@ from influence_jobs.kinds.gram.spec import GramSpec
 from influence_jobs.specs.base import make_spec
 from influence_jobs.store.checkpoints import load_checkpoint
 from influence_jobs.store.layout import GRAM, SCORES, gradients_name, part_name
+from influence_jobs.store.run import Run
 from influence_jobs.store.verify import find_damage
 from influence_jobs.tasks.base import Draw, to_type
 
@@ -217,3 +219,53 @@ def test_stores_that_do_not_go_together_are_refused(store_of, scores_of):
             scores_of(store_of(), other)
     with pytest.raises(SpecError, match="no sum over layers"):
         scores_of(store_of(), method="cosine", keep_modules=True)
+
+
+@pytest.mark.parametrize("method", ["influence", "trak", "dot", "cosine"])
+def test_an_index_finds_the_top_samples(carry_out, store_of, scores_of, method):
+    store, k = store_of(), 100
+    exact = carry_out(scores_of(store, method=method)).read_rows(SCORES, 0, N)
+    spec = scores_of(store, method=method, approximate=k)
+    run = carry_out(spec, shard_rows=600)
+    found = run.read_rows(SCORES, 0, N)
+    there = ~np.isnan(found)
+    assert (there.sum(axis=1) <= 2 * k).all()
+    scale = np.abs(exact).max(axis=1, keepdims=True)
+    assert (np.abs(found - exact) / scale)[there].max() < 0.03  # a byte a number
+    shared = [
+        len({*np.argsort(side * e)[:k]} & {*np.flatnonzero(~np.isnan(f))}) / k
+        for e, f in zip(exact, found, strict=True)
+        for side in (1, -1)
+    ]
+    assert np.mean(shared) > 0.85
+    index = Run(run.root, spec.index)
+    recall = index.read_table("recall").column("recall").to_numpy()
+    assert len(recall) == 32
+    assert np.mean(recall) > 0.85
+    assert find_damage(index).damaged == {}
+    assert f"finds {100 * np.mean(recall):.1f} % of the 100" in " ".join(view_of(run).certainty())
+    assert (
+        f"the {k} largest and smallest that an index finds" in run.array(SCORES).attrs["quantity"]
+    )
+
+
+def test_an_index_of_long_vectors(tmp_path):
+    generator = np.random.default_rng(0)
+    few = generator.standard_normal((4000, 60)) * generator.exponential(size=(4000, 1))
+    rows = (few @ generator.standard_normal((60, 700))).astype(np.float32)
+    index = new_index(700)
+    index.train(rows)
+    index.add(rows)
+    ids, values = nearest(index, rows[:20], 50)
+    dots = rows[:20] @ rows.T
+    shared = [len({*a} & {*np.argsort(-e)[:50]}) / 50 for a, e in zip(ids, dots, strict=True)]
+    assert np.mean(shared) > 0.9
+    exact = np.take_along_axis(dots, ids, axis=1)
+    assert np.abs(values - exact).max() < 0.02 * np.abs(exact).max()
+
+
+def test_what_an_index_cannot_do_is_refused(store_of, scores_of):
+    with pytest.raises(SpecError, match="an index is of one store"):
+        scores_of(store_of(), store_of(seed=1), approximate=5)
+    with pytest.raises(SpecError, match="no scores of single layers"):
+        scores_of(store_of(), approximate=5, keep_modules=True)
