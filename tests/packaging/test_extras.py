@@ -1,4 +1,4 @@
-"""The library without the packages of the extras `cli` and `report`."""
+"""The library without the packages of its extras."""
 
 import pkgutil
 import subprocess
@@ -18,12 +18,13 @@ DRAWS = tuple(
     f"influence_jobs.{room}"
     for room in ("report.", "views.contact_sheet", "views.curves", "views.figure", "views.sheets")
 )
+INDEXES = ("influence_jobs.kinds.gradient_index.job",)  # needs the extra `faiss`
 # Callbacks of packages whose users have them.
 CALLBACKS = ("influence_jobs.training.hugging_face", "influence_jobs.training.lightning")
 ROOMS = [
     module.name
     for module in pkgutil.walk_packages(influence_jobs.__path__, "influence_jobs.")
-    if not module.name.startswith(DRAWS + CALLBACKS)
+    if not module.name.startswith(DRAWS + INDEXES + CALLBACKS)
 ]
 
 WITHOUT = """
@@ -76,6 +77,16 @@ def test_the_command_says_what_it_misses_later(tmp_path: Path) -> None:
     assert done.stderr.endswith(
         "error: uvicorn is not installed; run: pip install 'influence-jobs[report]'\n"
     )
+
+
+def test_an_index_says_what_to_install() -> None:
+    code = (
+        "from influence_jobs.extras import missing_extra\n"
+        "try:\n    import influence_jobs.kinds.gradient_index.job\n"
+        "except ModuleNotFoundError as error:\n    print(missing_extra(error))"
+    )
+    said = "faiss is not installed; run: pip install 'influence-jobs[faiss]'\n"
+    assert _python(code, ("faiss",)).stdout == said
 
 
 def test_other_missing_modules_keep_their_traceback() -> None:
