@@ -29,8 +29,9 @@ ifdef OPTIONS
 else
 	rm -f faults.jsonl
 	$(BIN)/python -m pytest -q tests/faults/test_schedules.py -m "" & schedules=$$!; \
-	    $(BIN)/python -m pytest -q tests/faults/test_every_fault.py -m ""; every=$$?; \
-	    wait $$schedules && exit $$every
+	    $(BIN)/python -m pytest -q tests/faults/test_every_fault.py -m "" -k "store" & store=$$!; \
+	    $(BIN)/python -m pytest -q tests/faults/test_every_fault.py -m "" -k "not store"; rest=$$?; \
+	    wait $$schedules && wait $$store && exit $$rest
 	$(BIN)/python -m pytest -q -m faults --ignore=tests/faults
 	$(BIN)/python tests/faults/faults_page.py
 endif
