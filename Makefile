@@ -28,11 +28,11 @@ ifdef OPTIONS
 	$(BIN)/python -m pytest tests/faults -m "" $(OPTIONS)
 else
 	rm -f faults.jsonl
-	$(BIN)/python -m pytest -q tests/faults/test_schedules.py -m "" & schedules=$$!; \
-	    $(BIN)/python -m pytest -q tests/faults/test_every_fault.py -m "" -k "store" & store=$$!; \
-	    $(BIN)/python -m pytest -q tests/faults/test_every_fault.py -m "" -k "not store"; rest=$$?; \
-	    wait $$schedules && wait $$store && exit $$rest
-	$(BIN)/python -m pytest -q -m faults --ignore=tests/faults
+	$(BIN)/python -m pytest -q tests/faults/test_schedules.py -m "" & a=$$!; \
+	    $(BIN)/python -m pytest -q tests/faults/test_every_fault.py -m "" -k "store" & b=$$!; \
+	    $(BIN)/python -m pytest -q tests/faults/test_every_fault.py -m "" -k "not store" & c=$$!; \
+	    $(BIN)/python -m pytest -q -m faults --ignore=tests/faults; d=$$?; \
+	    wait $$a && wait $$b && wait $$c && exit $$d
 	$(BIN)/python tests/faults/faults_page.py
 endif
 

@@ -108,7 +108,6 @@ class Peers:
                 "device": "cpu",
                 "proj_dim": DIMENSIONS,
                 "proj_max_batch_size": 32,
-                "use_half_precision": False,
             },
         )
         train, test = self._batches(100)

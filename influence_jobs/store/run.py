@@ -30,7 +30,7 @@ from influence_jobs.store.manifest import Manifest, checksum
 D = TypeVar("D")
 
 # What Zarr raises for metadata that are no JSON, of a wrong type, or incomplete.
-_NO_METADATA = (ValueError, TypeError, KeyError, AttributeError)
+_NO_METADATA = (ValueError, TypeError, KeyError, AttributeError, OverflowError)
 
 
 class Run:

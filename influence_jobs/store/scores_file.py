@@ -1,5 +1,6 @@
 """Read scores that another program wrote: .npy, Parquet or Zarr."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ SUFFIXES = (".npy", ".parquet", ".zarr")
 
 def is_scores_file(word: str) -> bool:
     """Whether a word names a file of scores, rather than a run or a method."""
-    return word.endswith(SUFFIXES) or any((Path(word) / name).is_file() for name in _ZARR)
+    return word.endswith(SUFFIXES) or any(
+        os.path.isfile(os.path.join(word, name))
+        for name in _ZARR  # a word too long is no file
+    )
 
 
 def read_scores(path: str, shape: tuple[int, int]) -> npt.NDArray[np.floating[Any]]:

@@ -171,13 +171,24 @@ def other_shape(path: Path) -> None:
     path.write_text(json.dumps(found))
 
 
+def huge_number(path: Path) -> None:
+    found = json.loads(path.read_text())
+    found["fill_value"] = 10**400
+    path.write_text(json.dumps(found))
+
+
 DAMAGES: dict[str, Callable[[Path], Any]] = {
     "gone": Path.unlink,
     "cut": lambda path: path.write_text("{"),
     "list": lambda path: path.write_text("[]"),
     "null": lambda path: path.write_text("null"),
 }
-OF_ARRAYS = {**DAMAGES, "empty": lambda path: path.write_text("{}"), "shape": other_shape}
+OF_ARRAYS = {
+    **DAMAGES,
+    "empty": lambda path: path.write_text("{}"),
+    "shape": other_shape,
+    "huge": huge_number,
+}
 
 
 @pytest.mark.parametrize(
