@@ -1,6 +1,5 @@
 """Read scores that another program wrote: .npy, Parquet or Zarr."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,12 @@ SUFFIXES = (".npy", ".parquet", ".zarr")
 
 def is_scores_file(word: str) -> bool:
     """Whether a word names a file of scores, rather than a run or a method."""
-    return word.endswith(SUFFIXES) or any(
-        os.path.isfile(os.path.join(word, name))
-        for name in _ZARR  # a word too long is no file
-    )
+    if word.endswith(SUFFIXES):
+        return True
+    try:
+        return any((Path(word) / name).is_file() for name in _ZARR)
+    except OSError:  # longer than the name of a file may be
+        return False
 
 
 def read_scores(path: str, shape: tuple[int, int]) -> npt.NDArray[np.floating[Any]]:
