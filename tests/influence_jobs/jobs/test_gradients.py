@@ -269,3 +269,30 @@ def test_what_an_index_cannot_do_is_refused(store_of, scores_of):
         scores_of(store_of(), store_of(seed=1), approximate=5)
     with pytest.raises(SpecError, match="no scores of single layers"):
         scores_of(store_of(), approximate=5, keep_modules=True)
+
+
+def test_a_store_that_is_cut_off_ends_with_the_same_bytes(
+    carry_out, store_of, fresh_root, monkeypatch
+):
+    spec, root = store_of(stored="float16"), fresh_root()
+    whole = carry_out(spec)
+    real, written = Run.write_rows, []
+
+    def write_rows(run, name, start, values):
+        if run.spec == spec:
+            written.append(name)
+            if len(written) == 9:  # within the second shard
+                raise KeyboardInterrupt
+        return real(run, name, start, values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "write_rows", write_rows)
+        with pytest.raises(KeyboardInterrupt):
+            carry_out(spec, root=root, shard_rows=512)
+    assert len(Run.open(str(root), spec.run_id).manifest.done()) == 1
+    again = carry_out(spec, root=root)
+    attempts = [entry.attempt for entry in again.manifest.done().values()]
+    assert sorted(attempts)[-1] == 2
+    assert attempts.count(2) == 1
+    for name in whole.array_names():
+        assert np.array_equal(whole.read_rows(name, 0, N), again.read_rows(name, 0, N)), name
