@@ -31,6 +31,9 @@ from influence_jobs.store.layout import SCORES, checkpoint_name
 from influence_jobs.store.run import Run
 
 app = typer.Typer(help=__doc__, rich_markup_mode=None)
+# Sizes and roundings of `ranks`.
+ROUNDED = [(dim, "float32") for dim in ("4x4", "8x8", "16x16", "32x32", "64x64")]
+ROUNDED += [("16x16", stored) for stored in ("float16", "int8", "1-bit")]
 INFL = str(Path(sys.executable).with_name("infl"))
 
 
@@ -131,15 +134,14 @@ def ranks(
     queries = [word for test in range(tests) for word in ("--test", str(test))]
     exact = scores(submit(["baseline", "--method", "dot-product", *at, *queries], runs), runs)
     rows = []
-    for dim in ("4x4", "8x8", "16x16", "32x32"):
-        for stored in ("float32", "float16", "int8", "1-bit"):
-            store = submit(["gradients", *at, "--dim", dim, "--stored", stored], runs)
-            of_store = ["gradient-scores", "--gradients", store, "--method", "dot", *queries]
-            found = scores(submit(of_store, runs), runs)
-            pairs = list(zip(exact, found, strict=True))
-            rank = [stats.spearmanr(a, b).statistic for a, b in pairs]
-            top = [len({*np.argsort(-a)[:100]} & {*np.argsort(-b)[:100]}) / 100 for a, b in pairs]
-            rows.append([dim, stored, f"{np.mean(rank):.3f}", f"{np.mean(top):.2f}"])
+    for dim, stored in ROUNDED:
+        store = submit(["gradients", *at, "--dim", dim, "--stored", stored], runs)
+        of_store = ["gradient-scores", "--gradients", store, "--method", "dot", *queries]
+        found = scores(submit(of_store, runs), runs)
+        pairs = list(zip(exact, found, strict=True))
+        rank = [stats.spearmanr(a, b).statistic for a, b in pairs]
+        top = [len({*np.argsort(-a)[:100]} & {*np.argsort(-b)[:100]}) / 100 for a, b in pairs]
+        rows.append([dim, stored, f"{np.mean(rank):.3f}", f"{np.mean(top):.2f}"])
     print_table(["numbers a layer", "stored as", "rank correlation", "top 100 shared"], rows)
 
 
