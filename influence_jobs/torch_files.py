@@ -8,6 +8,7 @@ import torch
 
 _UNPACKED_MOST = 10  # times the size of the file; torch.save itself does not compress
 _UNPACKED_FREE = 1 << 26
+_FOLDER = 0x10  # the bit of MS-DOS's attributes
 
 
 class UnsafeFileError(ValueError):
@@ -39,6 +40,9 @@ def _check_archive(stream: BinaryIO) -> None:
         if archive.testzip():
             raise UnsafeFileError("a checksum is wrong")
         for entry in entries:
+            # torch does not read such an entry, and takes what was in the memory for its numbers.
+            if entry.external_attr & _FOLDER and entry.file_size:
+                raise UnsafeFileError(f"{entry.filename} is marked as a folder")
             # bytearray(n) takes n bytes, and torch's own reader allows it.
             if entry.filename.endswith(".pkl") and _names_bytearray(archive.read(entry)):
                 raise UnsafeFileError("it holds a bytearray, not tensors alone")

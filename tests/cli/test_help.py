@@ -51,7 +51,8 @@ OPTIONS = {
     "submit gram": f"{HOW} {TASK_DATA} dry-run task gradients quantity workers",
     "submit query-gradients": f"{TRAINED} {QUERIES} gradients",
     "submit gradient-scores": f"{TRAINED} {QUERIES} gradients method damping combine keep-layers "
-    "shard-size",
+    "approximate shard-size",
+    "submit gradient-index": f"{HOW} {TASK_DATA} dry-run task gradients method damping workers",
     "submit ablation": f"{EXPERIMENT} k mode relabel-to same-run seeds shard-size",
     "submit stability": f"{EXPERIMENT} retrainings top ensemble",
     "submit lds": f"{EXPERIMENT} subsets fraction same-run seeds ensemble shard-size",

@@ -135,6 +135,20 @@ def test_an_archive_that_unpacks_to_much_more_than_its_size_is_refused(tmp_path:
     assert "made to do harm (its" in refused(path)
 
 
+def test_numbers_marked_as_a_folder_are_refused(tmp_path: Path) -> None:
+    """torch would load whatever was in the memory."""
+    path = tmp_path / "weights.pth"
+    torch.save(MnistMLP().state_dict(), path)
+    old = zipfile.ZipFile(io.BytesIO(path.read_bytes()))
+    with old, zipfile.ZipFile(path, "w") as new:
+        for entry in old.infolist():
+            content = old.read(entry)
+            if entry.filename.endswith("data/1"):
+                entry.external_attr |= 0x10
+            new.writestr(entry, content)
+    assert "data/1 is marked as a folder" in refused(path)
+
+
 def test_a_bytearray_of_any_size_is_refused(tmp_path: Path) -> None:
     class Huge:
         def __reduce__(self) -> tuple[Any, ...]:
