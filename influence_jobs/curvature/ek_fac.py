@@ -12,7 +12,12 @@ from torch import Tensor
 from influence_jobs.curvature.ek_fac_blocks import Block, MatrixBlock, VectorBlock
 from influence_jobs.curvature.operators import LOOKED_AT, GaussNewton, Operator
 from influence_jobs.curvature.output_gradients import OutputGradients
-from influence_jobs.curvature.output_roots import exact_roots, random_root, random_signs
+from influence_jobs.curvature.output_roots import (
+    exact_roots,
+    random_root,
+    random_signs,
+    token_signs,
+)
 from influence_jobs.curvature.solver import (
     DAMPING_SHARE,
     Progress,
@@ -237,7 +242,13 @@ def _columns(
         if exact:
             yield batch, exact_roots(operator.form, outputs, targets)
         else:
-            signs = random_signs(seed, range(start, start + len(ids)), outputs)
+            rows, counted = range(start, start + len(ids)), operator.form.counted(targets)
+            if counted is None:
+                signs = random_signs(seed, rows, outputs)
+            else:
+                axis = operator.form.classes
+                like_BTV = outputs.movedim(axis, 2)
+                signs = token_signs(seed, rows, like_BTV, counted).movedim(2, axis)
             yield batch, iter([random_root(operator.form, outputs, targets, signs)])
         start += len(ids)
 

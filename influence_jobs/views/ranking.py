@@ -101,6 +101,11 @@ def places(queries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{name: query[name] for name in names} for query in queries]
 
 
+def place_words(text: str) -> str:
+    """A region of a table, or a span of tokens, in words."""
+    return f"{'tokens' if ':' in text else 'region'} {text}"
+
+
 def by_query(rows: Sequence[RankedRow]) -> dict[tuple[int, str | None, str], list[RankedRow]]:
     """Ranked rows by (test, region, side), in their order."""
     blocks: dict[tuple[int, str | None, str], list[RankedRow]] = {}
