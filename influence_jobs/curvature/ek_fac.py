@@ -239,17 +239,20 @@ def _columns(
         targets = task.targets(batch)
         with torch.no_grad():
             outputs = task.outputs(model, batch)
+        form, rows = operator.form, range(start, start + len(ids))
+        counted_BT, axis = form.counted(targets), form.classes
         if exact:
-            yield batch, exact_roots(operator.form, outputs, targets)
+            columns = exact_roots(form, outputs, targets)
+            if counted_BT is not None:  # rounding may leave some on the padding
+                weights = counted_BT.to(outputs.dtype).unsqueeze(axis)
+                columns = (column * weights for column in columns)
+        elif counted_BT is None:
+            signs = random_signs(seed, rows, outputs)
+            columns = iter([random_root(form, outputs, targets, signs)])
         else:
-            rows, counted = range(start, start + len(ids)), operator.form.counted(targets)
-            if counted is None:
-                signs = random_signs(seed, rows, outputs)
-            else:
-                axis = operator.form.classes
-                like_BTV = outputs.movedim(axis, 2)
-                signs = token_signs(seed, rows, like_BTV, counted).movedim(2, axis)
-            yield batch, iter([random_root(operator.form, outputs, targets, signs)])
+            signs_BTV = token_signs(seed, rows, outputs.movedim(axis, 2), counted_BT)
+            columns = iter([random_root(form, outputs, targets, signs_BTV.movedim(2, axis))])
+        yield batch, columns
         start += len(ids)
 
 
