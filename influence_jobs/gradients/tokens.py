@@ -4,7 +4,7 @@ The gradient of one token's part flows, through attention or recurrence, to all 
 token sees. It is not what its own position adds to the sum over positions by which a layer's weight
 gradient is computed. So each norm takes a backward pass of its own; dot products do not.
 
-Letters: B batch, Q vectors, R tokens of the sample with the most.
+Letters: B batch, Q vectors, T positions, of which a sample's first ones are its tokens.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,14 +20,14 @@ from influence_jobs.gradients.taps import TOLERANCE, thawed
 from influence_jobs.gradients.transforms import all_derivatives
 from influence_jobs.terms import Precision
 
-#: (model, batch) to what each token brings to its sample's loss, (B, R); 0 where there is none.
+#: (model, batch) to what each token brings to its sample's loss, (B, T); 0 behind the last.
 Parts = Callable[[nn.Module, Any], Tensor]
 
 
 class TokenNorms:
     """The norm of the gradient of each token's part, by all of a layer's weight.
 
-    It takes R forward and backward passes: token by token, for all samples of a batch.
+    It takes a forward and a backward pass a token, for all samples of a batch.
 
     Args:
         model, layers, precision: As for `GradNorms`, whose parameters are frozen until `close`.
@@ -97,7 +97,7 @@ class TokenDots:
         self._vectors = space.split(vectors_QP.detach().to(like.device, like.dtype))
 
     def __call__(self, batch: Any, totals_BQ: Tensor) -> Tensor:
-        """Products of every token of a batch, (B, R, Q).
+        """Products of every token of a batch, (B, T, Q).
 
         Args:
             totals_BQ: Those of the samples' whole losses, found in another way.
@@ -127,17 +127,17 @@ class TokenDots:
             torch.enable_grad(),
             torch.autocast(device, enabled=False),
         ):
-            parts_BR = self._parts(self._model, batch)
-            weights_BR = torch.ones_like(parts_BR, requires_grad=True)
+            parts_BT = self._parts(self._model, batch)
+            weights_BT = torch.ones_like(parts_BT, requires_grad=True)
             gradients = torch.autograd.grad(
-                parts_BR, parameters, weights_BR, create_graph=True, materialize_grads=True
+                parts_BT, parameters, weights_BT, create_graph=True, materialize_grads=True
             )
             used = [i for i, gradient in enumerate(gradients) if gradient.requires_grad]
             vectors = [*self._vectors.values()]
             products = [
                 torch.autograd.grad(
                     [gradients[i] for i in used],
-                    weights_BR,
+                    weights_BT,
                     [vectors[i][q] for i in used],
                     retain_graph=q + 1 < count,
                 )[0]
@@ -145,13 +145,13 @@ class TokenDots:
             ]
         return torch.stack(products, dim=2)
 
-    def _require_sums(self, found_BRQ: Tensor, totals_BQ: Tensor) -> None:
-        double = found_BRQ.dtype == torch.float64
+    def _require_sums(self, found_BTQ: Tensor, totals_BQ: Tensor) -> None:
+        double = found_BTQ.dtype == torch.float64
         limit = TOLERANCE["float64" if double else "float32"]
-        error_Q = (found_BRQ.sum(1) - totals_BQ).norm(dim=0)
+        error_Q = (found_BTQ.sum(1) - totals_BQ).norm(dim=0)
         # Parts may cancel, so rounding is relative to the sum of their sizes.
-        size_Q = found_BRQ.abs().sum(1).norm(dim=0)
-        if (error_Q > limit * size_Q + torch.finfo(found_BRQ.dtype).tiny).any():
+        size_Q = found_BTQ.abs().sum(1).norm(dim=0)
+        if (error_Q > limit * size_Q + torch.finfo(found_BTQ.dtype).tiny).any():
             raise ModelError(
                 f"the scores of the tokens of {type(self._model).__name__} do not add up to their "
                 "sample's: torch cannot differentiate the backward of one of its operations, or "

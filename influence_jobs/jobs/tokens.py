@@ -12,7 +12,7 @@ MEANING = "tokens are a sample's positions with a target, in their order; NaN be
 
 
 def only_tokens(values: npt.NDArray[Any], counts_B: Tensor, tokens: int) -> npt.NDArray[Any]:
-    """Values (..., B, R) of a batch as (..., B, tokens), with NaN where a sample has no token.
+    """Values (..., B, T) of a batch as (..., B, tokens), with NaN where a sample has no token.
 
     Raises:
         DataError: A sample has more tokens than the arrays have room for: the data have changed.
@@ -23,6 +23,7 @@ def only_tokens(values: npt.NDArray[Any], counts_B: Tensor, tokens: int) -> npt.
             "when the run was submitted: submit it anew"
         )
     found = np.full((*values.shape[:-1], tokens), np.nan, dtype=values.dtype)
-    found[..., : values.shape[-1]] = values
+    kept = min(tokens, values.shape[-1])
+    found[..., :kept] = values[..., :kept]
     found[..., np.arange(tokens) >= counts_B.cpu().numpy()[:, None]] = np.nan
     return found

@@ -25,7 +25,7 @@ def relative_scores(
     Influence", AISTATS 2020.
 
     Args:
-        scores_QB: Influence, (Q, B) or (Q, R, B).
+        scores_QB: Influence, (Q, B) or (Q, T, B).
         squared_sizes_B: Squared sizes. A sample with gradient zero has size zero; its score stays
             zero.
 

@@ -4,7 +4,7 @@ The task names the cross-entropy as its `output_loss`, and its targets are class
 -100 does not count. A sample's tokens are its positions with a target that counts, in their order
 and numbered from 0. So neither padding, on either side, nor a masked beginning moves a number.
 
-Letters: B batch, T positions, R tokens of the sample with the most.
+Letters: B batch, T positions.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -44,7 +44,7 @@ def tokens_of_test(task: "Task", test: int) -> int | None:
 
 
 def most_tokens(task: "Task", draw: "Draw") -> int:
-    """R of all training samples, which are read once.
+    """The most tokens that a training sample has; all are read once.
 
     Raises:
         SpecError: They are no sequences, or none has a token.
@@ -94,10 +94,10 @@ def span_of(
 
 
 class TokenLosses:
-    """What each token brings to its sample's loss, (B, R): the parts add up to the losses.
+    """What each token brings to its sample's loss, (B, T): the parts add up to the losses.
 
-    Where a loss is the mean over the tokens, a token's part is its own loss by their number. A
-    sample with fewer than R tokens has zeros behind them.
+    Where a loss is the mean over the tokens, a token's part is its own loss by their number. Behind
+    a sample's tokens are zeros.
     """
 
     def __init__(self, task: "Task") -> None:
@@ -129,5 +129,4 @@ class TokenLosses:
         assert self._form is not None and self._form.parts is not None
         targets_BT = self._task.targets(batch)
         parts_BT = self._form.parts(self._task.outputs(model, batch), targets_BT)
-        counted_BT = targets_BT != IGNORED
-        return parts_BT.gather(1, order_of(counted_BT))[:, : int(counted_BT.sum(1).max())]
+        return parts_BT.gather(1, order_of(targets_BT != IGNORED))

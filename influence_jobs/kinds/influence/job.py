@@ -140,7 +140,7 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
         if tokens is not None:
             counts_B = self._parts.look(self.model, batch)
             found[SCORES_OF_TOKENS] = tokens(batch, found[SCORES])
-        # (Q, B), or of tokens (Q, R, B)
+        # (Q, B), or of tokens (Q, T, B)
         scores = {name: values.cpu().numpy().T for name, values in found.items()}
         for values in scores.values():
             self.require_finite("the gradient", values.T, ids)

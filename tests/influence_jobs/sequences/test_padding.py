@@ -1,4 +1,4 @@
-"""Padding counts for nothing: of other lengths and ids, in front or behind, it changes no number."""
+"""Padding counts for nothing: another length or id of it, or another side, changes no number."""
 
 from collections.abc import Mapping
 from functools import cache
