@@ -96,7 +96,8 @@ def trained(tmp_path: Path) -> nn.Module:
 def gradients(model: nn.Module, names: list[str]) -> list[list[dict[str, Tensor]]]:
     """By training sample and token, the gradient of its part of the loss, text by text."""
     parameters, found = [model.get_parameter(name) for name in names], []
-    for row in task_class("words:Words")().train_data():
+    texts: Any = task_class("words:Words")().train_data()
+    for row in texts:
         logits = model(row[None])[0, :-1]
         losses = F.cross_entropy(logits, row[1:], reduction="none") / (len(row) - 1)
         of_row = []
@@ -131,7 +132,8 @@ def test_scores_of_tokens_are_parts_of_the_score(
     assert tokens_QNT.shape == (2, 12, TOKENS)
     np.testing.assert_allclose(np.nansum(tokens_QNT, 2), scores_QN, rtol=1e-12, atol=1e-15)
     s_test = Run(run.root, run.spec.s_tests[0])  # type: ignore[attr-defined]
-    names = [name for name, _ in s_test.array(S_TEST).attrs["parameters"]]
+    stored: Any = s_test.array(S_TEST).attrs["parameters"]
+    names = [name for name, _ in stored]
     rows = gradients(trained(tmp_path), names)
     vectors_QP = torch.from_numpy(s_test.read_rows(S_TEST, 0, 2))
     for vector_P, found in zip(vectors_QP, tokens_QNT, strict=True):

@@ -237,7 +237,7 @@ def plain(task: type[Padded]) -> dict[str, Tensor]:
     return numbers(task())
 
 
-OTHERS = {
+OTHERS: dict[str, Any] = {
     "longer": {"to": LONGEST + 2},
     "longer, another id": {"to": LONGEST + 1, "pad": 2},
     "a word as padding": {"pad": 5},

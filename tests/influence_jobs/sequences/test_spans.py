@@ -171,11 +171,11 @@ def test_what_has_no_such_tokens_is_refused_with_the_cure(tmp_path: Path) -> Non
     assert "tokens 5:12 are outside test sample 1, which has 9" in refusal(
         Measured(), tokens="5:12"
     )
-    for task in (Classes(), Values()):
-        said = refusal(task, tokens="0:1")
-        assert f"{type(task).__name__} has no tokens: leave --tokens out (tokens are" in said
+    for other in (Classes(), Values()):
+        said = refusal(other, tokens="0:1")
+        assert f"{type(other).__name__} has no tokens: leave --tokens out (tokens are" in said
         with pytest.raises(SpecError, match="has no tokens: leave --per-token out"):
-            most_tokens(task, Draw(0))
+            most_tokens(other, Draw(0))
     assert "--tokens 3:3: the span is empty" in refusal(Texts(), tokens="3:3")
     assert "--tokens 3: write A:B" in refusal(Texts(), tokens="3")
     assert "--tokens -1:2: write A:B" in refusal(Texts(), tokens="-1:2")
