@@ -197,7 +197,7 @@ class EkFac(Solver):
         if not isinstance(operator, GaussNewton):
             raise _not_gauss_newton()
         exact = self._exact(operator)
-        outputs = _like(operator)[1][0].numel()
+        outputs = _outputs(operator)
         said = f"exact targets: {outputs} outputs" if exact else "sampled targets"
         return Trial((f"{said}, two sweeps over {operator.num_samples:,} samples",),
                      self._pieces(operator, exact=exact))  # fmt: skip
@@ -212,7 +212,7 @@ class EkFac(Solver):
     def _exact(self, operator: GaussNewton) -> bool:
         if self.targets != "auto":
             return self.targets == "exact"
-        outputs = _like(operator)[1][0].numel()
+        outputs = _outputs(operator)
         return outputs <= AUTO_OUTPUTS and outputs * operator.num_samples <= AUTO_PASSES
 
 
@@ -227,6 +227,16 @@ def _like(operator: GaussNewton) -> tuple[Any, Tensor]:
         outputs = operator.task.outputs(operator.model, batch)
     generator = torch.Generator().manual_seed(0)
     return batch, torch.randn(outputs.shape, generator=generator).to(outputs)
+
+
+def _outputs(operator: GaussNewton) -> int:
+    """The outputs of a sample that count, the most of a few samples."""
+    batch, like = _like(operator)
+    counted_BT = operator.form.counted(operator.task.targets(batch))
+    size = like[0].numel()
+    if counted_BT is None:
+        return size
+    return size // counted_BT.shape[1] * int(counted_BT.sum(1).max())
 
 
 def _columns(

@@ -8,9 +8,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from starlette.testclient import TestClient
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from influence_jobs.report.viewer import make_viewer
 from influence_jobs.store.layout import S_TEST, SCORES, SCORES_OF_TOKENS, token_norms_name
 from influence_jobs.store.run import Run
 from influence_jobs.store.verify import find_damage
@@ -144,6 +146,11 @@ def test_scores_of_tokens_are_parts_of_the_score(
         close(found, products)
     assert run.read_table("queries").column("region").to_pylist() == ["0:2", "0:2"]
     assert "test 0 (tokens 0:2): helpful" in infl("top", run.id, "--k", "2").out
+    assert infl("report", run.id, "--out", "report").code == 0
+    assert "tokens 0:2" in (tmp_path / "report" / "report.html").read_text()
+    with TestClient(make_viewer([run], "token"), "http://127.0.0.1") as client:
+        assert client.get("/?token=token").status_code == 200
+        assert "test 2, tokens 0:2" in client.get("/query?test=2&region=0%3A2").text
 
 
 def test_another_batch_pads_otherwise_and_gives_the_same_numbers(

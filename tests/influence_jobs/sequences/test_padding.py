@@ -225,7 +225,8 @@ def of_tokens(
     batch, parts = task.batch(torch.arange(N), Draw(0)), TokenLosses(task)
     counts_B = parts.look(model, batch)
     with GradDots(model, space, task.losses, vectors_QP, precision="float64") as dots:
-        found = {"dots": TokenDots(model, space, parts, vectors_QP)(batch, dots.total(batch))}
+        products_BTQ = TokenDots(model, space, parts, vectors_QP)(batch, dots.total(batch))
+    found = {"dots": products_BTQ[:, : int(counts_B.max())]}
     norms = TokenNorms(model, layers, parts, precision="float64")
     found |= norms(batch, int(counts_B.max()))
     norms.close()
@@ -271,3 +272,12 @@ def _require_same(found: dict[str, Tensor], other: dict[str, Tensor]) -> None:
         if not (other[name] - value).double().norm() <= 1e-9 * value.double().norm()
     }
     assert different == {}
+
+
+def test_padding_does_not_turn_exact_targets_into_sampled_ones() -> None:
+    for task in (Language(), Language(to=12)):  # 28 outputs that count, of up to 84
+        model = task.model().double().eval()
+        space = ParameterSpace(model, ["transformer.h.0.mlp.c_fc"])
+        operator = GaussNewton(model, space, task, torch.arange(N))
+        rhs_QP = torch.randn(1, space.size, dtype=torch.float64)
+        assert EkFac(0.1).solve(operator, rhs_QP).record["targets"] == "exact"
