@@ -188,8 +188,26 @@ def test_norms_of_tokens(infl: Infl, words: tuple[str, ...], tmp_path: Path) -> 
     assert infl("report", run.id, "--out", "report").code == 0
 
 
+def test_norms_of_tokens_at_several_checkpoints(
+    infl: Infl, words: tuple[str, ...], tmp_path: Path
+) -> None:
+    training = ("--task", "words:Words", "--epochs", "2", "--save-epoch", "1", "--local")
+    assert infl("submit", "train", *training).code == 0
+    asked = ("submit", "grad-norms", "--task", "words:Words", "--layer", "inner", "--local")
+    asked += ("--checkpoint", "train-words@all", "--per-token", "--json")
+    kept, summed = (run_of(infl(*asked, "--combine", how), tmp_path) for how in ("keep", "sum"))
+    name = token_norms_name("inner")
+    kept_KNT = np.asarray(kept.array(name))
+    assert kept_KNT.shape == (2, 12, TOKENS)
+    np.testing.assert_allclose(kept_KNT.sum(0), np.asarray(summed.array(name)), rtol=1e-6)
+
+
 def test_what_has_no_tokens_is_refused(infl: Infl, words: tuple[str, ...]) -> None:
     asked = ("submit", "grad-norms", "--task", "words:Counts", "--layer", "inner", "--per-token")
     answer = infl(*asked, "--epochs", "1", "--local")
     assert answer.code == 2
     assert "Counts has no tokens: leave --per-token out" in answer.err
+    span = ("submit", "attribution", "--layer", "inner", "--test", "0", "--tokens", "0:1")
+    answer = infl(*span, "--task", "words:Words", "--epochs", "1", "--local")
+    assert answer.code == 2
+    assert "attribution is of whole sequences: leave --tokens out" in answer.err
