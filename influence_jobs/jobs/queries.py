@@ -11,7 +11,7 @@ from influence_jobs.specs.queries import Queries, Query
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.base import Batch, Draw, Task, copy_of, device_of, to_device, to_type
 from influence_jobs.tasks.regions import CURE
-from influence_jobs.tasks.sequences import tokens_of_test
+from influence_jobs.tasks.sequences import tokens_in
 
 
 def require_queries(task: Task, queries: Queries) -> None:
@@ -59,8 +59,8 @@ def size_of(task: Task, test: int) -> tuple[int, int] | None:
     """Height and width of a test image; of a sequence 1 and the number of its tokens; else None."""
     size = task.test_size(test)
     if size is None and type(task).measure is Task.measure:
-        tokens = tokens_of_test(task, test)
-        return None if tokens is None else (1, tokens)
+        counts = tokens_in(task, task.test_batch(torch.tensor([test]), Draw(0)))
+        return None if counts is None else (1, int(counts))
     return size
 
 

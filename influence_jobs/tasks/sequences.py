@@ -31,16 +31,13 @@ def counted_tokens(task: "Task", targets: Any) -> Tensor | None:
     return targets != IGNORED if targets.ndim == 2 and not targets.is_floating_point() else None
 
 
-def tokens_of_test(task: "Task", test: int) -> int | None:
-    """The number of tokens of a test sample; None if test samples are no sequences."""
-    from influence_jobs.tasks.base import Draw
-
+def tokens_in(task: "Task", batch: "Batch") -> Tensor | None:
+    """The number of tokens of each sample, (B,); None if they are no sequences."""
     try:
-        targets = task.targets(task.test_batch(torch.tensor([test]), Draw(0)))
+        counted_BT = counted_tokens(task, task.targets(batch))
     except NotImplementedError:
         return None
-    counted = counted_tokens(task, targets)
-    return None if counted is None else int(counted.sum())
+    return None if counted_BT is None else counted_BT.sum(1)
 
 
 def most_tokens(task: "Task", draw: "Draw") -> int:
@@ -51,14 +48,10 @@ def most_tokens(task: "Task", draw: "Draw") -> int:
     """
     most, ids = 0, torch.arange(len(task.train_data()))
     for piece in torch.split(ids, task.batch_size):
-        try:
-            targets = task.targets(task.batch(piece, draw))
-        except NotImplementedError:
-            targets = None
-        counted = counted_tokens(task, targets)
-        if counted is None:
+        counts_B = tokens_in(task, task.batch(piece, draw))
+        if counts_B is None:
             raise SpecError(f"{type(task).__name__} has no tokens: leave --per-token out ({CURE})")
-        most = max(most, int(counted.sum(1).max()))
+        most = max(most, int(counts_B.max()))
     if most == 0:
         raise SpecError(f"no target of {type(task).__name__} counts: all are {IGNORED}")
     return most
