@@ -146,6 +146,9 @@ def test_scores_of_tokens_are_parts_of_the_score(
         close(found, products)
     assert run.read_table("queries").column("region").to_pylist() == ["0:2", "0:2"]
     assert "test 0 (tokens 0:2): helpful" in infl("top", run.id, "--k", "2").out
+    for row in infl("top", run.id, "--k", "3", "--json").json["top"][SCORES]:
+        best = np.nanargmax if row["side"] == "helpful" else np.nanargmin
+        assert row["token"] == best(tokens_QNT[{0: 0, 2: 1}[row["test"]], row["sample"]])
     assert infl("report", run.id, "--out", "report").code == 0
     assert "tokens 0:2" in (tmp_path / "report" / "report.html").read_text()
     with TestClient(make_viewer([run], "token"), "http://127.0.0.1") as client:
