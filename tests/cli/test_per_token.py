@@ -196,8 +196,8 @@ def test_norms_of_tokens_at_several_checkpoints(
 ) -> None:
     training = ("--task", "words:Words", "--epochs", "2", "--save-epoch", "1", "--local")
     assert infl("submit", "train", *training).code == 0
-    asked = ("submit", "grad-norms", "--task", "words:Words", "--layer", "inner", "--local")
-    asked += ("--checkpoint", "train-words@all", "--per-token", "--json")
+    of = ("--task", "words:Words", "--checkpoint", "train-words@all", "--layer", "inner")
+    asked = ("submit", "grad-norms", *of, "--local", "--per-token", "--json")
     kept, summed = (run_of(infl(*asked, "--combine", how), tmp_path) for how in ("keep", "sum"))
     name = token_norms_name("inner")
     kept_KNT = np.asarray(kept.array(name))
