@@ -1,7 +1,7 @@
 """A GPT-2-like language model with tied embeddings, from transformers: docs/examples/gpt.md.
 
 A sample is a sentence; its loss is the mean over its tokens. A query is a whole sentence, or a
-span of its tokens: `--region 0,3,1,2` is two tokens from the fourth on.
+span of its tokens: `--tokens 2:4`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GPT2Config, GPT2LMHeadModel
 from typing_extensions import Doc
 
-from influence_jobs import Batch, Region, Task
+from influence_jobs import Batch, Task
 
 ANIMALS = {"cat": "milk", "dog": "bones", "cow": "grass", "bee": "nectar"}
 WORDS = (".", "the", "likes", "and", "never", *ANIMALS, *ANIMALS.values())
@@ -82,28 +82,10 @@ class Gpt(Task):
     def targets(self, batch: Batch) -> Tensor:
         return batch["following"]
 
-    def token_losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The loss of each token but the first, (B, T - 1); 0 where there is padding."""
-        logits = self.outputs(model, batch).transpose(1, 2)
-        return F.cross_entropy(logits, batch["following"], ignore_index=IGNORED, reduction="none")
-
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        counts = (batch["following"] != IGNORED).sum(1)
-        return self.token_losses(model, batch).sum(1) / counts
-
-    # A query of some tokens. A sentence is an image of one row: a region is 0, first, 1, count.
-
-    def test_size(self, test: int) -> tuple[int, int]:
-        return 1, len(self.test_set[test].split())
-
-    def measure(
-        self, model: nn.Module, batch: Batch, quantity: str, region: Region | None
-    ) -> Tensor:
-        if region is None:
-            return self.losses(model, batch)
-        _, first, _, count = region
-        losses = F.pad(self.token_losses(model, batch), (1, 0))  # nothing comes before the first
-        return losses[:, first : first + count].mean(1)
+        logits, following = self.outputs(model, batch).transpose(1, 2), batch["following"]
+        losses = F.cross_entropy(logits, following, ignore_index=IGNORED, reduction="none")
+        return losses.sum(1) / (following != IGNORED).sum(1)
 
     def describe(self, ids: npt.NDArray[np.int64]) -> Mapping[str, npt.NDArray[Any]]:
         return {"text": np.array([self.train_set[i] for i in ids])}

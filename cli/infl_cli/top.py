@@ -113,7 +113,7 @@ def top(
 
 
 def _print_scores(run: Run, array: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    from influence_jobs.views.ranking import by_query
+    from influence_jobs.views.ranking import by_query, place_words
 
     meaning = run.array(array).attrs
     render.out.print(f"scores: {meaning['quantity']}")
@@ -126,7 +126,10 @@ def _print_scores(run: Run, array: str, rows: Sequence[Mapping[str, Any]]) -> No
             for name, value in query.items()
             if name not in ("query", "test", "quantity") and value is not None
         }
-        which = ", ".join(f"{name} {value}" for name, value in known.items())
+        which = ", ".join(
+            place_words(value) if name == "region" else f"{name} {value}"
+            for name, value in known.items()
+        )
         render.out.print(f"\ntest {test}{f' ({which})' if which else ''}: {side}")
         shown = [
             {k: v for k, v in row.items() if k not in ("test", "region", "side")} for row in block

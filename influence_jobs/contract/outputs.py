@@ -11,6 +11,7 @@ from influence_jobs.contract.trial import Line, Said, Trial, fail, ok, warn
 from influence_jobs.curvature.requirements import require_output_loss
 from influence_jobs.errors import ModelError, SpecError
 from influence_jobs.gradients.parameters import ParameterSpace
+from influence_jobs.jobs.queries import size_of
 from influence_jobs.tasks.base import Draw, Task
 from influence_jobs.tasks.output_loss import SUM_ERROR, forms_of
 
@@ -67,7 +68,7 @@ def tests(trial: Trial) -> Said:
     if count == 0:
         yield warn("no test_data(): scores have no output to explain")
         return
-    size = task.test_size(0)
+    size = size_of(task, 0)
     together = min(count, 2) if size is None else 1  # images may be of any size
     batch = trial.given(task.test_batch(torch.arange(together), Draw(0)))
     for quantity in task.quantities:
@@ -85,9 +86,11 @@ def tests(trial: Trial) -> Said:
             )
             return
     regions = "no regions (test_size() is None)"
-    if size is not None:
+    if size is not None and size[1] > 0:
         regions = f"regions of {size[0]} x {size[1]} pixels"
         corner = (size[0] - 1, size[1] - 1, 1, 1)
+        if size[0] == 1:
+            regions = f"spans of tokens, of which the first has {size[1]}"
         for quantity in task.quantities:
             try:
                 value_B = task.measure(trial.model, batch, quantity, corner)

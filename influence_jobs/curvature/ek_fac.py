@@ -12,7 +12,12 @@ from torch import Tensor
 from influence_jobs.curvature.ek_fac_blocks import Block, MatrixBlock, VectorBlock
 from influence_jobs.curvature.operators import LOOKED_AT, GaussNewton, Operator
 from influence_jobs.curvature.output_gradients import OutputGradients
-from influence_jobs.curvature.output_roots import exact_roots, random_root, random_signs
+from influence_jobs.curvature.output_roots import (
+    exact_roots,
+    random_root,
+    random_signs,
+    token_signs,
+)
 from influence_jobs.curvature.solver import (
     DAMPING_SHARE,
     Progress,
@@ -192,7 +197,7 @@ class EkFac(Solver):
         if not isinstance(operator, GaussNewton):
             raise _not_gauss_newton()
         exact = self._exact(operator)
-        outputs = _like(operator)[1][0].numel()
+        outputs = _outputs(operator)
         said = f"exact targets: {outputs} outputs" if exact else "sampled targets"
         return Trial((f"{said}, two sweeps over {operator.num_samples:,} samples",),
                      self._pieces(operator, exact=exact))  # fmt: skip
@@ -207,7 +212,7 @@ class EkFac(Solver):
     def _exact(self, operator: GaussNewton) -> bool:
         if self.targets != "auto":
             return self.targets == "exact"
-        outputs = _like(operator)[1][0].numel()
+        outputs = _outputs(operator)
         return outputs <= AUTO_OUTPUTS and outputs * operator.num_samples <= AUTO_PASSES
 
 
@@ -224,6 +229,16 @@ def _like(operator: GaussNewton) -> tuple[Any, Tensor]:
     return batch, torch.randn(outputs.shape, generator=generator).to(outputs)
 
 
+def _outputs(operator: GaussNewton) -> int:
+    """The outputs of a sample that count, the most of a few samples."""
+    batch, like = _like(operator)
+    counted_BT = operator.form.counted(operator.task.targets(batch))
+    size = like[0].numel()
+    if counted_BT is None:
+        return size
+    return size // counted_BT.shape[1] * int(counted_BT.sum(1).max())
+
+
 def _columns(
     operator: GaussNewton, seed: int, *, exact: bool
 ) -> Iterator[tuple[Any, Iterator[Tensor]]]:
@@ -234,11 +249,20 @@ def _columns(
         targets = task.targets(batch)
         with torch.no_grad():
             outputs = task.outputs(model, batch)
+        form, rows = operator.form, range(start, start + len(ids))
+        counted_BT, axis = form.counted(targets), form.classes
         if exact:
-            yield batch, exact_roots(operator.form, outputs, targets)
+            columns = exact_roots(form, outputs, targets)
+            if counted_BT is not None:  # rounding may leave some on the padding
+                weights = counted_BT.to(outputs.dtype).unsqueeze(axis)
+                columns = (column * weights for column in columns)
+        elif counted_BT is None:
+            signs = random_signs(seed, rows, outputs)
+            columns = iter([random_root(form, outputs, targets, signs)])
         else:
-            signs = random_signs(seed, range(start, start + len(ids)), outputs)
-            yield batch, iter([random_root(operator.form, outputs, targets, signs)])
+            signs_BTV = token_signs(seed, rows, outputs.movedim(axis, 2), counted_BT)
+            columns = iter([random_root(form, outputs, targets, signs_BTV.movedim(2, axis))])
+        yield batch, columns
         start += len(ids)
 
 

@@ -41,6 +41,24 @@ def random_signs(seed: int, positions: range, like: Tensor) -> Tensor:
     return torch.from_numpy(drawn).to(like).mul_(2).sub_(1).view_as(like)
 
 
+def token_signs(seed: int, positions: range, like: Tensor, counted_BT: Tensor) -> Tensor:
+    """Signs +-1 of the shape of `like`, (B, T, V), for tokens, of which some count.
+
+    They are a function of seed, position, and how many tokens that count come before: padding
+    changes none.
+    """
+    tokens, size = max(1, int(counted_BT.sum(1).max())), like.shape[2]
+    steps = -(-size // (64 * _WORDS))  # of Philox's counter, for a token
+    drawn = []
+    for position in positions:
+        bits = np.random.Philox(key=[seed, steps], counter=[0, position, _STREAM, 1])
+        words = bits.random_raw(tokens * steps * _WORDS).astype("<u8")
+        drawn.append(np.unpackbits(words.view(np.uint8).reshape(tokens, -1), axis=1, count=size))
+    signs_BRV = torch.from_numpy(np.stack(drawn)).to(like).mul_(2).sub_(1)
+    before_BT = (counted_BT.cumsum(1) - 1).clamp(min=0)
+    return signs_BRV.gather(1, before_BT.unsqueeze(2).expand(-1, -1, size))
+
+
 def exact_roots(form: Form, outputs: Tensor, targets: Tensor) -> Iterator[Tensor]:
     """Columns (B, ...) of a root of each sample's Hessian, those that are zero left out.
 

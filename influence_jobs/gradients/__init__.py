@@ -14,6 +14,7 @@ from influence_jobs.gradients.rules import (
     reduce_gradient,
     supported,
 )
+from influence_jobs.gradients.tokens import TokenDots, TokenNorms
 
 __all__ = [
     "GradDots",
@@ -24,6 +25,8 @@ __all__ = [
     "MatrixRule",
     "Metric",
     "ParameterSpace",
+    "TokenDots",
+    "TokenNorms",
     "norm_shape",
     "reduce_gradient",
     "require_supported",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from influence_jobs.errors import ModelError
 from influence_jobs.gradients.fallback import Fallback, Form
 from influence_jobs.gradients.requirements import require_dtype, require_independent_samples
-from influence_jobs.gradients.routes import holders, why_not_by_rules
+from influence_jobs.gradients.routes import Held, holders, why_not_by_rules
 from influence_jobs.gradients.rules import LayerRule, rule_of
 from influence_jobs.gradients.several_uses import Call, norms_of_calls
 from influence_jobs.gradients.taps import TappedModel, unused
@@ -66,9 +66,10 @@ class GradNorms(TappedModel):
             require_dtype(name, model.get_parameter(weight.parameter), self._dtype)
         self._fallback: Fallback | None = None
         self._reasons: dict[str, str] = {}  # of the layers that do not go by a rule
-        # By weight with several uses, the layers whose calls they are.
-        self._sharers: dict[str, list[str]] = {}
+        # By weight with several uses, or bias, the layers whose calls they are.
+        self._sharers: dict[str, list[Held]] = {}
         self._shared_layers: set[str] = set()
+        self._by_rule: set[str] = set()
         self._ranged = False  # whether every layer's norms are watched; a batch had some to watch
         self._freeze()
 
@@ -101,7 +102,7 @@ class GradNorms(TappedModel):
         def visit(name: str, rule: LayerRule[Any], a: Tensor, g: Tensor) -> None:
             if name in calls:
                 calls[name].append(Call(rule, a, g))
-            else:
+            if name in self._by_rule:
                 norms[name] = self._watched(lambda g: rule.norms(a, g, self._reduction), g)
 
         with torch.autocast(self._device.type, enabled=False):
@@ -110,7 +111,7 @@ class GradNorms(TappedModel):
             else:
                 size = fallback.size_of(batch)
             for name, layers in self._sharers.items():
-                used_in = [call for layer in layers for call in calls[layer]]
+                used_in = [call._replace(own=own) for layer, own in layers for call in calls[layer]]
                 norms[name] = self._norms_of_calls(self._weights[name], used_in)
             pieces: dict[str, list[Tensor]] = {name: [] for name in self._weights}
             for found in fallback.gradients(batch, size):
@@ -163,10 +164,11 @@ class GradNorms(TappedModel):
             if reason is None and weight.rule is not None:
                 rules[name] = weight.rule
             elif not why_not_by_rules(parameters[name], held[name], modules, usage):
-                self._sharers[name] = [layer for layer, _ in held[name]]
+                self._sharers[name] = held[name]
             elif reason is not None:
                 self._reasons[name] = reason
-        self._shared_layers = {layer for layers in self._sharers.values() for layer in layers}
+        self._shared_layers = {layer for layers in self._sharers.values() for layer, _ in layers}
+        self._by_rule = {*rules}
         rules |= {layer: rule_of(modules[layer]) for layer in self._shared_layers}
         self._attach(rules)
         slow = list(dict.fromkeys(self._weights[name].parameter for name in self._reasons))
@@ -233,7 +235,7 @@ class GradNorms(TappedModel):
         def norms(together_BG: Tensor) -> Tensor:
             parts = torch.split(together_BG, sizes, dim=1)
             scaled = [
-                Call(call.rule, call.a, part.view_as(call.g))
+                call._replace(g=part.view_as(call.g))
                 for call, part in zip(calls, parts, strict=True)
             ]
             return norms_of_calls(scaled, weight, self._reduction)

@@ -21,15 +21,26 @@ _BLOCK_CPU, _BLOCK_GPU = 2**24, 2**27  # numbers in the temporary tensors of a b
 
 
 class Call(NamedTuple):
-    """One call of a layer, as its rule reads it."""
+    """One call of a layer, as its rule reads it, and what the parameter is called there."""
 
     rule: LayerRule[Any]
     a: Tensor
     g: Tensor
+    own: str = "weight"  # or bias
 
     def part(self, samples: slice) -> "Call":
         """The call, of some samples."""
-        return Call(self.rule, self.a[samples], self.g[samples])
+        return self._replace(a=self.a[samples], g=self.g[samples])
+
+    def gradient(self) -> Tensor:
+        """Each sample's gradient by the parameter, of this call alone."""
+        if self.own == "bias":
+            return self.rule.bias_gradient(self.g)
+        return self.rule.weight_gradient(self.a, self.g)
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """As `LayerRule.factors`; None for a bias."""
+        return self.rule.factors(self.a, self.g) if self.own == "weight" else None
 
 
 def norms_of_calls(calls: Sequence[Call], weight: Weight, reduction: Reduction) -> Tensor:
@@ -40,7 +51,7 @@ def norms_of_calls(calls: Sequence[Call], weight: Weight, reduction: Reduction) 
     """
     outputs, inputs, *kernel = weight.read_as
     columns = inputs * math.prod(kernel)
-    of_one = [call.rule.factors(call.a[:1], call.g[:1]) for call in calls]
+    of_one = [call.part(slice(1)).factors() for call in calls]
     positions = sum(factors[1].shape[1] for factors in of_one if factors)
     shape = SampleShape(positions, outputs, columns, 1)
     gram = (
@@ -55,9 +66,9 @@ def norms_of_calls(calls: Sequence[Call], weight: Weight, reduction: Reduction) 
         if gram:
             found.append(_gram_norms(block))
             continue
-        gradient = block[0].rule.weight_gradient(block[0].a, block[0].g)
+        gradient = block[0].gradient()
         for call in block[1:]:
-            gradient = gradient + call.rule.weight_gradient(call.a, call.g)
+            gradient = gradient + call.gradient()
         found.append(weight.norms(gradient, reduction))
     return torch.cat(found)
 
@@ -67,7 +78,7 @@ def _gram_norms(calls: Sequence[Call]) -> Tensor:
 
     In float64, because cancellation would cost half of float32's digits.
     """
-    found = [call.rule.factors(call.a, call.g) for call in calls]
+    found = [call.factors() for call in calls]
     factors = [of_call for of_call in found if of_call is not None]
     total_B = torch.zeros(len(calls[0].g), dtype=torch.float64, device=calls[0].g.device)
     for i, j in itertools.combinations_with_replacement(range(len(factors)), 2):

@@ -5,7 +5,8 @@ import math
 import torch
 
 from influence_jobs.gradients.weights import weight_named
-from influence_jobs.store.layout import ArrayLayout, chunk_rows, norms_name
+from influence_jobs.jobs.tokens import MEANING as OF_TOKENS
+from influence_jobs.store.layout import ArrayLayout, chunk_rows, norms_name, token_norms_name
 from influence_jobs.terms import Reduction
 
 KERNEL_DIMS = ("kernel_z", "kernel_y", "kernel_x")
@@ -25,19 +26,21 @@ def norm_layouts(
     reduction: Reduction,
     checkpoints: int | None,
     source: str,
+    tokens: int | None = None,
 ) -> tuple[ArrayLayout, ...]:
     """The layouts of the arrays of norms, one a layer, all with the same number of rows in a chunk.
 
     Args:
         checkpoints: Length of the leading checkpoint axis; None for no such axis.
         source: The loss whose gradient is measured, for the arrays' attributes.
+        tokens: Length of the axis of tokens of further arrays; None for no such arrays.
     """
     weights = {layer: weight_named(model, layer) for layer in layers}
     trailing = {layer: weight.norm_shape(reduction) for layer, weight in weights.items()}
-    widest = max(4 * math.prod(shape) for shape in trailing.values())
+    widest = max(4 * math.prod(shape) for shape in [*trailing.values(), (tokens or 0,)])
     rows = chunk_rows(num_samples, widest)
     leading: tuple[int, ...] = () if checkpoints is None else (checkpoints,)
-    return tuple(
+    of_samples = tuple(
         ArrayLayout(
             name=norms_name(layer),
             shape=(*leading, num_samples, *shape),
@@ -53,6 +56,23 @@ def norm_layouts(
             },
         )
         for layer, shape in trailing.items()
+    )
+    if tokens is None:
+        return of_samples
+    return of_samples + tuple(
+        ArrayLayout(
+            name=token_norms_name(array.attributes["layer"]),
+            shape=(*leading, num_samples, tokens),
+            row_axis=len(leading),
+            chunk_rows=rows,
+            dims=(*("checkpoint" for _ in leading), "sample", "token"),
+            attributes={
+                **array.attributes,
+                "quantity": MEANING["layer"],
+                "of": f"{source}: what each token brings to it; {OF_TOKENS}",
+            },
+        )
+        for array in of_samples
     )
 
 

@@ -11,6 +11,7 @@ from influence_jobs.specs.queries import Queries, Query
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.base import Batch, Draw, Task, copy_of, device_of, to_device, to_type
 from influence_jobs.tasks.regions import CURE
+from influence_jobs.tasks.sequences import tokens_in
 
 
 def require_queries(task: Task, queries: Queries) -> None:
@@ -37,16 +38,30 @@ def require_queries(task: Task, queries: Queries) -> None:
             )
         if query.region is None:
             continue
-        size = task.test_size(query.test)
+        size = size_of(task, query.test)
         if size is None:
             raise SpecError(f"{name} has no image regions: leave --point and --region out ({CURE})")
         y, x, height, width = query.region
         if y + height > size[0] or x + width > size[1]:
+            if size[0] == 1:
+                raise SpecError(
+                    f"tokens {x}:{x + width} are outside test sample {query.test}, which has "
+                    f"{size[1]} with a target"
+                )
             what = f"point {y},{x}" if (height, width) == (1, 1) else f"region {_comma(query)}"
             raise SpecError(
                 f"{what} is outside test image {query.test}, which is {size[0]} high and "
                 f"{size[1]} wide"
             )
+
+
+def size_of(task: Task, test: int) -> tuple[int, int] | None:
+    """Height and width of a test image; of a sequence 1 and the number of its tokens; else None."""
+    size = task.test_size(test)
+    if size is None and type(task).measure is Task.measure:
+        counts = tokens_in(task, task.test_batch(torch.tensor([test]), Draw(0)))
+        return None if counts is None else (1, int(counts))
+    return size
 
 
 def embeds(task: Task) -> bool:
@@ -63,7 +78,8 @@ def require_comparable(task: Task, queries: Queries) -> None:
     if embeds(task):
         if any(query.region for query in queries.items):
             raise SpecError(
-                "embed() is of whole samples: leave --point and --region out with --method nearest"
+                "embed() is of whole samples: leave --point, --region and --tokens out with "
+                "--method nearest"
             )
         return
     try:
@@ -118,13 +134,13 @@ def query_gradients(
 
 
 def queries_table(task: Task, queries: Queries) -> pa.Table:
-    """One row a query: its test id, region, and the task's description of the test sample."""
+    """One row a query: its test id, region or span of tokens, and the sample's description."""
     ids = np.array([query.test for query in queries.items])
     return pa.table(
         {
             "query": np.arange(len(ids)),
             "test": ids,
-            "region": [_comma(query) if query.region else None for query in queries.items],
+            "region": [_place(task, query) for query in queries.items],
             "quantity": [queries.quantity] * len(ids),
             **task.describe_test(ids),
         }
@@ -138,3 +154,14 @@ def write_queries(run: Run, task: Task, queries: Queries) -> dict[str, str]:
 
 def _comma(query: Query) -> str:
     return ",".join(map(str, query.region or ()))
+
+
+def _place(task: Task, query: Query) -> str | None:
+    """A query's region as tables have it: y,x,height,width, or first:end of tokens."""
+    if query.region is None:
+        return None
+    size = size_of(task, query.test)
+    if size is not None and size[0] == 1:
+        _, start, _, count = query.region
+        return f"{start}:{start + count}"
+    return _comma(query)

@@ -162,6 +162,8 @@ def pool(
     if region is None:
         return activation if activation.ndim == 1 else activation.flatten(1).mean(dim=1)
     if activation.ndim != 3 or size is None:
+        if activation.ndim == 2 and (size is None or size[0] == 1):
+            raise ModelError("attribution is of whole sequences: leave --tokens out")
         raise ModelError(f"layer {layer} has no positions to select by region: leave it out")
     y, x, height, width = region
     rows = _covered(y, height, activation.shape[1], size[0])

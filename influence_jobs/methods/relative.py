@@ -25,12 +25,12 @@ def relative_scores(
     Influence", AISTATS 2020.
 
     Args:
-        scores_QB: Influence.
+        scores_QB: Influence, (Q, B) or (Q, T, B).
         squared_sizes_B: Squared sizes. A sample with gradient zero has size zero; its score stays
             zero.
 
     Returns:
-        (Q, B), with the dtype of the scores.
+        Of the shape and dtype of the scores.
 
     Raises:
         ModelError: A squared size is negative or not finite, as the damped curvature is not
@@ -41,7 +41,7 @@ def relative_scores(
             "the influence of a sample on itself is negative or not finite, as the damped "
             "curvature is not positive definite: use --operator gauss-newton or a larger --damping"
         )
-    if ((squared_sizes_B == 0) & (scores_QB != 0).any(axis=0)).any():
+    if ((squared_sizes_B == 0) & (scores_QB != 0).reshape(-1, len(squared_sizes_B)).any(0)).any():
         raise ModelError(
             "a sample's gradient is so small that its square vanishes, so its score cannot be "
             "divided by its size: use --precision float64, or leave --relative out"

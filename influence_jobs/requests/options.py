@@ -53,8 +53,8 @@ class QueriesOptions(SeedOptions):
     )
     test_set: One[str | None] = option(
         None,
-        "Several test samples: a file of ids, one a line, each with a region Y,X,H,W or a point "
-        "Y,X behind it if wanted; or a set that the task names.",
+        "Several test samples: a file of ids, one a line, each with a region Y,X,H,W, a point Y,X "
+        "or a span of tokens A:B behind it if wanted; or a set that the task names.",
         panel=QUERY,
     )
     point: Many[Any] = option(
@@ -68,6 +68,13 @@ class QueriesOptions(SeedOptions):
         "A rectangle of the test images, in pixels. May be repeated.",
         panel=QUERY,
         metavar="Y,X,H,W",
+    )
+    tokens: Many[Any] = option(
+        (),
+        "A span of the test sequences' tokens, from A to before B. They are counted from 0, and "
+        "only those that have a target. May be repeated.",
+        panel=QUERY,
+        metavar="A:B",
     )
     quantity: str = option(
         "loss",

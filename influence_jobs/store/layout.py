@@ -51,6 +51,11 @@ def checkpoint_name(epoch: int) -> str:
     return f"{CHECKPOINTS}/epoch-{epoch:04d}.pt"
 
 
+def token_norms_name(layer: str) -> str:
+    """The array that holds the norms of a layer's gradient by each token."""
+    return f"token_norms/{layer}"
+
+
 def norms_name(layer: str) -> str:
     """The array that holds a layer's gradient norms."""
     return f"norms/{layer}"
@@ -64,6 +69,7 @@ def step_name(step: int) -> str:
 S_TEST = "s_test"
 S_TEST_VARIANCE = "variance"
 SCORES = "scores"
+SCORES_OF_TOKENS = "token_scores"
 BY_QUERY = "by_query"  # the scores of a job whose shards are queries; a row is a query
 
 

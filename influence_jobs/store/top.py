@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from influence_jobs.store.layout import SCORES_OF_TOKENS
 from influence_jobs.store.run import Run
 
 
@@ -75,6 +76,20 @@ def top_of(
             kept = np.argsort(sign * scores, kind="stable")[:k]
             best[i] = ids[kept], scores[kept]
     return best
+
+
+def strongest_tokens(
+    run: Run, query: int, ids: npt.NDArray[np.int64], *, largest: bool = True
+) -> list[int | None]:
+    """For each of some samples the token with the largest or smallest score; None without any."""
+    array: Any = run.array(SCORES_OF_TOKENS)
+    sign = 1.0 if largest else -1.0
+    found: list[int | None] = []
+    for sample in ids:
+        scores_T = sign * np.asarray(array[query, int(sample)], dtype=np.float64)
+        known = ~np.isnan(scores_T)
+        found.append(int(np.where(known, scores_T, -np.inf).argmax()) if known.any() else None)
+    return found
 
 
 def ranks(

@@ -39,6 +39,8 @@ class Form:
             s s^T has this Hessian as its mean for random signs r. None where the Hessian is
             diagonal or unknown.
         classes: The axis of the outputs with the classes, where there are classes.
+        parts: (outputs, targets) to what each position brings to its sample's loss, of the shape of
+            the targets: the parts add up to the losses. None where there are no positions.
     """
 
     words: str
@@ -46,6 +48,11 @@ class Form:
     hessian: Callable[[Tensor, Tensor, Tensor], Tensor]
     root: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     classes: int = 1
+    parts: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def counted(self, targets: Tensor) -> Tensor | None:
+        """Which positions of sequences of classes have a target that counts, (B, T); else None."""
+        return targets != IGNORED if self.parts is not None and targets.ndim == 2 else None
 
 
 def _of_function(losses: Callable[[Tensor, Tensor], Tensor]) -> Form:
@@ -111,11 +118,14 @@ def _of_positions(classes: int, reduction: str) -> Form:
         counts_B = counted_BT.flatten(1).sum(1).clamp_min(1)
         return counted_BT / counts_B.view(-1, *(1,) * (targets_BT.ndim - 1))
 
-    def losses(outputs: Tensor, targets_BT: Tensor) -> Tensor:
+    def parts(outputs: Tensor, targets_BT: Tensor) -> Tensor:
         losses_BT = F.cross_entropy(
             outputs.movedim(classes, 1), targets_BT, ignore_index=IGNORED, reduction="none"
         )
-        return (losses_BT * weights(targets_BT, losses_BT)).flatten(1).sum(1)
+        return losses_BT * weights(targets_BT, losses_BT)
+
+    def losses(outputs: Tensor, targets_BT: Tensor) -> Tensor:
+        return parts(outputs, targets_BT).flatten(1).sum(1)
 
     def hessian(outputs: Tensor, targets_BT: Tensor, tangents: Tensor) -> Tensor:
         p = outputs.softmax(classes)
@@ -128,7 +138,7 @@ def _of_positions(classes: int, reduction: str) -> Form:
 
     axis = "last" if classes == -1 else "second"
     words = f"cross-entropy, classes on the {axis} axis, {reduction} positions"
-    return Form(words, losses, hessian, root, classes)
+    return Form(words, losses, hessian, root, classes, parts)
 
 
 # -- squared error and binary cross-entropy --------------------------------------------------------

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from influence_jobs.errors import SpecError, first_line
 from influence_jobs.tasks.output_loss import IGNORED, Form, forms_of, forms_that_give
+from influence_jobs.tasks.sequences import counted_tokens, span_of
 from influence_jobs.terms import Region
 
 if TYPE_CHECKING:  # which measures by this
@@ -46,7 +47,8 @@ def measure_outputs(
     """A quantity of every sample's outputs, (B,), whole or in a region of them.
 
     `loss` is the task's own loss of the region alone: if it is a mean over all pixels, it is the
-    mean over the region's. `output` is the mean over the region of the outputs' squares where the
+    mean over the region's. A region of a sequence is a span of its tokens, as of an image one pixel
+    high. `output` is the mean over the region of the outputs' squares where the
     loss is a squared error, of the logits for binary cross-entropy, and of the logit of each
     pixel's own class for cross-entropy.
 
@@ -58,7 +60,10 @@ def measure_outputs(
     name = type(task).__name__
     outputs, targets = task.outputs(model, batch), task.targets(batch)
     form = _form(task, model, batch, outputs, targets)
-    if region is not None:
+    if region is not None and counted_tokens(task, targets) is not None:
+        _, start, _, count = region
+        outputs, targets = span_of(outputs, targets, form.classes, start, start + count)
+    elif region is not None:
         outputs, targets = _cut(name, form, outputs, targets, region)
     if quantity == "loss":
         try:

@@ -6,9 +6,9 @@ from typing import Any, Literal, get_args
 from influence_jobs.errors import SpecError
 from influence_jobs.specs.scores import ScoresSpec
 from influence_jobs.store.folder import for_runs
-from influence_jobs.store.layout import SCORES, part_name
+from influence_jobs.store.layout import SCORES, SCORES_OF_TOKENS, part_name
 from influence_jobs.store.run import Run
-from influence_jobs.store.top import largest_rows, top_scores
+from influence_jobs.store.top import largest_rows, strongest_tokens, top_scores
 from influence_jobs.views.base import RankedRow
 
 Side = Literal["helpful", "harmful", "both"]
@@ -45,8 +45,8 @@ def ranked_scores(
         sides: The sides of the ranking by name, each with whether its largest scores come first.
 
     Returns:
-        Rows with test, region (if any query has one), side, rank, score, and the description of
-        the sample.
+        Rows with test, region (if any query has one), side, rank, score, token (if the run has
+        scores of tokens: the one that brings most to the score), and the description of the sample.
 
     Raises:
         SpecError: The run has no scores of this layer, or no such query.
@@ -90,8 +90,15 @@ def ranked_scores(
         for name, found in ranked.items():
             ids, values = found[i]
             described = samples.take(ids).to_pylist()
-            for rank, (sample, score) in enumerate(zip(described, values, strict=True), start=1):
-                rows.append({**place, "side": name, "rank": rank, "score": float(score), **sample})
+            tokens: list[dict[str, int | None]] = [{}] * len(ids)
+            if array == SCORES and SCORES_OF_TOKENS in run.array_names():
+                strongest = strongest_tokens(run, chosen[i]["query"], ids, largest=sides[name])
+                tokens = [{"token": token} for token in strongest]
+            for rank, (sample, score, token) in enumerate(
+                zip(described, values, tokens, strict=True), start=1
+            ):
+                row = {"side": name, "rank": rank, "score": float(score)}
+                rows.append({**place, **row, **token, **sample})
     return rows
 
 
@@ -99,6 +106,11 @@ def places(queries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The test id of each query, and its region if any of the queries has one."""
     names = ("test", "region") if any(query["region"] for query in queries) else ("test",)
     return [{name: query[name] for name in names} for query in queries]
+
+
+def place_words(text: str) -> str:
+    """A region of a table, or a span of tokens, in words."""
+    return f"{'tokens' if ':' in text else 'region'} {text}"
 
 
 def by_query(rows: Sequence[RankedRow]) -> dict[tuple[int, str | None, str], list[RankedRow]]:

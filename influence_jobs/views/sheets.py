@@ -13,7 +13,7 @@ from influence_jobs.tasks.base import Batch, Task
 from influence_jobs.terms import Region
 from influence_jobs.views.base import RankedRow
 from influence_jobs.views.contact_sheet import Cell, Picture, Row
-from influence_jobs.views.ranking import by_query
+from influence_jobs.views.ranking import by_query, place_words
 from influence_jobs.views.table import cell_text
 
 # Columns of ranked rows that are not descriptions of the sample by the task.
@@ -107,7 +107,8 @@ def query_cell(
     """The cell of a test sample, and its description.
 
     Args:
-        region: The query's, as in a table; it is written out if no picture can show it.
+        region: The query's, as in a table; it is written out if no picture can show it, as none
+            shows tokens.
         known: The description; by default the task gives it.
     """
     known = _known(task, test) if known is None else known
@@ -115,8 +116,8 @@ def query_cell(
     with contextlib.suppress(SpecError):  # a task may have no pictures
         picture = task.test_picture(test)
     lines = [f"test {test}", *_described(known)]
-    if region and picture is None:
-        lines.append(f"region {region}")
+    if region and (picture is None or region_of(region) is None):
+        lines.append(place_words(region))
     return Cell(picture, lines), known
 
 
@@ -167,8 +168,8 @@ def _described(known: Mapping[str, Any]) -> list[str]:
 
 
 def region_of(text: str | None) -> Region | None:
-    """Parse a region of a table, `y,x,height,width`."""
-    if not text:
+    """Parse a region of a table, `y,x,height,width`; None for a span of tokens, as for none."""
+    if not text or ":" in text:
         return None
     y, x, height, width = map(int, text.split(","))
     return y, x, height, width

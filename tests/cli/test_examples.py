@@ -208,6 +208,9 @@ def _compare_scores(run: Run, task: Task, model: nn.Module, words: list[str]) ->
     if "--region" in asked:
         y, x, height, width = map(int, asked["--region"].split(","))
         region = (y, x, height, width)
+    if "--tokens" in asked:
+        start, stop = map(int, asked["--tokens"].split(":"))
+        region = (0, start, 1, stop - start)
     quantity = asked.get("--quantity", task.quantities[0])
     query = to_type(task.test_batch(torch.tensor([0]), DRAW), torch.float64)
     measured = task.measure(model, query, quantity, region)

@@ -15,7 +15,7 @@ WHERE = "runs json"
 HOW = f"{WHERE} address device num-gpus local detach trust"
 
 TRAINED = f"{HOW} {TASK_DATA} dry-run task checkpoint preset epochs workers"
-QUERIES = "test test-set point region quantity noise-draws seed"
+QUERIES = "test test-set point region tokens quantity noise-draws seed"
 SCORES = f"{TRAINED} {QUERIES} batch-size shard-size"
 SOLVER = (
     "solver damping damping-share operator product precision curvature-samples tolerance "
@@ -40,9 +40,10 @@ OPTIONS = {
     "momentum nesterov weight-decay no-bias-decay schedule warmup step-every step-factor "
     "clip-norm batch-size recorded norms-layer norms-skip-epochs reduce",
     "submit grad-norms": f"{HOW} {TASK_DATA} dry-run task layer reduce checkpoint combine "
-    "precision seed preset epochs workers batch-size shard-size",
+    "precision seed preset epochs workers batch-size shard-size per-token",
     "submit s-test": f"{SCORES} {CURVATURE}",
-    "submit influence": f"{SCORES} {CURVATURE} s-test models combine relative keep-layers",
+    "submit influence": f"{SCORES} {CURVATURE} s-test models combine relative keep-layers "
+    "per-token",
     "submit unrolled": f"{TRAINED} {QUERIES} precision",
     "submit attribution": f"{SCORES} layer norms exclude-norm-above normalize keep-layers",
     "submit baseline": f"{SCORES} method",

@@ -121,7 +121,7 @@ def test_nearest_compares_vectors_of_the_task_and_is_refused_without_any(
     assert "defines no pictures(): nearest compares pixels, or vectors (B, D) if the task " in (
         refused(*nearest, "--task", task)
     )
-    assert "embed() is of whole samples: leave --point and --region out" in (
+    assert "embed() is of whole samples: leave --point, --region and --tokens out" in (
         refused(*nearest, "--task", "deblur:Embedded", "--point", "1,1")
     )
     answer = infl(*nearest, "--task", "deblur:Flat")
@@ -158,7 +158,7 @@ def test_a_file_of_ids_says_where_in_each_image(
         (1, "2,3,1,1"),
         (0, None),
     ]
-    assert "--test-set where.txt has regions of its own: leave --point and --region out" in (
+    assert "--test-set where.txt has regions of its own: leave --point, --region and --tokens" in (
         refused(*of("baseline", *asked, "--point", "1,1"))
     )
     for bad, said in (

@@ -9,16 +9,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from influence_jobs.gradients import GradNorms
+from influence_jobs.gradients import GradNorms, TokenNorms
 from influence_jobs.gradients.fallback import slow_lines
 from influence_jobs.jobs.base import Progress, Result, Shard
 from influence_jobs.jobs.norm_arrays import norm_layouts
 from influence_jobs.jobs.samples import SampleJob, trained_inputs
+from influence_jobs.jobs.tokens import only_tokens
 from influence_jobs.kinds.grad_norms.spec import GradNormsSpec
 from influence_jobs.kinds.train.spec import Checkpoint
 from influence_jobs.specs.base import AnySpec
-from influence_jobs.store.layout import ArrayLayout, norms_name
+from influence_jobs.store.layout import ArrayLayout, norms_name, token_norms_name
 from influence_jobs.tasks.base import Batch, Draw
+from influence_jobs.tasks.sequences import TokenLosses
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +54,7 @@ class GradNormsJob(SampleJob[GradNormsSpec]):
             num_samples=len(self.task.train_data()),
             reduction=self.spec.reduction,
             checkpoints=several if self.spec.combine == "keep" else None,
+            tokens=self.spec.tokens,
             source="each sample's own loss, model in eval mode"
             + (
                 f", summed over {several} checkpoints"
@@ -63,25 +66,25 @@ class GradNormsJob(SampleJob[GradNormsSpec]):
     def run(self, shard: Shard, progress: Progress) -> Result:
         progress(done := 0)
         total: dict[str, npt.NDArray[np.float64]] = {}
-        kept: dict[str, list[npt.NDArray[Any]]] = {layer: [] for layer in self.spec.layers}
+        kept: dict[str, list[npt.NDArray[Any]]] = {}
         for checkpoint in self.spec.checkpoints:
             self.load(checkpoint)
-            pieces: dict[str, list[npt.NDArray[Any]]] = {layer: [] for layer in self.spec.layers}
+            pieces: dict[str, list[npt.NDArray[Any]]] = {}
             for ids, batch in self.loaded(self.batches(shard), Draw(self.spec.seed)):
-                for layer, values in self._norms(ids, batch).items():
-                    pieces[layer].append(values)
+                for name, values in self._norms(ids, batch).items():
+                    pieces.setdefault(name, []).append(values)
                 done += len(ids)
                 progress(done)
-            for layer in self.spec.layers:
-                values = np.concatenate(pieces[layer])
+            for name, found in pieces.items():
+                values = np.concatenate(found)
                 if self.spec.combine == "keep":
-                    kept[layer].append(values)
+                    kept.setdefault(name, []).append(values)
                 else:
                     # In float64: the sum must not add rounding errors to the stored float32.
-                    total[layer] = total.get(layer, 0.0) + values.astype(np.float64)
+                    total[name] = total.get(name, 0.0) + values.astype(np.float64)
         if self.spec.combine == "keep":
-            return Result({norms_name(layer): np.stack(rows) for layer, rows in kept.items()})
-        return Result({norms_name(layer): values for layer, values in total.items()})
+            return Result({name: np.stack(rows) for name, rows in kept.items()})
+        return Result({**total})
 
     @property
     def dtype(self) -> torch.dtype:
@@ -104,10 +107,32 @@ class GradNormsJob(SampleJob[GradNormsSpec]):
             log.info(line)
         return engine
 
+    @cached_property
+    def _tokens(self) -> tuple[TokenLosses, TokenNorms]:
+        parts = TokenLosses(self.task)
+        engine = TokenNorms(self.model, self.spec.layers, parts, precision=self.spec.precision)
+        first = torch.arange(min(2, len(self.task.train_data())))
+        batch = self.batch(first, Draw(self.spec.seed))
+        parts.look(self.model, batch)
+        engine.check(batch)
+        return parts, engine
+
     def _norms(self, ids: torch.Tensor, batch: Batch) -> dict[str, npt.NDArray[Any]]:
-        norms = {layer: values.cpu().numpy() for layer, values in self._engine(batch).items()}
-        for layer, values in norms.items():
+        """The norms of a batch, by array."""
+        found = {norms_name(layer): values for layer, values in self._engine(batch).items()}
+        counts_B = None
+        if self.spec.tokens is not None:
+            parts, engine = self._tokens
+            counts_B = parts.look(self.model, batch)
+            by_layer = engine(batch, int(counts_B.max()))
+            found |= {token_norms_name(layer): values for layer, values in by_layer.items()}
+        norms = {name: values.cpu().numpy() for name, values in found.items()}
+        for name, values in norms.items():
+            layer = name.partition("/")[2]
             self.require_finite(f"the gradient of layer {layer}", values, ids)
+        if counts_B is not None and self.spec.tokens is not None:
+            for name in map(token_norms_name, self.spec.layers):
+                norms[name] = only_tokens(norms[name], counts_B, self.spec.tokens)
         return norms
 
     def probe(self) -> Iterator[int]:

@@ -24,6 +24,11 @@ class GradNormsRequest(WeightsRequest, SeedOptions):
     combine: Literal["sum", "keep"] = option(
         "sum", "With several checkpoints: sum their norms, or keep them on a leading axis."
     )
+    per_token: bool = option(
+        False,
+        "Also keep the norm of the gradient of each token's part of its sequence's loss, by each "
+        "whole layer. It takes a pass a token.",
+    )
     precision: Precision = option(
         "float32",
         "Precision of the computation; bfloat16 by torch's autocast. A model that is built in "
@@ -33,6 +38,7 @@ class GradNormsRequest(WeightsRequest, SeedOptions):
     def specs(self, root: str, say: Say) -> tuple[Spec, ...]:
         import torch
 
+        from influence_jobs.requests.queries import tokens_kept
         from influence_jobs.requests.subject import subject_of
         from influence_jobs.tasks.base import dtype_of
         from influence_jobs.tasks.layers import resolve_weights, say_slow_layers
@@ -54,5 +60,6 @@ class GradNormsRequest(WeightsRequest, SeedOptions):
             combine=self.combine,
             precision=precision,
             seed=self.seed,
+            tokens=tokens_kept(subject.task, self.seed, say) if self.per_token else None,
         )
         return (spec,)

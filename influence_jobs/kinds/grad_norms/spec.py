@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from influence_jobs.kinds.train.spec import Checkpoint
+from influence_jobs.specs.base import Count
 from influence_jobs.specs.norms import NormsSpec
 from influence_jobs.terms import Precision, Reduction
 
@@ -17,6 +18,7 @@ class GradNormsSpec(NormsSpec):
         layers: Layer names, in forward order.
         combine: Norms of several checkpoints are summed, or kept on a leading axis.
         seed: Seed of the samples' noise, if the task has noise.
+        tokens: Also keep the norms of each token, of up to so many in a sample; None for not.
     """
 
     kind: Literal["grad-norms"] = "grad-norms"
@@ -26,6 +28,7 @@ class GradNormsSpec(NormsSpec):
     combine: Literal["sum", "keep"] = "sum"
     precision: Precision = "float32"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    tokens: Count | None = None
 
     @model_validator(mode="after")
     def _normalise(self) -> Self:

@@ -1,6 +1,7 @@
 """Influence: s_test vectors times the loss gradient of every training sample."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -10,11 +11,12 @@ from torch import Tensor
 
 from influence_jobs.curvature import EkFac, GaussNewton
 from influence_jobs.errors import SpecError
-from influence_jobs.gradients import GradDots, GradQuadratics, Metric
+from influence_jobs.gradients import GradDots, GradQuadratics, Metric, TokenDots
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.gradients.rules import MatrixRule, matrix_layers, nearest_rule
 from influence_jobs.jobs.samples import trained_inputs
 from influence_jobs.jobs.scores import Scores, ScoresJob, sides_of
+from influence_jobs.jobs.tokens import MEANING, only_tokens
 from influence_jobs.kinds.influence.spec import InfluenceSpec
 from influence_jobs.kinds.s_test.job import curvature_samples
 from influence_jobs.kinds.s_test.spec import STestSpec
@@ -23,9 +25,16 @@ from influence_jobs.kinds.train.spec import Checkpoint
 from influence_jobs.methods.relative import relative_scores
 from influence_jobs.specs.base import AnySpec
 from influence_jobs.specs.solvers import EkFacSettings
-from influence_jobs.store.layout import SCORES, part_name
+from influence_jobs.store.layout import (
+    SCORES,
+    SCORES_OF_TOKENS,
+    ArrayLayout,
+    chunk_rows,
+    part_name,
+)
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.base import Draw
+from influence_jobs.tasks.sequences import TokenLosses
 from influence_jobs.terms import ScorePrecision
 
 
@@ -33,7 +42,7 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
     """The scores have terms for every s_test run (`terms_of`) and noise draw."""
 
     spec_type = InfluenceSpec
-    _engines: tuple[int, GradDots, GradQuadratics | None] | None = None
+    _engines: tuple[int, GradDots, GradQuadratics | None, TokenDots | None] | None = None
 
     @cached_property
     def _fitted(self) -> dict[int, dict[str, Metric | None]]:
@@ -71,6 +80,24 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
     def terms(self) -> int:
         return len(self._terms) * self.spec.noise_draws
 
+    def layouts(self) -> tuple[ArrayLayout, ...]:
+        found, tokens = super().layouts(), self.spec.tokens
+        if tokens is None:
+            return found
+        queries, samples = found[0].shape
+        row_bytes = np.dtype(self.stored).itemsize * tokens
+        rows = min(found[0].chunk_rows, chunk_rows(samples, row_bytes))
+        of_tokens = ArrayLayout(
+            name=SCORES_OF_TOKENS,
+            shape=(queries, samples, tokens),
+            row_axis=1,
+            chunk_rows=rows,
+            dims=("query", "sample", "token"),
+            dtype=self.stored,
+            attributes={**self.meaning, "of": f"what each token brings to the score; {MEANING}"},
+        )
+        return (*(replace(array, chunk_rows=rows) for array in found), of_tokens)
+
     @cached_property
     def kept_layers(self) -> tuple[str, ...]:
         if not self.spec.keep_modules:
@@ -101,7 +128,7 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
 
     def score(self, term: int, ids: torch.Tensor) -> Scores:
         which, draw = divmod(term, self.spec.noise_draws)
-        dots, sizes = self._engines_of(which)
+        dots, sizes, tokens = self._engines_of(which)
         batch = self.batch(ids, Draw(self.spec.seed, draw))
         found: dict[str, Tensor] = {}
         if self.kept_layers:
@@ -109,7 +136,12 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
             found[SCORES] = torch.stack([*found.values()]).sum(dim=0)
         else:
             found[SCORES] = dots.total(batch)
-        scores = {name: scores_BQ.t().cpu().numpy() for name, scores_BQ in found.items()}
+        counts_B = None
+        if tokens is not None:
+            counts_B = self._parts.look(self.model, batch)
+            found[SCORES_OF_TOKENS] = tokens(batch, found[SCORES])
+        # (Q, B), or of tokens (Q, T, B)
+        scores = {name: values.cpu().numpy().T for name, values in found.items()}
         for values in scores.values():
             self.require_finite("the gradient", values.T, ids)
         if sizes is not None:
@@ -118,13 +150,20 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
         weight = self._terms[which][1].weight / self.spec.noise_draws
         if self.spec.combine == "mean":
             weight /= len(self.spec.s_tests)
+        if counts_B is not None and self.spec.tokens is not None:
+            by_sample = scores[SCORES_OF_TOKENS].swapaxes(1, 2)
+            scores[SCORES_OF_TOKENS] = only_tokens(by_sample, counts_B, self.spec.tokens)
         return {name: values * weight for name, values in scores.items()}
 
-    def _engines_of(self, which: int) -> tuple[GradDots, GradQuadratics | None]:
+    @cached_property
+    def _parts(self) -> TokenLosses:
+        return TokenLosses(self.task)
+
+    def _engines_of(self, which: int) -> tuple[GradDots, GradQuadratics | None, TokenDots | None]:
         """The engines of one term, with its checkpoint's weights in the model."""
         if self._engines is None or self._engines[0] != which:
             if self._engines is not None:
-                for engine in self._engines[1:]:
+                for engine in self._engines[1:3]:
                     if engine is not None:
                         engine.close()
             s_test, term = self._terms[which]
@@ -140,7 +179,10 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
                 )
             dots = GradDots(self.model, space, self.task.losses, vectors_QP, precision=self.stored)
             self._check(dots)
-            self._engines = which, dots, sizes
+            tokens = None
+            if self.spec.tokens is not None:
+                tokens = TokenDots(self.model, space, self._parts, vectors_QP)
+            self._engines = which, dots, sizes, tokens
         return self._engines[1:]
 
     def _check(self, dots: GradDots) -> None:
@@ -197,6 +239,11 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
         space = ParameterSpace(self.model, s_test.modules)
         vectors_QP = torch.randn(len(s_test.queries.items), space.size)
         dots = GradDots(self.model, space, self.task.losses, vectors_QP, precision=self.stored)
+        tokens = TokenDots(self.model, space, self._parts, vectors_QP)
         for ids in self.all_batches():
-            dots.total(self.batch(ids, Draw(self.spec.seed)))
+            batch = self.batch(ids, Draw(self.spec.seed))
+            totals_BQ = dots.total(batch)
+            if self.spec.tokens is not None:
+                self._parts.look(self.model, batch)
+                tokens(batch, totals_BQ)
             yield len(ids)

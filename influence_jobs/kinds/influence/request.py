@@ -19,7 +19,15 @@ if TYPE_CHECKING:
     from influence_jobs.requests.subject import Subject
 
 # Options that may stand beside `--s-test`, which decides all others.
-_BESIDE_S_TESTS = {"s_test", "checkpoint", "combine", "relative", "keep_layers", "seed"}
+_BESIDE_S_TESTS = {
+    "s_test",
+    "checkpoint",
+    "combine",
+    "relative",
+    "keep_layers",
+    "per_token",
+    "seed",
+}
 
 
 class InfluenceRequest(WeightsRequest, QueriesOptions, CurvatureOptions):
@@ -52,9 +60,17 @@ class InfluenceRequest(WeightsRequest, QueriesOptions, CurvatureOptions):
         panel=SCORES,
     )
     keep_layers: bool = option(False, "Also keep the scores of each layer.", panel=SCORES)
+    per_token: bool = option(
+        False,
+        "Also keep what each token of a training sequence brings to its score: the parts add up to "
+        "it.",
+        panel=SCORES,
+    )
     layer: Many[str | int] = option((), LAYERS_THAT_COUNT)
 
     def specs(self, root: str, say: Say) -> tuple[Spec, ...]:
+        from influence_jobs.requests.queries import tokens_kept
+
         s_tests = self._found(root) if self.s_test else self._new(root, say)
         if self.relative is not None:
             _say_what_is_measured(s_tests[0], say)
@@ -67,6 +83,7 @@ class InfluenceRequest(WeightsRequest, QueriesOptions, CurvatureOptions):
             keep_modules=self.keep_layers,
             noise_draws=s_tests[0].queries.noise_draws,
             seed=self.seed,
+            tokens=tokens_kept(s_tests[0].task, self.seed, say) if self.per_token else None,
         )
         return (spec,)
 

@@ -24,6 +24,7 @@ class InfluenceSpec(ScoresSpec):
         keep_modules: Also keep the scores of each layer.
         noise_draws: Scores are the mean over this many draws of the training samples' noise.
         seed: Seed of the noise.
+        tokens: Also keep the scores of each token, of up to so many in a sample; None for not.
     """
 
     kind: Literal["influence"] = "influence"
@@ -33,6 +34,7 @@ class InfluenceSpec(ScoresSpec):
     keep_modules: bool = False
     noise_draws: Count = 1
     seed: Seed = 0
+    tokens: Count | None = None
 
     @model_validator(mode="after")
     def _normalise(self) -> Self:

@@ -81,17 +81,21 @@ def dense_ek_fac(
             )
             outputs = task.outputs(model, (task.data.tensors[0][i : i + 1],))
             hook.remove()
-            x_rows += [as_rows(module, x)[0].detach() for x, _ in calls]
+            sizes = [torch.zeros(1, dtype=torch.float64) for _ in calls]
             for s in columns[i]:
                 wanted = [*(y for _, y in calls), *module.parameters()]
                 *gs, weight, bias = torch.autograd.grad(
                     (outputs * s).sum(), wanted, retain_graph=True
                 )
-                for g in gs:
-                    g_rows.append(
+                for call, g in enumerate(gs):
+                    g_TC = (
                         g[0].flatten(1).t() if as_rows is conv_rows else linear_rows(module, g)[0]
                     )
+                    g_rows.append(g_TC)
+                    sizes[call] = sizes[call] + g_TC.square().sum(1)
                 gradients.append(torch.cat([weight.flatten(1), bias.unsqueeze(1)], 1))
+            for (x, _), size_T in zip(calls, sizes, strict=True):  # where an output depends on it
+                x_rows.append(as_rows(module, x)[0].detach()[size_T > 1e-20])
         x, g = torch.cat(x_rows), torch.cat(g_rows)
         x = torch.cat([x, x.new_ones(len(x), 1)], 1)
         u, v = torch.linalg.eigh(g.t() @ g)[1], torch.linalg.eigh(x.t() @ x)[1]

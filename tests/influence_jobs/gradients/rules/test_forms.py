@@ -146,6 +146,31 @@ def test_gram_matrices_are_for_few_positions(whole: bool) -> None:
         assert not blocks.through_gram(shape, whole=whole, device=CPU)
 
 
+@pytest.mark.parametrize("positions", [2, 13, 14, 40])
+def test_a_sequence_takes_the_way_of_fewer_multiplications(
+    positions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 64 inputs and outputs, by a count written out: T^2 (I + O) in float64, or T I O."""
+    moved = 32  # multiplications in the time of a number written and read again
+    ghost = 2 * positions**2 * 128 + moved * 2 * (positions * 128 + 2 * positions**2)
+    direct = positions * 64 * 64 + moved * 64 * 64
+    ghosts: list[int] = []
+    taken = base.MatrixRule.gram_squares
+
+    def counted(rule: Any, a: Tensor, g: Tensor) -> Tensor:
+        ghosts.append(len(a))
+        return taken(rule, a, g)
+
+    monkeypatch.setattr(base.MatrixRule, "gram_squares", counted)
+    layer, x = nn.Linear(64, 64), torch.randn(3, positions, 64)
+    model, batch = nn.Sequential(layer).eval(), (x, torch.randn(3, positions, 64))
+    with GradNorms(model, ["0"], weighted_sum, reduction="layer") as engine:
+        found = engine(batch)["0"]
+    assert bool(ghosts) == (ghost < direct) == (positions < 14)
+    (gradient,) = per_sample_gradients(model, ["0"], weighted_sum, batch).values()
+    torch.testing.assert_close(found, gradient.flatten(1).norm(dim=1).float(), rtol=1e-5, atol=0)
+
+
 def test_gram_matrices_are_not_for_devices_without_float64() -> None:
     assert not blocks.through_gram(LARGE, whole=True, device=torch.device("mps"))
 
