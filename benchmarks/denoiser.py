@@ -239,9 +239,13 @@ class Bench:
             group = [row for row in rows if (row["k"], row["by"]) == (k, by)]
             there, elsewhere = (by_query(group, lambda row, n=n: row[n]) for n in names)
             cells = [words_of(mean_interval(x)) for x in (there, elsewhere, there - elsewhere)]
+            chance = [row for row in rows if (row["k"], row["by"]) == (k, "random")]
+            more = there - by_query(chance, lambda row: row[names[0]])
+            cells += ["" if by == "random" else words_of(mean_interval(more))]
             cells += [f"{there[c :: len(CLASSES)].mean():.3f}" for c in range(len(CLASSES))]
             table.append([str(k), by, *cells])
         columns = ["k", "without the first by", "the region", "others of its image", "difference"]
+        columns += ["more than random"]
         print_table([*columns, *CLASSES], table)
 
     # -- planted patches ---------------------------------------------------------------------------
