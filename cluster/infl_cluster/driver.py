@@ -70,7 +70,8 @@ def drive(
     Args:
         root: Folder of all runs.
         shard_rows: Rows of a shard; used only if the run has no plan yet.
-        batch_size: Samples a pass; used only if the run has no plan yet.
+        batch_size: Samples a pass; used only if the run has no plan yet. By default the first
+            worker chooses.
 
     Raises:
         InflError: The run failed; its status says the same, and finished shards are kept.
@@ -99,7 +100,7 @@ def drive(
             _require_current(needed)
         status.waits_for(None)
         require_unchanged(run.id, run.spec.task, job.task)
-        plan = _settled_plan(job, shard_rows)
+        plan = _settled_plan(job, shard_rows, automatic=batch_size is None)
         if plan.arrays:
             run.create_arrays(plan.arrays)
         _work(run, job, plan, backend, status, lease)
@@ -140,7 +141,7 @@ def drive_when_free(
             time.sleep(1)
 
 
-def _settled_plan(job: Job[Any], shard_rows: int | None) -> Plan:
+def _settled_plan(job: Job[Any], shard_rows: int | None, *, automatic: bool) -> Plan:
     """The stored plan of the first driver, or a new one: shards must stay the same."""
     run = job.run_store
     stored = run.plan()
@@ -156,6 +157,7 @@ def _settled_plan(job: Job[Any], shard_rows: int | None) -> Plan:
                 "shards": [asdict(shard) for shard in plan.shards],
                 "inputs": digests,
                 "shapes": {array.name: list(array.shape) for array in plan.arrays},
+                "automatic_batch": automatic,
             },
         )
         return plan

@@ -30,6 +30,7 @@ from influence_jobs.curvature.solver import (
 from influence_jobs.errors import ModelError, SpecError
 from influence_jobs.gradients import Metric
 from influence_jobs.gradients.parameters import ParameterSpace
+from influence_jobs.memory import is_out_of_memory
 
 Targets = Literal["auto", "exact", "sampled"]
 
@@ -152,18 +153,43 @@ class EkFac(Solver):
     def _fit(self, operators: Sequence[GaussNewton], progress: Progress) -> "Factors":
         for operator in operators:
             operator.require_finite()
-        done, rows = 0.0, sum(operator.num_samples for operator in operators)
         with ExitStack() as stack:
             engines = [stack.enter_context(self._engine(operator)) for operator in operators]
-            factors = Factors(_blocks(engines[0], operators[0]), self._exact(operators[0]))
-            for sweep in range(2):
-                for operator, engine in zip(operators, engines, strict=True):
+            factors = None
+            while factors is None:
+                factors = self._swept(operators, engines, progress)
+        return factors
+
+    def _swept(
+        self,
+        operators: Sequence[GaussNewton],
+        engines: Sequence[OutputGradients],
+        progress: Progress,
+    ) -> "Factors | None":
+        """The factors after both sweeps; None if a batch, now halved, did not fit into memory.
+
+        What the batch had added by then cannot be taken back.
+        """
+        done, rows = 0.0, sum(operator.num_samples for operator in operators)
+        factors = Factors(_blocks(engines[0], operators[0]), self._exact(operators[0]))
+        for sweep in range(2):
+            for operator, engine in zip(operators, engines, strict=True):
+                at = 0
+                try:
                     for samples in self._sweep(operator, engine, factors, sweep, rows):
+                        at += samples
                         done += samples / (2 * rows)
                         progress(min(1.0, done))
-                if sweep == 0:
-                    for block in factors.blocks.values():
-                        block.diagonalise()
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        raise
+                else:
+                    continue
+                operator.batching.halve(operator.ids[at : at + operator.batch_size])
+                return None
+            if sweep == 0:
+                for block in factors.blocks.values():
+                    block.diagonalise()
         return factors
 
     @staticmethod

@@ -20,6 +20,7 @@ from influence_jobs.gradients.requirements import (
 from influence_jobs.gradients.routes import holders, why_not_by_rules
 from influence_jobs.gradients.rules import LayerRule, rule_of
 from influence_jobs.gradients.taps import TOLERANCE, TappedModel
+from influence_jobs.memory import is_out_of_memory
 from influence_jobs.terms import Precision
 
 SMALLEST_PART = 1e-3  # of a product: rounding is not measured against smaller ones
@@ -195,9 +196,9 @@ class GradDots(TappedModel):
                     if not self._as_plain(batch, several, found):
                         self._why_not_forward = "forward mode differs from plain autograd"
                         return None
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             self._why_not_forward = str(error).partition("\n")[0]
             return None
         return found

@@ -26,6 +26,7 @@ from influence_jobs.gradients.requirements import require_independent_samples
 from influence_jobs.gradients.rules import LayerRule
 from influence_jobs.gradients.transforms import differentiable_kernels
 from influence_jobs.gradients.usage import Usage
+from influence_jobs.memory import is_out_of_memory
 from influence_jobs.terms import Precision
 
 #: Takes a layer's name, rule, input and output gradient, the tensors with the weights' dtype.
@@ -357,9 +358,9 @@ class TappedModel(ABC):
         with thawed(parameters.values()), torch.enable_grad():
             try:
                 loss = self._forward(sample)
-            except torch.OutOfMemoryError:
-                raise
             except Exception as error:  # of a batch that was not cut, or of a model of several only
+                if is_out_of_memory(error):
+                    raise
                 raise ModelError(
                     f"losses of {type(self._model).__name__} fail for one sample cut out of a "
                     f"batch ({type(error).__name__}: {error}): a batch must be {KINDS}"

@@ -10,13 +10,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
 
+from influence_jobs.memory import BatchSize
 from influence_jobs.specs.base import AnySpec, Spec
 from influence_jobs.store.layout import ArrayLayout
 from influence_jobs.store.run import Run
@@ -140,6 +141,22 @@ class Job(ABC, Generic[S]):
     def batch_size(self) -> int:
         """Samples in a batch."""
         return self._batch_size or self.task.batch_size
+
+    @cached_property
+    def batching(self) -> BatchSize:
+        """The samples of a batch now: fewer than `batch_size` once that many did not fit."""
+        return BatchSize(self.batch_size)
+
+    @property
+    def used_batch_size(self) -> int:
+        """The samples of a batch now, if anything was computed in batches; else 0."""
+        return self.batching.size if "batching" in vars(self) else 0
+
+    def apart(self) -> Self:
+        """The same job with the same data and a model of its own, for measuring."""
+        other = type(self)(self.run_store, device=self.device, batch_size=self._batch_size)
+        other.task = self.task
+        return other
 
     @property
     @abstractmethod

@@ -3,6 +3,7 @@
 <runs>/<run id>/
     spec.json           the request (specs/); written first; only its paths may change
     plan.json           the shards and the batch size; written once
+    batch.json          the batch size, if none was asked for; measured once
     width.json          how many variants a retraining run trains side by side; measured once
     status.json         the state of the driver; rewritten about once a second
     lease.json          the driver that may write; lease.json.OWNER names OWNER's successor if
@@ -28,6 +29,7 @@ from typing import Any
 
 SPEC = "spec.json"
 PLAN = "plan.json"
+BATCH = "batch.json"
 STATUS = "status.json"
 LEASE = "lease.json"
 JOB = "job.json"

@@ -222,7 +222,7 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
             self.task,
             curvature_samples(self.task, s_test.curvature),
             Draw(s_test.curvature.seed),
-            self.batch_size,
+            self.batching,
         )
         targets = solver.targets if isinstance(solver, EkFacSettings) else "auto"
         fitted = EkFac(self._damping(s_test), seed=s_test.curvature.seed, targets=targets)

@@ -30,6 +30,7 @@ class QueryGradientsJob(SampleJob[QueryGradientsSpec]):
     """A shard is a range of queries."""
 
     spec_type = QueryGradientsSpec
+    reads_samples = False
     passes = 1
 
     @property

@@ -310,14 +310,14 @@ class STestJob(Job[STestSpec]):
             self.task,
             self._samples,
             Draw(curvature.seed),
-            self.batch_size,
+            self.batching,
             finite_difference=curvature.product == "finite-difference",
         )
 
     def _gauss_newton(self, model: torch.nn.Module) -> GaussNewton:
         draw = Draw(self.spec.curvature.seed)
         space = self._space.of(model)
-        return GaussNewton(model, space, self.task, self._samples, draw, self.batch_size)
+        return GaussNewton(model, space, self.task, self._samples, draw, self.batching)
 
     def finish(self) -> Result:
         run, spec = self.run_store, self.spec
