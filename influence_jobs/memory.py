@@ -69,9 +69,14 @@ class Peak:
     @property
     def bytes(self) -> int:
         """Of this process or its GPU. Where a system keeps one peak for ever, 0 below that."""
+        return max(0, self.most - self._before)
+
+    @property
+    def most(self) -> int:
+        """The same with what was taken before."""
         if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device) - self._before
-        return max(0, _most_resident() - self._before)
+            return torch.cuda.max_memory_allocated(self._device)
+        return _most_resident()
 
 
 def _resident() -> int:

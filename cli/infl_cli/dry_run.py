@@ -14,11 +14,13 @@ from influence_jobs.jobs.base import Plan
 from influence_jobs.jobs.estimate import samples_per_second, worker_bytes
 from influence_jobs.jobs.samples import SampleJob
 from influence_jobs.kinds import open_job
+from influence_jobs.memory import Peak
 from influence_jobs.store.run import Run
 from influence_jobs.store.status import is_done
 from influence_jobs.terms import duration, size
 
 PROBE_S = 2.0
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Estimate:
     Attributes:
         batch_size: Samples that go through the model at once.
         rate: Samples a second of all workers together; None if that cannot be measured.
+        memory: Bytes of one worker, at most.
         why: Why the batch has another size than the task's own.
         notes: What a user may want to know, a line each.
     """
@@ -36,6 +39,7 @@ class Estimate:
     batch_size: int
     workers: int
     rate: float | None
+    memory: int
     why: str = ""
     notes: Sequence[str] = ()
 
@@ -51,7 +55,6 @@ def print_plan(run: Run, how: How, *, json: bool) -> None:
     own = _estimate(run, how)
     plan = own.plan
     disk = plan.disk_bytes
-    memory = worker_bytes(plan)
     parts = [one.seconds for one in (own, *needs.values())]
     total = None if None in parts else sum(part for part in parts if part is not None)
     summary = {
@@ -73,7 +76,7 @@ def print_plan(run: Run, how: How, *, json: bool) -> None:
         "batch_size_because": own.why,
         "workers": own.workers,
         "disk_bytes": disk,
-        "memory_bytes_per_worker": round(memory),
+        "memory_bytes_per_worker": own.memory,
         "samples_per_second": own.rate,
         "estimated_seconds": own.seconds,
         "total_seconds": total,
@@ -96,7 +99,7 @@ def print_plan(run: Run, how: How, *, json: bool) -> None:
         *([("batches", f"of {own.batch_size:,}: {own.why}")] if own.why else []),
         ("workers", f"{own.workers} on {how.resolved_device}"),
         ("disk", f"{size(disk)} before compression"),
-        ("memory", f"about {size(memory)} a worker"),
+        ("memory", f"at most about {size(own.memory)} a worker, however many samples there are"),
         ("time", _time(own) + (" (probed)" if own.rate else "")),
         *(("note", note) for note in own.notes),
     ]
@@ -117,7 +120,7 @@ def _estimate(run: Run, how: How) -> Estimate:
     job = open_job(run, device=how.resolved_device, batch_size=how.batch_size)
     plan = job.plan(how.shard_size)
     if not plan.shards:  # all its work is done by the runs it needs
-        return Estimate(plan, plan.batch_size, workers=1, rate=1.0)
+        return Estimate(plan, plan.batch_size, workers=1, rate=1.0, memory=Peak(CPU).most)
     workers = min(how.num_workers, len(plan.shards))
     torch.set_num_threads(max(1, cores() // workers))
     size, why = plan.batch_size, ""
@@ -127,9 +130,10 @@ def _estimate(run: Run, how: How) -> Estimate:
             choice = expected(job, plan.units)
             size, why = choice.size, choice.said(size)
         job = open_job(run, device=how.resolved_device, batch_size=size)
+    peak = Peak(CPU)
     rate = samples_per_second(job.probe(), PROBE_S)
     rate = None if rate is None else rate * workers
-    return Estimate(plan, size, workers, rate, why, job.notes())
+    return Estimate(plan, size, workers, rate, worker_bytes(job, plan, peak), why, job.notes())
 
 
 def _missing(run: Run) -> list[Run]:

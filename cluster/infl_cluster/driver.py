@@ -27,6 +27,7 @@ from influence_jobs.store.run import Run, now
 from influence_jobs.store.software import software
 from influence_jobs.store.status import is_done
 from influence_jobs.tasks.fingerprints import require_unchanged
+from influence_jobs.terms import size
 
 log = logging.getLogger(__name__)
 
@@ -189,7 +190,13 @@ def _work(
         )
     todo = [shard for shard in plan.shards if shard.id not in done]
     status.planned(plan, done)
-    log.info("%s: %d of %d shards to do", job.title, len(todo), len(plan.shards))
+    log.info(
+        "%s: %d of %d shards to do, each with about %s of memory besides model, data and a batch",
+        job.title,
+        len(todo),
+        len(plan.shards),
+        size(job.held_bytes(plan)),
+    )
     failed: dict[str, str] = {}
 
     def on_receipt(receipt: Receipt, retried: bool) -> None:

@@ -132,6 +132,12 @@ class Operator(ABC):
         other.ids, other.work, other._by_length = ids, 0.0, None
         return other
 
+    def within(self, space: ParameterSpace) -> Self:
+        """The same matrix for some of the parameters: a block on its diagonal."""
+        other = copy.copy(self)
+        other.space = space
+        return other
+
     @torch.no_grad()
     def require_finite(self) -> None:
         """Compute the losses of all samples once.

@@ -145,10 +145,13 @@ class GradDots(TappedModel):
         for group, names in self._names.items():
             dots = square = torch.zeros((), dtype=self._dtype, device=self._device)
             for name in names:
-                terms_QP = _flat(vectors[name]) * gradients[name].flatten()
-                dots = dots + terms_QP.sum(1)
-                # In float64, where squares of small gradients do not vanish.
-                square = square + terms_QP.double().square().sum(1)
+                flat_P, sums = gradients[name].flatten(), list[Tensor]()
+                for vector_P in _flat(vectors[name]):  # the terms of all would double the memory
+                    terms_P = vector_P * flat_P
+                    # In float64, where squares of small gradients do not vanish.
+                    sums.append(torch.stack([terms_P.sum().double(), terms_P.double().norm() ** 2]))
+                dots = dots + torch.stack(sums)[:, 0].to(self._dtype)
+                square = square + torch.stack(sums)[:, 1]
             # Terms may cancel, so rounding is relative to the root of their sum of squares.
             parts[group] = dots.unsqueeze(0), square.sqrt().unsqueeze(0)
         # The gradient by a bias of attention's keys is zero but for rounding, which other

@@ -72,6 +72,19 @@ class Plan:
         sizes = (np.dtype(array.dtype).itemsize * math.prod(array.shape) for array in self.arrays)
         return self.file_bytes + sum(sizes)
 
+    @property
+    def largest_shard_bytes(self) -> int:
+        """Memory of the rows of the largest shard: in float64, and once as they are stored."""
+        rows = max((shard.stop - shard.start for shard in self.shards), default=0)
+        held = 0
+        for array in self.arrays:
+            numbers = math.prod(array.shape) // array.shape[array.row_axis]
+            held += rows * (
+                8 * int(array.attributes.get("numbers", numbers))
+                + np.dtype(array.dtype).itemsize * numbers
+            )
+        return held
+
 
 @dataclass(frozen=True)
 class Result:
@@ -182,6 +195,10 @@ class Job(ABC, Generic[S]):
 
         It yields nothing if the work has no pieces, such as a training by the task itself.
         """
+
+    def held_bytes(self, plan: Plan) -> int:
+        """The most memory of what a shard keeps, besides the model, the data and a batch."""
+        return plan.largest_shard_bytes
 
     def input_digests(self) -> dict[str, str]:
         """SHA-256 by name of everything that this run reads from other runs.

@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any, ClassVar, TypeVar, cast
@@ -22,6 +22,7 @@ from influence_jobs.tasks.layout import in_fast_layout
 from influence_jobs.tasks.lengths import by_length, pads
 
 MAX_SHARDS = 256  # a stop loses at most one shard a worker; more shards add overhead
+MAX_SHARD_BYTES = 64 * 2**20  # of its rows, unless one chunk has more: memory must not grow with N
 
 S = TypeVar("S", bound=Spec)
 T = TypeVar("T")
@@ -57,8 +58,8 @@ class SampleJob(Job[S]):
         n = self.num_rows
         arrays = self.layouts()
         chunk = arrays[0].chunk_rows
-        wanted = shard_rows or math.ceil(n / MAX_SHARDS)
-        rows = math.ceil(wanted / chunk) * chunk
+        wanted = shard_rows or min(math.ceil(n / MAX_SHARDS), MAX_SHARD_BYTES // row_bytes(arrays))
+        rows = math.ceil(max(1, wanted) / chunk) * chunk
         shards = tuple(
             Shard(f"{start:09d}-{min(start + rows, n):09d}", start, min(start + rows, n))
             for start in range(0, n, rows)
@@ -193,6 +194,14 @@ class SampleJob(Job[S]):
         return Result(files=self.write_samples())
 
 
+def row_bytes(arrays: Iterable[ArrayLayout]) -> int:
+    """Bytes of a row of all arrays together, as they are stored."""
+    return sum(
+        np.dtype(array.dtype).itemsize * math.prod(array.shape) // array.shape[array.row_axis]
+        for array in arrays
+    )
+
+
 class Rows:
     """A shard's rows of several arrays, added up in float64, each batch at its own places.
 
@@ -210,7 +219,8 @@ class Rows:
 
     def add(self, ids: torch.Tensor, values: Mapping[str, npt.NDArray[Any]]) -> None:
         """Add the values of some samples, B along the axis, by array."""
-        places = (*(slice(None),) * self._axis, ids.numpy() - self._shard.start)
+        whole = (slice(None),) * self._axis
+        places: Any = (*whole, ids.numpy() - self._shard.start)
         for name, of_batch in values.items():
             if name not in self.arrays:
                 shape = list(of_batch.shape)

@@ -105,9 +105,11 @@ class ScoresJob(SampleJob[S]):
         progress(done := 0)
         found = Rows(shard, axis=1)
         for term in range(self.terms):
-            for ids, scores in self.batching.map(
-                lambda ids, _, term=term: self.score(term, ids), self.chunks(shard)
-            ):
+
+            def score(ids: torch.Tensor, _: None, term: int = term) -> Scores:
+                return self.score(term, ids)
+
+            for ids, scores in self.batching.map(score, self.chunks(shard)):
                 found.add(ids, scores)
                 done += len(ids)
                 progress(done)
