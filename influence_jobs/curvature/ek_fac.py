@@ -77,8 +77,12 @@ class EkFac(Solver):
         targets: `sampled`: one random root of the loss's Hessian a sample. `exact`: all columns of
             the Hessian. `auto`: exact for at most `AUTO_OUTPUTS` outputs a sample, if samples times
             outputs are at most `AUTO_PASSES`.
+
+    Attributes:
         saved: Where finished factors are kept and looked for, so that each is computed once.
     """
+
+    saved: SavedFactors | None = None
 
     def __init__(
         self,
@@ -86,10 +90,9 @@ class EkFac(Solver):
         seed: int = 0,
         targets: Targets = "auto",
         damping_share: float = DAMPING_SHARE,
-        saved: SavedFactors | None = None,
     ):
         super().__init__(damping, damping_share)
-        self.seed, self.targets, self.saved = seed, targets, saved
+        self.seed, self.targets = seed, targets
         self._last: tuple[Any, Factors] | None = None
         self._looked: tuple[Any, list[list[str]]] | None = None
 

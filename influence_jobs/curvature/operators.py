@@ -209,16 +209,19 @@ class Operator(ABC):
         total_QP = torch.zeros_like(v_QP, dtype=torch.float64)
         most = self.samples_at_once(len(v_QP))
 
-        def product(ids: Tensor, _: None) -> Tensor:
-            return self.space.join(self._means(v_QP[None], ids[None]))[0]
+        sums = self.space.split(total_QP)
 
-        for ids, part_QP in self.batching.map(product, [self._ordered], most=most):
-            if not part_QP.isfinite().all():
+        def product(ids: Tensor, _: None) -> Parameters:
+            return self._means(v_QP[None], ids[None])
+
+        for ids, means in self.batching.map(product, [self._ordered], most=most):
+            if not all(mean.isfinite().all() for mean in means.values()):
                 raise DataError(
                     f"the curvature of samples {int(ids.min())} to {int(ids.max())} is not "
                     "finite: check these samples and the checkpoint"
                 )
-            total_QP.add_(part_QP, alpha=len(ids) / self.num_samples)
+            for name, mean in means.items():
+                sums[name].add_(mean[0], alpha=len(ids) / self.num_samples)
         return total_QP.to(v_QP.dtype)
 
     @property

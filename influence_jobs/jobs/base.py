@@ -78,11 +78,11 @@ class Plan:
         rows = max((shard.stop - shard.start for shard in self.shards), default=0)
         held = 0
         for array in self.arrays:
-            numbers = math.prod(array.shape) // array.shape[array.row_axis]
-            held += rows * (
-                8 * int(array.attributes.get("numbers", numbers))
-                + np.dtype(array.dtype).itemsize * numbers
-            )
+            stored = math.prod(array.shape) // array.shape[array.row_axis]
+            numbers = array.attributes.get("numbers", stored)  # of codes: what they stand for
+            if not isinstance(numbers, int):
+                numbers = stored
+            held += rows * (8 * numbers + np.dtype(array.dtype).itemsize * stored)
         return held
 
 

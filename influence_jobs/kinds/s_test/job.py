@@ -49,8 +49,9 @@ from influence_jobs.tasks.base import Draw, Task, converted, copy_of, device_of
 MAX_QUERIES, MAX_BLOCK_BYTES = 64, 64 * 2**20
 # Repeats in a shard: side by side they take 3/4 of the time, but more shards occupy more workers.
 MAX_REPEATS = 3
-# Blocks of vectors that a solver keeps: solution, residual, direction, product and sums of it.
-VECTORS_HELD = 10
+# Blocks of vectors at a time: the queries' gradients, solution, residual and direction, and of a
+# product the vectors, their part of a batch, and a sum in float64.
+VECTORS_HELD = 8
 SHARD_TABLES = "solutions"  # folder with one table for each shard
 SAMPLES_DRAW = 2**32  # Philox key of the subset; solvers use other keys
 # Queries whose s_test are compared between halves of a subset, and the cosine below which it warns.

@@ -30,6 +30,12 @@ def vectors_of(operator: GaussNewton) -> Tensor:
     return torch.randn(2, operator.size, dtype=torch.float64)
 
 
+def solver(saved: SavedFactors | None, damping: float | None = None, **options: Any) -> EkFac:
+    made = EkFac(damping, **options)
+    made.saved = saved
+    return made
+
+
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each block is a group of its own."""
@@ -59,7 +65,7 @@ def test_block_by_block_gives_the_same_solution(
     together = EkFac(damping).solve(operator, v_QP)
     monkeypatch.setattr(ek_fac_factors, "GROUP_BYTES", 1)
     for saved in (None, SavedFactors(LocalFiles(tmp_path))):
-        apart = EkFac(damping, saved=saved).solve(operator, v_QP)
+        apart = solver(saved, damping).solve(operator, v_QP)
         torch.testing.assert_close(apart.x_QP, together.x_QP, rtol=1e-9, atol=1e-12)
         assert apart.damping == pytest.approx(together.damping, rel=1e-9)
         assert apart.record == together.record
@@ -67,8 +73,10 @@ def test_block_by_block_gives_the_same_solution(
 
 def test_a_bias_stays_with_its_weight(alone: None) -> None:
     operator = operator_of(classifier(MODELS["attention"]))
-    solver = EkFac(LAMBDA)
-    assert solver._groups(operator) == [["qkv.weight", "qkv.bias"], ["head.weight", "head.bias"]]
+    assert EkFac(LAMBDA)._groups(operator) == [
+        ["qkv.weight", "qkv.bias"],
+        ["head.weight", "head.bias"],
+    ]
 
 
 def test_factors_are_fitted_once_and_resumed_after_the_last_group(
@@ -89,22 +97,22 @@ def test_factors_are_fitted_once_and_resumed_after_the_last_group(
             raise Killed
 
     with pytest.raises(Killed):
-        EkFac(saved=SavedFactors(files)).solve(operator, v_QP, killed)
+        solver(SavedFactors(files)).solve(operator, v_QP, killed)
     assert len(sweeps) == 3
-    found = EkFac(saved=SavedFactors(files)).solve(operator, v_QP)
+    found = solver(SavedFactors(files)).solve(operator, v_QP)
     torch.testing.assert_close(found.x_QP, expected, rtol=0, atol=0)
     assert len(sweeps) == groups + 1  # of the third, the sweep was not over
     sweeps.clear()
-    again = EkFac(saved=SavedFactors(files)).solve(operator, v_QP)  # as another worker
+    again = solver(SavedFactors(files)).solve(operator, v_QP)  # as another worker
     torch.testing.assert_close(again.x_QP, expected, rtol=0, atol=0)
     assert sweeps == []
     assert again.gradient_equivalents == found.gradient_equivalents
     # A damaged file, and one of other targets, are computed anew.
     first = min(files.names("factors"))
     files.write(f"factors/{first}", b"damaged")
-    EkFac(saved=SavedFactors(files)).solve(operator, v_QP)
+    solver(SavedFactors(files)).solve(operator, v_QP)
     assert len(sweeps) == 1
-    EkFac(targets="sampled", saved=SavedFactors(files)).solve(operator, v_QP)
+    solver(SavedFactors(files), targets="sampled").solve(operator, v_QP)
     assert len(sweeps) == 1 + groups
     SavedFactors(files).delete()
     assert files.names("factors") == []
@@ -127,5 +135,5 @@ def test_no_more_than_one_group_is_in_memory(
         return factors
 
     monkeypatch.setattr(EkFac, "_swept", swept)
-    EkFac(LAMBDA, saved=SavedFactors(LocalFiles(tmp_path))).solve(operator, vectors_of(operator))
+    solver(SavedFactors(LocalFiles(tmp_path)), LAMBDA).solve(operator, vectors_of(operator))
     assert most <= 1
