@@ -124,5 +124,5 @@ def _not_positive(operator: Operator, damping: float) -> SpecError:
 def _dot(a_P: Tensor, b_P: Tensor) -> Tensor:
     # In float64, since step lengths are quotients of these sums and P is large; in pieces, since
     # P numbers in float64 are large too.
-    pieces = zip(a_P.split(DOT_PIECE), b_P.split(DOT_PIECE), strict=True)
+    pieces = zip(torch.split(a_P, DOT_PIECE), torch.split(b_P, DOT_PIECE), strict=True)
     return torch.stack([(a.double() * b.double()).sum() for a, b in pieces]).sum()

@@ -40,13 +40,14 @@ class GradDots(TappedModel):
     calls. On CUDA, convolutions run in TF32 unless `torch.backends.cudnn.allow_tf32` is False.
 
     Args:
-        model: In eval mode, with weights of float32, or of float64 for `precision="float64"`.
+        model: In eval mode, with weights of float32, or of float64 for `precision="float64"`; for
+            `bfloat16` of either float32 or bfloat16.
         space: The parameters of this model that the gradients are by.
         losses: (model, batch) to one loss per sample (B,), not averaged over the batch.
             `batches` says what a batch may be.
         vectors_QP: The vectors in that space; copied to the device and dtype of the weights.
         precision: `bfloat16` runs forward and backward in mixed precision (autocast); products are
-            always accumulated in the dtype of the weights.
+            accumulated in float32, but for parameters without a rule.
 
     Raises:
         ModelError: The vectors are not (Q, P) or not finite, a parameter has another dtype, or the
@@ -79,7 +80,7 @@ class GradDots(TappedModel):
         self._space = space = space.of(model)  # which may have been made of a copy
         for name, parameter in space.parameters().items():
             module = name.rpartition(".")[0]
-            require_dtype(module, parameter, self._dtype)
+            require_dtype(module, parameter, self._weight_dtypes)
             require_plain(module, model.get_submodule(module))
         self._names = {group: names for group, names in space.groups.items() if names}
         self._fallback: Fallback | None = None
@@ -181,7 +182,7 @@ class GradDots(TappedModel):
         if not several or self._fallback is not None:
             return None
         require_independent_samples(self._model)
-        split = self._space.split(self._vectors_QP)
+        split, parameters = self._space.split(self._vectors_QP), self._space.parameters()
         found = []
         try:
             with torch.autocast(self._device.type, enabled=False):
@@ -191,7 +192,7 @@ class GradDots(TappedModel):
                         self._model,
                         lambda _, batch: self._forward(batch),
                         batch,
-                        {name: split[name] for name in names},
+                        {name: split[name].to(parameters[name].dtype) for name in names},
                     )
                     found.append(dots_BQ.to(self._dtype))
                 if not self._verified and len(found[0]) > 1:

@@ -20,6 +20,7 @@ from influence_jobs.store.layout import ArrayLayout
 from influence_jobs.tasks.base import Batch, Draw, converted, to_device, to_type
 from influence_jobs.tasks.layout import in_fast_layout
 from influence_jobs.tasks.lengths import by_length, pads
+from influence_jobs.terms import JobPrecision, Precision
 
 MAX_SHARDS = 256  # a stop loses at most one shard a worker; more shards add overhead
 MAX_SHARD_BYTES = 64 * 2**20  # of its rows, unless one chunk has more: memory must not grow with N
@@ -200,6 +201,18 @@ def row_bytes(arrays: Iterable[ArrayLayout]) -> int:
         np.dtype(array.dtype).itemsize * math.prod(array.shape) // array.shape[array.row_axis]
         for array in arrays
     )
+
+
+def dtype_for(precision: JobPrecision) -> torch.dtype:
+    """Of the weights, for a precision of a job."""
+    if precision == "bfloat16-weights":
+        return torch.bfloat16
+    return torch.float64 if precision == "float64" else torch.float32
+
+
+def engine_precision(precision: JobPrecision) -> Precision:
+    """Of the engine, for a precision of a job."""
+    return "bfloat16" if precision == "bfloat16-weights" else precision
 
 
 class Rows:

@@ -13,7 +13,13 @@ from influence_jobs.gradients import GradNorms, TokenNorms
 from influence_jobs.gradients.fallback import slow_lines
 from influence_jobs.jobs.base import Progress, Result, Shard
 from influence_jobs.jobs.norm_arrays import norm_layouts
-from influence_jobs.jobs.samples import Rows, SampleJob, trained_inputs
+from influence_jobs.jobs.samples import (
+    Rows,
+    SampleJob,
+    dtype_for,
+    engine_precision,
+    trained_inputs,
+)
 from influence_jobs.jobs.tokens import only_tokens
 from influence_jobs.kinds.grad_norms.spec import GradNormsSpec
 from influence_jobs.kinds.train.spec import Checkpoint
@@ -81,7 +87,7 @@ class GradNormsJob(SampleJob[GradNormsSpec]):
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.float64 if self.spec.precision == "float64" else torch.float32
+        return dtype_for(self.spec.precision)
 
     @cached_property
     def _engine(self) -> GradNorms:
@@ -90,7 +96,7 @@ class GradNormsJob(SampleJob[GradNormsSpec]):
             self.spec.layers,
             self.task.losses,
             reduction=self.spec.reduction,
-            precision=self.spec.precision,
+            precision=engine_precision(self.spec.precision),
         )
         # Once a worker: hooks do not see every use that a model makes of its weights.
         first = torch.arange(min(2, len(self.task.train_data())))
@@ -102,8 +108,8 @@ class GradNormsJob(SampleJob[GradNormsSpec]):
 
     @cached_property
     def _tokens(self) -> tuple[TokenLosses, TokenNorms]:
-        parts = TokenLosses(self.task)
-        engine = TokenNorms(self.model, self.spec.layers, parts, precision=self.spec.precision)
+        parts, precision = TokenLosses(self.task), engine_precision(self.spec.precision)
+        engine = TokenNorms(self.model, self.spec.layers, parts, precision=precision)
         first = torch.arange(min(2, len(self.task.train_data())))
         batch = self.batch(first, Draw(self.spec.seed))
         parts.look(self.model, batch)

@@ -13,7 +13,13 @@ from influence_jobs.gradients import GradProjections, ParameterSpace
 from influence_jobs.gradients.fallback import slow_lines
 from influence_jobs.gradients.projections import Projection
 from influence_jobs.jobs.base import Progress, Result, Shard
-from influence_jobs.jobs.samples import Rows, SampleJob, trained_inputs
+from influence_jobs.jobs.samples import (
+    Rows,
+    SampleJob,
+    dtype_for,
+    engine_precision,
+    trained_inputs,
+)
 from influence_jobs.kinds.gradients.rows import (
     packed_rows,
     projections_of,
@@ -76,7 +82,7 @@ class GradientsJob(SampleJob[GradientsSpec]):
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.float64 if self.spec.precision == "float64" else torch.float32
+        return dtype_for(self.spec.precision)
 
     @cached_property
     def _space(self) -> ParameterSpace:
@@ -97,7 +103,7 @@ class GradientsJob(SampleJob[GradientsSpec]):
             self._space,
             self.task.losses,
             self._projections,
-            precision=self.spec.precision,
+            precision=engine_precision(self.spec.precision),
         )
         # Once a worker: hooks do not see every use that a model makes of its weights.
         first = torch.arange(min(2, self.num_rows))

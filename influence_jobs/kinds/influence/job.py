@@ -98,13 +98,13 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
     def _vector_bytes(self) -> int:
         """Of one query."""
         space = ParameterSpace(self.task.model(), self.spec.s_tests[0].modules)
-        found: int = space.size * np.dtype(self.stored).itemsize
-        return found
+        return space.size * np.dtype(self.stored).itemsize
 
     def held_bytes(self, plan: Plan) -> int:
         block = self._blocks[0]
         # Twice: as they are read, and as the layers' rules read them.
-        return plan.largest_shard_bytes + 2 * (block.stop - block.start) * self._vector_bytes
+        vectors: int = 2 * (block.stop - block.start) * self._vector_bytes
+        return plan.largest_shard_bytes + vectors
 
     def layouts(self) -> tuple[ArrayLayout, ...]:
         found, tokens = super().layouts(), self.spec.tokens
