@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from influence_jobs.curvature import EkFac, GaussNewton, ek_fac_factors
+from influence_jobs.curvature.output_gradients import OutputGradients
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.jobs.saved_state import SavedFactors
 from influence_jobs.store.files import LocalFiles
@@ -137,3 +138,26 @@ def test_no_more_than_one_group_is_in_memory(
     monkeypatch.setattr(EkFac, "_swept", swept)
     solver(SavedFactors(LocalFiles(tmp_path)), LAMBDA).solve(operator, vectors_of(operator))
     assert most <= 1
+
+
+def test_a_sweep_that_runs_out_of_memory_begins_anew_with_half_the_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the batch had added by then must not count twice."""
+    operator = operator_of(classifier(MODELS["encoder"]))
+    v_QP = vectors_of(operator)
+    expected = EkFac().solve(operator, v_QP)
+    plain, begun = OutputGradients.visit, list[int]()
+
+    def visit(self: Any, batch: Any, on_rows: Any, on_gradients: Any) -> None:
+        begun.append(len(batch[1]))
+        plain(self, batch, on_rows, on_gradients)
+        if len(batch[1]) == 4 and len(begun) > 3:  # after it has added its numbers
+            raise MemoryError
+
+    monkeypatch.setattr(OutputGradients, "visit", visit)
+    other = operator_of(classifier(MODELS["encoder"]))
+    found = EkFac().solve(other, v_QP)
+    assert 4 in begun
+    assert other.batching.size == 2
+    torch.testing.assert_close(found.x_QP, expected.x_QP, rtol=1e-9, atol=1e-12)

@@ -88,7 +88,7 @@ def test_a_peak_is_of_what_was_taken_meanwhile() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "few"),
-    [("grad-norms", 600), ("gradients", 600), ("influence", 300), ("s-test", 200), ("ek-fac", 200)],
+    [("grad-norms", 300), ("gradients", 300), ("influence", 200), ("s-test", 100), ("ek-fac", 100)],
 )
 def test_ten_times_the_samples_take_no_more_memory(kind: str, few: int, tmp_path: Path) -> None:
     def told(count: int, *more: str) -> dict[str, int]:
