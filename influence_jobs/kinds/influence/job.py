@@ -47,9 +47,9 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
     """The scores have terms for every s_test run (`terms_of`), block of queries and noise draw."""
 
     spec_type = InfluenceSpec
-    _engines: (
-        tuple[tuple[int, int], GradDots, GradQuadratics | None, TokenDots | None] | None
-    ) = None
+    _engines: tuple[tuple[int, int], GradDots, GradQuadratics | None, TokenDots | None] | None = (
+        None
+    )
 
     @cached_property
     def _fitted(self) -> dict[int, dict[str, Metric | None]]:
