@@ -165,6 +165,22 @@ def in_half(task: Classes, model: nn.Module) -> dict[str, Any]:
     return {"norms": norms, "dot products": dots, "CG": "refused", "EK-FAC": "refused"}
 
 
+def by_mixed_sums(task: Classes, model: nn.Module, exact: nn.Module) -> dict[str, Any]:
+    """Norms and dot products of the engines with weights of bfloat16, whose sums are in float32."""
+    batch = task.batch(torch.arange(N), Draw(0))
+    space = ParameterSpace(model)
+    queries = Queries(items=tuple(Query(test=i) for i in range(QUERIES)))
+    exact_task = Rounded(task, torch.float64)
+    vectors_QP = query_gradients(exact_task, exact, space.of(exact), queries, 0, QUERIES)
+    with GradNorms(
+        model, task.layers, task.losses, reduction="channel", precision="bfloat16"
+    ) as norms:
+        found: dict[str, Any] = {"norms": norms(batch)}
+    with GradDots(model, space, task.losses, vectors_QP, precision="bfloat16") as dots:
+        found["dot products"] = dots.total(batch)
+    return found | {"CG": "refused", "EK-FAC": "refused"}
+
+
 def compared(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     cells = []
     for name, value in found.items():
@@ -204,6 +220,10 @@ def main() -> None:
             if dtype != torch.float32:
                 half = in_half(Rounded(task, dtype), rounded)
                 print(f"| {name} | {built} | {built} | {' | '.join(compared(half, wanted))} |")
+            if dtype == torch.bfloat16:
+                mixed = by_mixed_sums(Rounded(task, dtype), rounded, exact)
+                cells = " | ".join(compared(mixed, wanted))
+                print(f"| {name} | {built} | bfloat16, sums in float32 | {cells} |")
 
 
 if __name__ == "__main__":

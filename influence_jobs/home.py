@@ -3,17 +3,30 @@
 A run folder may come from a stranger. What it asks for that could do harm - code to import, a
 cluster to send the token to - is done only if the user has named the same thing here before. Such
 names are `known`.
+
+`batches/` has the batch size that suits a model on a device, a file for each.
 """
 
 import hashlib
+import json
 import os
+import secrets
 import stat
+from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypedDict
 
 from influence_jobs.errors import RuntimeFault
 
 Kind = Literal["code", "cluster"]
+
+
+class Fitting(TypedDict):
+    """A batch size that was chosen before, and whether because a larger one did not fit."""
+
+    batch_size: int
+    out_of_memory: bool
+
 
 _named: set[tuple[Kind, str]] = set()  # by this process, where the folder cannot be written
 
@@ -70,5 +83,35 @@ def is_known(kind: Kind, name: str) -> bool:
         return False
 
 
+def fitting(of: str) -> Fitting | None:
+    """The batch size that was kept for a model and device; None if there is none to be read."""
+    try:
+        found = json.loads(_path_of_batch(of).read_text())
+        size = found["batch_size"]
+        if not isinstance(size, int) or size < 1:
+            return None
+        return {"batch_size": size, "out_of_memory": bool(found["out_of_memory"])}
+    except (OSError, ValueError, TypeError, KeyError, RuntimeFault):
+        return None
+
+
+def keep_fitting(of: str, found: Fitting) -> None:
+    """Keep a batch size for a model and device, if there is a folder to write to."""
+    with suppress(OSError, RuntimeFault):
+        path = _path_of_batch(of)
+        private_dir(path.parent)
+        aside = path.with_suffix(f".{secrets.token_hex(4)}")  # other workers do the same
+        aside.write_text(json.dumps({**found, "of": of}, indent=1))
+        aside.replace(path)
+
+
 def _path(kind: Kind, name: str) -> Path:
-    return infl_home() / "known" / f"{kind}-{hashlib.sha256(name.encode()).hexdigest()[:32]}"
+    return infl_home() / "known" / f"{kind}-{_hashed(name)}"
+
+
+def _path_of_batch(of: str) -> Path:
+    return infl_home() / "batches" / f"{_hashed(of)}.json"
+
+
+def _hashed(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()[:32]

@@ -1,7 +1,7 @@
 """`--dry-run`: disk, memory and time of a run, estimated from its plan and a short probe."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -9,18 +9,18 @@ from infl_cli import render
 from infl_cluster.how import How
 from influence_jobs.devices import cores
 from influence_jobs.errors import StoreError
+from influence_jobs.jobs.automatic import expected
 from influence_jobs.jobs.base import Plan
 from influence_jobs.jobs.estimate import samples_per_second, worker_bytes
 from influence_jobs.jobs.samples import SampleJob
 from influence_jobs.kinds import open_job
+from influence_jobs.memory import Peak
 from influence_jobs.store.run import Run
 from influence_jobs.store.status import is_done
 from influence_jobs.terms import duration, size
 
 PROBE_S = 2.0
-PROBE_OTHER_S = 0.5  # for each other batch size
-MAX_MULTIPLE = 64  # the largest batch size that is tried, in multiples of the task's own
-MIN_SPEEDUP = 1.1  # a batch size is suggested only if it is this much faster
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Estimate:
     Attributes:
         batch_size: Samples that go through the model at once.
         rate: Samples a second of all workers together; None if that cannot be measured.
-        rates: Samples a second of one worker, by batch size; empty if none but the plan's was
-            tried.
+        memory: Bytes of one worker, at most.
+        why: Why the batch has another size than the task's own.
         notes: What a user may want to know, a line each.
     """
 
@@ -39,15 +39,9 @@ class Estimate:
     batch_size: int
     workers: int
     rate: float | None
-    rates: Mapping[int, float] = field(default_factory=dict)
+    memory: int
+    why: str = ""
     notes: Sequence[str] = ()
-
-    @property
-    def fastest(self) -> int:
-        """The batch size to choose: the plan's, unless another is clearly faster."""
-        best = max(self.rates, key=self.rates.__getitem__, default=self.batch_size)
-        worth_it = self.rates.get(best, 0) > MIN_SPEEDUP * self.rates.get(self.batch_size, 0)
-        return best if worth_it else self.batch_size
 
     @property
     def seconds(self) -> float | None:
@@ -58,10 +52,9 @@ class Estimate:
 def print_plan(run: Run, how: How, *, json: bool) -> None:
     """Print the plan of a run and the cost of it and of the runs it needs. Writes nothing."""
     needs = {needed.id: _estimate(needed, how) for needed in _missing(run)}
-    own = _estimate(run, how, try_others=how.batch_size is None)
+    own = _estimate(run, how)
     plan = own.plan
     disk = plan.disk_bytes
-    memory = worker_bytes(plan)
     parts = [one.seconds for one in (own, *needs.values())]
     total = None if None in parts else sum(part for part in parts if part is not None)
     summary = {
@@ -80,10 +73,10 @@ def print_plan(run: Run, how: How, *, json: bool) -> None:
         "rows_per_shard": max((shard.stop - shard.start for shard in plan.shards), default=0),
         "samples": plan.units,
         "batch_size": own.batch_size,
-        "fastest_batch_size": own.fastest,
+        "batch_size_because": own.why,
         "workers": own.workers,
         "disk_bytes": disk,
-        "memory_bytes_per_worker": round(memory),
+        "memory_bytes_per_worker": own.memory,
         "samples_per_second": own.rate,
         "estimated_seconds": own.seconds,
         "total_seconds": total,
@@ -103,15 +96,13 @@ def print_plan(run: Run, how: How, *, json: bool) -> None:
             "samples",
             f"{plan.units:,}" + (f" in batches of {own.batch_size:,}" if own.rate else ""),
         ),
+        *([("batches", f"of {own.batch_size:,}: {own.why}")] if own.why else []),
         ("workers", f"{own.workers} on {how.resolved_device}"),
         ("disk", f"{size(disk)} before compression"),
-        ("memory", f"about {size(memory)} a worker"),
+        ("memory", f"at most about {size(own.memory)} a worker, however many samples there are"),
         ("time", _time(own) + (" (probed)" if own.rate else "")),
         *(("note", note) for note in own.notes),
     ]
-    if own.fastest != own.batch_size:
-        gain = own.rates[own.fastest] / own.rates[own.batch_size]
-        rows.append(("faster", f"{gain:.2f} times with --batch-size {own.fastest}"))
     if needs:
         rows.append(("total", "unknown" if total is None else f"about {duration(total)}"))
     render.print_fields(rows)
@@ -125,40 +116,24 @@ def _time(estimate: Estimate) -> str:
     return f"about {duration(estimate.seconds)} at {estimate.rate:,.0f} samples/s"
 
 
-def _estimate(run: Run, how: How, *, try_others: bool = False) -> Estimate:
+def _estimate(run: Run, how: How) -> Estimate:
     job = open_job(run, device=how.resolved_device, batch_size=how.batch_size)
     plan = job.plan(how.shard_size)
-    batch_size = plan.batch_size
-    if isinstance(job, SampleJob):
-        array = plan.arrays[0]
-        batch_size = min(batch_size, array.chunks[array.row_axis])  # batches never cross chunks
-        job = open_job(run, device=how.resolved_device, batch_size=batch_size)
     if not plan.shards:  # all its work is done by the runs it needs
-        return Estimate(plan, batch_size, workers=1, rate=1.0)
+        return Estimate(plan, plan.batch_size, workers=1, rate=1.0, memory=Peak(CPU).most)
     workers = min(how.num_workers, len(plan.shards))
     torch.set_num_threads(max(1, cores() // workers))
+    size, why = plan.batch_size, ""
+    if isinstance(job, SampleJob):
+        size = min(size, job.chunk_rows)  # batches never cross chunks
+        if how.batch_size is None and job.reads_samples:
+            choice = expected(job, plan.units)
+            size, why = choice.size, choice.said(size)
+        job = open_job(run, device=how.resolved_device, batch_size=size)
+    peak = Peak(CPU)
     rate = samples_per_second(job.probe(), PROBE_S)
     rate = None if rate is None else rate * workers
-    rates = {}
-    if try_others and isinstance(job, SampleJob):
-        rates = _rates(run, how, batch_size, array.chunks[array.row_axis])
-    return Estimate(plan, batch_size, workers, rate, rates, job.notes())
-
-
-def _rates(run: Run, how: How, own: int, most: int) -> dict[int, float]:
-    """Samples a second by batch size: half the run's own, and its doubles while they are faster."""
-    rates = {}
-    tried = [own] if own == 1 else [own, own // 2]
-    tried += [own * 2**k for k in range(1, MAX_MULTIPLE.bit_length()) if own * 2**k <= most]
-    for batch_size in tried:
-        job = open_job(run, device=how.resolved_device, batch_size=batch_size)
-        try:
-            rates[batch_size] = samples_per_second(job.probe(), PROBE_OTHER_S) or 0.0
-        except torch.OutOfMemoryError:
-            break
-        if batch_size > own and rates[batch_size] < max(rates.values()):
-            break
-    return rates
+    return Estimate(plan, size, workers, rate, worker_bytes(job, plan, peak), why, job.notes())
 
 
 def _missing(run: Run) -> list[Run]:

@@ -27,6 +27,7 @@ from influence_jobs.store.run import Run, now
 from influence_jobs.store.software import software
 from influence_jobs.store.status import is_done
 from influence_jobs.tasks.fingerprints import require_unchanged
+from influence_jobs.terms import size
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,8 @@ def drive(
     Args:
         root: Folder of all runs.
         shard_rows: Rows of a shard; used only if the run has no plan yet.
-        batch_size: Samples a pass; used only if the run has no plan yet.
+        batch_size: Samples a pass; used only if the run has no plan yet. By default the first
+            worker chooses.
 
     Raises:
         InflError: The run failed; its status says the same, and finished shards are kept.
@@ -99,7 +101,7 @@ def drive(
             _require_current(needed)
         status.waits_for(None)
         require_unchanged(run.id, run.spec.task, job.task)
-        plan = _settled_plan(job, shard_rows)
+        plan = _settled_plan(job, shard_rows, automatic=batch_size is None)
         if plan.arrays:
             run.create_arrays(plan.arrays)
         _work(run, job, plan, backend, status, lease)
@@ -140,7 +142,7 @@ def drive_when_free(
             time.sleep(1)
 
 
-def _settled_plan(job: Job[Any], shard_rows: int | None) -> Plan:
+def _settled_plan(job: Job[Any], shard_rows: int | None, *, automatic: bool) -> Plan:
     """The stored plan of the first driver, or a new one: shards must stay the same."""
     run = job.run_store
     stored = run.plan()
@@ -156,6 +158,7 @@ def _settled_plan(job: Job[Any], shard_rows: int | None) -> Plan:
                 "shards": [asdict(shard) for shard in plan.shards],
                 "inputs": digests,
                 "shapes": {array.name: list(array.shape) for array in plan.arrays},
+                "automatic_batch": automatic,
             },
         )
         return plan
@@ -187,7 +190,13 @@ def _work(
         )
     todo = [shard for shard in plan.shards if shard.id not in done]
     status.planned(plan, done)
-    log.info("%s: %d of %d shards to do", job.title, len(todo), len(plan.shards))
+    log.info(
+        "%s: %d of %d shards to do, each with about %s of memory besides model, data and a batch",
+        job.title,
+        len(todo),
+        len(plan.shards),
+        size(job.held_bytes(plan)),
+    )
     failed: dict[str, str] = {}
 
     def on_receipt(receipt: Receipt, retried: bool) -> None:

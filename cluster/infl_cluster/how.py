@@ -34,7 +34,10 @@ class How(Options):
         ge=0,
     )
     batch_size: One[Count | None] = option(
-        None, "Samples in a forward pass; by default the task's own number.", panel=HOW
+        None,
+        "Samples in a forward pass; by default the task's own number, fewer where they do not fit, "
+        "and in long runs as many as a probe finds fastest.",
+        panel=HOW,
     )
     shard_size: One[Count | None] = option(
         None,

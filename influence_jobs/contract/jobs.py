@@ -12,6 +12,7 @@ from influence_jobs.errors import InflError
 from influence_jobs.jobs.estimate import samples_per_second, worker_bytes
 from influence_jobs.kinds import find_kind, open_job
 from influence_jobs.kinds.train.spec import TrainSpec
+from influence_jobs.memory import Peak
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.base import Draw, Task, to_device
 from influence_jobs.tasks.own_code import described
@@ -60,11 +61,11 @@ def _estimate(name: str, words: Mapping[str, Any], trial: Trial) -> str:
         request = find_kind(name).request_type.of({**words, "task": trial.task})
         (spec,) = request.specs(root, lambda line: None)
         job = open_job(Run(root, spec), device=trial.device.type)
-        plan = job.plan()
+        plan, peak = job.plan(), Peak(torch.device("cpu"))
         rate = samples_per_second(job.probe(), PROBE_S)
     if rate is None:
         return "as long as its own train() takes"
-    memory = size(worker_bytes(plan))
+    memory = size(worker_bytes(job, plan, peak))
     if trial.device.type == "cuda":
         memory += f", {size(torch.cuda.max_memory_allocated())} of the GPU"
     return (

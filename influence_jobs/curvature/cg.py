@@ -17,6 +17,8 @@ from influence_jobs.curvature.solver import (
 from influence_jobs.curvature.spectrum import largest_eigenvalue, sufficient_damping
 from influence_jobs.errors import SpecError
 
+DOT_PIECE = 2**22  # numbers that are multiplied at a time
+
 
 class ConjugateGradient(Solver):
     """Conjugate gradients in which all right-hand sides share each pass over the samples.
@@ -47,29 +49,33 @@ class ConjugateGradient(Solver):
         before = operator.gradient_equivalents
         x_QP = torch.zeros_like(rhs_QP)
         residual_QP, direction_QP = rhs_QP.clone(), rhs_QP.clone()
-        squared_Q = _dot(residual_QP, residual_QP)
+        squared_Q = torch.stack([_dot(row_P, row_P) for row_P in residual_QP])
         target_Q = self.tolerance**2 * squared_Q
         iterations_Q = torch.zeros(len(rhs_QP), dtype=torch.int64)
         going = (squared_Q > 0).nonzero()[:, 0]  # rows that have not converged
         started = squared_Q.clone()
         while len(going) and int(iterations_Q.max()) < self.max_iterations:
-            p_QP = direction_QP[going]
-            product_QP = operator @ p_QP + damping * p_QP
-            curvature_Q = _dot(p_QP, product_QP)
-            if (curvature_Q <= 0).any():
-                raise _not_positive(operator, damping)
-            step_Q = squared_Q[going] / curvature_Q
-            x_QP[going] += step_Q[:, None].to(p_QP.dtype) * p_QP
-            residual_QP[going] -= step_Q[:, None].to(p_QP.dtype) * product_QP
-            new_Q = _dot(residual_QP[going], residual_QP[going])
-            direction_QP[going] = (
-                residual_QP[going] + (new_Q / squared_Q[going])[:, None].to(p_QP.dtype) * p_QP
-            )
-            squared_Q[going] = new_Q
-            iterations_Q[going.cpu()] += 1
+            p_QP = direction_QP if len(going) == len(rhs_QP) else direction_QP[going]
+            product_QP = operator @ p_QP
+            # Row by row and in place: vectors (Q, P) are what takes the memory.
+            for i, row in enumerate(going.tolist()):
+                p_P, product_P, residual_P = p_QP[i], product_QP[i], residual_QP[row]
+                product_P += damping * p_P
+                curvature = _dot(p_P, product_P)
+                if curvature <= 0:
+                    raise _not_positive(operator, damping)
+                step = (squared_Q[row] / curvature).to(p_P.dtype)
+                x_QP[row] += step * p_P
+                residual_P -= step * product_P
+                new = _dot(residual_P, residual_P)
+                direction_QP[row] = residual_P + (new / squared_Q[row]).to(p_P.dtype) * p_P
+                squared_Q[row] = new
+                iterations_Q[row] += 1
+            del p_QP, product_QP
             going = (squared_Q > target_Q).nonzero()[:, 0]
             progress(self._fraction(squared_Q, started, int(iterations_Q.max())))
         cost = operator.gradient_equivalents - before
+        del residual_QP, direction_QP
         _, relative_Q = relative_residual(operator, x_QP, rhs_QP, damping)
         messages = []
         if len(going):
@@ -115,6 +121,8 @@ def _not_positive(operator: Operator, damping: float) -> SpecError:
     )
 
 
-def _dot(a_QP: Tensor, b_QP: Tensor) -> Tensor:
-    # In float64, since step lengths are quotients of these sums and P is large.
-    return torch.stack([(a.double() * b.double()).sum() for a, b in zip(a_QP, b_QP, strict=True)])
+def _dot(a_P: Tensor, b_P: Tensor) -> Tensor:
+    # In float64, since step lengths are quotients of these sums and P is large; in pieces, since
+    # P numbers in float64 are large too.
+    pieces = zip(torch.split(a_P, DOT_PIECE), torch.split(b_P, DOT_PIECE), strict=True)
+    return torch.stack([(a.double() * b.double()).sum() for a, b in pieces]).sum()

@@ -1,15 +1,21 @@
 """EK-FAC: the Gauss-Newton matrix of each layer, diagonal in a Kronecker-factored eigenbasis."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from influence_jobs.curvature.ek_fac_blocks import Block, MatrixBlock, VectorBlock
+from influence_jobs.curvature.ek_fac_blocks import MatrixBlock
+from influence_jobs.curvature.ek_fac_factors import (
+    Factors,
+    SavedFactors,
+    blocks_of,
+    coarse_lines,
+    groups_of,
+)
 from influence_jobs.curvature.operators import LOOKED_AT, GaussNewton, Operator
 from influence_jobs.curvature.output_gradients import OutputGradients
 from influence_jobs.curvature.output_roots import (
@@ -30,6 +36,8 @@ from influence_jobs.curvature.solver import (
 from influence_jobs.errors import ModelError, SpecError
 from influence_jobs.gradients import Metric
 from influence_jobs.gradients.parameters import ParameterSpace
+from influence_jobs.memory import is_out_of_memory
+from influence_jobs.tasks.base import device_of
 
 Targets = Literal["auto", "exact", "sampled"]
 
@@ -53,7 +61,8 @@ class EkFac(Solver):
     loss that is convex in the outputs will do.
 
     It takes two passes over the operator's samples, and with exact targets two for each output.
-    There are no iterations.
+    There are no iterations. Factors of more than `GROUP_BYTES` are computed and used layers after
+    layers, with two passes for each group; the numbers are the same.
 
     George, Laurent, Bouthillier, Ballas, Vincent: "Fast Approximate Natural Gradient Descent in a
     Kronecker-factored Eigenbasis", NeurIPS 2018; for positions ("expand") Eschenhagen, Immer,
@@ -68,7 +77,12 @@ class EkFac(Solver):
         targets: `sampled`: one random root of the loss's Hessian a sample. `exact`: all columns of
             the Hessian. `auto`: exact for at most `AUTO_OUTPUTS` outputs a sample, if samples times
             outputs are at most `AUTO_PASSES`.
+
+    Attributes:
+        saved: Where finished factors are kept and looked for, so that each is computed once.
     """
+
+    saved: SavedFactors | None = None
 
     def __init__(
         self,
@@ -80,34 +94,89 @@ class EkFac(Solver):
         super().__init__(damping, damping_share)
         self.seed, self.targets = seed, targets
         self._last: tuple[Any, Factors] | None = None
+        self._looked: tuple[Any, list[list[str]]] | None = None
 
     def _solve(self, operator: Operator, rhs_QP: Tensor, progress: Progress) -> Solution:
-        factors = self._fitted(operator, progress)
-        damping = self._damping_of(factors)
-        x_QP = factors.times(operator.space, rhs_QP, lambda values: 1 / (values + damping))
+        if not isinstance(operator, GaussNewton):
+            raise _not_gauss_newton()
+        groups, damping = self._groups(operator), self._damping
+        if damping is None:
+            found = [factors.largest() for factors in self._each(operator, groups, progress)]
+            damping, progress = self._share_of(max(found)), no_progress
+        x_QP, columns, coarse, exact = torch.zeros_like(rhs_QP), 0, list[str](), False
+        into, vectors = operator.space.split(x_QP), operator.space.split(rhs_QP)
+
+        def inverse(values: Tensor) -> Tensor:
+            return 1 / (values + damping)
+
+        for factors in self._each(operator, groups, progress):
+            for name, part in factors.times_parts(vectors, inverse):
+                into[name].copy_(part)
+            columns, exact = columns + factors.columns, factors.exact
+            coarse += factors.coarse
         _, relative_Q = relative_residual(operator, x_QP, rhs_QP, damping)
-        steps_Q = torch.ones(len(rhs_QP), dtype=torch.int64)
         return Solution(
             x_QP,
             relative_Q.cpu(),
-            steps_Q,
+            torch.ones(len(rhs_QP), dtype=torch.int64),
             damping,
-            2.0 * factors.columns,
+            2.0 * columns,
             {
                 "seed": self.seed,
-                "targets": "exact" if factors.exact else "sampled",
-                "messages": factors.messages(),
+                "targets": "exact" if exact else "sampled",
+                "messages": coarse_lines(coarse),
             },
         )
 
+    def _groups(self, operator: GaussNewton) -> list[list[str]]:
+        """Names of the parameters whose factors are in memory together; see `GROUP_BYTES`."""
+        key = _key(operator)
+        if self._looked is None or self._looked[0] != key:
+            operator.require_finite()
+            with self._engine(operator) as engine:
+                blocks = blocks_of(engine, operator, torch.device("meta"))
+            self._looked = key, groups_of(blocks.values())
+        return self._looked[1]
+
+    def _each(
+        self, operator: GaussNewton, groups: Sequence[Sequence[str]], progress: Progress
+    ) -> Iterator[Factors]:
+        """The factors of one group after the other; of one alone they are kept for next time."""
+        if len(groups) == 1:
+            yield self._fitted(operator, progress)
+            return
+        for k, names in enumerate(groups):
+
+            def told(fraction: float, before: int = k) -> None:
+                progress((before + fraction) / len(groups))
+
+            part = operator.within(ParameterSpace(operator.model, names))
+            yield self._restored(part, told)
+
+    def _restored(self, operator: GaussNewton, progress: Progress) -> Factors:
+        """The factors as they are on disk; if they are not, they are fitted and put there."""
+        if self.saved is None:
+            return self._fit([operator], progress)
+        with self._engine(operator) as engine:
+            factors = Factors(
+                blocks_of(engine, operator, device_of(operator.model)), self._exact(operator)
+            )
+        if not factors.read(self.saved):
+            del factors  # they would be in memory twice
+            factors = self._fit([operator], progress)
+            factors.write(self.saved)
+        return factors
+
     def factors_of(
         self, operators: Sequence[GaussNewton], progress: Progress = no_progress
-    ) -> "Factors":
+    ) -> Factors:
         """The factors of the mean of several matrices, such as those of several checkpoints.
 
         Raises:
             As `solve`.
         """
+        for operator in operators:
+            operator.require_finite()
         return self._fit(operators, progress)
 
     def metrics(self, operator: Operator, *, power: int) -> dict[str, Metric]:
@@ -116,8 +185,11 @@ class EkFac(Solver):
         Raises:
             ModelError: A layer has no Kronecker factors; or as `solve`.
         """
+        if not isinstance(operator, GaussNewton):
+            raise _not_gauss_newton()
+        self._groups(operator)  # looks at the samples
         factors = self._fitted(operator, no_progress)
-        damping = self._damping_of(factors)
+        damping = self._damping or self._share_of(factors.largest())
         for name, block in factors.blocks.items():
             if not isinstance(block, MatrixBlock) or not block.complete:
                 raise ModelError(
@@ -130,10 +202,9 @@ class EkFac(Solver):
             if isinstance(block, MatrixBlock)
         }
 
-    def _damping_of(self, factors: "Factors") -> float:
-        if self._damping is not None:
-            return self._damping
-        chosen = self._share * factors.largest()
+    def _share_of(self, largest: float) -> float:
+        """Lambda, of the largest eigenvalue of all blocks."""
+        chosen = self._share * largest
         if not chosen > 0:
             raise SpecError(
                 "no damping can be chosen, as the curvature is zero for these samples: give "
@@ -141,29 +212,53 @@ class EkFac(Solver):
             )
         return chosen
 
-    def _fitted(self, operator: Operator, progress: Progress) -> "Factors":
-        if not isinstance(operator, GaussNewton):
-            raise _not_gauss_newton()
-        versions = [parameter._version for parameter in operator.model.parameters()]
-        if self._last is None or self._last[0] != (operator, versions):
-            self._last = (operator, versions), self._fit([operator], progress)
+    def _fitted(self, operator: GaussNewton, progress: Progress) -> Factors:
+        key = _key(operator)
+        if self._last is None or self._last[0] != key:
+            self._last = key, self._restored(operator, progress)
         return self._last[1]
 
-    def _fit(self, operators: Sequence[GaussNewton], progress: Progress) -> "Factors":
-        for operator in operators:
-            operator.require_finite()
-        done, rows = 0.0, sum(operator.num_samples for operator in operators)
+    def _fit(self, operators: Sequence[GaussNewton], progress: Progress) -> Factors:
         with ExitStack() as stack:
             engines = [stack.enter_context(self._engine(operator)) for operator in operators]
-            factors = Factors(_blocks(engines[0], operators[0]), self._exact(operators[0]))
-            for sweep in range(2):
-                for operator, engine in zip(operators, engines, strict=True):
+            factors = None
+            while factors is None:
+                factors = self._swept(operators, engines, progress)
+        return factors
+
+    def _swept(
+        self,
+        operators: Sequence[GaussNewton],
+        engines: Sequence[OutputGradients],
+        progress: Progress,
+    ) -> Factors | None:
+        """The factors after both sweeps; None if a batch, now halved, did not fit into memory.
+
+        What the batch had added by then cannot be taken back.
+        """
+        done, rows = 0.0, sum(operator.num_samples for operator in operators)
+        factors = Factors(
+            blocks_of(engines[0], operators[0], device_of(operators[0].model)),
+            self._exact(operators[0]),
+        )
+        for sweep in range(2):
+            for operator, engine in zip(operators, engines, strict=True):
+                at = 0
+                try:
                     for samples in self._sweep(operator, engine, factors, sweep, rows):
+                        at += samples
                         done += samples / (2 * rows)
                         progress(min(1.0, done))
-                if sweep == 0:
-                    for block in factors.blocks.values():
-                        block.diagonalise()
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        raise
+                else:
+                    continue
+                operator.batching.halve(operator.ids[at : at + operator.batch_size])
+                return None
+            if sweep == 0:
+                for block in factors.blocks.values():
+                    block.diagonalise()
         return factors
 
     @staticmethod
@@ -176,7 +271,7 @@ class EkFac(Solver):
         self,
         operator: GaussNewton,
         engine: OutputGradients,
-        factors: "Factors",
+        factors: Factors,
         which: int,
         rows: int,
     ) -> Iterator[int]:
@@ -196,24 +291,34 @@ class EkFac(Solver):
     def trial(self, operator: Operator, rhs_QP: Tensor, passes: float) -> Trial:
         if not isinstance(operator, GaussNewton):
             raise _not_gauss_newton()
-        exact = self._exact(operator)
+        exact, groups = self._exact(operator), self._groups(operator)
         outputs = _outputs(operator)
         said = f"exact targets: {outputs} outputs" if exact else "sampled targets"
-        return Trial((f"{said}, two sweeps over {operator.num_samples:,} samples",),
-                     self._pieces(operator, exact=exact))  # fmt: skip
+        said += f", two sweeps over {operator.num_samples:,} samples"
+        if len(groups) > 1:
+            said += f" for each of {len(groups)} groups of layers"
+        return Trial((said,), self._pieces(operator, groups, exact=exact))
 
-    def _pieces(self, operator: GaussNewton, *, exact: bool) -> Iterator[float]:
-        with self._engine(operator) as engine:
+    def _pieces(
+        self, operator: GaussNewton, groups: Sequence[Sequence[str]], *, exact: bool
+    ) -> Iterator[float]:
+        part = operator.within(ParameterSpace(operator.model, groups[0]))
+        with self._engine(part) as engine:
             while True:
-                factors = Factors(_blocks(engine, operator), exact)
-                for samples in self._sweep(operator, engine, factors, 0, operator.num_samples):
-                    yield samples / (2 * operator.num_samples)
+                factors = Factors(blocks_of(engine, part, device_of(part.model)), exact)
+                for samples in self._sweep(part, engine, factors, 0, operator.num_samples):
+                    yield samples / (2 * operator.num_samples * len(groups))
 
     def _exact(self, operator: GaussNewton) -> bool:
         if self.targets != "auto":
             return self.targets == "exact"
         outputs = _outputs(operator)
         return outputs <= AUTO_OUTPUTS and outputs * operator.num_samples <= AUTO_PASSES
+
+
+def _key(operator: GaussNewton) -> Any:
+    """Of an operator and the values of its weights."""
+    return operator, [parameter._version for parameter in operator.model.parameters()]
 
 
 def _not_gauss_newton() -> SpecError:
@@ -264,87 +369,3 @@ def _columns(
             columns = iter([random_root(form, outputs, targets, signs_BTV.movedim(2, axis))])
         yield batch, columns
         start += len(ids)
-
-
-@dataclass
-class Factors:
-    """The blocks of a Gauss-Newton matrix.
-
-    Attributes:
-        blocks: By layer, or by parameter.
-        exact: Whether the columns are all of the loss's Hessian.
-        columns: The most columns that a batch had.
-    """
-
-    blocks: Mapping[str, "Block"]
-    exact: bool
-    columns: int = 0
-
-    def add(
-        self, engine: OutputGradients, sweep: int, batch: tuple[Any, Tensor], *, inputs: bool
-    ) -> None:
-        """Add a batch in one of the two sweeps; `inputs` if these samples are new in it."""
-
-        def on_rows(layer: str, x: Tensor, g: Tensor) -> None:
-            block = self.blocks[layer]
-            assert isinstance(block, MatrixBlock)
-            if sweep == 0:
-                block.add_moments(x, g, inputs=inputs)
-            else:
-                block.add_squares(x, g, inputs=inputs)
-
-        def on_gradients(parameter: str, gradients: Tensor) -> None:
-            block = self.blocks[parameter]
-            assert isinstance(block, VectorBlock)
-            if sweep == 0:
-                block.add(gradients)
-
-        with torch.no_grad():
-            engine.visit(batch, on_rows, on_gradients)
-
-    def times(
-        self, space: ParameterSpace, v_QP: Tensor, function: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        """A function of the matrix, given as one of its eigenvalues, times every row, (Q, P)."""
-        vectors = space.split(v_QP)
-        found: dict[str, Tensor] = {}
-        for block in self.blocks.values():
-            parts = {name: vectors[name] for name in block.names}
-            found |= block.times(parts, function)
-        return space.join(found).to(v_QP.dtype)
-
-    def largest(self) -> float:
-        """The largest eigenvalue of all blocks."""
-        return max(float(block.eigenvalues.max()) for block in self.blocks.values())
-
-    def messages(self) -> list[str]:
-        """What is coarser than a user may expect, in lines."""
-        coarse = [block for block in self.blocks.values() if block.coarse]
-        if not coarse:
-            return []
-        names = [block.names[0] for block in coarse]
-        more = f" and {len(names) - 6} more" if len(names) > 6 else ""
-        line = (
-            f"no Kronecker factors, and too large for a whole block: {', '.join(names[:6])}{more}; "
-            "their curvature is taken row by row, or as a diagonal"
-        )
-        return [line]
-
-
-def _blocks(engine: OutputGradients, operator: GaussNewton) -> dict[str, Block]:
-    parameters = operator.space.parameters()
-    dtypes = {parameter.dtype for parameter in parameters.values()}
-    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-    matrices: dict[str, Block] = {
-        layer: MatrixBlock(
-            rule,
-            engine.names[layer],
-            complete=len(engine.names[layer]) == 1 + (rule.bias is not None),
-            dtype=dtype,
-        )
-        for layer, rule in engine.matrices.items()
-    }
-    return matrices | {
-        name: VectorBlock(name, parameters[name].shape, parameters[name], dtype)
-        for name in engine.others
-    }

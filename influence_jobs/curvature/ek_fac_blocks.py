@@ -30,6 +30,19 @@ class Block(ABC):
     eigenvalues: Tensor
     coarse: bool = False
 
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """Of all that it keeps."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Tensor | None]:
+        """What a finished block keeps."""
+
+    @abstractmethod
+    def restore(self, state: Mapping[str, Tensor | None]) -> None:
+        """Take what a finished block of the same parameters kept, on any device."""
+
     @abstractmethod
     def diagonalise(self) -> None:
         """End the first sweep."""
@@ -53,6 +66,12 @@ def _eigenvectors(moment: Tensor) -> Tensor:
     return vectors
 
 
+def _there(state: Mapping[str, Tensor | None], name: str, device: torch.device) -> Tensor:
+    tensor = state[name]
+    assert tensor is not None
+    return tensor.to(device)
+
+
 class MatrixBlock(Block):
     """Of a matrix (C, J), the bias as its last column if it has one; U and V are orthogonal.
 
@@ -63,7 +82,13 @@ class MatrixBlock(Block):
     """
 
     def __init__(
-        self, rule: LayerRule[Any], names: list[str], *, complete: bool, dtype: torch.dtype
+        self,
+        rule: LayerRule[Any],
+        names: list[str],
+        *,
+        complete: bool,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.names, self._rule, self.complete = names, rule, complete
         weight = rule.weight
@@ -73,7 +98,7 @@ class MatrixBlock(Block):
         self._shape = rows, columns + self._has_bias
 
         def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=weight.device)
+            return torch.zeros(shape, dtype=dtype, device=device)
 
         self._outputs, self._inputs = (
             zeros(side, side) if side <= MOST_SIDE else None for side in self._shape
@@ -81,6 +106,24 @@ class MatrixBlock(Block):
         self.eigenvalues = zeros(*self._shape)
         self._squared_BJ = self.eigenvalues[:0]  # the rotated inputs of a batch, squared
         self._counted_BT = self.eigenvalues[:0]  # the positions of a batch whose inputs are added
+
+    @property
+    def num_bytes(self) -> int:
+        kept = (self._outputs, self._inputs, self.eigenvalues)
+        return sum(tensor.nbytes for tensor in kept if tensor is not None)
+
+    def state(self) -> dict[str, Tensor | None]:
+        return {
+            "outputs": self._outputs, "inputs": self._inputs, "eigenvalues": self.eigenvalues
+        }  # fmt: skip
+
+    def restore(self, state: Mapping[str, Tensor | None]) -> None:
+        device = self.eigenvalues.device
+        self._outputs, self._inputs = (
+            None if state[side] is None else _there(state, side, device)
+            for side in ("outputs", "inputs")
+        )
+        self.eigenvalues = _there(state, "eigenvalues", device)
 
     def add_moments(self, x_BTJ: Tensor, g_BTC: Tensor, *, inputs: bool) -> None:
         """Add to the second moments of the rows; their scale does not matter.
@@ -183,16 +226,30 @@ class VectorBlock(Block):
     One whole block if `MOST_MOMENTS` allows it, else one a row, else one a number.
     """
 
-    def __init__(self, name: str, shape: torch.Size, like: Tensor, dtype: torch.dtype) -> None:
+    def __init__(
+        self, name: str, shape: torch.Size, device: torch.device, dtype: torch.dtype
+    ) -> None:
         self.names, self._shape = [name], shape
         size = math.prod(shape)
         cuts = 1, shape[0] if shape else 1, size
         blocks = next((r for r in cuts if size**2 // r <= MOST_MOMENTS), size)
         self.coarse = blocks > 1
         self._moments = torch.zeros(
-            blocks, size // blocks, size // blocks, dtype=dtype, device=like.device
+            blocks, size // blocks, size // blocks, dtype=dtype, device=device
         )
         self._vectors, self.eigenvalues = self._moments, self._moments[..., 0]  # a diagonal's own
+
+    @property
+    def num_bytes(self) -> int:
+        return 2 * self._moments.nbytes  # the eigenvectors, too
+
+    def state(self) -> dict[str, Tensor | None]:
+        return {"vectors": self._vectors, "eigenvalues": self.eigenvalues}
+
+    def restore(self, state: Mapping[str, Tensor | None]) -> None:
+        device = self.eigenvalues.device
+        self._vectors = _there(state, "vectors", device)
+        self.eigenvalues = _there(state, "eigenvalues", device)
 
     def add(self, gradients: Tensor) -> None:
         """Add gradients (b, *shape)."""

@@ -35,7 +35,9 @@ from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.gradients.requirements import require_independent_samples
 from influence_jobs.gradients.taps import thawed
 from influence_jobs.gradients.transforms import all_derivatives
+from influence_jobs.memory import BatchSize, is_out_of_memory
 from influence_jobs.tasks.base import Batch, Draw, Task, copy_of, device_of, to_device, to_type
+from influence_jobs.tasks.lengths import by_length, pads
 from influence_jobs.tasks.output_loss import Form, forms_of
 
 log = logging.getLogger(__name__)
@@ -56,7 +58,7 @@ class Operator(ABC):
         ids: Samples of the mean, shape (n,), on the CPU.
         draw: Draw of the samples' noise.
         batch_size: Largest number of samples in a pass. It is smaller if many vectors would take
-            more than `MAX_BYTES`.
+            more than `MAX_BYTES`, and halved if they do not fit into memory.
 
     Raises:
         SpecError: There are no samples.
@@ -82,7 +84,7 @@ class Operator(ABC):
         task: Task,
         ids: Tensor,
         draw: Draw = Draw(0),  # noqa: B008  (frozen)
-        batch_size: int | None = None,
+        batch_size: int | BatchSize | None = None,
     ):
         if len(ids) == 0:
             raise SpecError("curvature needs at least one sample")
@@ -93,13 +95,21 @@ class Operator(ABC):
                     "which curvature means nothing: convert the model, model.float()"
                 )
         self.model, self.space, self.task, self.ids, self.draw = model, space, task, ids, draw
-        self.batch_size = batch_size or task.batch_size
+        if not isinstance(batch_size, BatchSize):
+            batch_size = BatchSize(batch_size or task.batch_size)
+        self.batching = batch_size
         self.work = 0.0
+        self._by_length: Tensor | None = None
         self._sample_bytes: int | None = None  # activations of a sample; known after `look`
         self._exact = True  # products are exact up to rounding
         self._plain = False  # by autograd on the model itself, since torch.func cannot
         # By shape (E, B): whether vmap over E mini-batches of B samples works for the model.
         self._batches_together: dict[torch.Size, bool] = {}
+
+    @property
+    def batch_size(self) -> int:
+        """Samples in a pass now, at most."""
+        return min(self.batching.size, self.samples_at_once(1))
 
     @property
     def size(self) -> int:
@@ -119,7 +129,13 @@ class Operator(ABC):
     def over(self, ids: Tensor) -> Self:
         """The operator of other samples (n,), with its work counted from zero."""
         other = copy.copy(self)
-        other.ids, other.work = ids, 0.0
+        other.ids, other.work, other._by_length = ids, 0.0, None
+        return other
+
+    def within(self, space: ParameterSpace) -> Self:
+        """The same matrix for some of the parameters: a block on its diagonal."""
+        other = copy.copy(self)
+        other.space = space
         return other
 
     @torch.no_grad()
@@ -129,8 +145,8 @@ class Operator(ABC):
         Raises:
             DataError: The loss of a sample is not finite; the message names the sample.
         """
-        self.look()
-        for ids in torch.split(self.ids, self.batch_size):
+
+        def require(ids: Tensor, _: None) -> None:
             batch = self.batch(ids)
             bad_B = ~self.task.losses(self.model, batch).isfinite().cpu()
             if bad_B.any():
@@ -139,6 +155,9 @@ class Operator(ABC):
                     "sample and the checkpoint"
                 )
             self._check(batch)
+
+        for _ in self.batching.map(require, [self.ids], most=self.samples_at_once(1)):
+            pass
 
     def _check(self, batch: Batch) -> None:  # noqa: B027  (most operators ask nothing more)
         """Refuse a batch whose losses are not what the task declares."""
@@ -162,16 +181,20 @@ class Operator(ABC):
         Raises:
             ModelError: As `product`.
         """
-        size = ids_EB.shape[1]
-        pieces = torch.split(ids_EB, self._samples_at_once(v_EQP.shape[1]), dim=1)
-        means = self._means(v_EQP, pieces[0])
-        if len(pieces) == 1:
-            return means
-        # Not in place: the zeros of an unused parameter may share one number in memory.
-        total = {name: mean * (pieces[0].shape[1] / size) for name, mean in means.items()}
-        for piece in pieces[1:]:
-            for name, mean in self._means(v_EQP, piece).items():
-                total[name].add_(mean, alpha=piece.shape[1] / size)
+        size, total = ids_EB.shape[1], dict[str, Tensor]()
+        most = self.samples_at_once(v_EQP.shape[1])
+        for ids_BE, means in self.batching.map(
+            lambda ids_BE, _: self._means(v_EQP, ids_BE.t()), [ids_EB.t()], most=most
+        ):
+            if len(ids_BE) == size:
+                return means
+            part = len(ids_BE) / size
+            if not total:
+                # Not in place: the zeros of an unused parameter may share one number in memory.
+                total = {name: mean * part for name, mean in means.items()}
+                continue
+            for name, mean in means.items():
+                total[name].add_(mean, alpha=part)
         return total
 
     def __matmul__(self, v_QP: Tensor) -> Tensor:
@@ -184,15 +207,29 @@ class Operator(ABC):
         # In float64: a float32 sum over thousands of batches loses digits that conjugate gradients
         # need, and depends on the batch size.
         total_QP = torch.zeros_like(v_QP, dtype=torch.float64)
-        for piece in torch.split(self.ids, self._samples_at_once(len(v_QP))):
-            part_QP = self.space.join(self._means(v_QP[None], piece[None]))[0]
-            if not part_QP.isfinite().all():
+        most = self.samples_at_once(len(v_QP))
+
+        sums = self.space.split(total_QP)
+
+        def product(ids: Tensor, _: None) -> Parameters:
+            return self._means(v_QP[None], ids[None])
+
+        for ids, means in self.batching.map(product, [self._ordered], most=most):
+            if not all(mean.isfinite().all() for mean in means.values()):
                 raise DataError(
-                    f"the curvature of samples {int(piece.min())} to {int(piece.max())} is not "
+                    f"the curvature of samples {int(ids.min())} to {int(ids.max())} is not "
                     "finite: check these samples and the checkpoint"
                 )
-            total_QP.add_(part_QP, alpha=len(piece) / self.num_samples)
+            for name, mean in means.items():
+                sums[name].add_(mean[0], alpha=len(ids) / self.num_samples)
         return total_QP.to(v_QP.dtype)
+
+    @property
+    def _ordered(self) -> Tensor:
+        """The ids; where batches are padded, samples of one length together."""
+        if self._by_length is None:
+            self._by_length = by_length(self.task, self.ids) if pads(self.task) else self.ids
+        return self._by_length
 
     @abstractmethod
     def _multiply(
@@ -277,9 +314,9 @@ class Operator(ABC):
         expected = self.space.join(self._one_by_one(v_EQP, ids_EB))
         try:
             found = self.space.join(self._together(v_EQP, ids_EB))
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:  # noqa: BLE001  (the model may raise anything when mapped)
+        except Exception as error:  # the model may raise anything when mapped
+            if is_out_of_memory(error):
+                raise
             return False
         return bool((found - expected).norm() <= AGREEMENT * expected.norm())
 
@@ -357,11 +394,12 @@ class Operator(ABC):
     def _from_first(self, slope: Tensor, batch: Batch) -> Parameters:
         """The product, given that derivative."""
 
-    def _samples_at_once(self, num_vectors: int) -> int:
+    def samples_at_once(self, num_vectors: int) -> int:
+        """The samples whose activations fit into `MAX_BYTES` for so many vectors."""
         self.look()
         assert self._sample_bytes is not None
         fitting = MAX_BYTES // (num_vectors * self._sample_bytes)
-        return min(self.batch_size, max(MIN_ROWS, fitting))
+        return max(MIN_ROWS, fitting)
 
     def _look(self, batch: Batch, again: Batch) -> None:
         """`look`, given a few samples that were fetched twice."""
@@ -370,9 +408,9 @@ class Operator(ABC):
         with all_derivatives(self.model):
             try:
                 self._compare_with_autograd(batch)
-            except torch.OutOfMemoryError:
-                raise
             except RuntimeError as error:  # NotImplementedError is one
+                if is_out_of_memory(error):
+                    raise
                 self._turn_to_plain_autograd(batch, error)
 
     def _turn_to_plain_autograd(self, batch: Batch, error: RuntimeError) -> None:
@@ -385,9 +423,9 @@ class Operator(ABC):
         self._plain = True
         try:
             self._compare_with_differences(batch)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:
+        except RuntimeError as failed:
+            if is_out_of_memory(failed):
+                raise
             raise ModelError(
                 f"torch cannot differentiate {type(self.model).__name__} as the curvature needs it "
                 f"({said}): use {self.cure}, or replace the operation or the handle"
@@ -524,7 +562,7 @@ class Hessian(Operator):
         task: Task,
         ids: Tensor,
         draw: Draw = Draw(0),  # noqa: B008  (frozen)
-        batch_size: int | None = None,
+        batch_size: int | BatchSize | None = None,
         *,
         finite_difference: bool = False,
     ):

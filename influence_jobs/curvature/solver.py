@@ -181,7 +181,10 @@ def relative_residual(
     operator: Operator, x_QP: Tensor, rhs_QP: Tensor, damping: float
 ) -> tuple[Tensor, Tensor]:
     """The residual v - (A + lambda I) x, (Q, P), and its length divided by that of v, (Q,)."""
-    residual_QP = rhs_QP - operator @ x_QP - damping * x_QP
+    residual_QP = operator @ x_QP
+    torch.sub(rhs_QP, residual_QP, out=residual_QP)
+    for residual_P, x_P in zip(residual_QP, x_QP, strict=True):
+        residual_P -= damping * x_P
     length_Q = torch.linalg.vector_norm(rhs_QP, dim=1)
     relative_Q = torch.linalg.vector_norm(residual_QP, dim=1) / length_Q
     return residual_QP, relative_Q.where(length_Q > 0, 0.0)

@@ -19,6 +19,7 @@ from numpy.polynomial import chebyshev
 from torch import Tensor
 
 from influence_jobs.curvature.ek_fac import EkFac
+from influence_jobs.curvature.ek_fac_factors import coarse_lines
 from influence_jobs.curvature.operators import GaussNewton
 from influence_jobs.curvature.solver import Progress, Trial, no_progress, require_finite
 from influence_jobs.errors import SpecError
@@ -157,7 +158,7 @@ class _EkFacFunctions(_Functions):
     def __init__(self, segment: Segment, seed: int, progress: Progress):
         self._segment = segment
         self._factors = EkFac(seed=seed).factors_of(segment.operators, progress)
-        self.messages = self._factors.messages()
+        self.messages = coarse_lines(self._factors.coarse)
 
     def times(self, v_QP: Tensor) -> tuple[Tensor, Tensor]:
         space = self._segment.operators[0].space

@@ -20,6 +20,7 @@ from influence_jobs.gradients.requirements import (
 from influence_jobs.gradients.routes import holders, why_not_by_rules
 from influence_jobs.gradients.rules import LayerRule, rule_of
 from influence_jobs.gradients.taps import TOLERANCE, TappedModel
+from influence_jobs.memory import is_out_of_memory
 from influence_jobs.terms import Precision
 
 SMALLEST_PART = 1e-3  # of a product: rounding is not measured against smaller ones
@@ -39,13 +40,14 @@ class GradDots(TappedModel):
     calls. On CUDA, convolutions run in TF32 unless `torch.backends.cudnn.allow_tf32` is False.
 
     Args:
-        model: In eval mode, with weights of float32, or of float64 for `precision="float64"`.
+        model: In eval mode, with weights of float32, or of float64 for `precision="float64"`; for
+            `bfloat16` of either float32 or bfloat16.
         space: The parameters of this model that the gradients are by.
         losses: (model, batch) to one loss per sample (B,), not averaged over the batch.
             `batches` says what a batch may be.
         vectors_QP: The vectors in that space; copied to the device and dtype of the weights.
         precision: `bfloat16` runs forward and backward in mixed precision (autocast); products are
-            always accumulated in the dtype of the weights.
+            accumulated in float32, but for parameters without a rule.
 
     Raises:
         ModelError: The vectors are not (Q, P) or not finite, a parameter has another dtype, or the
@@ -78,7 +80,7 @@ class GradDots(TappedModel):
         self._space = space = space.of(model)  # which may have been made of a copy
         for name, parameter in space.parameters().items():
             module = name.rpartition(".")[0]
-            require_dtype(module, parameter, self._dtype)
+            require_dtype(module, parameter, self._weight_dtypes)
             require_plain(module, model.get_submodule(module))
         self._names = {group: names for group, names in space.groups.items() if names}
         self._fallback: Fallback | None = None
@@ -144,10 +146,13 @@ class GradDots(TappedModel):
         for group, names in self._names.items():
             dots = square = torch.zeros((), dtype=self._dtype, device=self._device)
             for name in names:
-                terms_QP = _flat(vectors[name]) * gradients[name].flatten()
-                dots = dots + terms_QP.sum(1)
-                # In float64, where squares of small gradients do not vanish.
-                square = square + terms_QP.double().square().sum(1)
+                flat_P, sums = gradients[name].flatten(), list[Tensor]()
+                for vector_P in _flat(vectors[name]):  # the terms of all would double the memory
+                    terms_P = vector_P * flat_P
+                    # In float64, where squares of small gradients do not vanish.
+                    sums.append(torch.stack([terms_P.sum().double(), terms_P.double().norm() ** 2]))
+                dots = dots + torch.stack(sums)[:, 0].to(self._dtype)
+                square = square + torch.stack(sums)[:, 1]
             # Terms may cancel, so rounding is relative to the root of their sum of squares.
             parts[group] = dots.unsqueeze(0), square.sqrt().unsqueeze(0)
         # The gradient by a bias of attention's keys is zero but for rounding, which other
@@ -177,7 +182,7 @@ class GradDots(TappedModel):
         if not several or self._fallback is not None:
             return None
         require_independent_samples(self._model)
-        split = self._space.split(self._vectors_QP)
+        split, parameters = self._space.split(self._vectors_QP), self._space.parameters()
         found = []
         try:
             with torch.autocast(self._device.type, enabled=False):
@@ -187,7 +192,7 @@ class GradDots(TappedModel):
                         self._model,
                         lambda _, batch: self._forward(batch),
                         batch,
-                        {name: split[name] for name in names},
+                        {name: split[name].to(parameters[name].dtype) for name in names},
                     )
                     found.append(dots_BQ.to(self._dtype))
                 if not self._verified and len(found[0]) > 1:
@@ -195,9 +200,9 @@ class GradDots(TappedModel):
                     if not self._as_plain(batch, several, found):
                         self._why_not_forward = "forward mode differs from plain autograd"
                         return None
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             self._why_not_forward = str(error).partition("\n")[0]
             return None
         return found

@@ -34,12 +34,13 @@ class GradNorms(TappedModel):
     alone; on CUDA, convolutions run in TF32 unless `torch.backends.cudnn.allow_tf32` is False.
 
     Args:
-        model: In eval mode, with weights of float32, or of float64 for `precision="float64"`.
+        model: In eval mode, with weights of float32, or of float64 for `precision="float64"`; for
+            `bfloat16` of either float32 or bfloat16.
         layers: Names of layers with one weight, or full names of parameters; see `Weight`.
         losses: (model, batch) to one loss per sample (B,). `batches` says what a batch may be.
         reduction: See above.
         precision: `bfloat16` runs forward and backward in mixed precision (autocast); norms are
-            always accumulated in the dtype of the weights.
+            always accumulated in float32.
 
     Raises:
         ModelError: A layer is missing or has no weight, or the model is in train mode.
@@ -63,7 +64,7 @@ class GradNorms(TappedModel):
         if not self._weights:
             raise ModelError("no layer was named: name at least one")
         for name, weight in self._weights.items():
-            require_dtype(name, model.get_parameter(weight.parameter), self._dtype)
+            require_dtype(name, model.get_parameter(weight.parameter), self._weight_dtypes)
         self._fallback: Fallback | None = None
         self._reasons: dict[str, str] = {}  # of the layers that do not go by a rule
         # By weight with several uses, or bias, the layers whose calls they are.

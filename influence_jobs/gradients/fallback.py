@@ -24,6 +24,7 @@ from influence_jobs.gradients.reference import LossModule
 from influence_jobs.gradients.rules.blocks import sample_blocks
 from influence_jobs.gradients.transforms import mappable_kernels
 from influence_jobs.gradients.usage import NOT_ALONE
+from influence_jobs.memory import is_out_of_memory
 
 Form = Literal["layer", "model", "sample"]
 _LISTED = 6  # layers in a line
@@ -96,9 +97,9 @@ class Fallback:
             return
         try:
             found = _whole(self._by_model(two, left))
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # noqa: BLE001  (the model may raise anything when mapped)
+        except Exception as error:  # the model may raise anything when mapped
+            if is_out_of_memory(error):
+                raise
             self._say(left, error)
             return
         for name in left:
@@ -205,9 +206,9 @@ class Fallback:
                 try:
                     calls[home].learn_axes(shapes[home], 2)
                     found = _whole(self._by_layer(calls[home], [name], 2))
-                except torch.OutOfMemoryError:
-                    raise
-                except Exception as error:  # noqa: BLE001  (as above)
+                except Exception as error:  # as above
+                    if is_out_of_memory(error):
+                        raise
                     self._say([name], error)
                     continue
                 if self._agree(found[name], wanted[name]):
@@ -222,9 +223,9 @@ class Fallback:
             together = self._forward(batch)[: len(alone)]
             try:
                 apart = torch.cat([self._forward(sample) for sample in alone])
-            except torch.OutOfMemoryError:
-                raise
-            except Exception:  # noqa: BLE001  (whatever losses raise of what was not cut)
+            except Exception as error:  # whatever losses raise of what was not cut
+                if is_out_of_memory(error):
+                    raise
                 apart = together[:0]
         scale = together.abs().max()
         if len(apart) != len(alone) or (apart - together).abs().max() > self._tolerance * scale:

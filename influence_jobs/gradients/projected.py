@@ -32,13 +32,14 @@ class GradProjections(TappedModel):
     calls.
 
     Args:
-        model: In eval mode, with weights of float32, or of float64 for `precision="float64"`.
+        model: In eval mode, with weights of float32, or of float64 for `precision="float64"`; for
+            `bfloat16` of either float32 or bfloat16.
         space: The parameters of this model that the gradients are by.
         losses: (model, batch) to one loss per sample (B,), not averaged over the batch.
             `batches` says what a batch may be.
         projections: By group and full name of a parameter; see `projections.projections`.
         precision: `bfloat16` runs forward and backward in mixed precision (autocast); projections
-            are always accumulated in the dtype of the weights.
+            are always accumulated in float32.
 
     Attributes:
         losses_B: The losses of the batch of the last call.
@@ -64,7 +65,7 @@ class GradProjections(TappedModel):
         self._space = space = space.of(model)
         for name, parameter in space.parameters().items():
             module = name.rpartition(".")[0]
-            require_dtype(module, parameter, self._dtype)
+            require_dtype(module, parameter, self._weight_dtypes)
             require_plain(module, model.get_submodule(module))
         self._groups = {group: list(names) for group, names in projections.items()}
         self._projections = {

@@ -28,7 +28,8 @@ class GradQuadratics(TappedModel):
     The model's parameters have `requires_grad` off until `close`.
 
     Args:
-        model: In eval mode, with weights of float32, or of float64 for `precision="float64"`.
+        model: In eval mode, with weights of float32, or of float64 for `precision="float64"`; for
+            `bfloat16` of either float32 or bfloat16.
         metrics: {layer: its metric}; None means the squared L2 norm of the gradient by weight and
             bias. A metric needs a layer whose rule is a `MatrixRule`; None needs any rule. Each
             layer is called once in a forward pass, with the batch as first axis.
@@ -52,7 +53,7 @@ class GradQuadratics(TappedModel):
         precision: Precision = "float32",
     ) -> None:
         super().__init__(model, losses, precision)
-        found = {name: find_rule(model, name, self._dtype) for name in metrics}
+        found = {name: find_rule(model, name, self._weight_dtypes) for name in metrics}
         if not found:
             raise ModelError("no layer was named: name at least one")
         self._metrics = {

@@ -1,5 +1,6 @@
 """Checks of a model and its layers that their per-sample gradients will be right."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ def require_plain(name: str, module: nn.Module) -> None:
             )
 
 
-def find_rule(model: nn.Module, name: str, dtype: torch.dtype) -> LayerRule[Any]:
+def find_rule(model: nn.Module, name: str, dtypes: Sequence[torch.dtype]) -> LayerRule[Any]:
     """The rule of the layer with this name, for engines that work in `dtype`.
 
     Raises:
@@ -94,7 +95,7 @@ def find_rule(model: nn.Module, name: str, dtype: torch.dtype) -> LayerRule[Any]
     require_supported(name, module)
     rule = rule_of(module)
     weight = rule.weight
-    require_dtype(name, weight, dtype)
+    require_dtype(name, weight, dtypes)
     for other, owner in modules.items():
         shares = any(parameter is weight for parameter in owner._parameters.values())
         if shares and owner is not module:
@@ -105,16 +106,16 @@ def find_rule(model: nn.Module, name: str, dtype: torch.dtype) -> LayerRule[Any]
     return rule
 
 
-def require_dtype(name: str, weight: Tensor, dtype: torch.dtype) -> None:
-    """Refuse weights of another dtype than the engine works in.
+def require_dtype(name: str, weight: Tensor, dtypes: Sequence[torch.dtype]) -> None:
+    """Refuse weights of other dtypes than the engine works with.
 
     Raises:
         ModelError: It names the layer and both dtypes.
     """
-    if weight.dtype != dtype:
+    if weight.dtype not in dtypes:
         raise ModelError(
             f"layer '{name}' has {_name(weight.dtype)} weights, but this precision needs "
-            f"{_name(dtype)}: convert model and batch"
+            f"{' or '.join(map(_name, dtypes))}: convert model and batch"
         )
 
 

@@ -26,6 +26,7 @@ from influence_jobs.gradients.requirements import require_independent_samples
 from influence_jobs.gradients.rules import LayerRule
 from influence_jobs.gradients.transforms import differentiable_kernels
 from influence_jobs.gradients.usage import Usage
+from influence_jobs.memory import is_out_of_memory
 from influence_jobs.terms import Precision
 
 #: Takes a layer's name, rule, input and output gradient, the tensors with the weights' dtype.
@@ -93,6 +94,9 @@ class TappedModel(ABC):
         self._losses = losses
         self._precision: Precision = precision
         self._dtype = torch.float64 if precision == "float64" else torch.float32
+        # Of bfloat16 too, since mixed precision rounds weights to it in any case.
+        half = (torch.bfloat16,) if precision == "bfloat16" else ()
+        self._weight_dtypes = (self._dtype, *half)
         self._layers: dict[str, LayerRule[Any]] = {}
         self._hooks: list[Any] = []
         self._call: _Call | None = None
@@ -357,9 +361,9 @@ class TappedModel(ABC):
         with thawed(parameters.values()), torch.enable_grad():
             try:
                 loss = self._forward(sample)
-            except torch.OutOfMemoryError:
-                raise
             except Exception as error:  # of a batch that was not cut, or of a model of several only
+                if is_out_of_memory(error):
+                    raise
                 raise ModelError(
                     f"losses of {type(self._model).__name__} fail for one sample cut out of a "
                     f"batch ({type(error).__name__}: {error}): a batch must be {KINDS}"
@@ -370,11 +374,14 @@ class TappedModel(ABC):
                     f"{len(loss)}: the batch cannot be cut into samples, it must be {KINDS}"
                 )
             if not loss.requires_grad:  # none of the parameters is used
-                return {name: torch.zeros_like(value) for name, value in parameters.items()}
+                return {
+                    name: torch.zeros_like(value, dtype=self._dtype)
+                    for name, value in parameters.items()
+                }
             gradients = torch.autograd.grad(
                 loss.sum(), list(parameters.values()), materialize_grads=True
             )
-        return dict(zip(parameters, gradients, strict=True))
+        return {n: g.to(self._dtype) for n, g in zip(parameters, gradients, strict=True)}
 
     def _require_equal(self, name: str, found: Tensor, expected: Tensor, scale: Tensor) -> None:
         limit = TOLERANCE[self._precision]

@@ -10,13 +10,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
 
+from influence_jobs.memory import BatchSize
 from influence_jobs.specs.base import AnySpec, Spec
 from influence_jobs.store.layout import ArrayLayout
 from influence_jobs.store.run import Run
@@ -70,6 +71,19 @@ class Plan:
         """Bytes that the job writes, before compression."""
         sizes = (np.dtype(array.dtype).itemsize * math.prod(array.shape) for array in self.arrays)
         return self.file_bytes + sum(sizes)
+
+    @property
+    def largest_shard_bytes(self) -> int:
+        """Memory of the rows of the largest shard: in float64, and once as they are stored."""
+        rows = max((shard.stop - shard.start for shard in self.shards), default=0)
+        held = 0
+        for array in self.arrays:
+            stored = math.prod(array.shape) // array.shape[array.row_axis]
+            numbers = array.attributes.get("numbers", stored)  # of codes: what they stand for
+            if not isinstance(numbers, int):
+                numbers = stored
+            held += rows * (8 * numbers + np.dtype(array.dtype).itemsize * stored)
+        return held
 
 
 @dataclass(frozen=True)
@@ -141,6 +155,22 @@ class Job(ABC, Generic[S]):
         """Samples in a batch."""
         return self._batch_size or self.task.batch_size
 
+    @cached_property
+    def batching(self) -> BatchSize:
+        """The samples of a batch now: fewer than `batch_size` once that many did not fit."""
+        return BatchSize(self.batch_size)
+
+    @property
+    def used_batch_size(self) -> int:
+        """The samples of a batch now, if anything was computed in batches; else 0."""
+        return self.batching.size if "batching" in vars(self) else 0
+
+    def apart(self) -> Self:
+        """The same job with the same data and a model of its own, for measuring."""
+        other = type(self)(self.run_store, device=self.device, batch_size=self._batch_size)
+        other.task = self.task
+        return other
+
     @property
     @abstractmethod
     def title(self) -> str:
@@ -165,6 +195,10 @@ class Job(ABC, Generic[S]):
 
         It yields nothing if the work has no pieces, such as a training by the task itself.
         """
+
+    def held_bytes(self, plan: Plan) -> int:
+        """The most memory of what a shard keeps, besides the model, the data and a batch."""
+        return plan.largest_shard_bytes
 
     def input_digests(self) -> dict[str, str]:
         """SHA-256 by name of everything that this run reads from other runs.

@@ -2,10 +2,10 @@
 
 import time
 from collections.abc import Iterator
+from typing import Any
 
-import psutil
-
-from influence_jobs.jobs.base import Plan
+from influence_jobs.jobs.base import Job, Plan
+from influence_jobs.memory import Peak
 
 
 def samples_per_second(pieces: Iterator[float], seconds: float) -> float | None:
@@ -29,7 +29,10 @@ def samples_per_second(pieces: Iterator[float], seconds: float) -> float | None:
     return units / (time.monotonic() - warm)  # the first piece paid for allocations and caches
 
 
-def worker_bytes(plan: Plan) -> float:
-    """Memory of one worker: this process, which has probed, and the arrays of a shard."""
-    rss: int = psutil.Process().memory_info().rss
-    return rss + (plan.disk_bytes - plan.file_bytes) / max(1, len(plan.shards))
+def worker_bytes(job: Job[Any], plan: Plan, peak: Peak) -> int:
+    """Memory of one worker: what its probe took, the process included, and what a shard keeps.
+
+    Args:
+        peak: Since before the probe.
+    """
+    return peak.most + job.held_bytes(plan)

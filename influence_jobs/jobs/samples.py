@@ -2,10 +2,10 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import Any, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +19,11 @@ from influence_jobs.store.checkpoints import load_checkpoint, recorded_digest
 from influence_jobs.store.layout import ArrayLayout
 from influence_jobs.tasks.base import Batch, Draw, converted, to_device, to_type
 from influence_jobs.tasks.layout import in_fast_layout
+from influence_jobs.tasks.lengths import by_length, pads
+from influence_jobs.terms import JobPrecision, Precision
 
 MAX_SHARDS = 256  # a stop loses at most one shard a worker; more shards add overhead
+MAX_SHARD_BYTES = 64 * 2**20  # of its rows, unless one chunk has more: memory must not grow with N
 
 S = TypeVar("S", bound=Spec)
 T = TypeVar("T")
@@ -29,6 +32,8 @@ T = TypeVar("T")
 class SampleJob(Job[S]):
     """Base of jobs that compute something for every training sample."""
 
+    #: Whether the samples themselves are computed with, or else rows of other runs, in their order.
+    reads_samples: ClassVar[bool] = True
     _loaded: Checkpoint | None = None  # the checkpoint whose weights the model has
 
     @abstractmethod
@@ -54,27 +59,77 @@ class SampleJob(Job[S]):
         n = self.num_rows
         arrays = self.layouts()
         chunk = arrays[0].chunk_rows
-        wanted = shard_rows or math.ceil(n / MAX_SHARDS)
-        rows = math.ceil(wanted / chunk) * chunk
+        wanted = shard_rows or min(math.ceil(n / MAX_SHARDS), MAX_SHARD_BYTES // row_bytes(arrays))
+        rows = math.ceil(max(1, wanted) / chunk) * chunk
         shards = tuple(
             Shard(f"{start:09d}-{min(start + rows, n):09d}", start, min(start + rows, n))
             for start in range(0, n, rows)
         )
         return Plan(arrays, shards, units=n * self.passes, batch_size=self.batch_size)
 
-    def batches(self, shard: Shard) -> Iterator[torch.Tensor]:
-        """Ids by batch. No batch crosses a chunk, so the bytes do not depend on shard bounds."""
-        for first in range(shard.start, shard.stop, self._chunk_rows):
-            last = min(first + self._chunk_rows, shard.stop)
-            yield from _split(first, last, self.batch_size)
+    def each(
+        self, shard: Shard, draw: Draw, function: Callable[[torch.Tensor, Batch], T]
+    ) -> Iterator[tuple[torch.Tensor, T]]:
+        """Apply a function to the samples of a shard, batch by batch.
+
+        A batch that does not fit into memory is halved; see `BatchSize.map`. Samples of one length
+        share batches. No batch crosses a chunk, so the bytes do not depend on shard bounds.
+
+        Args:
+            shard: Some rows.
+            draw: Of the samples' noise.
+            function: Of ids (B,) and their samples.
+
+        Yields:
+            The ids of a batch, in any order, and what the function gave for them.
+
+        Raises:
+            DataError: One sample alone does not fit.
+        """
+        return self.batching.map(
+            function,
+            self.chunks(shard),
+            fetch=lambda ids: self.batch(ids, draw),
+            loader=self._loader,
+        )
+
+    def chunks(self, shard: Shard) -> Iterator[torch.Tensor]:
+        """Ids of a shard by chunk; where batches are padded, samples of one length together."""
+        for first in range(shard.start, shard.stop, self.chunk_rows):
+            ids = torch.arange(first, min(first + self.chunk_rows, shard.stop))
+            if self.reads_samples and self._pads:
+                if first not in self._by_length:
+                    self._by_length[first] = by_length(self.task, ids)
+                ids = self._by_length[first]
+            yield ids
 
     def all_batches(self) -> Iterator[torch.Tensor]:
-        """Ids by batch, in an endless loop, for probes."""
+        """Ids by batch, in an endless loop, for probes; where batches are padded, long and short.
+
+        Each has the size that `batching` has by then.
+        """
+        n = self.num_rows
         while True:
-            yield from _split(0, self.num_rows, self.batch_size)
+            padded = self.reads_samples and self._pads
+            for ids in self.chunks(Shard("", 0, n)) if padded else [torch.arange(n)]:
+                left = ids
+                while len(left):
+                    size = self.batching.size
+                    yield left[:size]
+                    left = left[size:].flip(0)  # the longest first, then the shortest
 
     @cached_property
-    def _chunk_rows(self) -> int:
+    def _pads(self) -> bool:
+        return pads(self.task)
+
+    @cached_property
+    def _by_length(self) -> dict[int, torch.Tensor]:
+        """Ids of chunks by their first id, filled on demand: several passes need them."""
+        return {}
+
+    @cached_property
+    def chunk_rows(self) -> int:
+        """Rows in a chunk of the arrays, which are the most in a batch."""
         return self.plan().arrays[0].chunk_rows
 
     @property
@@ -105,13 +160,11 @@ class SampleJob(Job[S]):
         model, converts = self._built
         return to_type(batch, next(model.parameters()).dtype) if converts else batch
 
-    def loaded(
-        self, pieces: Iterable[torch.Tensor], draw: Draw
-    ) -> Iterator[tuple[torch.Tensor, Batch]]:
-        """Ids with their samples. For a GPU, a thread fetches the next samples in advance."""
-        loaded = ((ids, self.batch(ids, draw)) for ids in pieces)
+    @property
+    def _loader(self) -> Callable[[Iterator[Any]], Iterator[Any]]:
+        """For a GPU, a thread fetches the next samples in advance."""
         # On a CPU the thread would slow the computation down.
-        return loaded if self.device.type == "cpu" else ahead(loaded)
+        return iter if self.device.type == "cpu" else ahead
 
     def require_finite(
         self, what: str, values: npt.NDArray[np.floating[Any]], ids: torch.Tensor
@@ -142,6 +195,54 @@ class SampleJob(Job[S]):
         return Result(files=self.write_samples())
 
 
+def row_bytes(arrays: Iterable[ArrayLayout]) -> int:
+    """Bytes of a row of all arrays together, as they are stored."""
+    return sum(
+        np.dtype(array.dtype).itemsize * math.prod(array.shape) // array.shape[array.row_axis]
+        for array in arrays
+    )
+
+
+def dtype_for(precision: JobPrecision) -> torch.dtype:
+    """Of the weights, for a precision of a job."""
+    if precision == "bfloat16-weights":
+        return torch.bfloat16
+    return torch.float64 if precision == "float64" else torch.float32
+
+
+def engine_precision(precision: JobPrecision) -> Precision:
+    """Of the engine, for a precision of a job."""
+    return "bfloat16" if precision == "bfloat16-weights" else precision
+
+
+class Rows:
+    """A shard's rows of several arrays, added up in float64, each batch at its own places.
+
+    Args:
+        shard: Its rows.
+        axis: Along which the rows lie.
+
+    Attributes:
+        arrays: The sums, by name.
+    """
+
+    def __init__(self, shard: Shard, axis: int = 0) -> None:
+        self._shard, self._axis = shard, axis
+        self.arrays: dict[str, npt.NDArray[np.float64]] = {}
+
+    def add(self, ids: torch.Tensor, values: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Add the values of some samples, B along the axis, by array."""
+        whole = (slice(None),) * self._axis
+        places: Any = (*whole, ids.numpy() - self._shard.start)
+        for name, of_batch in values.items():
+            if name not in self.arrays:
+                shape = list(of_batch.shape)
+                shape[self._axis] = self._shard.stop - self._shard.start
+                # In float64: a sum of terms, which may almost cancel, adds no rounding errors.
+                self.arrays[name] = np.zeros(shape)
+            self.arrays[name][places] += of_batch
+
+
 def ahead(items: Iterator[T]) -> Iterator[T]:
     """The same items; a second thread makes each item while the previous one is in use."""
     end = object()
@@ -156,8 +257,3 @@ def trained_inputs(checkpoints: tuple[Checkpoint, ...]) -> tuple[Any, ...]:
     """The train runs of the checkpoints, each once."""
     trained = [c.train for c in checkpoints if isinstance(c, TrainedCheckpoint)]
     return tuple({train.run_id: train for train in trained}.values())
-
-
-def _split(start: int, stop: int, size: int) -> Iterator[torch.Tensor]:
-    for first in range(start, stop, size):
-        yield torch.arange(first, min(first + size, stop))

@@ -10,6 +10,7 @@ import torch
 
 from influence_jobs.errors import first_line
 from influence_jobs.store.files import Files
+from influence_jobs.store.layout import FACTORS
 from influence_jobs.torch_files import load_torch
 
 log = logging.getLogger(__name__)
@@ -51,9 +52,42 @@ class SavedState:
             self._last = time.monotonic()
             self._took_s = self._last - started
 
+    def write(self, state: Any) -> None:
+        """Save the state now."""
+        self._files.write(self._name, saved_bytes(state))
+
     def delete(self) -> None:
         """Delete the file, once the work is done."""
         self._files.delete(self._name)
+
+
+class SavedFactors:
+    """Factors of EK-FAC in the run folder while the run is carried out, a file for each layer.
+
+    All workers write the same numbers.
+
+    Args:
+        files: The files of the run.
+    """
+
+    def __init__(self, files: Files):
+        self._files = files
+
+    def read(self, name: str) -> Any:
+        """What was kept; None if there is none, or it is damaged."""
+        return self._of(name).read()
+
+    def write(self, name: str, state: Any) -> None:
+        """Keep the factors of a layer or parameter."""
+        self._of(name).write(state)
+
+    def delete(self) -> None:
+        """Delete them all, once the run is done."""
+        for name in self._files.names(FACTORS):
+            self._files.delete(f"{FACTORS}/{name}")
+
+    def _of(self, name: str) -> SavedState:
+        return SavedState(self._files, f"{FACTORS}/{name or '(model)'}.pt")
 
 
 def saved_bytes(value: Any) -> bytes:

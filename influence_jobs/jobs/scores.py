@@ -10,7 +10,7 @@ import torch
 
 from influence_jobs.jobs.base import Progress, Result, Shard
 from influence_jobs.jobs.queries import require_queries, write_queries
-from influence_jobs.jobs.samples import SampleJob
+from influence_jobs.jobs.samples import Rows, SampleJob
 from influence_jobs.specs.scores import ScoresSpec
 from influence_jobs.store.layout import SCORES, ArrayLayout, chunk_rows, part_name
 from influence_jobs.terms import ScorePrecision
@@ -77,7 +77,12 @@ class ScoresJob(SampleJob[S]):
 
     @abstractmethod
     def score(self, term: int, ids: torch.Tensor) -> Scores:
-        """One term of the scores of training samples, by array name."""
+        """One term of the scores of training samples, by array name.
+
+        Args:
+            term: Its number.
+            ids: Samples of one chunk: any of them, or, if the job `reads_samples` not, neighbours.
+        """
 
     @property
     def title(self) -> str:
@@ -98,19 +103,17 @@ class ScoresJob(SampleJob[S]):
     def run(self, shard: Shard, progress: Progress) -> Result:
         require_queries(self.task, self.spec.queries)
         progress(done := 0)
-        total: dict[str, npt.NDArray[np.float64]] = {}
+        found = Rows(shard, axis=1)
         for term in range(self.terms):
-            pieces: dict[str, list[npt.NDArray[Any]]] = {}
-            for ids in self.batches(shard):
-                for name, scores in self.score(term, ids).items():
-                    pieces.setdefault(name, []).append(scores)
+
+            def score(ids: torch.Tensor, _: None, term: int = term) -> Scores:
+                return self.score(term, ids)
+
+            for ids, scores in self.batching.map(score, self.chunks(shard)):
+                found.add(ids, scores)
                 done += len(ids)
                 progress(done)
-            for name, blocks in pieces.items():
-                # In float64: terms of opposite signs may almost cancel.
-                values: npt.NDArray[np.float64] = np.concatenate(blocks, axis=1, dtype=np.float64)
-                total[name] = total[name] + values if name in total else values
-        return Result(total)
+        return Result(found.arrays)
 
     def probe(self) -> Iterator[int]:
         for ids in self.all_batches():

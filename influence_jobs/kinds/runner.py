@@ -19,8 +19,10 @@ from influence_jobs.errors import (
     StoreError,
     first_line,
 )
+from influence_jobs.jobs.automatic import keep_halved, settle
 from influence_jobs.jobs.base import Receipt, Shard
-from influence_jobs.kinds import open_job
+from influence_jobs.kinds import kind_of, open_job
+from influence_jobs.memory import is_out_of_memory
 from influence_jobs.store import layout
 from influence_jobs.store.documents import Entry
 from influence_jobs.store.object_files import be_patient, is_of_store
@@ -67,6 +69,8 @@ class ShardRunner:
         software()  # read it now: files may change later, but the loaded code does not
         if self._job.reads_data:
             require_unchanged(self._run.id, self._run.spec.task, self._job.task)
+        if plan and plan.get("automatic_batch") and kind_of(self._run.spec).batched:
+            settle(self._job, plan["units"])
 
     def run(self, shard: Shard) -> Receipt:
         """Do one shard, unless the manifest says it is done. Errors come back in the receipt."""
@@ -92,7 +96,11 @@ class ShardRunner:
         running = Entry(shard.id, shard.start, shard.stop, attempt, spec_hash)
         run.manifest.write(running)
         progress = _Progress(run, shard)
+        before = self._job.used_batch_size
         result = self._job.run(shard, progress)
+        used = self._job.used_batch_size
+        if used and used < (before or self._job.batch_size):
+            keep_halved(self._job)
         sums = {
             name: run.write_rows(name, shard.start, values)
             for name, values in result.arrays.items()
@@ -108,6 +116,7 @@ class ShardRunner:
                 "software": software(),
                 "finished_at": now(),
                 "threads": torch.get_num_threads(),
+                "batch_size": used,
             }
         )
         run.manifest.write(done)
@@ -164,6 +173,8 @@ def _kind(error: Exception) -> Literal["user", "transient", "fatal"]:
 
 def _is_gpu_failure(error: Exception) -> bool:
     """Whether a GPU failed so that this process cannot use it again."""
+    if is_out_of_memory(error):
+        return False
     return isinstance(error, torch.AcceleratorError) or (
         isinstance(error, RuntimeError) and "CUDA error" in str(error)
     )
@@ -172,10 +183,13 @@ def _is_gpu_failure(error: Exception) -> bool:
 def _line(error: Exception) -> str:
     if isinstance(error, InflError):
         return str(error)
+    if is_out_of_memory(error):
+        return (
+            "out of memory: choose a smaller --batch-size, fewer layers (--layer), fewer queries, "
+            "or a machine or GPU with more memory"
+        )
     if _is_gpu_failure(error):
         return f"the GPU failed ({first_line(error)}): resume the run"
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return "out of memory: submit with a smaller --batch-size"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "the disk is full: make room and resume"
     return f"{type(error).__name__}: {first_line(error)}"

@@ -1,7 +1,7 @@
 """The request of a run in words, and how the run was made."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -35,6 +35,7 @@ class Made:
         seconds: Time in shards, summed over workers.
         started, ended: Times in UTC; None if they were not recorded.
         workers: Number of processes that computed shards.
+        batches: Samples of a batch, and which were asked for, if others; empty if not recorded.
         software: Versions and revisions; if there are several, each with its number of shards.
         spec: The request as JSON, without paths, which are private.
     """
@@ -48,6 +49,7 @@ class Made:
     started: str | None
     ended: str | None
     workers: int
+    batches: str
     software: list[str]
     spec: str
 
@@ -73,9 +75,24 @@ def made(run: Run) -> Made:
         started=_time(status.get("started_at")),
         ended=_time(all_entries["ended"]),
         workers=all_entries["workers"],
+        batches=_batches(run, all_entries.get("batch_sizes", [])),
         software=software,
         spec=json.dumps(run.spec.identity(), indent=2),
     )
+
+
+def _batches(run: Run, used: Sequence[int]) -> str:
+    """The batch sizes of a run's shards in words."""
+    plan = run.plan()
+    if not used or plan is None:
+        return ""
+    words, asked = " and ".join(f"{size:,}" for size in used), plan["batch_size"]
+    if plan.get("automatic_batch"):
+        own = "" if [*used] == [asked] else f", where the task's own number is {asked:,}"
+        return f"{words} samples{own}"
+    if [*used] == [asked]:
+        return f"{words} samples"
+    return f"{words} samples, as {asked:,} did not fit into memory"
 
 
 def _seeds(spec: Spec) -> Iterator[tuple[str, str]]:

@@ -70,7 +70,7 @@ class PlanFile(TypedDict):
     """plan.json: what the first driver settled.
 
     `inputs` has the digests of the runs that this one was computed from. Runs older than the field
-    have no `shapes` of arrays.
+    have no `shapes` of arrays. `automatic_batch`: no batch size was asked for.
     """
 
     batch_size: Annotated[int, Field(ge=1)]
@@ -78,6 +78,7 @@ class PlanFile(TypedDict):
     shards: list[PlannedShard]
     inputs: dict[str, str]
     shapes: NotRequired[dict[str, list[Count]]]
+    automatic_batch: NotRequired[bool]
 
 
 @with_config(_LAX)
@@ -108,6 +109,13 @@ class ProgressFile(TypedDict):
 
 
 @with_config(_LAX)
+class BatchFile(TypedDict):
+    """batch.json: the batch size that the first worker has chosen, if none was asked for."""
+
+    batch_size: Annotated[int, Field(ge=1)]
+
+
+@with_config(_LAX)
 class Width(TypedDict):
     """width.json: how many variants a retraining run trains side by side."""
 
@@ -130,6 +138,7 @@ class Entry:
         worker: Host and process that computed it.
         software: Versions and revision that computed it; empty in runs older than this field.
         threads: Of one torch operation, on which rounding depends; 0 in runs older than this field.
+        batch_size: Of its last batch; 0 if it has none, or in runs older than this field.
         checksum: SHA-256 of the other fields; empty in runs older than this field.
     """
 
@@ -146,6 +155,7 @@ class Entry:
     software: Mapping[str, Any] = field(default_factory=dict)
     finished_at: Time | None = None
     threads: Count = 0
+    batch_size: Count = 0
     checksum: str = ""
 
 
@@ -171,6 +181,7 @@ class Summary(TypedDict):
         workers: Number of processes that computed shards.
         ended: When the last entry was finished; None if that was not recorded.
         used: The software, the most used first.
+        batch_sizes: Of the shards that had batches; not in summaries older than the field.
         checksum: SHA-256 of the other fields; in the file only.
     """
 
@@ -183,6 +194,7 @@ class Summary(TypedDict):
     workers: Count
     ended: Time | None
     used: list[Used]
+    batch_sizes: NotRequired[list[Count]]
     checksum: NotRequired[str]
 
 

@@ -3,6 +3,7 @@
 <runs>/<run id>/
     spec.json           the request (specs/); written first; only its paths may change
     plan.json           the shards and the batch size; written once
+    batch.json          the batch size, if none was asked for; measured once
     width.json          how many variants a retraining run trains side by side; measured once
     status.json         the state of the driver; rewritten about once a second
     lease.json          the driver that may write; lease.json.OWNER names OWNER's successor if
@@ -16,6 +17,7 @@
     checkpoints/        weights of a train run, and states from which long shards resume; while an
                         unrolled run is at work, states of the training that it recomputes
     index.faiss         of a gradient-index run
+    factors/LAYER.pt    factors of EK-FAC, while an s-test run is at work
     tables/NAME.parquet small tables; tables/solutions/ID.parquet is one table per s-test shard
     logs/               logs of the drivers; shard-ID.log has the traceback of an unexpected error
     report/             pages and figures that `infl report` wrote; not part of the run
@@ -28,6 +30,7 @@ from typing import Any
 
 SPEC = "spec.json"
 PLAN = "plan.json"
+BATCH = "batch.json"
 STATUS = "status.json"
 LEASE = "lease.json"
 JOB = "job.json"
@@ -38,6 +41,7 @@ ARRAYS = "data.zarr"
 LOGS = "logs"
 TABLES = "tables"
 CHECKPOINTS = "checkpoints"
+FACTORS = "factors"  # of EK-FAC, while a run is at work
 FINISH = "finish"  # the manifest entry for everything that is written after all shards
 STEP = "step-"  # begins the names of such files; see `step_name`
 TRAINING_STATE = f"{CHECKPOINTS}/state.pt"

@@ -146,6 +146,7 @@ def summary_of(entries: Iterable[Entry], finish: str) -> Summary:
         "workers": len({entry.worker for entry in shards if entry.worker}),
         "ended": max((entry.finished_at for entry in entries if entry.finished_at), default=None),
         "used": [Used(software=json.loads(t), entries=n) for t, n in used.most_common()],
+        "batch_sizes": sorted({entry.batch_size for entry in entries if entry.batch_size}),
     }
 
 

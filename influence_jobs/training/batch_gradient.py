@@ -13,6 +13,7 @@ from influence_jobs.curvature.operators import DIFFERENCES
 from influence_jobs.curvature.requirements import saved_bytes
 from influence_jobs.errors import ModelError, first_line
 from influence_jobs.gradients.transforms import all_derivatives
+from influence_jobs.memory import is_out_of_memory
 from influence_jobs.tasks.base import Batch, Task, copy_of, to_type
 from influence_jobs.training.changes import require_one_each
 from influence_jobs.training.statistics import Moves, watched
@@ -164,9 +165,9 @@ def _look(graph: BatchGradient, model: nn.Module) -> bool:
     with all_derivatives(model):
         try:
             expected = _derivatives(outputs, inputs, along, batched=False, keep=True)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             raise ModelError(
                 f"torch cannot differentiate the gradient of {type(model).__name__} "
                 f"({first_line(error)}): replace the operation, or use infl submit "
@@ -174,9 +175,9 @@ def _look(graph: BatchGradient, model: nn.Module) -> bool:
             ) from error
         try:
             found = _derivatives(outputs, inputs, along, batched=True, keep=True)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:  # an operation that vmap does not know
+        except RuntimeError as error:  # an operation that vmap does not know
+            if is_out_of_memory(error):
+                raise
             return False
     apart = sum(_square(a - b) for a, b in zip(found, expected, strict=True))
     return apart <= AGREEMENT**2 * sum(map(_square, expected))

@@ -18,6 +18,7 @@ from infl_cli import dry_run
 from infl_cli.main import main
 from infl_cluster import launch
 from influence_jobs import devices
+from influence_jobs.jobs import automatic
 from influence_jobs.models.ffdnet import FFDNet
 from influence_jobs.store.run import Run
 
@@ -48,8 +49,8 @@ def infl(
     for module in (devices, dry_run):
         monkeypatch.setattr(module, "cores", lambda: 1)
     monkeypatch.setattr(launch, "threads", lambda: 1)
-    for seconds in ("PROBE_S", "PROBE_OTHER_S"):
-        monkeypatch.setattr(dry_run, seconds, 0.0)
+    for module in (automatic, dry_run):
+        monkeypatch.setattr(module, "PROBE_S", 0.0)
     monkeypatch.setenv("COLUMNS", "80")
     for name in ("INFL_RUNS", "INFL_DATA", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)

@@ -1,88 +1,29 @@
-"""The batch size that a dry run suggests."""
+"""What a dry run tells."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from infl_cli import dry_run
-from influence_jobs.jobs.base import Plan
+from influence_jobs.jobs.automatic import Choice
 
 from .conftest import Infl
 
-PLAN = Plan((), (), units=1000, batch_size=32)
 
-
-def rates(
-    monkeypatch: pytest.MonkeyPatch, speeds: dict[int, float], own: int, most: int
-) -> dict[int, float]:
-    """The result if batches have these speeds, and all others do not fit into memory."""
-
-    def probe(batch_size: int, seconds: float) -> float:
-        if batch_size not in speeds:
-            raise torch.OutOfMemoryError
-        return speeds[batch_size]
-
-    def open_job(run: Any, *, device: Any, batch_size: int) -> Any:
-        return SimpleNamespace(probe=lambda: batch_size)
-
-    monkeypatch.setattr(dry_run, "open_job", open_job)
-    monkeypatch.setattr(dry_run, "samples_per_second", probe)
-    how: Any = SimpleNamespace(resolved_device=torch.device("cpu"))
-    return dry_run._rates(None, how, own, most)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    "speeds, most, tried, fastest",
-    [
-        (
-            {16: 50, 32: 100, 64: 180, 128: 300, 256: 290, 512: 999},
-            1024,
-            256,
-            128,
-        ),  # the first loss ends it
-        ({16: 50, 32: 100, 64: 180, 128: 300, 256: 400}, 128, 128, 128),  # a chunk ends it
-        ({16: 50, 32: 100, 64: 180}, 1024, 64, 64),  # the memory ends it
-        ({16: 130, 32: 100, 64: 90}, 1024, 64, 16),  # a smaller one is best
-        ({16: 104, 32: 100, 64: 108, 128: 90}, 1024, 128, 32),  # not worth it
-    ],
-)
-def test_the_fastest_batch(
-    monkeypatch: pytest.MonkeyPatch,
-    speeds: dict[int, float],
-    most: int,
-    tried: int,
-    fastest: int,
-) -> None:
-    found = rates(monkeypatch, speeds, own=32, most=most)
-    assert max(found) == tried
-    assert found == {size: speeds[size] for size in found}
-    assert dry_run.Estimate(PLAN, 32, 2, 200.0, found).fastest == fastest
-
-
-def test_one_by_one_has_no_half(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert rates(monkeypatch, {1: 10.0, 2: 30.0}, own=1, most=2) == {1: 10.0, 2: 30.0}
-
-
-def test_without_trying_the_own_batch_stays() -> None:
-    assert dry_run.Estimate(PLAN, 32, 2, 200.0).fastest == 32
-
-
-def test_a_faster_batch_is_named_unless_the_user_chose_one(
+def test_the_batch_size_that_the_run_would_choose_is_told_with_the_reason(
     infl: Infl, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def faster(run: Any, how: Any, own: int, most: int) -> dict[int, float]:
-        return {own: 1.0, own // 2: 3.0}
+    def halved(job: Any, units: int) -> Choice:
+        assert units == 1500
+        return Choice(32, {32: 3.0, 64: 1.0})
 
-    monkeypatch.setattr(dry_run, "_rates", faster)
+    monkeypatch.setattr(dry_run, "expected", halved)
     words = ("submit", "grad-norms", "--task", "digits:DigitsTask", "--layer", "1", "--dry-run")
     plan = infl(*words, "--json").json
-    best = plan["batch_size"] // 2
-    assert plan["fastest_batch_size"] == best
-    assert f"faster      3.00 times with --batch-size {best}\n" in infl(*words).out
-    chosen = infl(*words, "--batch-size", "10", "--json").json
-    assert (chosen["batch_size"], chosen["fastest_batch_size"]) == (10, 10)
+    assert plan["batch_size"] == 32
+    assert "batches     of 32: 3.00 times as fast as 64 (probed)\n" in infl(*words).out
+    asked = infl(*words, "--batch-size", "10", "--json").json
+    assert (asked["batch_size"], asked["batch_size_because"]) == (10, "")
 
 
 def test_losses_are_estimated_before_there_are_weights(infl: Infl) -> None:

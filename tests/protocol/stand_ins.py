@@ -142,9 +142,13 @@ class FakeJob:
     """A job whose shards are one piece of text each."""
 
     title = "job"
+    used_batch_size = 0
 
     def __init__(self, world: "World", run: FakeRun):
         self._world, self.run_store = world, run
+
+    def held_bytes(self, plan: Plan) -> int:
+        return 0
 
     def input_digests(self) -> dict[str, str]:
         return {}

@@ -24,6 +24,7 @@ class AttributionJob(ScoresJob[AttributionSpec]):
     """Reads stored norms; only the queries go through the model."""
 
     spec_type = AttributionSpec
+    reads_samples = False
 
     @staticmethod
     def inputs(spec: AttributionSpec) -> tuple[AnySpec, ...]:

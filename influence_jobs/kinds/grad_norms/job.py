@@ -13,7 +13,13 @@ from influence_jobs.gradients import GradNorms, TokenNorms
 from influence_jobs.gradients.fallback import slow_lines
 from influence_jobs.jobs.base import Progress, Result, Shard
 from influence_jobs.jobs.norm_arrays import norm_layouts
-from influence_jobs.jobs.samples import SampleJob, trained_inputs
+from influence_jobs.jobs.samples import (
+    Rows,
+    SampleJob,
+    dtype_for,
+    engine_precision,
+    trained_inputs,
+)
 from influence_jobs.jobs.tokens import only_tokens
 from influence_jobs.kinds.grad_norms.spec import GradNormsSpec
 from influence_jobs.kinds.train.spec import Checkpoint
@@ -65,30 +71,23 @@ class GradNormsJob(SampleJob[GradNormsSpec]):
 
     def run(self, shard: Shard, progress: Progress) -> Result:
         progress(done := 0)
-        total: dict[str, npt.NDArray[np.float64]] = {}
-        kept: dict[str, list[npt.NDArray[Any]]] = {}
+        found, kept = Rows(shard), list[dict[str, npt.NDArray[np.float64]]]()
         for checkpoint in self.spec.checkpoints:
             self.load(checkpoint)
-            pieces: dict[str, list[npt.NDArray[Any]]] = {}
-            for ids, batch in self.loaded(self.batches(shard), Draw(self.spec.seed)):
-                for name, values in self._norms(ids, batch).items():
-                    pieces.setdefault(name, []).append(values)
+            for ids, norms in self.each(shard, Draw(self.spec.seed), self._norms):
+                found.add(ids, norms)
                 done += len(ids)
                 progress(done)
-            for name, found in pieces.items():
-                values = np.concatenate(found)
-                if self.spec.combine == "keep":
-                    kept.setdefault(name, []).append(values)
-                else:
-                    # In float64: the sum must not add rounding errors to the stored float32.
-                    total[name] = total.get(name, 0.0) + values.astype(np.float64)
+            if self.spec.combine == "keep":
+                kept.append(found.arrays)
+                found = Rows(shard)
         if self.spec.combine == "keep":
-            return Result({name: np.stack(rows) for name, rows in kept.items()})
-        return Result({**total})
+            return Result({name: np.stack([one[name] for one in kept]) for name in kept[0]})
+        return Result(found.arrays)
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.float64 if self.spec.precision == "float64" else torch.float32
+        return dtype_for(self.spec.precision)
 
     @cached_property
     def _engine(self) -> GradNorms:
@@ -97,7 +96,7 @@ class GradNormsJob(SampleJob[GradNormsSpec]):
             self.spec.layers,
             self.task.losses,
             reduction=self.spec.reduction,
-            precision=self.spec.precision,
+            precision=engine_precision(self.spec.precision),
         )
         # Once a worker: hooks do not see every use that a model makes of its weights.
         first = torch.arange(min(2, len(self.task.train_data())))
@@ -109,8 +108,8 @@ class GradNormsJob(SampleJob[GradNormsSpec]):
 
     @cached_property
     def _tokens(self) -> tuple[TokenLosses, TokenNorms]:
-        parts = TokenLosses(self.task)
-        engine = TokenNorms(self.model, self.spec.layers, parts, precision=self.spec.precision)
+        parts, precision = TokenLosses(self.task), engine_precision(self.spec.precision)
+        engine = TokenNorms(self.model, self.spec.layers, parts, precision=precision)
         first = torch.arange(min(2, len(self.task.train_data())))
         batch = self.batch(first, Draw(self.spec.seed))
         parts.look(self.model, batch)
@@ -137,6 +136,6 @@ class GradNormsJob(SampleJob[GradNormsSpec]):
 
     def probe(self) -> Iterator[int]:
         # The checkpoint may not exist yet. Untrained weights take the same time.
-        for ids, batch in self.loaded(self.all_batches(), Draw(self.spec.seed)):
-            self._norms(ids, batch)
+        for ids in self.all_batches():
+            self._norms(ids, self.batch(ids, Draw(self.spec.seed)))
             yield len(ids)

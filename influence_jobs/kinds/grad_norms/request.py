@@ -7,7 +7,7 @@ from influence_jobs.kinds.grad_norms.spec import GradNormsSpec
 from influence_jobs.requests.base import Many, Say, option
 from influence_jobs.requests.options import LAYER, REDUCE, SeedOptions, WeightsRequest
 from influence_jobs.specs.base import Spec, make_spec
-from influence_jobs.terms import Precision, Reduction
+from influence_jobs.terms import JobPrecision, Reduction
 
 
 class GradNormsRequest(WeightsRequest, SeedOptions):
@@ -29,10 +29,11 @@ class GradNormsRequest(WeightsRequest, SeedOptions):
         "Also keep the norm of the gradient of each token's part of its sequence's loss, by each "
         "whole layer. It takes a pass a token.",
     )
-    precision: Precision = option(
+    precision: JobPrecision = option(
         "float32",
-        "Precision of the computation; bfloat16 by torch's autocast. A model that is built in "
-        "float64 is computed in it.",
+        "Precision of the computation; bfloat16 by torch's autocast, bfloat16-weights with the "
+        "weights in bfloat16 too, in half the memory. A model that is built in float64 is computed "
+        "in it.",
     )
 
     def specs(self, root: str, say: Say) -> tuple[Spec, ...]:

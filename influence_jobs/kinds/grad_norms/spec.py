@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from influence_jobs.kinds.train.spec import Checkpoint
 from influence_jobs.specs.base import Count
 from influence_jobs.specs.norms import NormsSpec
-from influence_jobs.terms import Precision, Reduction
+from influence_jobs.terms import JobPrecision, Reduction
 
 
 class GradNormsSpec(NormsSpec):
@@ -26,7 +26,7 @@ class GradNormsSpec(NormsSpec):
     layers: Annotated[tuple[str, ...], Field(min_length=1)]
     reduction: Reduction = "channel"
     combine: Literal["sum", "keep"] = "sum"
-    precision: Precision = "float32"
+    precision: JobPrecision = "float32"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     tokens: Count | None = None
 

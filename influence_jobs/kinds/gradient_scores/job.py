@@ -40,6 +40,7 @@ class GradientScoresJob(ScoresJob[GradientScoresSpec]):
 
     spec_type = GradientScoresSpec
     reads_data = False
+    reads_samples = False
 
     @staticmethod
     def inputs(spec: GradientScoresSpec) -> tuple[AnySpec, ...]:

@@ -13,7 +13,13 @@ from influence_jobs.gradients import GradProjections, ParameterSpace
 from influence_jobs.gradients.fallback import slow_lines
 from influence_jobs.gradients.projections import Projection
 from influence_jobs.jobs.base import Progress, Result, Shard
-from influence_jobs.jobs.samples import SampleJob, trained_inputs
+from influence_jobs.jobs.samples import (
+    Rows,
+    SampleJob,
+    dtype_for,
+    engine_precision,
+    trained_inputs,
+)
 from influence_jobs.kinds.gradients.rows import (
     packed_rows,
     projections_of,
@@ -24,16 +30,12 @@ from influence_jobs.kinds.gradients.spec import GradientsSpec
 from influence_jobs.kinds.train.spec import Checkpoint
 from influence_jobs.methods.rounding import rounding_lines
 from influence_jobs.specs.base import AnySpec
-from influence_jobs.store.layout import (
-    ArrayLayout,
-)
+from influence_jobs.store.layout import LOSSES_OF_ROWS, ArrayLayout
 from influence_jobs.tasks.base import Batch, Draw
 
 log = logging.getLogger(__name__)
 
 PROBED_ROWS = 1024  # from which the loss by rounding is measured
-
-Rows = dict[str, npt.NDArray[Any]]
 
 
 class GradientsJob(SampleJob[GradientsSpec]):
@@ -65,27 +67,22 @@ class GradientsJob(SampleJob[GradientsSpec]):
     def run(self, shard: Shard, progress: Progress) -> Result:
         progress(done := 0)
         self.load(self.spec.checkpoint)
-        total: dict[str, npt.NDArray[np.float64]] = {}
-        losses: npt.NDArray[np.float64] = np.zeros(())
-        for draw in range(self.spec.noise_draws):
-            pieces: dict[str, list[npt.NDArray[Any]]] = {group: [] for group in self._sizes}
-            of_batches = []
-            for ids, batch in self.loaded(self.batches(shard), Draw(self.spec.seed, draw)):
-                rows, losses_B = self._projected(ids, batch)
-                for group, values in rows.items():
-                    pieces[group].append(values)
-                of_batches.append(losses_B)
+        found, losses, draws = Rows(shard), Rows(shard), self.spec.noise_draws
+        for draw in range(draws):
+            for ids, (rows, losses_B) in self.each(
+                shard, Draw(self.spec.seed, draw), self._projected
+            ):
+                found.add(ids, {group: v.astype(np.float64) / draws for group, v in rows.items()})
+                losses.add(ids, {LOSSES_OF_ROWS: losses_B / draws})
                 done += len(ids)
                 progress(done)
-            for group, parts in pieces.items():
-                values = np.concatenate(parts, dtype=np.float64) / self.spec.noise_draws
-                total[group] = total[group] + values if group in total else values
-            losses = losses + np.concatenate(of_batches) / self.spec.noise_draws
-        return Result(packed_rows(total, losses, stored=self.spec.stored))
+        return Result(
+            packed_rows(found.arrays, losses.arrays[LOSSES_OF_ROWS], stored=self.spec.stored)
+        )
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.float64 if self.spec.precision == "float64" else torch.float32
+        return dtype_for(self.spec.precision)
 
     @cached_property
     def _space(self) -> ParameterSpace:
@@ -106,7 +103,7 @@ class GradientsJob(SampleJob[GradientsSpec]):
             self._space,
             self.task.losses,
             self._projections,
-            precision=self.spec.precision,
+            precision=engine_precision(self.spec.precision),
         )
         # Once a worker: hooks do not see every use that a model makes of its weights.
         first = torch.arange(min(2, self.num_rows))
@@ -116,20 +113,23 @@ class GradientsJob(SampleJob[GradientsSpec]):
             log.info(line)
         return engine
 
-    def _projected(self, ids: torch.Tensor, batch: Batch) -> tuple[Rows, npt.NDArray[Any]]:
+    def _projected(
+        self, ids: torch.Tensor, batch: Batch
+    ) -> tuple[dict[str, npt.NDArray[Any]], npt.NDArray[Any]]:
+        """Projected gradients (B, D) by group, and the losses (B,)."""
         rows = {group: values.cpu().numpy() for group, values in self._engine(batch).items()}
         for group, values in rows.items():
             self.require_finite(f"the gradient of layer {group}", values, ids)
         return rows, self._engine.losses_B.double().cpu().numpy()
 
     @cached_property
-    def _probed(self) -> list[Rows]:
+    def _probed(self) -> list[dict[str, npt.NDArray[Any]]]:
         """Rows of the probe, filled as it goes."""
         return []
 
     def probe(self) -> Iterator[float]:
-        for ids, batch in self.loaded(self.all_batches(), Draw(self.spec.seed)):
-            rows, _ = self._projected(ids, batch)
+        for ids in self.all_batches():
+            rows, _ = self._projected(ids, self.batch(ids, Draw(self.spec.seed)))
             if sum(len(next(iter(seen.values()))) for seen in self._probed) < PROBED_ROWS:
                 self._probed.append(rows)
             yield len(ids)

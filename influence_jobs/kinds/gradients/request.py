@@ -9,7 +9,7 @@ from influence_jobs.kinds.s_test.request import LAYERS_THAT_COUNT
 from influence_jobs.requests.base import Many, Say, option
 from influence_jobs.requests.options import SeedOptions, WeightsRequest
 from influence_jobs.specs.base import Count, Spec, make_spec
-from influence_jobs.terms import Distribution, Precision, Stored
+from influence_jobs.terms import Distribution, JobPrecision, Stored
 
 
 class GradientsRequest(WeightsRequest, SeedOptions):
@@ -31,10 +31,11 @@ class GradientsRequest(WeightsRequest, SeedOptions):
     stored: Stored = option(
         "float16", "How the numbers are rounded; --dry-run tells what that loses."
     )
-    precision: Precision = option(
+    precision: JobPrecision = option(
         "float32",
-        "Precision of the computation; bfloat16 by torch's autocast. A model that is built in "
-        "float64 is computed in it.",
+        "Precision of the computation; bfloat16 by torch's autocast, bfloat16-weights with the "
+        "weights in bfloat16 too, in half the memory. A model that is built in float64 is computed "
+        "in it.",
     )
     noise_draws: Count = option(
         1, "Number of noise draws of a training sample to average over, for tasks with noise."

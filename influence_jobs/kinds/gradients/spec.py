@@ -6,7 +6,7 @@ from pydantic import Field
 
 from influence_jobs.kinds.train.spec import Checkpoint
 from influence_jobs.specs.base import Count, Seed, Spec
-from influence_jobs.terms import Distribution, Precision, Stored
+from influence_jobs.terms import Distribution, JobPrecision, Stored
 
 
 class GradientsSpec(Spec):
@@ -32,6 +32,6 @@ class GradientsSpec(Spec):
     distribution: Distribution = "gaussian"
     whole: bool = False
     stored: Stored = "float16"
-    precision: Precision = "float32"
+    precision: JobPrecision = "float32"
     noise_draws: Count = 1
     seed: Seed = 0

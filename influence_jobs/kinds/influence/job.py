@@ -14,6 +14,7 @@ from influence_jobs.errors import SpecError
 from influence_jobs.gradients import GradDots, GradQuadratics, Metric, TokenDots
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.gradients.rules import MatrixRule, matrix_layers, nearest_rule
+from influence_jobs.jobs.base import Plan
 from influence_jobs.jobs.samples import trained_inputs
 from influence_jobs.jobs.scores import Scores, ScoresJob, sides_of
 from influence_jobs.jobs.tokens import MEANING, only_tokens
@@ -37,12 +38,18 @@ from influence_jobs.tasks.base import Draw
 from influence_jobs.tasks.sequences import TokenLosses
 from influence_jobs.terms import ScorePrecision
 
+# Of the s_test vectors that are in memory. More queries are multiplied block after block, for
+# each of which the samples pass through the model once more.
+MAX_VECTOR_BYTES = 2**30
+
 
 class InfluenceJob(ScoresJob[InfluenceSpec]):
-    """The scores have terms for every s_test run (`terms_of`) and noise draw."""
+    """The scores have terms for every s_test run (`terms_of`), block of queries and noise draw."""
 
     spec_type = InfluenceSpec
-    _engines: tuple[int, GradDots, GradQuadratics | None, TokenDots | None] | None = None
+    _engines: tuple[tuple[int, int], GradDots, GradQuadratics | None, TokenDots | None] | None = (
+        None
+    )
 
     @cached_property
     def _fitted(self) -> dict[int, dict[str, Metric | None]]:
@@ -78,7 +85,26 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
 
     @property
     def terms(self) -> int:
-        return len(self._terms) * self.spec.noise_draws
+        return len(self._terms) * len(self._blocks) * self.spec.noise_draws
+
+    @cached_property
+    def _blocks(self) -> list[slice]:
+        """Queries whose vectors are in memory together: as many as `MAX_VECTOR_BYTES` holds."""
+        count = len(self.spec.queries.items)
+        block = max(1, MAX_VECTOR_BYTES // self._vector_bytes)
+        return [slice(start, min(start + block, count)) for start in range(0, count, block)]
+
+    @cached_property
+    def _vector_bytes(self) -> int:
+        """Of one query."""
+        space = ParameterSpace(self.task.model(), self.spec.s_tests[0].modules)
+        return space.size * np.dtype(self.stored).itemsize
+
+    def held_bytes(self, plan: Plan) -> int:
+        block = self._blocks[0]
+        # Twice: as they are read, and as the layers' rules read them.
+        vectors: int = 2 * (block.stop - block.start) * self._vector_bytes
+        return plan.largest_shard_bytes + vectors
 
     def layouts(self) -> tuple[ArrayLayout, ...]:
         found, tokens = super().layouts(), self.spec.tokens
@@ -128,7 +154,8 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
 
     def score(self, term: int, ids: torch.Tensor) -> Scores:
         which, draw = divmod(term, self.spec.noise_draws)
-        dots, sizes, tokens = self._engines_of(which)
+        of_term, block = divmod(which, len(self._blocks))
+        dots, sizes, tokens = self._engines_of(of_term, block)
         batch = self.batch(ids, Draw(self.spec.seed, draw))
         found: dict[str, Tensor] = {}
         if self.kept_layers:
@@ -147,28 +174,39 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
         if sizes is not None:
             squared_B = torch.stack([*sizes(batch).values()]).sum(dim=0).double().cpu().numpy()
             scores = {name: relative_scores(values, squared_B) for name, values in scores.items()}
-        weight = self._terms[which][1].weight / self.spec.noise_draws
+        weight = self._terms[of_term][1].weight / self.spec.noise_draws
         if self.spec.combine == "mean":
             weight /= len(self.spec.s_tests)
         if counts_B is not None and self.spec.tokens is not None:
             by_sample = scores[SCORES_OF_TOKENS].swapaxes(1, 2)
             scores[SCORES_OF_TOKENS] = only_tokens(by_sample, counts_B, self.spec.tokens)
-        return {name: values * weight for name, values in scores.items()}
+        return {name: self._in_all(block, values * weight) for name, values in scores.items()}
+
+    def _in_all(self, block: int, values: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
+        """Scores of a block of queries among those of all, (Q, B, ...), which are zero."""
+        if len(self._blocks) == 1:
+            return values
+        found = np.zeros((len(self.spec.queries.items), *values.shape[1:]), values.dtype)
+        found[self._blocks[block]] = values
+        return found
 
     @cached_property
     def _parts(self) -> TokenLosses:
         return TokenLosses(self.task)
 
-    def _engines_of(self, which: int) -> tuple[GradDots, GradQuadratics | None, TokenDots | None]:
-        """The engines of one term, with its checkpoint's weights in the model."""
-        if self._engines is None or self._engines[0] != which:
+    def _engines_of(
+        self, which: int, block: int
+    ) -> tuple[GradDots, GradQuadratics | None, TokenDots | None]:
+        """The engines of one term and block, with the term's checkpoint's weights in the model."""
+        if self._engines is None or self._engines[0] != (which, block):
             if self._engines is not None:
                 for engine in self._engines[1:3]:
                     if engine is not None:
                         engine.close()
+                self._engines = None  # its vectors are not needed beside the next ones
             s_test, term = self._terms[which]
             self.load(term.checkpoint)
-            vectors_QP = torch.from_numpy(self._vectors(s_test, term))
+            vectors_QP = torch.from_numpy(self._vectors(s_test, term, self._blocks[block]))
             space = ParameterSpace(self.model, s_test.modules)
             sizes = None
             if self.spec.relative is not None:
@@ -182,7 +220,7 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
             tokens = None
             if self.spec.tokens is not None:
                 tokens = TokenDots(self.model, space, self._parts, vectors_QP)
-            self._engines = which, dots, sizes, tokens
+            self._engines = (which, block), dots, sizes, tokens
         return self._engines[1:]
 
     def _check(self, dots: GradDots) -> None:
@@ -190,9 +228,9 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
         first = torch.arange(min(2, len(self.task.train_data())))
         dots.check(self.batch(first, Draw(self.spec.seed)))
 
-    def _vectors(self, s_test: STestSpec, term: Term) -> npt.NDArray[np.floating]:
+    def _vectors(self, s_test: STestSpec, term: Term, block: slice) -> npt.NDArray[np.floating]:
         run = Run(self.run_store.root, s_test)
-        return run.read_rows(term.array, 0, len(s_test.queries.items))
+        return run.read_rows(term.array, block.start, block.stop)
 
     def _metrics(self, s_test: STestSpec) -> dict[str, Metric | None]:
         """Each layer's quadratic form; relative scores are divided by the root of their sum."""
@@ -222,7 +260,7 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
             self.task,
             curvature_samples(self.task, s_test.curvature),
             Draw(s_test.curvature.seed),
-            self.batch_size,
+            self.batching,
         )
         targets = solver.targets if isinstance(solver, EkFacSettings) else "auto"
         fitted = EkFac(self._damping(s_test), seed=s_test.curvature.seed, targets=targets)
@@ -237,7 +275,7 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
         # The s_test vectors may not exist yet. Random vectors take the same time.
         s_test = self.spec.s_tests[0]
         space = ParameterSpace(self.model, s_test.modules)
-        vectors_QP = torch.randn(len(s_test.queries.items), space.size)
+        vectors_QP = torch.randn(self._blocks[0].stop, space.size)
         dots = GradDots(self.model, space, self.task.losses, vectors_QP, precision=self.stored)
         tokens = TokenDots(self.model, space, self._parts, vectors_QP)
         for ids in self.all_batches():

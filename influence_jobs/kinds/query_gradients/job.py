@@ -12,7 +12,7 @@ from influence_jobs.gradients import ParameterSpace
 from influence_jobs.gradients.projections import Projection
 from influence_jobs.jobs.base import Progress, Result, Shard
 from influence_jobs.jobs.queries import query_gradients, require_queries, write_queries
-from influence_jobs.jobs.samples import SampleJob, trained_inputs
+from influence_jobs.jobs.samples import SampleJob, dtype_for, trained_inputs
 from influence_jobs.kinds.gradients.rows import (
     packed_rows,
     projections_of,
@@ -30,6 +30,7 @@ class QueryGradientsJob(SampleJob[QueryGradientsSpec]):
     """A shard is a range of queries."""
 
     spec_type = QueryGradientsSpec
+    reads_samples = False
     passes = 1
 
     @property
@@ -96,6 +97,13 @@ class QueryGradientsJob(SampleJob[QueryGradientsSpec]):
                 measured = self.task.measure(self.model, batch, queries.quantity, query.region)
             total += float(measured.sum()) / queries.noise_draws
         return total
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        super().load(checkpoint)
+        if dtype_for(self.spec.gradients.precision) == torch.bfloat16:
+            # The samples' gradients are of rounded weights; a query's own are kept exact.
+            for parameter in self.model.parameters():
+                parameter.data.copy_(parameter.data.bfloat16())
 
     @property
     def dtype(self) -> torch.dtype:

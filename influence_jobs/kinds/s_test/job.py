@@ -19,6 +19,7 @@ from influence_jobs.curvature import (
     Solution,
     make_solver,
 )
+from influence_jobs.curvature.ek_fac_factors import likely_bytes
 from influence_jobs.curvature.halves import cosines_of_halves
 from influence_jobs.curvature.solver import Solver, Trial
 from influence_jobs.curvature.source import Segment, Source
@@ -28,6 +29,7 @@ from influence_jobs.jobs.base import Job, Plan, Progress, Result, Shard
 from influence_jobs.jobs.queries import query_gradients, require_queries, write_queries
 from influence_jobs.jobs.recipe import scheduled_damping
 from influence_jobs.jobs.samples import trained_inputs
+from influence_jobs.jobs.saved_state import SavedFactors
 from influence_jobs.kinds.s_test.spec import STestSpec
 from influence_jobs.kinds.s_test.terms import Stretch, stretches_of, terms_of
 from influence_jobs.kinds.train.spec import TrainedCheckpoint
@@ -47,6 +49,9 @@ from influence_jobs.tasks.base import Draw, Task, converted, copy_of, device_of
 MAX_QUERIES, MAX_BLOCK_BYTES = 64, 64 * 2**20
 # Repeats in a shard: side by side they take 3/4 of the time, but more shards occupy more workers.
 MAX_REPEATS = 3
+# Blocks of vectors at a time: the queries' gradients, solution, residual and direction, and of a
+# product the vectors, their part of a batch, and a sum in float64.
+VECTORS_HELD = 8
 SHARD_TABLES = "solutions"  # folder with one table for each shard
 SAMPLES_DRAW = 2**32  # Philox key of the subset; solvers use other keys
 # Queries whose s_test are compared between halves of a subset, and the cosine below which it warns.
@@ -129,7 +134,7 @@ class STestJob(Job[STestSpec]):
         repeats, units = shard.repeats, self._units(shard)
         vectors: dict[int, list[npt.NDArray[np.floating[Any]]]] = {r: [] for r in repeats}
         rows = []
-        solver = make_solver(self.spec.solver, seed=self.spec.curvature.seed)
+        solver = self._solver
         for i, start in enumerate(starts):
             stop = min(start + block, shard.stop)
             rhs_QP = query_gradients(
@@ -152,6 +157,21 @@ class STestJob(Job[STestSpec]):
             for repeat, blocks in vectors.items()
         }
         return Result(found, self._written(shard, rows))
+
+    @cached_property
+    def _solver(self) -> Solver:
+        solver = make_solver(self.spec.solver, seed=self.spec.curvature.seed)
+        if isinstance(solver, EkFac):
+            solver.saved = SavedFactors(self.run_store.files)
+        return solver
+
+    def held_bytes(self, plan: Plan) -> int:
+        block = plan.arrays[0].chunk_rows
+        vector_bytes = np.dtype(self.spec.precision).itemsize * self._space.size
+        held = plan.largest_shard_bytes + VECTORS_HELD * block * vector_bytes
+        if self.spec.solver.needs_factors:
+            held += 2 * likely_bytes(self._space.parameters())  # and what the eigenvectors take
+        return held
 
     def _written(self, shard: Shard, rows: list[dict[str, Any]]) -> dict[str, str]:
         # One table for each shard: two shards must not write to one file.
@@ -310,14 +330,14 @@ class STestJob(Job[STestSpec]):
             self.task,
             self._samples,
             Draw(curvature.seed),
-            self.batch_size,
+            self.batching,
             finite_difference=curvature.product == "finite-difference",
         )
 
     def _gauss_newton(self, model: torch.nn.Module) -> GaussNewton:
         draw = Draw(self.spec.curvature.seed)
         space = self._space.of(model)
-        return GaussNewton(model, space, self.task, self._samples, draw, self.batch_size)
+        return GaussNewton(model, space, self.task, self._samples, draw, self.batching)
 
     def finish(self) -> Result:
         run, spec = self.run_store, self.spec
@@ -328,6 +348,7 @@ class STestJob(Job[STestSpec]):
         order = [name for name in ("query", "repeat", "segment") if name in tables.column_names]
         files = run.write_table("solutions", tables.sort_by([(o, "ascending") for o in order]))
         files |= write_queries(run, self.task, spec.queries)
+        SavedFactors(run.files).delete()
         if self._repeats == 1:
             return Result(files=files)
         mean = np.empty(run.array(S_TEST).shape, dtype=spec.precision)

@@ -21,6 +21,7 @@ class GivenScoresJob(ScoresJob[GivenScoresSpec]):
     """The file is read once, where the run is submitted: other machines may not have it."""
 
     spec_type = GivenScoresSpec
+    reads_samples = False
 
     @staticmethod
     def inputs(spec: GivenScoresSpec) -> tuple[AnySpec, ...]:

@@ -550,7 +550,7 @@ def test_a_block_with_many_numbers_that_are_always_zero() -> None:
     sizes = 10 ** -torch.empty(size).uniform_(0, 8, generator=g)
     gradients = torch.randn(200, size, generator=g) * sizes
     gradients[:, torch.randperm(size, generator=g)[live:]] = 0
-    block = VectorBlock("spare", torch.Size([size]), gradients, torch.float32)
+    block = VectorBlock("spare", torch.Size([size]), gradients.device, torch.float32)
     block.add(gradients)
     moment = gradients.double().t() @ gradients.double()
     block.diagonalise()  # LAPACK's own way fails for it in float32

@@ -1,5 +1,7 @@
 """Every refusal is a ModelError of one line that names the module."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -73,7 +75,9 @@ def test_weight_types():
     )
     model = nn.Sequential(nn.Linear(6, 6))
     refused("has float32 weights, .* needs float64", model, "0", precision="float64")
-    refused("has bfloat16 weights, .* needs float32", model.bfloat16(), "0", precision="bfloat16")
+    half = copy.deepcopy(model).half()
+    refused("has float16 weights, .* needs float32 or bfloat16", half, "0", precision="bfloat16")
+    refused("has bfloat16 weights, .* needs float32", model.bfloat16(), "0")
     integer = nn.Linear(6, 6)
     integer.weight = nn.Parameter(torch.ones(6, 6, dtype=torch.int8), requires_grad=False)
     with pytest.raises(ModelError, match=r"layer 'fc' \(Linear\) has int8 weights"):

@@ -18,6 +18,10 @@ from influence_jobs.kinds.runner import ShardRunner
 from influence_jobs.store import layout
 from influence_jobs.store.run import Run
 
+OUT_OF_MEMORY = (
+    "out of memory: choose a smaller --batch-size, fewer layers (--layer), fewer queries, or a "
+    "machine or GPU with more memory"
+)
 SHARD = Shard("000000000-000000256", 0, 256)
 
 
@@ -60,7 +64,7 @@ def fail_with(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
         (
             torch.OutOfMemoryError("CUDA out of memory."),
             "user",
-            "out of memory: submit with a smaller --batch-size",
+            OUT_OF_MEMORY,
         ),
         (KeyError("a"), "user", "KeyError: 'a'"),
     ],

@@ -2,11 +2,14 @@
 
 import threading
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from influence_jobs.jobs.base import Shard
 from influence_jobs.jobs.samples import SampleJob, ahead
+from influence_jobs.memory import BatchSize
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -17,9 +20,10 @@ def test_ids_come_with_their_samples_whether_fetched_ahead_or_not(device):
         fetching.add(threading.get_ident())
         return ids * 10 + draw
 
-    job = SimpleNamespace(device=torch.device(device), batch=batch)
-    pieces = torch.arange(7).split(3)
-    found = list(SampleJob.loaded(job, pieces, 1))  # type: ignore[arg-type]
+    job: Any = SimpleNamespace(device=torch.device(device), batch=batch, batching=BatchSize(3))
+    job.chunks = lambda shard: [torch.arange(shard.start, shard.stop)]
+    job._loader = SampleJob._loader.fget(job)  # type: ignore[attr-defined]
+    found = list(SampleJob.each(job, Shard("", 0, 7), 1, lambda ids, samples: samples))  # type: ignore[arg-type]
     assert [ids.tolist() for ids, _ in found] == [[0, 1, 2], [3, 4, 5], [6]]
     assert [samples.tolist() for _, samples in found] == [[1, 11, 21], [31, 41, 51], [61]]
     assert (threading.get_ident() in fetching) == (device == "cpu")

@@ -6,11 +6,11 @@ import numpy as np
 import torch
 
 from influence_jobs.jobs.base import Progress, Result, Shard
-from influence_jobs.jobs.samples import SampleJob, trained_inputs
+from influence_jobs.jobs.samples import Rows, SampleJob, trained_inputs
 from influence_jobs.kinds.train.spec import Checkpoint
 from influence_jobs.specs.base import AnySpec
 from influence_jobs.store.layout import ArrayLayout, chunk_rows
-from influence_jobs.tasks.base import Draw
+from influence_jobs.tasks.base import Batch, Draw
 
 from .spec import LossesSpec
 
@@ -38,14 +38,16 @@ class LossesJob(SampleJob[LossesSpec]):
     @torch.no_grad()
     def run(self, shard: Shard, progress: Progress) -> Result:
         self.load(self.spec.checkpoint)
-        pieces = [self._losses(ids) for ids in self.batches(shard)]
+        rows = Rows(shard)
+        for ids, losses in self.each(shard, Draw(0), self._losses):
+            rows.add(ids, {"losses": losses})
         progress(shard.stop - shard.start)
-        return Result({"losses": np.concatenate(pieces)})
+        return Result(rows.arrays)
 
     @torch.no_grad()
     def probe(self) -> Iterator[int]:
         for ids in self.all_batches():
-            yield len(self._losses(ids))
+            yield len(self._losses(ids, self.batch(ids, Draw(0))))
 
-    def _losses(self, ids: torch.Tensor) -> np.ndarray:
-        return self.task.losses(self.model, self.batch(ids, Draw(0))).cpu().numpy()
+    def _losses(self, ids: torch.Tensor, batch: Batch) -> np.ndarray:
+        return self.task.losses(self.model, batch).cpu().numpy()
