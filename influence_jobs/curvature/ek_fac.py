@@ -281,10 +281,11 @@ class EkFac(Solver):
             rows: Samples of the mean.
         """
         for batch, columns in _columns(operator, self.seed, exact=factors.exact):
-            size = 0
+            size, targets = 0, operator.task.targets(batch)
+            padded = operator.form.counted(targets) is not None
             for k, s in enumerate(columns):
                 mean = s / math.sqrt(rows)  # sums of squares are means
-                factors.add(engine, which, (batch, mean), inputs=k == 0)
+                factors.add(engine, which, (batch, mean), inputs=k == 0, padded=padded)
                 size, factors.columns = len(s), max(factors.columns, k + 1)
             yield size
 

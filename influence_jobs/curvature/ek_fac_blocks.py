@@ -125,21 +125,23 @@ class MatrixBlock(Block):
         )
         self.eigenvalues = _there(state, "eigenvalues", device)
 
-    def add_moments(self, x_BTJ: Tensor, g_BTC: Tensor, *, inputs: bool) -> None:
+    def add_moments(
+        self, x_BTJ: Tensor, g_BTC: Tensor, *, inputs: bool, padded: bool = False
+    ) -> None:
         """Add to the second moments of the rows; their scale does not matter.
 
-        An input counts if an output depends on it: not where a sample is padded.
+        Where samples may be `padded`, an input counts if an output depends on it.
         """
         if self._outputs is not None:
             g_NC = g_BTC.flatten(0, 1)
             self._outputs.addmm_(g_NC.t(), g_NC)
-        if self._inputs is None:
+        if self._inputs is None or not (inputs or padded):
             return
-        counts_BT = (g_BTC != 0).any(2)
-        new_BT = counts_BT if inputs else counts_BT & ~self._counted_BT
-        self._counted_BT = counts_BT if inputs else counts_BT | self._counted_BT
         x_NJ, j = x_BTJ.flatten(0, 1), self._columns
-        if not new_BT.all():
+        if padded:
+            counts_BT = (g_BTC != 0).any(2)
+            new_BT = counts_BT if inputs else counts_BT & ~self._counted_BT
+            self._counted_BT = counts_BT if inputs else counts_BT | self._counted_BT
             x_NJ = x_NJ[new_BT.flatten()]
         self._inputs[:j, :j].addmm_(x_NJ.t(), x_NJ)
         if self._has_bias:

@@ -16,7 +16,7 @@ def test_a_suffix_tells_a_file(word: str) -> None:
 
 def test_a_folder_of_zarr_is_one(tmp_path: Path) -> None:
     assert not is_scores_file(str(tmp_path))
-    zarr.save_array(tmp_path / "scores", np.zeros((2, 3)))
+    zarr.create_array(str(tmp_path / "scores"), data=np.zeros((2, 3)))
     assert is_scores_file(str(tmp_path / "scores"))
 
 
