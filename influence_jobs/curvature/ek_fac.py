@@ -281,11 +281,10 @@ class EkFac(Solver):
             rows: Samples of the mean.
         """
         for batch, columns in _columns(operator, self.seed, exact=factors.exact):
-            size, targets = 0, operator.task.targets(batch)
-            padded = operator.form.counted(targets) is not None
+            size = 0
             for k, s in enumerate(columns):
                 mean = s / math.sqrt(rows)  # sums of squares are means
-                factors.add(engine, which, (batch, mean), inputs=k == 0, padded=padded)
+                factors.add(engine, which, (batch, mean), inputs=k == 0)
                 size, factors.columns = len(s), max(factors.columns, k + 1)
             yield size
 

@@ -104,6 +104,7 @@ class MatrixBlock(Block):
             zeros(side, side) if side <= MOST_SIDE else None for side in self._shape
         )
         self.eigenvalues = zeros(*self._shape)
+        self._may_be_padded = weight.ndim < 4  # images are not
         self._squared_BJ = self.eigenvalues[:0]  # the rotated inputs of a batch, squared
         self._counted_BT = self.eigenvalues[:0]  # the positions of a batch whose inputs are added
 
@@ -125,20 +126,18 @@ class MatrixBlock(Block):
         )
         self.eigenvalues = _there(state, "eigenvalues", device)
 
-    def add_moments(
-        self, x_BTJ: Tensor, g_BTC: Tensor, *, inputs: bool, padded: bool = False
-    ) -> None:
+    def add_moments(self, x_BTJ: Tensor, g_BTC: Tensor, *, inputs: bool) -> None:
         """Add to the second moments of the rows; their scale does not matter.
 
-        Where samples may be `padded`, an input counts if an output depends on it.
+        An input counts if an output depends on it: not where a text or a series is padded.
         """
         if self._outputs is not None:
             g_NC = g_BTC.flatten(0, 1)
             self._outputs.addmm_(g_NC.t(), g_NC)
-        if self._inputs is None or not (inputs or padded):
+        if self._inputs is None or not (inputs or self._may_be_padded):
             return
         x_NJ, j = x_BTJ.flatten(0, 1), self._columns
-        if padded:
+        if self._may_be_padded:
             counts_BT = (g_BTC != 0).any(2)
             new_BT = counts_BT if inputs else counts_BT & ~self._counted_BT
             self._counted_BT = counts_BT if inputs else counts_BT | self._counted_BT

@@ -63,26 +63,15 @@ class Factors:
     columns: int = 0
 
     def add(
-        self,
-        engine: OutputGradients,
-        sweep: int,
-        batch: tuple[Any, Tensor],
-        *,
-        inputs: bool,
-        padded: bool,
+        self, engine: OutputGradients, sweep: int, batch: tuple[Any, Tensor], *, inputs: bool
     ) -> None:
-        """Add a batch in one of the two sweeps.
-
-        Args:
-            inputs: Whether these samples are new in this sweep.
-            padded: Whether samples may be padded.
-        """
+        """Add a batch in one of the two sweeps; `inputs` if these samples are new in it."""
 
         def on_rows(layer: str, x: Tensor, g: Tensor) -> None:
             block = self.blocks[layer]
             assert isinstance(block, MatrixBlock)
             if sweep == 0:
-                block.add_moments(x, g, inputs=inputs, padded=padded)
+                block.add_moments(x, g, inputs=inputs)
             else:
                 block.add_squares(x, g, inputs=inputs)
 
