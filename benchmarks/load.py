@@ -200,6 +200,7 @@ def with_ray(folder: Path, shards: int, workers: int) -> None:
         "RAY_ADDRESS": head.gcs_address,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(head.token_path),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # as jobs have it from the Ray that runs them
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
     words = [f"--shards={shards}", f"--workers={workers}", f"--driver-in={folder}"]

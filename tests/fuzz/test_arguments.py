@@ -15,6 +15,7 @@ from infl_cli import dry_run
 from infl_cli.main import main
 from influence_jobs.datasets import mnist
 from influence_jobs.errors import DataError
+from influence_jobs.jobs import automatic
 from influence_jobs.kinds import kinds
 from influence_jobs.store.run import Run
 
@@ -47,8 +48,8 @@ def answer(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setenv("INFL_DATA", str(tmp_path / "data"))
-    for seconds in ("PROBE_S", "PROBE_OTHER_S"):
-        monkeypatch.setattr(dry_run, seconds, 0.0)
+    for module in (automatic, dry_run):
+        monkeypatch.setattr(module, "PROBE_S", 0.0)
 
     def nothing_is_fetched(*_: object, **__: object) -> None:
         raise DataError("nothing is fetched in a test")
