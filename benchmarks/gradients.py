@@ -50,7 +50,7 @@ def losses(model: nn.Module, ids: Tensor) -> Tensor:
 
 @app.command()
 def gpt2(
-    sequences: Annotated[int, typer.Option(help="Sequences a round.")] = 8,
+    sequences: Annotated[int, typer.Option(help="Sequences a round.")] = 32,
     tokens: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 128,
     batch: Annotated[int, typer.Option(help="Sequences in a batch.")] = 4,
     rounds: Annotated[int, typer.Option(help="Rounds that count.")] = 3,
@@ -96,21 +96,22 @@ def gpt2(
         projected_error = checked(torch.cat([*store(one).values()], dim=1)[0], wanted, 1e-3)
     del exact, parts
 
-    def of_norms(ids: Tensor) -> None:
+    # One engine for a round: it freezes the model and looks at its layers once, as in a job.
+    def of_norms() -> None:
         with GradNorms(model, names, losses, reduction="layer") as engine:
-            engine(ids)
+            for ids in batches:
+                engine(ids)
 
-    def of_store(ids: Tensor) -> None:
+    def of_store() -> None:
         with GradProjections(model, space, losses, maps) as engine:
-            engine(ids)
+            for ids in batches:
+                engine(ids)
 
-    contestants.append(
-        Contestant(f"norms of {len(names)} weights", over(batches, of_norms), sequences, error)
-    )
+    contestants.append(Contestant(f"norms of {len(names)} weights", of_norms, sequences, error))
     contestants.append(
         Contestant(
             f"store, 16 x 16 of {len(maps)} layers",
-            over(batches, of_store),
+            of_store,
             sequences,
             projected_error,
         )
