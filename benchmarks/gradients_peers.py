@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 SIDE = 16  # numbers of a side of a layer's projection
 TRAKER_DIM = 8  # of its projection; the time is proportional to it
@@ -63,7 +63,7 @@ def dattri(model: nn.Module, ids: Tensor, batch: int) -> Callable[[], object]:
     from dattri.task import AttributionTask
 
     def loss(network: nn.Module, rows: Any, device: Any) -> Tensor:
-        return loss_of(network, rows[0])
+        return loss_of(network, rows["input_ids"])
 
     task = AttributionTask(
         loss_func=loss, target_func=loss, model=model, checkpoints=model.state_dict()
@@ -73,7 +73,8 @@ def dattri(model: nn.Module, ids: Tensor, batch: int) -> Callable[[], object]:
         attributor = LoGraAttributor(
             task, layer_names=layers_of(model), hessian="Identity", proj_dim=SIDE**2
         )
-        attributor.cache(DataLoader(TensorDataset(ids), batch))
+        rows: list[Any] = [{"input_ids": row} for row in ids]
+        attributor.cache(DataLoader(rows, batch))
 
     return once
 

@@ -33,6 +33,7 @@ from influence_jobs.training.recipe import Recipe
 from influence_jobs.training.train import Trainer, epoch_order, seeded, step_seed
 
 BLOCK_SAMPLES = 128  # K, by measurement; with more the Gram matrix costs more than it saves
+TRIED = 3  # variants
 AGREEMENT = 1e-3  # allowed relative difference of one block's updates; rounding causes 1e-6
 
 
@@ -41,21 +42,22 @@ def perceptron_steps(
     recipe: Recipe,
     members: Members,
     norms: EnsembleNorms | None,
-    first: Variant,
+    variants: Sequence[Variant],
 ) -> "PerceptronSteps | None":
     """Blocked steps, or None where they do not apply or do not agree with `Trainer`.
 
     They apply if the task's `output_loss` is cross-entropy, its model is a `Perceptron`, its
     samples are the same in every epoch and at most `RESIDENT_BYTES` large, and the recipe is SGD
-    with two `sgd_modes`. The first block of the first variant is trained both ways to see whether
-    they agree.
+    with two `sgd_modes`. The first block of a variant is trained both ways to see whether they
+    agree. Rounding alone may part them, at a kink of the activations, so up to `TRIED` variants are
+    asked; a wrong step parts all of them.
 
     Args:
         task: The task to train.
         recipe: How to train it.
         members: The M variants.
         norms: Records norms of the batch gradients, if wanted.
-        first: The variant in the first row of `members`.
+        variants: The variants, in the rows of `members`.
     """
     if task.output_loss != "cross-entropy":
         return None
@@ -65,31 +67,36 @@ def perceptron_steps(
     data = first_layer_data(task, members.models[0], perceptron)
     if data is None:
         return None
-    alone = PerceptronSteps(perceptron, data, modes, recipe, _first(members))
-    if not _agrees(alone, task, recipe, first, members):
-        return None
-    return PerceptronSteps(perceptron, data, modes, recipe, members, norms)
+    for row, variant in enumerate(variants[:TRIED]):
+        only = _one(members, row)
+        alone = PerceptronSteps(perceptron, data, modes, recipe, only)
+        if _agrees(alone, task, recipe, variant, only):
+            return PerceptronSteps(perceptron, data, modes, recipe, members, norms)
+    return None
 
 
-def _first(members: Members) -> Members:
-    """The first variant alone."""
+def _one(members: Members, row: int) -> Members:
+    """One variant alone."""
+    at = slice(row, row + 1)
     labels_MN = members.new_labels_MN
-    labels_1N = None if labels_MN is None else labels_MN[:1]
+    labels_1N = None if labels_MN is None else labels_MN[at]
     weights_MN = members.weights_MN
-    weights_1N = None if weights_MN is None else weights_MN[:1]
-    return Members(members.models[:1], members.seeds[:1], members.sizes[:1], labels_1N, weights_1N)
+    weights_1N = None if weights_MN is None else weights_MN[at]
+    return Members(members.models[at], members.seeds[at], members.sizes[at], labels_1N, weights_1N)
 
 
 def _agrees(
-    steps: "PerceptronSteps", task: Task, recipe: Recipe, first: Variant, members: Members
+    steps: "PerceptronSteps", task: Task, recipe: Recipe, variant: Variant, members: Members
 ) -> bool:
-    """Whether one block of the first variant alone gives the weights that `Trainer` gives."""
-    trainer = Trainer(task, recipe, seed=first.seed, device=members.device, changes=first.changes)
+    """Whether one block of a variant alone gives the weights that `Trainer` gives."""
+    trainer = Trainer(
+        task, recipe, seed=variant.seed, device=members.device, changes=variant.changes
+    )
     before = copy.deepcopy(dict(trainer.model.named_parameters()))
-    block = next(stretches(members.sizes[:1], recipe.batch_size, steps.longest))
+    block = next(stretches(members.sizes, recipe.batch_size, steps.longest))
     for _ in range(block.steps):
         trainer.step()
-    order = first.changes.order(epoch_order(len(task.train_data()), first.seed, 0))
+    order = variant.changes.order(epoch_order(len(task.train_data()), variant.seed, 0))
     ids = order[: block.steps * block.batch_size].view(1, block.steps, block.batch_size)
     steps.take(slice(0, 1), ids, 0, 0)
     after, trained = steps.weights(0), dict(trainer.model.named_parameters())

@@ -140,8 +140,7 @@ class EnsembleTrainer:
         # The only use of `perceptrons` in `training`. Imported late: that package imports this one.
         from influence_jobs.perceptrons.ensemble import perceptron_steps
 
-        first = self._variants[0]
-        if faster := perceptron_steps(self.task, self.recipe, members, self._norms, first):
+        if faster := perceptron_steps(self.task, self.recipe, members, self._norms, self._variants):
             return faster
         return StackedSteps(self.task, self.recipe, members, self._norms)
 

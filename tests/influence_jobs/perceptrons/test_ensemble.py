@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from influence_jobs.perceptrons import ensemble
 from influence_jobs.perceptrons.ensemble import PerceptronSteps
 from influence_jobs.tasks.base import Task
 from influence_jobs.tasks.mnist import MnistTask
@@ -80,6 +81,23 @@ def test_each_perceptron_is_what_it_is_alone(
 def test_everything_else_takes_the_general_path(task: Task, how: Recipe) -> None:
     trainer = EnsembleTrainer(task, how, REMOVALS, device=CPU)
     assert isinstance(trainer.steps, StackedSteps)
+
+
+@pytest.mark.parametrize("parted", [0, 1, 2, 3])
+def test_rounding_that_parts_a_variant_does_not_decide(
+    parted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a kink one variant may leave its twin; of three, all would by a wrong step alone."""
+    asked, real = [], ensemble._agrees
+
+    def agrees(steps: Any, task: Any, how: Any, variant: Variant, members: Any) -> bool:
+        asked.append(variant)
+        return real(steps, task, how, variant, members) and len(asked) > parted
+
+    monkeypatch.setattr(ensemble, "_agrees", agrees)
+    trainer = EnsembleTrainer(Points(mlp), SGD, VARIANTS, device=CPU)
+    assert isinstance(trainer.steps, PerceptronSteps if parted < 3 else StackedSteps)
+    assert len({id(variant) for variant in asked}) == len(asked) == min(parted + 1, 3)
 
 
 def test_the_mnist_network_in_float32(mnist_dir: Path) -> None:
