@@ -55,12 +55,14 @@ def subject_of(
     say: Say,
     *,
     default_checkpoints: Sequence[Checkpoint] = (),
+    default_task: TaskSpec | None = None,
     retrains: bool = False,
 ) -> Subject:
     """The task and checkpoints of a request.
 
     Args:
         default_checkpoints: Those without `--checkpoint`; if empty, a training by the preset.
+        default_task: That of weights in a file, if the user names none.
         retrains: Models will be trained, so that beside foreign weights the user may say how.
 
     Raises:
@@ -73,7 +75,10 @@ def subject_of(
             "--epochs and --preset say how to train, but --checkpoint names weights that exist"
         )
     checkpoints = checkpoints or [*default_checkpoints]
-    task, built = task_of(request, say, trained=_trained_task(checkpoints, request.task))
+    trained = _trained_task(checkpoints, request.task)
+    if trained is None and request.task is None:
+        trained = default_task
+    task, built = task_of(request, say, trained=trained)
     if not checkpoints:
         given: dict[str, Any] = {"epochs": request.epochs}
         spec = training_of(task, preset=request.preset, given=given, say=say)

@@ -51,6 +51,18 @@ def test_the_top_samples_by_an_index(infl: Infl, runs: Path) -> None:
     assert len(list(runs.glob("gradient-index-*"))) == 1  # the same one
 
 
+def test_a_store_of_weights_in_a_file_knows_its_task(infl: Infl, runs: Path) -> None:
+    (folder,) = runs.glob("train-digits*")
+    weights = str(folder / "checkpoints" / "epoch-0002.pt")
+    words = ("--task", "digits:DigitsTask", "--checkpoint", weights, "--layer", "head", "--local")
+    stored = infl("submit", "gradients", *words, "--dim", "4x4", "--json")
+    assert stored.code == 0, stored.err
+    of_store = ("--gradients", stored.json["run"], *ONE)
+    assert infl("submit", "query-gradients", "--local", *of_store).code == 0
+    scored = infl(*SCORES, *of_store, "--method", "dot")
+    assert scored.code == 0, scored.err
+
+
 def test_a_dry_run_tells_what_rounding_loses(infl: Infl, runs: Path) -> None:
     planned = infl(*STORE[:4], "--dry-run", "--stored", "1-bit", "--dim", "4x4")
     assert planned.code == 0, planned.err

@@ -63,7 +63,8 @@ class GradientScoresRequest(WeightsRequest, QueriesOptions):
         if named:
             refuse_another_checkpoint(self)
         at: tuple[TrainedCheckpoint | FileCheckpoint, ...] = tuple(s.checkpoint for s in named)
-        subject = subject_of(self, root, say, default_checkpoints=at)
+        task = named[0].task if named else None
+        subject = subject_of(self, root, say, default_checkpoints=at, default_task=task)
         built = subject.built
         queries = queries_of(self, built)
         if self.method == "trak":

@@ -21,7 +21,8 @@ class QueryGradientsRequest(WeightsRequest, QueriesOptions):
 
         store = store_named(root, self.gradients)
         refuse_another_checkpoint(self)
-        subject = subject_of(self, root, say, default_checkpoints=(store.checkpoint,))
+        at = (store.checkpoint,)
+        subject = subject_of(self, root, say, default_checkpoints=at, default_task=store.task)
         queries = queries_of(self, subject.built)
         spec = make_spec(QueryGradientsSpec, task=subject.task, gradients=store, queries=queries)
         return (spec,)
