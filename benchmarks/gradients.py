@@ -116,6 +116,21 @@ def gpt2(
             projected_error,
         )
     )
+    # What gradients_peers.py measures of other libraries.
+    blocks = [name for name in names if ".h." in name]
+    few = ParameterSpace(model, [f"{name}.weight" for name in blocks])
+    of_few = projections(
+        model, few, outputs=16, inputs=16, distribution="gaussian", seed=0, whole=False
+    )
+
+    def of_blocks() -> None:
+        with GradProjections(model, few, losses, of_few) as engine:
+            for ids in batches:
+                engine(ids)
+
+    contestants.append(
+        Contestant(f"store of the {len(blocks)} matrices of the blocks", of_blocks, sequences)
+    )
     print()
     print_race(contestants, rounds, "sequences", "forward + backward")
 
