@@ -20,12 +20,13 @@ from influence_jobs.store.manifest import checksum
 from influence_jobs.store.run import Run
 from influence_jobs.store.top import top_of
 
-# A byte a number. Of long vectors a first look takes one bit a number, after a random rotation
-# (RaBitQ: Gao and Long, SIGMOD 2024), and the bytes tell which of those found are the best.
-BYTES, BITS_FIRST = "SQ8", "RR,RaBitQ,Refine(SQ8)"
+# Numbers as bfloat16: gradients may be too small for float16, and outliers leave a byte few steps
+# for all others. Of long vectors a first look takes one bit a number, after a random rotation
+# (RaBitQ: Gao and Long, SIGMOD 2024); the numbers tell which of those found are the best.
+NUMBERS, BITS_FIRST = "SQbf16", "RR,RaBitQ,Refine(SQbf16)"
 LONG = 512  # numbers
-FIRST_LOOK = 10  # times as many samples as asked for
-TRAINED_ON = 16_384  # rows, for the bounds of the bytes
+FIRST_LOOK = 100  # times as many samples as asked for
+TRAINED_ON = 16_384  # rows, for their centre
 TRIED, TOP = 32, 100  # stored rows as queries, for the recall
 
 
@@ -53,7 +54,7 @@ class GradientIndexJob(Job[GradientIndexSpec]):
 
     def plan(self, shard_rows: int | None = None) -> Plan:
         count, numbers = self._store.num_rows, sum(self._store.sizes.values())
-        size = count * (numbers + numbers // 8) + 4 * numbers**2
+        size = count * (2 * numbers + numbers // 8) + 4 * numbers**2
         return Plan((), (Shard("00000", 0, 1),), count, batch_size=1, file_bytes=size)
 
     def run(self, shard: Shard, progress: Progress) -> Result:
@@ -99,7 +100,7 @@ class GradientIndexJob(Job[GradientIndexSpec]):
 
 def new_index(numbers: int) -> faiss.Index:
     """An empty index of vectors with so many numbers."""
-    factory = BITS_FIRST if numbers > LONG else BYTES
+    factory = BITS_FIRST if numbers > LONG else NUMBERS
     return faiss.index_factory(numbers, factory, faiss.METRIC_INNER_PRODUCT)
 
 

@@ -231,7 +231,7 @@ def test_an_index_finds_the_top_samples(carry_out, store_of, scores_of, method):
     there = ~np.isnan(found)
     assert (there.sum(axis=1) <= 2 * k).all()
     scale = np.abs(exact).max(axis=1, keepdims=True)
-    assert (np.abs(found - exact) / scale)[there].max() < 0.03  # a byte a number
+    assert (np.abs(found - exact) / scale)[there].max() < 5e-3  # bfloat16
     shared = [
         len({*np.argsort(side * e)[:k]} & {*np.flatnonzero(~np.isnan(f))}) / k
         for e, f in zip(exact, found, strict=True)
@@ -253,6 +253,7 @@ def test_an_index_of_long_vectors(tmp_path):
     generator = np.random.default_rng(0)
     few = generator.standard_normal((4000, 60)) * generator.exponential(size=(4000, 1))
     rows = (few @ generator.standard_normal((60, 700))).astype(np.float32)
+    rows *= np.float32(1e-9)  # as small as gradients may be
     index = new_index(700)
     index.train(rows)
     index.add(rows)
@@ -261,7 +262,7 @@ def test_an_index_of_long_vectors(tmp_path):
     shared = [len({*a} & {*np.argsort(-e)[:50]}) / 50 for a, e in zip(ids, dots, strict=True)]
     assert np.mean(shared) > 0.9
     exact = np.take_along_axis(dots, ids, axis=1)
-    assert np.abs(values - exact).max() < 0.02 * np.abs(exact).max()
+    assert np.abs(values - exact).max() < 5e-3 * np.abs(exact).max()
 
 
 def test_what_an_index_cannot_do_is_refused(store_of, scores_of):
