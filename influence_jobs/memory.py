@@ -24,7 +24,7 @@ T = TypeVar("T")
 # What torch's allocators say: that of CPUs has no type of its own for it, nor has cuBLAS.
 _SAID = re.compile(
     r"not enough memory: you tried to allocate|can't allocate memory: you tried to allocate"
-    r"|CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED"
+    r"|CUDA out of memory|CUDA error: out of memory|CU(?:BLAS|SOLVER)_STATUS_ALLOC_FAILED"
 )
 _LIMITS = "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"
 _USED = "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory/memory.usage_in_bytes"
@@ -44,9 +44,16 @@ def free_bytes(device: torch.device) -> int:
     available: int = psutil.virtual_memory().available
     for limit, used in zip(_LIMITS, _USED, strict=True):
         with suppress(OSError, ValueError):  # a container's own limit; `max` is none
-            available = min(available, int(_text(limit)) - int(_text(used)))
+            taken = int(_text(used)) - _cached(str(Path(used).with_name("memory.stat")))
+            available = min(available, int(_text(limit)) - taken)
     workers = max(1, cores() // torch.get_num_threads())
     return max(0, available) // workers
+
+
+def _cached(path: str) -> int:
+    """Of what a container takes, the files that were read and can be forgotten."""
+    found = re.search(r"^(?:total_)?inactive_file (\d+)$", _text(path), re.MULTILINE)
+    return int(found[1]) if found else 0
 
 
 def _text(path: str) -> str:

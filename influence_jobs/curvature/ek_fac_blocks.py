@@ -134,10 +134,11 @@ class MatrixBlock(Block):
         if self._outputs is not None:
             g_NC = g_BTC.flatten(0, 1)
             self._outputs.addmm_(g_NC.t(), g_NC)
-        if self._inputs is None or not (inputs or self._may_be_padded):
+        padded = self._may_be_padded and x_BTJ.shape[1] > 1
+        if self._inputs is None or not (inputs or padded):
             return
         x_NJ, j = x_BTJ.flatten(0, 1), self._columns
-        if self._may_be_padded:
+        if padded:
             counts_BT = (g_BTC != 0).any(2)
             new_BT = counts_BT if inputs else counts_BT & ~self._counted_BT
             self._counted_BT = counts_BT if inputs else counts_BT | self._counted_BT

@@ -18,6 +18,7 @@ from influence_jobs.gradients.engine import GradNorms
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.gradients.taps import TOLERANCE, thawed
 from influence_jobs.gradients.transforms import all_derivatives
+from influence_jobs.memory import is_out_of_memory
 from influence_jobs.terms import Precision
 
 #: (model, batch) to what each token brings to its sample's loss, (B, T); 0 behind the last.
@@ -107,9 +108,9 @@ class TokenDots:
         """
         try:
             found = self._products(batch, totals_BQ.shape[1])
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:  # NotImplementedError is one
+            if is_out_of_memory(error):
+                raise
             said = str(error).partition("\n")[0]
             raise ModelError(
                 f"torch cannot differentiate the backward of {type(self._model).__name__}, as "

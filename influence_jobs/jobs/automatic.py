@@ -1,5 +1,6 @@
 """The batch size of a run that was submitted without one: one that fits, the fastest if it pays."""
 
+import gc
 import json
 import logging
 from collections.abc import Iterator, Mapping
@@ -76,7 +77,13 @@ def settle(job: Job[Any], units: int) -> None:
 def expected(job: SampleJob[Any], units: int) -> Choice:
     """The size that an earlier run on this device has left, else `chosen`."""
     known = fitting(_key(job))
-    return Choice(known["batch_size"]) if known else chosen(job, units)
+    if known:
+        return Choice(known["batch_size"])
+    found = chosen(job, units)
+    gc.collect()  # the probe's model, which its own hooks hold
+    if job.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return found
 
 
 def keep_halved(job: Job[Any]) -> None:
@@ -135,8 +142,11 @@ class _Probe:
         Of memory or of anything else: the run will meet it and tell it.
         """
         self._job.batching.size = size
-        peak = Peak(self._job.device)
         try:
+            if not self.rates:  # the model and its checks take memory that batches do not
+                next(self._pieces, None)
+                self._room = MEMORY_SHARE * free_bytes(self._job.device)
+            peak = Peak(self._job.device)
             rate = samples_per_second(self._pieces, seconds)
         except Exception as error:  # noqa: BLE001  (whatever a model raises)
             log.info("batches of %d samples cannot be measured: %s", size, first_line(error))

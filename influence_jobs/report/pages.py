@@ -198,11 +198,17 @@ class Pages:
                 if name in samples.column_names and name not in choices:
                     choices[name] = [str(value) for value in values(samples, name)]
             scores_N = np.array(run.array(SCORES)[matching[0]["query"]], dtype=np.float64)
+            left_out_N = np.zeros(len(scores_N), dtype=bool)
             for name, value in wanted.items():
                 if name in samples.column_names:
-                    scores_N[~having(samples, name, value)] = np.nan
+                    left_out_N |= ~having(samples, name, value)
             for side, largest in view.sides.items():
-                ids = head(scores_N, TOP, largest=largest)
+                of_side_N = scores_N
+                if view.spec.top_only:  # the others with a score are of the other end
+                    of_side_N = np.full_like(scores_N, np.nan)
+                    kept = head(scores_N, view.spec.top_only, largest=largest)
+                    of_side_N[kept] = scores_N[kept]
+                ids = head(np.where(left_out_N, np.nan, of_side_N), TOP, largest=largest)
                 found = [
                     {"score": float(scores_N[i]), **row}
                     for i, row in zip(ids, samples.take(ids).to_pylist(), strict=True)

@@ -123,7 +123,7 @@ class GradNormsJob(SampleJob[GradNormsSpec]):
         if self.spec.tokens is not None:
             parts, engine = self._tokens
             counts_B = parts.look(self.model, batch)
-            by_layer = engine(batch, int(counts_B.max()))
+            by_layer = engine(batch, max(1, int(counts_B.max())))  # NaN below where there is none
             found |= {token_norms_name(layer): values for layer, values in by_layer.items()}
         norms = {name: values.cpu().numpy() for name, values in found.items()}
         for name, values in norms.items():

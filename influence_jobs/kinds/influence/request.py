@@ -72,6 +72,11 @@ class InfluenceRequest(WeightsRequest, QueriesOptions, CurvatureOptions):
         from influence_jobs.requests.queries import tokens_kept
 
         s_tests = self._found(root) if self.s_test else self._new(root, say)
+        if self.per_token and s_tests[0].queries.noise_draws > 1:
+            raise SpecError(
+                "--per-token is of one draw of the noise, which may decide which tokens count: "
+                "leave --noise-draws out"
+            )
         if self.relative is not None:
             _say_what_is_measured(s_tests[0], say)
         spec = make_spec(

@@ -149,14 +149,33 @@ def test_numbers_marked_as_a_folder_are_refused(tmp_path: Path) -> None:
     assert "data/1 is marked as a folder" in refused(path)
 
 
-def test_a_bytearray_of_any_size_is_refused(tmp_path: Path) -> None:
-    class Huge:
-        def __reduce__(self) -> tuple[Any, ...]:
-            return bytearray, (1 << 40,)
+class Huge:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return bytearray, (1 << 40,)
 
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_bytearray_of_any_size_is_refused(tmp_path: Path, zipped: bool) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save({"fc1.weight": Huge()}, path, _use_new_zipfile_serialization=zipped)
+    assert "holds a bytearray" in refused(path)
+
+
+def test_another_case_of_a_name_hides_no_bytearray(tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     torch.save({"fc1.weight": Huge()}, path)
+    old = zipfile.ZipFile(io.BytesIO(path.read_bytes()))
+    with old, zipfile.ZipFile(path, "w") as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename.replace("data.pkl", "data.PKL"), old.read(entry))
     assert "holds a bytearray" in refused(path)
+
+
+def test_the_word_bytearray_is_no_bytearray(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    model = MnistMLP().state_dict()
+    torch.save({"model": model, "vocabulary": {"bytearray": 3}, "note": "str to bytearray"}, path)
+    load_weights(MnistMLP(), path)
 
 
 def test_a_model_may_be_compressed(tmp_path: Path) -> None:
