@@ -205,6 +205,21 @@ def test_norms_of_tokens_at_several_checkpoints(
     np.testing.assert_allclose(kept_KNT.sum(0), np.asarray(summed.array(name)), rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (("grad-norms", "--layer", "inner", "--precision", "bfloat16-weights"), "leave one of"),
+        (("influence", "--test", "0", "--solver", "identity", "--noise-draws", "2"), "one draw of"),
+    ],
+)
+def test_what_tokens_do_not_go_with_is_refused(
+    infl: Infl, words: tuple[str, ...], asked: tuple[str, ...], said: str
+) -> None:
+    answer = infl("submit", *asked, *words)
+    assert answer.code == 2
+    assert said in answer.err
+
+
 def test_what_has_no_tokens_is_refused(infl: Infl, words: tuple[str, ...]) -> None:
     asked = ("submit", "grad-norms", "--task", "words:Counts", "--layer", "inner", "--per-token")
     answer = infl(*asked, "--epochs", "1", "--local")

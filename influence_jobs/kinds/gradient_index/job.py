@@ -76,7 +76,10 @@ class GradientIndexJob(Job[GradientIndexSpec]):
         exact = top_of(added(), range(len(queries)), min(TOP, count))
         found, _ = nearest(index, queries, min(TOP, count))
         shared = [len({*ids} & {*a}) / len(ids) for (ids, _), a in zip(exact, found, strict=True)]
-        data = faiss.serialize_index(index).tobytes()
+        written = faiss.serialize_index(index)
+        index.reset()  # so that there are two of it at a time, not three
+        data = written.tobytes()
+        del written
         self.run_store.files.write(INDEX, data)
         recall = self.run_store.write_table("recall", pa.table({"recall": shared}))
         return Result(files={INDEX: checksum(data), **recall})
