@@ -5,6 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.testclient import TestClient
+
+from influence_jobs.report.viewer import make_viewer
+from influence_jobs.store.run import Run
 
 Infl = Callable[..., Any]
 Refused = Callable[..., str]
@@ -49,6 +53,19 @@ def test_the_top_samples_by_an_index(infl: Infl, runs: Path) -> None:
     assert index.code == 0, index.err
     assert "of the 100 samples of largest score" in index.out
     assert len(list(runs.glob("gradient-index-*"))) == 1  # the same one
+
+
+def test_the_viewer_shows_no_sample_of_the_other_end(infl: Infl, runs: Path) -> None:
+    """The page has room for ten a side, and an index gave three."""
+    assert infl(*STORE, "--dim", "4x4", "--layer", "head").code == 0
+    words = ("--gradients", "gradients-digits", *ONE, "--approximate", "3", "--json")
+    scored = infl(*SCORES, *words)
+    assert scored.code == 0, scored.err
+    run = Run.open(str(runs), scored.json["run"])
+    with TestClient(make_viewer([run], "token"), "http://127.0.0.1") as client:
+        assert client.get("/?token=token").status_code == 200
+        page = client.get("/query?test=3").text
+    assert page.count("/sample/") == 6
 
 
 def test_a_store_of_weights_in_a_file_knows_its_task(infl: Infl, runs: Path) -> None:
