@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from influence_jobs.gradients.dots import SMALLEST_PART
 from influence_jobs.gradients.fallback import Fallback, Form
 from influence_jobs.gradients.parameters import ParameterSpace
-from influence_jobs.gradients.projections import Projection
+from influence_jobs.gradients.projections import Projection, together
 from influence_jobs.gradients.requirements import (
     require_dtype,
     require_independent_samples,
@@ -67,11 +67,12 @@ class GradProjections(TappedModel):
             module = name.rpartition(".")[0]
             require_dtype(module, parameter, self._weight_dtypes)
             require_plain(module, model.get_submodule(module))
-        self._groups = {group: list(names) for group, names in projections.items()}
+        self._groups = {
+            group: {name: p.to(self._device, self._dtype) for name, p in of_group.items()}
+            for group, of_group in projections.items()
+        }
         self._projections = {
-            name: projection.to(self._device, self._dtype)
-            for names in projections.values()
-            for name, projection in names.items()
+            n: p for of_group in self._groups.values() for n, p in of_group.items()
         }
         self._ruled: dict[str, dict[str, str]] = {}  # by layer, {weight or bias: its full name}
         self._reasons: dict[str, str] = {}
@@ -124,10 +125,7 @@ class GradProjections(TappedModel):
                     projected = self._projections[name](gradients.to(self._dtype))
                     pieces.setdefault(name, []).append(projected)
         sums |= {name: torch.cat(parts) for name, parts in pieces.items()}
-        return {
-            group: torch.stack([sums[name] for name in names]).sum(0).flatten(1)
-            for group, names in self._groups.items()
-        }
+        return {group: together(of_group, sums) for group, of_group in self._groups.items()}
 
     def slow_layers(self, batch: Any) -> dict[str, tuple[Form, str]]:
         """The parameters that no rule serves: by which form of `Fallback` each goes, and why.
@@ -183,10 +181,10 @@ class GradProjections(TappedModel):
         return self._space.parameters()
 
     def _of_gradients(self, gradients: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-        found = {}
-        for group, names in self._groups.items():
-            parts = [self._projections[name](gradients[name].unsqueeze(0)) for name in names]
-            found[group] = torch.stack(parts).sum(0).flatten(1)
+        found = {
+            group: together(of_group, {n: p(gradients[n][None]) for n, p in of_group.items()})
+            for group, of_group in self._groups.items()
+        }
         largest = {group: projected.abs().max() for group, projected in found.items()}
         # The gradient by a bias of attention's keys is zero but for rounding, which other
         # parameters' gradients are the measure of.

@@ -8,7 +8,8 @@ al.: "What is Your Data Worth to GPT? LLM-Scale Data Valuation with Influence Fu
 2405.13954).
 
 The parameters of a group (a layer) have independent projections, which are added. The sum is a
-projection of all of the group's parameters, with the same property.
+projection of all of the group's parameters, with the same property. A group that has no more than
+D numbers can be kept as it is; then its dot products are exact.
 
 Letters: B batch, C outputs, J columns of the weight as a matrix, K and I what is kept of both, and
 D = K I.
@@ -64,6 +65,11 @@ class Projection:
             matrices_BCJ = self.left_CK.t() @ matrices_BCJ
         return matrices_BCJ if self.right_JI is None else matrices_BCJ @ self.right_JI
 
+    @property
+    def keeps(self) -> bool:
+        """Whether it leaves the gradient as it is."""
+        return self.left_CK is None and self.right_JI is None
+
     def to(self, device: torch.device, dtype: torch.dtype) -> "Projection":
         """The same projection on a device and of a dtype."""
         sides = [
@@ -82,6 +88,7 @@ def projections(
     distribution: Distribution,
     seed: int,
     whole: bool,
+    keeps_small: bool = False,
 ) -> dict[str, dict[str, Projection]]:
     """The projection of every parameter, by group and full name.
 
@@ -92,6 +99,7 @@ def projections(
         outputs: K, of every group; of a group whose largest parameter has fewer rows, as many.
         inputs: I, likewise for columns. A side that is not made smaller stays as it is.
         whole: All parameters are one group, `WHOLE`, of exactly `outputs` x `inputs`.
+        keeps_small: A group of at most `outputs` x `inputs` numbers is kept as it is.
 
     Raises:
         ModelError: No group has parameters.
@@ -108,6 +116,9 @@ def projections(
         if not whole:
             rows, columns = sizes[main]
             kept = min(outputs, rows), min(inputs, columns)
+        if keeps_small and sum(math.prod(size) for size in sizes.values()) <= outputs * inputs:
+            found[group] = {n: Projection(space.shapes[n], rules[n], None, None) for n in names}
+            continue
         found[group] = {}
         for name in names:
             # Only one parameter may stay as it is: two that do would add up to their sum.
@@ -122,10 +133,18 @@ def projections(
     return found
 
 
+def together(of_group: Mapping[str, Projection], projected: Mapping[str, Tensor]) -> Tensor:
+    """The numbers (B, D) of a group, of its parameters' projections (B, K, I) by name."""
+    parts = [projected[name].flatten(1) for name in of_group]
+    if all(projection.keeps for projection in of_group.values()):
+        return torch.cat(parts, dim=1)
+    return torch.stack(parts).sum(0)
+
+
 def projected_size(of_group: Mapping[str, Projection], space: ParameterSpace) -> int:
     """D of a group."""
-    name, projection = next(iter(of_group.items()))
-    return projection(torch.empty(1, *space.shapes[name], device="meta")).numel()
+    empty = {n: p(torch.empty(1, *space.shapes[n], device="meta")) for n, p in of_group.items()}
+    return together(of_group, empty).numel()
 
 
 def matrix_rule(model: nn.Module, parameter: str) -> LayerRule[Any] | None:

@@ -5,6 +5,7 @@ something goes wrong. Nothing here knows what the files hold.
 """
 
 import contextlib
+import hashlib
 import os
 import shutil
 import stat
@@ -12,6 +13,7 @@ import time
 import uuid
 from collections.abc import (
     AsyncIterator,
+    Callable,
     Iterable,
     Iterator,
     Sequence,
@@ -60,6 +62,19 @@ class Files(Protocol):
 
         Args:
             durable: Whether it must outlast a power cut; else the file may be empty or old then.
+        """
+
+    def write_by(self, name: str, written: Callable[[Path], object]) -> None:
+        """Replace the file as a whole by one that `written` makes at a path of this machine.
+
+        So a file of many gigabytes need not be in memory.
+        """
+
+    def checksum(self, name: str) -> str:
+        """SHA-256 of a file, in hexadecimal. It is read in pieces.
+
+        Raises:
+            FileNotFoundError: There is no such file.
         """
 
     def create(self, name: str, data: bytes) -> bool:
@@ -118,6 +133,13 @@ class LocalFiles:
         except NotADirectoryError as error:
             raise FileNotFoundError(*error.args) from error
 
+    def checksum(self, name: str) -> str:
+        try:
+            with self.plain(name).open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except NotADirectoryError as error:
+            raise FileNotFoundError(*error.args) from error
+
     def read_all(self, names: Sequence[str], *, most: int | None = None) -> list[bytes | None]:
         return [read_or_none(self, name, most) for name in names]
 
@@ -149,13 +171,16 @@ class LocalFiles:
         return path
 
     def write(self, name: str, data: bytes, *, durable: bool = True) -> None:
-        path = self.path(name)
-        with self._written_aside(name, data, durable=durable) as aside:
-            aside.replace(path)
+        with self._written_aside(name, lambda aside: aside.write_bytes(data), durable) as aside:
+            aside.replace(self.path(name))
+
+    def write_by(self, name: str, written: Callable[[Path], object]) -> None:
+        with self._written_aside(name, written) as aside:
+            aside.replace(self.path(name))
 
     def create(self, name: str, data: bytes) -> bool:
         path = self.path(name)
-        with self._written_aside(name, data) as aside:
+        with self._written_aside(name, lambda aside: aside.write_bytes(data)) as aside:
             try:
                 path.hardlink_to(aside)
             except FileExistsError:
@@ -165,16 +190,16 @@ class LocalFiles:
             return True
 
     @contextlib.contextmanager
-    def _written_aside(self, name: str, data: bytes, *, durable: bool = True) -> Iterator[Path]:
+    def _written_aside(
+        self, name: str, written: Callable[[Path], object], durable: bool = True
+    ) -> Iterator[Path]:
         path = self.path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
         try:
-            with aside.open("wb") as file:
-                file.write(data)
-                if durable:
-                    file.flush()
-                    os.fsync(file.fileno())
+            written(aside)
+            if durable:
+                _sync(aside)
             yield aside
         finally:
             aside.unlink(missing_ok=True)

@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 import errno
+import hashlib
 import re
+import tempfile
 import time
 from collections.abc import (
     AsyncGenerator,
@@ -17,6 +19,7 @@ from collections.abc import (
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from zarr.abc.store import Store
@@ -77,6 +80,13 @@ class ObjectFiles:
             return bytes(found.bytes())
         return b"".join(self._pieces(name, found.meta))
 
+    def checksum(self, name: str) -> str:
+        found = hashlib.sha256()
+        with _os_errors(self.url):
+            for piece in self._pieces(name, _repeated(partial(self._store.head, name))):
+                found.update(piece)
+        return found.hexdigest()
+
     def _pieces(self, name: str, meta: Any) -> Iterator[bytes]:
         """A large file in pieces: a request has 30 seconds. All are of the same version of it."""
         same = {"if_match": meta["e_tag"]} if meta["e_tag"] else {}
@@ -94,6 +104,13 @@ class ObjectFiles:
     def write(self, name: str, data: bytes, *, durable: bool = True) -> None:
         with _os_errors(self.url, writing=True):
             _repeated(lambda: self._store.put(name, data))
+
+    def write_by(self, name: str, written: Callable[[Path], object]) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "file"
+            written(path)
+            with _os_errors(self.url, writing=True):
+                _repeated(lambda: self._store.put(name, path))
 
     def create(self, name: str, data: bytes) -> bool:
         from obstore.exceptions import AlreadyExistsError

@@ -97,7 +97,7 @@ def _damage(run: Run, entry: Entry) -> str | None:
             return f"{name} is not what was written"
     for name, expected in entry.files.items():
         try:
-            if checksum(run.files.read(name)) != expected:
+            if run.files.checksum(name) != expected:
                 return f"{name} is not what was written"
         except FileNotFoundError:
             return f"{name} is missing"

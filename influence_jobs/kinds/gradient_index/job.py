@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import cached_property
+from typing import Any
 
 import faiss
 import numpy as np
@@ -16,14 +17,14 @@ from influence_jobs.kinds.gradients.store import GradientStore
 from influence_jobs.specs.base import AnySpec
 from influence_jobs.store.files import LocalFiles
 from influence_jobs.store.layout import INDEX
-from influence_jobs.store.manifest import checksum
 from influence_jobs.store.run import Run
 from influence_jobs.store.top import top_of
 
 # Numbers as bfloat16: gradients may be too small for float16, and outliers leave a byte few steps
-# for all others. Of long vectors a first look takes one bit a number, after a random rotation
-# (RaBitQ: Gao and Long, SIGMOD 2024); the numbers tell which of those found are the best.
-NUMBERS, BITS_FIRST = "SQbf16", "RR,RaBitQ,Refine(SQbf16)"
+# for all others. Of long vectors a first look takes one bit a number, after a random rotation by
+# fast Hadamard transforms (RaBitQ: Gao and Long, SIGMOD 2024); the numbers tell which of those
+# found are the best.
+NUMBERS, BITS_FIRST = "SQbf16", "HR,RaBitQ,Refine(SQbf16)"
 LONG = 512  # numbers
 FIRST_LOOK = 100  # times as many samples as asked for
 TRAINED_ON = 16_384  # rows, for their centre
@@ -63,6 +64,7 @@ class GradientIndexJob(Job[GradientIndexSpec]):
         self._vectors = ScoreVectors(self.run_store.root, self.spec)
         count = self._store.num_rows
         index = new_index(sum(self._store.sizes.values()))
+        make_room(index, count)
         index.train(self._spread(TRAINED_ON))
         queries = self._spread(TRIED)
 
@@ -76,13 +78,10 @@ class GradientIndexJob(Job[GradientIndexSpec]):
         exact = top_of(added(), range(len(queries)), min(TOP, count))
         found, _ = nearest(index, queries, min(TOP, count))
         shared = [len({*ids} & {*a}) / len(ids) for (ids, _), a in zip(exact, found, strict=True)]
-        written = faiss.serialize_index(index)
-        index.reset()  # so that there are two of it at a time, not three
-        data = written.tobytes()
-        del written
-        self.run_store.files.write(INDEX, data)
+        files = self.run_store.files
+        files.write_by(INDEX, lambda path: faiss.write_index(index, str(path)))
         recall = self.run_store.write_table("recall", pa.table({"recall": shared}))
-        return Result(files={INDEX: checksum(data), **recall})
+        return Result(files={INDEX: files.checksum(INDEX), **recall})
 
     def _block(self, start: int, stop: int) -> npt.NDArray[np.float32]:
         groups = self._store.groups
@@ -105,6 +104,12 @@ def new_index(numbers: int) -> faiss.Index:
     """An empty index of vectors with so many numbers."""
     factory = BITS_FIRST if numbers > LONG else NUMBERS
     return faiss.index_factory(numbers, factory, faiss.METRIC_INNER_PRODUCT)
+
+
+def make_room(index: Any, rows: int) -> None:
+    """Get the memory for so many rows at once: growing copies it, and takes up to three times."""
+    numbers: Any = faiss.downcast_index(index.refine_index) if index.d > LONG else index
+    numbers.codes.resize(rows * numbers.code_size)
 
 
 def open_index(run: Run) -> faiss.Index:

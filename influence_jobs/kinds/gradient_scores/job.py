@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from influence_jobs.jobs.base import Result
-from influence_jobs.jobs.samples import trained_inputs
+from influence_jobs.jobs.base import Plan, Result
+from influence_jobs.jobs.samples import MAX_SHARD_BYTES, row_bytes, trained_inputs
 from influence_jobs.jobs.scores import Scores, ScoresJob
 from influence_jobs.kinds.gradient_index.spec import DAMPING, gram_of
 from influence_jobs.kinds.gradient_index.vectors import ScoreVectors
@@ -64,6 +64,12 @@ class GradientScoresJob(ScoresJob[GradientScoresSpec]):
     @property
     def batch_size(self) -> int:
         return self._batch_size or 1024  # a chunk at most
+
+    def plan(self, shard_rows: int | None = None) -> Plan:
+        if self.spec.approximate and not shard_rows:
+            # An index is asked once, so the only cost of a shard is its overhead.
+            shard_rows = MAX_SHARD_BYTES // row_bytes(self.layouts())
+        return super().plan(shard_rows)
 
     @property
     def terms(self) -> int:
@@ -134,9 +140,10 @@ class GradientScoresJob(ScoresJob[GradientScoresSpec]):
         assert spec.index is not None and spec.approximate is not None
         queries_QD = ScoreVectors(root, spec.index)(self._gradients(0))
         index, k = open_index(Run(root, spec.index)), min(spec.approximate, self.num_rows)
-        ids_QK, scores_QK = nearest(index, queries_QD, k)
-        least_QK, negative_QK = nearest(index, -queries_QD, k)
-        return np.hstack([ids_QK, least_QK]), np.hstack([scores_QK, -negative_QK])
+        # Of both signs at once: faiss gives each query a thread.
+        ids_QK, scores_QK = nearest(index, np.concatenate([queries_QD, -queries_QD]), k)
+        (ids, least), (largest, negative) = np.split(ids_QK, 2), np.split(scores_QK, 2)
+        return np.hstack([ids, least]), np.hstack([largest, -negative])
 
     def _found_between(self, start: int, stop: int) -> npt.NDArray[np.float64]:
         """Scores (Q, B) of a range of samples; NaN for those that the index did not find."""

@@ -21,7 +21,8 @@ class GradientsRequest(WeightsRequest, SeedOptions):
     layer: Many[str | int] = option((), LAYERS_THAT_COUNT)
     dim: str = option(
         "16x16",
-        "Numbers that are kept of a layer's gradient: of its outputs x of its inputs.",
+        "Numbers that are kept of a layer's gradient: of its outputs x of its inputs. A layer "
+        "with no more parameters than that is kept as it is.",
         metavar="OUTxIN",
     )
     projection: Distribution = option(
@@ -77,6 +78,7 @@ def gradients_of(request: GradientsRequest, subject: Any, say: Say) -> tuple[Gra
             inputs=int(found[2]),
             distribution=request.projection,
             whole=request.whole,
+            keeps_small=True,
             stored=request.stored,
             precision=precision,
             noise_draws=request.noise_draws,

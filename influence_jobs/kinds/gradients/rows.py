@@ -33,6 +33,7 @@ def projections_of(
         distribution=spec.distribution,
         seed=spec.seed,
         whole=spec.whole,
+        keeps_small=spec.keeps_small,
     )
 
 

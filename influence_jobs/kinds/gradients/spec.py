@@ -18,6 +18,7 @@ class GradientsSpec(Spec):
             `gradients.projections`.
         distribution: Of the entries of the random matrices.
         whole: One projection of all layers, in place of one each.
+        keeps_small: A layer with no more numbers than that is kept as it is.
         stored: How the numbers are rounded; see `methods.packing`.
         precision: Of the forward and backward pass.
         noise_draws: Gradients are the mean over this many draws of the training samples' noise.
@@ -31,6 +32,7 @@ class GradientsSpec(Spec):
     inputs: Count = 16
     distribution: Distribution = "gaussian"
     whole: bool = False
+    keeps_small: bool = False
     stored: Stored = "float16"
     precision: JobPrecision = "float32"
     noise_draws: Count = 1

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 
 from influence_jobs.gradients import ParameterSpace
-from influence_jobs.gradients.projections import Projection
+from influence_jobs.gradients.projections import Projection, together
 from influence_jobs.jobs.base import Progress, Result, Shard
 from influence_jobs.jobs.queries import query_gradients, require_queries, write_queries
 from influence_jobs.jobs.samples import SampleJob, dtype_for, trained_inputs
@@ -79,11 +79,11 @@ class QueryGradientsJob(SampleJob[QueryGradientsSpec]):
         parts = self._space.split(gradient_P)
         found = {}
         for group, of_group in self._projections.items():
-            projected = [
-                one.to(gradient_P.device, torch.float64)(parts[name].double())
+            projected = {
+                name: one.to(gradient_P.device, torch.float64)(parts[name].double())
                 for name, one in of_group.items()
-            ]
-            found[group] = torch.stack(projected).sum(0).flatten(1).cpu().numpy()
+            }
+            found[group] = together(of_group, projected).cpu().numpy()
         return found
 
     def _measured(self, i: int) -> float:

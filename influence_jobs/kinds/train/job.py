@@ -18,7 +18,6 @@ from influence_jobs.kinds.train.spec import TrainSpec
 from influence_jobs.models.checkpoints import load_weights
 from influence_jobs.specs.base import AnySpec
 from influence_jobs.store.layout import TRAINING_STATE, ArrayLayout, checkpoint_name, norms_name
-from influence_jobs.store.manifest import checksum
 from influence_jobs.tasks.base import Draw, to_device
 from influence_jobs.training.changes import Changes
 from influence_jobs.training.own import trained_by_task
@@ -141,7 +140,7 @@ class TrainJob(Job[TrainSpec]):
         """Checksums of the weights, and of the table that is written here."""
         files = self.run_store.files
         names = [checkpoint_name(epoch) for epoch in self.spec.save_epochs]
-        sums = {name: checksum(files.read(name)) for name in names}
+        sums = {name: files.checksum(name) for name in names}
         return sums | self.run_store.write_table("metrics", pa.Table.from_pylist(metrics))
 
     def _trainer(self) -> Trainer:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from influence_jobs.errors import ModelError
 from influence_jobs.gradients import GradProjections, ParameterSpace
-from influence_jobs.gradients.projections import projections
+from influence_jobs.gradients.projections import projected_size, projections
 from influence_jobs.gradients.reference import gradients_one_by_one
 
 
@@ -109,6 +109,27 @@ def test_small_layers_stay_as_they_are(model: nn.Module) -> None:
     u = {name: torch.randn(2, *shape).double() for name, shape in space.shapes.items()}
     rows = projected(model, maps, u)["table"]
     torch.testing.assert_close(rows, u["table.weight"].flatten(1))
+
+
+def test_a_group_that_has_room_is_kept_exactly(model: nn.Module) -> None:
+    """Bias and weight lie side by side; a larger group is projected as before."""
+    space, ids = ParameterSpace(model), torch.randint(0, 11, (4, 7))
+    exact = gradients_one_by_one(model, [*space.shapes], losses, ids)
+    sizes = {g: sum(space.shapes[n].numel() for n in names) for g, names in space.groups.items()}
+    room = sorted(sizes.values())[-2]
+    maps = made(model, outputs=room, inputs=1, keeps_small=True)
+    before = projected(model, made(model, outputs=room, inputs=1), exact)
+    with GradProjections(model, space, losses, maps, precision="float64") as engine:
+        found = engine(ids)
+        engine.check(ids)
+    assert {size > room for size in sizes.values()} == {True, False}
+    for group, names in space.groups.items():
+        if sizes[group] > room:
+            torch.testing.assert_close(found[group], before[group], rtol=1e-9, atol=1e-11)
+            continue
+        flat = torch.cat([exact[name].flatten(1) for name in names], dim=1)
+        assert projected_size(maps[group], space) == found[group].shape[1]
+        torch.testing.assert_close(found[group] @ found[group].T, flat @ flat.T)
 
 
 def test_they_depend_on_the_seed_and_the_parameter_alone(model: nn.Module) -> None:

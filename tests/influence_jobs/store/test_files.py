@@ -1,6 +1,7 @@
 """One contract for all kinds of files: a local folder, and a bucket of an S3 server."""
 
 import errno
+import hashlib
 import os
 import shutil
 import threading
@@ -34,9 +35,37 @@ def test_written_files_read_back_and_can_be_replaced(files: LocalFiles | ObjectF
     assert files.folders() == ["folder"]
 
 
+@pytest.mark.parametrize("size", [0, 19, 40])
+def test_a_large_file_is_written_and_summed_without_being_read_whole(
+    files: LocalFiles | ObjectFiles, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    monkeypatch.setattr(object_files, "PIECE_BYTES", 20)
+    data = bytes(range(size))
+    files.write("folder/large", b"old")
+    files.write_by("folder/large", lambda path: path.write_bytes(data))
+    assert files.names("folder") == ["large"]
+    assert files.read("folder/large") == data
+    assert files.checksum("folder/large") == hashlib.sha256(data).hexdigest()
+
+
+def test_a_file_that_cannot_be_made_leaves_the_old_one(files: LocalFiles | ObjectFiles) -> None:
+    files.write("name", b"old")
+
+    def half(path: Path) -> None:
+        path.write_bytes(b"half")
+        raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        files.write_by("name", half)
+    assert files.read("name") == b"old"
+    assert files.names("") == ["name"]
+
+
 def test_missing_files(files: LocalFiles | ObjectFiles) -> None:
     with pytest.raises(FileNotFoundError):
         files.read("nothing")
+    with pytest.raises(FileNotFoundError):
+        files.checksum("nothing")
     files.delete("nothing")
     assert files.names("nowhere") == []
     assert files.folders() == []
