@@ -94,10 +94,9 @@ class OutputGradients(TappedModel):
                     on_gradients(parameter, _own_gradient(rule, parameter, a[block], g[block]))
 
         with torch.autocast(self._device.type, enabled=False):
-            if self._layers or self._fallback.calls:
-                size = self._run(batch, visit, self._fallback.calls)
-            else:
-                size = len(batch[1])
+            recorded = self._fallback.calls(batch)
+            reached = bool(self._layers or recorded)
+            size = self._run(batch, visit, recorded) if reached else len(batch[1])
             for name, pairs in rows.items():
                 x, g = zip(*pairs, strict=True)
                 on_rows(name, torch.cat(x, dim=1), torch.cat(g, dim=1))

@@ -107,8 +107,9 @@ class GradNorms(TappedModel):
                 norms[name] = self._watched(lambda g: rule.norms(a, g, self._reduction), g)
 
         with torch.autocast(self._device.type, enabled=False):
-            if self._layers or fallback.calls:
-                size = self._run(batch, visit, fallback.calls)
+            recorded = fallback.calls(batch)
+            if self._layers or recorded:
+                size = self._run(batch, visit, recorded)
             else:
                 size = fallback.size_of(batch)
             for name, layers in self._sharers.items():

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from influence_jobs.errors import ModelError
 from influence_jobs.gradients.batches import flattened, has_samples
-from influence_jobs.gradients.recorded_call import RecordedCall
+from influence_jobs.gradients.recorded_call import NotMappable, RecordedCall
 from influence_jobs.gradients.reference import LossModule
 from influence_jobs.gradients.rules.blocks import sample_blocks
 from influence_jobs.gradients.transforms import mappable_kernels
@@ -71,9 +71,10 @@ class Fallback:
         self._homes: dict[str, str] = {}  # by parameter of form `layer`
         self._cut: list[bool] | None = None  # which leaves of a batch have the samples
 
-    @property
-    def calls(self) -> list[RecordedCall]:
-        """What a pass must record before `gradients`."""
+    def calls(self, batch: Any) -> list[RecordedCall]:
+        """What a pass over a batch must record before `gradients`."""
+        for call in self._calls.values():
+            call.samples = self.size_of(batch)
         return [*self._calls.values()]
 
     def find_forms(self, batch: Any, size: int, homes: Mapping[str, Sequence[str]]) -> None:
@@ -198,13 +199,12 @@ class Fallback:
         }
         if not calls:
             return
-        self._record(one, [*calls.values()])
-        shapes = {home: call.shapes() for home, call in calls.items()}
-        self._record(two, [*calls.values()])
+        unlearned = self._learn(calls, two, one, wanted, homes)
         for name in self.parameters:
             for home in homes.get(name, ()):
                 try:
-                    calls[home].learn_axes(shapes[home], 2)
+                    if home in unlearned:
+                        raise unlearned[home]
                     found = _whole(self._by_layer(calls[home], [name], 2))
                 except Exception as error:  # as above
                     if is_out_of_memory(error):
@@ -216,6 +216,62 @@ class Fallback:
                     self._calls[home] = calls[home]
                     break
                 self._say([name], f"layer '{home}' alone differs from plain autograd")
+
+    def _learn(
+        self,
+        calls: Mapping[str, RecordedCall],
+        two: Any,
+        one: Any,
+        wanted: Mapping[str, Tensor],
+        homes: Mapping[str, Sequence[str]],
+    ) -> dict[str, Exception]:
+        """Record two samples in calls whose axes are known; of the others what is in the way.
+
+        What follows a call that all samples share has them on an axis of its own as soon as that
+        call's output is repeated. So of the shared calls the first is repeated, and all are looked
+        at again.
+        """
+        shared: list[RecordedCall] = []
+        refused: dict[str, Exception] = {}
+
+        def recorded(batch: Any, samples: int) -> None:
+            for call in shared:
+                call.samples = samples
+            self._record(batch, [*calls.values()])
+
+        while True:
+            recorded(one, 1)
+            shapes = {home: call.shapes() for home, call in calls.items()}
+            recorded(two, 2)
+            unlearned, found = dict(refused), []
+            for home, call in calls.items():
+                if call in shared or home in refused:
+                    continue
+                try:
+                    call.learn_axes(shapes[home], 2)
+                except NotMappable as error:
+                    unlearned[home] = error
+                if call.shared:
+                    found.append(call)
+            if not found:
+                return unlearned
+            first = min(found, key=lambda call: call.place)
+            for call in found:
+                if call is not first:
+                    call.refuse_shared()
+            shared.append(first)
+            own = [name for name in self.parameters if first.name in homes.get(name, ())]
+            try:
+                recorded(two, 2)
+                rows = _whole(self._by_layer(first, own, 2))
+                if not all(self._agree(rows[name], wanted[name]) for name in own):
+                    raise NotMappable("what all samples share cannot be repeated for each")
+            except Exception as error:  # as above
+                if is_out_of_memory(error):
+                    raise
+                shared.remove(first)
+                first.refuse_shared()
+                refused[first.name] = error
 
     def _require_alone(self, batch: Any, alone: Sequence[Any]) -> None:
         """Refuse losses that are others for a sample alone; no form by samples could tell."""

@@ -112,8 +112,9 @@ class GradProjections(TappedModel):
 
         with torch.autocast(self._device.type, enabled=False):
             self._seen = None
-            if self._layers or fallback.calls:
-                size = self._run(batch, visit, fallback.calls)
+            recorded = fallback.calls(batch)
+            if self._layers or recorded:
+                size = self._run(batch, visit, recorded)
             else:
                 with torch.no_grad():
                     size = len(self._forward(batch))

@@ -2,8 +2,13 @@
 
 From both follow the gradients of the layer's own parameters, sample by sample, by mapping the
 layer's vector-Jacobian product over the batch: it needs no rule, only a layer that torch can map.
+
+A layer that never sees the samples, such as an embedding of positions, returns one tensor for all
+of them, and its gradient is already a sum. Such a tensor is repeated for each sample, as what
+follows would do by broadcasting, so that each has a gradient of its own.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +29,9 @@ Tap = Callable[[Tensor, Callable[[Tensor], None]], Tensor]
 Shapes = list[torch.Size | None]  # of the leaves of a pytree; None for what is no tensor
 
 
+_PLACES = itertools.count()  # of calls, in their order
+
+
 class NotMappable(Exception):
     """The layer's call cannot be mapped over the batch, for the reason given."""
 
@@ -36,6 +44,7 @@ class _Call:
     gradients: dict[int, Tensor] = field(default_factory=dict)  # by output
 
     def __post_init__(self) -> None:
+        self.place = next(_PLACES)
         self.versions = [leaf._version if isinstance(leaf, Tensor) else 0 for leaf in self.inputs]
 
 
@@ -45,10 +54,17 @@ class RecordedCall:
     Args:
         name: The layer's, for messages.
         module: The layer.
+
+    Attributes:
+        samples: B of the pass to come, for a layer that is `shared`.
     """
+
+    samples: int
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name, self.module = name, module
+        # Outputs that all samples share, and whether such a one has an axis for them, of length 1.
+        self._shared: dict[int, bool] = {}
         self._calls: list[_Call] = []
         self._input_axes: list[int | None] = []
         self._output_axes: list[int | None] = []
@@ -74,6 +90,20 @@ class RecordedCall:
         """Free what was recorded."""
         self._calls = []
 
+    @property
+    def shared(self) -> bool:
+        """Whether the call does not see the samples: its output is repeated for each of them."""
+        return bool(self._shared)
+
+    @property
+    def place(self) -> int:
+        """Grows in the order of the calls of a pass."""
+        return self._calls[0].place
+
+    def refuse_shared(self) -> None:
+        """Do not repeat the output from now on."""
+        self._shared = {}
+
     def learn_axes(self, one: list[tuple[Shapes, Shapes]], batch: int) -> None:
         """Find where the samples are, from this pass of `batch` of them and one of one sample.
 
@@ -90,11 +120,17 @@ class RecordedCall:
         several = self.shapes()
         self._input_axes = _batch_axes(several[0][0], one[0][0], batch)
         self._output_axes = _batch_axes(several[0][1], one[0][1], batch)
-        if all(axis is None for axis in self._input_axes):
-            raise NotMappable("no argument has a batch axis")
         (call,) = self._calls
-        if any(self._output_axes[i] is None for i in call.gradients):
+        without = [i for i in call.gradients if self._output_axes[i] is None]
+        if not without:
+            if all(axis is None for axis in self._input_axes):
+                raise NotMappable("no argument has a batch axis")
+            return
+        if any(axis is not None for axis in (*self._input_axes, *self._output_axes)):
             raise NotMappable("it returns a tensor without a batch axis")
+        for i in without:
+            self._shared[i] = (call.outputs[i] or ())[:1] == (1,)
+            self._output_axes[i] = 0
 
     def gradients(
         self, parameters: Mapping[str, Tensor], batch: int
@@ -129,6 +165,8 @@ class RecordedCall:
             pullback = vjp(outputs, parameters)[1]
             whole = [
                 cotangent.unsqueeze(self._output_axes[i] or 0)
+                if self._shared.get(i, True)
+                else cotangent
                 for i, cotangent in zip(differentiable, cotangents, strict=True)
             ]
             (gradients,) = pullback(whole)
@@ -177,6 +215,10 @@ class RecordedCall:
         )
         self._calls.append(call)
         outputs, output_structure = pytree.tree_flatten(output)
+        for i, has_axis in self._shared.items():
+            # A tensor with several rows where there was one does not expand: torch says so.
+            sizes = outputs[i].shape[1:] if has_axis else outputs[i].shape
+            outputs[i] = outputs[i].expand(self.samples, *sizes)
         call.outputs = [_shape(leaf) for leaf in outputs]
         for i, leaf in enumerate(outputs):
             if isinstance(leaf, Tensor) and leaf.is_floating_point():

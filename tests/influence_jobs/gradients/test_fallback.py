@@ -156,6 +156,37 @@ def hooked() -> nn.Module:
     return nn.Sequential(nn.Sequential(layer))
 
 
+class Distances(nn.Module):
+    """A bias by distance, which all samples share: (T, T), without an axis for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(20))
+
+    def forward(self, steps: int) -> Tensor:
+        at = torch.arange(steps)
+        return self.weight[(at[:, None] - at).abs()] * self.weight[0]
+
+
+class Positions(nn.Module):
+    """Positions are embedded once, as (1, T, D), and broadcast after a layer with a rule.
+
+    Args:
+        axis: That a tensor which all samples share is normed along.
+    """
+
+    def __init__(self, axis: int) -> None:
+        super().__init__()
+        self.axis = axis
+        self.words, self.places = nn.Embedding(9, 8), nn.Embedding(20, 8)
+        self.distances, self.mixed, self.head = Distances(), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.words(ids) + self.mixed(self.places(torch.arange(ids.shape[1])[None]).sin())
+        weights = self.distances(ids.shape[1]).softmax(self.axis)
+        return self.head((weights @ x.tanh()).mean(1))
+
+
 def gates(layers: int = 1, directions: int = 1) -> dict[str, str]:
     return {
         f"rnn.weight_{kind}_l{layer}{end}": "layer"
@@ -205,6 +236,17 @@ CASES: dict[str, Callable[[], Case]] = {
             "3.weight_v": "layer",
         },
         torch.randn(B, 6),
+    ),
+    "positions": lambda: Case(
+        Positions(-1),
+        {"words": "rules", "places": "layer", "distances": "layer", "mixed": "layer"},
+        ids(),
+    ),
+    # With an axis for the samples, this axis is another.
+    "positions, axes by number": lambda: Case(
+        Positions(1),
+        {"words": "rules", "places": "layer", "distances": "model", "mixed": "layer"},
+        ids(),
     ),
     "hooked": lambda: Case(hooked(), {"0.0": "layer"}, torch.randn(B, 6)),
 }
@@ -402,6 +444,26 @@ class Weighted(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(x * self.scale)
+
+
+@pytest.mark.parametrize(("samples", "steps"), [(3, B), (B, 2), (1, 9), (B + 2, 1)])
+@pytest.mark.parametrize("name", ["positions", "positions, axes by number"])
+def test_what_all_samples_share_in_other_batches(name: str, samples: int, steps: int) -> None:
+    torch.manual_seed(1)
+    case = CASES[name]()
+    case.model.double().eval()
+    space = ParameterSpace(case.model)
+    other = {"x": torch.randint(9, (samples, steps)), "y": torch.arange(samples) % 3, "name": ""}
+    maps = projections(
+        case.model, space, outputs=3, inputs=2, distribution="gaussian", seed=0, whole=True
+    )
+    with GradProjections(case.model, space, losses, maps, precision="float64") as engine:
+        engine(batch_of(case, torch.float64))
+        (found,) = engine(other).values()
+    wanted = gradients_one_by_one(case.model, [*space.shapes], losses, other)
+    ((_, group),) = maps.items()
+    parts = [p.to(torch.device("cpu"), torch.float64)(wanted[n]) for n, p in group.items()]
+    torch.testing.assert_close(found, torch.stack(parts).sum(0).flatten(1))
 
 
 def test_a_shared_tensor_as_long_as_a_batch() -> None:
