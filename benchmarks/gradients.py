@@ -1,6 +1,7 @@
 """Gradients kept on disk: what storing them costs, what is lost, and how fast queries are answered.
 
     python benchmarks/gradients.py gpt2                   # 124 million parameters, from a config
+    python benchmarks/gradients.py gpt2-jobs --runs gpt2-runs    # 200 sequences, 20 queries
     python benchmarks/gradients.py ranks --runs gr-runs   # rank agreement with exact dot products
     python benchmarks/gradients.py store --runs store-runs    # 1,000,000 x 4,096 float16
 
@@ -8,13 +9,14 @@
 """
 
 import json
+import os
 import resource
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -136,6 +138,49 @@ def gpt2(
 
 
 @app.command()
+def gpt2_jobs(
+    runs: Annotated[str, typer.Option(help="Folder of runs; a new one.")],
+    sequences: Annotated[int, typer.Option(help="Training sequences.")] = 200,
+    tokens: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 128,
+    tests: Annotated[int, typer.Option(help="Queries.")] = 20,
+) -> None:
+    """By the commands: norms of all layers, a store of 16 x 16 a layer, and queries of it."""
+    from random_gpt2 import RandomGpt2
+
+    header(f"GPT-2 by the commands: {sequences} sequences of {tokens} tokens, {tests} queries")
+    torch.manual_seed(0)
+    task = RandomGpt2(sequences=sequences, tokens=tokens)
+    model, weights = task.model().eval(), Path(runs) / "gpt2.pt"
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(model.state_dict(), weights)
+    passed, started = min(32, sequences), time.perf_counter()
+    for ids in torch.arange(passed).split(4):
+        task.losses(model, task.train_set[ids]).sum().backward()  # type: ignore[no-untyped-call]
+        model.zero_grad(set_to_none=True)
+    limit = sequences / passed * (time.perf_counter() - started)
+    print(f"- forward + backward of all sequences {limit:.0f} s, peak {peak_mb():,} MB")
+    del model
+    where = ["--task", f"{Path(__file__).with_name('random_gpt2.py')}:RandomGpt2"]
+    where += ["--sequences", str(sequences), "--tokens", str(tokens)]
+    at = [*where, "--checkpoint", str(weights)]
+    queries = [word for test in range(tests) for word in ("--test", str(test))]
+    steps = [("norms of all layers", ["grad-norms", *at, "--layer", "all"])]
+    steps += [("store, 16 x 16 a layer", ["gradients", *at, "--dim", "16x16"])]
+    rows = []
+    for name, words in steps:
+        run, took, peak = submitted(words, runs)
+        rows.append([name, f"{took:.0f}", f"{limit / took:.2f}", f"{peak:,}"])
+    named = ["--gradients", run, *queries]
+    for name, words in [
+        (f"{tests} queries, their gradients with it", ["--method", "influence"]),
+        (f"{tests} queries again, cosine", ["--method", "cosine"]),
+    ]:
+        run, took, peak = submitted(["gradient-scores", *named, *words], runs)
+        rows.append([name, f"{took:.0f}", "", f"{peak:,}"])
+    print_table(["command", "s", "of forward + backward", "peak, MB"], rows)
+
+
+@app.command()
 def ranks(
     runs: Annotated[str, typer.Option(help="Folder of runs; what is there is used.")] = "gr-runs",
     tests: Annotated[int, typer.Option(help="Test samples.")] = 20,
@@ -161,12 +206,32 @@ def ranks(
     print_table(["numbers a layer", "stored as", "rank correlation", "top 100 shared"], rows)
 
 
+class Submitted(NamedTuple):
+    """A run, and what its command took."""
+
+    run: str
+    seconds: float
+    peak_mb: int
+
+
+def submitted(words: Sequence[str], runs: str) -> Submitted:
+    """Run `infl submit`."""
+    command = [INFL, "submit", *words, "--runs", runs, "--local", "--json"]
+    started = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        said = process.stdout.read()
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise typer.Exit(process.returncode)
+    run = json.loads(said.splitlines()[-1])["run"]
+    return Submitted(run, time.perf_counter() - started, used.ru_maxrss // 1024)
+
+
 def submit(words: Sequence[str], runs: str) -> str:
     """Run `infl submit` and return the id of its run."""
-    command = [INFL, "submit", *words, "--runs", runs, "--local", "--json"]
-    answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    found: str = json.loads(answer.stdout.splitlines()[-1])["run"]
-    return found
+    return submitted(words, runs).run
 
 
 def scores(run: str, runs: str) -> np.ndarray:
@@ -188,12 +253,11 @@ def store(
     steps = []
 
     def step(name: str, words: Sequence[str]) -> str:
-        started, before = time.perf_counter(), of_children()
-        run = submit(words, runs)
-        took = time.perf_counter() - started
+        run, took, peak = submitted(words, runs)
         size = sum(p.stat().st_size for p in (Path(runs) / run).rglob("*") if p.is_file())
-        peak = f"{of_children():,}" if of_children() > before else f"below {before:,}"
-        steps.append([name, f"{took:,.1f}", f"{rows / took:,.0f}", f"{size / 1e9:.3f}", peak])
+        steps.append(
+            [name, f"{took:,.1f}", f"{rows / took:,.0f}", f"{size / 1e9:.3f}", f"{peak:,}"]
+        )
         print(steps[-1], file=sys.stderr)
         return run
 
@@ -209,16 +273,11 @@ def store(
         asked = ["gradient-scores", *of_store, "--test", str(test)]
         step(f"query {test}, exact", asked)
         step(f"query {test}, approximate", [*asked, "--approximate", "100"])
-    columns = ["step", "s, the whole command", "samples/s", "GB", "largest peak so far, MB"]
+    columns = ["step", "s, the whole command", "samples/s", "GB", "peak, MB"]
     print_table(columns, steps)
     opened = Run.open(runs, submit(["gradient-index", *of_store], runs))
     recall = np.mean(opened.read_table("recall").column("recall").to_numpy())
     print(f"\nThe index finds {100 * recall:.1f} % of the top 100.")
-
-
-def of_children() -> int:
-    """Peak memory in MB of the largest process that was started, and has ended."""
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024
 
 
 if __name__ == "__main__":
