@@ -64,8 +64,9 @@ def settle(job: Job[Any], units: int) -> None:
         run = job.run_store
         stored = run.read_json(layout.BATCH, BatchFile)
         if stored is None:
-            size = expected(job, units).size
-            if known is None:
+            choice = expected(job, units)
+            size = choice.size
+            if choice.rates:  # nothing is learned of a probe that failed
                 _keep(job, size, out_of_memory=False)
             run.files.create(layout.BATCH, json.dumps({"batch_size": size}).encode())
             stored = run.read_json(layout.BATCH, BatchFile) or {"batch_size": size}
@@ -170,7 +171,7 @@ def _key(job: Job[Any]) -> str:
     return json.dumps(
         [
             job.spec.kind, task.name, dict(task.options), arrays, plan.batch_size,
-            _device(job.device),
+            getattr(job.spec, "precision", ""), _device(job.device),
         ]
     )  # fmt: skip
 

@@ -123,8 +123,12 @@ def run(tmp_path: Path, trained_root: Path, grad_norms_spec, monkeypatch) -> Run
 def test_the_first_worker_chooses_for_all_and_for_later_runs(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    sizes = iter([32, 128, 256])
-    monkeypatch.setattr(automatic, "chosen", lambda job, units: Choice(next(sizes)))
+    sizes = iter([64, 32, 128, 256])
+    rates: dict[int, float] = {}  # of a probe that failed
+    monkeypatch.setattr(automatic, "chosen", lambda job, units: Choice(next(sizes), rates))
+    settle(open_job(run), 1500)
+    run.files.delete("batch.json")
+    rates[1] = 1.0
     drive(run.root, run.id, InlineBackend())
     assert {e.batch_size for e in run.manifest.entries() if e.batch_size} == {32}
     assert made(run).batches == "32 samples, where the task's own number is 64"
