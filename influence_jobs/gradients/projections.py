@@ -70,6 +70,14 @@ class Projection:
         """Whether it leaves the gradient as it is."""
         return self.left_CK is None and self.right_JI is None
 
+    @property
+    def size(self) -> int:
+        """K x I."""
+        # Not that of a projected meta tensor: torch would load its compiler for it, in a second.
+        rows, columns = matrix_shape(self._shape, self.rule)
+        rows = rows if self.left_CK is None else self.left_CK.shape[1]
+        return rows * (columns if self.right_JI is None else self.right_JI.shape[1])
+
     def to(self, device: torch.device, dtype: torch.dtype) -> "Projection":
         """The same projection on a device and of a dtype."""
         sides = [
@@ -136,15 +144,20 @@ def projections(
 def together(of_group: Mapping[str, Projection], projected: Mapping[str, Tensor]) -> Tensor:
     """The numbers (B, D) of a group, of its parameters' projections (B, K, I) by name."""
     parts = [projected[name].flatten(1) for name in of_group]
-    if all(projection.keeps for projection in of_group.values()):
+    if _side_by_side(of_group):
         return torch.cat(parts, dim=1)
     return torch.stack(parts).sum(0)
 
 
-def projected_size(of_group: Mapping[str, Projection], space: ParameterSpace) -> int:
+def projected_size(of_group: Mapping[str, Projection]) -> int:
     """D of a group."""
-    empty = {n: p(torch.empty(1, *space.shapes[n], device="meta")) for n, p in of_group.items()}
-    return together(of_group, empty).numel()
+    sizes = [projection.size for projection in of_group.values()]
+    return sum(sizes) if _side_by_side(of_group) else sizes[0]
+
+
+def _side_by_side(of_group: Mapping[str, Projection]) -> bool:
+    """Whether the numbers of a group's parameters are kept apart, not added."""
+    return all(projection.keeps for projection in of_group.values())
 
 
 def matrix_rule(model: nn.Module, parameter: str) -> LayerRule[Any] | None:

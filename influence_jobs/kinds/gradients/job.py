@@ -94,7 +94,7 @@ class GradientsJob(SampleJob[GradientsSpec]):
 
     @cached_property
     def _sizes(self) -> dict[str, int]:
-        return sizes_of(self._projections, self._space)
+        return sizes_of(self._projections)
 
     @cached_property
     def _engine(self) -> GradProjections:

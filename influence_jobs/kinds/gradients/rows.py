@@ -37,9 +37,9 @@ def projections_of(
     )
 
 
-def sizes_of(maps: Mapping[str, Mapping[str, Projection]], space: ParameterSpace) -> dict[str, int]:
+def sizes_of(maps: Mapping[str, Mapping[str, Projection]]) -> dict[str, int]:
     """D by group."""
-    return {group: projected_size(of_group, space) for group, of_group in maps.items()}
+    return {group: projected_size(of_group) for group, of_group in maps.items()}
 
 
 def row_layouts(

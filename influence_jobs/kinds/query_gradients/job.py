@@ -52,7 +52,7 @@ class QueryGradientsJob(SampleJob[QueryGradientsSpec]):
     def layouts(self) -> tuple[ArrayLayout, ...]:
         return row_layouts(
             self.num_rows,
-            sizes_of(self._projections, self._space),
+            sizes_of(self._projections),
             stored="float32",
             axis="query",
             quantity=self.spec.queries.quantity,

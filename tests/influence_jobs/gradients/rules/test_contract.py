@@ -248,7 +248,7 @@ def check_projections(model: nn.Module, batch: Any, outputs: int, inputs: int) -
             close(engine.losses_B, weighted_sum(model, batch))
             assert engine.slow_layers(batch) == {}  # computed by the rule
         for group, of_group in maps.items():
-            size = projected_size(of_group, space)
+            size = projected_size(of_group)
             assert found[group].shape == (len(batch[0]), size)
             assert size <= outputs * inputs
             close(found[group], by_matrix(model, of_group, gradients))
