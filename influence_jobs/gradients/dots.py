@@ -196,10 +196,10 @@ class GradDots(TappedModel):
                     )
                     found.append(dots_BQ.to(self._dtype))
                 if not self._verified and len(found[0]) > 1:
-                    self._verified = True
                     if not self._as_plain(batch, several, found):
                         self._why_not_forward = "forward mode differs from plain autograd"
                         return None
+                    self._verified = True  # not before: the comparison may run out of memory
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise

@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 
 from influence_jobs.jobs.base import Job, Plan, Progress, Result, Shard
-from influence_jobs.kinds.gradient_index.spec import GradientIndexSpec
+from influence_jobs.kinds.gradient_index.spec import TOP, GradientIndexSpec
 from influence_jobs.kinds.gradient_index.vectors import ScoreVectors
 from influence_jobs.kinds.gradients.store import GradientStore
 from influence_jobs.specs.base import AnySpec
@@ -28,7 +28,7 @@ NUMBERS, BITS_FIRST = "SQbf16", "HR,RaBitQ,Refine(SQbf16)"
 LONG = 512  # numbers
 FIRST_LOOK = 100  # times as many samples as asked for
 TRAINED_ON = 16_384  # rows, for their centre
-TRIED, TOP = 32, 100  # stored rows as queries, for the recall
+TRIED = 32  # stored rows as queries, for the recall
 
 
 class GradientIndexJob(Job[GradientIndexSpec]):

@@ -11,6 +11,7 @@ from influence_jobs.terms import GradientMethod
 
 #: Part of the mean eigenvalue that is added to a layer's second moments.
 DAMPING: dict[GradientMethod, float] = {"influence": 0.1, "trak": 0.1}
+TOP = 100  # samples of which the recall is measured
 
 
 class GradientIndexSpec(Spec):

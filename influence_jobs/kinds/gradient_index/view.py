@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from influence_jobs.kinds.gradient_index.spec import GradientIndexSpec
+from influence_jobs.kinds.gradient_index.spec import TOP, GradientIndexSpec
+from influence_jobs.kinds.gradients.store import GradientStore
 from influence_jobs.views.base import View
 
 
@@ -15,8 +16,9 @@ class GradientIndexView(View[GradientIndexSpec]):
 
     def certainty(self) -> list[str]:
         shares = self.run.read_table("recall").column("recall").to_numpy()
+        top = min(TOP, GradientStore(self.run.root, self.spec.gradients).num_rows)
         said = (
-            f"The index finds {100 * np.mean(shares):.1f} % of the 100 samples of largest score, "
+            f"The index finds {100 * np.mean(shares):.1f} % of the {top} samples of largest score, "
             f"measured with {len(shares)} stored samples as queries."
         )
         return [said]

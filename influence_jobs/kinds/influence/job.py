@@ -277,11 +277,13 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
         space = ParameterSpace(self.model, s_test.modules)
         vectors_QP = torch.randn(self._blocks[0].stop, space.size)
         dots = GradDots(self.model, space, self.task.losses, vectors_QP, precision=self.stored)
-        tokens = TokenDots(self.model, space, self._parts, vectors_QP)
+        tokens = None
+        if self.spec.tokens is not None:
+            tokens = TokenDots(self.model, space, self._parts, vectors_QP)
         for ids in self.all_batches():
             batch = self.batch(ids, Draw(self.spec.seed))
             totals_BQ = dots.total(batch)
-            if self.spec.tokens is not None:
+            if tokens is not None:
                 self._parts.look(self.model, batch)
                 tokens(batch, totals_BQ)
             yield len(ids)
