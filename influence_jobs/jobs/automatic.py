@@ -25,6 +25,7 @@ SMALL = 8  # samples of the first batch that is measured: they fit almost everyw
 MEMORY_SHARE = 0.5  # of what is free: a probe sees a few samples, and data are read meanwhile
 WORTH_S = 60.0  # work of one worker below which no faster batch is looked for
 PROBE_S = 0.5  # for each size
+PROBE_SHARE = 0.05  # of the run's work, as the most that a probe takes beside its first batch
 MAX_MULTIPLE = 64  # the largest size that is tried, in multiples of the task's own
 MIN_SPEEDUP = 1.1  # another size is taken only if it is this much faster
 
@@ -95,7 +96,8 @@ def keep_halved(job: Job[Any]) -> None:
 def chosen(job: SampleJob[Any], units: int) -> Choice:
     """Measure which batch size to take; a run of less than `WORTH_S` keeps its own if that fits.
 
-    Sizes are doubled from `SMALL` samples on, as long as twice what the last one took is free.
+    Sizes are doubled from `SMALL` samples on, as long as twice what the last one took is free. If
+    measuring would take more than `PROBE_SHARE` of the run, its own is kept too.
 
     Args:
         job: It is left as it is, but for the data that it has read.
@@ -106,7 +108,7 @@ def chosen(job: SampleJob[Any], units: int) -> Choice:
     while True:
         if not probe.measure(size, PROBE_S if 2 * size >= own else 0.0):
             return Choice(max(rates, default=own), rates)
-        short = units / rates[size] < WORTH_S
+        short = units / rates[size] < WORTH_S or probe.dear(size, units)
         if size == own or (short and probe.fits(own / size)):
             break
         if not probe.fits(2):
@@ -114,7 +116,8 @@ def chosen(job: SampleJob[Any], units: int) -> Choice:
         size = min(2 * size, own)
     if short:
         return Choice(own, rates)
-    while 2 * size <= min(job.chunk_rows, own * MAX_MULTIPLE) and probe.fits(2):
+    most = min(job.chunk_rows, own * MAX_MULTIPLE)
+    while 2 * size <= most and probe.fits(2) and not probe.dear(size, units):
         size *= 2
         if not probe.measure(size, PROBE_S) or rates[size] < max(rates.values()):
             break
@@ -135,7 +138,7 @@ class _Probe:
         self._job = job.apart()
         self._pieces: Iterator[float] = self._job.probe()
         self._room = MEMORY_SHARE * free_bytes(job.device)
-        self._taken = 0
+        self._taken, self._passed = 0, 0.0
 
     def measure(self, size: int, seconds: float) -> bool:
         """Measure batches of this size for a while; False if there are none, or they fail.
@@ -155,7 +158,12 @@ class _Probe:
         if rate is None:
             return False
         self.rates[size], self._taken = rate, peak.bytes
+        self._passed += max(size, rate * seconds)
         return True
+
+    def dear(self, size: int, units: int) -> bool:
+        """Whether measuring twice this size as well would take too much beside the run itself."""
+        return self._passed + 2 * size > PROBE_SHARE * units
 
     def fits(self, times: float) -> bool:
         """Whether there is room for so many times what the last size took."""

@@ -106,6 +106,15 @@ def test_a_short_run_keeps_its_own_size_if_that_fits(monkeypatch: pytest.MonkeyP
     assert tight.tried == [8, 16, 32]
 
 
+def test_a_probe_takes_a_small_part_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of samples that take a second each, 200 are not worth batches of 8, 16, 32 and 64."""
+    slow = dict.fromkeys(ALIKE, 1.0)
+    for units, tried in ((200, [8]), (1000, [8, 16]), (10**4, [8, 16, 32, 64, 128])):
+        job = Probed(64, slow, 1)
+        assert measured(monkeypatch, job, free=10**9, units=units).size == 64
+        assert job.tried == tried
+
+
 def test_why_a_size_was_taken_is_said() -> None:
     assert Choice(64, {64: 5.0}).said(64) == ""
     assert Choice(128, {64: 5.0, 128: 10.0}).said(64) == "2.00 times as fast as 64 (probed)"
