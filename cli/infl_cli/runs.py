@@ -23,7 +23,7 @@ from influence_jobs.store.find import find_run, run_ids
 from influence_jobs.store.folder import for_runs, runs_folder
 from influence_jobs.store.lease import live_holder
 from influence_jobs.store.run import Run
-from influence_jobs.store.status import rate_and_eta, read_status
+from influence_jobs.store.status import rate_and_eta, read_status, repeats
 from influence_jobs.store.verify import find_damage, mark_undone
 from influence_jobs.terms import duration, shown
 
@@ -105,8 +105,8 @@ def status(
     ]
     if now["units_total"]:
         lines.append(("samples", f"{now['units_done']:,} of {now['units_total']:,}"))
-        retries = f", {now['retries']} retries" if now["retries"] else ""
-        lines.append(("shards", f"{now['shards_done']} of {now['shards_total']}{retries}"))
+        shards = f"{now['shards_done']} of {now['shards_total']}"
+        lines.append(("shards", ", ".join(filter(None, [shards, repeats(now)]))))
     if now["state"] == "running" and (speed := rate_and_eta(now)):
         lines.append(("speed", f"{speed[0]:,.0f} samples/s, ETA {duration(speed[1])}"))
     if now.get("phase"):

@@ -8,12 +8,14 @@ import logging
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, fields
 from types import FrameType
 from typing import Any, Protocol
 
+from infl_cluster.dispatch import Rescue
 from infl_cluster.run_log import run_log
 from infl_cluster.status import StatusWriter
 from influence_jobs.errors import RuntimeFault, StoreError
@@ -26,6 +28,7 @@ from influence_jobs.store.object_files import be_patient
 from influence_jobs.store.run import Run, now
 from influence_jobs.store.software import software
 from influence_jobs.store.status import is_done
+from influence_jobs.store.verify import damage, mark_entry_undone
 from influence_jobs.tasks.fingerprints import require_unchanged
 from influence_jobs.terms import size
 
@@ -42,15 +45,19 @@ class Backend(Protocol):
         *,
         on_start: Callable[[str, str], None],
         on_receipt: Callable[[Receipt, bool], None],
+        on_rescue: Callable[[Rescue, str], None],
         on_idle: Callable[[str | None], None],
+        quiet_s: Callable[[str], float],
     ) -> None:
         """Compute the shards, retrying as the retry policy says.
 
         Args:
             on_start: Called with a shard's id and the process that has begun it, as HOST:PID.
             on_receipt: Called with each receipt and whether the shard will be tried again.
+            on_rescue: Called with what is done about a slow or hanging worker, and a line about it.
             on_idle: Called about once a second, also if no receipt arrives. Its argument is what
                 the backend waits for, if the user should know. It may raise to give up.
+            quiet_s: Seconds since a shard made progress.
 
         Raises:
             RuntimeFault: No worker can be started, or a shard failed with an error that all others
@@ -198,6 +205,11 @@ def _work(
         size(job.held_bytes(plan)),
     )
     failed: dict[str, str] = {}
+    starts: Counter[str] = Counter()
+
+    def on_start(shard: str, worker: str) -> None:
+        starts[shard] += 1
+        status.started(shard, worker)
 
     def on_receipt(receipt: Receipt, retried: bool) -> None:
         status.count(receipt, retried=retried)
@@ -215,13 +227,32 @@ def _work(
             again = ", tried again" if retried else ""
             log.warning("shard %s failed%s: %s", receipt.shard, again, receipt.error)
 
+    def on_rescue(rescue: Rescue, line: str) -> None:
+        status.rescued(rescue, line)
+        log.warning("%s", line)
+
     def on_idle(waiting: str | None) -> None:
         status.says(waiting)
         if lease.lost.is_set():
             raise RuntimeFault(f"another driver has taken over run {run.id}")
 
-    if todo:
-        backend.run(run, todo, on_start=status.started, on_receipt=on_receipt, on_idle=on_idle)
+    while todo and not failed:
+        backend.run(
+            run,
+            todo,
+            on_start=on_start,
+            on_receipt=on_receipt,
+            on_rescue=on_rescue,
+            on_idle=on_idle,
+            quiet_s=status.quiet_s,
+        )
+        several = [s for s in todo if starts[s.id] > 1 and s.id not in failed]
+        for shard in several:  # a worker that was ended may have left it
+            run.files.delete(f"{layout.PROGRESS}/{shard.id}.json")
+        todo = _torn(run, several)
+        if todo:
+            status.again(todo)
+        starts.clear()
     if failed:
         first = next(iter(failed.values()))
         count = (
@@ -230,6 +261,27 @@ def _work(
             else ""
         )
         raise RuntimeFault(f"{count}{first}")
+
+
+def _torn(run: Run, shards: Sequence[Shard]) -> list[Shard]:
+    """Those of finished shards whose data are not what their entry says; marked as not done.
+
+    Two workers at a shard write the same bytes, unless their processors round in other ways: then
+    the data may be of one and the entry of the other, or half of each.
+    """
+    torn = []
+    for shard in shards:
+        entry = run.manifest.read(shard.id)
+        why = "its entry is of an unfinished attempt"
+        if entry is not None and entry.state == "done":
+            found = damage(run, entry)
+            if found is None:
+                continue
+            why = found
+        log.warning("shard %s, at which several workers were, is done again: %s", shard.id, why)
+        mark_entry_undone(run, shard.id)
+        torn.append(shard)
+    return torn
 
 
 def _finish(run: Run, job: Job[Any]) -> None:

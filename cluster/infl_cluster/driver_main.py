@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from infl_cluster import store_access
+from infl_cluster.dispatch import STALLED_AFTER_S
 from infl_cluster.driver import drive_when_free, stop_on_sigterm
 from infl_cluster.pool import RayBackend, why_ended
 from influence_jobs.errors import InflError
@@ -21,11 +22,17 @@ def main() -> int:
     parser.add_argument("--num-gpus", type=float)
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--shard-rows", type=int)
+    parser.add_argument("--stalled-after", type=float, default=STALLED_AFTER_S)
     options = parser.parse_args()
     stop_on_sigterm(why_ended)
     store_access.take()
     trust_all()  # who submitted this has been asked
-    backend = RayBackend(options.workers, device=options.device, num_gpus=options.num_gpus)
+    backend = RayBackend(
+        options.workers,
+        device=options.device,
+        num_gpus=options.num_gpus,
+        stalled_after_s=options.stalled_after,
+    )
     try:
         drive_when_free(
             options.root,

@@ -45,6 +45,13 @@ class How(Options):
         "takes.",
         panel=HOW,
     )
+    stalled_after: One[float | None] = option(
+        None,
+        "Seconds without progress after which a worker counts as hanging and is replaced; by "
+        "default 1800. A shard that is tried again gets twice as long.",
+        panel=HOW,
+        gt=0,
+    )
     local: bool = option(False, "Compute in this process, without Ray.", panel=HOW)
     detach: bool = option(False, "Return as soon as the job is submitted.", panel=HOW)
 
@@ -55,6 +62,7 @@ class How(Options):
             "--address": self.address is not None,
             "--workers": self.workers not in (None, 1),
             "--num-gpus": self.num_gpus is not None,
+            "--stalled-after": self.stalled_after is not None,
         }
         for flag, given in pool.items():
             if self.local and given:

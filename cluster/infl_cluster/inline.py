@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from infl_cluster.dispatch import Rescue
 from infl_cluster.retry import Decision, RetryPolicy
 from influence_jobs.errors import RuntimeFault
 from influence_jobs.jobs.base import Receipt, Shard
@@ -25,7 +26,9 @@ class InlineBackend:
         *,
         on_start: Callable[[str, str], None],
         on_receipt: Callable[[Receipt, bool], None],
+        on_rescue: Callable[[Rescue, str], None],
         on_idle: Callable[[str | None], None],
+        quiet_s: Callable[[str], float],
     ) -> None:
         runner = ShardRunner(run.root, run.id, device=self._device, threads=self._threads)
         policy = RetryPolicy()

@@ -211,6 +211,7 @@ def _submit(run: Run, how: How, say: Say) -> Callable[[], str | None]:
         "--num-gpus": how.num_gpus,
         "--batch-size": how.batch_size,
         "--shard-rows": how.shard_size,
+        "--stalled-after": how.stalled_after,
     }
     for option, value in options.items():
         argv += [] if value is None else [option, str(value)]

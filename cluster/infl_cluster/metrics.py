@@ -6,6 +6,7 @@ is in its folder.
 
 from ray.util.metrics import Counter, Gauge
 
+from infl_cluster.dispatch import Rescue
 from influence_jobs.jobs.base import Receipt
 
 _TAGS = ("run", "kind")
@@ -23,8 +24,13 @@ class RunMetrics:
         self._samples = Counter("infl_samples", "Samples computed.", _TAGS)
         self._done = Counter("infl_shards_done", "Shards finished.", _TAGS)
         self._retries = Counter("infl_shard_retries", "Shards tried again.", _TAGS)
+        self._backups = Counter("infl_backups", "Backups of slow shards.", _TAGS)
+        self._backups_won = Counter("infl_backups_won", "Backups that finished first.", _TAGS)
+        self._stalled = Counter("infl_stalled", "Shards whose worker hung and was ended.", _TAGS)
         self._rate = Gauge("infl_samples_per_second", "Rate within the last shard.", _TAGS)
-        for metric in (self._samples, self._done, self._retries, self._rate):
+        counts = (self._samples, self._done, self._retries)
+        rescues = (self._backups, self._backups_won, self._stalled)
+        for metric in (*counts, *rescues, self._rate):
             metric.set_default_tags({"run": run, "kind": kind})
 
     def finished(self, receipt: Receipt) -> None:
@@ -38,3 +44,12 @@ class RunMetrics:
     def retried(self) -> None:
         """Count a shard that is tried again."""
         self._retries.inc()
+
+    def rescued(self, rescue: Rescue) -> None:
+        """Count what was done about a slow or hanging worker."""
+        by_name = {
+            "backup": self._backups,
+            "backup won": self._backups_won,
+            "stalled": self._stalled,
+        }
+        by_name[rescue].inc()

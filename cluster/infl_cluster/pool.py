@@ -8,42 +8,27 @@ import logging
 import os
 import signal
 import socket
-import time
-from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
 import ray
-import ray.exceptions
-import ray.util.state
-from ray.util.state.exception import RayStateApiException
 
 from infl_cluster import store_access
+from infl_cluster.actors import Actor, Actors, live_actors
+from infl_cluster.dispatch import STALLED_AFTER_S, Dispatch, Rescue
 from infl_cluster.metrics import RunMetrics
-from infl_cluster.retry import Decision, RetryPolicy
+from infl_cluster.retry import RetryPolicy
 from influence_jobs.errors import InflError, RuntimeFault
 from influence_jobs.jobs.base import Receipt, Shard
 from influence_jobs.kinds.runner import this_process
-from influence_jobs.store.process import oom_kills
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.trust import trust_all
 
 log = logging.getLogger(__name__)
 
-Actor = Any  # Ray adds the methods of an actor's handle at run time
-
-WAIT_S = 0.5
-IDLE_S = 1.0
-START_ATTEMPTS = 3
-STATE_TIMEOUT_S = 5
 TELL_S = 5.0  # say that there is no room only after this long: a placed worker starts in seconds
 LOADING_S = 45.0  # and that workers load their model and data only after this long
-OUT_OF_MEMORY = (
-    "worker died: this machine killed it for lack of memory; resume with fewer --workers, or "
-    "delete the run's folder and submit with a smaller --batch-size"
-)
 # glibc keeps large freed buffers: to give them back and fault them in again costs time.
 MALLOC = {
     "MALLOC_MMAP_MAX_": "0",
@@ -137,6 +122,7 @@ class RayBackend:
         num_gpus: GPUs that a worker reserves; by default 1 on cuda.
         placement_timeout_s: How long to wait for room for the first worker.
         policy: Which failed shards are tried again.
+        stalled_after_s: A worker without progress for so long is replaced.
         runner: `module:class` of the runner of a worker.
     """
 
@@ -148,6 +134,7 @@ class RayBackend:
         num_gpus: float | None = None,
         placement_timeout_s: float = 120.0,
         policy: RetryPolicy | None = None,
+        stalled_after_s: float = STALLED_AFTER_S,
         runner: str = "influence_jobs.kinds.runner:ShardRunner",
     ) -> None:
         self._workers = workers
@@ -155,6 +142,7 @@ class RayBackend:
         self._num_gpus = (device != "cpu") * 1.0 if num_gpus is None else num_gpus
         self._placement_timeout_s = placement_timeout_s
         self._policy = policy or RetryPolicy()
+        self._stalled_after_s = stalled_after_s
         self._runner = runner
 
     def run(
@@ -164,7 +152,9 @@ class RayBackend:
         *,
         on_start: Callable[[str, str], None],
         on_receipt: Callable[[Receipt, bool], None],
+        on_rescue: Callable[[Rescue, str], None],
         on_idle: Callable[[str | None], None],
+        quiet_s: Callable[[str], float],
     ) -> None:
         """Compute all shards; returns when each is done or given up.
 
@@ -174,8 +164,10 @@ class RayBackend:
             on_start: Called with a shard's id and the process that has begun it, as HOST:PID.
             on_receipt: Called with each receipt and whether the shard will be tried again. If the
                 worker died, the receipt counts the attempts of this call only.
+            on_rescue: Called with what is done about a slow or hanging worker, and a line about it.
             on_idle: Called about once a second; its argument says what is waited for while there
                 is no worker. It may raise to give up.
+            quiet_s: Seconds since a shard made progress.
 
         Raises:
             RuntimeFault: A fatal receipt, no room for any worker, or workers that cannot start.
@@ -189,43 +181,39 @@ class RayBackend:
             "runtime_env": {"env_vars": _worker_environment(threads)},
         }
         metrics = RunMetrics(run.id, run.spec.kind)
-        by_id = {shard.id: shard for shard in shards}
-        todo = deque(shards)
-        tries: Counter[str] = Counter()
-        idle_at = time.monotonic()
-        pool = _Pool(lambda: self._start_worker(run, options, threads), run.spec.kind)
-        try:
-            while todo or pool.busy:
-                pool.grow(min(workers, len(todo) + len(pool.busy)))
-                while todo and pool.idle:
-                    shard = todo.popleft()
-                    on_start(shard.id, pool.give(shard))
-                receipt = pool.wait(WAIT_S)
-                if receipt is not None:
-                    tries[receipt.shard] += 1
-                    if self._settle(receipt, tries[receipt.shard], on_receipt):
-                        metrics.retried()
-                        todo.append(by_id[receipt.shard])
-                if time.monotonic() - idle_at >= IDLE_S:
-                    idle_at = time.monotonic()
-                    on_idle(self._lacks_room(pool, threads))
-        finally:
-            pool.close()
+        actors = Actors(
+            lambda: self._start_worker(run, options, threads), run.spec.kind, self._stalled_after_s
+        )
 
-    def _settle(
-        self, receipt: Receipt, tries: int, on_receipt: Callable[[Receipt, bool], None]
-    ) -> bool:
-        """Pass a receipt on, and return whether its shard is tried again."""
-        if receipt.status == "done":
-            on_receipt(receipt, False)
-            return False
-        # The manifest also counts attempts of earlier drivers; the limit does not.
-        decision = self._policy.decide(replace(receipt, attempt=tries))
-        again = decision is Decision.RETRY
-        on_receipt(replace(receipt, attempt=max(tries, receipt.attempt)), again)
-        if decision is Decision.ABORT:
-            raise RuntimeFault(receipt.error or "the run cannot go on")
-        return again
+        def received(receipt: Receipt, again: bool) -> None:
+            if again:
+                metrics.retried()
+            on_receipt(receipt, again)
+
+        def rescued(rescue: Rescue, line: str) -> None:
+            metrics.rescued(rescue)
+            on_rescue(rescue, line)
+
+        def idle() -> None:
+            actors.end_stalled_starts()
+            on_idle(self._lacks_room(actors, threads))
+
+        dispatch = Dispatch(
+            actors,
+            shards,
+            most=workers,
+            policy=self._policy,
+            stalled_after_s=self._stalled_after_s,
+            on_start=on_start,
+            on_receipt=received,
+            on_rescue=rescued,
+            on_idle=idle,
+            quiet_s=quiet_s,
+        )
+        try:
+            dispatch.run()
+        finally:
+            actors.close()
 
     def _sizes(self, num_shards: int) -> tuple[int, int]:
         """The number of workers, and the threads of each."""
@@ -251,17 +239,17 @@ class RayBackend:
             )
         )
 
-    def _lacks_room(self, pool: "_Pool", threads: int) -> str | None:
+    def _lacks_room(self, actors: Actors, threads: int) -> str | None:
         """What is waited for while there is no worker; None if there is one.
 
         Raises:
             RuntimeFault: No node is large enough for one, and none has joined for too long.
         """
-        waited = pool.waited_s
+        waited = actors.waited_s
         if waited < TELL_S:
             return None
         # A worker with a pid has a place: it is still loading its model and data.
-        if places := [actor.pid for actor in _live_actors() if actor.pid]:
+        if places := [actor.pid for actor in live_actors() if actor.pid]:
             if waited < LOADING_S:
                 return None
             pids = ", ".join(map(str, places))
@@ -280,132 +268,8 @@ class RayBackend:
         )
 
 
-class _Pool:
-    """Actors by their state: starting, idle, or busy with a shard.
-
-    Args:
-        start: Starts one actor.
-        task_name: Name of every task on the dashboard.
-    """
-
-    def __init__(self, start: Callable[[], Actor], task_name: str) -> None:
-        self._start = start
-        self._task_name = task_name
-        self._starting: dict[ray.ObjectRef[Any], Actor] = {}
-        self._processes: dict[Actor, str] = {}
-        self.idle: list[Actor] = []
-        self.busy: dict[ray.ObjectRef[Any], tuple[Actor, Shard, float]] = {}
-        self._failed_starts = 0
-        self._had_worker_at = time.monotonic()
-        self._oom_kills = oom_kills() or 0
-
-    @property
-    def waited_s(self) -> float:
-        """Seconds since there was a worker that could take a shard; 0 if there is one."""
-        if self.idle or self.busy:
-            self._had_worker_at = time.monotonic()
-        return time.monotonic() - self._had_worker_at
-
-    def grow(self, size: int) -> None:
-        """Start actors until there are `size`."""
-        for _ in range(size - len(self._starting) - len(self.idle) - len(self.busy)):
-            actor = self._start()
-            # The answer comes when the actor has a place and its runner is made.
-            self._starting[actor.begin.remote()] = actor
-
-    def give(self, shard: Shard) -> str:
-        """Give a shard to an idle actor; returns its process, as HOST:PID."""
-        actor = self.idle.pop()
-        reference = actor.run.options(name=self._task_name).remote(shard)
-        self.busy[reference] = (actor, shard, time.monotonic())
-        return self._processes[actor]
-
-    def wait(self, timeout_s: float) -> Receipt | None:
-        """Wait until one actor has started or finished a shard; return the receipt of the shard.
-
-        Raises:
-            RuntimeFault: Workers refuse the run or die before they can take a shard.
-        """
-        references = [*self.busy, *self._starting]
-        try:
-            finished, _ = ray.wait(references, num_returns=1, timeout=timeout_s)
-        except SystemError as error:  # how Ray's C code passes on what a signal's handler raised
-            raise (error.__cause__ or error) from None
-        if not finished:
-            return None
-        if finished[0] in self._starting:
-            self._welcome(finished[0])
-            return None
-        actor, shard, since = self.busy.pop(finished[0])
-        try:
-            receipt: Receipt = ray.get(finished[0])
-        except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
-            ray.kill(actor)  # it may be alive, only out of reach
-            del self._processes[actor]
-            seconds = time.monotonic() - since
-            return Receipt(shard.id, "failed", self._why_died(error), "transient", seconds=seconds)
-        self.idle.append(actor)
-        return receipt
-
-    def close(self) -> None:
-        """End all actors."""
-        for actor in [*self._starting.values(), *self.idle, *(a for a, _, _ in self.busy.values())]:
-            ray.kill(actor)
-
-    def _why_died(self, error: Exception) -> str:
-        """Why a worker died, in a line. A machine that kills one for memory tells it in no word."""
-        before, self._oom_kills = self._oom_kills, oom_kills() or 0
-        one_machine = len(ray.nodes()) == 1  # type: ignore[no-untyped-call]
-        if (
-            isinstance(error, ray.exceptions.OutOfMemoryError)
-            or "running low on memory" in str(error)
-            or (one_machine and self._oom_kills > before)
-        ):
-            return OUT_OF_MEMORY
-        return f"worker died: {_cause(error)}"
-
-    def _welcome(self, reference: "ray.ObjectRef[Any]") -> None:
-        actor = self._starting.pop(reference)
-        try:
-            refusal, process = ray.get(reference)
-        except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
-            self._failed_starts += 1
-            if self._failed_starts == START_ATTEMPTS:
-                why = self._why_died(error).removeprefix("worker died: ")
-                raise RuntimeFault(f"workers die while starting: {why}") from error
-            return
-        if refusal is not None:
-            raise RuntimeFault(refusal)
-        self._failed_starts = 0
-        self._processes[actor] = process
-        self.idle.append(actor)
-
-
 def _worker_environment(threads: int) -> dict[str, str]:
     environment = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), **MALLOC}
     if "PYTHONPATH" in os.environ:  # leads to the user's own task
         environment["PYTHONPATH"] = os.environ["PYTHONPATH"]
     return environment | dict(store_access.for_workers())
-
-
-def _live_actors() -> list[Any]:
-    """Return the live actors of this job; `pid` is 0 for those that have no place yet.
-
-    A dashboard that does not answer knows of none.
-    """
-    job = ray.get_runtime_context().get_job_id()
-    try:
-        return ray.util.state.list_actors(
-            filters=[("job_id", "=", job), ("state", "!=", "DEAD")],
-            detail=True,
-            timeout=STATE_TIMEOUT_S,
-        )
-    except (RayStateApiException, OSError):
-        return []
-
-
-def _cause(error: Exception) -> str:
-    """Return the cause of death from Ray's message of many lines."""
-    text = " ".join(str(error).split())
-    detail = text.partition("Worker exit detail: ")[2] or text
-    return detail.partition(" Some common causes")[0]

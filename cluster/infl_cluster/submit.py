@@ -26,6 +26,7 @@ def submit(
     num_gpus: float | None = None,
     batch_size: int | None = None,
     shard_size: int | None = None,
+    stalled_after: float | None = None,
     detach: bool = False,
     quiet: bool = False,
     trust: bool = False,
@@ -52,6 +53,7 @@ def submit(
         num_gpus: GPUs of each worker; a fraction shares a GPU.
         batch_size: Samples in a forward pass; for "train", samples in a step.
         shard_size: Samples of a shard, or models in retraining experiments.
+        stalled_after: Seconds without progress after which a worker is replaced; by default 1800.
         detach: Return as soon as the job is submitted to Ray.
         quiet: Show no progress.
         trust: Run the code that a run's task names, though it was not named on this machine.
@@ -87,6 +89,7 @@ def submit(
                 "num_gpus": num_gpus,
                 "batch_size": batch_size,
                 "shard_size": shard_size,
+                "stalled_after": stalled_after,
                 "local": not (ray or address),
                 "detach": detach,
             }

@@ -98,6 +98,9 @@ class ShardRunner:
         progress = _Progress(run, shard)
         before = self._job.used_batch_size
         result = self._job.run(shard, progress)
+        latest = run.manifest.read(shard.id)
+        if latest is not None and latest.state == "done":
+            return progress.units  # another worker was at it too and has finished: nothing to add
         used = self._job.used_batch_size
         if used and used < (before or self._job.batch_size):
             keep_halved(self._job)

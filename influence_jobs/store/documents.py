@@ -35,7 +35,9 @@ def _inside(name: str) -> str:
 class Status(TypedDict):
     """status.json: the state of the driver. Units are samples that went through a model.
 
-    `oom_kills` is how many processes the driver's machine had killed for lack of memory.
+    `oom_kills` is how many processes the driver's machine had killed for lack of memory. Of slow
+    shards, `backups` were given to a second worker, which finished first in `backups_won`;
+    `stalled` counts workers that were ended because their shard made no progress.
     """
 
     state: Literal["running", "done", "stopped", "failed"]
@@ -50,6 +52,9 @@ class Status(TypedDict):
     units_done: Count
     units_total: Count | None
     retries: Count
+    backups: NotRequired[Count]
+    backups_won: NotRequired[Count]
+    stalled: NotRequired[Count]
     failures: dict[str, str]
     oom_kills: NotRequired[Count | None]
 

@@ -67,6 +67,17 @@ def rate_and_eta(status: dict[str, Any]) -> tuple[float, float] | None:
     return rate, (status["units_total"] - status["units_done"]) / rate
 
 
+def repeats(status: dict[str, Any]) -> str:
+    """Retries, backups and replaced workers of a driver in words; empty if there were none."""
+    won, backups = status.get("backups_won", 0), status.get("backups", 0)
+    counts = {
+        "{} retries": status.get("retries", 0),
+        f"{{}} backups of slow shards ({won} first)": backups,
+        "{} hanging workers replaced": status.get("stalled", 0),
+    }
+    return ", ".join(words.format(count) for words, count in counts.items() if count)
+
+
 def is_done(run: Run) -> bool:
     """Whether every shard of a run is finished, and its tables too."""
     status, plan = run.read_json(layout.STATUS, Status), run.plan()

@@ -21,7 +21,7 @@ def carry_out(request):
     backend = RayBackend(
         device="cpu", runner=f"fake_runner:{request['runner']}", **request["options"]
     )
-    receipts, begun, fault = [], [], None
+    receipts, begun, rescues, fault = [], [], [], None
 
     def on_idle(_waiting):
         if request["idle_fault"]:
@@ -36,11 +36,13 @@ def carry_out(request):
             shards,
             on_start=lambda shard, worker: begun.append((shard, worker)),
             on_receipt=on_receipt,
+            on_rescue=lambda *rescue: rescues.append(rescue),
             on_idle=on_idle,
+            quiet_s=lambda _shard: request["quiet_s"],
         )
     except RuntimeFault as error:
         fault = str(error)
-    return {"receipts": receipts, "begun": begun, "fault": fault}
+    return {"receipts": receipts, "begun": begun, "rescues": rescues, "fault": fault}
 
 
 if __name__ == "__main__":

@@ -31,6 +31,8 @@ class FakeRunner:
             return Receipt(shard.id, "failed", "read error", "transient", attempt)
         if behaviour == "killer" or (behaviour == "killed" and attempt == 1):
             os.kill(os.getpid(), signal.SIGKILL)
+        if behaviour == "stopped" and attempt == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
         while behaviour == "held" and not (self._root / "release").exists():
             time.sleep(0.05)
         return Receipt(shard.id, "done", None, None, attempt, 0.5, shard.stop - shard.start)
@@ -44,3 +46,8 @@ class Refusing:
 class Dying:
     def __init__(self, *_args, **_kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Hanging:
+    def __init__(self, *_args, **_kwargs):
+        os.kill(os.getpid(), signal.SIGSTOP)
