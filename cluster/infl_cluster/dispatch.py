@@ -57,6 +57,7 @@ class Dispatch:
         shards: The shards to do.
         most: Largest number of workers.
         policy: Which failed shards are tried again.
+        pace: Tells stragglers and slow workers.
         stalled_after_s: After so long without progress a worker is replaced. A shard that is tried
             again gets twice as long each time, as its steps may be that long.
         on_start: Called with a shard's id and the process that has begun it, as HOST:PID.
@@ -73,6 +74,7 @@ class Dispatch:
         *,
         most: int,
         policy: RetryPolicy,
+        pace: Pace,
         stalled_after_s: float,
         on_start: Callable[[str, str], None],
         on_receipt: Callable[[Receipt, bool], None],
@@ -88,7 +90,7 @@ class Dispatch:
         self._tries: Counter[str] = Counter()
         self._at: dict[Hashable, Attempt] = {}
         self._of: dict[str, list[Attempt]] = {}  # most have one, some a backup
-        self._pace = Pace()
+        self._pace = pace
 
     def run(self) -> None:
         """Return when each shard is done or given up.

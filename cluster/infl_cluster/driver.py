@@ -5,6 +5,7 @@ is in the run folder: if it is killed, the next driver goes on where it was.
 """
 
 import logging
+import math
 import signal
 import sys
 import time
@@ -20,6 +21,7 @@ from infl_cluster.run_log import run_log
 from infl_cluster.status import StatusWriter
 from influence_jobs.errors import RuntimeFault, StoreError
 from influence_jobs.jobs.base import Job, Plan, Receipt, Shard
+from influence_jobs.jobs.samples import SampleJob
 from influence_jobs.kinds import open_job
 from influence_jobs.store import layout
 from influence_jobs.store.documents import Entry
@@ -34,9 +36,15 @@ from influence_jobs.terms import size
 
 log = logging.getLogger(__name__)
 
+SHARDS_A_WORKER = 16  # about, as far as there are chunks
+
 
 class Backend(Protocol):
     """Computes shards: in this process, or on Ray."""
+
+    @property
+    def most_workers(self) -> int:
+        """Workers that there will be at most."""
 
     def run(
         self,
@@ -108,7 +116,8 @@ def drive(
             _require_current(needed)
         status.waits_for(None)
         require_unchanged(run.id, run.spec.task, job.task)
-        plan = _settled_plan(job, shard_rows, automatic=batch_size is None)
+        workers = backend.most_workers
+        plan = _settled_plan(job, shard_rows, workers, automatic=batch_size is None)
         if plan.arrays:
             run.create_arrays(plan.arrays)
         _work(run, job, plan, backend, status, lease)
@@ -149,13 +158,25 @@ def drive_when_free(
             time.sleep(1)
 
 
-def _settled_plan(job: Job[Any], shard_rows: int | None, *, automatic: bool) -> Plan:
+def new_plan(job: Job[Any], shard_rows: int | None, workers: int) -> Plan:
+    """The plan of a run without one: of samples, many workers get more shards than few.
+
+    A worker that is at the last shard while all others are done costs the less the shorter it is.
+    """
+    plan = job.plan(shard_rows)
+    wanted = workers * SHARDS_A_WORKER
+    if shard_rows is not None or not isinstance(job, SampleJob) or len(plan.shards) >= wanted:
+        return plan
+    return job.plan(math.ceil(plan.shards[-1].stop / wanted))
+
+
+def _settled_plan(job: Job[Any], shard_rows: int | None, workers: int, *, automatic: bool) -> Plan:
     """The stored plan of the first driver, or a new one: shards must stay the same."""
     run = job.run_store
     stored = run.plan()
     digests = job.input_digests()
     if stored is None:
-        plan = job.plan(shard_rows)
+        plan = new_plan(job, shard_rows, workers)
         run.manifest.keep_only({*(shard.id for shard in plan.shards), layout.FINISH})
         run.write_json(
             layout.PLAN,
@@ -165,6 +186,7 @@ def _settled_plan(job: Job[Any], shard_rows: int | None, *, automatic: bool) -> 
                 "shards": [asdict(shard) for shard in plan.shards],
                 "inputs": digests,
                 "shapes": {array.name: list(array.shape) for array in plan.arrays},
+                "chunks": {array.name: list(array.chunks) for array in plan.arrays},
                 "automatic_batch": automatic,
             },
         )
@@ -183,7 +205,13 @@ def _settled_plan(job: Job[Any], shard_rows: int | None, *, automatic: bool) -> 
             "resume it with that version"
         )
     shards = tuple(Shard(**shard) for shard in stored["shards"])
-    return Plan(job.plan().arrays, shards, stored["units"], stored["batch_size"])
+    arrays = job.plan().arrays
+    if "chunks" not in stored and any(a.chunk_rows > layout.MAX_CHUNK_ROWS for a in arrays):
+        raise StoreError(
+            f"run {run.id} was begun by an earlier version, in smaller chunks: resume it with that "
+            "version, or delete the run's folder and submit it again"
+        )
+    return Plan(arrays, shards, stored["units"], stored["batch_size"])
 
 
 def _work(

@@ -19,6 +19,8 @@ class InlineBackend:
         self._device = device
         self._threads = threads
 
+    most_workers = 1
+
     def run(
         self,
         run: Run,

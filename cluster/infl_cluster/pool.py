@@ -19,6 +19,7 @@ from infl_cluster.actors import Actor, Actors, live_actors
 from infl_cluster.dispatch import STALLED_AFTER_S, Dispatch, Rescue
 from infl_cluster.metrics import RunMetrics
 from infl_cluster.retry import RetryPolicy
+from infl_cluster.stragglers import Pace
 from influence_jobs.errors import InflError, RuntimeFault
 from influence_jobs.jobs.base import Receipt, Shard
 from influence_jobs.kinds.runner import this_process
@@ -172,8 +173,6 @@ class RayBackend:
         Raises:
             RuntimeFault: A fatal receipt, no room for any worker, or workers that cannot start.
         """
-        if not ray.is_initialized():
-            connect()
         workers, threads = self._sizes(len(shards))
         options = {
             "num_cpus": threads,
@@ -203,6 +202,7 @@ class RayBackend:
             shards,
             most=workers,
             policy=self._policy,
+            pace=Pace(),
             stalled_after_s=self._stalled_after_s,
             on_start=on_start,
             on_receipt=received,
@@ -215,15 +215,21 @@ class RayBackend:
         finally:
             actors.close()
 
+    @property
+    def most_workers(self) -> int:
+        """As many as were asked for, or else as the cluster has GPUs or CPUs for now."""
+        if not ray.is_initialized():
+            connect()
+        total = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        default = total.get("GPU", 0) / self._num_gpus if self._num_gpus else total.get("CPU", 1)
+        return max(1, self._workers or int(default))
+
     def _sizes(self, num_shards: int) -> tuple[int, int]:
         """The number of workers, and the threads of each."""
-        total = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        workers = min(self.most_workers, num_shards)
         nodes = ray.nodes()  # type: ignore[no-untyped-call]
-        largest = max((int(n["Resources"].get("CPU", 0)) for n in nodes if n["Alive"]), default=1)
-        cpus = int(total.get("CPU", 1))
-        default = int(total.get("GPU", 0) / self._num_gpus) if self._num_gpus else cpus
-        workers = max(1, min(self._workers or default, num_shards))
-        return workers, max(1, min(largest, cpus // workers))
+        cpus = [int(n["Resources"].get("CPU", 0)) for n in nodes if n["Alive"]]
+        return workers, max(1, min(max(cpus, default=1), sum(cpus) // workers))
 
     def _start_worker(self, run: Run, options: Mapping[str, Any], threads: int) -> Actor:
         return (

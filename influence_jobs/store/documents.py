@@ -75,7 +75,7 @@ class PlanFile(TypedDict):
     """plan.json: what the first driver settled.
 
     `inputs` has the digests of the runs that this one was computed from. Runs older than the field
-    have no `shapes` of arrays. `automatic_batch`: no batch size was asked for.
+    have no `shapes` or `chunks` of arrays. `automatic_batch`: no batch size was asked for.
     """
 
     batch_size: Annotated[int, Field(ge=1)]
@@ -83,6 +83,7 @@ class PlanFile(TypedDict):
     shards: list[PlannedShard]
     inputs: dict[str, str]
     shapes: NotRequired[dict[str, list[Count]]]
+    chunks: NotRequired[dict[str, list[Count]]]
     automatic_batch: NotRequired[bool]
 
 

@@ -100,6 +100,7 @@ def carry_out(workers: Simulated, shards: int, *, most: int, rows: int = 10, **o
         given,
         most=most,
         policy=RetryPolicy(),
+        pace=Pace(),
         on_start=lambda *_: None,
         on_receipt=lambda r, again: told.receipts.append((r.shard, r.status, again)),
         on_rescue=lambda *rescue: told.rescues.append(rescue),

@@ -36,6 +36,8 @@ class Contested:
         rounds: Whether the second worker's processor rounds in another way.
     """
 
+    most_workers = 1
+
     def __init__(self, at: int, *, ends: bool, rounds: bool = False):
         self.at, self.ends, self.rounds = at, ends, rounds
         self.operations: list[str] = []
