@@ -1,5 +1,6 @@
 """Actors of Ray as workers: each starts, is idle, or has one shard."""
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,8 @@ from influence_jobs.errors import RuntimeFault
 from influence_jobs.jobs.base import Receipt, Shard
 from influence_jobs.store.process import oom_kills
 from influence_jobs.terms import duration
+
+log = logging.getLogger(__name__)
 
 Actor = Any  # Ray adds the methods of an actor's handle at run time
 
@@ -42,6 +45,9 @@ class Actors:
         self.idle: list[Actor] = []
         self._busy: dict[ray.ObjectRef[Any], tuple[Actor, Shard, float]] = {}
         self._failed_starts = 0
+        self._refused = 0
+        self.refusal: str | None = None  # of workers that the run goes on without
+        self._has_done = False
         self._had_worker_at = time.monotonic()
         self._oom_kills = oom_kills() or 0
 
@@ -57,8 +63,11 @@ class Actors:
         return time.monotonic() - self._had_worker_at
 
     def grow(self, size: int) -> None:
-        """Start actors until there are `size`."""
-        for _ in range(size - len(self._starting) - len(self.idle) - len(self._busy)):
+        """Start actors until there are `size`, or fewer if some were refused."""
+        there = len(self._starting) + len(self.idle) + len(self._busy)
+        if not there:  # what was refused once may be right now; else it ends the run
+            self._refused, self._has_done = 0, False
+        for _ in range(size - there - self._refused):
             actor = self._start()
             # The answer comes when the actor has a place and its runner is made.
             self._starting[actor.begin.remote()] = actor, time.monotonic()
@@ -97,6 +106,7 @@ class Actors:
             why = self._why_died(error)
             return actor, Receipt(shard.id, "failed", why, "transient", seconds=seconds)
         self.idle.append(actor)
+        self._has_done = self._has_done or receipt.status == "done"
         return actor, receipt
 
     def end(self, worker: Actor) -> None:
@@ -156,7 +166,14 @@ class Actors:
             self._count_failed_start(f"workers die while starting: {why}", error)
             return
         if refusal is not None:
-            raise RuntimeFault(refusal)
+            if not self._has_done:
+                raise RuntimeFault(refusal)
+            # A node that joined later: those that can compute go on.
+            self._refused += 1
+            self.refusal = f"goes on without a worker: {refusal}"
+            log.warning("%s", self.refusal)
+            ray.kill(actor)
+            return
         self._failed_starts = 0
         self._processes[actor] = process
         self.idle.append(actor)

@@ -20,6 +20,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--num-gpus", type=float)
+    parser.add_argument("--node-label", action="append", default=[])
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--shard-rows", type=int)
     parser.add_argument("--stalled-after", type=float, default=STALLED_AFTER_S)
@@ -31,6 +32,7 @@ def main() -> int:
         options.workers,
         device=options.device,
         num_gpus=options.num_gpus,
+        node_labels=dict(label.split("=", 1) for label in options.node_label),
         stalled_after_s=options.stalled_after,
     )
     try:

@@ -6,7 +6,7 @@ from pydantic import model_validator
 
 from influence_jobs import devices
 from influence_jobs.errors import SpecError
-from influence_jobs.requests.base import One, Options, option
+from influence_jobs.requests.base import Many, One, Options, option
 from influence_jobs.specs.base import Count
 
 HOW = "How to run"
@@ -32,6 +32,12 @@ class How(Options):
         "GPUs of each worker; a fraction shares a GPU. By default 1 with --device cuda.",
         panel=HOW,
         ge=0,
+    )
+    node_label: Many[str] = option(
+        (),
+        "Compute on nodes with this label of Ray only, KEY=VALUE such as "
+        "ray.io/accelerator-type=H100; repeat for several.",
+        panel=HOW,
     )
     batch_size: One[Count | None] = option(
         None,
@@ -62,6 +68,7 @@ class How(Options):
             "--address": self.address is not None,
             "--workers": self.workers not in (None, 1),
             "--num-gpus": self.num_gpus is not None,
+            "--node-label": bool(self.node_label),
             "--stalled-after": self.stalled_after is not None,
         }
         for flag, given in pool.items():
@@ -70,6 +77,10 @@ class How(Options):
                     f"{flag} is for workers of Ray, and this run is to be computed without: use "
                     f"Ray, or leave out {flag}"
                 )
+        for label in self.node_label:
+            key, equals, value = label.partition("=")
+            if not (key and equals and value):
+                raise SpecError(f"--node-label {label}: write KEY=VALUE, such as market-type=spot")
         if not self.address and self.device == "cuda":
             devices.resolved(self.device)
         return self

@@ -215,6 +215,7 @@ def _submit(run: Run, how: How, say: Say) -> Callable[[], str | None]:
     }
     for option, value in options.items():
         argv += [] if value is None else [option, str(value)]
+    argv += [f"--node-label={label}" for label in how.node_label]
     if ":" in run.spec.task.name:  # one's own task lies in its folder, or where one works
         places = [run.spec.task.folder, str(Path.cwd()), os.environ.get("PYTHONPATH")]
         env["PYTHONPATH"] = os.pathsep.join(filter(None, places))

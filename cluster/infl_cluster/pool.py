@@ -20,7 +20,7 @@ from infl_cluster.dispatch import STALLED_AFTER_S, Dispatch, Rescue
 from infl_cluster.metrics import RunMetrics
 from infl_cluster.retry import RetryPolicy
 from infl_cluster.stragglers import Pace
-from influence_jobs.errors import InflError, RuntimeFault
+from influence_jobs.errors import DataError, InflError, RuntimeFault
 from influence_jobs.jobs.base import Receipt, Shard
 from influence_jobs.kinds.runner import this_process
 from influence_jobs.store.run import Run
@@ -89,7 +89,7 @@ class ShardWorker:
             make_runner = getattr(import_module(module), name)
             self._runner = make_runner(root, run_id, device=device, threads=threads)
         except InflError as error:  # kept: if raised here, the driver would see a dead worker
-            self._refusal = str(error)
+            self._refusal = _refusal(error)
         except Exception as error:
             log.exception("the worker cannot be made")
             self._refusal = f"{type(error).__name__}: {error}"
@@ -121,6 +121,7 @@ class RayBackend:
             device is the CPU. There are fewer if there are fewer shards or no room for all.
         device: Torch device of a worker.
         num_gpus: GPUs that a worker reserves; by default 1 on cuda.
+        node_labels: Labels of Ray that a worker's node must have.
         placement_timeout_s: How long to wait for room for the first worker.
         policy: Which failed shards are tried again.
         stalled_after_s: A worker without progress for so long is replaced.
@@ -133,6 +134,7 @@ class RayBackend:
         *,
         device: str = "cpu",
         num_gpus: float | None = None,
+        node_labels: Mapping[str, str] | None = None,
         placement_timeout_s: float = 120.0,
         policy: RetryPolicy | None = None,
         stalled_after_s: float = STALLED_AFTER_S,
@@ -141,6 +143,7 @@ class RayBackend:
         self._workers = workers
         self._device = device
         self._num_gpus = (device != "cpu") * 1.0 if num_gpus is None else num_gpus
+        self._node_labels = dict(node_labels or {})
         self._placement_timeout_s = placement_timeout_s
         self._policy = policy or RetryPolicy()
         self._stalled_after_s = stalled_after_s
@@ -177,6 +180,7 @@ class RayBackend:
         options = {
             "num_cpus": threads,
             "num_gpus": self._num_gpus,
+            "label_selector": self._node_labels,
             "runtime_env": {"env_vars": _worker_environment(threads)},
         }
         metrics = RunMetrics(run.id, run.spec.kind)
@@ -220,16 +224,21 @@ class RayBackend:
         """As many as were asked for, or else as the cluster has GPUs or CPUs for now."""
         if not ray.is_initialized():
             connect()
-        total = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        default = total.get("GPU", 0) / self._num_gpus if self._num_gpus else total.get("CPU", 1)
-        return max(1, self._workers or int(default))
+        resource, each = ("GPU", self._num_gpus) if self._num_gpus else ("CPU", 1.0)
+        offered = sum(node.get(resource, 0.0) for node in self._nodes())
+        return max(1, self._workers or int(offered / each))
 
     def _sizes(self, num_shards: int) -> tuple[int, int]:
         """The number of workers, and the threads of each."""
         workers = min(self.most_workers, num_shards)
-        nodes = ray.nodes()  # type: ignore[no-untyped-call]
-        cpus = [int(n["Resources"].get("CPU", 0)) for n in nodes if n["Alive"]]
+        cpus = [int(node.get("CPU", 0)) for node in self._nodes()]
         return workers, max(1, min(max(cpus, default=1), sum(cpus) // workers))
+
+    def _nodes(self) -> list[dict[str, float]]:
+        """The resources of the live nodes with the labels that were asked for."""
+        labels = self._node_labels.items()
+        nodes = ray.nodes()  # type: ignore[no-untyped-call]
+        return [n["Resources"] for n in nodes if n["Alive"] and labels <= n["Labels"].items()]
 
     def _start_worker(self, run: Run, options: Mapping[str, Any], threads: int) -> Actor:
         return (
@@ -251,6 +260,8 @@ class RayBackend:
         Raises:
             RuntimeFault: No node is large enough for one, and none has joined for too long.
         """
+        if actors.refusal:
+            return actors.refusal
         waited = actors.waited_s
         if waited < TELL_S:
             return None
@@ -260,18 +271,30 @@ class RayBackend:
                 return None
             pids = ", ".join(map(str, places))
             return f"workers have loaded the model and the data for {waited:.0f} s (process {pids})"
-        nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
+        nodes = self._nodes()
         offers = "; ".join(f"CPU {n.get('CPU', 0):g}, GPU {n.get('GPU', 0):g}" for n in nodes)
         offers = offers or "none of which is up"
         asked = f"CPU {threads}, GPU {self._num_gpus:g}"
+        if self._node_labels:
+            asked += " with " + ", ".join(f"{k}={v}" for k, v in self._node_labels.items())
         if any(n.get("CPU", 0) >= threads and n.get("GPU", 0) >= self._num_gpus for n in nodes):
             return f"waiting until other work on the cluster leaves room for a worker ({asked})"
         if waited < self._placement_timeout_s:
             return f"waiting for a node with room for a worker ({asked}; nodes: {offers})"
         raise RuntimeFault(
             f"no node has room for a worker: each asks for {asked}, the nodes have {offers}; "
-            "lower --num-gpus, or add a node"
+            f"lower --num-gpus, or add {'such a' if self._node_labels else 'a'} node"
         )
+
+
+def _refusal(error: InflError) -> str:
+    """Why a worker cannot compute, with its node if that may be the cause."""
+    if not isinstance(error, DataError) or len(ray.nodes()) == 1:  # type: ignore[no-untyped-call]
+        return str(error)
+    return (
+        f"on node {socket.gethostname()}: {error} (each node that computes needs the data, at the "
+        "same place or on storage that all share; --node-label chooses nodes)"
+    )
 
 
 def _worker_environment(threads: int) -> dict[str, str]:

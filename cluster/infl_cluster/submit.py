@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from infl_cluster.how import How
@@ -24,6 +25,7 @@ def submit(
     workers: int | None = None,
     device: Device = "auto",
     num_gpus: float | None = None,
+    node_label: str | Sequence[str] = (),
     batch_size: int | None = None,
     shard_size: int | None = None,
     stalled_after: float | None = None,
@@ -51,6 +53,7 @@ def submit(
         workers: Worker processes of Ray; by default one for each core or GPU.
         device: Where to compute.
         num_gpus: GPUs of each worker; a fraction shares a GPU.
+        node_label: Compute on nodes with these labels of Ray only, each "KEY=VALUE".
         batch_size: Samples in a forward pass; for "train", samples in a step.
         shard_size: Samples of a shard, or models in retraining experiments.
         stalled_after: Seconds without progress after which a worker is replaced; by default 1800.
@@ -87,6 +90,7 @@ def submit(
                 "workers": workers,
                 "device": device,
                 "num_gpus": num_gpus,
+                "node_label": node_label,
                 "batch_size": batch_size,
                 "shard_size": shard_size,
                 "stalled_after": stalled_after,

@@ -8,6 +8,8 @@ import signal
 import time
 from pathlib import Path
 
+import ray
+
 from influence_jobs.errors import StoreError
 from influence_jobs.jobs.base import Receipt
 
@@ -51,3 +53,12 @@ class Dying:
 class Hanging:
     def __init__(self, *_args, **_kwargs):
         os.kill(os.getpid(), signal.SIGSTOP)
+
+
+class Placed(FakeRunner):
+    """Notes on which node of Ray each shard was."""
+
+    def run(self, shard):
+        time.sleep(0.5)  # so that each worker gets some
+        (self._root / f"{shard.id}.node").write_text(ray.get_runtime_context().get_node_id())
+        return super().run(shard)
