@@ -110,7 +110,8 @@ class Actors:
         return actor, receipt
 
     def end(self, worker: Actor) -> None:
-        """End an actor that has a shard, also if it hangs."""
+        """End an actor, also if it hangs."""
+        self.idle = [actor for actor in self.idle if actor != worker]
         self._busy = {r: busy for r, busy in self._busy.items() if busy[0] != worker}
         self._kill(worker)
 

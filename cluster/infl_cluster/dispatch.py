@@ -46,7 +46,7 @@ class Workers(Protocol):
         """
 
     def end(self, worker: Hashable) -> None:
-        """End a worker that has a shard, whatever it does."""
+        """End a worker, whatever it does."""
 
 
 class Dispatch:
@@ -158,6 +158,8 @@ class Dispatch:
                 self._on_rescue("backup won", why)
             self._on_receipt(receipt, False)
             return
+        if receipt.kind == "worker":
+            self._workers.end(worker)
         if worker not in self._workers.idle:
             self._pace.forget(worker)
         if others and receipt.kind != "fatal":

@@ -44,7 +44,8 @@ class InlineBackend:
                     # The manifest also counts attempts of earlier drivers; the limit does not.
                     decision = policy.decide(replace(receipt, attempt=attempt))
                 on_receipt(receipt, decision is Decision.RETRY)
-                if decision is Decision.ABORT:
+                # There is no other process to go on in.
+                if decision is Decision.ABORT or receipt.kind == "worker":
                     raise RuntimeFault(receipt.error or "the run cannot go on")
                 if decision is not Decision.RETRY:
                     break

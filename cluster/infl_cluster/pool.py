@@ -20,7 +20,7 @@ from infl_cluster.dispatch import STALLED_AFTER_S, Dispatch, Rescue
 from infl_cluster.metrics import RunMetrics
 from infl_cluster.retry import RetryPolicy
 from infl_cluster.stragglers import Pace
-from influence_jobs.errors import DataError, InflError, RuntimeFault
+from influence_jobs.errors import DataError, InflError, RuntimeFault, StoreError
 from influence_jobs.jobs.base import Receipt, Shard
 from influence_jobs.kinds.runner import this_process
 from influence_jobs.store.run import Run
@@ -288,13 +288,19 @@ class RayBackend:
 
 
 def _refusal(error: InflError) -> str:
-    """Why a worker cannot compute, with its node if that may be the cause."""
-    if not isinstance(error, DataError) or len(ray.nodes()) == 1:  # type: ignore[no-untyped-call]
+    """Why a worker cannot compute, with its node if there are several."""
+    if len(ray.nodes()) == 1:  # type: ignore[no-untyped-call]
         return str(error)
-    return (
-        f"on node {socket.gethostname()}: {error} (each node that computes needs the data, at the "
-        "same place or on storage that all share; --node-label chooses nodes)"
+    needs = {
+        DataError: "the data, at the same place or on storage that all share",
+        StoreError: "the folder of runs, on storage that all share",
+    }
+    hint = "".join(
+        f" (each node that computes needs {what}; --node-label chooses nodes)"
+        for kind, what in needs.items()
+        if isinstance(error, kind)
     )
+    return f"on node {socket.gethostname()}: {error}{hint}"
 
 
 def _worker_environment(threads: int) -> dict[str, str]:

@@ -165,9 +165,11 @@ class _Progress:
         return self._done - (self._resumed or 0)
 
 
-def _kind(error: Exception) -> Literal["user", "transient", "fatal"]:
-    if isinstance(error, FATAL) or _is_gpu_failure(error):
+def _kind(error: Exception) -> Literal["user", "transient", "worker", "fatal"]:
+    if isinstance(error, FATAL):
         return "fatal"
+    if _is_gpu_failure(error):
+        return "worker"
     if isinstance(error, OSError):
         return "fatal" if error.errno in DISK_ERRORS else "transient"
     # Errors of an object store pass through Zarr; they are not OSErrors.

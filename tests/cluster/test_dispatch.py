@@ -70,7 +70,7 @@ class Simulated:
         return worker, receipt
 
     def end(self, worker: Hashable) -> None:
-        assert worker not in self.idle
+        self.idle = [one for one in self.idle if one != worker]
         self.events = [event for event in self.events if event[1] != worker]
         heapq.heapify(self.events)
         self.ended.append(worker)
@@ -196,6 +196,15 @@ def test_failures_are_handled_by_their_kind(kind: str) -> None:
     told = carry_out(workers, 4, most=2)
     again = [True, True, False] if kind == "transient" else [False]
     assert told.of("s2") == [("failed", retried) for retried in again]
+
+
+def test_a_worker_that_cannot_go_on_is_ended_and_its_shard_tried_again() -> None:
+    workers = Simulated(fate={("s2", 1): "worker"})
+    told = carry_out(workers, 4, most=2)
+    assert told.of("s2") == [("failed", True), ("done", False)]
+    failed = next(worker for shard, worker in workers.given if shard == "s2")
+    assert workers.ended == [failed]
+    assert done_once(told, 4)
 
 
 def test_a_worker_without_progress_is_ended_and_its_shard_tried_again() -> None:

@@ -433,6 +433,20 @@ def test_a_node_without_the_data_is_named_with_the_cure(
 
 
 @pytest.mark.slow
+def test_a_node_without_the_folder_of_runs_is_named(
+    nodes: Nodes, ids: dict[str, str], tmp_path: Path
+) -> None:
+    run = request_of("images", tmp_path / "data", tmp_path / "runs")
+    nodes.add("without", labels={"zone": "without"}, hidden=run.root)
+    try:
+        err = ended(nodes.drive(run, "--node-label", "zone=without"), code=2)
+    finally:
+        nodes.remove("without")
+    assert f"on node {socket.gethostname()}: there is no run {run.id} in {run.root}" in err
+    assert "each node that computes needs the folder of runs, on storage that all share" in err
+
+
+@pytest.mark.slow
 def test_a_node_without_the_data_that_joins_later_does_not_end_the_run(
     nodes: Nodes, ids: dict[str, str], tmp_path: Path
 ) -> None:
