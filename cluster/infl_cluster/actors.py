@@ -161,7 +161,7 @@ class Actors:
     def _welcome(self, reference: "ray.ObjectRef[Any]") -> None:
         actor, _ = self._starting.pop(reference)
         try:
-            refusal, process = ray.get(reference)
+            refusal, process, device = ray.get(reference)
         except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
             why = self._why_died(error).removeprefix("worker died: ")
             self._count_failed_start(f"workers die while starting: {why}", error)
@@ -175,6 +175,7 @@ class Actors:
             log.warning("%s", self.refusal)
             ray.kill(actor)
             return
+        log.info("worker %s computes on %s", process, device)
         self._failed_starts = 0
         self._processes[actor] = process
         self.idle.append(actor)

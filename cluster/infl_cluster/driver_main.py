@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from infl_cluster import store_access
+from infl_cluster import shipping, store_access, versions
 from infl_cluster.dispatch import STALLED_AFTER_S
 from infl_cluster.driver import drive_when_free, stop_on_sigterm
 from infl_cluster.pool import RayBackend, why_ended
@@ -27,6 +27,7 @@ def main() -> int:
     options = parser.parse_args()
     stop_on_sigterm(why_ended)
     store_access.take()
+    shipping.unpack()
     trust_all()  # who submitted this has been asked
     backend = RayBackend(
         options.workers,
@@ -36,6 +37,7 @@ def main() -> int:
         stalled_after_s=options.stalled_after,
     )
     try:
+        versions.require_same()
         drive_when_free(
             options.root,
             options.run_id,

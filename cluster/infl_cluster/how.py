@@ -25,11 +25,11 @@ class How(Options):
         None, "Worker processes; by default one for each core or GPU.", panel=HOW
     )
     device: devices.Device = option(
-        "auto", "Where to compute; auto: on a GPU of this machine if it has one.", panel=HOW
+        "auto", "Where to compute; auto: on GPUs, where the workers have any.", panel=HOW
     )
     num_gpus: One[float | None] = option(
         None,
-        "GPUs of each worker; a fraction shares a GPU. By default 1 with --device cuda.",
+        "GPUs of each worker; a fraction shares a GPU. By default 1 where it computes on GPUs.",
         panel=HOW,
         ge=0,
     )
@@ -87,7 +87,7 @@ class How(Options):
 
     @property
     def resolved_device(self) -> Literal["cpu", "cuda"]:
-        """The device that `auto` stands for; on a cluster elsewhere, the CPU."""
+        """What this machine computes on. Workers of Ray find out where they are."""
         if self.address:
             return "cpu" if self.device == "auto" else self.device
         return devices.resolved(self.device)

@@ -9,17 +9,20 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 import ray
 
-from infl_cluster import store_access
+from infl_cluster import shipping, store_access, versions
 from infl_cluster.actors import Actor, Actors, live_actors
 from infl_cluster.dispatch import STALLED_AFTER_S, Dispatch, Rescue
 from infl_cluster.metrics import RunMetrics
+from infl_cluster.nodes import require_same_software
 from infl_cluster.retry import RetryPolicy
 from infl_cluster.stragglers import Pace
+from influence_jobs.devices import Device, resolved
 from influence_jobs.errors import DataError, InflError, RuntimeFault, StoreError
 from influence_jobs.jobs.base import Receipt, Shard
 from influence_jobs.kinds.runner import this_process
@@ -72,7 +75,7 @@ class ShardWorker:
         root: Folder of all runs.
         run_id: Id of the run.
         kind: Kind of the job, for the metrics.
-        device: A torch device.
+        device: A torch device, or `auto`: a GPU, if torch finds one here.
         threads: Threads of one torch operation.
         runner: `module:class` of the runner; tests name their own.
     """
@@ -85,9 +88,13 @@ class ShardWorker:
         self._refusal: str | None = None
         trust_all()  # who submitted the run has been asked
         store_access.take()
+        shipping.unpack()
+        self._device = device
         try:
+            versions.require_same()
+            self._device = resolved(cast(Device, device))
             make_runner = getattr(import_module(module), name)
-            self._runner = make_runner(root, run_id, device=device, threads=threads)
+            self._runner = make_runner(root, run_id, device=self._device, threads=threads)
         except InflError as error:  # kept: if raised here, the driver would see a dead worker
             self._refusal = _refusal(error)
         except Exception as error:
@@ -98,9 +105,9 @@ class ShardWorker:
     def __repr__(self) -> str:
         return f"ShardWorker({self._runner.title if self._runner else self._refusal})"
 
-    def begin(self) -> tuple[str | None, str]:
-        """Return why this worker cannot compute its run, or None if it can; and its process."""
-        return self._refusal, this_process()
+    def begin(self) -> tuple[str | None, str, str]:
+        """Return why this worker cannot compute its run, or None; its process; its device."""
+        return self._refusal, this_process(), self._device
 
     def run(self, shard: Shard) -> Receipt:
         """Compute one shard."""
@@ -119,8 +126,8 @@ class RayBackend:
     Args:
         workers: Largest number of actors; by default one for each GPU, or for each CPU if the
             device is the CPU. There are fewer if there are fewer shards or no room for all.
-        device: Torch device of a worker.
-        num_gpus: GPUs that a worker reserves; by default 1 on cuda.
+        device: Torch device of a worker; `auto`: GPUs if the cluster offers any.
+        num_gpus: GPUs that a worker reserves; by default 1, on the CPU 0.
         node_labels: Labels of Ray that a worker's node must have.
         placement_timeout_s: How long to wait for room for the first worker.
         policy: Which failed shards are tried again.
@@ -142,7 +149,7 @@ class RayBackend:
     ) -> None:
         self._workers = workers
         self._device = device
-        self._num_gpus = (device != "cpu") * 1.0 if num_gpus is None else num_gpus
+        self._gpus_asked = num_gpus
         self._node_labels = dict(node_labels or {})
         self._placement_timeout_s = placement_timeout_s
         self._policy = policy or RetryPolicy()
@@ -176,6 +183,7 @@ class RayBackend:
         Raises:
             RuntimeFault: A fatal receipt, no room for any worker, or workers that cannot start.
         """
+        require_same_software(self._live())
         workers, threads = self._sizes(len(shards))
         options = {
             "num_cpus": threads,
@@ -222,11 +230,18 @@ class RayBackend:
     @property
     def most_workers(self) -> int:
         """As many as were asked for, or else as the cluster has GPUs or CPUs for now."""
-        if not ray.is_initialized():
-            connect()
         resource, each = ("GPU", self._num_gpus) if self._num_gpus else ("CPU", 1.0)
         offered = sum(node.get(resource, 0.0) for node in self._nodes())
         return max(1, self._workers or int(offered / each))
+
+    @cached_property
+    def _num_gpus(self) -> float:
+        """GPUs that a worker reserves."""
+        if self._gpus_asked is not None:
+            return self._gpus_asked
+        if self._device == "auto":
+            return float(any(node.get("GPU", 0.0) for node in self._nodes()))
+        return float(self._device != "cpu")
 
     def _sizes(self, num_shards: int) -> tuple[int, int]:
         """The number of workers, and the threads of each."""
@@ -236,9 +251,14 @@ class RayBackend:
 
     def _nodes(self) -> list[dict[str, float]]:
         """The resources of the live nodes with the labels that were asked for."""
+        return [node["Resources"] for node in self._live()]
+
+    def _live(self) -> list[dict[str, Any]]:
+        if not ray.is_initialized():
+            connect()
         labels = self._node_labels.items()
         nodes = ray.nodes()  # type: ignore[no-untyped-call]
-        return [n["Resources"] for n in nodes if n["Alive"] and labels <= n["Labels"].items()]
+        return [node for node in nodes if node["Alive"] and labels <= node["Labels"].items()]
 
     def _start_worker(self, run: Run, options: Mapping[str, Any], threads: int) -> Actor:
         return (
@@ -248,7 +268,8 @@ class RayBackend:
                 run.root,
                 run.id,
                 kind=run.spec.kind,
-                device=self._device,
+                # Whoever reserves no GPU is to find none.
+                device="cpu" if self._device == "auto" and not self._num_gpus else self._device,
                 threads=threads,
                 runner=self._runner,
             )
