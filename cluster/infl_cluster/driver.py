@@ -10,9 +10,10 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, fields
+from functools import partial
 from types import FrameType
 from typing import Any, Protocol
 
@@ -72,6 +73,9 @@ class Backend(Protocol):
                 would have too.
         """
 
+    def show(self, run: Run, status: Mapping[str, Any]) -> None:
+        """Show a status that was just written to who watches from outside; called by a thread."""
+
 
 def drive(
     root: str,
@@ -101,7 +105,7 @@ def drive(
         if is_done(run):  # another driver has just ended it
             return
         stack.enter_context(run_log(run))
-        status = stack.enter_context(StatusWriter(run))
+        status = stack.enter_context(StatusWriter(run, partial(backend.show, run)))
         run.manifest.drop_summary()
         run.files.sweep()
         for name in run.files.names(layout.PROGRESS):

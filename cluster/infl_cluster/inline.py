@@ -1,8 +1,9 @@
 """Compute in this process, without Ray: for `--local`, tests and debuggers."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from infl_cluster.dispatch import Rescue
 from infl_cluster.retry import Decision, RetryPolicy
@@ -49,3 +50,6 @@ class InlineBackend:
                     raise RuntimeFault(receipt.error or "the run cannot go on")
                 if decision is not Decision.RETRY:
                     break
+
+    def show(self, run: Run, status: Mapping[str, Any]) -> None:
+        """Do nothing: without Ray there is no one to collect metrics."""

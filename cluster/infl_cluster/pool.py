@@ -18,7 +18,7 @@ import ray
 from infl_cluster import shipping, store_access, versions
 from infl_cluster.actors import Actor, Actors, live_actors
 from infl_cluster.dispatch import STALLED_AFTER_S, Dispatch, Rescue
-from infl_cluster.metrics import RunMetrics
+from infl_cluster.metrics import RunMetrics, WorkerMetrics
 from infl_cluster.nodes import require_same_software
 from infl_cluster.retry import RetryPolicy
 from infl_cluster.stragglers import Pace
@@ -100,7 +100,7 @@ class ShardWorker:
         except Exception as error:
             log.exception("the worker cannot be made")
             self._refusal = f"{type(error).__name__}: {error}"
-        self._metrics = RunMetrics(run_id, kind)
+        self._metrics = WorkerMetrics(run_id, kind)
 
     def __repr__(self) -> str:
         return f"ShardWorker({self._runner.title if self._runner else self._refusal})"
@@ -155,6 +155,7 @@ class RayBackend:
         self._policy = policy or RetryPolicy()
         self._stalled_after_s = stalled_after_s
         self._runner = runner
+        self._shown: dict[str, RunMetrics] = {}
 
     def run(
         self,
@@ -191,19 +192,9 @@ class RayBackend:
             "label_selector": self._node_labels,
             "runtime_env": {"env_vars": _worker_environment(threads)},
         }
-        metrics = RunMetrics(run.id, run.spec.kind)
         actors = Actors(
             lambda: self._start_worker(run, options, threads), run.spec.kind, self._stalled_after_s
         )
-
-        def received(receipt: Receipt, again: bool) -> None:
-            if again:
-                metrics.retried()
-            on_receipt(receipt, again)
-
-        def rescued(rescue: Rescue, line: str) -> None:
-            metrics.rescued(rescue)
-            on_rescue(rescue, line)
 
         def idle() -> None:
             actors.end_stalled_starts()
@@ -217,8 +208,8 @@ class RayBackend:
             pace=Pace(),
             stalled_after_s=self._stalled_after_s,
             on_start=on_start,
-            on_receipt=received,
-            on_rescue=rescued,
+            on_receipt=on_receipt,
+            on_rescue=on_rescue,
             on_idle=idle,
             quiet_s=quiet_s,
         )
@@ -226,6 +217,13 @@ class RayBackend:
             dispatch.run()
         finally:
             actors.close()
+
+    def show(self, run: Run, status: Mapping[str, Any]) -> None:
+        """Pass a run's status on to its metrics, once this process is part of the cluster."""
+        if ray.is_initialized():
+            if run.id not in self._shown:
+                self._shown[run.id] = RunMetrics(run.id, run.spec.kind)
+            self._shown[run.id].show(status)
 
     @property
     def most_workers(self) -> int:

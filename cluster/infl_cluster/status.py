@@ -8,7 +8,7 @@ unfinished shards.
 import socket
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from types import TracebackType
@@ -49,10 +49,16 @@ class _Step:
 
 
 class StatusWriter:
-    """Keeps the status file of a run up to date, for the length of a `with` block."""
+    """Keeps the status file of a run up to date, for the length of a `with` block.
 
-    def __init__(self, run: Run):
+    Args:
+        run: The run.
+        show: Called with every status that was written.
+    """
+
+    def __init__(self, run: Run, show: Callable[[Mapping[str, Any]], None] = lambda _: None):
         self._run = run
+        self._show = show
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True, name="status")
@@ -212,6 +218,7 @@ class StatusWriter:
                 told = line if time.monotonic() - at < TOLD_S else None
                 status["message"] = told or self._what_is_quiet()
             self._run.write_json(layout.STATUS, status)
+        self._show(status)
 
     def _what_is_quiet(self) -> str | None:
         """What has made no progress for long, or None."""

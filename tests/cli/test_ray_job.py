@@ -46,7 +46,10 @@ class FakeCluster:
     def version(self) -> dict[str, str]:
         return {}
 
-    def submit(self, _argv: object, *, submission_id: str, metadata: object, env: object) -> str:
+    def upload(self, name: str, data: bytes) -> None:
+        pass
+
+    def submit(self, _argv: object, *, submission_id: str, **_others: object) -> str:
         if self.full:
             raise RuntimeFault("no room")
         self.jobs[submission_id] = "PENDING"
