@@ -1,8 +1,8 @@
 """Prometheus metrics of a run. Ray exports them as `ray_infl_...` at the metrics port of each node.
 
 Counters and the memory of GPUs are of one worker, and start at zero in a new one: use rate(), and
-sum over workers. Progress is of the run as a whole: the driver passes on what its status says, which
-is what `infl status` and the viewer show.
+sum over workers. Progress is of the run as a whole: the driver passes on what its status says,
+as `infl status` and the viewer show it.
 """
 
 from collections.abc import Mapping
@@ -54,7 +54,7 @@ class WorkerMetrics:
             self._samples.inc(receipt.units)
         if receipt.seconds > 0:
             self._rate.set(receipt.units / receipt.seconds)
-        on_gpu = torch.cuda.is_initialized()
+        on_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         self._memory.set(torch.cuda.max_memory_reserved() if on_gpu else 0)
 
 

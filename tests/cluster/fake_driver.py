@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from infl_cluster.pool import RayBackend
 from influence_jobs.errors import RuntimeFault
 from influence_jobs.jobs.base import Shard
+from influence_jobs.store.run import now
 
 
 def carry_out(request):
@@ -29,6 +30,8 @@ def carry_out(request):
 
     def on_receipt(receipt, again):
         receipts.append((*astuple(receipt), again))
+        status = {"units_done": 10, "units_total": 20, "work_started_at": now() - 1}
+        backend.show(run, {**status, "state": "running", "retries": sum(r[-1] for r in receipts)})
 
     try:
         backend.run(

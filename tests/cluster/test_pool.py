@@ -246,7 +246,8 @@ def test_metrics_and_titles_are_shown(driver, ray_head):
     driver.start(["hiccup", "held"])
     title = f"ShardWorker(fake {driver.root.name} on cpu)"
     wait_until(lambda: title in live_actors(ray_head))
-    names = ["shards_done_total", "samples_total", "samples_per_second", "shard_retries_total"]
+    names = ["shards_done_total", "samples_total", "samples_per_second", "gpu_memory_bytes"]
+    names += ["run_retries", "run_samples_per_second", "run_eta_seconds"]
     labels = {'kind="fake-kind"', f'run="{driver.root.name}"'}
 
     def exported():

@@ -43,6 +43,9 @@ class Contested:
         self.operations: list[str] = []
         self.passes = 0
 
+    def show(self, *_: Any) -> None:
+        pass
+
     def run(
         self,
         run: Run,
