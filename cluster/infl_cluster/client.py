@@ -21,6 +21,7 @@ from urllib.parse import quote, urlsplit
 
 from influence_jobs.errors import RuntimeFault
 
+MOST_NODES = 10_000  # that Ray lists
 MOST_BYTES = 2**28  # of an answer: the log of a job
 SLOWEST_BYTES_PER_S = 250_000  # of an upload
 FINAL_STATUSES = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
@@ -71,14 +72,14 @@ class JobClient:
             )
         return answer
 
-    def has_node(self) -> bool:
-        """Return whether a node is up. A head answers some seconds before its own node is up.
+    def num_nodes(self) -> int:
+        """Return the number of nodes that are up. A head answers before its own node is up.
 
         Raises:
             RuntimeFault: The cluster could not be asked.
         """
-        nodes = self._call("GET", "/api/v0/nodes")["data"]["result"]["result"]
-        return any(node["state"] == "ALIVE" for node in nodes)
+        answer = self._call("GET", f"/api/v0/nodes?limit={MOST_NODES}")
+        return sum(node["state"] == "ALIVE" for node in answer["data"]["result"]["result"])
 
     def submit(
         self,

@@ -90,10 +90,12 @@ def pack(task: TaskSpec) -> Parcel | None:
 
 def unpack() -> None:
     """Import from the archive that this job came with, if any; Ray has unpacked it around us."""
-    for place in reversed(os.environ.get(VARIABLE, "").split(os.pathsep)):
-        folder = str(Path.cwd() / place)
-        if place and folder not in sys.path[:1]:
-            sys.path.insert(0, folder)
+    if VARIABLE not in os.environ:
+        return
+    here = Path.cwd()
+    sys.path[:0] = [str(here / place) for place in os.environ[VARIABLE].split(os.pathsep)]
+    # A second node of Ray on this machine unpacks it anew, and a deleted folder is none to work in.
+    os.chdir("/")
 
 
 def _parts(file: Path, name: str) -> tuple[str, ...]:

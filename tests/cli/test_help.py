@@ -29,7 +29,7 @@ OPTIONS = {
     "init": "",
     "check": f"{TASK_DATA} device json",
     "runs": WHERE,
-    "status": f"{WHERE} follow address",
+    "status": f"{WHERE} follow watch address",
     "logs": "runs",
     "stop": "runs address",
     "resume": f"{HOW} workers",
@@ -65,6 +65,7 @@ OPTIONS = {
     "view": "runs port open trust",
     "cluster up": "num-cpus num-gpus",
     "cluster status": "json",
+    "cluster wait": "address nodes timeout",
     "cluster down": "",
     "data mnist": "data-dir",
 }

@@ -44,7 +44,7 @@ class Slow(Task):
         return nn.Linear(3, 2)
 
     def train_data(self):
-        return TensorDataset(torch.arange(60000.0).view(20000, 3) / 60000, torch.arange(20000) % 2)
+        return TensorDataset(torch.arange(180000.0).view(60000, 3) / 180000, torch.arange(60000) % 2)
 
     def losses(self, model, batch):
         time.sleep(3.0 if len(batch[1]) == 1024 else 0.0)
@@ -154,7 +154,7 @@ def test_every_query_finds_the_running_job(
             (done,) = values(url, run.id, "ray_infl_run_samples_done{run=~'$run'}")
     finally:
         subprocess.run([*infl, "stop", run.id], env=environment, check=True)
-    assert (total, shards) == (status["units_total"], status["shards_total"]) == (20000, 5)
+    assert (total, shards) == (status["units_total"], status["shards_total"]) == (60000, 15)
     assert 0 < done <= status["units_done"]
     assert found["Retries A"] == found["Stragglers B"] == [0.0]
     assert all(memory == 0 for memory in found["GPU memory of each worker A"])
