@@ -140,7 +140,16 @@ def test_a_run_in_an_allocation(
     path = [str(programs), str(Path(sys.executable).parent), os.environ["PATH"]]
     monkeypatch.setenv("PATH", os.pathsep.join(path))
     monkeypatch.setenv("INFL_HOME", str(slurm / "home"))
-    words = "submit grad-norms --task slurm_task.py:Mine --layer all --epochs 1".split()
+    words = [
+        "submit",
+        "grad-norms",
+        "--task",
+        "slurm_task.py:Mine",
+        "--layer",
+        "all",
+        "--epochs",
+        "1",
+    ]
     command = ["sbatch", "--wait", "--nodes", str(nodes), str(SCRIPT), *words]
     done = subprocess.run(
         [*command, "--runs", str(tmp_path / "runs")], cwd=tmp_path, timeout=550, check=False
@@ -154,6 +163,6 @@ def test_a_run_in_an_allocation(
     run = find_run(str(tmp_path / "runs"), "grad-norms")
     assert is_done(run)
     logs = "".join(p.read_text() for p in sorted(Path(run.root, run.id, "logs").iterdir()))
-    assert logs.count("computes on cpu") == nodes
+    assert logs.count("computes on cpu") == 1 + nodes  # a worker for the training
     assert not [*(slurm / "home").glob("slurm-*")]  # the token is gone
     assert not subprocess.run(["squeue", "--noheader"], capture_output=True, check=True).stdout
