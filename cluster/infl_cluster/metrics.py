@@ -25,6 +25,7 @@ _OF_STATUS = {
     "eta": ("infl_run_eta_seconds", "Seconds left at that rate."),
     "retries": ("infl_run_retries", "Shards tried again by this driver."),
     "backups": ("infl_backup_shards", "Slow shards given to a second worker by this driver."),
+    "backups_won": ("infl_backup_shards_won", "Those of them that the second one finished first."),
     "stalled": ("infl_stalled_workers", "Hanging workers replaced by this driver."),
 }
 

@@ -31,7 +31,8 @@ def carry_out(request):
     def on_receipt(receipt, again):
         receipts.append((*astuple(receipt), again))
         status = {"units_done": 10, "units_total": 20, "work_started_at": now() - 1}
-        backend.show(run, {**status, "state": "running", "retries": sum(r[-1] for r in receipts)})
+        retries = sum(r[-1] for r in receipts)
+        backend.show(run, {**status, "state": "running", "retries": retries})  # type: ignore[arg-type]
 
     try:
         backend.run(
