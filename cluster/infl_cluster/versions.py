@@ -43,7 +43,7 @@ def difference(theirs: Mapping[str, str], node: str) -> str | None:
         for name in COMPARED
         if name in submitted
         and (name != "revision" or name in theirs)
-        and theirs.get(name, "").partition("+")[0] != submitted[name].partition("+")[0]
+        and (theirs.get(name) or "").partition("+")[0] != submitted[name].partition("+")[0]
     ]
     if not other:
         return None

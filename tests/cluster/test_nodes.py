@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import pytest
 import torch
 from PIL import Image
 
+from infl_cluster import versions
 from infl_cluster.driver import drive
 from infl_cluster.inline import InlineBackend
 from influence_jobs.datasets.mnist import default_data_dir
@@ -186,6 +188,31 @@ def test_norms_over_two_nodes_are_those_of_one_process(
     assert {entry.attempt for entry in entries} == {1}
     assert len({entry.worker for entry in entries}) == 2
     assert {entry.threads for entry in entries} == {1}  # of a node with one core
+
+
+@pytest.mark.slow
+def test_nodes_with_other_software_are_told_before_a_shard_is_written(
+    nodes: Nodes,
+    ids: dict[str, str],
+    tmp_path: Path,
+    trained_root: Path,
+    grad_norms_spec: GradNormsSpec,
+) -> None:
+    """The driver and where it was submitted have another torch than the nodes."""
+    shutil.copytree(trained_root, tmp_path / "runs")
+    run = Run.create(str(tmp_path / "runs"), grad_norms_spec)
+    other = tmp_path / "other" / "torch-9.9.9.dist-info"
+    other.mkdir(parents=True)
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 9.9.9\n")
+    path = os.pathsep.join([str(other.parent), nodes.environment["PYTHONPATH"]])
+    told = {versions.VARIABLE: json.dumps({"torch": "9.9.9"}), "PYTHONPATH": path}
+    said = ended(nodes.drive(run, **told), code=2)
+    ours = version("torch")
+    assert f"has torch {ours}, and the run was submitted with torch 9.9.9: install the" in said
+    assert f"error: node {socket.gethostname()} (" in said
+    assert "(2 more nodes differ too)" in said
+    assert run.manifest.done() == {}
+    assert not run.files.names(layout.MANIFEST)
 
 
 @pytest.mark.slow
