@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from torch import nn
 
 from infl_cluster.head import Head
 from influence_jobs.store.find import find_run
@@ -27,7 +29,6 @@ DASHBOARD = json.loads((WATCH / "grafana-dashboard.json").read_text())
 SERVICE_DISCOVERY = "/tmp/ray/prom_metrics_service_discovery.json"
 LONG_S = 240.0
 
-# Large batches take long: those of the norms, not those of the training.
 TASK = """
 import time
 import torch
@@ -126,8 +127,11 @@ def test_every_query_finds_the_running_job(
     ray_head: Head, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "slow_norms.py").write_text(TASK)
+    torch.save(nn.Linear(3, 2).state_dict(), tmp_path / "weights.pt")
     infl = [sys.executable, "-c", "from infl_cli.entry import main; main()"]
-    words = "submit grad-norms --task slow_norms.py:Slow --layer all --epochs 1 --detach"
+    words = (
+        "submit grad-norms --task slow_norms.py:Slow --layer all --checkpoint weights.pt --detach"
+    )
     more = f"--workers 2 --batch-size 1024 --address {ray_head.dashboard_url}".split()
     environment = {**os.environ, "RAY_AUTH_TOKEN_PATH": str(ray_head.token_path)}
     monkeypatch.chdir(tmp_path)
