@@ -101,14 +101,14 @@ class Watched(RayBackend):
         self._done = 0
         self.notes: list[tuple[float, float, float]] = []
 
-    def run(self, run: Any, shards: Any, *, on_start: Any, on_receipt: Any, on_idle: Any) -> None:
+    def run(self, run: Any, shards: Any, *, on_receipt: Any, **others: Any) -> None:
         def counted(receipt: Receipt, retried: bool) -> None:
             if self._done % self._quarter == 0:
                 self._note()
             on_receipt(receipt, retried)
             self._done += 1
 
-        super().run(run, shards, on_start=on_start, on_receipt=counted, on_idle=on_idle)
+        super().run(run, shards, on_receipt=counted, **others)
         self._note()
 
     def _note(self) -> None:

@@ -4,24 +4,31 @@ Measured by this script: the seconds of a shard in one process with one thread, 
 time for each shard. A shard is: decode patches, add noise, compute norms of layer 11, compress and
 write an array of its size. The driver's time is Ray's, and grows with the number of workers that
 the driver waits for. Assumed, and set by options: the seconds before a worker's first shard, slow
-workers, lost nodes, and the bandwidth of the shared storage. As in a job, a worker takes the next
-shard when it has finished one. The driver and the storage serve one shard at a time. The shards of
-a lost node are computed again.
+workers, lost nodes, and the bandwidth of the shared storage. The shards
+are handed out by `infl_cluster.dispatch`, the code of a real run, with its retries, backups and
+slow workers; here its workers are simulated, and its clock jumps. The driver and the storage serve
+one shard at a time.
 
-The last columns have the share of the time that a run would save without one of these causes. The
-largest share is what limits the run.
+The efficiency is that of the whole run, and of its time after the start. "No backups" is the
+latter if slow workers get as many shards as others and nobody takes over from them. The last
+columns have the share of the time that a run would save without one of these causes. The largest
+share is what limits the run.
 
     python benchmarks/simulation.py [--full]
 """
 
 import bisect
 import heapq
+import logging
+import math
 import random
 import statistics
 import tempfile
 import time
+from collections import deque
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import ray
@@ -30,7 +37,11 @@ import typer
 import zarr
 from harness import header, print_table, seconds_of, use_worker_allocator
 
+from infl_cluster.dispatch import Dispatch
+from infl_cluster.retry import RetryPolicy
+from infl_cluster.stragglers import Pace
 from influence_jobs.gradients import GradNorms
+from influence_jobs.jobs.base import Receipt, Shard
 from influence_jobs.tasks.base import Draw
 from influence_jobs.tasks.ffdnet import FFDNetTask
 
@@ -66,49 +77,134 @@ class Cluster:
     notice_s: float
 
 
-def simulate(cluster: Cluster, workers: int, seed: int) -> float:
+class SimulatedWorkers:
+    """Workers of the project's own dispatch, on a clock that jumps from event to event.
+
+    The driver and the storage serve one shard at a time, in order of time.
+    """
+
+    def __init__(self, cluster: Cluster, workers: int, chance: random.Random, horizon: float):
+        self._cluster, self._workers, self._chance = cluster, workers, chance
+        self._losses = [
+            _losses(cluster, horizon, chance) for _ in range(-(-workers // cluster.node))
+        ]
+        self._slowness: dict[Hashable, float] = {}
+        self._given: dict[Hashable, tuple[float, Shard]] = {}
+        self._events: list[tuple[float, int, str]] = []
+        self._places = deque(range(workers))  # of workers that are not there, or not any more
+        self._place_of: dict[Hashable, int] = {}
+        self._starting = self._started = 0
+        self._driver_at = self._storage_at = self._now = 0.0
+        self.idle: list[Hashable] = []
+
+    def now(self) -> float:
+        return self._now
+
+    def grow(self, size: int) -> None:
+        for _ in range(size - self._starting - len(self.idle) - len(self._given)):
+            worker, self._started = self._started, self._started + 1
+            slow = self._chance.random() < self._cluster.slow
+            self._slowness[worker] = self._cluster.slowness if slow else 1.0
+            self._place_of[worker] = self._places.popleft()
+            self._starting += 1
+            self._at(self._now + self._cluster.start_s, worker, "ready")
+
+    def give(self, worker: Any, shard: Shard) -> str:
+        self.idle.remove(worker)
+        self._given[worker] = self._now, shard
+        first, each = self._cluster.driver_s
+        self._driver_at = max(self._now, self._driver_at) + first + each * self._workers
+        seconds = self._chance.choice(self._cluster.shard_s) * self._slowness[worker]
+        seconds *= (shard.stop - shard.start) / SHARD
+        self._at(self._driver_at + seconds, worker, "computed")
+        return f"simulated:{worker}"
+
+    def wait(self, timeout_s: float) -> tuple[Hashable, Receipt] | None:
+        until = self._now + timeout_s
+        while self._events and self._events[0][0] <= until:
+            self._now, worker, what = heapq.heappop(self._events)
+            if what == "ready":
+                self._starting -= 1
+                self.idle.append(worker)
+                return None
+            if worker not in self._given:  # it was ended
+                continue
+            if what == "computed":
+                self._storage_at = max(self._now, self._storage_at)
+                self._storage_at += SHARD_MB / self._cluster.storage_mb_s
+                self._at(self._storage_at, worker, "written")
+            elif what == "written" and (lost := self._lost_at(worker)) is not None:
+                self._at(max(self._now, lost + self._cluster.notice_s), worker, "lost")
+            else:
+                _, shard = self._given[worker]
+                if what == "written":
+                    del self._given[worker]
+                    self.idle.append(worker)
+                    return worker, Receipt(shard.id, "done")
+                self.end(worker)
+                return worker, Receipt(shard.id, "failed", "its node is lost", "transient")
+        self._now = until
+        return None
+
+    def end(self, worker: Hashable) -> None:
+        del self._given[worker]
+        self._places.append(self._place_of.pop(worker))
+
+    def _at(self, time_s: float, worker: Any, what: str) -> None:
+        heapq.heappush(self._events, (time_s, worker, what))
+
+    def _lost_at(self, worker: Hashable) -> float | None:
+        """When the worker's node was lost, if that was since it got its shard."""
+        losses = self._losses[self._place_of[worker] // self._cluster.node]
+        first = bisect.bisect(losses, self._given[worker][0])
+        return losses[first] if first < len(losses) and losses[first] <= self._now else None
+
+
+class Indifferent(Pace):
+    """Expects nothing: no backups, and slow workers get as many shards as others."""
+
+    def expected_s(self, shard: Shard) -> float | None:
+        return None
+
+
+def simulate(
+    cluster: Cluster,
+    workers: int,
+    seed: int,
+    *,
+    patches: int = PATCHES,
+    pace: Pace | None = None,
+) -> float:
     """Seconds of a simulated run, from its start to its last shard."""
     chance = random.Random(seed)
-    left = -(-PATCHES // SHARD)
-    slowness = [cluster.slowness if chance.random() < cluster.slow else 1.0 for _ in range(workers)]
-    horizon = 5 * left * max(cluster.shard_s) / workers + 1000 * cluster.start_s
-    losses = [_losses(cluster, horizon, chance) for _ in range(-(-workers // cluster.node))]
-    given_at = [0.0] * workers
-    # Events (time, what, worker), in order of time: driver and storage serve in that order.
-    events = [(cluster.start_s, "ready", worker) for worker in range(workers)]
-    idle: list[int] = []
-    driver_at = storage_at = end = 0.0
-    unfinished = left
-    while unfinished:
-        now, what, worker = heapq.heappop(events)
-        if what == "ready":
-            if not left:  # idle until a lost shard comes back
-                idle.append(worker)
-                continue
-            left -= 1
-            given_at[worker] = now
-            driver_at = max(now, driver_at) + cluster.driver_s[0] + cluster.driver_s[1] * workers
-            seconds = chance.choice(cluster.shard_s) * slowness[worker]
-            heapq.heappush(events, (driver_at + seconds, "computed", worker))
-        elif what == "computed":
-            storage_at = max(now, storage_at) + SHARD_MB / cluster.storage_mb_s
-            heapq.heappush(events, (storage_at, "written", worker))
-        elif what == "written":
-            of_node = losses[worker // cluster.node]
-            first = bisect.bisect(of_node, given_at[worker])
-            if first < len(of_node) and of_node[first] <= now:
-                noticed = of_node[first] + cluster.notice_s
-                heapq.heappush(events, (max(now, noticed), "lost", worker))
-            else:
-                unfinished, end = unfinished - 1, now
-                heapq.heappush(events, (now, "ready", worker))
-        else:
-            left += 1
-            back = [(now + cluster.start_s, "ready", worker)]
-            back += [(now, "ready", idle.pop())] if idle else []
-            for event in back:
-                heapq.heappush(events, event)
-    return end
+    count = -(-patches // SHARD)
+    shards = [Shard(f"{i}", i * SHARD, min((i + 1) * SHARD, patches)) for i in range(count)]
+    horizon = 5 * count * max(cluster.shard_s) / workers + 1000 * cluster.start_s
+    simulated = SimulatedWorkers(cluster, workers, chance, horizon)
+    ends: list[float] = []
+
+    def received(receipt: Receipt, again: bool) -> None:
+        if receipt.status == "done":
+            ends.append(simulated.now())
+        elif not again:
+            raise RuntimeError(f"shard {receipt.shard} was given up")
+
+    dispatch = Dispatch(
+        simulated,
+        shards,
+        most=workers,
+        policy=RetryPolicy(max_attempts=100),
+        pace=pace or Pace(),
+        stalled_after_s=math.inf,
+        on_start=lambda *_: None,
+        on_receipt=received,
+        on_rescue=lambda *_: None,
+        on_idle=lambda: None,
+        quiet_s=lambda _: 0.0,
+    )
+    dispatch.run()
+    assert len(ends) == count
+    return ends[-1]
 
 
 def _losses(cluster: Cluster, horizon: float, chance: random.Random) -> list[float]:
@@ -196,6 +292,7 @@ def main(
     notice_s: Annotated[float, typer.Option(help="Seconds until a lost node is replaced.")] = 60.0,
 ) -> None:
     """Print run times, and the number of workers up to which adding workers pays."""
+    logging.getLogger("infl_cluster").setLevel(logging.ERROR)
     use_worker_allocator()
     torch.set_num_threads(1)
     header("Simulation: FFDNet norms, two million patches, 1 to 1,024 workers")
@@ -223,14 +320,19 @@ def main(
     )
     seeds = range(15 if full else 5)
 
-    def mean_s(cluster: Cluster, workers: int) -> float:
-        return statistics.mean(simulate(cluster, workers, seed) for seed in seeds)
+    def mean_s(cluster: Cluster, workers: int, patches: int = PATCHES) -> float:
+        return statistics.mean(simulate(cluster, workers, s, patches=patches) for s in seeds)
 
-    work_s = statistics.mean(shard_s) * -(-PATCHES // SHARD)
+    def blind_s(workers: int) -> float:
+        return statistics.mean(simulate(cluster, workers, s, pace=Indifferent()) for s in seeds)
+
+    work_s = statistics.mean(shard_s) * PATCHES / SHARD
     knee, rows = 1, []
     for workers in WORKERS:
         seconds = mean_s(cluster, workers)
         efficiency = work_s / (workers * seconds)
+        started = work_s / (workers * (seconds - start_s))
+        blind = work_s / (workers * (blind_s(workers) - start_s))
         knee = workers if efficiency >= 0.8 else knee
         gains = {
             name: max(0.0, 1 - mean_s(other, workers) / seconds) for name, other in without.items()
@@ -239,10 +341,18 @@ def main(
         gains["uneven end"] = max(0.0, 1 - efficiency - sum(gains.values()))
         limit = max(gains, key=lambda name: gains[name])
         parts = [f"{gain:.1%}" for gain in gains.values()]
-        rows.append([f"{workers:,}", f"{seconds / 3600:.2f}", f"{efficiency:.2f}", *parts, limit])
-    columns = ["workers", "hours", "efficiency", *(f"- {name}" for name in gains), "limit"]
+        shares = [f"{share:.2f}" for share in (efficiency, started, blind)]
+        rows.append([f"{workers:,}", f"{seconds:,.0f}", *shares, *parts, limit])
+    shares = ["efficiency", "after the start", "no backups"]
+    columns = ["workers", "seconds", *shares, *(f"- {name}" for name in gains), "limit"]
     print_table(columns, rows)
-    print(f"\nThe knee, the most workers at an efficiency of .8 or more: {knee:,}.")
+    print(f"\nThe knee, the most workers at an efficiency of .8 or more: {knee:,}.\n")
+    rows = []
+    for patches in (PATCHES, 5 * PATCHES, 20 * PATCHES):
+        seconds = mean_s(cluster, 512, patches)
+        share = work_s * patches / PATCHES / (512 * seconds)
+        rows.append([f"{patches:,}", f"{seconds:,.0f}", f"{share:.2f}"])
+    print_table(["patches, 512 workers", "seconds", "efficiency"], rows)
 
 
 if __name__ == "__main__":

@@ -87,6 +87,8 @@ def ray_head() -> Iterator[Head]:
         patch.setenv("INFL_HOME", home)
         for name in FOREIGN:
             patch.delenv(name, raising=False)
+        # A job submitted by --address runs the `python` of its nodes.
+        patch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
         head = ensure_head(idle_timeout_s=None, num_cpus=2)
         yield head
         processes = _processes_of(head)

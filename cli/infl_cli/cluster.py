@@ -1,5 +1,6 @@
 """`infl cluster`: the Ray on this machine."""
 
+import time
 from typing import Annotated
 
 import typer
@@ -7,7 +8,9 @@ import typer
 from infl_cli import options as o
 from infl_cli import render
 from infl_cli.render import say
+from infl_cluster.client import remote_client
 from infl_cluster.head import current_head, ensure_head, recorded_head, remains, stop_head
+from influence_jobs.errors import RuntimeFault
 
 app = typer.Typer(
     no_args_is_help=True, help="Start and stop the Ray on this machine that runs use."
@@ -63,6 +66,27 @@ def status(json: o.Json = False) -> None:
                 ("jobs", ", ".join(head.client().unfinished()) or "none"),
             ]
         )
+
+
+@app.command()
+def wait(
+    address: Annotated[str, typer.Option(metavar="URL", help="Dashboard of a Ray cluster.")],
+    nodes: Annotated[int, typer.Option(min=1, help="How many are to be up.")] = 1,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait at most.")] = 300.0,
+) -> None:
+    """Wait until the nodes of a Ray cluster are up: a run uses those that are when it begins."""
+    client = remote_client(address)
+    began, up, why = time.monotonic(), 0, ""
+    while up < nodes:
+        if time.monotonic() - began > timeout:
+            found = why or f"{up} of {nodes} nodes of {address} are up"
+            raise RuntimeFault(f"{found} after {timeout:.0f} s: look at Ray's logs on the others")
+        time.sleep(0.2)
+        try:
+            up, why = client.num_nodes(), ""
+        except RuntimeFault as fault:
+            up, why = 0, str(fault)
+    say(f"{up} of {nodes} nodes of {address} are up")
 
 
 @app.command()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from infl_cli import render
+from infl_cluster.driver import new_plan
 from infl_cluster.how import How
 from influence_jobs.devices import cores
 from influence_jobs.errors import StoreError
@@ -118,10 +119,11 @@ def _time(estimate: Estimate) -> str:
 
 def _estimate(run: Run, how: How) -> Estimate:
     job = open_job(run, device=how.resolved_device, batch_size=how.batch_size)
-    plan = job.plan(how.shard_size)
+    workers = (how.workers or 1) if how.address else how.num_workers
+    plan = new_plan(job, how.shard_size, workers)
     if not plan.shards:  # all its work is done by the runs it needs
         return Estimate(plan, plan.batch_size, workers=1, rate=1.0, memory=Peak(CPU).most)
-    workers = min(how.num_workers, len(plan.shards))
+    workers = min(workers, len(plan.shards))
     torch.set_num_threads(max(1, cores() // workers))
     size, why = plan.batch_size, ""
     if isinstance(job, SampleJob):

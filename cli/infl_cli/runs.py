@@ -23,9 +23,9 @@ from influence_jobs.store.find import find_run, run_ids
 from influence_jobs.store.folder import for_runs, runs_folder
 from influence_jobs.store.lease import live_holder
 from influence_jobs.store.run import Run
-from influence_jobs.store.status import rate_and_eta, read_status
+from influence_jobs.store.status import progress_in_words, read_status
 from influence_jobs.store.verify import find_damage, mark_undone
-from influence_jobs.terms import duration, shown
+from influence_jobs.terms import shown
 
 STOP_DEADLINE_S = 30.0
 DRIVER = "infl_cluster.driver_main"  # on the command line of the drivers of Ray jobs
@@ -83,7 +83,7 @@ def status(
     run: o.RunId,
     runs: o.Runs = o.DEFAULT_RUNS,
     follow: Annotated[
-        bool, typer.Option("--follow", help="Show progress until the run ends.")
+        bool, typer.Option("--follow", "--watch", help="Show progress until the run ends.")
     ] = False,
     address: o.Address = None,
     json: o.Json = False,
@@ -103,12 +103,7 @@ def status(
         ("path", found.files.url),
         ("status", now["state"]),
     ]
-    if now["units_total"]:
-        lines.append(("samples", f"{now['units_done']:,} of {now['units_total']:,}"))
-        retries = f", {now['retries']} retries" if now["retries"] else ""
-        lines.append(("shards", f"{now['shards_done']} of {now['shards_total']}{retries}"))
-    if now["state"] == "running" and (speed := rate_and_eta(now)):
-        lines.append(("speed", f"{speed[0]:,.0f} samples/s, ETA {duration(speed[1])}"))
+    lines += progress_in_words(now).items()
     if now.get("phase"):
         lines.append(("waits for", now["phase"]))
     if now.get("message"):

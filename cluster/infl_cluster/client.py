@@ -21,12 +21,18 @@ from urllib.parse import quote, urlsplit
 
 from influence_jobs.errors import RuntimeFault
 
+MOST_NODES = 10_000  # that Ray lists
 MOST_BYTES = 2**28  # of an answer: the log of a job
+SLOWEST_BYTES_PER_S = 250_000  # of an upload
 FINAL_STATUSES = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
 
 
 class UnknownJob(RuntimeFault):
     """The cluster has no job with that id: it was never submitted, or the head was restarted."""
+
+
+class _NotThere(RuntimeFault):
+    """The cluster has nothing at that path."""
 
 
 class JobClient:
@@ -66,14 +72,14 @@ class JobClient:
             )
         return answer
 
-    def has_node(self) -> bool:
-        """Return whether a node is up. A head answers some seconds before its own node is up.
+    def num_nodes(self) -> int:
+        """Return the number of nodes that are up. A head answers before its own node is up.
 
         Raises:
             RuntimeFault: The cluster could not be asked.
         """
-        nodes = self._call("GET", "/api/v0/nodes")["data"]["result"]["result"]
-        return any(node["state"] == "ALIVE" for node in nodes)
+        answer = self._call("GET", f"/api/v0/nodes?limit={MOST_NODES}")
+        return sum(node["state"] == "ALIVE" for node in answer["data"]["result"]["result"])
 
     def submit(
         self,
@@ -82,6 +88,7 @@ class JobClient:
         submission_id: str,
         metadata: Mapping[str, str],
         env: Mapping[str, str],
+        package: str | None = None,
     ) -> str:
         """Start a job and return its submission id.
 
@@ -92,6 +99,7 @@ class JobClient:
             submission_id: Our name for the job. A cluster accepts each name once.
             metadata: Shown on the job's page.
             env: Environment variables of the driver and its workers.
+            package: Name of an uploaded archive, in which driver and workers start.
 
         Raises:
             RuntimeFault: The id was used before, or the cluster could not be asked.
@@ -100,10 +108,26 @@ class JobClient:
             "entrypoint": shlex.join(entrypoint),
             "submission_id": submission_id,
             "metadata": dict(metadata),
-            "runtime_env": {"env_vars": dict(env)},
+            "runtime_env": {
+                "env_vars": dict(env),
+                **({} if package is None else {"working_dir": f"gcs://{package}"}),
+            },
         }
         answer = self._call("POST", "/api/jobs/", body)
         return str(answer["submission_id"])
+
+    def upload(self, name: str, data: bytes) -> None:
+        """Give the cluster a zip file for jobs, unless it has one of that name.
+
+        Raises:
+            RuntimeFault: The cluster could not be asked.
+        """
+        path = f"/api/packages/gcs/{name}"
+        try:
+            self._call("GET", path)  # Ray keeps what was asked for until a job uses it
+        except _NotThere:
+            self._call("PUT", path, data)
+            self._call("GET", path)
 
     def status(self, submission_id: str) -> str:
         """Return PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED.
@@ -145,26 +169,29 @@ class JobClient:
             if job.get("submission_id") and job["status"] not in FINAL_STATUSES
         ]
 
-    def _call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        headers = {"Content-Type": "application/json"} if body is not None else {}
+    def _call(self, method: str, path: str, body: Mapping[str, Any] | bytes | None = None) -> Any:
+        headers = {"Content-Type": "application/json"} if isinstance(body, Mapping) else {}
         if self._token is not None:
             headers["Authorization"] = f"Bearer {self._token}"
+        deadline_s = self._timeout_s
+        if isinstance(body, bytes):
+            deadline_s += len(body) / SLOWEST_BYTES_PER_S
         connection: http.client.HTTPConnection
         if self._scheme == "https":
             connection = http.client.HTTPSConnection(
                 self._host,
                 self._port,
-                timeout=self._timeout_s,
+                timeout=deadline_s,
                 context=ssl.create_default_context(),
             )
         else:
-            connection = http.client.HTTPConnection(self._host, self._port, timeout=self._timeout_s)
+            connection = http.client.HTTPConnection(self._host, self._port, timeout=deadline_s)
         # A socket's timeout is of each read: whoever answers a byte a second would never end.
         expired = threading.Event()
-        timer = threading.Timer(self._timeout_s, _cut, (connection, expired))
+        timer = threading.Timer(deadline_s, _cut, (connection, expired))
         timer.daemon = True
         try:
-            payload = None if body is None else json.dumps(body)
+            payload = json.dumps(body) if isinstance(body, Mapping) else body
             connection.connect()
             timer.start()
             connection.request(method, self._prefix + path, payload, headers)
@@ -178,7 +205,7 @@ class JobClient:
         except (OSError, http.client.HTTPException, ValueError) as error:
             if expired.is_set() or isinstance(error, TimeoutError):
                 raise RuntimeFault(
-                    f"no Ray answers at {self.address}: no whole answer in {self._timeout_s:g} s"
+                    f"no Ray answers at {self.address}: no whole answer in {deadline_s:.3g} s"
                 ) from None
             reason = getattr(error, "strerror", None) or error or type(error).__name__
             raise RuntimeFault(f"no Ray answers at {self.address}: {reason}") from None
@@ -187,7 +214,7 @@ class JobClient:
             connection.close()
         if response.status == 200:
             try:
-                return json.loads(text)
+                return json.loads(text or "null")
             except ValueError:
                 raise RuntimeFault(
                     f"no Ray answers at {self.address}: something else is listening there"
@@ -195,7 +222,7 @@ class JobClient:
         raise self._fault(response.status, path, text, body)
 
     def _fault(
-        self, status: int, path: str, text: str, body: Mapping[str, Any] | None
+        self, status: int, path: str, text: str, body: Mapping[str, Any] | bytes | None
     ) -> RuntimeFault:
         if status == 401 and self._token is None:
             return RuntimeFault(
@@ -211,13 +238,14 @@ class JobClient:
             return UnknownJob(
                 f"Ray at {self.address} has no job {job}: it may have been restarted since"
             )
-        if body is not None and "already exists" in text:
+        if isinstance(body, Mapping) and "already exists" in text:
             return RuntimeFault(
                 f"job {body['submission_id']} was submitted to {self.address} before: "
                 "a submission id can be used only once"
             )
         last_line = text.strip().rsplit("\n", 1)[-1][:300]
-        return RuntimeFault(f"Ray at {self.address} answered {status} to {path}: {last_line}")
+        kind = _NotThere if status == 404 else RuntimeFault
+        return kind(f"Ray at {self.address} answered {status} to {path}: {last_line}")
 
 
 def _cut(connection: http.client.HTTPConnection, expired: threading.Event) -> None:

@@ -5,19 +5,24 @@ is in the run folder: if it is killed, the next driver goes on where it was.
 """
 
 import logging
+import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, fields
+from functools import partial
 from types import FrameType
 from typing import Any, Protocol
 
+from infl_cluster.dispatch import Rescue
 from infl_cluster.run_log import run_log
 from infl_cluster.status import StatusWriter
 from influence_jobs.errors import RuntimeFault, StoreError
 from influence_jobs.jobs.base import Job, Plan, Receipt, Shard
+from influence_jobs.jobs.samples import SampleJob
 from influence_jobs.kinds import open_job
 from influence_jobs.store import layout
 from influence_jobs.store.documents import Entry
@@ -26,14 +31,21 @@ from influence_jobs.store.object_files import be_patient
 from influence_jobs.store.run import Run, now
 from influence_jobs.store.software import software
 from influence_jobs.store.status import is_done
+from influence_jobs.store.verify import damage, mark_entry_undone
 from influence_jobs.tasks.fingerprints import require_unchanged
 from influence_jobs.terms import size
 
 log = logging.getLogger(__name__)
 
+SHARDS_A_WORKER = 16  # about, as far as there are chunks
+
 
 class Backend(Protocol):
     """Computes shards: in this process, or on Ray."""
+
+    @property
+    def most_workers(self) -> int:
+        """Workers that there will be at most."""
 
     def run(
         self,
@@ -42,20 +54,27 @@ class Backend(Protocol):
         *,
         on_start: Callable[[str, str], None],
         on_receipt: Callable[[Receipt, bool], None],
+        on_rescue: Callable[[Rescue, str], None],
         on_idle: Callable[[str | None], None],
+        quiet_s: Callable[[str], float],
     ) -> None:
         """Compute the shards, retrying as the retry policy says.
 
         Args:
             on_start: Called with a shard's id and the process that has begun it, as HOST:PID.
             on_receipt: Called with each receipt and whether the shard will be tried again.
+            on_rescue: Called with what is done about a slow or hanging worker, and a line about it.
             on_idle: Called about once a second, also if no receipt arrives. Its argument is what
                 the backend waits for, if the user should know. It may raise to give up.
+            quiet_s: Seconds since a shard made progress.
 
         Raises:
             RuntimeFault: No worker can be started, or a shard failed with an error that all others
                 would have too.
         """
+
+    def show(self, run: Run, status: Mapping[str, Any]) -> None:
+        """Show a status that was just written to who watches from outside; called by a thread."""
 
 
 def drive(
@@ -86,7 +105,7 @@ def drive(
         if is_done(run):  # another driver has just ended it
             return
         stack.enter_context(run_log(run))
-        status = stack.enter_context(StatusWriter(run))
+        status = stack.enter_context(StatusWriter(run, partial(backend.show, run)))
         run.manifest.drop_summary()
         run.files.sweep()
         for name in run.files.names(layout.PROGRESS):
@@ -101,7 +120,8 @@ def drive(
             _require_current(needed)
         status.waits_for(None)
         require_unchanged(run.id, run.spec.task, job.task)
-        plan = _settled_plan(job, shard_rows, automatic=batch_size is None)
+        workers = backend.most_workers
+        plan = _settled_plan(job, shard_rows, workers, automatic=batch_size is None)
         if plan.arrays:
             run.create_arrays(plan.arrays)
         _work(run, job, plan, backend, status, lease)
@@ -142,13 +162,25 @@ def drive_when_free(
             time.sleep(1)
 
 
-def _settled_plan(job: Job[Any], shard_rows: int | None, *, automatic: bool) -> Plan:
+def new_plan(job: Job[Any], shard_rows: int | None, workers: int) -> Plan:
+    """The plan of a run without one: of samples, many workers get more shards than few.
+
+    A worker that is at the last shard while all others are done costs the less the shorter it is.
+    """
+    plan = job.plan(shard_rows)
+    wanted = workers * SHARDS_A_WORKER
+    if shard_rows is not None or not isinstance(job, SampleJob) or len(plan.shards) >= wanted:
+        return plan
+    return job.plan(math.ceil(plan.shards[-1].stop / wanted))
+
+
+def _settled_plan(job: Job[Any], shard_rows: int | None, workers: int, *, automatic: bool) -> Plan:
     """The stored plan of the first driver, or a new one: shards must stay the same."""
     run = job.run_store
     stored = run.plan()
     digests = job.input_digests()
     if stored is None:
-        plan = job.plan(shard_rows)
+        plan = new_plan(job, shard_rows, workers)
         run.manifest.keep_only({*(shard.id for shard in plan.shards), layout.FINISH})
         run.write_json(
             layout.PLAN,
@@ -158,6 +190,7 @@ def _settled_plan(job: Job[Any], shard_rows: int | None, *, automatic: bool) -> 
                 "shards": [asdict(shard) for shard in plan.shards],
                 "inputs": digests,
                 "shapes": {array.name: list(array.shape) for array in plan.arrays},
+                "chunks": {array.name: list(array.chunks) for array in plan.arrays},
                 "automatic_batch": automatic,
             },
         )
@@ -176,7 +209,13 @@ def _settled_plan(job: Job[Any], shard_rows: int | None, *, automatic: bool) -> 
             "resume it with that version"
         )
     shards = tuple(Shard(**shard) for shard in stored["shards"])
-    return Plan(job.plan().arrays, shards, stored["units"], stored["batch_size"])
+    arrays = job.plan().arrays
+    if "chunks" not in stored and any(a.chunk_rows > layout.MAX_CHUNK_ROWS for a in arrays):
+        raise StoreError(
+            f"run {run.id} was begun by an earlier version, in smaller chunks: resume it with that "
+            "version, or delete the run's folder and submit it again"
+        )
+    return Plan(arrays, shards, stored["units"], stored["batch_size"])
 
 
 def _work(
@@ -198,6 +237,11 @@ def _work(
         size(job.held_bytes(plan)),
     )
     failed: dict[str, str] = {}
+    starts: Counter[str] = Counter()
+
+    def on_start(shard: str, worker: str) -> None:
+        starts[shard] += 1
+        status.started(shard, worker)
 
     def on_receipt(receipt: Receipt, retried: bool) -> None:
         status.count(receipt, retried=retried)
@@ -215,13 +259,32 @@ def _work(
             again = ", tried again" if retried else ""
             log.warning("shard %s failed%s: %s", receipt.shard, again, receipt.error)
 
+    def on_rescue(rescue: Rescue, line: str) -> None:
+        status.rescued(rescue, line)
+        log.warning("%s", line)
+
     def on_idle(waiting: str | None) -> None:
         status.says(waiting)
         if lease.lost.is_set():
             raise RuntimeFault(f"another driver has taken over run {run.id}")
 
-    if todo:
-        backend.run(run, todo, on_start=status.started, on_receipt=on_receipt, on_idle=on_idle)
+    while todo and not failed:
+        backend.run(
+            run,
+            todo,
+            on_start=on_start,
+            on_receipt=on_receipt,
+            on_rescue=on_rescue,
+            on_idle=on_idle,
+            quiet_s=status.quiet_s,
+        )
+        several = [s for s in todo if starts[s.id] > 1 and s.id not in failed]
+        for shard in several:  # a worker that was ended may have left it
+            run.files.delete(f"{layout.PROGRESS}/{shard.id}.json")
+        todo = _torn(run, several)
+        if todo:
+            status.again(todo)
+        starts.clear()
     if failed:
         first = next(iter(failed.values()))
         count = (
@@ -230,6 +293,27 @@ def _work(
             else ""
         )
         raise RuntimeFault(f"{count}{first}")
+
+
+def _torn(run: Run, shards: Sequence[Shard]) -> list[Shard]:
+    """Those of finished shards whose data are not what their entry says; marked as not done.
+
+    Two workers at a shard write the same bytes, unless their processors round in other ways: then
+    the data may be of one and the entry of the other, or half of each.
+    """
+    torn = []
+    for shard in shards:
+        entry = run.manifest.read(shard.id)
+        why = "its entry is of an unfinished attempt"
+        if entry is not None and entry.state == "done":
+            found = damage(run, entry)
+            if found is None:
+                continue
+            why = found
+        log.warning("shard %s, at which several workers were, is done again: %s", shard.id, why)
+        mark_entry_undone(run, shard.id)
+        torn.append(shard)
+    return torn
 
 
 def _finish(run: Run, job: Job[Any]) -> None:

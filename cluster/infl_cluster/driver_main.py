@@ -3,7 +3,8 @@
 import argparse
 import sys
 
-from infl_cluster import store_access
+from infl_cluster import shipping, store_access, versions
+from infl_cluster.dispatch import STALLED_AFTER_S
 from infl_cluster.driver import drive_when_free, stop_on_sigterm
 from infl_cluster.pool import RayBackend, why_ended
 from influence_jobs.errors import InflError
@@ -19,14 +20,24 @@ def main() -> int:
     parser.add_argument("--workers", type=int)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--num-gpus", type=float)
+    parser.add_argument("--node-label", action="append", default=[])
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--shard-rows", type=int)
+    parser.add_argument("--stalled-after", type=float, default=STALLED_AFTER_S)
     options = parser.parse_args()
     stop_on_sigterm(why_ended)
     store_access.take()
+    shipping.unpack()
     trust_all()  # who submitted this has been asked
-    backend = RayBackend(options.workers, device=options.device, num_gpus=options.num_gpus)
+    backend = RayBackend(
+        options.workers,
+        device=options.device,
+        num_gpus=options.num_gpus,
+        node_labels=dict(label.split("=", 1) for label in options.node_label),
+        stalled_after_s=options.stalled_after,
+    )
     try:
+        versions.require_same()
         drive_when_free(
             options.root,
             options.run_id,

@@ -6,7 +6,7 @@ from pydantic import model_validator
 
 from influence_jobs import devices
 from influence_jobs.errors import SpecError
-from influence_jobs.requests.base import One, Options, option
+from influence_jobs.requests.base import Many, One, Options, option
 from influence_jobs.specs.base import Count
 
 HOW = "How to run"
@@ -25,13 +25,19 @@ class How(Options):
         None, "Worker processes; by default one for each core or GPU.", panel=HOW
     )
     device: devices.Device = option(
-        "auto", "Where to compute; auto: on a GPU of this machine if it has one.", panel=HOW
+        "auto", "Where to compute; auto: on GPUs, where the workers have any.", panel=HOW
     )
     num_gpus: One[float | None] = option(
         None,
-        "GPUs of each worker; a fraction shares a GPU. By default 1 with --device cuda.",
+        "GPUs of each worker; a fraction shares a GPU. By default 1 where it computes on GPUs.",
         panel=HOW,
         ge=0,
+    )
+    node_label: Many[str] = option(
+        (),
+        "Compute on nodes with this label of Ray only, KEY=VALUE such as "
+        "ray.io/accelerator-type=H100; repeat for several.",
+        panel=HOW,
     )
     batch_size: One[Count | None] = option(
         None,
@@ -45,6 +51,13 @@ class How(Options):
         "takes.",
         panel=HOW,
     )
+    stalled_after: One[float | None] = option(
+        None,
+        "Seconds without progress after which a worker counts as hanging and is replaced; by "
+        "default 1800. A shard that is tried again gets twice as long.",
+        panel=HOW,
+        gt=0,
+    )
     local: bool = option(False, "Compute in this process, without Ray.", panel=HOW)
     detach: bool = option(False, "Return as soon as the job is submitted.", panel=HOW)
 
@@ -55,6 +68,8 @@ class How(Options):
             "--address": self.address is not None,
             "--workers": self.workers not in (None, 1),
             "--num-gpus": self.num_gpus is not None,
+            "--node-label": bool(self.node_label),
+            "--stalled-after": self.stalled_after is not None,
         }
         for flag, given in pool.items():
             if self.local and given:
@@ -62,13 +77,17 @@ class How(Options):
                     f"{flag} is for workers of Ray, and this run is to be computed without: use "
                     f"Ray, or leave out {flag}"
                 )
+        for label in self.node_label:
+            key, equals, value = label.partition("=")
+            if not (key and equals and value):
+                raise SpecError(f"--node-label {label}: write KEY=VALUE, such as market-type=spot")
         if not self.address and self.device == "cuda":
             devices.resolved(self.device)
         return self
 
     @property
     def resolved_device(self) -> Literal["cpu", "cuda"]:
-        """The device that `auto` stands for; on a cluster elsewhere, the CPU."""
+        """What this machine computes on. Workers of Ray find out where they are."""
         if self.address:
             return "cpu" if self.device == "auto" else self.device
         return devices.resolved(self.device)

@@ -1,9 +1,11 @@
 """Compute in this process, without Ray: for `--local`, tests and debuggers."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
+from infl_cluster.dispatch import Rescue
 from infl_cluster.retry import Decision, RetryPolicy
 from influence_jobs.errors import RuntimeFault
 from influence_jobs.jobs.base import Receipt, Shard
@@ -18,6 +20,8 @@ class InlineBackend:
         self._device = device
         self._threads = threads
 
+    most_workers = 1
+
     def run(
         self,
         run: Run,
@@ -25,7 +29,9 @@ class InlineBackend:
         *,
         on_start: Callable[[str, str], None],
         on_receipt: Callable[[Receipt, bool], None],
+        on_rescue: Callable[[Rescue, str], None],
         on_idle: Callable[[str | None], None],
+        quiet_s: Callable[[str], float],
     ) -> None:
         runner = ShardRunner(run.root, run.id, device=self._device, threads=self._threads)
         policy = RetryPolicy()
@@ -39,7 +45,11 @@ class InlineBackend:
                     # The manifest also counts attempts of earlier drivers; the limit does not.
                     decision = policy.decide(replace(receipt, attempt=attempt))
                 on_receipt(receipt, decision is Decision.RETRY)
-                if decision is Decision.ABORT:
+                # There is no other process to go on in.
+                if decision is Decision.ABORT or receipt.kind == "worker":
                     raise RuntimeFault(receipt.error or "the run cannot go on")
                 if decision is not Decision.RETRY:
                     break
+
+    def show(self, run: Run, status: Mapping[str, Any]) -> None:
+        """Do nothing: without Ray there is no one to collect metrics."""

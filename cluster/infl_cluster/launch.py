@@ -185,7 +185,7 @@ def _carry_out_on_ray(run: Run, how: How, say: Say) -> bool:
 
 def _submit(run: Run, how: How, say: Say) -> Callable[[], str | None]:
     """Start the Ray job of a run; returns a function that tells why the job ended, once it has."""
-    from infl_cluster import store_access
+    from infl_cluster import shipping, store_access, versions
     from infl_cluster.client import remote_client
     from infl_cluster.head import ACCESS, ensure_head
     from infl_cluster.ray_job import job_watcher
@@ -195,28 +195,35 @@ def _submit(run: Run, how: How, say: Say) -> Callable[[], str | None]:
             f"task {run.spec.task.name} is defined in this process, where Ray's workers cannot "
             "find it: put it into a file, or compute with --local"
         )
-    env: dict[str, str] = {}
+    env = versions.env()
+    package: str | None = None
     submission_id = f"{run.id}-{secrets.token_hex(3)}"
     if how.address:
         client, python = remote_client(how.address), "python"
+        if parcel := shipping.pack(run.spec.task):
+            client.upload(parcel.name, parcel.data)
+            say(f"sends the code of {run.spec.task.name} to {how.address}: {parcel.words()}")
+            package, env = parcel.name, env | parcel.env()
     else:
         head = ensure_head(idle_timeout_s=IDLE_TIMEOUT_S)
         say(f"Ray dashboard: {head.dashboard_url} (token in {head.token_path})")
         client, python = head.client(), sys.executable
         env |= store_access.keep(head.token_path.parent / ACCESS, submission_id)
+        if ":" in run.spec.task.name:  # one's own task lies in its folder, or where one works
+            places = [run.spec.task.folder, str(Path.cwd()), os.environ.get("PYTHONPATH")]
+            env["PYTHONPATH"] = os.pathsep.join(filter(None, places))
     argv = [python, "-m", "infl_cluster.driver_main", run.root, run.id]
     options = {
         "--workers": how.workers,
-        "--device": how.resolved_device,
+        "--device": how.device,
         "--num-gpus": how.num_gpus,
         "--batch-size": how.batch_size,
         "--shard-rows": how.shard_size,
+        "--stalled-after": how.stalled_after,
     }
     for option, value in options.items():
         argv += [] if value is None else [option, str(value)]
-    if ":" in run.spec.task.name:  # one's own task lies in its folder, or where one works
-        places = [run.spec.task.folder, str(Path.cwd()), os.environ.get("PYTHONPATH")]
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, places))
+    argv += [f"--node-label={label}" for label in how.node_label]
     job: JobFile = {"address": how.address, "submission_id": submission_id}
     run.write_json(layout.JOB, job)  # before submitting: this process may be killed right after
     client.submit(
@@ -229,5 +236,6 @@ def _submit(run: Run, how: How, say: Say) -> Callable[[], str | None]:
             "layers": ",".join(getattr(run.spec, "layers", ())),
         },
         env=env,
+        package=package,
     )
     return job_watcher(job)

@@ -1,18 +1,37 @@
 """Prometheus metrics of a run. Ray exports them as `ray_infl_...` at the metrics port of each node.
 
-The counters of a new worker start at zero: use rate() and sum over workers. The progress of a run
-is in its folder.
+Counters and the memory of GPUs are of one worker, and start at zero in a new one: use rate(), and
+sum over workers. Progress is of the run as a whole: the driver passes on what its status says,
+as `infl status` and the viewer show it.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
+import torch
 from ray.util.metrics import Counter, Gauge
 
 from influence_jobs.jobs.base import Receipt
+from influence_jobs.store.status import rate_and_eta
 
 _TAGS = ("run", "kind")
+# A field of a status; the metric that shows it, and what it is.
+_OF_STATUS = {
+    "shards_done": ("infl_run_shards_done", "Shards done, by earlier drivers too."),
+    "shards_total": ("infl_run_shards", "Shards of the run."),
+    "units_done": ("infl_run_samples_done", "Samples done, in unfinished shards too."),
+    "units_total": ("infl_run_samples", "Samples of the run."),
+    "rate": ("infl_run_samples_per_second", "Rate since this driver began."),
+    "eta": ("infl_run_eta_seconds", "Seconds left at that rate."),
+    "retries": ("infl_run_retries", "Shards tried again by this driver."),
+    "backups": ("infl_backup_shards", "Slow shards given to a second worker by this driver."),
+    "backups_won": ("infl_backup_shards_won", "Those of them that the second one finished first."),
+    "stalled": ("infl_stalled_workers", "Hanging workers replaced by this driver."),
+}
 
 
-class RunMetrics:
-    """Counts what this process did for a run.
+class WorkerMetrics:
+    """Counts what a worker does for a run.
 
     Args:
         run: Run id.
@@ -22,9 +41,11 @@ class RunMetrics:
     def __init__(self, run: str, kind: str) -> None:
         self._samples = Counter("infl_samples", "Samples computed.", _TAGS)
         self._done = Counter("infl_shards_done", "Shards finished.", _TAGS)
-        self._retries = Counter("infl_shard_retries", "Shards tried again.", _TAGS)
         self._rate = Gauge("infl_samples_per_second", "Rate within the last shard.", _TAGS)
-        for metric in (self._samples, self._done, self._retries, self._rate):
+        self._memory = Gauge(
+            "infl_gpu_memory_bytes", "Most GPU memory that torch has reserved; 0 on CPUs.", _TAGS
+        )
+        for metric in (self._samples, self._done, self._rate, self._memory):
             metric.set_default_tags({"run": run, "kind": kind})
 
     def finished(self, receipt: Receipt) -> None:
@@ -34,7 +55,30 @@ class RunMetrics:
             self._samples.inc(receipt.units)
         if receipt.seconds > 0:
             self._rate.set(receipt.units / receipt.seconds)
+        on_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        self._memory.set(torch.cuda.max_memory_reserved() if on_gpu else 0)
 
-    def retried(self) -> None:
-        """Count a shard that is tried again."""
-        self._retries.inc()
+
+class RunMetrics:
+    """Passes on the progress of a run, from its driver.
+
+    Args:
+        run: Run id.
+        kind: Kind of the job.
+    """
+
+    def __init__(self, run: str, kind: str) -> None:
+        self._gauges = {
+            field: Gauge(name, said, _TAGS) for field, (name, said) in _OF_STATUS.items()
+        }
+        for gauge in self._gauges.values():
+            gauge.set_default_tags({"run": run, "kind": kind})
+
+    def show(self, status: Mapping[str, Any]) -> None:
+        """Pass on what a run's status says."""
+        found = {**status}
+        if speed := rate_and_eta(found):
+            found["rate"], found["eta"] = speed
+        for field, gauge in self._gauges.items():
+            if found.get(field) is not None:
+                gauge.set(found[field])

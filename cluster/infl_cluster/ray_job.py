@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 
 from infl_cluster.client import FINAL_STATUSES, JobClient, UnknownJob, remote_client
 from infl_cluster.head import current_head
@@ -11,6 +12,7 @@ from influence_jobs.store import layout
 from influence_jobs.store.documents import JobFile
 from influence_jobs.store.lease import live_holder
 from influence_jobs.store.run import Run
+from influence_jobs.store.software import PACKAGE
 
 SILENCE_S = 20.0  # a cluster that does not answer for so long counts as gone
 
@@ -104,6 +106,17 @@ def job_watcher(job: JobFile) -> Callable[[], str | None]:
             last = client.logs(job["submission_id"]).strip().rpartition("\n")[2]
         except RuntimeFault as fault:  # such as a log that is too long to come in time
             last = f"its output cannot be read: {fault}"
-        return f"the Ray job {status.lower()}: {last or 'no output'}"
+        return f"the Ray job {status.lower()}: {last or 'no output'}{_cure(last)}"
 
     return ended
+
+
+def _cure(last: str) -> str:
+    """What to do about a driver that could not begin, from the last line that it printed."""
+    missing = ("No module named infl_cluster", "No module named 'infl_cluster", "python: not found")
+    if any(words in last for words in missing):
+        return (
+            " (the `python` of the cluster's nodes has no influence-jobs: pip install "
+            f"'influence-jobs[cli]=={version(PACKAGE)}' there)"
+        )
+    return ""

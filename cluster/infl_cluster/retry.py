@@ -25,16 +25,17 @@ class RetryPolicy:
 
         Args:
             receipt: Receipt of a failed shard. A `transient` failure (storage out of reach, a dead
-                worker) is tried again. A `user` failure (bad data in that shard) is not. A `fatal`
-                one (disk full, run folder gone) ends the run: all other shards would fail too.
+                worker) is tried again, and one of the `worker` (a GPU that failed). A `user`
+                failure (bad data in that shard) is not. A `fatal` one (disk full, run folder gone)
+                ends the run: all other shards would fail too.
 
         Raises:
             ValueError: The shard did not fail.
         """
         match receipt.kind:
-            case "transient" if receipt.attempt < self.max_attempts:
+            case "transient" | "worker" if receipt.attempt < self.max_attempts:
                 return Decision.RETRY
-            case "transient" | "user":
+            case "transient" | "worker" | "user":
                 return Decision.GIVE_UP
             case "fatal":
                 return Decision.ABORT

@@ -8,23 +8,27 @@ unfinished shards.
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from influence_jobs.errors import StoreError
 from influence_jobs.store import layout
-from influence_jobs.store.documents import ProgressFile
+from influence_jobs.store.documents import MOST_BYTES, ProgressFile, parsed
 from influence_jobs.store.process import hangs, oom_kills
 from influence_jobs.store.run import Run, now
 
 if TYPE_CHECKING:  # readers of a status must not load torch
-    from influence_jobs.jobs.base import Plan, Receipt
+    from infl_cluster.dispatch import Rescue
+    from influence_jobs.jobs.base import Plan, Receipt, Shard
 
 BEAT_S = 1.0
 MAX_FAILURES = 100  # that a status tells; the log has all of them
 QUIET_S = 45.0  # after so long without progress, the status says so
+TOLD_S = 30.0  # for so long it says what was done about a slow or hanging worker
+_COUNTED = {"backup": "backups", "backup won": "backups_won", "stalled": "stalled"}
 
 
 @dataclass
@@ -45,10 +49,16 @@ class _Step:
 
 
 class StatusWriter:
-    """Keeps the status file of a run up to date, for the length of a `with` block."""
+    """Keeps the status file of a run up to date, for the length of a `with` block.
 
-    def __init__(self, run: Run):
+    Args:
+        run: The run.
+        show: Called with every status that was written.
+    """
+
+    def __init__(self, run: Run, show: Callable[[Mapping[str, Any]], None] = lambda _: None):
         self._run = run
+        self._show = show
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True, name="status")
@@ -58,6 +68,7 @@ class StatusWriter:
         self._resumed: dict[str, int] = {}  # units of unfinished shards from earlier attempts
         self._whole = _Step()
         self._steps: dict[str, _Step] = {}  # of the shards that a worker has
+        self._rescue = "", float("-inf")  # the last one, and when
         self._status: dict[str, Any] = {
             "state": "running",
             "phase": None,
@@ -69,6 +80,9 @@ class StatusWriter:
             "units_done": 0,
             "units_total": None,
             "retries": 0,
+            "backups": 0,
+            "backups_won": 0,
+            "stalled": 0,
             "failures": {},
             "oom_kills": oom_kills(),
         }
@@ -144,6 +158,24 @@ class StatusWriter:
                 self._status["failures"][receipt.shard] = receipt.error
             self._status["retries"] += retried
 
+    def again(self, shards: "Sequence[Shard]") -> None:
+        """Note that shards that were counted as done are to be done again."""
+        with self._lock:
+            self._running |= {shard.id for shard in shards}
+            self._status["shards_done"] -= len(shards)
+
+    def rescued(self, rescue: "Rescue", line: str) -> None:
+        """Count what was done about a slow or hanging worker, and say it for a while."""
+        with self._lock:
+            self._status[_COUNTED[rescue]] += 1
+            self._rescue = line, time.monotonic()
+
+    def quiet_s(self, shard: str) -> float:
+        """Seconds since a shard made progress; 0 if no worker has it."""
+        with self._lock:
+            step = self._steps.get(shard)
+            return step.quiet_s if step else 0.0
+
     def _beat(self) -> None:
         while not self._stop.wait(BEAT_S):
             try:
@@ -155,14 +187,17 @@ class StatusWriter:
         with self._lock:
             running = set(self._running)
         under_way = {}
-        for name in self._run.files.names(layout.PROGRESS):
-            shard = name.removesuffix(".json")
-            if shard in running:
+        names = [f"{layout.PROGRESS}/{name}" for name in self._run.files.names(layout.PROGRESS)]
+        try:
+            found = self._run.files.read_all(names, most=MOST_BYTES)
+        except StoreError:  # one is no plain file
+            found = []
+        for name, data in zip(names, found, strict=False):
+            shard = PurePosixPath(name).stem
+            if shard in running and data is not None:  # it has not just ended
                 try:
-                    report = self._run.read_json(f"{layout.PROGRESS}/{name}", ProgressFile)
+                    report = parsed(data, ProgressFile, name)
                 except StoreError:  # damaged; the worker soon writes it anew
-                    continue
-                if report is None:  # the shard has just ended
                     continue
                 under_way[shard] = report["units"]
                 self._resumed[shard] = report.get("resumed", 0)
@@ -179,8 +214,11 @@ class StatusWriter:
             self._status["oom_kills"] = oom_kills()
             status = {**self._status, "updated_at": now()}
             if status["state"] == "running" and not status["message"]:
-                status["message"] = self._what_is_quiet()
+                line, at = self._rescue
+                told = line if time.monotonic() - at < TOLD_S else None
+                status["message"] = told or self._what_is_quiet()
             self._run.write_json(layout.STATUS, status)
+        self._show(status)
 
     def _what_is_quiet(self) -> str | None:
         """What has made no progress for long, or None."""

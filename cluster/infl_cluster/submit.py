@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from infl_cluster.how import How
@@ -24,8 +25,10 @@ def submit(
     workers: int | None = None,
     device: Device = "auto",
     num_gpus: float | None = None,
+    node_label: str | Sequence[str] = (),
     batch_size: int | None = None,
     shard_size: int | None = None,
+    stalled_after: float | None = None,
     detach: bool = False,
     quiet: bool = False,
     trust: bool = False,
@@ -50,8 +53,10 @@ def submit(
         workers: Worker processes of Ray; by default one for each core or GPU.
         device: Where to compute.
         num_gpus: GPUs of each worker; a fraction shares a GPU.
+        node_label: Compute on nodes with these labels of Ray only, each "KEY=VALUE".
         batch_size: Samples in a forward pass; for "train", samples in a step.
         shard_size: Samples of a shard, or models in retraining experiments.
+        stalled_after: Seconds without progress after which a worker is replaced; by default 1800.
         detach: Return as soon as the job is submitted to Ray.
         quiet: Show no progress.
         trust: Run the code that a run's task names, though it was not named on this machine.
@@ -85,8 +90,10 @@ def submit(
                 "workers": workers,
                 "device": device,
                 "num_gpus": num_gpus,
+                "node_label": node_label,
                 "batch_size": batch_size,
                 "shard_size": shard_size,
+                "stalled_after": stalled_after,
                 "local": not (ray or address),
                 "detach": detach,
             }

@@ -155,7 +155,7 @@ class Supervisor:
             try:
                 version = client.version()
                 reason = "its agent is missing"
-                if client.has_node() and heads.listens(self._agent_url()):
+                if client.num_nodes() and heads.listens(self._agent_url()):
                     return self._record(client.address, version)
             except RuntimeFault as fault:
                 reason = str(fault)

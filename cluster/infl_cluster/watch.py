@@ -11,8 +11,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from influence_jobs.errors import first_line
 from influence_jobs.store.run import Run
-from influence_jobs.store.status import rate_and_eta, read_status, under_way
-from influence_jobs.terms import duration
+from influence_jobs.store.status import progress_line, read_status, under_way
 
 POLL_S = 0.5
 _DIGITS = re.compile(r"\d+")
@@ -53,11 +52,7 @@ class Progresses:
         total, done = status["units_total"], status["units_done"]
         if not total:
             return
-        note = f"{done:,}/{total:,} samples"
-        if speed := rate_and_eta(status):
-            note += f"  {speed[0]:,.0f}/s  ETA {duration(speed[1])}"
-        if status["retries"]:
-            note += f"  {status['retries']} retries"
+        note = progress_line(status)
         if self._drawn:
             if run.id not in self._tasks:
                 self._tasks[run.id] = self._bars.add_task(run.id, total=total, note="")

@@ -105,8 +105,9 @@ class Receipt:
 
     Attributes:
         error: One line for people, if the shard failed.
-        kind: A `user` error comes back at every attempt, a `transient` error may not. After a
-            `fatal` error no shard can succeed.
+        kind: A `user` error comes back at every attempt, a `transient` error may not. After an
+            error of the `worker` its process cannot go on, but another one may. After a `fatal`
+            error no shard can succeed.
         attempt: Number of attempts at the shard so far.
         seconds: Time of this attempt.
         units: Samples that this attempt passed through the model; 0 if the shard was already done.
@@ -115,7 +116,7 @@ class Receipt:
     shard: str
     status: Literal["done", "failed"]
     error: str | None = None
-    kind: Literal["user", "transient", "fatal"] | None = None
+    kind: Literal["user", "transient", "worker", "fatal"] | None = None
     attempt: int = 1
     seconds: float = 0.0
     units: int = 0

@@ -98,6 +98,9 @@ class ShardRunner:
         progress = _Progress(run, shard)
         before = self._job.used_batch_size
         result = self._job.run(shard, progress)
+        latest = run.manifest.read(shard.id)
+        if latest is not None and latest.state == "done":
+            return progress.units  # another worker was at it too and has finished: nothing to add
         used = self._job.used_batch_size
         if used and used < (before or self._job.batch_size):
             keep_halved(self._job)
@@ -162,9 +165,11 @@ class _Progress:
         return self._done - (self._resumed or 0)
 
 
-def _kind(error: Exception) -> Literal["user", "transient", "fatal"]:
-    if isinstance(error, FATAL) or _is_gpu_failure(error):
+def _kind(error: Exception) -> Literal["user", "transient", "worker", "fatal"]:
+    if isinstance(error, FATAL):
         return "fatal"
+    if _is_gpu_failure(error):
+        return "worker"
     if isinstance(error, OSError):
         return "fatal" if error.errno in DISK_ERRORS else "transient"
     # Errors of an object store pass through Zarr; they are not OSErrors.

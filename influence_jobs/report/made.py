@@ -8,7 +8,7 @@ from typing import Any
 
 from influence_jobs.specs.base import Model, Spec, in_words
 from influence_jobs.store.run import Run
-from influence_jobs.store.status import read_status
+from influence_jobs.store.status import read_status, repeats
 
 
 def request_in_words(spec: Spec) -> list[tuple[str, str]]:
@@ -32,6 +32,7 @@ class Made:
         seeds: Seeds by name.
         shards: Number of shards that were computed.
         retries: Number of repeated attempts at shards.
+        rescues: What was done about slow and hanging workers by the last driver; empty if nothing.
         seconds: Time in shards, summed over workers.
         started, ended: Times in UTC; None if they were not recorded.
         workers: Number of processes that computed shards.
@@ -45,6 +46,7 @@ class Made:
     seeds: dict[str, str]
     shards: int
     retries: int
+    rescues: str
     seconds: float
     started: str | None
     ended: str | None
@@ -71,6 +73,7 @@ def made(run: Run) -> Made:
         seeds=dict(_seeds(run.spec)),
         shards=all_entries["shards"],
         retries=all_entries["retries"],
+        rescues=repeats({**status, "retries": 0}),
         seconds=all_entries["seconds"],
         started=_time(status.get("started_at")),
         ended=_time(all_entries["ended"]),

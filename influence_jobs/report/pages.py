@@ -23,7 +23,7 @@ from influence_jobs.report.explain import Explainer
 from influence_jobs.report.html import environment
 from influence_jobs.store.layout import SCORES, TABLES
 from influence_jobs.store.run import Run
-from influence_jobs.store.status import rate_and_eta, read_status, under_way
+from influence_jobs.store.status import progress_line, read_status, under_way
 from influence_jobs.store.top import ranks
 from influence_jobs.tasks.base import Task
 from influence_jobs.tasks.registry import make_task, task_class
@@ -167,7 +167,7 @@ class Pages:
                     "at": at.id,
                     "done": now_at["units_done"],
                     "total": now_at["units_total"],
-                    "speed": rate_and_eta(now_at) if status["state"] == "running" else None,
+                    "said": progress_line(now_at) if now_at["units_total"] else "",
                     "dashboard": self.dashboard(run),
                 }
             )

@@ -35,7 +35,9 @@ def _inside(name: str) -> str:
 class Status(TypedDict):
     """status.json: the state of the driver. Units are samples that went through a model.
 
-    `oom_kills` is how many processes the driver's machine had killed for lack of memory.
+    `oom_kills` is how many processes the driver's machine had killed for lack of memory. Of slow
+    shards, `backups` were given to a second worker, which finished first in `backups_won`;
+    `stalled` counts workers that were ended because their shard made no progress.
     """
 
     state: Literal["running", "done", "stopped", "failed"]
@@ -50,6 +52,9 @@ class Status(TypedDict):
     units_done: Count
     units_total: Count | None
     retries: Count
+    backups: NotRequired[Count]
+    backups_won: NotRequired[Count]
+    stalled: NotRequired[Count]
     failures: dict[str, str]
     oom_kills: NotRequired[Count | None]
 
@@ -70,7 +75,7 @@ class PlanFile(TypedDict):
     """plan.json: what the first driver settled.
 
     `inputs` has the digests of the runs that this one was computed from. Runs older than the field
-    have no `shapes` of arrays. `automatic_batch`: no batch size was asked for.
+    have no `shapes` or `chunks` of arrays. `automatic_batch`: no batch size was asked for.
     """
 
     batch_size: Annotated[int, Field(ge=1)]
@@ -78,6 +83,7 @@ class PlanFile(TypedDict):
     shards: list[PlannedShard]
     inputs: dict[str, str]
     shapes: NotRequired[dict[str, list[Count]]]
+    chunks: NotRequired[dict[str, list[Count]]]
     automatic_batch: NotRequired[bool]
 
 

@@ -48,6 +48,7 @@ TRAINING_STATE = f"{CHECKPOINTS}/state.pt"
 
 MAX_CHUNK_BYTES = 4 * 2**20
 MIN_CHUNK_ROWS, MAX_CHUNK_ROWS = 256, 1024
+MANY_CHUNKS = 8192  # or up to twice as many, as rows in a chunk are a power of two
 
 
 def checkpoint_name(epoch: int) -> str:
@@ -141,8 +142,10 @@ def chunk_rows(num_rows: int, row_bytes: int) -> int:
     """Rows in a chunk: a power of two that depends on the array only, not on workers or shards.
 
     It aims at 32 chunks, so that small data sets still spread over workers. A chunk has 256 to
-    1,024 rows, or fewer if those would exceed 4 MiB.
+    1,024 rows, more only if there were more than 16,384 chunks else, and fewer if those would
+    exceed 4 MiB: each chunk is a file.
     """
-    aim = max(MIN_CHUNK_ROWS, min(MAX_CHUNK_ROWS, num_rows // 32))
+    most = max(MAX_CHUNK_ROWS, num_rows // MANY_CHUNKS)
+    aim = max(MIN_CHUNK_ROWS, min(most, num_rows // 32))
     fits = max(1, min(aim, MAX_CHUNK_BYTES // max(1, row_bytes)))
     return 1 << (fits.bit_length() - 1)

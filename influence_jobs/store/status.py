@@ -9,6 +9,7 @@ from influence_jobs.store.folder import for_runs
 from influence_jobs.store.lease import holder_of, is_alive
 from influence_jobs.store.process import oom_kills
 from influence_jobs.store.run import Run, now
+from influence_jobs.terms import duration
 
 STALE_S = 20.0  # a driver that has not written for this long is taken for dead
 
@@ -65,6 +66,41 @@ def rate_and_eta(status: dict[str, Any]) -> tuple[float, float] | None:
     until = now() if status["state"] == "running" else status["updated_at"]
     rate = done / max(until - status["work_started_at"], 1e-3)
     return rate, (status["units_total"] - status["units_done"]) / rate
+
+
+def repeats(status: dict[str, Any]) -> str:
+    """Retries, backups and replaced workers of a driver in words; empty if there were none."""
+    won, backups = status.get("backups_won", 0), status.get("backups", 0)
+    counts = {
+        "{} retries": status.get("retries", 0),
+        f"{{}} backups of slow shards ({won} first)": backups,
+        "{} hanging workers replaced": status.get("stalled", 0),
+    }
+    return ", ".join(words.format(count) for words, count in counts.items() if count)
+
+
+def progress_in_words(status: dict[str, Any]) -> dict[str, str]:
+    """The numbers that are shown of a run's progress: `samples`, `shards`, `speed`.
+
+    Empty before the run has a plan; without `speed` if it does not run.
+    """
+    if not status["units_total"]:
+        return {}
+    shards = f"{status['shards_done']} of {status['shards_total']}"
+    found = {
+        "samples": f"{status['units_done']:,} of {status['units_total']:,}",
+        "shards": ", ".join(filter(None, [shards, repeats(status)])),
+    }
+    if status["state"] == "running" and (speed := rate_and_eta(status)):
+        found["speed"] = f"{speed[0]:,.0f} samples/s, ETA {duration(speed[1])}"
+    return found
+
+
+def progress_line(status: dict[str, Any]) -> str:
+    """The same in a line, for a run that has a plan."""
+    said = progress_in_words(status)
+    numbers = (f"{said['samples']} samples", f"shards {said['shards']}", said.get("speed"))
+    return ", ".join(filter(None, numbers))
 
 
 def is_done(run: Run) -> bool:

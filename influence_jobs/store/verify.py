@@ -50,7 +50,7 @@ def find_damage(run: Run) -> Verification:
         if entry is None:
             missing.append(shard)
             continue
-        why = _damage(run, entry)
+        why = damage(run, entry)
         if why is not None:
             damaged[shard] = why
         elif shard != layout.FINISH:
@@ -83,7 +83,8 @@ def _damaged_shapes(run: Run, plan: PlanFile) -> dict[str, str]:
     return {}
 
 
-def _damage(run: Run, entry: Entry) -> str | None:
+def damage(run: Run, entry: Entry) -> str | None:
+    """How the data of a finished shard differ from its entry; None if they do not."""
     if entry.spec != run.spec.hash:
         return "computed for another spec"
     if entry.shard != layout.FINISH and not entry.arrays and not entry.files:
@@ -123,8 +124,13 @@ def mark_undone(run: Run, shards: dict[str, str]) -> None:
         if layout.PLAN in shards:
             run.files.delete(layout.PLAN)
         for shard in shards:
-            entry = run.manifest.read(shard)
-            if entry is not None:
-                undone = replace(entry, state="running", arrays={}, files={})
-                # Durable, or a power cut brings the record of the damaged data back.
-                run.manifest.write(undone, durable=True)
+            mark_entry_undone(run, shard)
+
+
+def mark_entry_undone(run: Run, shard: str) -> None:
+    """Mark a shard as not done, for the driver that holds the lease."""
+    entry = run.manifest.read(shard)
+    if entry is not None:
+        undone = replace(entry, state="running", arrays={}, files={})
+        # Durable, or a power cut brings the record of the damaged data back.
+        run.manifest.write(undone, durable=True)

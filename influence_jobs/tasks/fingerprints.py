@@ -83,8 +83,7 @@ def code_of(kind: type[Task]) -> str:
     """
     if kind.__module__.partition(".")[0] in OURS:
         return ""
-    module = sys.modules.get(kind.__module__)
-    files = sorted(_own_files(module)) if module is not None else []
+    files = sorted(own_modules(kind))
     if not files:
         return _digest(_bytecode(kind, set()))
     found = _digest(code_alone(_text(file)) for file in files)
@@ -149,10 +148,18 @@ def _names(code: CodeType) -> set[str]:
     return {*code.co_names}.union(*map(_names, inner))
 
 
-def _own_files(module: ModuleType) -> set[Path]:
-    """The source files of a module and of all modules of the user that it imports."""
+def own_modules(kind: type[Task]) -> dict[Path, str]:
+    """The user's source files behind a task, each with its name as a module.
+
+    They are the file of the class, and the user's files that it imports, directly or indirectly.
+    """
+    module = sys.modules.get(kind.__module__)
+    return _own_modules(module) if module is not None else {}
+
+
+def _own_modules(module: ModuleType) -> dict[Path, str]:
     top = module.__name__.partition(".")[0]
-    found: set[Path] = set()
+    found: dict[Path, str] = {}
     waiting = [module.__name__]
     while waiting:
         name = waiting.pop()
@@ -162,7 +169,7 @@ def _own_files(module: ModuleType) -> set[Path]:
         beside = name.partition(".")[0] == top and top not in OURS
         if not (beside or is_own(file, name)):
             continue
-        found.add(file)
+        found[file] = name
         waiting += _imported(_text(file), package)
     return found
 

@@ -46,7 +46,10 @@ class FakeCluster:
     def version(self) -> dict[str, str]:
         return {}
 
-    def submit(self, _argv: object, *, submission_id: str, metadata: object, env: object) -> str:
+    def upload(self, name: str, data: bytes) -> None:
+        pass
+
+    def submit(self, _argv: object, *, submission_id: str, **_others: object) -> str:
         if self.full:
             raise RuntimeFault("no room")
         self.jobs[submission_id] = "PENDING"
@@ -241,6 +244,26 @@ def test_a_job_is_written_down_before_it_is_submitted(
     ray.full = False
     assert infl("resume", "train", "--detach").code == 0
     assert list(ray.jobs) == [json.loads(file.read_text())["submission_id"]]
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        "/usr/bin/python: (ModuleNotFoundError: No module named 'infl_cluster')",
+        "/bin/sh: 1: python: not found",
+    ],
+)
+def test_nodes_without_this_package_are_told(
+    ray: FakeCluster, monkeypatch: pytest.MonkeyPatch, last: str
+) -> None:
+    ray.jobs["job"] = "FAILED"
+    monkeypatch.setattr(ray, "logs", lambda _id: f"first\n{last}\n")
+    ended = ray_job.job_watcher({"address": None, "submission_id": "job"})
+    said = ended()
+    assert said.startswith(
+        f"the Ray job failed: {last} (the `python` of the cluster's nodes has no"
+    )
+    assert "pip install 'influence-jobs[cli]==" in said
 
 
 def test_an_earlier_job_says_nothing_of_a_driver_here(

@@ -4,12 +4,15 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from infl_cluster import client, launch, ray_job
+from infl_cluster import head as head_module
+from infl_cluster import launch, ray_job
 from infl_cluster.how import How
+from influence_jobs import devices
 from influence_jobs.errors import SpecError
 from influence_jobs.kinds.train.request import TrainRequest
 from influence_jobs.store.run import Run
@@ -151,9 +154,12 @@ def test_workers_are_told_where_the_file_lies(
 
     class Client:
         def submit(self, argv: Any, *, env: dict[str, str], **others: Any) -> None:
-            told.update(env)
+            told.update(env, device=argv[argv.index("--device") + 1])
 
-    monkeypatch.setattr(client, "remote_client", lambda address: Client())
+    head = SimpleNamespace(client=Client, dashboard_url="", token_path=tmp_path / "token")
+    monkeypatch.setattr(head_module, "ensure_head", lambda **_: head)
     monkeypatch.setattr(ray_job, "job_watcher", lambda job: None)
-    launch._submit(run, How(address="http://nowhere:8265"), print)
+    monkeypatch.setattr(devices, "has_cuda", lambda: True)  # which the workers may not have
+    launch._submit(run, How(), print)
+    assert told["device"] == "auto"
     assert told["PYTHONPATH"].split(os.pathsep)[:2] == [str(folder), str(tmp_path)]

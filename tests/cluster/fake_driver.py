@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from infl_cluster.pool import RayBackend
 from influence_jobs.errors import RuntimeFault
 from influence_jobs.jobs.base import Shard
+from influence_jobs.store.run import now
 
 
 def carry_out(request):
@@ -21,7 +22,7 @@ def carry_out(request):
     backend = RayBackend(
         device="cpu", runner=f"fake_runner:{request['runner']}", **request["options"]
     )
-    receipts, begun, fault = [], [], None
+    receipts, begun, rescues, fault = [], [], [], None
 
     def on_idle(_waiting):
         if request["idle_fault"]:
@@ -29,6 +30,9 @@ def carry_out(request):
 
     def on_receipt(receipt, again):
         receipts.append((*astuple(receipt), again))
+        status = {"units_done": 10, "units_total": 20, "work_started_at": now() - 1}
+        retries = sum(r[-1] for r in receipts)
+        backend.show(run, {**status, "state": "running", "retries": retries})  # type: ignore[arg-type]
 
     try:
         backend.run(
@@ -36,11 +40,13 @@ def carry_out(request):
             shards,
             on_start=lambda shard, worker: begun.append((shard, worker)),
             on_receipt=on_receipt,
+            on_rescue=lambda *rescue: rescues.append(rescue),
             on_idle=on_idle,
+            quiet_s=lambda _shard: request["quiet_s"],
         )
     except RuntimeFault as error:
         fault = str(error)
-    return {"receipts": receipts, "begun": begun, "fault": fault}
+    return {"receipts": receipts, "begun": begun, "rescues": rescues, "fault": fault}
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ import signal
 import time
 from pathlib import Path
 
+import ray
+
 from influence_jobs.errors import StoreError
 from influence_jobs.jobs.base import Receipt
 
@@ -31,6 +33,8 @@ class FakeRunner:
             return Receipt(shard.id, "failed", "read error", "transient", attempt)
         if behaviour == "killer" or (behaviour == "killed" and attempt == 1):
             os.kill(os.getpid(), signal.SIGKILL)
+        if behaviour == "stopped" and attempt == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
         while behaviour == "held" and not (self._root / "release").exists():
             time.sleep(0.05)
         return Receipt(shard.id, "done", None, None, attempt, 0.5, shard.stop - shard.start)
@@ -44,3 +48,17 @@ class Refusing:
 class Dying:
     def __init__(self, *_args, **_kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Hanging:
+    def __init__(self, *_args, **_kwargs):
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+class Placed(FakeRunner):
+    """Notes on which node of Ray each shard was."""
+
+    def run(self, shard):
+        time.sleep(0.5)  # so that each worker gets some
+        (self._root / f"{shard.id}.node").write_text(ray.get_runtime_context().get_node_id())
+        return super().run(shard)

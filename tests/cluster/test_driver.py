@@ -12,17 +12,19 @@ import pytest
 import torch
 
 from infl_cluster import status as status_module
-from infl_cluster.driver import drive
+from infl_cluster.driver import drive, new_plan
 from infl_cluster.inline import InlineBackend
 from infl_cluster.status import StatusWriter
 from influence_jobs.errors import InflError, RuntimeFault, SpecError, StoreError
 from influence_jobs.jobs import saved_state
 from influence_jobs.jobs.base import Plan, Shard
+from influence_jobs.jobs.samples import SampleJob
 from influence_jobs.kinds import open_job
 from influence_jobs.kinds import runner as runner_module
 from influence_jobs.kinds.grad_norms.spec import GradNormsSpec
 from influence_jobs.store import layout
 from influence_jobs.store.documents import Entry
+from influence_jobs.store.layout import ArrayLayout
 from influence_jobs.store.run import Run
 from influence_jobs.store.status import is_done, rate_and_eta, read_status
 from influence_jobs.store.top import largest_rows
@@ -427,3 +429,47 @@ def test_a_run_that_goes_on_has_no_summary(
     drive(run.root, run.id, Backend())
     assert seen == [False]
     assert layout.SUMMARY in run.files.names("")
+
+
+class PlanOnly(SampleJob[Any]):
+    """Rows of 4 bytes, without a model and data."""
+
+    title, passes, checkpoints, batch_size, num_rows = "plan", 1, (), 1, 2_000_000
+    inputs = run = probe = None  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        pass
+
+    def layouts(self) -> tuple[ArrayLayout, ...]:
+        return (ArrayLayout("a", (self.num_rows,), 0, 1024, ("sample",)),)
+
+
+@pytest.mark.parametrize(
+    ("workers", "shards"), [(1, 245), (15, 245), (20, 280), (64, 977), (512, 1954)]
+)
+def test_many_workers_get_more_shards_up_to_one_a_chunk(workers: int, shards: int) -> None:
+    plan = new_plan(PlanOnly(), None, workers)
+    assert len(plan.shards) == shards
+    bounds = [(shard.start, shard.stop) for shard in plan.shards]
+    assert [start for start, _ in bounds[1:]] == [stop for _, stop in bounds[:-1]]
+    assert (bounds[0][0], bounds[-1][1]) == (0, 2_000_000)
+    assert new_plan(PlanOnly(), 100_000, workers) == new_plan(PlanOnly(), 100_000, 1)
+
+
+def test_a_large_run_of_an_earlier_version_is_not_mixed_with_larger_chunks(
+    tmp_path: Path,
+    trained_root: Path,
+    grad_norms_spec: GradNormsSpec,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shutil.copytree(trained_root, tmp_path / "runs")
+    run = carry_out(tmp_path / "runs", grad_norms_spec)
+    plan = json.loads(run.files.read(layout.PLAN))
+    assert set(plan.pop("chunks")) == set(run.array_names())
+    run.write_json(layout.PLAN, plan)
+    run.files.delete(layout.STATUS)
+    drive(run.root, run.id, InlineBackend())  # its chunks are those of any version
+    run.files.delete(layout.STATUS)
+    monkeypatch.setattr(layout, "MAX_CHUNK_ROWS", 128)
+    with pytest.raises(StoreError, match="begun by an earlier version, in smaller chunks"):
+        drive(run.root, run.id, InlineBackend())

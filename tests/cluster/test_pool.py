@@ -1,14 +1,18 @@
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 from influence_jobs.jobs.base import Receipt
@@ -22,14 +26,19 @@ class Driver:
 
     process: subprocess.Popen
     root: Path
+    begun: Sequence[tuple[str, str]] = ()
+    rescues: Sequence[tuple[str, str]] = ()
 
-    def start(self, ids, *, runner="FakeRunner", workers=2, idle_fault=None, **options):
+    def start(
+        self, ids, *, runner="FakeRunner", workers=2, idle_fault=None, quiet_s=0.0, **options
+    ):
         request = {
             "root": str(self.root),
             "ids": ids,
             "runner": runner,
             "options": {"workers": workers, **options},
             "idle_fault": idle_fault,
+            "quiet_s": quiet_s,
         }
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
@@ -39,6 +48,7 @@ class Driver:
         for line in self.process.stdout:
             if line.startswith("RESULT "):
                 result = json.loads(line.removeprefix("RESULT "))
+                self.begun, self.rescues = result["begun"], result["rescues"]
                 return [(Receipt(*r[:-1]), r[-1]) for r in result["receipts"]], result["fault"]
         raise AssertionError(f"the driver ended with {self.process.wait()}")
 
@@ -79,6 +89,13 @@ def live_actors(head):
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as answer:
         actors = json.load(answer)["data"]["result"]["result"]
     return [actor["repr_name"] for actor in actors if actor["state"] == "ALIVE"]
+
+
+def is_running(pid):
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def outcome(receipts, shard):
@@ -161,6 +178,51 @@ def test_a_fatal_error_ends_the_run_and_its_workers(driver, ray_head):
     wait_until(lambda: not live_actors(ray_head))
 
 
+def stopped_process(driver):
+    """The id of the process that stopped itself at its first attempt."""
+    return next(
+        int(worker.rpartition(":")[2]) for name, worker in driver.begun if name == "stopped"
+    )
+
+
+def test_the_shard_of_a_stopped_worker_is_taken_over_by_an_idle_one(driver):
+    receipts, fault = driver.run(["stopped", *(f"ok-{i}" for i in range(4))])
+    assert fault is None
+    assert outcome(receipts, "stopped") == [("done", None, 2, False)]
+    assert len(receipts) == 5
+    assert driver.starts() == {"stopped": 2, **{f"ok-{i}": 1 for i in range(4)}}
+    assert [rescue for rescue, _ in driver.rescues] == ["backup", "backup won"]
+    stopped = stopped_process(driver)
+    assert f"in process {socket.gethostname()}:{stopped}: process " in driver.rescues[0][1]
+    wait_until(lambda: not is_running(stopped))
+
+
+@pytest.mark.slow
+def test_a_stopped_worker_is_ended_and_replaced(driver):
+    receipts, fault = driver.run(["stopped"], workers=1, stalled_after_s=10.0, quiet_s=1e9)
+    assert fault is None
+    stopped = stopped_process(driver)
+    ((rescue, line),) = driver.rescues
+    process = f"{socket.gethostname()}:{stopped}"
+    pattern = rf"no progress for 0:1\d in process {process}, which was ended"
+    assert rescue == "stalled"
+    assert re.fullmatch(f"shard stopped: {pattern}", line)
+    assert outcome(receipts, "stopped") == [
+        ("failed", "transient", 1, True),
+        ("done", None, 2, False),
+    ]
+    assert re.fullmatch(pattern, receipts[0][0].error)
+    wait_until(lambda: not is_running(stopped))
+
+
+@pytest.mark.slow
+def test_workers_that_hang_at_the_start_end_the_run(driver):
+    _, fault = driver.run(["ok"], runner="Hanging", workers=1, stalled_after_s=3.0)
+    assert fault == (
+        "workers hang while they load the model and the data: none was ready after 0:03"
+    )
+
+
 def test_idle_may_end_the_run(driver):
     _, fault = driver.run(["held"], idle_fault="another driver took over")
     assert fault == "another driver took over"
@@ -184,7 +246,8 @@ def test_metrics_and_titles_are_shown(driver, ray_head):
     driver.start(["hiccup", "held"])
     title = f"ShardWorker(fake {driver.root.name} on cpu)"
     wait_until(lambda: title in live_actors(ray_head))
-    names = ["shards_done_total", "samples_total", "samples_per_second", "shard_retries_total"]
+    names = ["shards_done_total", "samples_total", "samples_per_second", "gpu_memory_bytes"]
+    names += ["run_retries", "run_samples_per_second", "run_eta_seconds"]
     labels = {'kind="fake-kind"', f'run="{driver.root.name}"'}
 
     def exported():

@@ -12,8 +12,9 @@ def failed(kind, attempt=1):
     ("attempt", "decision"),
     [(1, Decision.RETRY), (2, Decision.RETRY), (3, Decision.GIVE_UP), (4, Decision.GIVE_UP)],
 )
-def test_transient_errors_are_tried_until_the_limit(attempt, decision):
-    assert RetryPolicy(max_attempts=3).decide(failed("transient", attempt)) is decision
+@pytest.mark.parametrize("kind", ["transient", "worker"])
+def test_transient_errors_are_tried_until_the_limit(kind, attempt, decision):
+    assert RetryPolicy(max_attempts=3).decide(failed(kind, attempt)) is decision
 
 
 def test_one_attempt_means_no_retry():

@@ -127,15 +127,30 @@ def storm(world: World) -> str:
 
 
 def worker_stopped(world: World) -> str:
-    """The other worker goes on, so the run as a whole makes progress."""
+    """The other worker has nothing else to do in the end."""
     begin(world)
     victim = workers(world)[0]
     strike([victim], signal.SIGSTOP)
     world.let_go()
     told = wait_for(lambda: world.status()["message"], "word of the stopped worker", SILENT_S)
-    world.says(told, "no progress in shard", f"process {victim.pid}, it is stopped: kill -CONT")
-    strike([victim], signal.SIGKILL)
-    return ends_well(world)
+    world.says(told, "has taken", f":{victim.pid}: process", "the first to finish wins")
+    outcome = ends_well(world)
+    assert not victim.is_running()
+    assert (world.status()["backups"], world.status()["backups_won"]) == (1, 1)
+    return outcome
+
+
+def workers_stopped(world: World) -> str:
+    """Nobody is left to take over."""
+    world.how += ("--stalled-after", "15")
+    begin(world)
+    victims = workers(world)
+    strike(victims, signal.SIGSTOP)
+    outcome = ends_well(world)
+    assert not any(victim.is_running() for victim in victims)
+    assert world.status()["stalled"] == 2
+    world.says(world.infl("logs", world.id), "no progress for", "which was ended")
+    return outcome
 
 
 def worker_hangs(world: World) -> str:
@@ -297,7 +312,12 @@ def faults() -> Iterator[Fault]:
                  "it gives up after three attempts of a shard and says so; " + RESUMED,
                  storm)  # fmt: skip
     told = "told within 60 seconds, with the process; once it is killed, the run goes on"
-    yield on_ray("worker", "stopped", stopped.name, told, worker_stopped)
+    yield on_ray("worker", "stopped", stopped.name,
+                 "told, with the process; an idle worker takes its shard over",
+                 worker_stopped)  # fmt: skip
+    yield on_ray("worker", "all stopped", "SIGSTOP, with --stalled-after",
+                 "told, with the processes; they are replaced",
+                 workers_stopped)  # fmt: skip
     yield on_ray("worker", "hangs", "its loss does not return", told, worker_hangs)
     yield on_ray("worker", "out of memory", "a memory control group",
                  "said as such; " + GOES_ON, worker_out_of_memory)  # fmt: skip

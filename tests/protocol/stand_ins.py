@@ -137,6 +137,9 @@ class FakeRun(Run):
         self.files.sync([file])
         return checksum(values)
 
+    def read_rows(self, name: str, start: int, stop: int) -> Any:
+        return self.files.read(f"data/{name}/{start}")
+
 
 class FakeJob:
     """A job whose shards are one piece of text each."""
@@ -169,10 +172,14 @@ class FakeJob:
 class Backend:
     """Computes shards in order, by the worker's own code."""
 
+    most_workers = 1
+
     def __init__(self, world: "World"):
         self._world = world
 
-    def run(self, run: Any, shards: Any, *, on_start: Any, on_receipt: Any, on_idle: Any) -> None:
+    def run(
+        self, run: Any, shards: Any, *, on_start: Any, on_receipt: Any, on_idle: Any, **_: Any
+    ) -> None:
         runner = ShardRunner.__new__(ShardRunner)
         runner._run, runner._job = run, FakeJob(self._world, run)  # type: ignore[assignment]
         for shard in shards:
@@ -200,6 +207,12 @@ class Silent:
 
     def count(self, *_: object, **__: object) -> None:
         pass
+
+    def again(self, *_: object) -> None:
+        pass
+
+    def quiet_s(self, *_: object) -> float:
+        return 0.0
 
 
 DONE = {

@@ -200,7 +200,7 @@ class World:
             if is_done(run):
                 return
             run.manifest.drop_summary()
-            plan = driver_module._settled_plan(job, None, automatic=False)  # type: ignore[arg-type]
+            plan = driver_module._settled_plan(job, None, 1, automatic=False)  # type: ignore[arg-type]
             backend, status = Backend(self), Silent()
             driver_module._work(run, job, plan, backend, status, process.lease)  # type: ignore[arg-type]
             driver_module._finish(run, job)  # type: ignore[arg-type]

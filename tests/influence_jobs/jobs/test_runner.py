@@ -53,12 +53,12 @@ def fail_with(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
             torch.AcceleratorError(
                 "CUDA error: an illegal memory access\nCUDA kernel errors might"
             ),
-            "fatal",
+            "worker",
             "the GPU failed (CUDA error: an illegal memory access): resume the run",
         ),
         (
             RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"),
-            "fatal",
+            "worker",
             "the GPU failed (CUDA error: CUBLAS_STATUS_EXECUTION_FAILED): resume the run",
         ),
         (
@@ -100,6 +100,15 @@ def test_a_model_that_does_not_fit_ends_the_run_at_once(
 ) -> None:
     fail_with(monkeypatch, ModelError("no such layer"))
     with pytest.raises(RuntimeFault, match=r"^no such layer$"):
+        drive(run.root, run.id, InlineBackend(), shard_rows=256)
+    assert len(run.manifest.entries()) == 1
+
+
+def test_a_gpu_that_failed_ends_the_run_of_its_only_process(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_with(monkeypatch, RuntimeError("CUDA error: unspecified launch failure"))
+    with pytest.raises(RuntimeFault, match=r"^the GPU failed .*: resume the run$"):
         drive(run.root, run.id, InlineBackend(), shard_rows=256)
     assert len(run.manifest.entries()) == 1
 

@@ -71,6 +71,15 @@ def test_chunks_are_powers_of_two_of_bounded_size(num_rows: int, row_bytes: int)
     assert 1 <= rows <= 1024
 
 
+@given(num_rows=st.integers(1, 2 * 10**9))
+def test_chunks_are_as_ever_up_to_16_million_rows_and_few_beyond(num_rows: int) -> None:
+    rows = chunk_rows(num_rows, 4)
+    if num_rows < 2 * 8192 * 1024:
+        aim = max(256, min(1024, num_rows // 32))
+        assert rows == 2 ** (aim.bit_length() - 1)
+    assert num_rows / rows <= 2 * 8192
+
+
 def test_runs_are_found_by_what_is_enough_of_their_name(run: Run, tmp_path: Path) -> None:
     (tmp_path / "notes").mkdir()
     assert run_ids(run.root) == [run.id]

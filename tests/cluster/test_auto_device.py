@@ -1,0 +1,76 @@
+"""`--device auto` is what the workers find, wherever the run was submitted."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from infl_cluster import pool
+from influence_jobs import devices
+
+
+class Runner:
+    """Keeps the device that its worker gave it."""
+
+    title = "device"
+
+    def __init__(self, root: str, run_id: str, *, device: str, threads: int) -> None:
+        self.device = device
+
+
+class NoMetrics:
+    def __init__(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, float]]:
+    """The resources of the nodes of a cluster that this process seems to be part of."""
+    offered: list[dict[str, float]] = []
+    monkeypatch.setattr(pool.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(
+        pool.ray, "nodes", lambda: [{"Alive": True, "Labels": {}, "Resources": r} for r in offered]
+    )
+    monkeypatch.setattr(pool, "WorkerMetrics", NoMetrics)
+    return offered
+
+
+@pytest.mark.parametrize(
+    ("offered", "asked", "gpus", "workers"),
+    [
+        ([{"CPU": 4}, {"CPU": 2}], None, 0.0, 6),
+        ([{"CPU": 4}, {"CPU": 8, "GPU": 2}], None, 1.0, 2),
+        ([{"CPU": 4}, {"CPU": 8, "GPU": 2}], 0.5, 0.5, 4),
+        ([{"CPU": 4}, {"CPU": 8, "GPU": 2}], 0.0, 0.0, 12),
+    ],
+)
+def test_workers_reserve_gpus_if_the_cluster_has_any(
+    cluster: list[dict[str, float]],
+    offered: list[dict[str, float]],
+    asked: float | None,
+    gpus: float,
+    workers: int,
+) -> None:
+    cluster += offered
+    backend = pool.RayBackend(device="auto", num_gpus=asked)
+    assert (backend._num_gpus, backend.most_workers) == (gpus, workers)
+    given: dict[str, Any] = {}
+    remote = SimpleNamespace(remote=lambda *_, **more: given.update(more))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool.ray, "remote", lambda _: SimpleNamespace(options=lambda **_: remote))
+        spec = SimpleNamespace(kind="kind")
+        backend._start_worker(SimpleNamespace(root="", id="", spec=spec), {}, threads=1)
+    assert given["device"] == ("auto" if gpus else "cpu")
+
+
+@pytest.mark.parametrize(("has", "device"), [(True, "cuda"), (False, "cpu")])
+def test_a_worker_looks_for_a_gpu_itself(
+    cluster: list[dict[str, float]], monkeypatch: pytest.MonkeyPatch, has: bool, device: str
+) -> None:
+    monkeypatch.setattr(devices, "has_cuda", lambda: has)
+    worker = pool.ShardWorker(
+        "root", "run", kind="kind", device="auto", threads=1, runner=f"{__name__}:Runner"
+    )
+    assert worker._runner.device == device
+    assert worker.begin()[0] is None
+    assert worker.begin()[2] == device

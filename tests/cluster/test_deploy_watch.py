@@ -1,0 +1,165 @@
+"""Every query of the Grafana dashboard finds what a running job says of itself."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from infl_cluster.head import Head
+from influence_jobs.store.find import find_run
+from influence_jobs.store.status import read_status
+
+WATCH = Path(__file__).parents[2] / "cluster" / "deploy" / "watch"
+DASHBOARD = json.loads((WATCH / "grafana-dashboard.json").read_text())
+SERVICE_DISCOVERY = "/tmp/ray/prom_metrics_service_discovery.json"
+LONG_S = 240.0
+
+TASK = """
+import time
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+from influence_jobs import Task
+
+
+class Slow(Task):
+    output_loss = "cross-entropy"
+
+    def model(self):
+        return nn.Linear(3, 2)
+
+    def train_data(self):
+        torch.manual_seed(0)
+        return TensorDataset(torch.rand(60000, 3), torch.arange(60000) % 2)
+
+    def losses(self, model, batch):
+        time.sleep(3.0 if len(batch[1]) == 1024 else 0.0)
+        return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+"""
+
+
+def expressions() -> dict[str, str]:
+    """The queries of all panels, by panel and reference."""
+    return {
+        f"{panel['title']} {target['refId']}": target["expr"]
+        for panel in DASHBOARD["panels"]
+        for target in panel["targets"]
+    }
+
+
+def test_the_dashboard_shows_what_was_promised() -> None:
+    titles = " ".join(panel["title"].lower() for panel in DASHBOARD["panels"])
+    for what in ("samples per second", "shards done", "retries", "stragglers", "time left", "gpu"):
+        assert what in titles
+    for name, query in expressions().items():
+        assert "$run" in query and "by (run" in query, name
+    ids = [panel["id"] for panel in DASHBOARD["panels"]]
+    assert len({*ids}) == len(ids)
+    places = [panel["gridPos"] for panel in DASHBOARD["panels"]]
+    cells = [
+        (x, y) for p in places
+        for x in range(p["x"], p["x"] + p["w"]) for y in range(p["y"], p["y"] + p["h"])
+    ]  # fmt: skip
+    assert len({*cells}) == len(cells)
+    assert max(x for x, _ in cells) < 24
+
+
+@contextmanager
+def prometheus(head: Head, folder: Path) -> Iterator[str]:
+    """Prometheus with our file, told only where this Ray lies and to look every second."""
+    settings = yaml.safe_load((WATCH / "prometheus.yml").read_text())
+    (job,) = settings["scrape_configs"]
+    assert job["file_sd_configs"] == [{"files": [SERVICE_DISCOVERY]}]
+    found = head.temp_dir / Path(SERVICE_DISCOVERY).name
+    job["file_sd_configs"] = [{"files": [str(found)], "refresh_interval": "1s"}]
+    settings["global"]["scrape_interval"] = "1s"
+    (folder / "prometheus.yml").write_text(yaml.safe_dump(settings))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = ["prometheus", f"--config.file={folder}/prometheus.yml"]
+    command += [f"--storage.tsdb.path={folder}/data", f"--web.listen-address=127.0.0.1:{port}"]
+    with (folder / "log").open("w") as log, subprocess.Popen(
+        command, stdout=log, stderr=subprocess.STDOUT
+    ) as server:  # fmt: skip
+        try:
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.terminate()
+
+
+def asked(url: str, path: str, **query: str) -> Any:
+    address = f"{url}/api/v1/{path}?{urllib.parse.urlencode(query)}"
+    try:
+        with urllib.request.urlopen(address, timeout=10) as answer:
+            return json.load(answer)["data"]
+    except urllib.error.HTTPError as error:
+        pytest.fail(f"{path} {query}: {error.read().decode()}")
+    except urllib.error.URLError:  # it is still starting
+        return {"result": []}
+
+
+def values(url: str, run: str, query: str) -> list[float]:
+    found = asked(url, "query", query=query.replace("$run", run))["result"]
+    assert all(series["metric"]["run"] == run for series in found)
+    return [float(series["value"][1]) for series in found]
+
+
+@pytest.mark.ray
+@pytest.mark.skipif(not shutil.which("prometheus"), reason="needs prometheus: apt-get install it")
+def test_every_query_finds_the_running_job(
+    ray_head: Head, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "slow_norms.py").write_text(TASK)
+    torch.save(nn.Linear(3, 2).state_dict(), tmp_path / "weights.pt")
+    infl = [sys.executable, "-c", "from infl_cli.entry import main; main()"]
+    words = (
+        "submit grad-norms --task slow_norms.py:Slow --layer all --checkpoint weights.pt --detach"
+    )
+    more = f"--workers 2 --batch-size 1024 --address {ray_head.dashboard_url}".split()
+    environment = {**os.environ, "RAY_AUTH_TOKEN_PATH": str(ray_head.token_path)}
+    monkeypatch.chdir(tmp_path)
+    subprocess.run([*infl, *words.split(), *more], env=environment, check=True)
+    run = find_run(str(tmp_path / "runs"), "grad-norms")
+    waiting, found = expressions(), dict[str, list[float]]()
+    deadline = time.monotonic() + LONG_S
+    try:
+        with prometheus(ray_head, tmp_path) as url:
+            while waiting and time.monotonic() < deadline:
+                assert read_status(run)["state"] in ("new", "running"), read_status(run)
+                for name, query in [*waiting.items()]:
+                    if answer := values(url, run.id, query):
+                        found[name] = answer
+                        del waiting[name]
+                time.sleep(0.5)
+            assert not waiting
+            (chosen,) = (v for v in DASHBOARD["templating"]["list"] if v["name"] == "run")
+            metric = re.fullmatch(r"label_values\((\w+), run\)", chosen["query"]["query"])[1]
+            assert run.id in asked(url, "label/run/values", **{"match[]": metric})
+            # What `infl status` says, and nothing of its own.
+            status = read_status(run)
+            (total,) = values(url, run.id, "ray_infl_run_samples{run=~'$run'}")
+            (shards,) = values(url, run.id, "ray_infl_run_shards{run=~'$run'}")
+            (done,) = values(url, run.id, "ray_infl_run_samples_done{run=~'$run'}")
+    finally:
+        subprocess.run([*infl, "stop", run.id], env=environment, check=True)
+    assert (total, shards) == (status["units_total"], status["shards_total"]) == (60000, 15)
+    assert 0 < done <= status["units_done"]
+    assert found["Retries A"] == found["Stragglers B"] == [0.0]
+    assert all(memory == 0 for memory in found["GPU memory of each worker A"])
