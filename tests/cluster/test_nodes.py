@@ -1,6 +1,5 @@
 """Runs over several nodes of Ray, which are raylets on this machine: one head, two nodes."""
 
-import contextlib
 import json
 import os
 import secrets
@@ -88,8 +87,9 @@ class Nodes:
         return self.python("-m", "infl_cluster.driver_main", run.root, run.id, *options, **more)
 
 
-@contextlib.contextmanager
-def started(more: Mapping[str, str]) -> Iterator[Nodes]:
+@pytest.fixture(scope="module")
+def nodes(bucket: str) -> Iterator[Nodes]:
+    """Two nodes, of which the second has a GPU in name; they reach the bucket."""
     # Not tmp_path: Ray's sockets need a short path.
     with tempfile.TemporaryDirectory(prefix="infl-") as folder:
         token = Path(folder, "token")
@@ -101,7 +101,6 @@ def started(more: Mapping[str, str]) -> Iterator[Nodes]:
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_USAGE_STATS_ENABLED": "0",
             "PYTHONPATH": os.pathsep.join([str(EXAMPLES), str(HERE), *sys.path]),
-            **more,
         }
         pipe = subprocess.PIPE
         argv = [sys.executable, str(HERE / "nodes_process.py"), folder]
@@ -114,13 +113,6 @@ def started(more: Mapping[str, str]) -> Iterator[Nodes]:
             _, alive = psutil.wait_procs(left, timeout=20)
             for one in alive:
                 one.kill()
-
-
-@pytest.fixture(scope="module")
-def nodes() -> Iterator[Nodes]:
-    """Two nodes, of which the second has a GPU in name."""
-    with started({}) as found:
-        yield found
 
 
 @pytest.fixture(scope="module")
@@ -399,14 +391,15 @@ def test_a_stopped_worker_on_another_node_is_replaced(
 
 @pytest.mark.slow
 def test_a_run_in_an_object_store_over_two_nodes(
-    bucket: str, tmp_path: Path, grad_norms_spec: GradNormsSpec, finished_run: Run
+    nodes: Nodes,
+    ids: dict[str, str],
+    bucket: str,
+    tmp_path: Path,
+    grad_norms_spec: GradNormsSpec,
+    finished_run: Run,
 ) -> None:
     run = Run.create(f"{bucket}/{tmp_path.name}", grad_norms_spec)
-    variables = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-    with started(variables) as nodes:
-        nodes.add("one")
-        nodes.add("two")
-        ended(nodes.drive(run, "--workers", "2", "--shard-rows", "256"))
+    ended(nodes.drive(run, "--workers", "2", "--shard-rows", "256"))
     assert_good(run)
     for name in finished_run.array_names():
         np.testing.assert_array_equal(run.array(name)[:], finished_run.array(name)[:])
