@@ -69,7 +69,8 @@ def main() -> None:
     for node in nodes.values():
         if isinstance(node, Elsewhere):
             node.end()
-    cluster.shutdown()
+    for node in [*cluster.worker_nodes, cluster.head_node]:
+        cluster.remove_node(node, allow_graceful=False)  # a GCS may take minutes to end in order
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Runs over several nodes of Ray, which are raylets on this machine: one head, two nodes."""
 
+import contextlib
 import json
 import os
 import secrets
@@ -109,7 +110,9 @@ def nodes(bucket: str) -> Iterator[Nodes]:
             nodes.address = nodes.answer()
             yield nodes
             left = psutil.Process(process.pid).children(recursive=True)
-            process.communicate()  # the end of its input ends it
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=60)  # the end of its input ends it
+            process.kill()
             _, alive = psutil.wait_procs(left, timeout=20)
             for one in alive:
                 one.kill()
