@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
 
 from ray.cluster_utils import Cluster
 
@@ -29,6 +30,17 @@ class Elsewhere:
         self.process.wait()
 
 
+def patiently(start):
+    """Start again if a busy machine took longer than the 30 seconds that Ray gives a node."""
+    for _ in range(2):
+        try:
+            return start()
+        except Exception as error:
+            if "timed out during startup" not in str(error):
+                raise
+    return start()
+
+
 def alive(cluster: Cluster) -> int:
     return sum(node["Alive"] for node in cluster.global_state.node_table())
 
@@ -42,7 +54,7 @@ def main() -> None:
         "include_dashboard": True,
         "dashboard_port": 0,
     }
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+    cluster = patiently(partial(Cluster, initialize_head=True, head_node_args=head))
     nodes = {}
     print("ANSWER", json.dumps(cluster.address), flush=True)
     for line in sys.stdin:
@@ -63,13 +75,14 @@ def main() -> None:
             answer = None
         else:
             options = {"object_store_memory": OBJECT_STORE_BYTES, **command["options"]}
-            node = nodes[command["add"]] = cluster.add_node(**options)
+            node = nodes[command["add"]] = patiently(partial(cluster.add_node, **options))
             answer = node.node_id
         print("ANSWER", json.dumps(answer), flush=True)
     for node in nodes.values():
         if isinstance(node, Elsewhere):
             node.end()
-    cluster.shutdown()
+    for node in [*cluster.worker_nodes, cluster.head_node]:
+        cluster.remove_node(node, allow_graceful=False)  # a GCS may take minutes to end in order
 
 
 if __name__ == "__main__":

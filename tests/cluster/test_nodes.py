@@ -88,8 +88,9 @@ class Nodes:
         return self.python("-m", "infl_cluster.driver_main", run.root, run.id, *options, **more)
 
 
-@contextlib.contextmanager
-def started(more: Mapping[str, str]) -> Iterator[Nodes]:
+@pytest.fixture(scope="module")
+def nodes(bucket: str) -> Iterator[Nodes]:
+    """Two nodes, of which the second has a GPU in name; they reach the bucket."""
     # Not tmp_path: Ray's sockets need a short path.
     with tempfile.TemporaryDirectory(prefix="infl-") as folder:
         token = Path(folder, "token")
@@ -101,7 +102,6 @@ def started(more: Mapping[str, str]) -> Iterator[Nodes]:
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_USAGE_STATS_ENABLED": "0",
             "PYTHONPATH": os.pathsep.join([str(EXAMPLES), str(HERE), *sys.path]),
-            **more,
         }
         pipe = subprocess.PIPE
         argv = [sys.executable, str(HERE / "nodes_process.py"), folder]
@@ -110,17 +110,12 @@ def started(more: Mapping[str, str]) -> Iterator[Nodes]:
             nodes.address = nodes.answer()
             yield nodes
             left = psutil.Process(process.pid).children(recursive=True)
-            process.communicate()  # the end of its input ends it
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=60)  # the end of its input ends it
+            process.kill()
             _, alive = psutil.wait_procs(left, timeout=20)
             for one in alive:
                 one.kill()
-
-
-@pytest.fixture(scope="module")
-def nodes() -> Iterator[Nodes]:
-    """Two nodes, of which the second has a GPU in name."""
-    with started({}) as found:
-        yield found
 
 
 @pytest.fixture(scope="module")
@@ -305,21 +300,36 @@ def test_runs_of_several_steps_over_two_nodes_are_those_of_one_process(
     assert len(workers) >= 2
 
 
+READS_FOLDER = """
+
+from influence_jobs.errors import DataError
+
+
+class OfFolder(SlowTask):
+    def train_data(self) -> TensorDataset:
+        if not (HERE / "data" / "rows.npy").exists():
+            raise DataError(f"no rows in {HERE / 'data'}")
+        rows = torch.from_numpy(np.load(HERE / "data" / "rows.npy"))
+        return TensorDataset(rows, rows[:, 0].long() % 3)
+"""
+
+
 @pytest.fixture
 def slow_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Norms in eight shards, each of which takes as many seconds as the file `nap` says."""
     file = tmp_path / f"{tmp_path.name}.py"  # Python imports one module of a name
-    shutil.copy(HERE.parent / "faults" / "slow_task.py", file)
+    file.write_text((HERE.parent / "faults" / "slow_task.py").read_text() + READS_FOLDER)
     rows = np.random.default_rng(0).normal(size=(SHARDS * ROWS, 5)).astype(np.float32)
     rows[:, 0] = np.arange(len(rows))
-    np.save(tmp_path / "rows.npy", rows)
+    (tmp_path / "data").mkdir()
+    np.save(tmp_path / "data" / "rows.npy", rows)
     torch.manual_seed(0)
     head = torch.nn.Linear(4, 3)
     weights = {f"head.{name}": value for name, value in head.state_dict().items()}
     torch.save(weights, tmp_path / "weights.pt")
     request = find_kind("grad-norms").request_type.of(
         {
-            "task": f"{file}:SlowTask",
+            "task": f"{file}:OfFolder",
             "layer": ["all"],
             "checkpoint": [f"{tmp_path}/weights.pt"],
         }
@@ -399,14 +409,15 @@ def test_a_stopped_worker_on_another_node_is_replaced(
 
 @pytest.mark.slow
 def test_a_run_in_an_object_store_over_two_nodes(
-    bucket: str, tmp_path: Path, grad_norms_spec: GradNormsSpec, finished_run: Run
+    nodes: Nodes,
+    ids: dict[str, str],
+    bucket: str,
+    tmp_path: Path,
+    grad_norms_spec: GradNormsSpec,
+    finished_run: Run,
 ) -> None:
     run = Run.create(f"{bucket}/{tmp_path.name}", grad_norms_spec)
-    variables = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-    with started(variables) as nodes:
-        nodes.add("one")
-        nodes.add("two")
-        ended(nodes.drive(run, "--workers", "2", "--shard-rows", "256"))
+    ended(nodes.drive(run, "--workers", "2", "--shard-rows", "256"))
     assert_good(run)
     for name in finished_run.array_names():
         np.testing.assert_array_equal(run.array(name)[:], finished_run.array(name)[:])
@@ -440,7 +451,7 @@ def request_of(data: str, folder: Path, root: Path) -> Run:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("data", "cure"), [("mnist", "run `infl data mnist`"), ("images", "name a folder with images")]
+    ("data", "cure"), [("mnist", "run `infl data mnist`"), ("images", "name a folder with jpg")]
 )
 def test_a_node_without_the_data_is_named_with_the_cure(
     nodes: Nodes, ids: dict[str, str], tmp_path: Path, data: str, cure: str
@@ -475,20 +486,26 @@ def test_a_node_without_the_folder_of_runs_is_named(
 
 @pytest.mark.slow
 def test_a_node_without_the_data_that_joins_later_does_not_end_the_run(
-    nodes: Nodes, ids: dict[str, str], tmp_path: Path
+    nodes: Nodes, ids: dict[str, str], tmp_path: Path, slow_run: Run
 ) -> None:
-    run = request_of("images", tmp_path / "data", tmp_path / "runs")
-    words = ("--node-label", "kind=ours", "--workers", "2", "--shard-rows", "256")
+    run = slow_run
+    expected = reference_of(run, tmp_path / "reference")
+    (tmp_path / "hold").write_text(str(ROWS * 3))
+    words = ("--node-label", "kind=ours", "--workers", "2")
+    sizes = ("--shard-rows", str(ROWS), "--batch-size", str(ROWS))
     nodes.add("with", labels={"kind": "ours"})
+    driver = nodes.drive(run, *words, *sizes)
     try:
-        driver = nodes.drive(run, *words)
-        wait_until(lambda: len(run.manifest.done_shards()) >= 1)
+        wait_until(lambda: len(run.manifest.done_shards()) == 3)
         nodes.add("without", labels={"kind": "ours"}, hidden=str(tmp_path / "data"))
         wait_until(lambda: "goes on without" in (read_status(run).get("message") or ""))
+        assert "no rows in " in read_status(run)["message"]
+        (tmp_path / "hold").unlink()
         ended(driver)
+        nodes.remove("without")
     finally:
         driver.kill()
         nodes.remove("with")
-        nodes.remove("without")
     assert_good(run)
+    assert arrays(run) == expected
     assert {entry.attempt for entry in run.manifest.done().values()} == {1}
