@@ -121,6 +121,7 @@ def values(url: str, run: str, query: str) -> list[float]:
     return [float(series["value"][1]) for series in found]
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.skipif(not shutil.which("prometheus"), reason="needs prometheus: apt-get install it")
 def test_every_query_finds_the_running_job(
