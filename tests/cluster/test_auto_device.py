@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 
 from infl_cluster import pool
 from influence_jobs import devices
@@ -27,9 +28,9 @@ class NoMetrics:
 def cluster(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, float]]:
     """The resources of the nodes of a cluster that this process seems to be part of."""
     offered: list[dict[str, float]] = []
-    monkeypatch.setattr(pool.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
     monkeypatch.setattr(
-        pool.ray, "nodes", lambda: [{"Alive": True, "Labels": {}, "Resources": r} for r in offered]
+        ray, "nodes", lambda: [{"Alive": True, "Labels": {}, "Resources": r} for r in offered]
     )
     monkeypatch.setattr(pool, "WorkerMetrics", NoMetrics)
     return offered
@@ -57,9 +58,10 @@ def test_workers_reserve_gpus_if_the_cluster_has_any(
     given: dict[str, Any] = {}
     remote = SimpleNamespace(remote=lambda *_, **more: given.update(more))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pool.ray, "remote", lambda _: SimpleNamespace(options=lambda **_: remote))
+        patch.setattr(ray, "remote", lambda _: SimpleNamespace(options=lambda **_: remote))
         spec = SimpleNamespace(kind="kind")
-        backend._start_worker(SimpleNamespace(root="", id="", spec=spec), {}, threads=1)
+        run: Any = SimpleNamespace(root="", id="", spec=spec)
+        backend._start_worker(run, {}, threads=1)
     assert given["device"] == ("auto" if gpus else "cpu")
 
 

@@ -121,6 +121,7 @@ def values(url: str, run: str, query: str) -> list[float]:
     return [float(series["value"][1]) for series in found]
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.skipif(not shutil.which("prometheus"), reason="needs prometheus: apt-get install it")
 def test_every_query_finds_the_running_job(
@@ -159,7 +160,8 @@ def test_every_query_finds_the_running_job(
             (done,) = values(url, run.id, "ray_infl_run_samples_done{run=~'$run'}")
     finally:
         subprocess.run([*infl, "stop", run.id], env=environment, check=True)
-    assert (total, shards) == (status["units_total"], status["shards_total"]) == (60000, 15)
+    assert total == status["units_total"] == 60000
+    assert shards == status["shards_total"] > 1
     assert 0 < done <= status["units_done"]
     assert found["Retries A"] == found["Stragglers B"] == [0.0]
     assert all(memory == 0 for memory in found["GPU memory of each worker A"])
