@@ -20,6 +20,7 @@ from influence_jobs.training.changes import Changes, changed_losses, require_one
 from influence_jobs.training.recipe import Recipe, optimizer_of, scheduler_of
 from influence_jobs.training.recorded_norms import RecordedNorms
 from influence_jobs.training.state import plain, require_saveable
+from influence_jobs.transfers import on_device
 
 CHECKED_EVERY = 64  # steps between two looks at the loss, which wait for a GPU
 
@@ -234,14 +235,15 @@ class Trainer:
         batch = to_device(self.task.train_batch(ids, draw), self.device)
         new_labels_B = None
         if self._new_labels_N is not None:
-            new_labels_B = self._new_labels_N[ids].to(self.device)
+            new_labels_B = on_device(self._new_labels_N[ids], self.device)
         # Of all parameters: an optimizer of the task's own may leave some out.
         self.model.zero_grad(set_to_none=True)
         with seeded(step_seed(self.seed, self.epoch, self.step_in_epoch), self.device):
             losses_B = changed_losses(self.task, self.model, batch, new_labels_B)
             require_one_each(self.task, losses_B, ids.shape)
             if self._weights_N is not None:
-                losses_B = losses_B * self._weights_N[ids].to(losses_B)
+                weights_B = on_device(self._weights_N[ids], self.device)
+                losses_B = losses_B * weights_B.to(losses_B.dtype)
             loss = losses_B.mean()
             loss.backward()  # type: ignore[no-untyped-call]
             if self.norms is not None:

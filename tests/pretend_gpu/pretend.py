@@ -130,11 +130,7 @@ class PretendTensor(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         _running().note("download", "pickle")
-        return _unpickled, (self.values,)
-
-
-def _unpickled(values: Tensor) -> Tensor:
-    return values.to(DEVICE)
+        return self.values.__reduce_ex__(protocol)  # files are read to the CPU
 
 
 class PretendGpu(TorchDispatchMode):
@@ -155,7 +151,7 @@ class PretendGpu(TorchDispatchMode):
         self.waits: list[Wait] = []
         self.operations: Counter[str] = Counter()
         self._coming: list[tuple[Tensor, Tensor]] = []  # copies that were begun, and their values
-        self._pinned: set[int] = set()
+        self._pinned: dict[int, Tensor] = {}  # by address; kept, so that no other gets it
         self._patch = patch
 
     def __enter__(self) -> Self:
@@ -205,7 +201,7 @@ class PretendGpu(TorchDispatchMode):
             return 0  # attention by products: the other ways are for a device each
         if func is aten._pin_memory.default:
             found: Tensor = args[0].clone()
-            self._pinned.add(found.untyped_storage().data_ptr())
+            self._pinned[found.untyped_storage().data_ptr()] = found
             return found
         leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         ours = [leaf for leaf in leaves if isinstance(leaf, PretendTensor)]

@@ -103,14 +103,14 @@ def norms(reduction: Any) -> Any:
             for name, module in model.named_modules()
             if isinstance(getattr(module, "weight", None), Tensor)
         ]
-        return GradNorms(model, names, task.losses, reduction=reduction)
+        return GradNorms(model, names, task.losses, reduction=reduction).unwatched
 
     return make
 
 
 def odd_norms(task: Digits, model: Any) -> Any:
     names = [name for name, p in model.named_parameters() if p.ndim > 1] + ["scale"]
-    return GradNorms(model, names, task.losses, reduction="layer")
+    return GradNorms(model, names, task.losses, reduction="layer").unwatched
 
 
 def dots(method: str) -> Any:
@@ -142,7 +142,7 @@ def quadratics(task: Digits, model: Any) -> Any:
 
 def token_norms(task: Digits, model: Any) -> Any:
     engine = TokenNorms(model, ["head"], token_losses, precision="float32")
-    return lambda batch: engine(batch, 4)
+    return lambda batch: engine.unwatched(batch, 4)
 
 
 def token_dots(task: Digits, model: Any) -> Any:
@@ -150,7 +150,7 @@ def token_dots(task: Digits, model: Any) -> Any:
     v_QP = vectors(space.size, next(model.parameters()).device)
     totals = GradDots(model, space, summed_token_losses, v_QP).total
     engine = TokenDots(model, space, token_losses, v_QP)
-    return lambda batch: engine(batch, totals(batch))
+    return lambda batch: engine.unwatched(batch, totals(batch))
 
 
 def operator(kind: Any, network: str, device: torch.device, samples: int = 48, **how: Any) -> Any:
@@ -222,6 +222,7 @@ def lissa(network: str) -> Callable[[torch.device], Work]:
         rhs_QP = vectors(matrix.size, device)
 
         def run(units: int) -> Tensors:
+            matrix.look()
             steps = lissa_steps(matrix, rhs_QP, 0.01, 10.0, 4)
             assert isinstance(steps, AnySteps) == (network != "perceptron")
             solver = Lissa(0.1, scale=10.0, batch_size=4, depth=units * steps.longest)
