@@ -195,4 +195,5 @@ def _add_up(found_BTQ: Tensor, totals_BQ: Tensor) -> Tensor:
     error_Q = (found_BTQ.sum(1) - totals_BQ).norm(dim=0)
     # Parts may cancel, so rounding is relative to the sum of their sizes.
     size_Q = found_BTQ.abs().sum(1).norm(dim=0)
-    return ~(error_Q > limit * size_Q + torch.finfo(found_BTQ.dtype).tiny).any()
+    right: Tensor = ~(error_Q > limit * size_Q + torch.finfo(found_BTQ.dtype).tiny).any()
+    return right

@@ -102,8 +102,10 @@ class RecordedNorms:
     def _gather(self) -> None:
         """Add the norms of the steps that wait; of a GPU they are copied together."""
         steps, self._waiting = self._waiting, []
-        found = on_cpu({(i, layer): norms[layer] for i, (_, norms) in enumerate(steps) for layer in norms})
-        for i, (ids, norms) in enumerate(steps):
+        found = on_cpu(
+            {(i, layer): norms[layer] for i, (_, norms) in enumerate(steps) for layer in norms}
+        )
+        for i, (ids, _) in enumerate(steps):
             for layer, sums in self._sums.items():
                 norms_B = found[i, layer].to(sums).expand(len(ids), *sums.shape[1:])
                 sums.index_add_(0, ids, norms_B)

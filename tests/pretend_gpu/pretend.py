@@ -70,21 +70,23 @@ class Wait:
     stack: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"{self.kind} ({self.operation}) at {' < '.join(self.stack[:4]) or 'no line of ours'}"
+        return (
+            f"{self.kind} ({self.operation}) at {' < '.join(self.stack[:4]) or 'no line of ours'}"
+        )
 
 
 class PretendTensor(Tensor):
     """A tensor of the pretended device.
 
     Attributes:
-        values: On the CPU.
+        held: Its values, on the CPU.
     """
 
-    values: Tensor
+    held: Tensor
 
     @staticmethod
-    def __new__(cls, values: Tensor) -> "PretendTensor":
-        made: PretendTensor = torch.Tensor._make_wrapper_subclass(
+    def __new__(cls, values: Tensor) -> Self:
+        made: Self = torch.Tensor._make_wrapper_subclass(
             cls,
             values.size(),
             strides=values.stride(),
@@ -92,23 +94,23 @@ class PretendTensor(Tensor):
             dtype=values.dtype,
             device=DEVICE,
         )
-        made.values = values
+        made.held = values
         return made
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         return _running().dispatch(func, args, kwargs or {})
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return f"PretendTensor({self.values!r})"
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"PretendTensor({self.held!r})"
 
     def tolist(self) -> Any:
         _running().note("read", "tolist")
-        return self.values.tolist()
+        return self.held.tolist()
 
     def numpy(self, *, force: bool = False) -> Any:
         raise TypeError("can't convert a tensor of the pretended GPU to numpy: copy it first")
@@ -117,7 +119,7 @@ class PretendTensor(Tensor):
         return self.numpy()
 
     def data_ptr(self) -> int:
-        return self.values.data_ptr()  # other libraries tell parameters apart by it
+        return self.held.data_ptr()  # other libraries tell parameters apart by it
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         if id(self) not in memo:
@@ -130,7 +132,7 @@ class PretendTensor(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         _running().note("download", "pickle")
-        return self.values.__reduce_ex__(protocol)  # files are read to the CPU
+        return self.held.__reduce_ex__(protocol)  # files are read to the CPU
 
 
 class PretendGpu(TorchDispatchMode):
@@ -155,15 +157,15 @@ class PretendGpu(TorchDispatchMode):
         self._patch = patch
 
     def __enter__(self) -> Self:
-        global _GPU  # noqa: PLW0603  (one device, as a machine has)
+        global _GPU
         super().__enter__()
         if _GPU is None:
             _GPU = self
             self._adapt_torch()
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        global _GPU  # noqa: PLW0603
+    def __exit__(self, *error: object) -> None:
+        global _GPU
         super().__exit__(*error)
         if threading.current_thread() is threading.main_thread():
             _GPU = None
@@ -218,14 +220,14 @@ class PretendGpu(TorchDispatchMode):
             kwargs = {**kwargs, "device": "cpu"}
         kwargs = {name: value for name, value in kwargs.items() if name != "pin_memory"}
         result = func(
-            *pytree.tree_map_only(PretendTensor, lambda leaf: leaf.values, args),
-            **pytree.tree_map_only(PretendTensor, lambda leaf: leaf.values, kwargs),
+            *pytree.tree_map_only(PretendTensor, lambda leaf: leaf.held, args),
+            **pytree.tree_map_only(PretendTensor, lambda leaf: leaf.held, kwargs),
         )
         if func is aten._to_copy.default and ours and not here and kwargs.get("non_blocking"):
             return self._begun(result)
-        given = {id(leaf.values): leaf for leaf in ours} if func._schema.is_mutable else {}
+        given = {id(leaf.held): leaf for leaf in ours} if func._schema.is_mutable else {}
         for leaf in given.values():
-            if leaf.values.shape != leaf.shape:
+            if leaf.held.shape != leaf.shape:
                 raise NotImplementedError(f"{func} changes a shape in place")
 
         def wrapped(found: Tensor) -> Tensor:
@@ -250,9 +252,7 @@ class PretendGpu(TorchDispatchMode):
                 f"{func}: expected all tensors to be on the same device, but {shapes} on the CPU"
             )
 
-    def _copied(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], here: bool
-    ) -> bool:
+    def _copied(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], here: bool) -> bool:
         """Note what a copy lets wait; whether its result is on the device."""
         source = args[0]
         begun = bool(kwargs.get("non_blocking"))
@@ -265,9 +265,9 @@ class PretendGpu(TorchDispatchMode):
             if not (begun and pinned):
                 self.note("upload", str(func) if pinned else f"{func} from memory not pinned")
         shapes_only = torch.device(kwargs.get("device") or "cpu") == torch.device("meta")
-        if there and not here and not shapes_only:
-            if not (begun and func is aten._to_copy.default):
-                self.note("download", str(func))
+        comes_later = begun and func is aten._to_copy.default
+        if there and not here and not shapes_only and not comes_later:
+            self.note("download", str(func))
         return here
 
     def _begun(self, values: Tensor) -> Tensor:
