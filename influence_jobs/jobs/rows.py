@@ -39,7 +39,12 @@ class Rows:
                 shape[self._axis] = self._shard.stop - self._shard.start
                 # In float64: a sum of terms, which may almost cancel, adds no rounding errors.
                 self._sums[name] = numbers.new_zeros(shape, dtype=torch.float64)
-            _add(self._sums[name], self._axis, ids - self._shard.start, numbers)
+            sums, places = self._sums[name], ids - self._shard.start
+            if (run := _run(places)) is not None:
+                sums.narrow(self._axis, run.start, len(run)).add_(numbers)
+            else:
+                where = on_device(places, sums.device)
+                sums.index_add_(self._axis, where, numbers.to(sums.dtype))
 
     def arrays(self, checks: "Checks | None" = None) -> dict[str, npt.NDArray[np.float64]]:
         """The sums, by name.
@@ -61,22 +66,29 @@ class Checks:
     """What must hold of a shard's numbers, noted on the device and looked at when they are copied.
 
     Args:
-        shard: Its rows.
+        shard: Its rows; None: nothing is noted, as in a probe.
         refuse_samples: Refuses what is not finite, by its name, for some ids.
     """
 
-    def __init__(self, shard: Shard, refuse_samples: Callable[[str, Tensor], None]) -> None:
+    def __init__(
+        self, shard: Shard | None, refuse_samples: Callable[[str, Tensor], None]
+    ) -> None:
         self._shard, self._refuse_samples = shard, refuse_samples
         self._unsound: dict[str, Tensor] = {}  # (N,) of the shard, by what is not finite
         self._right: dict[str, tuple[Tensor, Callable[[], Any]]] = {}
 
     def finite(self, what: str, values: Numbers, ids: Tensor) -> None:
         """Values (B, ...) of some samples must be finite."""
+        if self._shard is None:
+            return
         bad_B = ~torch.as_tensor(values).isfinite().reshape(len(ids), -1).all(1)
         if what not in self._unsound:
-            rows = self._shard.stop - self._shard.start
-            self._unsound[what] = bad_B.new_zeros(rows, dtype=torch.int64)
-        _add(self._unsound[what], 0, ids - self._shard.start, bad_B)
+            self._unsound[what] = bad_B.new_zeros(self._shard.stop - self._shard.start)
+        unsound, places = self._unsound[what], ids - self._shard.start
+        if (run := _run(places)) is not None:
+            unsound[run.start : run.stop] |= bad_B
+        else:
+            unsound[on_device(places, unsound.device)] |= bad_B
 
     def right(self, name: str, flag: Tensor, refuse: Callable[[], Any]) -> None:
         """A flag must be true, or else `refuse` is called, which raises."""
@@ -105,14 +117,11 @@ class Checks:
         for (kind, name), flags in found.items():
             if kind == "right" and not flags:
                 self._right[name][1]()
-            if kind == "finite" and flags.any():
+            if kind == "finite" and self._shard is not None and flags.any():
                 self._refuse_samples(name, flags.nonzero()[:, 0] + self._shard.start)
 
 
-def _add(sums: Tensor, axis: int, places: Tensor, values: Tensor) -> None:
-    """Add values at some places along an axis, each place once."""
-    first, last = int(places[0]), int(places[-1])
-    if torch.equal(places, torch.arange(first, last + 1)):
-        sums.narrow(axis, first, len(places)).add_(values)
-    else:
-        sums.index_add_(axis, on_device(places, sums.device), values.to(sums.dtype))
+def _run(places: Tensor) -> range | None:
+    """The places as a range, if they follow each other."""
+    run = range(int(places[0]), int(places[0]) + len(places))
+    return run if torch.equal(places, torch.arange(run.start, run.stop)) else None

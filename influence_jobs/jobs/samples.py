@@ -160,8 +160,8 @@ class SampleJob(Job[S]):
         model, converts = self._built
         return to_type(batch, next(model.parameters()).dtype) if converts else batch
 
-    def checks(self, shard: Shard) -> Checks:
-        """Checks of a shard's numbers that name its samples."""
+    def checks(self, shard: Shard | None) -> Checks:
+        """Checks of a shard's numbers that name its samples; None: of a probe's."""
         return Checks(shard, self._refuse_samples)
 
     def _refuse_samples(self, what: str, ids: torch.Tensor) -> None:

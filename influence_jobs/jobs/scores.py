@@ -125,7 +125,7 @@ class ScoresJob(SampleJob[S]):
         return Result(found.arrays(checks))
 
     def probe(self) -> Iterator[int]:
-        checks = self.checks(Shard("", 0, self.num_rows))
+        checks = self.checks(None)
         for ids in self.all_batches():
             self.score(0, ids, self.fetch(0, ids), checks)
             yield len(ids)

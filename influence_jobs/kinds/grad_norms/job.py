@@ -169,7 +169,7 @@ class GradNormsJob(SampleJob[GradNormsSpec]):
 
     def probe(self) -> Iterator[int]:
         # The checkpoint may not exist yet. Untrained weights take the same time.
-        checks = self.checks(Shard("", 0, self.num_rows))
+        checks = self.checks(None)
         for ids in self.all_batches():
             self._norms(ids, self.batch(ids, Draw(self.spec.seed)), checks=checks)
             yield len(ids)

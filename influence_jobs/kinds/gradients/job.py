@@ -130,7 +130,7 @@ class GradientsJob(SampleJob[GradientsSpec]):
         return []
 
     def probe(self) -> Iterator[float]:
-        checks = self.checks(Shard("", 0, self.num_rows))
+        checks = self.checks(None)
         for ids in self.all_batches():
             batch = self.batch(ids, Draw(self.spec.seed))
             rows, _ = self._projected(ids, batch, checks=checks)
