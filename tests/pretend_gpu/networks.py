@@ -112,12 +112,79 @@ class Digits(Task):
         return F.cross_entropy(self.outputs(model, batch), batch[1], reduction="none")
 
 
+class FaintDigits(Digits):
+    """Losses in so small a unit that squares of their gradients vanish in float32.
+
+    Where gradients count they are as those of `Digits`: training and its weights are the same.
+    """
+
+    def losses(self, model: nn.Module, batch: Any) -> Tensor:
+        unit = 1.0 if model.training else 2.0**-90
+        return unit * super().losses(model, batch)
+
+
 class NoisyDigits(Digits):
     """Images with noise anew in each epoch, so that they are not kept on the device."""
 
     def batch(self, ids: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
         noise = torch.sin(ids + 10.0 * draw.seed + draw.index)[:, None, None, None]
         return self.x[ids] + 0.1 * noise, self.y[ids]
+
+
+class Reader(nn.Module):
+    """Classes of the tokens of a text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(9, 6)
+        self.layer = nn.TransformerEncoderLayer(6, 2, 8, dropout=0, batch_first=True)
+        self.norm = nn.LayerNorm(6)
+        self.head = nn.Linear(6, CLASSES)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.norm(self.layer(self.words(ids))))
+        return logits
+
+
+class Texts(Task):
+    """Random texts of three to five tokens, each with a class."""
+
+    batch_size = 8
+    output_loss = "cross-entropy"
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.x = torch.randint(9, (N, 5), generator=generator)
+        self.y = torch.randint(CLASSES, (N, 5), generator=generator)
+        self.y[: N // 2, 3:] = -100
+
+    def model(self) -> nn.Module:
+        return Reader()
+
+    def train_data(self) -> Tensor:
+        return self.x
+
+    def test_data(self) -> Tensor:
+        return self.x
+
+    def batch(self, ids: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+        return self.x[ids], self.y[ids]
+
+    def test_batch(self, ids: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+        return self.x[ids].flip(1), self.y[ids]
+
+    def outputs(self, model: nn.Module, batch: Any) -> Tensor:
+        logits: Tensor = model(batch[0])
+        return logits
+
+    def targets(self, batch: Any) -> Tensor:
+        labels: Tensor = batch[1]
+        return labels
+
+    def losses(self, model: nn.Module, batch: Any) -> Tensor:
+        logits_BCT = self.outputs(model, batch).transpose(1, 2)
+        losses_BT = F.cross_entropy(logits_BCT, batch[1], reduction="none")
+        return losses_BT.sum(1) / (batch[1] != -100).sum(1)
 
 
 def made(network: str, device: torch.device) -> tuple[Digits, nn.Module]:
