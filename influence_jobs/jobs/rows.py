@@ -70,9 +70,7 @@ class Checks:
         refuse_samples: Refuses what is not finite, by its name, for some ids.
     """
 
-    def __init__(
-        self, shard: Shard | None, refuse_samples: Callable[[str, Tensor], None]
-    ) -> None:
+    def __init__(self, shard: Shard | None, refuse_samples: Callable[[str, Tensor], None]) -> None:
         self._shard, self._refuse_samples = shard, refuse_samples
         self._unsound: dict[str, Tensor] = {}  # (N,) of the shard, by what is not finite
         self._right: dict[str, tuple[Tensor, Callable[[], Any]]] = {}

@@ -14,7 +14,16 @@ from influence_jobs.errors import SpecError
 
 @pytest.mark.parametrize(
     ("gpus", "num_gpus", "workers"),
-    [(4, 1, 4), (4, 2, 2), (3, 2, 1), (1, 0.5, 2), (2, 0.5, 4), (2, 0.6, 2), (1, 0.1, 10), (0, 0.5, 0)],
+    [
+        (4, 1, 4),
+        (4, 2, 2),
+        (3, 2, 1),
+        (1, 0.5, 2),
+        (2, 0.5, 4),
+        (2, 0.6, 2),
+        (1, 0.1, 10),
+        (0, 0.5, 0),
+    ],
 )
 def test_a_worker_is_on_one_gpu_or_takes_whole_ones(gpus, num_gpus, workers):
     assert workers_on(gpus, num_gpus) == workers

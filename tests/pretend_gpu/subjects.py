@@ -153,7 +153,7 @@ def token_dots(task: Digits, model: Any) -> Any:
     return lambda batch: engine.unwatched(batch, totals(batch))
 
 
-def operator(kind: Any, network: str, device: torch.device, samples: int = 48, **how: Any) -> Any:
+def operator(kind: Any, network: str, device: torch.device, samples: int = 16, **how: Any) -> Any:
     task, model = made(network, device)
     return kind(model, ParameterSpace(model), task, torch.arange(samples), **how)
 
@@ -200,14 +200,14 @@ def conjugate_gradients(device: torch.device) -> Work:
 
 def lissa_settings(network: str, matrix: Any = GaussNewton) -> Callable[[torch.device], Work]:
     def start(device: torch.device) -> Work:
-        made_ = operator(matrix, network, device, batch_size=48)
-        made_.look()
+        of = operator(matrix, network, device, samples=8, batch_size=8)
+        of.look()
         solver = Lissa()
 
         def run(units: int) -> Tensors:
             found = []
             for _ in range(units):
-                settings, record = solver._settings(made_, solver.damping_for(made_))
+                settings, record = solver._settings(of, solver.damping_for(of))
                 found.append([settings.scale, settings.batch_size, record["trace"]])
             return torch.tensor(found)
 
@@ -269,7 +269,7 @@ def source(exponential: Any) -> Callable[[torch.device], Work]:
 
 
 def spectrum(device: torch.device) -> Work:
-    matrix = operator(Hessian, "convolutions", device, batch_size=48)
+    matrix = operator(Hessian, "perceptron", device, batch_size=48)
     matrix.look()
 
     def run(units: int) -> Tensors:

@@ -11,7 +11,6 @@ import pytest
 import influence_jobs
 from influence_jobs import devices
 from influence_jobs.kinds.runner import ShardRunner
-from influence_jobs.store.run import Run
 
 from . import networks
 from .pretend import PretendGpu, Wait
@@ -38,7 +37,7 @@ JOBS: dict[str, tuple[str, dict[str, Any], int]] = {
 }  # fmt: skip
 # Of other runs' arrays or of several models, and so without batches to compare.
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "train": ("train", {"epochs": 2, "lr": 0.05, "batch_size": 16, "norms_layer": ["1"]}),
+    "train": ("train", {"epochs": 2, "batch_size": 16, "norms_layer": ["1"]}),
     "gradient-scores": ("gradient-scores", {**QUERIES, "method": "trak"}),
     "unrolled": ("unrolled", QUERIES),
     "ablation": ("ablation", {**QUERIES, "k": [5], "by": ["random"], "seeds": 1}),
@@ -75,15 +74,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of runs with a short training of each task on the CPU."""
     root = tmp_path_factory.mktemp("trained")
     for task in (TASK, TEXTS):
-        influence_jobs.submit(
-            "train", task=task, runs=root, epochs=2, lr=0.05, batch_size=16, quiet=True
-        )
+        influence_jobs.submit("train", task=task, runs=root, epochs=2, quiet=True)
     return root
 
 
 def arrays(results: Any) -> dict[str, np.ndarray]:
-    run = Run.open(str(results.root), results.id)
-    return {name: np.asarray(run.array(name)[...]) for name in run.array_names()}
+    return {name: np.asarray(results.run.array(name)[...]) for name in results.arrays}
 
 
 def require_alike(found: Any, expected: Any) -> None:
@@ -97,7 +93,7 @@ def require_alike(found: Any, expected: Any) -> None:
 @pytest.mark.parametrize("name", JOBS)
 def test_a_run_of_samples(name, trained, tmp_path, here):
     kind, options, of_a_batch = JOBS[name]
-    options = {"task": TASK, "epochs": 2, "lr": 0.05, **options}
+    options = {"task": TASK, "epochs": 2, **options}
     waits = {}
     for size in (4, 24):
         root = tmp_path / str(size)
@@ -115,7 +111,7 @@ def test_a_run_of_samples(name, trained, tmp_path, here):
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_run_of_other_runs_or_models(name, trained, tmp_path, here):
     kind, options = OTHERS[name]
-    options = {"task": TASK, "epochs": 2, "lr": 0.05, **options}
+    options = {"task": TASK, "epochs": 2, **options}
     for root in ("gpu", "cpu"):
         shutil.copytree(trained, tmp_path / root)
     found, _ = here(kind, runs=tmp_path / "gpu", **options)
@@ -125,14 +121,14 @@ def test_a_run_of_other_runs_or_models(name, trained, tmp_path, here):
 
 def test_a_shard_is_copied_once(trained, tmp_path, here):
     shutil.copytree(trained, tmp_path / "runs")
-    options = {"task": TASK, "epochs": 2, "lr": 0.05, "layer": ["all"], "batch_size": 4}
+    options = {"task": TASK, "epochs": 2, "layer": ["all"], "batch_size": 4}
     _, waits = here("grad-norms", runs=tmp_path / "runs", **options)
     assert sum("rows.py" in " ".join(wait.stack) for wait in waits) == 1
 
 
 def test_norms_that_leave_the_range_of_float32_are_computed_again(trained, tmp_path, here):
     """Squares of these gradients vanish in float32, which a shard shows at its end."""
-    options = {"epochs": 2, "lr": 0.05, "layer": ["1"], "batch_size": 8, "reduce": "layer"}
+    options = {"epochs": 2, "layer": ["1"], "batch_size": 8, "reduce": "layer"}
     shutil.copytree(trained, tmp_path / "runs")
     faint, _ = here("grad-norms", task=f"{NETWORKS}:FaintDigits", runs=tmp_path / "runs", **options)
     plain, _ = here("grad-norms", task=TASK, runs=tmp_path / "runs", **options)

@@ -19,7 +19,10 @@ def on(gpu: PretendGpu, *shape: int) -> torch.Tensor:
 
 
 def test_it_computes_what_a_cpu_computes(gpu):
-    model, x = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Tanh()), torch.randn(3, 1, 5, 5)
+    model, x = (
+        nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Tanh()),
+        torch.randn(3, 1, 5, 5),
+    )
     other = copy.deepcopy(model).to(gpu.device)
     for network, of in ((model, x), (other, x.to(gpu.device))):
         network(of).square().sum().backward()
