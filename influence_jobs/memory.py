@@ -45,7 +45,7 @@ def share_gpu(share: float) -> None:
 
     What goes beyond is out of memory, for which batches are halved.
     """
-    global _gpu_share  # noqa: PLW0603  (as torch's own limit, which is of the process)
+    global _gpu_share
     _gpu_share = share
     torch.cuda.set_per_process_memory_fraction(share)
 

@@ -43,7 +43,7 @@ def test_workers_are_as_many_as_have_room_on_every_node(num_gpus, workers, monke
 
 
 def test_one_and_a_half_gpus_are_refused():
-    with pytest.raises(SpecError, match="--num-gpus 1.5: a worker takes whole GPUs"):
+    with pytest.raises(SpecError, match=r"--num-gpus 1\.5: a worker takes whole GPUs"):
         How.checked({"num_gpus": 1.5})
 
 

@@ -18,16 +18,17 @@ from .pretend import PretendGpu, Wait
 NETWORKS = Path(networks.__file__)
 TASK, TEXTS = f"{NETWORKS}:Digits", f"{NETWORKS}:Texts"
 QUERIES: dict[str, Any] = {"test": [1, 2]}
-RETRAINED: dict[str, Any] = {"epochs": 1, "seeds": 1}
+LISSA: dict[str, Any] = {"solver": "lissa", "depth": 20, "scale": 9, "batch": 4}
+OF_TOKENS: dict[str, Any] = {"task": TEXTS, "solver": "identity", "per_token": True}
 
 # By name: the kind, its options, and the waits of a batch besides those of a shard.
 JOBS: dict[str, tuple[str, dict[str, Any], int]] = {
     "grad-norms": ("grad-norms", {"layer": ["all"]}, 0),
     "grad-norms, tokens": ("grad-norms", {"task": TEXTS, "layer": ["head"], "per_token": True}, 4),
     "influence": ("influence", QUERIES, 0),
-    "influence, LiSSA": ("influence", {**QUERIES, "solver": "lissa", "depth": 20, "scale": 9, "batch": 4}, 0),
+    "influence, LiSSA": ("influence", {**QUERIES, **LISSA}, 0),
     "influence, relative": ("influence", {**QUERIES, "solver": "ek-fac", "relative": "theta"}, 4),
-    "influence, tokens": ("influence", {**QUERIES, "task": TEXTS, "solver": "identity", "per_token": True}, 4),
+    "influence, tokens": ("influence", {**QUERIES, **OF_TOKENS}, 4),
     "influence, SOURCE": ("influence", {**QUERIES, "solver": "source"}, 4),
     "attribution": ("attribution", {**QUERIES, "layer": ["1"]}, 0),
     "loss": ("baseline", {**QUERIES, "method": "loss"}, 0),

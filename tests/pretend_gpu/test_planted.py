@@ -5,7 +5,6 @@ from importlib import import_module
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 from itertools import product
 from operator import floordiv, mod, mul
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -111,14 +111,15 @@ class ConvolutionRule(MatrixRule[V]):
         2019.
         """
         module, groups, size, padded = self.module, self.module.groups, len(g), self._padded(a)
-        x = padded.unflatten(1, (groups, -1)).movedim(2, 0).flatten(1, 2)  # (I, B G, *pixels)
+        of_groups = torch.unflatten(padded, 1, (groups, -1))
+        x = of_groups.movedim(2, 0).flatten(1, 2)  # (I, B G, *pixels)
         filters = g.flatten(0, 1).unsqueeze(1)
         found = type(self).convolve(
             x, filters, None, module.dilation, 0, module.stride, size * groups
         )
         # Pixels that no step of the stride reaches give further offsets.
-        found = found[(..., *map(slice, module.kernel_size))]
-        return found.unflatten(1, (size, -1)).movedim(0, 2)
+        offsets: Any = (..., *map(slice, module.kernel_size))
+        return torch.unflatten(found[offsets], 1, (size, -1)).movedim(0, 2)
 
     def bias_gradient(self, g: Tensor) -> Tensor:
         return g.sum(dim=tuple(range(2, g.ndim)))
@@ -128,7 +129,8 @@ class ConvolutionRule(MatrixRule[V]):
             return self.gram_kernel_norms(a, g)
         shape = self.sample_shape(g)
         if self.by_grouped(g.device):
-            return torch.linalg.vector_norm(self.grouped_gradient(a, g), dim=2)
+            found: Tensor = torch.linalg.vector_norm(self.grouped_gradient(a, g), dim=2)
+            return found
         own = not g.is_cuda and shape.positions * shape.weights >= _LARGE_CONVOLUTION
         if self.one_matrix and through_patches(shape, own=own, device=g.device):
             numbers = max(shape.weights, shape.positions * shape.columns)
