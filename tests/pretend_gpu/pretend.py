@@ -51,8 +51,11 @@ PRODUCT = "influence_jobs"
 Kind = Literal["read", "download", "upload"]
 
 
-class DeviceMismatch(RuntimeError):
-    """A CPU tensor meets one of the device, which CUDA refuses."""
+class DeviceMismatch(BaseException):
+    """A CPU tensor meets one of the device, which CUDA refuses.
+
+    CUDA's is a RuntimeError, for which the program may take another way; this one it cannot catch.
+    """
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,14 @@ def home_and_back(found: Tensor) -> Tensor:
     return found.cpu().to(found.device)
 
 
-@pytest.mark.parametrize("plant", [to_cpu, looked_at, home_and_back])
+@pytest.mark.parametrize(
+    "plant",
+    [
+        to_cpu,
+        pytest.param(looked_at, marks=pytest.mark.slow),
+        pytest.param(home_and_back, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize(("name", "step"), STEPS.items(), ids=STEPS)
 def test_what_is_planted_is_found(name, step, plant, gpu: PretendGpu, monkeypatch):
     module, _, path = step.partition(":")
