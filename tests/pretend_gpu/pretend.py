@@ -13,8 +13,7 @@ TF32, no autocast, no streams and no limit to its memory.
 import contextlib
 import sys
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -25,7 +24,6 @@ import pytest
 import torch
 import torch.__future__
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 DEVICE = torch.device("meta", 0)  # of the devices that torch knows, one that needs no driver
@@ -154,7 +152,6 @@ class PretendGpu(TorchDispatchMode):
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         super().__init__()
         self.waits: list[Wait] = []
-        self.operations: Counter[str] = Counter()
         self._coming: list[tuple[Tensor, Tensor]] = []  # copies that were begun, and their values
         self._pinned: dict[int, Tensor] = {}  # by address; kept, so that no other gets it
         self._patch = patch
@@ -208,10 +205,9 @@ class PretendGpu(TorchDispatchMode):
             found: Tensor = args[0].clone()
             self._pinned[found.untyped_storage().data_ptr()] = found
             return found
-        leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        leaves = [*_tensors(args), *_tensors(kwargs.values())]
         ours = [leaf for leaf in leaves if isinstance(leaf, PretendTensor)]
         if ours:
-            self.operations[str(func)] += 1
             self._refuse_mixtures(func, args, leaves)
             if func in READS or (func in INDEXED and _by_mask(args[1])):
                 self.note("read", str(func))
@@ -223,8 +219,8 @@ class PretendGpu(TorchDispatchMode):
             kwargs = {**kwargs, "device": "cpu"}
         kwargs = {name: value for name, value in kwargs.items() if name != "pin_memory"}
         result = func(
-            *pytree.tree_map_only(PretendTensor, lambda leaf: leaf.held, args),
-            **pytree.tree_map_only(PretendTensor, lambda leaf: leaf.held, kwargs),
+            *(_mapped(_value, arg) for arg in args),
+            **{name: _mapped(_value, arg) for name, arg in kwargs.items()},
         )
         if func is aten._to_copy.default and ours and not here and kwargs.get("non_blocking"):
             return self._begun(result)
@@ -238,7 +234,7 @@ class PretendGpu(TorchDispatchMode):
                 return given[id(found)]
             return PretendTensor(found) if here and not isinstance(found, PretendTensor) else found
 
-        return pytree.tree_map_only(Tensor, wrapped, result)
+        return _mapped(wrapped, result)
 
     def _refuse_mixtures(self, func: Any, args: tuple[Any, ...], leaves: list[Tensor]) -> None:
         if func in COPIES:
@@ -325,6 +321,30 @@ def _running() -> PretendGpu:
     if _GPU is None:
         raise RuntimeError("a tensor of the pretended GPU is used after its test")
     return _GPU
+
+
+# The arguments of an operation are tensors, lists of them, and plain values: torch's own functions
+# for trees take ten times as long.
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+def _mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, list | tuple):
+        return type(value)([_mapped(function, one) for one in value])
+    return value
+
+
+def _value(tensor: Tensor) -> Tensor:
+    return tensor.held if isinstance(tensor, PretendTensor) else tensor
 
 
 def _by_mask(indices: Any) -> bool:

@@ -1,6 +1,7 @@
 """A CPU tensor, a copy to the CPU and a look at a number, planted in a step of each, are found."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from influence_jobs.curvature import Solution
 from influence_jobs.errors import InflError
 
 from .pretend import DeviceMismatch, PretendGpu
@@ -83,6 +85,8 @@ def test_what_is_planted_is_found(name, step, plant, gpu: PretendGpu, monkeypatc
         found = plain(*args, **kwargs)
         if isinstance(found, Iterator):
             found = [*found]
+        if isinstance(found, Solution):
+            return replace(found, x_QP=plant(found.x_QP))
         return pytree.tree_map_only(Tensor, plant, found)
 
     monkeypatch.setattr(owner, function, changed)
