@@ -1,4 +1,4 @@
-"""The engine on a GPU, without Ray or files: norms, scores, LiSSA, ensembles.
+"""The engine on a GPU, without Ray or files: norms, scores, LiSSA, CG, ensembles.
 
 For each workload and precision the table has: samples a second at the fastest batch size that a
 probe finds; the speed relative to plain forward + backward, which ends at the same layers; the
@@ -14,6 +14,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -21,7 +22,7 @@ import typer
 from harness import Contestant, header, print_table, race, ratios, seconds_of, spread
 from torch import Tensor, nn
 
-from influence_jobs.curvature import GaussNewton
+from influence_jobs.curvature import ConjugateGradient, GaussNewton
 from influence_jobs.curvature.lissa_steps import lissa_steps
 from influence_jobs.gradients import GradDots, GradNorms, ParameterSpace
 from influence_jobs.gradients.reference import gradients_one_by_one
@@ -223,45 +224,80 @@ def row_of(workload: Workload, mode: str, device: Device, most: int, rounds: int
     ]
 
 
-def print_lissa(device: Device, steps: int, rounds: int) -> None:
-    """Print products a second of LiSSA: ten queries, batch 8 as published, and a larger batch."""
-    task = MnistTask()
+def print_solvers(device: Device, steps: int, rounds: int, sizes: list[int]) -> None:
+    """Print LiSSA, conjugate gradients and ensembles on the MNIST network, in float32.
+
+    A product is of the Gauss-Newton matrix of one sample with one vector; its bound are four matrix
+    products with the weights. That of a step of retraining, by sample, are six.
+    """
+    task, weights = MnistTask(), 784 * 128 + 128 * 64 + 64 * 10
     torch.manual_seed(0)
     model = task.model().eval().to(device.where)
     space = ParameterSpace(model)
-    operator = GaussNewton(model, space, task, torch.arange(60_000))
-    rows = []
+    plain = copy.deepcopy(model)
+    batch = batch_of(task, 4096 if steps > 100 else 64, device.where)
+
+    def forward_backward() -> None:
+        plain.zero_grad()
+        task.losses(plain, batch).mean().backward()
+
+    contestant = Contestant("limit", forward_backward, len(batch[0]))
+    passes = 1 / min(race([contestant], rounds)["limit"])  # samples a second
+    rows: list[list[str]] = []
+
+    def add(name: str, per_s: float, flop: float, of_pass: float) -> None:
+        rows.append(
+            [
+                name,
+                f"{per_s:,.0f}",
+                f"{per_s * of_pass / passes:.2f}",
+                f"{per_s * flop / device.flops['float32']:.3f}",
+            ]
+        )
+
+    operator = GaussNewton(model, space, task, torch.arange(60_000 if steps > 100 else 256))
     for size in (8, 64):
         v_QP = torch.randn(VECTORS, space.size, device=device.where)
         recursion = lissa_steps(operator, v_QP, 0.01, 100.0, size)
-        ids_ESB = torch.randint(60_000, (1, steps, size))
+        ids_ESB = torch.randint(operator.num_samples, (1, steps, size))
 
         def run(recursion=recursion, ids_ESB=ids_ESB) -> None:  # type: ignore[no-untyped-def]
             for piece in ids_ESB.split(recursion.longest, dim=1):
                 recursion.take(piece)
 
-        seconds = race([Contestant("lissa", run, steps * VECTORS)], rounds)["lissa"]
-        rows.append([str(size), f"{sorted(1 / s for s in seconds)[len(seconds) // 2]:,.0f}"])
-    print_table(["LiSSA on the MNIST network, float32, batch", "products/s"], rows)
-
-
-def print_ensembles(device: Device, sizes: list[int], steps: int) -> None:
-    """Print model-steps a second of retraining, batch 8."""
+        products = steps * size * VECTORS
+        seconds = min(race([Contestant("lissa", run, products)], rounds)["lissa"])
+        add(f"LiSSA, batch {size}, {VECTORS} vectors", 1 / seconds, 8 * weights, 4 / 3)
+    operator.batching.size = 4096
+    rhs_QP = torch.randn(VECTORS, space.size, device=device.where)
+    taken = []
+    for iterations in (1, 6):  # the difference is that of five
+        solver = ConjugateGradient(damping=1e-3, tolerance=1e-12, max_iterations=iterations)
+        solver.solve(operator, rhs_QP)
+        solve = partial(solver.solve, operator, rhs_QP)
+        taken.append(min(seconds_of(solve) for _ in range(rounds)))
+    products = 5 * operator.num_samples * VECTORS
+    add(f"CG, {VECTORS} vectors", products / max(taken[1] - taken[0], 1e-9), 8 * weights, 4 / 3)
     recipe = Recipe(10**9, 8, "sgd", lr=0.003, momentum=0.9, weight_decay=0.001)
-    rows = []
     for models in sizes:
         variants = [Variant(seed) for seed in range(models)]
-        ensemble = EnsembleTrainer(MnistTask(), recipe, variants, device=device.where)
+        ensemble = EnsembleTrainer(task, recipe, variants, device=device.where)
         ensemble.step()
-        before = ensemble.samples_seen
+        seen = ensemble.samples_seen
 
-        def run(ensemble: EnsembleTrainer = ensemble) -> None:
-            for _ in range(steps):
+        def train(ensemble: EnsembleTrainer = ensemble) -> None:
+            for _ in range(20 if steps > 100 else 2):
                 ensemble.step()
 
-        seconds = seconds_of(run)
-        rows.append([f"{models:,}", f"{(ensemble.samples_seen - before) / 8 / seconds:,.0f}"])
-    print_table(["MNIST networks side by side", "model-steps/s"], rows)
+        seconds = seconds_of(train)
+        add(
+            f"{models:,} networks retrained",
+            (ensemble.samples_seen - seen) / seconds,
+            6 * weights,
+            1,
+        )
+    columns = ["float32", "samples (x vectors) / s", "x forward + backward", "x compute bound"]
+    print_table(columns, rows)
 
 
 def main(
@@ -294,9 +330,8 @@ def main(
     ]
     print_table(columns, rows)
     print()
-    print_lissa(where, 1000 if on_gpu else 50, rounds)
-    print()
-    print_ensembles(where, ([64, 512] + [2048] * full) if on_gpu else [2], 20 if on_gpu else 2)
+    sizes = ([64, 512] + [2048] * full) if on_gpu else [2]
+    print_solvers(where, 1000 if on_gpu else 50, rounds, sizes)
 
 
 if __name__ == "__main__":

@@ -37,10 +37,24 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and bool(_SAID.search(str(error)))
 
 
+_gpu_share = 1.0
+
+
+def share_gpu(share: float) -> None:
+    """Let this process take no more than a part of its GPU's memory, as others share the GPU.
+
+    What goes beyond is out of memory, for which batches are halved.
+    """
+    global _gpu_share
+    _gpu_share = share
+    torch.cuda.set_per_process_memory_fraction(share)
+
+
 def free_bytes(device: torch.device) -> int:
     """Memory that this worker can still take: of its GPU, or its part of the machine's."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        free, total = torch.cuda.mem_get_info(device)
+        return min(free, int(_gpu_share * total) - torch.cuda.memory_reserved(device))
     available: int = psutil.virtual_memory().available
     for limit, used in zip(_LIMITS, _USED, strict=True):
         with suppress(OSError, ValueError):  # a container's own limit; `max` is none

@@ -4,9 +4,9 @@ import re
 from typing import Literal
 
 Reduction = Literal["kernel", "channel", "layer"]
-Precision = Literal["float32", "float64", "bfloat16"]
+Precision = Literal["float32", "float64", "bfloat16", "tf32"]
 # Of jobs: "bfloat16" has weights of float32, and the last one of bfloat16 too.
-JobPrecision = Literal["float32", "float64", "bfloat16", "bfloat16-weights"]
+JobPrecision = Literal["float32", "float64", "tf32", "bfloat16", "bfloat16-weights"]
 ScorePrecision = Literal["float32", "float64"]
 OutputLoss = Literal["cross-entropy", "mse", "binary-cross-entropy"]
 # "task": the task's own.

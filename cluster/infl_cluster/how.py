@@ -12,6 +12,13 @@ from influence_jobs.specs.base import Count
 HOW = "How to run"
 
 
+def workers_on(gpus: float, num_gpus: float) -> int:
+    """Workers that have room on a node's GPUs, each with so many, or with a part of one."""
+    if num_gpus >= 1:
+        return int(gpus // num_gpus)
+    return int(gpus) * int(1 / num_gpus + 1e-9)  # a worker is on one GPU; 1 / .1 may be below 10
+
+
 class How(Options):
     """Where a run is computed, by how many workers, and in what pieces."""
 
@@ -81,6 +88,11 @@ class How(Options):
             key, equals, value = label.partition("=")
             if not (key and equals and value):
                 raise SpecError(f"--node-label {label}: write KEY=VALUE, such as market-type=spot")
+        if self.num_gpus is not None and self.num_gpus > 1 and self.num_gpus % 1:
+            raise SpecError(
+                f"--num-gpus {self.num_gpus:g}: a worker takes whole GPUs, or a part of one: give "
+                "a whole number, or less than 1"
+            )
         if not self.address and self.device == "cuda":
             devices.resolved(self.device)
         return self
@@ -99,6 +111,6 @@ class How(Options):
             return 1
         import torch
 
-        return self.workers or (
-            torch.cuda.device_count() if self.resolved_device != "cpu" else devices.cores()
-        )
+        if self.workers or self.resolved_device == "cpu":
+            return self.workers or devices.cores()
+        return max(1, workers_on(torch.cuda.device_count(), self.num_gpus or 1.0))

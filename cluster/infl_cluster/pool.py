@@ -18,6 +18,7 @@ import ray
 from infl_cluster import shipping, store_access, versions
 from infl_cluster.actors import Actor, Actors, live_actors
 from infl_cluster.dispatch import STALLED_AFTER_S, Dispatch, Rescue
+from infl_cluster.how import workers_on
 from infl_cluster.metrics import RunMetrics, WorkerMetrics
 from infl_cluster.nodes import require_same_software
 from infl_cluster.retry import RetryPolicy
@@ -26,6 +27,7 @@ from influence_jobs.devices import Device, resolved
 from influence_jobs.errors import DataError, InflError, RuntimeFault, StoreError
 from influence_jobs.jobs.base import Receipt, Shard
 from influence_jobs.kinds.runner import this_process
+from influence_jobs.memory import share_gpu
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.trust import trust_all
 
@@ -78,10 +80,19 @@ class ShardWorker:
         device: A torch device, or `auto`: a GPU, if torch finds one here.
         threads: Threads of one torch operation.
         runner: `module:class` of the runner; tests name their own.
+        gpu_share: Part of a GPU's memory that it may take, where others share the GPU.
     """
 
     def __init__(
-        self, root: str, run_id: str, *, kind: str, device: str, threads: int, runner: str
+        self,
+        root: str,
+        run_id: str,
+        *,
+        kind: str,
+        device: str,
+        threads: int,
+        runner: str,
+        gpu_share: float = 1.0,
     ) -> None:
         module, _, name = runner.partition(":")
         self._runner: Any = None
@@ -93,6 +104,8 @@ class ShardWorker:
         try:
             versions.require_same()
             self._device = resolved(cast(Device, device))
+            if self._device == "cuda" and 0 < gpu_share < 1:
+                share_gpu(gpu_share)
             make_runner = getattr(import_module(module), name)
             self._runner = make_runner(root, run_id, device=self._device, threads=threads)
         except InflError as error:  # kept: if raised here, the driver would see a dead worker
@@ -228,9 +241,13 @@ class RayBackend:
     @property
     def most_workers(self) -> int:
         """As many as were asked for, or else as the cluster has GPUs or CPUs for now."""
-        resource, each = ("GPU", self._num_gpus) if self._num_gpus else ("CPU", 1.0)
-        offered = sum(node.get(resource, 0.0) for node in self._nodes())
-        return max(1, self._workers or int(offered / each))
+        if self._workers:
+            return self._workers
+        if self._num_gpus:
+            room = [workers_on(node.get("GPU", 0.0), self._num_gpus) for node in self._nodes()]
+        else:
+            room = [int(node.get("CPU", 0.0)) for node in self._nodes()]
+        return max(1, sum(room))
 
     @cached_property
     def _num_gpus(self) -> float:
@@ -270,6 +287,7 @@ class RayBackend:
                 device="cpu" if self._device == "auto" and not self._num_gpus else self._device,
                 threads=threads,
                 runner=self._runner,
+                gpu_share=min(1.0, self._num_gpus),
             )
         )
 

@@ -16,6 +16,7 @@ from influence_jobs.curvature.solver import (
 )
 from influence_jobs.curvature.spectrum import largest_eigenvalue, sufficient_damping
 from influence_jobs.errors import SpecError
+from influence_jobs.transfers import numbers
 
 DOT_PIECE = 2**22  # numbers that are multiplied at a time
 
@@ -49,31 +50,38 @@ class ConjugateGradient(Solver):
         before = operator.gradient_equivalents
         x_QP = torch.zeros_like(rhs_QP)
         residual_QP, direction_QP = rhs_QP.clone(), rhs_QP.clone()
-        squared_Q = torch.stack([_dot(row_P, row_P) for row_P in residual_QP])
-        target_Q = self.tolerance**2 * squared_Q
+        # On the device, and as numbers: a GPU is waited for once an iteration, at its end.
+        squared = [_dot(row_P, row_P) for row_P in residual_QP]
+        started = numbers(squared)
+        targets, now = [self.tolerance**2 * one for one in started], started.copy()
         iterations_Q = torch.zeros(len(rhs_QP), dtype=torch.int64)
-        going = (squared_Q > 0).nonzero()[:, 0]  # rows that have not converged
-        started = squared_Q.clone()
-        while len(going) and int(iterations_Q.max()) < self.max_iterations:
-            p_QP = direction_QP if len(going) == len(rhs_QP) else direction_QP[going]
-            product_QP = operator @ p_QP
+        going = [row for row, one in enumerate(now) if one > 0]  # rows that have not converged
+        while going and int(iterations_Q.max()) < self.max_iterations:
+            p_QP = direction_QP
+            if len(going) < len(rhs_QP):
+                p_QP = torch.stack([direction_QP[row] for row in going])
+            product_QP, curvatures = operator.unchecked(p_QP), []
             # Row by row and in place: vectors (Q, P) are what takes the memory.
-            for i, row in enumerate(going.tolist()):
+            for i, row in enumerate(going):
                 p_P, product_P, residual_P = p_QP[i], product_QP[i], residual_QP[row]
                 product_P += damping * p_P
-                curvature = _dot(p_P, product_P)
-                if curvature <= 0:
-                    raise _not_positive(operator, damping)
-                step = (squared_Q[row] / curvature).to(p_P.dtype)
+                curvatures.append(_dot(p_P, product_P))
+                step = (squared[row] / curvatures[-1]).to(p_P.dtype)
                 x_QP[row] += step * p_P
                 residual_P -= step * product_P
                 new = _dot(residual_P, residual_P)
-                direction_QP[row] = residual_P + (new / squared_Q[row]).to(p_P.dtype) * p_P
-                squared_Q[row] = new
+                direction_QP[row] = residual_P + (new / squared[row]).to(p_P.dtype) * p_P
+                squared[row] = new
                 iterations_Q[row] += 1
+            found = numbers(curvatures + squared)
+            curved, now = found[: len(going)], found[len(going) :]
+            if not all(map(math.isfinite, curved)):
+                _ = operator @ p_QP  # refuses the samples by name
+            if min(curved) <= 0:
+                raise _not_positive(operator, damping)
             del p_QP, product_QP
-            going = (squared_Q > target_Q).nonzero()[:, 0]
-            progress(self._fraction(squared_Q, started, int(iterations_Q.max())))
+            going = [row for row in going if now[row] > targets[row]]
+            progress(self._fraction(now, started, int(iterations_Q.max())))
         cost = operator.gradient_equivalents - before
         del residual_QP, direction_QP
         _, relative_Q = relative_residual(operator, x_QP, rhs_QP, damping)
@@ -101,10 +109,11 @@ class ConjugateGradient(Solver):
             )
         return Trial((said,), self._products(operator, rhs_QP, iterations + 1))  # the residual
 
-    def _fraction(self, squared_Q: Tensor, started_Q: Tensor, iterations: int) -> float:
+    def _fraction(self, squared: list[float], started: list[float], iterations: int) -> float:
         """Fraction of the work done for the slowest; residuals fall about geometrically."""
-        fallen = (squared_Q / started_Q).nan_to_num(nan=0).clamp(self.tolerance**2, 1)
-        by_residual = float(fallen.log().max()) / (2 * math.log(self.tolerance))
+        fallen = [one / first for one, first in zip(squared, started, strict=True) if first]
+        slowest = min(1.0, max([self.tolerance**2, *fallen]))
+        by_residual = math.log(slowest) / (2 * math.log(self.tolerance))
         return max(by_residual, iterations / self.max_iterations)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from influence_jobs.gradients.reference import LossModule
+from influence_jobs.transfers import numbers
 
 AGREEMENT = 1e-3  # allowed relative difference of two ways to a product; rounding causes 1e-6
 
@@ -33,8 +34,11 @@ def require_alike(what: str, ours: Parameters, plain: Parameters) -> None:
     Raises:
         RuntimeError: Naming the parameter that differs most.
     """
-    errors = {name: float((ours[name] - plain[name]).detach().abs().max()) for name in plain}
-    largest = max(float(value.detach().abs().max()) for value in plain.values())
+    found = numbers(
+        [(ours[name] - value).detach().abs().max() for name, value in plain.items()]
+        + [value.detach().abs().max() for value in plain.values()]
+    )
+    errors, largest = dict(zip(plain, found, strict=False)), max(found[len(plain) :])
     worst = max(errors, key=errors.__getitem__)
     if not errors[worst] <= AGREEMENT * largest + torch.finfo(torch.float32).tiny:
         raise RuntimeError(

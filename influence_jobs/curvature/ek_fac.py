@@ -38,6 +38,7 @@ from influence_jobs.gradients import Metric
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.memory import is_out_of_memory
 from influence_jobs.tasks.base import device_of
+from influence_jobs.transfers import loader_for
 
 Targets = Literal["auto", "exact", "sampled"]
 
@@ -349,8 +350,9 @@ def _columns(
 ) -> Iterator[tuple[Any, Iterator[Tensor]]]:
     """The operator's samples, batch by batch, each with columns s (B, ...) of the roots."""
     task, model, start = operator.task, operator.model, 0
-    for ids in torch.split(operator.ids, operator.batch_size):
-        batch = operator.batch(ids)
+    pieces = torch.split(operator.ids, operator.batch_size)
+    loader = loader_for(device_of(model))
+    for ids, batch in loader((ids, operator.batch(ids)) for ids in pieces):
         targets = task.targets(batch)
         with torch.no_grad():
             outputs = task.outputs(model, batch)

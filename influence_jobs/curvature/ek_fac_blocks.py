@@ -138,17 +138,20 @@ class MatrixBlock(Block):
         if self._inputs is None or not (inputs or padded):
             return
         x_NJ, j = x_BTJ.flatten(0, 1), self._columns
+        count: Tensor | int = len(x_NJ)
         if padded:
             counts_BT = (g_BTC != 0).any(2)
             new_BT = counts_BT if inputs else counts_BT & ~self._counted_BT
             self._counted_BT = counts_BT if inputs else counts_BT | self._counted_BT
-            x_NJ = x_NJ[new_BT.flatten()]
+            # Zeros in place of a shorter matrix, whose length a GPU would be asked for.
+            x_NJ = x_NJ.masked_fill(~new_BT.view(-1, 1), 0)
+            count = new_BT.sum()
         self._inputs[:j, :j].addmm_(x_NJ.t(), x_NJ)
         if self._has_bias:
             sums_J = x_NJ.sum(0)
             self._inputs[:j, j] += sums_J
             self._inputs[j, :j] += sums_J
-            self._inputs[j, j] += len(x_NJ)
+            self._inputs[j, j] += count
 
     def diagonalise(self) -> None:
         self._outputs, self._inputs = (

@@ -29,6 +29,7 @@ from influence_jobs.curvature.spectrum import (
     trace,
 )
 from influence_jobs.errors import RuntimeFault, SpecError
+from influence_jobs.transfers import numbers
 
 log = logging.getLogger(__name__)
 
@@ -382,8 +383,8 @@ def _scatter(operator: Operator, vector_P: Tensor, largest: float) -> float:
     """E|A_i u|^2 / u^T A u over single samples i, with u = `vector_P`."""
     chosen = torch.randperm(operator.num_samples, generator=torch.Generator().manual_seed(1))
     u_1P = vector_P[None]
-    squares = [
-        float(operator.product(u_1P, operator.ids[i : i + 1]).square().sum())
+    squares = numbers(
+        operator.product(u_1P, operator.ids[i : i + 1]).square().sum()
         for i in chosen[:PROBED].tolist()
-    ]
+    )
     return float(np.mean(squares)) / abs(largest) if largest else 0.0

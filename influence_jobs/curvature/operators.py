@@ -7,8 +7,9 @@ and one forward pass for all vectors. So vectors have a leading axis here.
 import copy
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from typing import ClassVar, Self
+from typing import ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +26,11 @@ from influence_jobs.curvature.derivatives import (
     require_alike,
 )
 from influence_jobs.curvature.requirements import (
+    agreeing_forms,
     require_deterministic,
     require_output_loss,
     saved_bytes,
+    those_left,
 )
 from influence_jobs.errors import DataError, ModelError, SpecError, first_line
 from influence_jobs.gradients.batches import flattened
@@ -39,8 +42,11 @@ from influence_jobs.memory import BatchSize, is_out_of_memory
 from influence_jobs.tasks.base import Batch, Draw, Task, copy_of, device_of, to_device, to_type
 from influence_jobs.tasks.lengths import by_length, pads
 from influence_jobs.tasks.output_loss import Form, forms_of
+from influence_jobs.transfers import loader_for
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 MAX_BYTES = 2**30  # largest memory for activations times vectors in a pass
 MIN_ROWS = 8  # least samples in a pass; below it fewer vectors are faster than fewer samples
@@ -146,21 +152,38 @@ class Operator(ABC):
             DataError: The loss of a sample is not finite; the message names the sample.
         """
 
-        def require(ids: Tensor, _: None) -> None:
-            batch = self.batch(ids)
-            bad_B = ~self.task.losses(self.model, batch).isfinite().cpu()
-            if bad_B.any():
+        def sound(ids: Tensor, batch: Batch) -> Tensor:
+            losses_B = self.task.losses(self.model, batch)
+            return torch.cat([losses_B.isfinite().all().view(1), self._check(batch, losses_B)])
+
+        flags: Tensor | None = None
+        for _, found in self._map(sound, self.ids, self.samples_at_once(1)):
+            flags = found if flags is None else flags & found
+        assert flags is not None
+        finite, *checked = flags.tolist()
+        if not finite:
+            self._refuse_losses()
+        self._checked(checked)
+
+    def _refuse_losses(self) -> None:
+        """Name the first sample whose loss is not finite."""
+
+        def bad(ids: Tensor, batch: Batch) -> Tensor:
+            return ids[~self.task.losses(self.model, batch).isfinite().cpu()]
+
+        for _, found in self._map(bad, self.ids, self.samples_at_once(1)):
+            if len(found):
                 raise DataError(
-                    f"the training loss of sample {int(ids[bad_B][0])} is not finite: check the "
-                    "sample and the checkpoint"
+                    f"the training loss of sample {int(found[0])} is not finite: check the sample "
+                    "and the checkpoint"
                 )
-            self._check(batch)
 
-        for _ in self.batching.map(require, [self.ids], most=self.samples_at_once(1)):
-            pass
+    def _check(self, batch: Batch, losses_B: Tensor) -> Tensor:
+        """What must hold of every batch, as flags on the device; most operators ask nothing."""
+        return losses_B.new_ones(0, dtype=torch.bool)
 
-    def _check(self, batch: Batch) -> None:  # noqa: B027  (most operators ask nothing more)
-        """Refuse a batch whose losses are not what the task declares."""
+    def _checked(self, right: Sequence[bool]) -> None:  # noqa: B027
+        """Take note of the flags that hold for all batches, and refuse what must not be."""
 
     def product(self, v_QP: Tensor, ids: Tensor) -> Tensor:
         """The matrix of a mini-batch, ids (B,), times every row of v_QP: (Q, P).
@@ -204,25 +227,50 @@ class Operator(ABC):
             ModelError: As `product`.
             DataError: A product is not finite.
         """
+        product_QP = self.unchecked(v_QP)
+        if not product_QP.isfinite().all():
+            self._refuse_product(v_QP)
+        return product_QP
+
+    def unchecked(self, v_QP: Tensor) -> Tensor:
+        """`A @ v` without a look at whether it is finite, which would wait for a GPU: (Q, P).
+
+        Raises:
+            ModelError: As `product`.
+        """
         # In float64: a float32 sum over thousands of batches loses digits that conjugate gradients
         # need, and depends on the batch size.
         total_QP = torch.zeros_like(v_QP, dtype=torch.float64)
-        most = self.samples_at_once(len(v_QP))
-
         sums = self.space.split(total_QP)
+        for ids, means in self._by_batch(v_QP):
+            for name, mean in means.items():
+                sums[name].add_(mean[0], alpha=len(ids) / self.num_samples)
+        return total_QP.to(v_QP.dtype)
 
-        def product(ids: Tensor, _: None) -> Parameters:
-            return self._means(v_QP[None], ids[None])
+    def _by_batch(self, v_QP: Tensor) -> Iterator[tuple[Tensor, Parameters]]:
+        """Ids of batches of all samples, and the mean matrix of each times the vectors."""
 
-        for ids, means in self.batching.map(product, [self._ordered], most=most):
+        def product(ids: Tensor, batch: Batch) -> Parameters:
+            return self._means(v_QP[None], ids[None], batch)
+
+        return self._map(product, self._ordered, self.samples_at_once(len(v_QP)))
+
+    def _map(
+        self, function: Callable[[Tensor, Batch], T], ids: Tensor, most: int
+    ) -> Iterator[tuple[Tensor, T]]:
+        """A function of batches of samples; see `BatchSize.map`. A GPU's come in advance."""
+        loader = loader_for(device_of(self.model))
+        return self.batching.map(function, [ids], fetch=self.batch, loader=loader, most=most)
+
+    def _refuse_product(self, v_QP: Tensor) -> None:
+        """Name the first batch whose product is not finite."""
+        for ids, means in self._by_batch(v_QP):
             if not all(mean.isfinite().all() for mean in means.values()):
                 raise DataError(
                     f"the curvature of samples {int(ids.min())} to {int(ids.max())} is not "
                     "finite: check these samples and the checkpoint"
                 )
-            for name, mean in means.items():
-                sums[name].add_(mean[0], alpha=len(ids) / self.num_samples)
-        return total_QP.to(v_QP.dtype)
+        raise DataError("a product with the curvature leaves the range of its numbers")
 
     @property
     def _ordered(self) -> Tensor:
@@ -240,12 +288,16 @@ class Operator(ABC):
     # The transforms keep their own graphs; autograd would keep one more, of the parameters that do
     # not count.
     @torch.no_grad()
-    def _means(self, v_EQP: Tensor, ids_EB: Tensor) -> Parameters:
-        """What `products` gives, for mini-batches that fit into memory."""
-        with all_derivatives(self.model):
-            return self._means_of(v_EQP, ids_EB)
+    def _means(self, v_EQP: Tensor, ids_EB: Tensor, batch: Batch = None) -> Parameters:
+        """What `products` gives, for mini-batches that fit into memory.
 
-    def _means_of(self, v_EQP: Tensor, ids_EB: Tensor) -> Parameters:
+        Args:
+            batch: The samples of the one mini-batch, if they were fetched.
+        """
+        with all_derivatives(self.model):
+            return self._means_of(v_EQP, ids_EB, batch)
+
+    def _means_of(self, v_EQP: Tensor, ids_EB: Tensor, batch: Batch) -> Parameters:
         repeats, queries, _ = v_EQP.shape
         self.work += self.cost * queries * ids_EB.numel()
         if repeats > 1 and self._exact and not self._plain and self._fits(queries * ids_EB.numel()):
@@ -253,19 +305,21 @@ class Operator(ABC):
                 self._batches_together[ids_EB.shape] = self._look_together(v_EQP, ids_EB.shape)
             if self._batches_together[ids_EB.shape]:
                 return self._together(v_EQP, ids_EB)
-        return self._one_by_one(v_EQP, ids_EB)
+        return self._one_by_one(v_EQP, ids_EB, batch)
 
     def _fits(self, passes: int) -> bool:
         """Whether the activations of this many passes of one sample fit into `MAX_BYTES`."""
         assert self._sample_bytes is not None
         return passes * self._sample_bytes <= MAX_BYTES
 
-    def _one_by_one(self, v_EQP: Tensor, ids_EB: Tensor) -> Parameters:
+    def _one_by_one(self, v_EQP: Tensor, ids_EB: Tensor, batch: Batch = None) -> Parameters:
         assert self._sample_bytes is not None
         queries, size = v_EQP.shape[1], ids_EB.shape[1]
         at_once = min(queries, max(1, MAX_BYTES // (size * self._sample_bytes)))
         means = [
-            self._products(self.space.split(v_QP), self.batch(ids), at_once)
+            self._products(
+                self.space.split(v_QP), self.batch(ids) if batch is None else batch, at_once
+            )
             for v_QP, ids in zip(v_EQP, ids_EB, strict=True)
         ]
         if len(means) == 1:
@@ -521,9 +575,13 @@ class GaussNewton(Operator):
             curved = self._forms[0].hessian(outputs.detach(), self.task.targets(batch), slope)
         return self._autograd(outputs, curved)
 
-    def _check(self, batch: Batch) -> None:
+    def _check(self, batch: Batch, losses_B: Tensor) -> Tensor:
         # Of forms that agree on a few samples another batch may tell which is meant.
-        self._forms = require_output_loss(self.task, self.model, batch, self._forms)
+        return agreeing_forms(self.task, self.model, batch, losses_B, self._forms)
+
+    def _checked(self, right: Sequence[bool]) -> None:
+        few = self.batch(self.ids[:LOOKED_AT])
+        self._forms = those_left(self.task, self.model, few, self._forms, right)
 
     def _multiply(
         self, parameters: Parameters, vectors: Parameters, batch: Batch, at_once: int

@@ -16,11 +16,13 @@ Letters: B batch, D numbers of a sample's outputs, K columns.
 from collections.abc import Iterator
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from influence_jobs.errors import ModelError, SpecError
 from influence_jobs.tasks.output_loss import Form
+from influence_jobs.transfers import on_device
 
 MOST_EXACT = 1024  # outputs of a sample whose Hessian is formed; its root takes D^3
 _CONVEX = 1e-4  # negative curvature, as a part of the largest, that is rounding
@@ -38,7 +40,11 @@ def random_signs(seed: int, positions: range, like: Tensor) -> Tensor:
     bits = np.random.Philox(key=[seed, steps], counter=[positions.start * steps, 0, _STREAM, 0])
     words = bits.random_raw(len(positions) * steps * _WORDS).astype("<u8")
     drawn = np.unpackbits(words.view(np.uint8).reshape(len(positions), -1), axis=1, count=size)
-    return torch.from_numpy(drawn).to(like).mul_(2).sub_(1).view_as(like)
+    return _signs(drawn, like).view_as(like)
+
+
+def _signs(bits: npt.NDArray[np.uint8], like: Tensor) -> Tensor:
+    return on_device(torch.from_numpy(bits), like.device).to(like.dtype).mul_(2).sub_(1)
 
 
 def token_signs(seed: int, positions: range, like: Tensor, counted_BT: Tensor) -> Tensor:
@@ -54,7 +60,7 @@ def token_signs(seed: int, positions: range, like: Tensor, counted_BT: Tensor) -
         bits = np.random.Philox(key=[seed, steps], counter=[0, position, _STREAM, 1])
         words = bits.random_raw(tokens * steps * _WORDS).astype("<u8")
         drawn.append(np.unpackbits(words.view(np.uint8).reshape(tokens, -1), axis=1, count=size))
-    signs_BRV = torch.from_numpy(np.stack(drawn)).to(like).mul_(2).sub_(1)
+    signs_BRV = _signs(np.stack(drawn), like)
     before_BT = (counted_BT.cumsum(1) - 1).clamp(min=0)
     return signs_BRV.gather(1, before_BT.unsqueeze(2).expand(-1, -1, size))
 
@@ -80,11 +86,13 @@ def exact_roots(form: Form, outputs: Tensor, targets: Tensor) -> Iterator[Tensor
     rows = [column.reshape(len(outputs), size) for column in columns]
     hessian_BDD = torch.stack(rows, dim=2).double()
     values_BD, vectors_BDD = torch.linalg.eigh(hessian_BDD)
-    _require_convex(values_BD)
     roots_BDD = (vectors_BDD * values_BD.clamp(min=0).sqrt().unsqueeze(1)).to(outputs.dtype)
-    largest = values_BD.max()
+    counts_D = values_BD.amax(0) > 1e-12 * values_BD.max()
+    convex, *counts = torch.cat([_convex(values_BD).view(1), counts_D]).tolist()
+    if not convex:
+        raise _not_convex()
     for k in range(size):
-        if values_BD[:, k].max() > 1e-12 * largest:
+        if counts[k]:
             yield roots_BDD[:, :, k].view_as(outputs)
 
 
@@ -102,12 +110,16 @@ def random_root(form: Form, outputs: Tensor, targets: Tensor, signs: Tensor) -> 
         return form.root(outputs, targets, signs)
     diagonal = _times_hessian(form, outputs, targets, torch.ones_like(outputs))
     product = _times_hessian(form, outputs, targets, signs)
-    if not torch.allclose(product, diagonal * signs, rtol=1e-4, atol=1e-5 * float(product.norm())):
+    limit = 1e-4 * (diagonal * signs).abs() + 1e-5 * product.norm()
+    apart = ((product - diagonal * signs).abs() > limit).any()
+    coupled, convex = torch.stack([apart, _convex(diagonal)]).tolist()
+    if coupled:
         raise ModelError(
             f"EK-FAC has no random root of {form.words}, which couples a sample's "
             f"{outputs[0].numel():,} outputs: name the loss in output_loss, or use --solver cg"
         )
-    _require_convex(diagonal)
+    if not convex:
+        raise _not_convex()
     return diagonal.clamp(min=0).sqrt() * signs
 
 
@@ -116,9 +128,12 @@ def _times_hessian(form: Form, outputs: Tensor, targets: Tensor, tangents: Tenso
     return form.hessian(outputs, targets, tangents) * len(outputs)
 
 
-def _require_convex(eigenvalues: Tensor) -> None:
-    if eigenvalues.min() < -_CONVEX * eigenvalues.abs().max():
-        raise ModelError(
-            "the loss is not convex in the outputs, so it has no Gauss-Newton factors: use "
-            "--operator hessian with --solver cg or lissa"
-        )
+def _convex(eigenvalues: Tensor) -> Tensor:
+    return ~(eigenvalues.min() < -_CONVEX * eigenvalues.abs().max())
+
+
+def _not_convex() -> ModelError:
+    return ModelError(
+        "the loss is not convex in the outputs, so it has no Gauss-Newton factors: use "
+        "--operator hessian with --solver cg or lissa"
+    )

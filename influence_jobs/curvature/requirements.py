@@ -8,7 +8,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from influence_jobs.errors import DataError, ModelError
 from influence_jobs.tasks.base import Batch, Task
-from influence_jobs.tasks.output_loss import Form, alike, forms_that_give
+from influence_jobs.tasks.output_loss import Form, alike, which_forms_give
 
 
 @torch.no_grad()
@@ -44,19 +44,48 @@ def require_output_loss(
         ModelError: None does.
         SpecError: The task defines no outputs.
     """
+    right = agreeing_forms(task, model, batch, task.losses(model, batch), forms).tolist()
+    return those_left(task, model, batch, forms, right)
+
+
+@torch.no_grad()
+def agreeing_forms(
+    task: Task, model: nn.Module, batch: Batch, losses_B: Tensor, forms: Sequence[Form]
+) -> Tensor:
+    """Which of F forms give a batch's losses, (F,), on the device; nothing waits for it.
+
+    Raises:
+        ModelError, SpecError: The task defines no outputs, or what is no tensor.
+    """
     outputs, targets = task.outputs(model, batch), task.targets(batch)
     if not isinstance(outputs, Tensor):
         raise ModelError(
             f"outputs() of {type(task).__name__} gives {type(outputs).__name__}, not a tensor: "
             "return the logits or values themselves"
         )
-    found = forms_that_give(task.losses(model, batch), outputs, targets, forms)
+    return which_forms_give(losses_B, outputs, targets, forms)
+
+
+@torch.no_grad()
+def those_left(
+    task: Task, model: nn.Module, batch: Batch, forms: Sequence[Form], right: Sequence[bool]
+) -> tuple[Form, ...]:
+    """The forms that are right.
+
+    Args:
+        batch: A few samples, for the message.
+
+    Raises:
+        ModelError: None is.
+    """
+    found = tuple(form for form, gives in zip(forms, right, strict=True) if gives)
     if not found:
         named = task.output_loss if isinstance(task.output_loss, str) else "output_loss"
         raise ModelError(
             f"losses of {type(task).__name__} are not the {named} of its outputs "
-            f"{tuple(outputs.shape)} and targets, as its output_loss says: correct one, define "
-            "output_loss as a method (self, outputs, targets) -> losses, or use --operator hessian"
+            f"{tuple(task.outputs(model, batch).shape)} and targets, as its output_loss says: "
+            "correct one, define output_loss as a method (self, outputs, targets) -> losses, or "
+            "use --operator hessian"
         )
     return found
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from influence_jobs.curvature.operators import Operator
 from influence_jobs.errors import RuntimeFault
 from influence_jobs.tasks.base import device_of
+from influence_jobs.transfers import numbers, on_cpu, on_device
 
 SAMPLES = 256  # settings need one digit only, and products of a large network are expensive
 MAX_ITERATIONS = 20
@@ -29,9 +30,11 @@ def leading_eigenpair(operator: Operator) -> tuple[float, Tensor]:
     vector_1P /= vector_1P.norm()
     value = 0.0
     for _ in range(MAX_ITERATIONS):
-        product_1P = part @ vector_1P
-        before, value = value, float((product_1P * vector_1P).sum())
-        length = float(product_1P.norm())
+        product_1P = part.unchecked(vector_1P)
+        before = value
+        value, length = numbers([(product_1P * vector_1P).sum(), product_1P.norm()])
+        if not math.isfinite(length):
+            _ = part @ vector_1P  # refuses the samples by name
         if length == 0:
             break
         vector_1P = product_1P / length
@@ -46,8 +49,11 @@ def trace(operator: Operator, probes: int = 16) -> float:
     Hutchinson: "A stochastic estimator of the trace of the influence matrix for Laplacian smoothing
     splines", 1989.
     """
-    signs_KP = _normal(operator, probes).sign()
-    return float((signs_KP * (some_samples(operator) @ signs_KP)).sum(dim=1).mean())
+    signs_KP, part = _normal(operator, probes).sign(), some_samples(operator)
+    found = float((signs_KP * part.unchecked(signs_KP)).sum(dim=1).mean())
+    if not math.isfinite(found):
+        _ = part @ signs_KP  # refuses the samples by name
+    return found
 
 
 def smallest_eigenvalue(operator: Operator) -> float:
@@ -73,8 +79,11 @@ def _lowest(operator: Operator, *, tolerance: float, restarts: int) -> tuple[flo
     like = next(operator.model.parameters())
 
     def multiply(vector: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        v_1P = torch.from_numpy(vector.reshape(1, -1)).to(like.device, like.dtype)
-        product_P: npt.NDArray[np.float64] = (operator @ v_1P)[0].cpu().double().numpy()
+        v_1P = on_device(torch.from_numpy(vector.reshape(1, -1)).to(like.dtype), like.device)
+        found = on_cpu({0: operator.unchecked(v_1P)[0]})[0]
+        if not found.isfinite().all():
+            _ = operator @ v_1P  # refuses the samples by name
+        product_P: npt.NDArray[np.float64] = found.double().numpy()
         return product_P
 
     shape = (operator.size, operator.size)
@@ -111,4 +120,5 @@ def _normal(operator: Operator, count: int) -> Tensor:
     """Fixed random vectors (count, P), so that every shard finds the same settings."""
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(count, operator.size, generator=generator)
-    return vectors.to(device_of(operator.model), next(operator.model.parameters()).dtype)
+    dtype = next(operator.model.parameters()).dtype
+    return on_device(vectors.to(dtype), device_of(operator.model))

@@ -89,11 +89,29 @@ class GradNorms(TappedModel):
                 the gradient, or its input was overwritten; the losses are not (B,); the model went
                 into train mode.
         """
-        found = self._computed(batch)
-        if self._ranged or self._dtype == torch.float64 or _all_in_range(found.values()):
+        found, right = self.unwatched(batch)
+        if right is None or right:
             return found
         self._ranged = True
         return self._computed(batch)
+
+    def unwatched(self, batch: Any) -> tuple[dict[str, Tensor], Tensor | None]:
+        """The norms without a look at their range, for which the program would wait for a GPU.
+
+        Args:
+            batch: A batch for `losses`.
+
+        Returns:
+            The norms as of a call, and a scalar: whether they are right. If they are not, since
+            squares left the range of float32, call the engine itself. None: they are.
+
+        Raises:
+            ModelError: As a call.
+        """
+        found = self._computed(batch)
+        if self._ranged or self._dtype == torch.float64:
+            return found, None
+        return found, _in_safe_range(found.values())
 
     def _computed(self, batch: Any) -> dict[str, Tensor]:
         fallback = self._routed(batch)
@@ -259,12 +277,12 @@ class GradNorms(TappedModel):
         return parts
 
 
-def _all_in_range(norms: Iterable[Tensor]) -> bool:
+def _in_safe_range(norms: Iterable[Tensor]) -> Tensor:
     """Whether each sample's largest norm of each layer is one whose squares are exact enough."""
     smallest, largest = _SAFE
     largest_LB = torch.stack([n if n.ndim == 1 else n.flatten(1).amax(1) for n in norms])
-    least, most = torch.stack(largest_LB.aminmax()).tolist()
-    return bool(smallest <= least and most <= largest)  # not if one is NaN
+    least, most = largest_LB.aminmax()
+    return (least >= smallest) & (most <= largest)  # not if one is NaN
 
 
 def _in_range(norms: Callable[[Tensor], Tensor], g: Tensor) -> Tensor:
@@ -274,7 +292,7 @@ def _in_range(norms: Callable[[Tensor], Tensor], g: Tensor) -> Tensor:
     times a power of two.
     """
     found = norms(g)
-    if found.dtype == torch.float64 or _all_in_range([found]):
+    if found.dtype == torch.float64 or _in_safe_range([found]):
         return found
     smallest, largest = _SAFE
     largest_B = found.flatten(1).amax(1) if found.ndim > 1 else found

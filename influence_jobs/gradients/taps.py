@@ -33,7 +33,9 @@ from influence_jobs.terms import Precision
 Visit = Callable[[str, LayerRule[Any], Tensor, Tensor], None]
 
 # Largest relative difference from plain autograd that `check` accepts.
-TOLERANCE: dict[Precision, float] = {"float32": 1e-3, "float64": 1e-6, "bfloat16": 5e-2}
+TOLERANCE: dict[Precision, float] = {
+    "float32": 1e-3, "float64": 1e-6, "bfloat16": 5e-2, "tf32": 1e-2
+}  # fmt: skip
 
 
 @dataclass
@@ -76,7 +78,8 @@ class TappedModel(ABC):
         model: In eval mode, with weights of float32, or of float64 for `precision="float64"`.
         losses: (model, batch) to one loss per sample (B,). `batches` says what a batch may be.
         precision: `bfloat16` runs forward and backward in mixed precision (autocast); the results
-            are always accumulated in the dtype of the weights.
+            are always accumulated in the dtype of the weights. `tf32` is `float32` where torch's
+            flags allow TF32: checks then allow for its rounding.
 
     Raises:
         ModelError: The model is in train mode or uses batch statistics.

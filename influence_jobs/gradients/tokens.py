@@ -7,8 +7,8 @@ gradient is computed. So each norm takes a backward pass of its own; dot product
 Letters: B batch, Q vectors, T positions, of which a sample's first ones are its tokens.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -56,10 +56,26 @@ class TokenNorms:
         Raises:
             ModelError: As a call of `GradNorms`.
         """
+        found, right = self.unwatched(batch, tokens)
+        if right is None or right:
+            return found
         by_token = []
         for self._token in range(tokens):
             by_token.append(self._engine(batch))
-        return {name: torch.stack([norms[name] for norms in by_token], 1) for name in by_token[0]}
+        return _together(by_token)
+
+    def unwatched(self, batch: Any, tokens: int) -> tuple[dict[str, Tensor], Tensor | None]:
+        """The norms, and whether they are right, as `GradNorms.unwatched`.
+
+        Raises:
+            ModelError: As a call.
+        """
+        by_token, rights = [], []
+        for self._token in range(tokens):
+            norms, right = self._engine.unwatched(batch)
+            by_token.append(norms)
+            rights += [] if right is None else [right]
+        return _together(by_token), torch.stack(rights).all() if rights else None
 
     def check(self, batch: Any) -> None:
         """Compare the norms of the first token with plain autograd, as `GradNorms` does.
@@ -73,6 +89,10 @@ class TokenNorms:
     def close(self) -> None:
         """As `GradNorms.close`."""
         self._engine.close()
+
+
+def _together(by_token: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([norms[name] for norms in by_token], 1) for name in by_token[0]}
 
 
 class TokenDots:
@@ -106,6 +126,17 @@ class TokenDots:
         Raises:
             ModelError: Torch lacks a derivative, or the products do not add up to the totals.
         """
+        found, right = self.unwatched(batch, totals_BQ)
+        if not right:
+            self.refuse_sums()
+        return found
+
+    def unwatched(self, batch: Any, totals_BQ: Tensor) -> tuple[Tensor, Tensor]:
+        """The products, and a scalar: whether they add up, for which a call waits for a GPU.
+
+        Raises:
+            ModelError: Torch lacks a derivative.
+        """
         try:
             found = self._products(batch, totals_BQ.shape[1])
         except RuntimeError as error:  # NotImplementedError is one
@@ -116,8 +147,19 @@ class TokenDots:
                 f"torch cannot differentiate the backward of {type(self._model).__name__}, as "
                 f"scores of tokens need it ({said}): leave --per-token out"
             ) from error
-        self._require_sums(found, totals_BQ)
-        return found
+        return found, _add_up(found, totals_BQ)
+
+    def refuse_sums(self) -> NoReturn:
+        """Refuse products that do not add up.
+
+        Raises:
+            ModelError: Always.
+        """
+        raise ModelError(
+            f"the scores of the tokens of {type(self._model).__name__} do not add up to their "
+            "sample's: torch cannot differentiate the backward of one of its operations, or "
+            "its forward is random; leave --per-token out"
+        )
 
     def _products(self, batch: Any, count: int) -> Tensor:
         parameters = [*self._parameters.values()]
@@ -146,15 +188,12 @@ class TokenDots:
             ]
         return torch.stack(products, dim=2)
 
-    def _require_sums(self, found_BTQ: Tensor, totals_BQ: Tensor) -> None:
-        double = found_BTQ.dtype == torch.float64
-        limit = TOLERANCE["float64" if double else "float32"]
-        error_Q = (found_BTQ.sum(1) - totals_BQ).norm(dim=0)
-        # Parts may cancel, so rounding is relative to the sum of their sizes.
-        size_Q = found_BTQ.abs().sum(1).norm(dim=0)
-        if (error_Q > limit * size_Q + torch.finfo(found_BTQ.dtype).tiny).any():
-            raise ModelError(
-                f"the scores of the tokens of {type(self._model).__name__} do not add up to their "
-                "sample's: torch cannot differentiate the backward of one of its operations, or "
-                "its forward is random; leave --per-token out"
-            )
+
+def _add_up(found_BTQ: Tensor, totals_BQ: Tensor) -> Tensor:
+    double = found_BTQ.dtype == torch.float64
+    limit = TOLERANCE["float64" if double else "float32"]
+    error_Q = (found_BTQ.sum(1) - totals_BQ).norm(dim=0)
+    # Parts may cancel, so rounding is relative to the sum of their sizes.
+    size_Q = found_BTQ.abs().sum(1).norm(dim=0)
+    right: Tensor = ~(error_Q > limit * size_Q + torch.finfo(found_BTQ.dtype).tiny).any()
+    return right

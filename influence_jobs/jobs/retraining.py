@@ -19,6 +19,7 @@ from influence_jobs.jobs.base import Job, Plan, Progress, Result, Shard
 from influence_jobs.jobs.queries import require_queries, write_queries
 from influence_jobs.jobs.recipe import recipe_of
 from influence_jobs.jobs.saved_state import SavedState
+from influence_jobs.memory import free_bytes
 from influence_jobs.specs.base import AnySpec
 from influence_jobs.specs.rankings import RetrainingSpec
 from influence_jobs.store.documents import Width
@@ -301,7 +302,7 @@ class RetrainJob(Job[S]):
     def _free_bytes(self) -> int:
         """Free memory for this worker, in bytes."""
         if self.device.type == "cuda":
-            return torch.cuda.mem_get_info(self.device)[0]
+            return free_bytes(self.device)
         cores = len(psutil.Process().cpu_affinity())
         workers = max(1, cores // torch.get_num_threads())
         available: int = psutil.virtual_memory().available

@@ -2,17 +2,16 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from influence_jobs.errors import DataError
 from influence_jobs.jobs.base import Job, Plan, Result, Shard
+from influence_jobs.jobs.rows import Checks
 from influence_jobs.kinds.train.spec import Checkpoint, TrainedCheckpoint
 from influence_jobs.specs.base import Spec
 from influence_jobs.store.checkpoints import load_checkpoint, recorded_digest
@@ -21,6 +20,7 @@ from influence_jobs.tasks.base import Batch, Draw, converted, to_device, to_type
 from influence_jobs.tasks.layout import in_fast_layout
 from influence_jobs.tasks.lengths import by_length, pads
 from influence_jobs.terms import JobPrecision, Precision
+from influence_jobs.transfers import loader_for
 
 MAX_SHARDS = 256  # a stop loses at most one shard a worker; more shards add overhead
 MAX_SHARD_BYTES = 64 * 2**20  # of its rows, unless one chunk has more: memory must not grow with N
@@ -90,7 +90,7 @@ class SampleJob(Job[S]):
             function,
             self.chunks(shard),
             fetch=lambda ids: self.batch(ids, draw),
-            loader=self._loader,
+            loader=loader_for(self.device),
         )
 
     def chunks(self, shard: Shard) -> Iterator[torch.Tensor]:
@@ -160,24 +160,17 @@ class SampleJob(Job[S]):
         model, converts = self._built
         return to_type(batch, next(model.parameters()).dtype) if converts else batch
 
-    @property
-    def _loader(self) -> Callable[[Iterator[Any]], Iterator[Any]]:
-        """For a GPU, a thread fetches the next samples in advance."""
-        # On a CPU the thread would slow the computation down.
-        return iter if self.device.type == "cpu" else ahead
+    def checks(self, shard: Shard | None) -> Checks:
+        """Checks of a shard's numbers that name its samples; None: of a probe's."""
+        return Checks(shard, self._refuse_samples)
 
-    def require_finite(
-        self, what: str, values: npt.NDArray[np.floating[Any]], ids: torch.Tensor
-    ) -> None:
-        """Refuse values (B, ...) with a NaN or infinity.
+    def _refuse_samples(self, what: str, ids: torch.Tensor) -> None:
+        """Refuse samples of which something is not finite.
 
         Raises:
-            DataError: A value is not finite; the message names the first such sample.
+            DataError: The message names the first of them.
         """
-        bad = ~np.isfinite(values).reshape(len(values), -1).all(axis=1)
-        if not bad.any():
-            return
-        found = ids.numpy()[bad]
+        found = ids.numpy()
         columns = self.task.describe(found[:1])
         which = ", ".join(f"{name} {values[0]}" for name, values in columns.items())
         more = f" and {len(found) - 1} more" if len(found) > 1 else ""
@@ -213,44 +206,6 @@ def dtype_for(precision: JobPrecision) -> torch.dtype:
 def engine_precision(precision: JobPrecision) -> Precision:
     """Of the engine, for a precision of a job."""
     return "bfloat16" if precision == "bfloat16-weights" else precision
-
-
-class Rows:
-    """A shard's rows of several arrays, added up in float64, each batch at its own places.
-
-    Args:
-        shard: Its rows.
-        axis: Along which the rows lie.
-
-    Attributes:
-        arrays: The sums, by name.
-    """
-
-    def __init__(self, shard: Shard, axis: int = 0) -> None:
-        self._shard, self._axis = shard, axis
-        self.arrays: dict[str, npt.NDArray[np.float64]] = {}
-
-    def add(self, ids: torch.Tensor, values: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Add the values of some samples, B along the axis, by array."""
-        whole = (slice(None),) * self._axis
-        places: Any = (*whole, ids.numpy() - self._shard.start)
-        for name, of_batch in values.items():
-            if name not in self.arrays:
-                shape = list(of_batch.shape)
-                shape[self._axis] = self._shard.stop - self._shard.start
-                # In float64: a sum of terms, which may almost cancel, adds no rounding errors.
-                self.arrays[name] = np.zeros(shape)
-            self.arrays[name][places] += of_batch
-
-
-def ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items; a second thread makes each item while the previous one is in use."""
-    end = object()
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        coming = pool.submit(next, items, end)
-        while (item := coming.result()) is not end:
-            coming = pool.submit(next, items, end)
-            yield cast(T, item)
 
 
 def trained_inputs(checkpoints: tuple[Checkpoint, ...]) -> tuple[Any, ...]:

@@ -2,25 +2,27 @@
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from influence_jobs.jobs.base import Progress, Result, Shard
 from influence_jobs.jobs.queries import require_queries, write_queries
-from influence_jobs.jobs.samples import Rows, SampleJob
+from influence_jobs.jobs.rows import Checks, Numbers, Rows
+from influence_jobs.jobs.samples import SampleJob
 from influence_jobs.specs.scores import ScoresSpec
 from influence_jobs.store.layout import SCORES, ArrayLayout, chunk_rows, part_name
 from influence_jobs.terms import ScorePrecision
+from influence_jobs.transfers import loader_for
 
 QUERIES_PER_CHUNK = 64
 
 S = TypeVar("S", bound=ScoresSpec)
 
 # By array name: scores of every query for the samples of a batch, shape (Q, B).
-Scores = Mapping[str, npt.NDArray[np.floating[Any]]]
+Scores = Mapping[str, Numbers]
 
 
 def sides_of(quantity: str) -> dict[str, str]:
@@ -75,13 +77,19 @@ class ScoresJob(SampleJob[S]):
     def meaning(self) -> dict[str, str]:
         """Quantity, sign and unit of the scores, stored as attributes of the arrays."""
 
+    def fetch(self, term: int, ids: torch.Tensor) -> Any:
+        """What a term needs of the samples, on the device; for a GPU it is fetched in advance."""
+        return None
+
     @abstractmethod
-    def score(self, term: int, ids: torch.Tensor) -> Scores:
+    def score(self, term: int, ids: torch.Tensor, fetched: Any, checks: Checks) -> Scores:
         """One term of the scores of training samples, by array name.
 
         Args:
             term: Its number.
             ids: Samples of one chunk: any of them, or, if the job `reads_samples` not, neighbours.
+            fetched: From `fetch`.
+            checks: Takes what must hold of the scores.
         """
 
     @property
@@ -103,21 +111,23 @@ class ScoresJob(SampleJob[S]):
     def run(self, shard: Shard, progress: Progress) -> Result:
         require_queries(self.task, self.spec.queries)
         progress(done := 0)
-        found = Rows(shard, axis=1)
+        found, checks = Rows(shard, axis=1), self.checks(shard)
         for term in range(self.terms):
-
-            def score(ids: torch.Tensor, _: None, term: int = term) -> Scores:
-                return self.score(term, ids)
-
-            for ids, scores in self.batching.map(score, self.chunks(shard)):
+            for ids, scores in self.batching.map(
+                partial(self.score, term, checks=checks),
+                self.chunks(shard),
+                fetch=partial(self.fetch, term),
+                loader=loader_for(self.device),
+            ):
                 found.add(ids, scores)
                 done += len(ids)
                 progress(done)
-        return Result(found.arrays)
+        return Result(found.arrays(checks))
 
     def probe(self) -> Iterator[int]:
+        checks = self.checks(None)
         for ids in self.all_batches():
-            self.score(0, ids)
+            self.score(0, ids, self.fetch(0, ids), checks)
             yield len(ids)
 
     def finish(self) -> Result:

@@ -58,9 +58,11 @@ class ShardRunner:
     def __init__(self, root: str, run_id: str, *, device: str = "cpu", threads: int | None = None):
         if threads:
             torch.set_num_threads(threads)
-        torch.backends.cudnn.allow_tf32 = False  # float32 means float32 on GPUs too
         be_patient()
         self._run = Run.open(root, run_id)
+        # float32 means float32 on GPUs too.
+        tf32 = getattr(self._run.spec, "precision", None) == "tf32"
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
         plan = self._run.plan()
         batch_size = plan["batch_size"] if plan else None
         self._job = open_job(self._run, device=device, batch_size=batch_size)

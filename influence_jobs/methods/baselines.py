@@ -3,6 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 from numpy.random import Philox
+from torch import Tensor
 
 from influence_jobs.errors import SpecError
 from influence_jobs.terms import Region
@@ -43,9 +44,9 @@ def random_scores(
     return scores
 
 
-def own_scores(values_B: npt.NDArray[np.floating], num_queries: int) -> npt.NDArray[np.float32]:
-    """A sample's own loss or gradient norm, the same for every query: (Q, B)."""
-    return np.tile(values_B.astype(np.float32), (num_queries, 1))
+def own_scores(values_B: Tensor, num_queries: int) -> Tensor:
+    """A sample's own loss or gradient norm, the same for every query: (Q, B), float32."""
+    return values_B.float().expand(num_queries, -1)
 
 
 def nearest_scores(

@@ -31,6 +31,7 @@ from influence_jobs.training.ensemble_data import (
 from influence_jobs.training.ensemble_norms import EnsembleNorms
 from influence_jobs.training.recipe import Recipe
 from influence_jobs.training.train import Trainer, epoch_order, seeded, step_seed
+from influence_jobs.transfers import on_device
 
 BLOCK_SAMPLES = 128  # K, by measurement; with more the Gram matrix costs more than it saves
 TRIED = 3  # variants
@@ -171,9 +172,10 @@ class PerceptronSteps:
 
     def take(self, rows: slice, ids_MSB: Tensor, epoch: int, first_step: int) -> Tensor:
         """Take S steps of the variants `rows`; returns the sums (M,) of their losses, float64."""
-        ids_MSB = ids_MSB.to(self._device)
+        same = bool((ids_MSB == ids_MSB[:1]).all())
+        ids_MSB = on_device(ids_MSB, self._device)
         steps, batch = ids_MSB.shape[1:]
-        x_MKI = self._inputs(ids_MSB.flatten(1))
+        x_MKI = self._inputs(ids_MSB.flatten(1), same=same)
         targets_MK = self._targets(rows, ids_MSB.flatten(1))
         targets_MSB = torch.unflatten(targets_MK, 1, (steps, batch))
         weights_MSB = None
@@ -214,9 +216,9 @@ class PerceptronSteps:
             losses_MK = losses_MK * weights_MSB.flatten(1)
         return losses_MK.sum(1, dtype=torch.float64)
 
-    def _inputs(self, ids_MK: Tensor) -> Tensor:
+    def _inputs(self, ids_MK: Tensor, *, same: bool) -> Tensor:
         """The first layer's inputs (M, K, I); one copy if all variants have the same samples."""
-        if (ids_MK == ids_MK[:1]).all():
+        if same:
             return gather(self._data.inputs_NI, ids_MK[:1]).expand(len(ids_MK), -1, -1)
         return gather(self._data.inputs_NI, ids_MK)
 

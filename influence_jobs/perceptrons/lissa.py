@@ -37,6 +37,7 @@ from influence_jobs.curvature.lissa_steps import LissaSteps
 from influence_jobs.curvature.operators import GaussNewton, Hessian, Operator
 from influence_jobs.perceptrons.network import Perceptron, find_perceptron, first_inputs
 from influence_jobs.perceptrons.pending import PendingOutputs, padded
+from influence_jobs.transfers import on_device
 
 BLOCK_SAMPLES = 192  # the largest K; fastest by measurement
 
@@ -304,7 +305,10 @@ class _Block:
         self._powers, self._sums = power_T.tolist(), sum_T.tolist()
 
         def by_row(values_S: Tensor) -> Tensor:
-            return values_S.repeat_interleave(size)[:, None].to(x_EKI)
+            return there(values_S.repeat_interleave(size)[:, None])
+
+        def there(values: Tensor) -> Tensor:
+            return on_device(values.to(x_EKI.dtype), x_EKI.device)
 
         self._updates_K1 = by_row(power_T[:-1].flip(0))  # D of step u decays for S - 1 - u steps
         self._shares_K1 = by_row(sum_T[1:].flip(0))
@@ -313,7 +317,7 @@ class _Block:
         responses_KK = torch.where(lag_KK < 0, 0.0, power_T[lag_KK.clamp(min=0)] / -scale)
         base_EKR = (x_EKI @ h_ERI.mT).mul_(by_row(power_T[:-1]))
         base_EKR.addcmul_(forcing.along(x_EKI), by_row(sum_T[:-1]))
-        pending = PendingOutputs(base_EKR, x_EKI, responses_KK.to(x_EKI), size)
+        pending = PendingOutputs(base_EKR, x_EKI, there(responses_KK), size)
         self.outputs, self.d_EKR = pending.outputs, pending.d_EKC
 
     def total(self) -> Tensor:

@@ -41,6 +41,7 @@ from influence_jobs.tasks.own_code import described
 from influence_jobs.tasks.published import Published
 from influence_jobs.tasks.regions import image_size, measure_outputs
 from influence_jobs.terms import Region
+from influence_jobs.transfers import on_device
 
 Batch = Any  # see gradients.batches
 FINGERPRINT_ROWS = 16  # training samples whose values are part of a fingerprint
@@ -48,8 +49,8 @@ _READ_ONCE = ("train_data", "test_data")
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Move every tensor of a batch."""
-    return map_tensors(lambda t: t.to(device, non_blocking=True), batch)
+    """Move every tensor of a batch; nothing waits for the copies to a GPU."""
+    return map_tensors(lambda t: on_device(t, device), batch)
 
 
 def to_type(batch: Batch, dtype: torch.dtype) -> Batch:

@@ -236,19 +236,35 @@ def forms_that_give(
     forms: Sequence[Form],
 ) -> tuple[Form, ...]:
     """Those of some forms that give the losses of a few samples."""
-    found = []
+    right = which_forms_give(losses_B, outputs, targets, forms).tolist()
+    return tuple(form for form, gives in zip(forms, right, strict=True) if gives)
+
+
+def which_forms_give(
+    losses_B: Tensor,
+    outputs: Tensor,
+    targets: Tensor,
+    forms: Sequence[Form],
+) -> Tensor:
+    """Which of F forms give the losses of a few samples, (F,), where the losses are."""
+    never, found = losses_B.new_zeros((), dtype=torch.bool), []
     for form in forms:
         try:
             declared_B = form.losses(outputs, targets)
         except (RuntimeError, ValueError, IndexError):  # it is of other shapes
+            found.append(never)
             continue
-        if declared_B.shape == losses_B.shape and alike(losses_B, declared_B):
-            found.append(form)
-    return tuple(found)
+        fits = declared_B.shape == losses_B.shape
+        found.append(_alike(losses_B, declared_B) if fits else never)
+    return torch.stack(found) if found else never.view(1)[:0]
 
 
 def alike(a_B: Tensor, b_B: Tensor) -> bool:
     """Whether losses differ by rounding only."""
+    return bool(_alike(a_B, b_B))
+
+
+def _alike(a_B: Tensor, b_B: Tensor) -> Tensor:
     # Relative to the largest loss, since a loss near zero may be a difference of large numbers.
     difference = (a_B - b_B).abs().max()
-    return bool(difference <= RELATIVE_ERROR * torch.maximum(a_B.abs().max(), b_B.abs().max()))
+    return difference <= RELATIVE_ERROR * torch.maximum(a_B.abs().max(), b_B.abs().max())

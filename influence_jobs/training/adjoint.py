@@ -107,7 +107,7 @@ class OfAdam(Cotangents):
         beta1, beta2 = (float(beta) for beta in update.settings["betas"])
         weight_Q, first_Q, second_Q = (self.parts[n] for n in ("weight", "first", "second"))
         m, v = (update.state[name].to(weight_Q) for name in ("exp_avg", "exp_avg_sq"))
-        steps = float(update.state["step"])
+        steps = float(update.state["step"])  # on the CPU
         rate, scale = lr / (1 - beta1**steps), 1 / math.sqrt(1 - beta2**steps)
         root = v.sqrt()
         below = scale * root + eps

@@ -18,6 +18,7 @@ from influence_jobs.tasks.base import Batch, Task, copy_of, to_type
 from influence_jobs.training.changes import require_one_each
 from influence_jobs.training.statistics import Moves, watched
 from influence_jobs.training.train import seeded
+from influence_jobs.transfers import numbers
 
 MAX_BYTES = 2**30  # largest memory for activations times vectors in a pass
 
@@ -27,14 +28,14 @@ class BatchGradient:
     """The gradient of the mean loss of a batch, (1/B) sum_i w_i l_i, at weights w_i = 1.
 
     Attributes:
-        loss: The mean loss.
+        loss: The mean loss, a scalar on its device.
         parameters: All trained ones.
         gradients: Of those that have one.
         weights_B: w.
         moves: Of running statistics.
     """
 
-    loss: float
+    loss: Tensor
     parameters: Mapping[str, Tensor]
     gradients: Mapping[str, Tensor]
     weights_B: Tensor
@@ -64,7 +65,7 @@ def batch_gradient(
         )
     # As in the trainer: the optimizer skips a parameter without a gradient.
     gradients = {n: g for n, g in zip(parameters, found, strict=True) if g is not None}
-    return BatchGradient(float(loss.detach()), parameters, gradients, weights_B, moves)
+    return BatchGradient(loss.detach(), parameters, gradients, weights_B, moves)
 
 
 class SecondDerivatives:
@@ -179,8 +180,8 @@ def _look(graph: BatchGradient, model: nn.Module) -> bool:
             if is_out_of_memory(error):
                 raise
             return False
-    apart = sum(_square(a - b) for a, b in zip(found, expected, strict=True))
-    return apart <= AGREEMENT**2 * sum(map(_square, expected))
+    apart = _square(*(a - b for a, b in zip(found, expected, strict=True)))
+    return apart <= AGREEMENT**2 * _square(*expected)
 
 
 def _agrees_with_differences(task: Task, model: nn.Module, batch: Batch, **arguments: Any) -> bool:
@@ -198,9 +199,9 @@ def _agrees_with_differences(task: Task, model: nn.Module, batch: Batch, **argum
         for name, g in graph.gradients.items()
     }
     weights = {name: graph.parameters[name].detach().clone() for name in vectors}
-    length = math.sqrt(sum(map(_square, vectors.values())))
-    scale = math.sqrt(sum(map(_square, weights.values()))) / length
-    rounding = 1e-6 * length * math.sqrt(sum(map(_square, graph.gradients.values())))
+    length = math.sqrt(_square(*vectors.values()))
+    scale = math.sqrt(_square(*weights.values())) / length
+    rounding = 1e-6 * length * math.sqrt(_square(*graph.gradients.values()))
     with all_derivatives(exact):
         found = torch.autograd.grad(
             [*graph.gradients.values()],
@@ -218,12 +219,13 @@ def _agrees_with_differences(task: Task, model: nn.Module, batch: Batch, **argum
 
     for size in (part * scale for part in DIFFERENCES):
         slopes = [(a - b) / (2 * size) for a, b in zip(at(size), at(-size), strict=True)]
-        apart = math.sqrt(sum(_square(a - b) for a, b in zip(found, slopes, strict=True)))
+        apart = math.sqrt(_square(*(a - b for a, b in zip(found, slopes, strict=True))))
         # One that agrees is enough: another may cross the kink of a ReLU.
-        if apart <= AGREEMENT * math.sqrt(sum(map(_square, slopes))) + rounding:
+        if apart <= AGREEMENT * math.sqrt(_square(*slopes)) + rounding:
             return True
     return False
 
 
-def _square(values: Tensor) -> float:
-    return float(values.detach().double().square().sum())
+def _square(*tensors: Tensor) -> float:
+    """The sum of all squares."""
+    return sum(numbers(values.detach().double().square().sum() for values in tensors))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from influence_jobs.errors import ModelError, SpecError
+from influence_jobs.memory import is_out_of_memory
 from influence_jobs.tasks.base import Batch, Task, copy_of, to_device
 from influence_jobs.tasks.own_code import described
 from influence_jobs.training.changes import UNCHANGED, Changes
@@ -25,6 +26,7 @@ from influence_jobs.training.train import (
     initial_model,
     require_repeatable,
 )
+from influence_jobs.transfers import on_cpu
 
 MOVED = 0.1  # share of its move by which a weight of an ensemble may be elsewhere than alone
 
@@ -226,7 +228,7 @@ class EnsembleTrainer:
         if self._norms is None:
             return {}
         row = self._rows[variant]
-        return {layer: sums_MN[row].cpu() for layer, sums_MN in self._norms.sums.items()}
+        return on_cpu({layer: sums_MN[row] for layer, sums_MN in self._norms.sums.items()})
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue from here, as plain tensors and numbers."""
@@ -262,11 +264,11 @@ def why_alone(task: Task, recipe: Recipe, device: torch.device) -> str:
     try:
         together = EnsembleTrainer(task, recipe, [Variant(0), Variant(1)], device=device)
         together.step()
-    except torch.OutOfMemoryError:
-        raise
     except ModelError as error:
         return str(error)
     except RuntimeError as error:  # one at a time it works, or fails with its own error
+        if is_out_of_memory(error):
+            raise
         return described(error)
     alone = Trainer(task, recipe, seed=1, device=device)
     before = {name: p.detach().clone().double() for name, p in alone.model.named_parameters()}

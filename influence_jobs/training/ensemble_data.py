@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from influence_jobs.errors import ModelError
 from influence_jobs.gradients.batches import flattened, has_samples
 from influence_jobs.tasks.base import Batch, Draw, Task, device_of, to_device
+from influence_jobs.transfers import on_device
 
 RESIDENT_BYTES = 4 * 2**30  # a training set up to this size is kept on the device
 LOOKED_AT = 16  # samples whose shapes are compared
@@ -170,7 +171,7 @@ class Feed:
     def batch(self, rows: slice, ids_MB: Tensor, epoch: int) -> Batch:
         """The samples `ids_MB` of the variants `rows` in an epoch; tensors (M, B, ...)."""
         if self._fixed is not None:
-            ids = ids_MB.to(self._device)
+            ids = on_device(ids_MB, self._device)
             return pytree.tree_map_only(Tensor, lambda t: gather(t, ids), self._fixed)
         batches = [
             _mapped(self._task.train_batch(ids_B, Draw(seed, epoch)))

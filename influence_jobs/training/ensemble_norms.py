@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from influence_jobs.gradients.weights import weight_named
 from influence_jobs.terms import Reduction
+from influence_jobs.transfers import on_device
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class EnsembleNorms:
         """Add the norms (M, S, *norm_shape) of S batches of the variants `rows` to the sums."""
         sums = self.sums[layer].flatten(0, 1)
         row_M = torch.arange(rows.start, rows.stop, device=ids_MSB.device)
-        where = (ids_MSB + self._num_samples * row_M[:, None, None]).flatten().to(sums.device)
+        where = (ids_MSB + self._num_samples * row_M[:, None, None]).flatten()
+        where = on_device(where, sums.device)
         # A variant sees a sample once per epoch, so `where` has no duplicates and indexing may add.
         sums[where] += norms_MS.flatten(0, 1).repeat_interleave(ids_MSB.shape[2], dim=0)
 

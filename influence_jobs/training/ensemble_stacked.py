@@ -10,11 +10,13 @@ from torch.func import functional_call, vmap
 from torch.utils import _pytree as pytree
 
 from influence_jobs.errors import ModelError
+from influence_jobs.memory import is_out_of_memory
 from influence_jobs.tasks.base import Batch, Task
 from influence_jobs.training.changes import changed_losses, require_one_each
 from influence_jobs.training.ensemble_data import Feed, Members
 from influence_jobs.training.ensemble_norms import EnsembleNorms
 from influence_jobs.training.recipe import Recipe, decay_groups, make_optimizer, rate_factor
+from influence_jobs.transfers import on_device
 
 _STEPS = "steps_per_epoch"  # of the variants whose parameters are in a group of the optimizer
 
@@ -102,14 +104,14 @@ class StackedSteps:
         batch = self._feed.batch(rows, ids_MB, epoch)
         new_labels_MB = None
         if self._new_labels_MN is not None:
-            new_labels_MB = self._new_labels_MN[rows].gather(1, ids_MB.to(self._device))
+            new_labels_MB = self._new_labels_MN[rows].gather(1, on_device(ids_MB, self._device))
         trained = self._cohorts[0][1]
         stack = {name: tensor[rows] for name, tensor in self._stack.items()}
         leaves = {name: stack[name].detach().requires_grad_() for name in trained}
         losses_MB = self._forward({**stack, **leaves}, batch, new_labels_MB)
         require_one_each(self._task, losses_MB, ids_MB.shape)
         if self._weights_MN is not None:
-            weights_MB = self._weights_MN[rows].gather(1, ids_MB.to(self._device))
+            weights_MB = self._weights_MN[rows].gather(1, on_device(ids_MB, self._device))
             losses_MB = losses_MB * weights_MB.to(losses_MB)
         gradients: dict[str, Tensor | None] = dict(
             zip(
@@ -157,9 +159,9 @@ class StackedSteps:
         axes = (0, mapped, None if new_labels_MB is None else 0)
         try:
             losses_MB: Tensor = vmap(losses, in_dims=axes)(named, batch, new_labels_MB)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # what cannot be mapped, texts among it, or a fault of the model
+            if is_out_of_memory(error):
+                raise
             said, *_ = str(error).splitlines() or [type(error).__name__]
             raise ModelError(
                 f"{type(self._losses.model).__name__} cannot be trained as an ensemble, "

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from influence_jobs.errors import ModelError
 from influence_jobs.gradients.weights import weight_named
 from influence_jobs.terms import Reduction
+from influence_jobs.transfers import on_cpu
+
+MOST_WAITING = 64  # steps whose norms are left on a GPU
 
 
 class RecordedNorms:
@@ -25,9 +28,6 @@ class RecordedNorms:
         num_samples: N.
         reduction: As for replayed norms: `kernel`, `channel` or `layer`.
         skip_epochs: Number of first epochs that are not counted.
-
-    Attributes:
-        sums: The sums so far, by layer, shape (N, *norm_shape), float32, on the CPU.
     """
 
     def __init__(
@@ -48,10 +48,17 @@ class RecordedNorms:
                     f"layer '{layer}' is frozen (requires_grad is False), so training gives it no "
                     "gradient: leave it out of --norms-layer"
                 )
-        self.sums = {
+        self._sums = {
             layer: torch.zeros(num_samples, *weight.norm_shape(reduction))
             for layer, weight in self._weights.items()
         }
+        self._waiting: list[tuple[Tensor, Mapping[str, Tensor]]] = []  # steps still on a GPU
+
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """The sums so far, by layer, shape (N, *norm_shape), float32, on the CPU."""
+        self._gather()
+        return self._sums
 
     def add(self, model: nn.Module, ids: Tensor, epoch: int) -> None:
         """Add norms of the model's gradients to the samples `ids` (B,) of an epoch (from 0)."""
@@ -65,7 +72,7 @@ class RecordedNorms:
 
     def measure(self, model: nn.Module) -> dict[str, Tensor]:
         """Norms of the model's gradients as they are now, by layer."""
-        return {layer: self.measure_one(model, layer) for layer in self.sums}
+        return {layer: self.measure_one(model, layer) for layer in self._sums}
 
     @torch.no_grad()
     def measure_one(self, model: nn.Module, layer: str) -> Tensor:
@@ -87,9 +94,21 @@ class RecordedNorms:
 
     def add_measured(self, norms: Mapping[str, Tensor], ids: Tensor) -> None:
         """Add the norms of one batch gradient to its samples; once for each time it has them."""
-        for layer, sums in self.sums.items():
-            norms_B = norms[layer].to(sums).expand(len(ids), *sums.shape[1:])
-            sums.index_add_(0, ids, norms_B)
+        self._waiting.append((ids, norms))
+        on_gpu = any(values.device.type != "cpu" for values in norms.values())
+        if not on_gpu or len(self._waiting) == MOST_WAITING:
+            self._gather()
+
+    def _gather(self) -> None:
+        """Add the norms of the steps that wait; of a GPU they are copied together."""
+        steps, self._waiting = self._waiting, []
+        found = on_cpu(
+            {(i, layer): norms[layer] for i, (_, norms) in enumerate(steps) for layer in norms}
+        )
+        for i, (ids, _) in enumerate(steps):
+            for layer, sums in self._sums.items():
+                norms_B = found[i, layer].to(sums).expand(len(ids), *sums.shape[1:])
+                sums.index_add_(0, ids, norms_B)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The sums, by layer."""

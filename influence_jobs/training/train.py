@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,12 +15,21 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from influence_jobs.errors import DataError, SpecError
 from influence_jobs.gradients.batches import plain_leaves
-from influence_jobs.tasks.base import FINGERPRINT_ROWS, Draw, Task, defines, digest, to_device
+from influence_jobs.tasks.base import (
+    FINGERPRINT_ROWS,
+    Batch,
+    Draw,
+    Task,
+    defines,
+    digest,
+    to_device,
+)
 from influence_jobs.tasks.layout import in_fast_layout
 from influence_jobs.training.changes import Changes, changed_losses, require_one_each
 from influence_jobs.training.recipe import Recipe, optimizer_of, scheduler_of
 from influence_jobs.training.recorded_norms import RecordedNorms
 from influence_jobs.training.state import plain, require_saveable
+from influence_jobs.transfers import on_device
 
 CHECKED_EVERY = 64  # steps between two looks at the loss, which wait for a GPU
 
@@ -209,6 +219,8 @@ class Trainer:
         self.finite_steps = torch.zeros((), device=device, dtype=torch.int64)
         self.batch_loss = torch.tensor(math.nan)
         self._order = self._epoch_order()
+        self._thread: ThreadPoolExecutor | None = None
+        self._coming: dict[tuple[int, int], Future[Batch]] = {}  # by epoch and step
 
     @property
     def finished(self) -> bool:
@@ -230,18 +242,18 @@ class Trainer:
     def step(self) -> float | None:
         """Take one optimiser step; at the end of an epoch return its mean training loss."""
         ids = self.next_ids
-        draw = Draw(self.seed, self.epoch)
-        batch = to_device(self.task.train_batch(ids, draw), self.device)
+        batch = self._fetched(ids)
         new_labels_B = None
         if self._new_labels_N is not None:
-            new_labels_B = self._new_labels_N[ids].to(self.device)
+            new_labels_B = on_device(self._new_labels_N[ids], self.device)
         # Of all parameters: an optimizer of the task's own may leave some out.
         self.model.zero_grad(set_to_none=True)
         with seeded(step_seed(self.seed, self.epoch, self.step_in_epoch), self.device):
             losses_B = changed_losses(self.task, self.model, batch, new_labels_B)
             require_one_each(self.task, losses_B, ids.shape)
             if self._weights_N is not None:
-                losses_B = losses_B * self._weights_N[ids].to(losses_B)
+                weights_B = on_device(self._weights_N[ids], self.device)
+                losses_B = losses_B * weights_B.to(losses_B.dtype)
             loss = losses_B.mean()
             loss.backward()  # type: ignore[no-untyped-call]
             if self.norms is not None:
@@ -264,6 +276,26 @@ class Trainer:
         self._loss_sum.zero_()
         self._order = self._epoch_order()
         return mean_loss
+
+    def _fetched(self, ids: Tensor) -> Batch:
+        """The batch of the next step; for a GPU a thread fetches the one after it meanwhile."""
+        if self.device.type == "cpu":
+            return self._fetch(ids, self.epoch)
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(max_workers=1)
+        now = self.epoch, self.step_in_epoch
+        if now not in self._coming:
+            self._coming = {now: self._thread.submit(self._fetch, ids, self.epoch)}
+        batch = self._coming.pop(now).result()
+        if self.step_in_epoch + 1 < self.steps_per_epoch:
+            first = (self.step_in_epoch + 1) * self.recipe.batch_size
+            following = self._order[first : first + self.recipe.batch_size]
+            coming = self._thread.submit(self._fetch, following, self.epoch)
+            self._coming = {(self.epoch, self.step_in_epoch + 1): coming}
+        return batch
+
+    def _fetch(self, ids: Tensor, epoch: int) -> Batch:
+        return to_device(self.task.train_batch(ids, Draw(self.seed, epoch)), self.device)
 
     def require_finite(self) -> None:
         """Refuse to go on once the loss is not finite; looks at it now and then.

@@ -19,6 +19,7 @@ from influence_jobs.training.adjoint import Cotangents, cotangents_of
 from influence_jobs.training.recipe import Recipe
 from influence_jobs.training.statistics import moving, require_plain_average
 from influence_jobs.training.train import Trainer
+from influence_jobs.transfers import on_cpu
 
 State = dict[str, Any]
 
@@ -44,7 +45,7 @@ class Step:
         epoch: Number of epochs before it.
         in_epoch: Number of steps before it in its epoch.
         ids: The samples of its batch, (B,).
-        loss: Their mean loss, as the trainer had it.
+        loss: Their mean loss, as the trainer had it, a scalar on its device.
         weights: Parameters before it.
         settings: Of the optimizer's groups, as it used them.
         states: Of the optimizer, after it; only what `Cotangents.back` needs.
@@ -53,7 +54,7 @@ class Step:
     epoch: int
     in_epoch: int
     ids: Tensor
-    loss: float
+    loss: Tensor
     weights: Mapping[str, Tensor]
     settings: Sequence[Mapping[str, Any]]
     states: Mapping[str, Mapping[str, Tensor]]
@@ -201,7 +202,7 @@ class Trajectory:
             for name in self.groups
             if parameters[name] in state_of
         }
-        return Step(epoch, in_epoch, ids, float(trainer.batch_loss), weights, settings, states)
+        return Step(epoch, in_epoch, ids, trainer.batch_loss, weights, settings, states)
 
 
 def reversible(trainer: Trainer) -> type[Cotangents]:
@@ -218,9 +219,10 @@ def reversible(trainer: Trainer) -> type[Cotangents]:
 
 def same_weights(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
     """Whether two state dicts are the same bit by bit, on any devices."""
-    return first.keys() == second.keys() and all(
-        torch.equal(value.cpu(), second[name].cpu()) for name, value in first.items()
-    )
+    if first.keys() != second.keys():
+        return False
+    ours, theirs = on_cpu(first), on_cpu(second)
+    return all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
 def _groups(trainer: Trainer) -> dict[str, int]:

@@ -27,6 +27,7 @@ from influence_jobs.training.batch_gradient import BatchGradient, SecondDerivati
 from influence_jobs.training.statistics import statistics_of
 from influence_jobs.training.train import initial_model, step_seed
 from influence_jobs.training.trajectory import State, Step, Trajectory
+from influence_jobs.transfers import numbers, on_cpu
 
 SAME_LOSS = 1e-3  # allowed relative difference of a step's loss; rounding causes 1e-6
 
@@ -90,7 +91,16 @@ class Unrolled:
                 weights[name].parts = {k: part.to(self._device) for k, part in parts.items()}
             statistics = {name: s.to(self._device) for name, s in state["statistics"].items()}
 
+        waiting: list[tuple[Tensor, Tensor]] = []  # of steps, still on the device
+
+        def gather() -> None:
+            found = on_cpu(dict(enumerate(found_QB for _, found_QB in waiting)))
+            for i, (ids, _) in enumerate(waiting):
+                total_QN[:, ids] -= n * found[i].double()
+            waiting.clear()
+
         def now() -> State:
+            gather()
             return {
                 "left": left,
                 "total": total_QN,
@@ -101,12 +111,12 @@ class Unrolled:
         progress(steps - left)
         while left:
             for step in reversed(self.trajectory.segment(left)):
-                found_QB = self._back(step, weights, statistics)
-                total_QN[:, step.ids] -= n * found_QB.double().cpu()
+                waiting.append((step.ids, self._back(step, weights, statistics)))
                 left -= 1
                 progress(steps - left)
                 if left:
                     keep(now)
+            gather()
         return total_QN
 
     def trial(self, num_queries: int) -> Iterator[int]:
@@ -135,7 +145,7 @@ class Unrolled:
         self, step: Step, weights: Mapping[str, Cotangents], statistics: dict[str, Tensor]
     ) -> Tensor:
         """Go back through a step; returns the derivatives by its samples' weights, (Q, B)."""
-        graph, second = self._graph(step)
+        graph, second, states = self._graph(step)
         values = {name: gradient.detach() for name, gradient in graph.gradients.items()}
         used, factor = clipped(values, self.trajectory.recipe.clip_norm)
         num_queries = len(next(iter(weights.values())).parts["weight"])
@@ -145,7 +155,7 @@ class Unrolled:
                 u[name] = gradient.new_zeros(num_queries, *gradient.shape)
                 continue
             settings = step.settings[self.trajectory.groups[name]]
-            weight, state = graph.parameters[name].detach(), step.states.get(name, {})
+            weight, state = graph.parameters[name].detach(), states.get(name, {})
             u[name] = weights[name].back(Update(settings, gradient, weight, state))
         u = back_through_clipping(values, u, factor)
         outputs, along = [*graph.gradients.values()], [*u.values()]
@@ -159,8 +169,13 @@ class Unrolled:
             cotangents.parts["weight"].add_(by_parameters[name])
         return by_weights_QB
 
-    def _graph(self, step: Step) -> tuple[BatchGradient, SecondDerivatives]:
-        """The gradient of a step's loss, and what differentiates it."""
+    def _graph(
+        self, step: Step
+    ) -> tuple[BatchGradient, SecondDerivatives, Mapping[str, Mapping[str, Tensor]]]:
+        """The gradient of a step's loss, what differentiates it, and the optimizer's states.
+
+        The numbers of steps in these are on the CPU.
+        """
         with torch.no_grad():
             for name, parameter in self._model.named_parameters():
                 parameter.copy_(step.weights[name])
@@ -175,12 +190,22 @@ class Unrolled:
         graph = batch_gradient(
             self._task, self._model, batch, size=size, seed=seed, device=self._device
         )
-        if not abs(graph.loss - step.loss) <= SAME_LOSS * abs(step.loss) + 1e-6:
+        counts = {
+            name: state["step"]
+            for name, state in step.states.items()
+            if "step" in state and state["step"].device.type != "cpu"
+        }
+        # One look at the device for all that this step needs as numbers.
+        twice, once, *counted = numbers([graph.loss, step.loss, *counts.values()])
+        states = dict(step.states)
+        for name, count in zip(counts, counted, strict=True):
+            states[name] = {**states[name], "step": torch.tensor(count)}
+        if not abs(twice - once) <= SAME_LOSS * abs(once) + 1e-6:
             raise ModelError(
-                f"the loss of step {step.in_epoch + 1} in epoch {step.epoch + 1} is {step.loss:g} "
-                f"in training and {graph.loss:g} when it is differentiated twice in "
+                f"the loss of step {step.in_epoch + 1} in epoch {step.epoch + 1} is {once:g} "
+                f"in training and {twice:g} when it is differentiated twice in "
                 f"{str(self.dtype).removeprefix('torch.')}: its random numbers, such as dropout's, "
                 "are others there; use --precision float32, or draw them from the Draw in "
                 "train_batch()"
             )
-        return graph, self._second
+        return graph, self._second, states

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+CPU = torch.device("cpu")
 # Numbers in one temporary tensor: 8 MB fit a CPU's cache; a GPU is faster with large kernels.
 _BLOCK_CPU, _BLOCK_GPU = 2**21, 2**26
 # With fewer samples in a block the vectors would be read too often.
@@ -94,14 +95,18 @@ def through_gram(shape: SampleShape, *, whole: bool, device: torch.device) -> bo
     return gram < cost(t * shape.weights, written=shape.weights)
 
 
-def through_patches(shape: SampleShape, *, own: bool) -> bool:
+def through_patches(shape: SampleShape, *, own: bool, device: torch.device = CPU) -> bool:
     """Whether a convolution's gradient is cheaper from the patches under its kernel, copied out.
 
     Args:
         shape: Of a sample.
         own: Against torch's own convolution, whose gradient has its kernel last, so that norms over
             the inputs go through it twice; else against views of the input, offset by offset.
+        device: Of the tensors. On a GPU the numbers that are written or read decide: all ways take
+            the same products.
     """
+    if device.type == "cuda":
+        return 2 * shape.inputs < shape.outputs + shape.inputs
     t, c, k = shape.positions, shape.outputs, shape.offsets
     patches = cost(t * shape.weights, written=t * shape.columns + shape.weights)
     if own:

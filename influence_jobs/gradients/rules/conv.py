@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 from itertools import product
 from operator import floordiv, mod, mul
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -88,11 +88,38 @@ class ConvolutionRule(MatrixRule[V]):
         return g.flatten(2).transpose(1, 2)
 
     def weight_gradient(self, a: Tensor, g: Tensor) -> Tensor:
+        if self.by_grouped(g.device):
+            return self.grouped_gradient(a, g)
         gradient = g.new_empty(len(g), *self.weight.shape)
         gradient_kBCI = self._kernel_first(gradient)
         for offset, gradient_BGCI in self._by_offset(a, g):
             gradient_kBCI[offset] = gradient_BGCI.flatten(1, 2)
         return gradient
+
+    def by_grouped(self, device: torch.device) -> bool:
+        """Whether `grouped_gradient` is the cheapest form: on a GPU, with one input in a group.
+
+        There the other form multiplies vectors, and reads both tensors once for every offset.
+        """
+        return device.type == "cuda" and self.weight.shape[1] == 1
+
+    def grouped_gradient(self, a: Tensor, g: Tensor) -> Tensor:
+        """Weight gradients (B, C, I, *k) by one convolution, whose groups are the samples'.
+
+        The output gradients are its filters; stride and dilation change places. Rochette, Manoel,
+        Tramel: "Efficient per-example gradient computations in convolutional neural networks",
+        2019.
+        """
+        module, groups, size, padded = self.module, self.module.groups, len(g), self._padded(a)
+        of_groups = torch.unflatten(padded, 1, (groups, -1))
+        x = of_groups.movedim(2, 0).flatten(1, 2)  # (I, B G, *pixels)
+        filters = g.flatten(0, 1).unsqueeze(1)
+        found = type(self).convolve(
+            x, filters, None, module.dilation, 0, module.stride, size * groups
+        )
+        # Pixels that no step of the stride reaches give further offsets.
+        offsets: Any = (..., *map(slice, module.kernel_size))
+        return torch.unflatten(found[offsets], 1, (size, -1)).movedim(0, 2)
 
     def bias_gradient(self, g: Tensor) -> Tensor:
         return g.sum(dim=tuple(range(2, g.ndim)))
@@ -101,8 +128,11 @@ class ConvolutionRule(MatrixRule[V]):
         if self.by_gram(g, whole=False):
             return self.gram_kernel_norms(a, g)
         shape = self.sample_shape(g)
+        if self.by_grouped(g.device):
+            found: Tensor = torch.linalg.vector_norm(self.grouped_gradient(a, g), dim=2)
+            return found
         own = not g.is_cuda and shape.positions * shape.weights >= _LARGE_CONVOLUTION
-        if self.one_matrix and not g.is_cuda and through_patches(shape, own=own):
+        if self.one_matrix and through_patches(shape, own=own, device=g.device):
             numbers = max(shape.weights, shape.positions * shape.columns)
             return in_blocks(self._patch_norms, a, g, numbers)
         norms = g.new_empty(len(g), self.module.out_channels, *self.module.kernel_size)

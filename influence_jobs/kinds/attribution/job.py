@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 
 from influence_jobs.jobs.norm_arrays import norm_layouts
+from influence_jobs.jobs.rows import Checks
 from influence_jobs.jobs.samples import trained_inputs
 from influence_jobs.jobs.scores import Scores, ScoresJob
 from influence_jobs.kinds.attribution.spec import AttributionSpec
@@ -66,7 +67,7 @@ class AttributionJob(ScoresJob[AttributionSpec]):
             [Draw(queries.seed, draw) for draw in range(queries.noise_draws)],
         )
 
-    def score(self, term: int, ids: torch.Tensor) -> Scores:
+    def score(self, term: int, ids: torch.Tensor, fetched: Any, checks: Checks) -> Scores:
         start, stop = int(ids[0]), int(ids[-1]) + 1
         by_layer = attribution_scores(
             self._activations,

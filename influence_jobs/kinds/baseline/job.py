@@ -11,6 +11,7 @@ import torch
 from influence_jobs.errors import SpecError
 from influence_jobs.gradients import GradNorms
 from influence_jobs.jobs.queries import embeds
+from influence_jobs.jobs.rows import Checks, Numbers
 from influence_jobs.jobs.samples import trained_inputs
 from influence_jobs.jobs.scores import Scores, ScoresJob
 from influence_jobs.kinds.baseline.spec import EMBEDDED, METHODS, BaselineSpec
@@ -56,40 +57,48 @@ class BaselineJob(ScoresJob[BaselineSpec]):
             method = EMBEDDED
         return {"quantity": method.quantity, "sign": method.sign, "unit": method.unit}
 
-    def score(self, term: int, ids: torch.Tensor) -> Scores:
-        return {SCORES: getattr(self, scorer(self.spec.method))(ids)}
+    def fetch(self, term: int, ids: torch.Tensor) -> Batch:
+        draw = Draw(self.spec.seed)
+        if self.spec.method in ("loss", "norm"):
+            return self.batch(ids, draw)
+        if self.spec.method == "nearest" and embeds(self.task):
+            return self.task.batch(ids, draw)
+        return None
+
+    def score(self, term: int, ids: torch.Tensor, fetched: Any, checks: Checks) -> Scores:
+        return {SCORES: getattr(self, scorer(self.spec.method))(ids, fetched, checks)}
 
     def probe(self) -> Iterator[int]:
         # With untrained weights: the checkpoint may not exist yet, and the time is the same.
         self._loaded = self.spec.checkpoint
         yield from super().probe()
 
-    def _random(self, ids: torch.Tensor) -> npt.NDArray[np.float32]:
+    def _random(self, ids: torch.Tensor, _: None, checks: Checks) -> Numbers:
         rows = np.arange(len(self.spec.queries.items))
         return random_scores(rows, ids.numpy(), seed=self.spec.seed)
 
-    def _nearest(self, ids: torch.Tensor) -> npt.NDArray[np.float32]:
+    def _nearest(self, ids: torch.Tensor, batch: Batch, checks: Checks) -> Numbers:
         if embeds(self.task):
-            vectors = self._embedded(self.task.batch(ids, Draw(self.spec.seed)), len(ids))
-            self.require_finite("the embedding", vectors, ids)
+            vectors = self._embedded(batch, len(ids))
+            checks.finite("the embedding", vectors, ids)
+            vectors = np.nan_to_num(vectors)  # refused at the shard's end
             return nearest_scores(self._query_vectors, vectors)
         pictures = self.task.pictures(ids.numpy())
         return nearest_scores(self._query_vectors, pictures.reshape(len(ids), -1))
 
-    def _loss(self, ids: torch.Tensor) -> npt.NDArray[np.float32]:
+    def _loss(self, ids: torch.Tensor, batch: Batch, checks: Checks) -> Numbers:
         self._load_once()
         with torch.no_grad():
-            losses = self.task.losses(self.model, self.batch(ids, Draw(self.spec.seed)))
-        found = losses.cpu().numpy()
-        self.require_finite("the loss", found, ids)
-        return own_scores(found, len(self.spec.queries.items))
+            losses_B = self.task.losses(self.model, batch)
+        checks.finite("the loss", losses_B, ids)
+        return own_scores(losses_B, len(self.spec.queries.items))
 
-    def _norm(self, ids: torch.Tensor) -> npt.NDArray[np.float32]:
+    def _norm(self, ids: torch.Tensor, batch: Batch, checks: Checks) -> Numbers:
         self._load_once()
-        norms = self._norms(self.batch(ids, Draw(self.spec.seed)))
-        found = torch.stack([*norms.values()]).double().square().sum(dim=0).sqrt().cpu().numpy()
-        self.require_finite("the gradient", found, ids)
-        return own_scores(found, len(self.spec.queries.items))
+        norms = self._norms(batch)
+        norms_B = torch.stack([*norms.values()]).double().square().sum(dim=0).sqrt()
+        checks.finite("the gradient", norms_B, ids)
+        return own_scores(norms_B, len(self.spec.queries.items))
 
     def _load_once(self) -> None:
         if self._loaded is None and self.spec.checkpoint is not None:

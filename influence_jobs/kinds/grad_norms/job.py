@@ -2,19 +2,20 @@
 
 import logging
 from collections.abc import Iterator
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from influence_jobs.gradients import GradNorms, TokenNorms
 from influence_jobs.gradients.fallback import slow_lines
 from influence_jobs.jobs.base import Progress, Result, Shard
 from influence_jobs.jobs.norm_arrays import norm_layouts
+from influence_jobs.jobs.rows import Checks, Rows
 from influence_jobs.jobs.samples import (
-    Rows,
     SampleJob,
     dtype_for,
     engine_precision,
@@ -31,10 +32,19 @@ from influence_jobs.tasks.sequences import TokenLosses
 log = logging.getLogger(__name__)
 
 
+class _LeftRangeError(Exception):
+    """Squares of norms left the range of float32."""
+
+
+def _leave_range() -> NoReturn:
+    raise _LeftRangeError
+
+
 class GradNormsJob(SampleJob[GradNormsSpec]):
     """A shard is a range of rows of all arrays."""
 
     spec_type = GradNormsSpec
+    _watched = False  # whether the range of each batch's norms is looked at
 
     @property
     def title(self) -> str:
@@ -70,20 +80,31 @@ class GradNormsJob(SampleJob[GradNormsSpec]):
         )
 
     def run(self, shard: Shard, progress: Progress) -> Result:
+        try:
+            return self._run(shard, progress)
+        except _LeftRangeError:
+            self._watched = True
+            return self._run(shard, progress)
+
+    def _run(self, shard: Shard, progress: Progress) -> Result:
         progress(done := 0)
         found, kept = Rows(shard), list[dict[str, npt.NDArray[np.float64]]]()
-        for checkpoint in self.spec.checkpoints:
+        for number, checkpoint in enumerate(self.spec.checkpoints, 1):
             self.load(checkpoint)
-            for ids, norms in self.each(shard, Draw(self.spec.seed), self._norms):
+            checks = self.checks(shard)
+            norms_of = partial(self._norms, checks=checks)
+            for ids, norms in self.each(shard, Draw(self.spec.seed), norms_of):
                 found.add(ids, norms)
                 done += len(ids)
                 progress(done)
-            if self.spec.combine == "keep":
-                kept.append(found.arrays)
+            if self.spec.combine == "keep" or number == len(self.spec.checkpoints):
+                kept.append(found.arrays(checks))
                 found = Rows(shard)
+            else:
+                checks.look()
         if self.spec.combine == "keep":
             return Result({name: np.stack([one[name] for one in kept]) for name in kept[0]})
-        return Result(found.arrays)
+        return Result(kept[0])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -116,19 +137,31 @@ class GradNormsJob(SampleJob[GradNormsSpec]):
         engine.check(batch)
         return parts, engine
 
-    def _norms(self, ids: torch.Tensor, batch: Batch) -> dict[str, npt.NDArray[Any]]:
+    def _norms(self, ids: torch.Tensor, batch: Batch, *, checks: Checks) -> dict[str, Tensor]:
         """The norms of a batch, by array."""
-        found = {norms_name(layer): values for layer, values in self._engine(batch).items()}
+
+        def unless_lost(found: dict[str, Tensor], right: Tensor | None) -> dict[str, Tensor]:
+            if right is not None:
+                checks.right("range", right, _leave_range)
+            return found
+
+        whole = self._engine
+        by_layer = whole(batch) if self._watched else unless_lost(*whole.unwatched(batch))
+        norms = {norms_name(layer): values for layer, values in by_layer.items()}
         counts_B = None
         if self.spec.tokens is not None:
             parts, engine = self._tokens
             counts_B = parts.look(self.model, batch)
-            by_layer = engine(batch, max(1, int(counts_B.max())))  # NaN below where there is none
-            found |= {token_norms_name(layer): values for layer, values in by_layer.items()}
-        norms = {name: values.cpu().numpy() for name, values in found.items()}
+            most = max(1, int(counts_B.max()))  # NaN below where there is none
+            of_tokens = (
+                engine(batch, most)
+                if self._watched
+                else unless_lost(*engine.unwatched(batch, most))
+            )
+            norms |= {token_norms_name(layer): values for layer, values in of_tokens.items()}
         for name, values in norms.items():
             layer = name.partition("/")[2]
-            self.require_finite(f"the gradient of layer {layer}", values, ids)
+            checks.finite(f"the gradient of layer {layer}", values, ids)
         if counts_B is not None and self.spec.tokens is not None:
             for name in map(token_norms_name, self.spec.layers):
                 norms[name] = only_tokens(norms[name], counts_B, self.spec.tokens)
@@ -136,6 +169,7 @@ class GradNormsJob(SampleJob[GradNormsSpec]):
 
     def probe(self) -> Iterator[int]:
         # The checkpoint may not exist yet. Untrained weights take the same time.
+        checks = self.checks(None)
         for ids in self.all_batches():
-            self._norms(ids, self.batch(ids, Draw(self.spec.seed)))
+            self._norms(ids, self.batch(ids, Draw(self.spec.seed)), checks=checks)
             yield len(ids)

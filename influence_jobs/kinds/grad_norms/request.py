@@ -31,9 +31,9 @@ class GradNormsRequest(WeightsRequest, SeedOptions):
     )
     precision: JobPrecision = option(
         "float32",
-        "Precision of the computation; bfloat16 by torch's autocast, bfloat16-weights with the "
-        "weights in bfloat16 too, in half the memory. A model that is built in float64 is computed "
-        "in it.",
+        "Precision of the computation; tf32: float32 with products in TF32 on a GPU; bfloat16 by "
+        "torch's autocast, bfloat16-weights with the weights in bfloat16 too, in half the memory. "
+        "A model that is built in float64 is computed in it.",
     )
 
     def specs(self, root: str, say: Say) -> tuple[Spec, ...]:

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 
 from influence_jobs.jobs.base import Plan, Result
+from influence_jobs.jobs.rows import Checks
 from influence_jobs.jobs.samples import MAX_SHARD_BYTES, row_bytes, trained_inputs
 from influence_jobs.jobs.scores import Scores, ScoresJob
 from influence_jobs.kinds.gradient_index.spec import DAMPING, gram_of
@@ -105,7 +106,7 @@ class GradientScoresJob(ScoresJob[GradientScoresSpec]):
         """What each store's rows are multiplied with, by group; filled on demand."""
         return {}
 
-    def score(self, term: int, ids: torch.Tensor) -> Scores:
+    def score(self, term: int, ids: torch.Tensor, fetched: Any, checks: Checks) -> Scores:
         store, start, stop = self._stores[term], int(ids[0]), int(ids[-1]) + 1
         if self.spec.approximate:
             return {SCORES: self._found_between(start, stop)}

@@ -2,19 +2,20 @@
 
 import logging
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from influence_jobs.gradients import GradProjections, ParameterSpace
 from influence_jobs.gradients.fallback import slow_lines
 from influence_jobs.gradients.projections import Projection
 from influence_jobs.jobs.base import Progress, Result, Shard
+from influence_jobs.jobs.rows import Checks, Rows
 from influence_jobs.jobs.samples import (
-    Rows,
     SampleJob,
     dtype_for,
     engine_precision,
@@ -32,6 +33,7 @@ from influence_jobs.methods.rounding import rounding_lines
 from influence_jobs.specs.base import AnySpec
 from influence_jobs.store.layout import LOSSES_OF_ROWS, ArrayLayout
 from influence_jobs.tasks.base import Batch, Draw
+from influence_jobs.transfers import on_cpu
 
 log = logging.getLogger(__name__)
 
@@ -68,17 +70,17 @@ class GradientsJob(SampleJob[GradientsSpec]):
         progress(done := 0)
         self.load(self.spec.checkpoint)
         found, losses, draws = Rows(shard), Rows(shard), self.spec.noise_draws
+        checks = self.checks(shard)
         for draw in range(draws):
             for ids, (rows, losses_B) in self.each(
-                shard, Draw(self.spec.seed, draw), self._projected
+                shard, Draw(self.spec.seed, draw), partial(self._projected, checks=checks)
             ):
-                found.add(ids, {group: v.astype(np.float64) / draws for group, v in rows.items()})
+                found.add(ids, {group: v.double() / draws for group, v in rows.items()})
                 losses.add(ids, {LOSSES_OF_ROWS: losses_B / draws})
                 done += len(ids)
                 progress(done)
-        return Result(
-            packed_rows(found.arrays, losses.arrays[LOSSES_OF_ROWS], stored=self.spec.stored)
-        )
+        rows_of, losses_of = found.arrays(checks), losses.arrays()
+        return Result(packed_rows(rows_of, losses_of[LOSSES_OF_ROWS], stored=self.spec.stored))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -114,13 +116,13 @@ class GradientsJob(SampleJob[GradientsSpec]):
         return engine
 
     def _projected(
-        self, ids: torch.Tensor, batch: Batch
-    ) -> tuple[dict[str, npt.NDArray[Any]], npt.NDArray[Any]]:
+        self, ids: torch.Tensor, batch: Batch, *, checks: Checks
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """Projected gradients (B, D) by group, and the losses (B,)."""
-        rows = {group: values.cpu().numpy() for group, values in self._engine(batch).items()}
+        rows = self._engine(batch)
         for group, values in rows.items():
-            self.require_finite(f"the gradient of layer {group}", values, ids)
-        return rows, self._engine.losses_B.double().cpu().numpy()
+            checks.finite(f"the gradient of layer {group}", values, ids)
+        return rows, self._engine.losses_B.double()
 
     @cached_property
     def _probed(self) -> list[dict[str, npt.NDArray[Any]]]:
@@ -128,10 +130,12 @@ class GradientsJob(SampleJob[GradientsSpec]):
         return []
 
     def probe(self) -> Iterator[float]:
+        checks = self.checks(None)
         for ids in self.all_batches():
-            rows, _ = self._projected(ids, self.batch(ids, Draw(self.spec.seed)))
+            batch = self.batch(ids, Draw(self.spec.seed))
+            rows, _ = self._projected(ids, batch, checks=checks)
             if sum(len(next(iter(seen.values()))) for seen in self._probed) < PROBED_ROWS:
-                self._probed.append(rows)
+                self._probed.append({group: v.numpy() for group, v in on_cpu(rows).items()})
             yield len(ids)
 
     def notes(self) -> Sequence[str]:

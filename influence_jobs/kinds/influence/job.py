@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,7 @@ from influence_jobs.gradients import GradDots, GradQuadratics, Metric, TokenDots
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.gradients.rules import MatrixRule, matrix_layers, nearest_rule
 from influence_jobs.jobs.base import Plan
+from influence_jobs.jobs.rows import Checks
 from influence_jobs.jobs.samples import trained_inputs
 from influence_jobs.jobs.scores import Scores, ScoresJob, sides_of
 from influence_jobs.jobs.tokens import MEANING, only_tokens
@@ -23,7 +25,7 @@ from influence_jobs.kinds.s_test.job import curvature_samples
 from influence_jobs.kinds.s_test.spec import STestSpec
 from influence_jobs.kinds.s_test.terms import Term, terms_of
 from influence_jobs.kinds.train.spec import Checkpoint
-from influence_jobs.methods.relative import relative_scores
+from influence_jobs.methods.relative import refuse_sizes, relative_scores
 from influence_jobs.specs.base import AnySpec
 from influence_jobs.specs.solvers import EkFacSettings
 from influence_jobs.store.layout import (
@@ -34,7 +36,7 @@ from influence_jobs.store.layout import (
     part_name,
 )
 from influence_jobs.store.run import Run
-from influence_jobs.tasks.base import Draw
+from influence_jobs.tasks.base import Batch, Draw
 from influence_jobs.tasks.sequences import TokenLosses
 from influence_jobs.terms import ScorePrecision
 
@@ -152,11 +154,13 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
             "unit": quantity if self.spec.relative is None else f"relative {quantity}",
         }
 
-    def score(self, term: int, ids: torch.Tensor) -> Scores:
-        which, draw = divmod(term, self.spec.noise_draws)
-        of_term, block = divmod(which, len(self._blocks))
+    def fetch(self, term: int, ids: torch.Tensor) -> Batch:
+        return self.batch(ids, Draw(self.spec.seed, term % self.spec.noise_draws))
+
+    def score(self, term: int, ids: torch.Tensor, fetched: Any, checks: Checks) -> Scores:
+        of_term, block = divmod(term // self.spec.noise_draws, len(self._blocks))
         dots, sizes, tokens = self._engines_of(of_term, block)
-        batch = self.batch(ids, Draw(self.spec.seed, draw))
+        batch = fetched
         found: dict[str, Tensor] = {}
         if self.kept_layers:
             found = {part_name(layer): layer_BQ for layer, layer_BQ in dots(batch).items()}
@@ -166,27 +170,33 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
         counts_B = None
         if tokens is not None:
             counts_B = self._parts.look(self.model, batch)
-            found[SCORES_OF_TOKENS] = tokens(batch, found[SCORES])
+            found[SCORES_OF_TOKENS], add_up = tokens.unwatched(batch, found[SCORES])
+            checks.right("sums of tokens", add_up, tokens.refuse_sums)
+        for values in found.values():
+            checks.finite("the gradient", values, ids)
         # (Q, B), or of tokens (Q, T, B)
-        scores = {name: values.cpu().numpy().T for name, values in found.items()}
-        for values in scores.values():
-            self.require_finite("the gradient", values.T, ids)
+        scores = {
+            name: values.permute(*reversed(range(values.ndim))) for name, values in found.items()
+        }
         if sizes is not None:
-            squared_B = torch.stack([*sizes(batch).values()]).sum(dim=0).double().cpu().numpy()
-            scores = {name: relative_scores(values, squared_B) for name, values in scores.items()}
+            squared_B = torch.stack([*sizes(batch).values()]).sum(dim=0).double()
+            for name, values in scores.items():
+                scores[name], right = relative_scores(values, squared_B)
+                for which, flag in enumerate(right):
+                    checks.right(f"sizes {which}", flag, partial(refuse_sizes, [which > 0, False]))
         weight = self._terms[of_term][1].weight / self.spec.noise_draws
         if self.spec.combine == "mean":
             weight /= len(self.spec.s_tests)
         if counts_B is not None and self.spec.tokens is not None:
-            by_sample = scores[SCORES_OF_TOKENS].swapaxes(1, 2)
+            by_sample = scores[SCORES_OF_TOKENS].transpose(1, 2)
             scores[SCORES_OF_TOKENS] = only_tokens(by_sample, counts_B, self.spec.tokens)
         return {name: self._in_all(block, values * weight) for name, values in scores.items()}
 
-    def _in_all(self, block: int, values: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
+    def _in_all(self, block: int, values: Tensor) -> Tensor:
         """Scores of a block of queries among those of all, (Q, B, ...), which are zero."""
         if len(self._blocks) == 1:
             return values
-        found = np.zeros((len(self.spec.queries.items), *values.shape[1:]), values.dtype)
+        found = values.new_zeros((len(self.spec.queries.items), *values.shape[1:]))
         found[self._blocks[block]] = values
         return found
 

@@ -1,12 +1,14 @@
 """Take the scores of a file into a run."""
 
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from influence_jobs.errors import SpecError
+from influence_jobs.jobs.rows import Checks
 from influence_jobs.jobs.scores import Scores, ScoresJob
 from influence_jobs.kinds.scores.spec import GivenScoresSpec
 from influence_jobs.kinds.train.spec import Checkpoint
@@ -55,5 +57,5 @@ class GivenScoresJob(ScoresJob[GivenScoresSpec]):
             )
         return values_QN
 
-    def score(self, term: int, ids: torch.Tensor) -> Scores:
+    def score(self, term: int, ids: torch.Tensor, fetched: Any, checks: Checks) -> Scores:
         return {SCORES: self._values_QN[:, ids.numpy()]}

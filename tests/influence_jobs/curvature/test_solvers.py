@@ -87,7 +87,7 @@ def test_negative_curvature_is_refused_with_a_lambda_that_works_the_first_time(c
 def test_a_loss_that_is_not_convex_is_named_as_the_cause(case):
     operator = case.gauss_newton()
     negative = case.dense_gauss_newton() - 0.5 * torch.eye(case.space.size, dtype=torch.float64)
-    operator.__class__ = type("Bent", (GaussNewton,), {"__matmul__": lambda _, v: v @ negative})
+    operator.__class__ = type("Bent", (GaussNewton,), {"unchecked": lambda _, v: v @ negative})
     with pytest.raises(
         SpecError, match=r"not convex in the outputs: mend it, or --damping 0\.5[5-7]"
     ):

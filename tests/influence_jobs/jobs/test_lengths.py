@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from influence_jobs.jobs.base import Shard
-from influence_jobs.jobs.samples import Rows
+from influence_jobs.jobs.rows import Rows
 from influence_jobs.kinds import open_job
 from influence_jobs.kinds.baseline.spec import BaselineSpec
 from influence_jobs.kinds.grad_norms.spec import GradNormsSpec
@@ -211,5 +211,5 @@ def test_rows_add_up_at_their_places() -> None:
     rows.add(torch.tensor([12, 10]), {"a": np.array([[1.0, 2.0]], np.float32)})
     rows.add(torch.tensor([11]), {"a": np.array([[3.0]], np.float32)})
     rows.add(torch.tensor([10, 11, 12]), {"a": np.array([[1.0, 1.0, 1.0]], np.float32)})
-    assert rows.arrays["a"].tolist() == [[3.0, 4.0, 2.0]]
-    assert rows.arrays["a"].dtype == np.float64
+    assert rows.arrays()["a"].tolist() == [[3.0, 4.0, 2.0]]
+    assert rows.arrays()["a"].dtype == np.float64

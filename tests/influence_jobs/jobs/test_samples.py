@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from influence_jobs.jobs.base import Shard
-from influence_jobs.jobs.samples import SampleJob, ahead
+from influence_jobs.jobs.samples import SampleJob
 from influence_jobs.memory import BatchSize
+from influence_jobs.transfers import ahead
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -22,7 +23,6 @@ def test_ids_come_with_their_samples_whether_fetched_ahead_or_not(device):
 
     job: Any = SimpleNamespace(device=torch.device(device), batch=batch, batching=BatchSize(3))
     job.chunks = lambda shard: [torch.arange(shard.start, shard.stop)]
-    job._loader = SampleJob._loader.fget(job)  # type: ignore[attr-defined]
     found = list(SampleJob.each(job, Shard("", 0, 7), 1, lambda ids, samples: samples))  # type: ignore[arg-type]
     assert [ids.tolist() for ids, _ in found] == [[0, 1, 2], [3, 4, 5], [6]]
     assert [samples.tolist() for _, samples in found] == [[1, 11, 21], [31, 41, 51], [61]]

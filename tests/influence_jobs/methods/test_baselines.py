@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 
 from influence_jobs.errors import SpecError
 from influence_jobs.methods.baselines import (
@@ -53,9 +54,9 @@ def test_random_scores_share_no_word_with_the_noise_of_sample_0() -> None:
 
 
 def test_own_scores_are_the_same_for_every_query() -> None:
-    losses = np.array([0.5, 2.0, 0.0])
+    losses = torch.tensor([0.5, 2.0, 0.0], dtype=torch.float64)
     assert own_scores(losses, 2).tolist() == [[0.5, 2.0, 0.0]] * 2
-    assert own_scores(losses, 2).dtype == np.float32
+    assert own_scores(losses, 2).dtype == torch.float32
 
 
 def test_nearest_scores_in_loops() -> None:

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 
 from influence_jobs.jobs.base import Progress, Result, Shard
-from influence_jobs.jobs.samples import Rows, SampleJob, trained_inputs
+from influence_jobs.jobs.rows import Rows
+from influence_jobs.jobs.samples import SampleJob, trained_inputs
 from influence_jobs.kinds.train.spec import Checkpoint
 from influence_jobs.specs.base import AnySpec
 from influence_jobs.store.layout import ArrayLayout, chunk_rows
@@ -42,12 +42,12 @@ class LossesJob(SampleJob[LossesSpec]):
         for ids, losses in self.each(shard, Draw(0), self._losses):
             rows.add(ids, {"losses": losses})
         progress(shard.stop - shard.start)
-        return Result(rows.arrays)
+        return Result(rows.arrays())
 
     @torch.no_grad()
     def probe(self) -> Iterator[int]:
         for ids in self.all_batches():
             yield len(self._losses(ids, self.batch(ids, Draw(0))))
 
-    def _losses(self, ids: torch.Tensor, batch: Batch) -> np.ndarray:
-        return self.task.losses(self.model, batch).cpu().numpy()
+    def _losses(self, ids: torch.Tensor, batch: Batch) -> torch.Tensor:
+        return self.task.losses(self.model, batch)

@@ -1,0 +1,67 @@
+"""Workers and GPUs: how many have room, and what a part of a GPU means."""
+
+from typing import Any
+
+import pytest
+import ray
+import torch
+
+from infl_cluster.how import How, workers_on
+from infl_cluster.pool import RayBackend
+from influence_jobs import devices, memory
+from influence_jobs.errors import SpecError
+
+
+@pytest.mark.parametrize(
+    ("gpus", "num_gpus", "workers"),
+    [
+        (4, 1, 4),
+        (4, 2, 2),
+        (3, 2, 1),
+        (1, 0.5, 2),
+        (2, 0.5, 4),
+        (2, 0.6, 2),
+        (1, 0.1, 10),
+        (0, 0.5, 0),
+    ],
+)
+def test_a_worker_is_on_one_gpu_or_takes_whole_ones(gpus, num_gpus, workers):
+    assert workers_on(gpus, num_gpus) == workers
+
+
+@pytest.mark.parametrize(("num_gpus", "workers"), [(1.0, 3), (0.5, 6), (0.6, 3), (2.0, 1)])
+def test_workers_are_as_many_as_have_room_on_every_node(num_gpus, workers, monkeypatch):
+    nodes: list[dict[str, Any]] = [
+        {"Alive": True, "Labels": {}, "Resources": {"CPU": 16, "GPU": 2}},
+        {"Alive": True, "Labels": {}, "Resources": {"CPU": 16, "GPU": 1}},
+        {"Alive": False, "Labels": {}, "Resources": {"CPU": 16, "GPU": 8}},
+    ]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    backend = RayBackend(device="cuda", num_gpus=num_gpus)
+    assert backend._sizes(100)[0] == workers
+
+
+def test_one_and_a_half_gpus_are_refused():
+    with pytest.raises(SpecError, match=r"--num-gpus 1\.5: a worker takes whole GPUs"):
+        How.checked({"num_gpus": 1.5})
+
+
+def test_workers_here_share_gpus(monkeypatch):
+    monkeypatch.setattr(devices, "resolved", lambda device: "cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert How.checked({"num_gpus": 0.5}).num_workers == 4
+    assert How.checked({}).num_workers == 2
+
+
+def test_a_part_of_a_gpu_is_a_part_of_its_memory(monkeypatch):
+    taken = []
+    monkeypatch.setattr(memory, "_gpu_share", 1.0)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", taken.append)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70, 80))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 15)
+    device = torch.device("cuda")
+    assert memory.free_bytes(device) == 65  # of the whole GPU
+    memory.share_gpu(0.5)
+    assert taken == [0.5]
+    assert memory.free_bytes(device) == 25

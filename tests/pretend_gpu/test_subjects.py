@@ -1,0 +1,47 @@
+"""Every engine, operator, solver and trainer on the pretended GPU: its numbers, and its waits."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .pretend import PretendGpu, PretendTensor
+from .subjects import SUBJECTS, Subject
+
+CPU = torch.device("cpu")
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    """The tensors of a tree, on the CPU."""
+    return [
+        (leaf.held if isinstance(leaf, PretendTensor) else leaf).detach()
+        for leaf in pytree.tree_leaves(tree)
+        if isinstance(leaf, Tensor)
+    ]
+
+
+def hold(subject: Subject, gpu: PretendGpu) -> list[Tensor]:
+    """Require no more waits than are allowed; the results of two units."""
+    work = subject.start(gpu.device)
+    work(1)
+    with gpu.counting() as one:
+        work(1)
+    with gpu.counting() as two:
+        found = tensors(work(2))
+    each = len(two) - len(one)
+    told = "\n".join([f"{each} a {subject.unit}, {len(one) - each} once", *map(str, two)])
+    assert each <= subject.most, told
+    assert len(two) <= subject.once + 2 * subject.most, told
+    return found
+
+
+@pytest.mark.parametrize("subject", SUBJECTS.values(), ids=SUBJECTS)
+def test_the_numbers_are_those_of_the_cpu_and_the_waits_few(subject: Subject, gpu: PretendGpu):
+    found = hold(subject, gpu)
+    expected = tensors(subject.start(CPU)(2))
+    assert len(found) == len(expected) > 0
+    for ours, theirs in zip(found, expected, strict=True):
+        scale = float(theirs.double().abs().max()) if theirs.numel() else 0.0
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * scale)
