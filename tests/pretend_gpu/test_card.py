@@ -107,7 +107,7 @@ def test_forms_of_a_convolution_agree(groups, reduction):
 def test_lower_precisions_are_near_and_are_other_numbers(precision, apart, monkeypatch):
     task, model = made("perceptron", CUDA)
     batch = task.batch(torch.arange(48), None)  # type: ignore[arg-type]
-    batch = tuple(t.to(CUDA) for t in batch)
+    batch = batch[0].to(CUDA), batch[1].to(CUDA)
     found = []
     for kind in ("float32", precision):
         monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", kind == "tf32")
