@@ -97,7 +97,8 @@ bench: $(PEERS)/installed
 $(PEERS)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(PEERS)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[cli,bench]"
+	$(PEERS)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[cli]" \
+	    --group bench
 	$(PEERS)/bin/python -m pip install --quiet --no-deps pyDVL==0.10.0
 	touch $@
 

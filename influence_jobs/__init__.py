@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from influence_jobs.terms import Region
     from influence_jobs.training.recorder import Recorder
 
+# The one place that names the version: pyproject.toml, `infl --version` and the records of runs read
+# it here.
+__version__ = "0.2.0"
+
 _HOMES = {
     "influence_jobs.contract": ("check",),
     "influence_jobs.tasks.base": ("Batch", "Draw", "Task"),

@@ -1,7 +1,7 @@
 """The command `infl`."""
 
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -10,6 +10,8 @@ from infl_cli import (
     check,
     cluster,
     data,
+    doctor,
+    render,
     report,
     runs,
     submit,
@@ -18,6 +20,7 @@ from infl_cli import (
 )
 from influence_jobs.errors import DISK_ERRORS, InflError
 from influence_jobs.store.object_files import StorageError, is_of_store, storage_message
+from influence_jobs.store.software import PACKAGE, software
 from influence_jobs.terms import in_a_line
 
 
@@ -36,12 +39,39 @@ app = typer.Typer(
     help="Which training examples did this output of a network come from?",
     epilog="Start with: infl submit grad-norms --layer 11",
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        versions = software()
+        revision = versions.pop("revision", "not known")
+        render.out.print(f"infl {versions.pop(PACKAGE)}, revision {revision}")
+        render.out.print(", ".join(f"{name} {version}" for name, version in versions.items()))
+        raise typer.Exit
+
+
+@app.callback()
+def infl(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            is_eager=True,
+            callback=_print_version,
+            help="Print the versions of infl, its revision, and of torch, ray, zarr and numpy.",
+        ),
+    ] = False,
+) -> None:
+    """Takes the options of `infl` itself."""
+
+
 app.add_typer(submit.app, name="submit")
 app.command("runs")(runs.list_runs)
 for command in (runs.status, runs.logs, runs.stop, runs.resume, runs.verify):
     app.command()(command)
 app.command("init")(check.init)
 app.command("check", context_settings=check.CONTEXT)(check.check)
+app.command("doctor")(doctor.doctor)
 app.command("top")(top.top)
 app.command("report")(report.report)
 app.command("view")(view.view)

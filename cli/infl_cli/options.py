@@ -3,12 +3,14 @@
 import inspect
 import types
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
-from pydantic.fields import FieldInfo
 
 from influence_jobs.store import folder
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
 
 DEFAULT_RUNS = folder.DEFAULT_RUNS
 SCALARS = (bool, int, float, str)
@@ -40,7 +42,7 @@ DryRun = Annotated[
 ]
 
 
-def _known_cluster(address: str | None) -> str | None:
+def known_cluster(address: str | None) -> str | None:
     if address:
         from influence_jobs.home import make_known
 
@@ -52,7 +54,7 @@ Address = Annotated[
     str | None,
     typer.Option(
         metavar="URL",
-        callback=_known_cluster,
+        callback=known_cluster,
         help="The Ray cluster that the run says it is on, if it was not submitted from here. Your "
         "token is sent there.",
     ),
@@ -86,14 +88,14 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def panel_of(field: FieldInfo) -> str:
+def panel_of(field: "FieldInfo") -> str:
     """Heading under which help lists a field of a request."""
     extra = field.json_schema_extra
     assert isinstance(extra, dict)
     return str(extra["panel"])
 
 
-def as_option(name: str, field: FieldInfo) -> tuple[Any, Any]:
+def as_option(name: str, field: "FieldInfo") -> tuple[Any, Any]:
     """A field of a request as Typer takes it: its annotation and default."""
     extra = field.json_schema_extra
     assert isinstance(extra, dict)
@@ -112,7 +114,7 @@ def as_option(name: str, field: FieldInfo) -> tuple[Any, Any]:
     return Annotated[shown, said], default
 
 
-def parameters(fields: Mapping[str, FieldInfo]) -> list[inspect.Parameter]:
+def parameters(fields: "Mapping[str, FieldInfo]") -> list[inspect.Parameter]:
     """The fields of a request as parameters of a command."""
     found = []
     for name, field in fields.items():

@@ -3,14 +3,16 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.cells import cell_len
 from rich.console import Console
 
-from influence_jobs.store.run import Run
 from influence_jobs.terms import in_a_line, shown
+
+if TYPE_CHECKING:
+    from influence_jobs.store.run import Run
 
 
 class _Plain(Console):
@@ -75,7 +77,7 @@ def _cells(values: Sequence[object]) -> list[str]:
     return [format(value, form) if isinstance(value, float) else str(value) for value in values]
 
 
-def run_summary(run: Run, status: str) -> dict[str, Any]:
+def run_summary(run: "Run", status: str) -> dict[str, Any]:
     """What `--json` prints of a run: its id, path, status, arrays and tables."""
     arrays = {}
     for name in run.array_names():

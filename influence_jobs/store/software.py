@@ -7,8 +7,12 @@ from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from influence_jobs.store.documents import Entry
+from influence_jobs import __version__
+
+if TYPE_CHECKING:
+    from influence_jobs.store.documents import Entry
 
 PACKAGE = "influence-jobs"
 _OTHERS = ("torch", "numpy", "zarr", "ray")
@@ -18,8 +22,8 @@ GIT_DEADLINE_S = 5.0
 @cache
 def software() -> dict[str, str]:
     """Versions of installed packages, of `python`, and the git `revision` if it is known."""
-    found = {}
-    for package in (PACKAGE, *_OTHERS):
+    found = {PACKAGE: __version__}
+    for package in _OTHERS:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -30,7 +34,7 @@ def software() -> dict[str, str]:
     return found
 
 
-def other_versions(entries: Iterable[Entry]) -> dict[str, list[str]]:
+def other_versions(entries: "Iterable[Entry]") -> dict[str, list[str]]:
     """Packages of which finished shards have other versions than this process, with theirs."""
     ours, found = software(), dict[str, set[str]]()
     for entry in entries:

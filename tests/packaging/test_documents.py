@@ -21,7 +21,7 @@ from torch.utils.data import TensorDataset
 from torchvision.models import resnet18
 
 from infl_cli.main import app, main
-from influence_jobs import Draw, Task
+from influence_jobs import Draw, Task, __version__
 from influence_jobs.contract import CHECKS, jobs
 
 PROJECT = Path(__file__).parents[2]
@@ -77,7 +77,7 @@ def test_results_are_small() -> None:
 def test_the_citation_names_this_version() -> None:
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
     citation = yaml.safe_load((PROJECT / "CITATION.cff").read_text())
-    assert (citation["version"], citation["license"]) == (project["version"], project["license"])
+    assert (citation["version"], citation["license"]) == (__version__, project["license"])
 
 
 def test_there_are_commands_and_snippets_to_try() -> None:

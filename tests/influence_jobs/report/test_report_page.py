@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from influence_jobs import __version__
 from influence_jobs.errors import SpecError, StoreError
 from influence_jobs.kinds import view_of
 from influence_jobs.kinds.attribution.spec import AttributionSpec
@@ -39,7 +40,7 @@ def test_every_kind_of_run_has_a_section_that_says_how_it_was_made(report, every
         section = re.search(rf'<section id="{kind}-digitstask-\w+".*?</section>', text, re.DOTALL)
         assert section, kind
         assert "What was asked" in section[0]
-        assert "influence-jobs 0.1.0, torch" in section[0], kind
+        assert f"influence-jobs {__version__}, torch" in section[0], kind
         assert "&#34;kind&#34;: &#34;" + kind in section[0]
     assert "http://" not in text.replace("http://www.w3.org", "")
     assert "https://" not in text
