@@ -43,6 +43,7 @@ DryRun = Annotated[
 
 
 def known_cluster(address: str | None) -> str | None:
+    """Remember a cluster that the user names, so that the token may go there."""
     if address:
         from influence_jobs.home import make_known
 

@@ -29,6 +29,7 @@ EXPERIMENT = f"{TRAINED} {QUERIES} {SOLVER} by"
 OPTIONS = {
     "init": "",
     "check": f"{TASK_DATA} device json",
+    "doctor": f"{WHERE} address",
     "runs": WHERE,
     "status": f"{WHERE} follow watch address",
     "logs": "runs",

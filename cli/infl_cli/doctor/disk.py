@@ -61,17 +61,17 @@ def _operations(scratch: Path) -> Iterator[Line]:
     if files.read("replaced") == b"new" and files.names("") == ["replaced"]:
         yield "ok", "replacing a file", "at once, by renaming another"
     else:
-        yield "fail", "replacing a file", "renaming does not replace it: name another disk by --runs"
+        yield (
+            "fail",
+            "replacing a file",
+            "renaming does not replace it: name another disk by --runs",
+        )
     yield _created_once(files)
     try:
         (scratch / "second").hardlink_to(scratch / "replaced")
     except OSError as error:
-        yield (
-            "warn",
-            "hard links",
-            f"{error.strerror}: a power cut may leave a lease or record empty, which "
-            "infl verify --repair mends",
-        )
+        said = f"{error.strerror}: a power cut may leave a lease or record empty"
+        yield "warn", "hard links", f"{said}, which infl verify --repair mends"
     else:
         yield "ok", "hard links", "leases and records are created at once"
 
@@ -79,12 +79,8 @@ def _operations(scratch: Path) -> Iterator[Line]:
 def _created_once(files: "Files") -> Line:
     if files.create("once", b"1") and not files.create("once", b"2"):
         return "ok", "creating a file once", "the second of two is refused, as two drivers need"
-    return (
-        "fail",
-        "creating a file once",
-        "the second of two is not refused, so two drivers could write one run: name another "
-        "place by --runs",
-    )
+    said = "the second of two is not refused, so two drivers could write one run"
+    return "fail", "creating a file once", f"{said}: name another place by --runs"
 
 
 def _space(folder: Path) -> Iterator[Line]:

@@ -17,14 +17,9 @@ PROBE = "infl_cli.doctor.probe"
 class Loading:
     """One process that loads torch and the others, and what it has found of machine and data.
 
-    Args:
-        probe: The module that it runs, which prints a JSON object on each line: a finding (`part`,
-            `mark`, `check`, `said`), or what it is about to do (`doing`).
-        deadline_s: After this long it is ended, and what it was doing is told.
+    It prints a JSON object on each line: a finding (`part`, `mark`, `check`, `said`), or what it is
+    about to do (`doing`).
     """
-
-    def __init__(self, probe: str = PROBE, deadline_s: float = DEADLINE_S) -> None:
-        self._probe, self._deadline_s = probe, deadline_s
 
     def machine(self) -> Iterator[Line]:
         """Packages that do not load, processors, memory, GPUs."""
@@ -51,14 +46,14 @@ class Loading:
     def _found(self) -> tuple[list[dict[str, Any]], str]:
         """The objects that the process printed, and how it ended unless it ended well."""
         # With -P, files in the working directory cannot shadow modules.
-        command = [sys.executable, "-P", "-m", self._probe]
+        command = [sys.executable, "-P", "-m", PROBE]
         try:
             done = subprocess.run(
                 command,
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
-                timeout=self._deadline_s,
+                timeout=DEADLINE_S,
                 check=False,
             )
             said, code, errors = done.stdout, done.returncode, done.stderr
@@ -69,12 +64,12 @@ class Loading:
         if code == 0:
             return lines, ""
         doing = next((line["doing"] for line in reversed(lines) if "doing" in line), "to start")
-        return lines, f"{_how(code, errors, self._deadline_s)} at: {doing}"
+        return lines, f"{_how(code, errors)} at: {doing}"
 
 
-def _how(code: int | None, errors: str, deadline_s: float) -> str:
+def _how(code: int | None, errors: str) -> str:
     if code is None:
-        return f"no end after {deadline_s:.0f} s"
+        return f"no end after {DEADLINE_S:.0f} s"
     if code < 0:
         return f"the process was ended by {signal.Signals(-code).name}"
     last = (errors.strip().splitlines() or [f"exit code {code}"])[-1]

@@ -12,8 +12,9 @@ from packaging.utils import canonicalize_name
 
 import influence_jobs
 from infl_cli.doctor.finding import Line, Mark
+from influence_jobs.store.software import PACKAGE, software
 
-PACKAGE = "influence-jobs"
+REINSTALL = "run: pip install -e '.[cli]' in the folder of the code"
 NEEDED = ("", "cli", "report")  # the plain package, and extras that the command cannot do without
 OPTIONAL = {
     "cloud": "runs on s3://, gs:// and az://",
@@ -28,25 +29,15 @@ NEIGHBOURS = {
 
 def installed() -> Iterator[Line]:
     """Python, this package, and each package that the command needs."""
-    from influence_jobs.store.software import software
-
     yield _infl(software().get("revision"))
     ours = _distribution(PACKAGE)
     if ours is None:
-        yield (
-            "fail",
-            PACKAGE,
-            "runs from a folder and is not installed: its requirements are not known; "
-            "run: pip install -e '.[cli]' in that folder",
-        )
+        said = "runs from a folder and is not installed, so its requirements are not known"
+        yield "fail", PACKAGE, f"{said}; {REINSTALL}"
         return
     if ours.version != influence_jobs.__version__:
-        yield (
-            "warn",
-            PACKAGE,
-            f"the code is {influence_jobs.__version__}, pip has installed {ours.version}: "
-            "run: pip install -e '.[cli]' in the code's folder",
-        )
+        said = f"the code is {influence_jobs.__version__}, pip has installed {ours.version}"
+        yield "warn", PACKAGE, f"{said}; {REINSTALL}"
     yield _python(str(ours.metadata["Requires-Python"] or ""))
     needed = [one for extra in NEEDED for one in _requirements(ours, extra)]
     for requirement in {one.name: one for one in needed}.values():
