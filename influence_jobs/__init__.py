@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from influence_jobs.terms import Region
     from influence_jobs.training.recorder import Recorder
 
-# The one place that names the version: pyproject.toml, `infl --version` and records of runs read it.
+# The one place that names the version; pyproject.toml and the records of runs read it.
 __version__ = "0.2.0"
 
 _HOMES = {

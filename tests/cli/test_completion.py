@@ -1,6 +1,7 @@
 """Completion of words in bash and zsh, as the shells ask for it."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -49,6 +50,10 @@ def _shell(shell: str, script: str, bin_folder: Path) -> list[str]:
     return done.stdout.splitlines()
 
 
+def _zsh_names(told: str) -> list[str]:
+    return sorted(re.findall(r'"([\w-]+)":"', told))
+
+
 def test_there_are_several_kinds_that_begin_alike() -> None:
     assert {"grad-norms", "gradients", "gradient-scores"} <= set(KINDS)
 
@@ -71,7 +76,7 @@ def test_what_bash_is_told(words: str, found: list[str]) -> None:
 def test_what_zsh_is_told() -> None:
     told = _asked(_INFL_COMPLETE="complete_zsh", _TYPER_COMPLETE_ARGS="infl submit gr")
     assert told[0].startswith("_arguments '*: :((")
-    assert sorted(line.split('"')[1] for line in told) == KINDS
+    assert _zsh_names("".join(told)) == KINDS
 
 
 def test_bash_completes(bin_folder: Path) -> None:
@@ -93,10 +98,10 @@ def test_zsh_completes(bin_folder: Path) -> None:
     autoload -Uz compinit && compinit -D -u
     source <(_INFL_COMPLETE=source_zsh infl)
     echo $_comps[infl]
-    _arguments() { echo $2 }
+    _arguments() { print -r -- $1 }
     words=(infl submit gr) CURRENT=3
     _infl_completion
     """
-    bound, *told = _shell("zsh", script, bin_folder)
+    bound, told = _shell("zsh", script, bin_folder)
     assert bound == "_infl_completion"
-    assert sorted(line.split('"')[1] for line in told) == KINDS
+    assert _zsh_names(told) == KINDS
