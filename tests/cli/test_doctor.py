@@ -24,6 +24,7 @@ from infl_cluster import head as heads
 from influence_jobs.errors import RuntimeFault
 from influence_jobs.store.files import LocalFiles, open_files
 
+INSTALL = Path(__file__).parents[2] / "docs" / "install.md"
 Infl = Callable[..., Any]
 Lines = list[tuple[str, str, str]]
 
@@ -60,6 +61,7 @@ def test_this_machine_is_well_and_nothing_stays_behind(infl: Infl, tmp_path: Pat
     findings = answer.json["findings"]
     sections = ["installed", "this machine", "Ray", "disk", "data", "extras"]
     assert list(dict.fromkeys(finding["section"] for finding in findings)) == sections
+    assert [name for name in sections if f"\n| {name} |" not in INSTALL.read_text()] == []
     found = {finding["check"]: finding for finding in findings}
     assert found["torch"]["said"].startswith(torch.__version__.partition("+")[0])
     assert found["loading"]["mark"] == found["runs folder"]["mark"] == "ok"

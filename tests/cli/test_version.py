@@ -1,6 +1,8 @@
 """Which version this is: one place says it, and everything else repeats that."""
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +29,17 @@ def test_the_command_tells_versions_and_revision(
     assert first == f"infl {influence_jobs.__version__}, revision 0123456789ab+changes"
     for package in ("torch", "ray", "zarr"):
         assert f"{package} {version(package)}" in second.split(", ")
+
+
+def test_it_is_told_without_loading_torch_or_ray() -> None:
+    code = (
+        "import atexit, sys\n"
+        "atexit.register(lambda: print({'torch', 'ray'} & set(sys.modules)))\n"
+        "sys.argv = ['infl', '--version']\n"
+        "from infl_cli.entry import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"
 
 
 def test_the_newest_release_of_the_changelog_is_this_version() -> None:

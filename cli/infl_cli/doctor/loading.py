@@ -10,7 +10,7 @@ from typing import Any
 
 from infl_cli.doctor.finding import Line
 
-DEADLINE_S = 180.0  # a first import on a slow disk takes a minute
+DEADLINE_S = 600.0  # a first import takes minutes on a slow disk or a machine that is overloaded
 PROBE = "infl_cli.doctor.probe"
 
 
