@@ -1,13 +1,15 @@
 """`infl doctor`: each thing that can be wrong is found, named, and has its cure."""
 
 import errno
+import importlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.metadata import Distribution, PackageNotFoundError
 from pathlib import Path
@@ -29,7 +31,7 @@ Infl = Callable[..., Any]
 Lines = list[tuple[str, str, str]]
 
 
-def _only(lines: Iterator[Any] | Lines, check: str) -> tuple[str, str]:
+def _only(lines: Iterable[Any], check: str) -> tuple[str, str]:
     """Mark and text of the one line about something."""
     ((mark, _, said),) = [line for line in lines if line[1] == check]
     return mark, said
@@ -254,7 +256,7 @@ def test_a_package_that_does_not_load_is_told_with_its_cure(
     said = f"does not load, RuntimeError: operator nms does not exist; {cure}"
     assert told == [("fail", "broken_here", said)]
     monkeypatch.setattr(probe, "LOADED", {"torch": "torch"})
-    monkeypatch.setattr(probe.importlib, "import_module", lambda name: 1 / 0)
+    monkeypatch.setattr(importlib, "import_module", lambda name: 1 / 0)
     assert not probe.load()
 
 
@@ -383,7 +385,7 @@ def test_a_machine_without_loopback_is_told(monkeypatch: pytest.MonkeyPatch) -> 
     def refused(*_: object, **__: object) -> None:
         raise OSError(errno.ENETUNREACH, "Network is unreachable")
 
-    monkeypatch.setattr(ray.socket, "create_server", refused)
+    monkeypatch.setattr(socket, "create_server", refused)
     mark, said = _only(ray.local(), "ports")
     assert mark == "warn"
     assert "--local computes without it" in said
