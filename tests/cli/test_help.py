@@ -13,7 +13,7 @@ from infl_cli.main import app
 
 TASK_DATA = "option"
 WHERE = "runs json"
-HOW = f"{WHERE} address device num-gpus local detach trust"
+HOW = f"{WHERE} address device num-gpus node-label local detach stalled-after trust"
 
 TRAINED = f"{HOW} {TASK_DATA} dry-run task checkpoint preset epochs workers"
 QUERIES = "test test-set point region tokens quantity noise-draws seed"
