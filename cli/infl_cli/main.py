@@ -15,6 +15,7 @@ from infl_cli import (
     report,
     runs,
     submit,
+    suspects,
     top,
     view,
 )
@@ -73,6 +74,7 @@ app.command("init")(check.init)
 app.command("check", context_settings=check.CONTEXT)(check.check)
 app.command("doctor")(doctor.doctor)
 app.command("top")(top.top)
+app.command("suspects")(suspects.suspects)
 app.command("report")(report.report)
 app.command("view")(view.view)
 app.add_typer(cluster.app, name="cluster")

@@ -189,8 +189,7 @@ class EkFac(Solver):
         if not isinstance(operator, GaussNewton):
             raise _not_gauss_newton()
         self._groups(operator)  # looks at the samples
-        factors = self._fitted(operator, no_progress)
-        damping = self._damping or self._share_of(factors.largest())
+        factors, damping = self._fitted(operator, no_progress), self.damping_for(operator)
         for name, block in factors.blocks.items():
             if not isinstance(block, MatrixBlock) or not block.complete:
                 raise ModelError(
@@ -202,6 +201,13 @@ class EkFac(Solver):
             for name, block in factors.blocks.items()
             if isinstance(block, MatrixBlock)
         }
+
+    def damping_for(self, operator: Operator) -> float:
+        if self._damping is not None:
+            return self._damping
+        if not isinstance(operator, GaussNewton):
+            raise _not_gauss_newton()
+        return self._share_of(self._fitted(operator, no_progress).largest())
 
     def _share_of(self, largest: float) -> float:
         """Lambda, of the largest eigenvalue of all blocks."""

@@ -95,15 +95,20 @@ class GradQuadratics(TappedModel):
 
     def _require_plain(self, batch: Any) -> None:
         """Refuse layers whose rule does not hold, as the first batch shows."""
-        modules = {name: rule.module for name, rule in self._layers.items()}
-        usage = self._usage(batch, modules)
-        for name, module in modules.items():
-            if not usage.plain(name, module.parameters()):
+        plain = self.plain_layers(batch)
+        for name in self._layers:
+            if name not in plain:
                 raise ModelError(
                     f"layer '{name}' has no {self._result}: its weights are used otherwise than in "
                     "one call of it, or the first axis of its output is not the sample; leave the "
-                    "layer out, or divide by nothing (without --relative)"
+                    "layer out (relative influence: or divide by nothing, without --relative)"
                 )
+
+    def plain_layers(self, batch: Any) -> tuple[str, ...]:
+        """The layers that have quadratic forms, as a batch of two samples or more shows them."""
+        modules = {name: rule.module for name, rule in self._layers.items()}
+        usage = self._usage(batch, modules)
+        return tuple(n for n, module in modules.items() if usage.plain(n, module.parameters()))
 
     def _may_repeat(self, name: str) -> bool:
         return False

@@ -29,7 +29,7 @@ from influence_jobs.tasks.base import Task
 from influence_jobs.tasks.registry import make_task, task_class
 from influence_jobs.views.base import RankedRow
 from influence_jobs.views.contact_sheet import Cell, Row
-from influence_jobs.views.norms import NormsView, StoredNorms
+from influence_jobs.views.norms import StoredNorms
 from influence_jobs.views.ranking import places
 from influence_jobs.views.scores import ScoresView
 from influence_jobs.views.sheets import NoData, query_cell, query_words, region_of, sample_cells
@@ -59,6 +59,7 @@ class Pages:
         except DataError as error:  # the rest can be shown without pictures
             self.absent = str(error)
         self.explainer = lru_cache(maxsize=4)(self._explainer)
+        self.first = lru_cache(maxsize=len(self.runs))(self._first)
         self.samples = lru_cache(maxsize=len(self.runs))(self._samples)
 
     def render(self, template: str, **values: Any) -> Response:
@@ -138,6 +139,7 @@ class Pages:
             "viewer-overview.html.j2",
             states=self._states(),
             absent=self.absent,
+            ranked=self._ranked(),
             choices=choices,
             wanted=wanted,
             cells=cells,
@@ -150,6 +152,20 @@ class Pages:
             images=[query_words(self.task, test) for test in images],
             tables=[(run.id, view_of(run).title, run.table_names()) for run in self.runs.values()],
         )
+
+    def _ranked(self) -> list[Row]:
+        """The first samples of each finished run that ranks them without queries or layers."""
+        return [
+            Row(None, None, title, self._sample_cells(ranked, {}))
+            for title, ranked in (self.first(run.id) for run in self.finished)
+            if ranked
+        ]
+
+    def _first(self, run_id: str) -> tuple[str, list[dict[str, Any]]]:
+        view = view_of(self.runs[run_id])
+        if view.ranks in ("", "scores", "norms"):
+            return view.title, []
+        return view.title, next(iter(view.top(PER_PAGE).values()))
 
     def progress(self, _request: Request) -> Response:
         return self.render("viewer-progress.html.j2", states=self._states())
@@ -285,16 +301,10 @@ class Pages:
                         )
                     )
                 blocks.append((view.ranking(side), lines))
-        norms = [
-            (
-                view.run.id,
-                layer,
-                float(np.sum(view.run.read_rows(array, sample, sample + 1), dtype=np.float64)),
-            )
+        numbers = [
+            (view.run.id, name, value)
             for view in map(view_of, self.finished)
-            if isinstance(view, NormsView)
-            for layer, array in view.arrays.items()
-            if array in view.run.array_names()
+            for name, value in view.numbers_of(sample)
         ]
         (cell,) = self._sample_cells([described], {})
         return self.render(
@@ -303,7 +313,7 @@ class Pages:
             sample=sample,
             described={k: v for k, v in described.items() if k not in ("sample", "score")},
             blocks=blocks,
-            norms=norms,
+            numbers=numbers,
         )
 
     def image(self, request: Request) -> Response:

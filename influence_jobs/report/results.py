@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from os import PathLike
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import xarray as xr
@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from influence_jobs.errors import SpecError, StoreError
 from influence_jobs.kinds import view_of
+from influence_jobs.kinds.self_influence.view import SelfInfluenceView
 from influence_jobs.report.html import results_html
 from influence_jobs.specs.base import Spec
 from influence_jobs.store import layout
@@ -124,10 +125,8 @@ class Results:
             StoreError: The run is not done.
         """
         view = self._view
-        if view.ranks and self.state != "done":
-            raise StoreError(
-                f"{self.run.id} is not done yet: infl resume {self.run.id}{for_runs(self.run.root)}"
-            )
+        if view.ranks:
+            self._require_done()
         tests = [test] if isinstance(test, int) else test
         ranked = view.top(k, layer=layer, tests=tests, side=side, channel=channel)
         if view.ranks != "norms":
@@ -135,6 +134,34 @@ class Results:
         named = {array: self.run.array(array).attrs.get("layer", array) for array in ranked}
         rows = [{"layer": named[array], **row} for array, found in ranked.items() for row in found]
         return pa.Table.from_pylist(rows)
+
+    def suspects(
+        self, k: int = 20, *, by: Literal["self-influence", "loss"] = "self-influence"
+    ) -> pa.Table:
+        """The samples whose labels are most likely wrong, as in `infl suspects`.
+
+        Returns:
+            Columns `rank`, `sample`, `label`, `predicted`, `probability` (of what is predicted),
+            `loss`, the task's description of the sample, and `self_influence`.
+
+        Raises:
+            SpecError: The run is none of self-influence, or its samples have not one class each.
+            StoreError: The run is not done.
+        """
+        view = self._view
+        if not isinstance(view, SelfInfluenceView):
+            raise SpecError(
+                f"{self.run.id} has no predictions beside its labels: submit self-influence with "
+                "the same checkpoint"
+            )
+        self._require_done()
+        return pa.Table.from_pylist(view.suspects(k, by=by))
+
+    def _require_done(self) -> None:
+        if self.state != "done":
+            raise StoreError(
+                f"{self.run.id} is not done yet: infl resume {self.run.id}{for_runs(self.run.root)}"
+            )
 
     @property
     def _view(self) -> View[Any]:

@@ -21,6 +21,11 @@ LAYER = (
     "`*lora*`, or all: all that have a number. module:3 is the module named 3. May be repeated."
 )
 
+LAMBDA = (
+    "Lambda, added to the eigenvalues of the curvature; by default (1 - momentum) / (learning "
+    "rate x steps) + weight decay of a training by SGD, else .001 of the largest eigenvalue."
+)
+
 
 class WeightsRequest(Request):
     """Base of the requests that need trained weights of a task."""
@@ -129,7 +134,25 @@ def _number_or_word(value: Any) -> Any:
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
-class CurvatureBase(Options):
+class DampingOptions(Options):
+    """The curvature's samples, and what is added to its eigenvalues."""
+
+    damping: One[float | None] = option(None, LAMBDA, panel=CURVATURE)
+    curvature_samples: Annotated[int | str | None, BeforeValidator(_number_or_word)] = option(
+        None,
+        "Number of random training samples to measure the curvature on, or all; by default all, up "
+        "to 10^10 samples x parameters of the model, but never fewer than 10,000.",
+        panel=CURVATURE,
+    )
+    precision: ScorePrecision | None = option(
+        None,
+        "Precision of the computation and of what is stored; by default float64 for a model that "
+        "is built in it, else float32.",
+        panel=CURVATURE,
+    )
+
+
+class CurvatureBase(DampingOptions):
     """How the curvature is measured and inverted."""
 
     solver: Literal[*SolverSettings.by_name] | None = option(  # type: ignore[valid-type]
@@ -137,9 +160,7 @@ class CurvatureBase(Options):
     )
     damping: One[float | None] = option(
         None,
-        "Lambda, added to the eigenvalues of the curvature; by default (1 - momentum) / (learning "
-        "rate x steps) + weight decay of a training by SGD, else .001 of the largest eigenvalue. "
-        "With --scale, as in published LiSSA settings, lambda is damping x scale.",
+        f"{LAMBDA} With --scale, as in published LiSSA settings, lambda is damping x scale.",
         panel=CURVATURE,
     )
     operator: Literal["gauss-newton", "hessian"] = option(
@@ -149,18 +170,6 @@ class CurvatureBase(Options):
     )
     product: Literal["exact", "finite-difference"] = option(
         "exact", "How the Hessian is multiplied with a vector.", panel=CURVATURE
-    )
-    precision: ScorePrecision | None = option(
-        None,
-        "Precision of the vectors and of the scores; by default float64 for a model that is built "
-        "in it, else float32.",
-        panel=CURVATURE,
-    )
-    curvature_samples: Annotated[int | str | None, BeforeValidator(_number_or_word)] = option(
-        None,
-        "Number of random training samples to measure the curvature on, or all; by default all, up "
-        "to 10^10 samples x parameters of the model, but never fewer than 10,000.",
-        panel=CURVATURE,
     )
 
 

@@ -1,15 +1,25 @@
 """From the curvature options to specs of s_test vectors."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
 
 from influence_jobs.errors import ModelError, SpecError
-from influence_jobs.gradients.rules import has_factors, matrix_layers
+from influence_jobs.gradients import GradQuadratics
+from influence_jobs.gradients.rules import (
+    MatrixRule,
+    has_factors,
+    matrix_layers,
+    nearest_rule,
+    supported,
+)
 from influence_jobs.jobs.recipe import scheduled_damping
 from influence_jobs.kinds.s_test.spec import STestSpec
 from influence_jobs.kinds.train.spec import Checkpoint, TrainedCheckpoint
 from influence_jobs.requests.base import Say
-from influence_jobs.requests.options import SETTINGS, CurvatureOptions
+from influence_jobs.requests.options import SETTINGS, CurvatureOptions, DampingOptions
 from influence_jobs.requests.subject import Subject
 from influence_jobs.specs.base import make_spec
 from influence_jobs.specs.queries import Queries
@@ -19,8 +29,12 @@ from influence_jobs.specs.solvers import (
     LissaSettings,
     SolverSettings,
 )
-from influence_jobs.tasks.base import Task, dtype_of
+from influence_jobs.tasks.base import Draw, Task, converted, dtype_of, to_type
 from influence_jobs.tasks.layers import by_type, left_out, resolve_layers, trained_modules
+from influence_jobs.terms import ScorePrecision
+
+if TYPE_CHECKING:
+    from influence_jobs.kinds.self_influence.request import SelfInfluenceRequest
 
 # Without --curvature-samples: all, as 1,000 of 5,000 gave half the LDS; but samples x parameters,
 # the cost of a product, have a limit.
@@ -103,14 +117,77 @@ def require_used(request: CurvatureOptions, methods: Sequence[str]) -> None:
             )
 
 
-def _solver(request: CurvatureOptions, say: Say) -> SolverSettings:
+def self_solvers_of(
+    request: "SelfInfluenceRequest", subject: Subject, say: Say
+) -> tuple[Curvature, tuple[SolverSettings, ...]]:
+    """The curvature of self-influence, and the solver for each checkpoint of the subject.
+
+    Raises:
+        SpecError: An option does not fit the solver or is out of range.
+    """
+    built, solver = subject.built, _solver(request, say)
+    samples = _curvature_samples(request.curvature_samples, built)
+    curvature = make_spec(Curvature, samples=samples, seed=request.seed)
+    return curvature, tuple(
+        _with_damping(solver, curvature, checkpoint, built) for checkpoint in subject.checkpoints
+    )
+
+
+def factored_modules(task: Task, wanted: Sequence[str | int], say: Say) -> tuple[str, ...]:
+    """The layers whose gradients have a quadratic form in an eigenbasis of Kronecker factors.
+
+    Args:
+        wanted: The user's names of layers; empty for all that have one.
+
+    Raises:
+        SpecError: A layer that the user names has none.
+        ModelError: No layer has one; or as `GradQuadratics` and `converted`.
+    """
+    model, converts = converted(task, torch.device("cpu"))
+    names = resolve_layers(wanted, task, say) if wanted else trained_modules(model)
+    modules = dict(model.named_modules())
+    found = tuple(name for name in names if name in modules and _is_whole(modules[name]))
+    if found:
+        dtype = dtype_of(model)
+        batch = task.batch(torch.arange(min(2, len(task.train_data()))), Draw(seed=0))
+        precision: ScorePrecision = "float64" if dtype == torch.float64 else "float32"
+        forms = dict.fromkeys(found)
+        with GradQuadratics(model, forms, task.losses, precision=precision) as engine:
+            found = engine.plain_layers(to_type(batch, dtype) if converts else batch)
+    if not found or (wanted and len(found) < len(names)):
+        without = by_type(model, [name for name in names if name not in found])
+        kind = SpecError if wanted else ModelError
+        raise kind(
+            f"self-influence is of layers ({matrix_layers()}) whose parameters are all trained and "
+            f"used in one call, and these are not: {without}; leave them out, or use "
+            "infl submit baseline --method norm, the norms of any layer's gradients"
+        )
+    if not wanted and (others := left_out(model, found)):
+        say(
+            f"self-influence is through {len(found)} of {len(found) + len(others)} layers; "
+            f"without factors, so left out: {by_type(model, others)}"
+        )
+    return found
+
+
+def _is_whole(module: nn.Module) -> bool:
+    """Whether EK-FAC factors a layer with all of its parameters, and the engine has its rule."""
+    return (
+        supported(module)
+        and has_factors(module)
+        and isinstance(nearest_rule(module), MatrixRule)
+        and all(parameter.requires_grad for parameter in module.parameters())
+    )
+
+
+def _solver(request: DampingOptions, say: Say) -> SolverSettings:
     scale = getattr(request, "scale", None)
     damping = request.damping
     if damping is not None and scale is not None:
         damping *= scale  # effective lambda at the fixed point of the published recursion
     given: Mapping[str, Any] = {
         "damping": damping,
-        **{name: getattr(request, name) for name in SETTINGS},
+        **{name: getattr(request, name, None) for name in SETTINGS},
     }
     chosen = {name: value for name, value in given.items() if value is not None}
     of_lissa = chosen.keys() & (
@@ -127,7 +204,7 @@ def _solver(request: CurvatureOptions, say: Say) -> SolverSettings:
                 f"{_flag(name)} has no meaning for --solver {name_of_solver}: leave it out"
             )
     for name in ("operator", "product", "curvature_samples"):
-        if not kind.uses_curvature and request.given(name):
+        if not kind.uses_curvature and name in type(request).model_fields and request.given(name):
             raise SpecError(
                 f"{_flag(name)} has no meaning for --solver {name_of_solver}: leave it out"
             )

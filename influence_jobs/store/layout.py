@@ -88,6 +88,10 @@ def segment_name(segment: int) -> str:
     return f"segments/{segment + 1}"
 
 
+SELF_INFLUENCE = "self_influence"
+LABELS = "labels"
+PREDICTED = "predicted"
+PROBABILITY = "probability"
 GRAM = "gram"
 LOSSES_OF_ROWS = "losses"
 INDEX = "index.faiss"

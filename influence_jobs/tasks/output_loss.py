@@ -268,3 +268,14 @@ def _alike(a_B: Tensor, b_B: Tensor) -> Tensor:
     # Relative to the largest loss, since a loss near zero may be a difference of large numbers.
     difference = (a_B - b_B).abs().max()
     return difference <= RELATIVE_ERROR * torch.maximum(a_B.abs().max(), b_B.abs().max())
+    return bool(difference <= RELATIVE_ERROR * torch.maximum(a_B.abs().max(), b_B.abs().max()))
+
+
+def has_one_class_each(task: "Task") -> bool:
+    """Whether a sample has one class, whose cross-entropy is its loss; no sequence of them."""
+    from influence_jobs.tasks.base import Draw
+
+    if task.output_loss != "cross-entropy":
+        return False
+    targets = task.targets(task.batch(torch.tensor([0]), Draw(0)))
+    return not targets.is_floating_point() and targets.shape == (1,)

@@ -103,6 +103,10 @@ class View(ABC, Generic[S]):
         """
         raise SpecError(f"{self.run.id} ranks no samples: infl report {self.run.id}{self.more}")
 
+    def numbers_of(self, sample: int) -> list[tuple[str, float]]:
+        """What the run says of a training sample alone: names and numbers."""
+        return []
+
     @property
     def stored_norms(self) -> "StoredNorms | None":
         """The norms of channels that the run has or was computed from; None if it has none."""

@@ -84,6 +84,16 @@ class NormsView(View[S]):
             chosen = {name: chosen[name] for name in meant}
         return ranked_norms(self.run, chosen, k, channel=channel)
 
+    def numbers_of(self, sample: int) -> list[tuple[str, float]]:
+        return [
+            (
+                f"norm at {layer}",
+                float(np.sum(self.run.read_rows(array, sample, sample + 1), dtype=np.float64)),
+            )
+            for layer, array in self.arrays.items()
+            if array in self.run.array_names()
+        ]
+
     def histograms(self) -> "Iterator[Shown]":
         """The distribution of every layer's norms."""
         for layer, array in self.arrays.items():

@@ -16,6 +16,7 @@ from influence_jobs.views.contact_sheet import Cell, Picture, Row
 from influence_jobs.views.ranking import by_query, place_words
 from influence_jobs.views.table import cell_text
 
+PER_LINE = 5  # samples in a row that has no query
 # Columns of ranked rows that are not descriptions of the sample by the task.
 _RANKING = {
     "test",
@@ -79,6 +80,16 @@ def layer_rows(task: Task, ranked: Sequence[RankedRow]) -> list[Row]:
         Row(None, None, f"layer {layer}", sample_cells(task, of_one, {}))
         for layer, of_one in _grouped(ranked, "layer").items()
     ]
+
+
+def plain_rows(task: Task, ranked: Sequence[RankedRow]) -> list[Row]:
+    """Rows of `PER_LINE` samples, the first of the ranking first."""
+    lines = [ranked[i : i + PER_LINE] for i in range(0, len(ranked), PER_LINE)]
+    return [
+        Row(None, None, f"rank {1 + PER_LINE * i} to {PER_LINE * i + len(line)}",
+            sample_cells(task, line, {}))
+        for i, line in enumerate(lines)
+    ]  # fmt: skip
 
 
 def _grouped(ranked: Sequence[RankedRow], name: str) -> dict[Any, list[RankedRow]]:
@@ -149,11 +160,18 @@ def sample_cells(
     with contextlib.suppress(SpecError):  # a task may have no pictures
         pictures = list(task.pictures(np.array([row["sample"] for row in ranked])))
     for i, (picture, row) in enumerate(zip(pictures, ranked, strict=True)):
-        measure = "score" if "score" in row else "norm"
+        # Rankings of other kinds have it last.
+        measure = next((name for name in ("score", "norm") if name in row), [*row][-1])
         lines = [
             f"{row['sample']}",
-            f"{measure} {cell_text(row[measure])}",
-            *_described({name: text for name, text in row.items() if name not in _RANKING}),
+            f"{measure.replace('_', '-')} {cell_text(row[measure])}",
+            *_described(
+                {
+                    name: cell_text(text) if isinstance(text, float) else text
+                    for name, text in row.items()
+                    if name not in _RANKING and name != measure
+                }
+            ),
             *([more[i]] if more else ()),
         ]
         matches = classes and "label" in known and row.get("label") == known["label"]
