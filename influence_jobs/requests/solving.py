@@ -126,6 +126,11 @@ def self_solvers_of(
         SpecError: An option does not fit the solver or is out of range.
     """
     built, solver = subject.built, _solver(request, say)
+    if solver.uses_curvature and built.output_loss is None:
+        raise SpecError(
+            f"{type(built).__name__} does not say what its loss is of, which the curvature needs: "
+            "define outputs(), targets() and output_loss, or use --solver identity"
+        )
     samples = _curvature_samples(request.curvature_samples, built)
     curvature = make_spec(Curvature, samples=samples, seed=request.seed)
     return curvature, tuple(

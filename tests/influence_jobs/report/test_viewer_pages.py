@@ -10,10 +10,12 @@ import pytest
 from infl_cluster.driver import drive
 from infl_cluster.inline import InlineBackend
 from influence_jobs.kinds import view_of
+from influence_jobs.kinds.self_influence.spec import SelfInfluenceSpec
 from influence_jobs.methods.attribution import clamped_outputs
 from influence_jobs.report import explain
 from influence_jobs.report.explain import Explainer
 from influence_jobs.report.results import Results
+from influence_jobs.specs.solvers import IdentitySettings
 from influence_jobs.store.run import Run
 
 
@@ -152,3 +154,26 @@ def test_scores_are_shown_in_words_where_images_are_gone(
         assert answer.status_code == 404
         assert f"{tmp_path}/gone" in answer.text
     assert viewer.get("/sample/99999999999999999999999").status_code == 404
+
+
+def test_samples_that_are_ranked_without_queries_are_shown_and_lead_on(
+    grad_norms_spec, trained_root, asking, tmp_path
+) -> None:
+    shutil.copytree(trained_root, tmp_path / "runs")
+    spec = SelfInfluenceSpec(
+        task=grad_norms_spec.task,
+        checkpoint=grad_norms_spec.checkpoints[0],
+        modules=("head",),
+        solver=IdentitySettings(),
+    )
+    run = Run.create(str(tmp_path / "runs"), spec)
+    drive(run.root, run.id, InlineBackend())
+    viewer = asking(run)
+    page = viewer.get("/").text
+    best = Results(run.root, run.id).suspects(24)
+    assert samples_of(page) == best.column("sample").to_pylist()
+    first = best.to_pylist()[0]
+    assert "<h2>Self-influence (digitstask, no curvature)</h2>" in page
+    assert f"predicted {first['predicted']}" in page
+    own = viewer.get(f"/sample/{first['sample']}").text
+    assert f"<dt>predicted</dt><dd>{first['predicted']} " in own
