@@ -22,8 +22,11 @@ def suspects(
     k: Annotated[int, typer.Option(min=1, help="How many samples.")] = 20,
     by: Annotated[
         Literal["self-influence", "loss"],
-        typer.Option(help="What they are ranked by: the largest come first."),
-    ] = "self-influence",
+        typer.Option(
+            help="What they are ranked by: the largest come first. The loss found more wrong "
+            "labels where it was tried: docs/use-cases/mislabelled.md."
+        ),
+    ] = "loss",
     csv: Annotated[Path | None, typer.Option(help="Write the table to this file.")] = None,
     png: Annotated[
         Path | None, typer.Option(help="Write the samples' pictures to this file.")

@@ -135,9 +135,7 @@ class Results:
         rows = [{"layer": named[array], **row} for array, found in ranked.items() for row in found]
         return pa.Table.from_pylist(rows)
 
-    def suspects(
-        self, k: int = 20, *, by: Literal["self-influence", "loss"] = "self-influence"
-    ) -> pa.Table:
+    def suspects(self, k: int = 20, *, by: Literal["self-influence", "loss"] = "loss") -> pa.Table:
         """The samples whose labels are most likely wrong, as in `infl suspects`.
 
         Returns:

@@ -27,7 +27,7 @@ def test_suspects_with_their_evidence(infl: Callable[..., Any]) -> None:
     found = infl("suspects", run, "--k", 4, "--csv", "suspects.csv", "--png", "suspects.png")
     assert found.code == 0, found.err
     said, heads, *rows = found.out.splitlines()
-    assert said.startswith("4 samples with the largest self-influence; for ")
+    assert said.startswith("4 samples with the largest loss; for ")
     assert heads.split() == [
         "rank", "sample", "label", "predicted", "probability", "loss", "self_influence",
     ]  # fmt: skip
@@ -42,15 +42,16 @@ def test_suspects_with_their_evidence(infl: Callable[..., Any]) -> None:
     assert results.run.id == run
     values = np.asarray(results["self_influence"])
     best = np.argsort(-values, kind="stable")[:4].tolist()
-    assert results.suspects(4).column("sample").to_pylist() == best
+    assert results.suspects(4, by="self-influence").column("sample").to_pylist() == best
     assert results.top_k(4).column("sample").to_pylist() == best
     by_loss = np.argsort(-np.asarray(results["losses"]), kind="stable")[:4].tolist()
-    assert results.suspects(4, by="loss").column("sample").to_pylist() == by_loss
+    assert results.suspects(4).column("sample").to_pylist() == by_loss
 
     top = infl("top", run, "--k", 4)
     assert top.out.splitlines()[0].startswith("self_influence: g^T (G + lambda I)^-1 g")
     page = Path(infl("report", run).out.split()[0]).read_text()
     assert "The 20 samples with the largest self-influence" in page
+    assert "The 20 samples with the largest loss" in page
 
 
 def test_suspects_are_refused_where_no_label_can_be_wrong(

@@ -1,6 +1,6 @@
 """Self-influence: a quadratic form of every training sample's gradient."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -51,6 +51,7 @@ class SelfInfluenceJob(SampleJob[SelfInfluenceSpec]):
 
     spec_type = SelfInfluenceSpec
     passes = 1
+    _notes: Sequence[str] = ()
 
     @property
     def title(self) -> str:
@@ -168,7 +169,12 @@ class SelfInfluenceJob(SampleJob[SelfInfluenceSpec]):
         if not isinstance(solver, EkFac):
             return dict.fromkeys(spec.modules), None
         solver.saved = SavedFactors(self.run_store.files)
-        operator = GaussNewton(
+        operator = self._operator()
+        return {**solver.metrics(operator, power=1)}, solver.damping_for(operator)
+
+    def _operator(self) -> GaussNewton:
+        spec = self.spec
+        return GaussNewton(
             self.model,
             ParameterSpace(self.model, spec.modules),
             self.task,
@@ -176,7 +182,6 @@ class SelfInfluenceJob(SampleJob[SelfInfluenceSpec]):
             Draw(spec.curvature.seed),
             self.batching,
         )
-        return {**solver.metrics(operator, power=1)}, solver.damping_for(operator)
 
     @property
     def _damping(self) -> float | None:
@@ -194,6 +199,14 @@ class SelfInfluenceJob(SampleJob[SelfInfluenceSpec]):
 
     def probe(self) -> Iterator[int]:
         # The checkpoint may not exist yet. Untrained weights, and no curvature, take as long.
+        if self.spec.solver.uses_curvature:
+            solver = make_solver(self.spec.solver, seed=self.spec.curvature.seed)
+            operator = self._operator()
+            vectors_QP = torch.zeros(1, operator.space.size, dtype=self.dtype, device=self.device)
+            said = solver.trial(operator, vectors_QP, self.spec.solver.passes).said
+            self._notes = [
+                f"besides, each worker's first shard needs the factors: {'; '.join(said)}"
+            ]
         engine = GradQuadratics(
             self.model,
             dict.fromkeys(self.spec.modules),
@@ -205,6 +218,9 @@ class SelfInfluenceJob(SampleJob[SelfInfluenceSpec]):
             engine(batch)
             self._said(ids, batch)
             yield len(ids)
+
+    def notes(self) -> Sequence[str]:
+        return self._notes
 
     def finish(self) -> Result:
         run, plan = self.run_store, self.run_store.plan()

@@ -82,7 +82,7 @@ class SelfInfluenceView(View[SelfInfluenceSpec]):
             raise SpecError(f"k = {k}: k must be at least 1")
         return {SELF_INFLUENCE: self._ranked(k, "self-influence")}
 
-    def suspects(self, k: int, *, by: By = "self-influence") -> list[dict[str, Any]]:
+    def suspects(self, k: int, *, by: By = "loss") -> list[dict[str, Any]]:
         """The k samples whose labels are most likely wrong, the likeliest first.
 
         Returns:
@@ -138,7 +138,9 @@ class SelfInfluenceView(View[SelfInfluenceSpec]):
 
     def figures(self, say: Say) -> "Iterator[Shown]":
         yield self._histogram()
-        yield from self._largest(say)
+        yield from self._largest("self-influence", say)
+        if self.classifies:
+            yield from self._largest("loss", say)
 
     def _histogram(self) -> "Shown":
         from influence_jobs.views.curves import histogram_panels
@@ -159,18 +161,16 @@ class SelfInfluenceView(View[SelfInfluenceSpec]):
             panels=histogram_panels(counts, edges, limit, "self-influence"),
         )
 
-    def _largest(self, say: Say) -> "Iterator[Shown]":
+    def _largest(self, by: By, say: Say) -> "Iterator[Shown]":
         from influence_jobs.views.figure import Shown
         from influence_jobs.views.sheets import plain_rows
 
-        ranked = self._ranked(SHOWN, "self-influence")
+        ranked = self._ranked(SHOWN, by)
         if not (pictures := self.pictures(plain_rows, ranked, say)):
             return
-        title = f"The {len(ranked)} samples with the largest self-influence"
-        seen = "The model fits them only because it has seen them: rare, hard, or mislabelled."
+        title = f"The {len(ranked)} samples with the largest {by}"
+        seen = "Rare, hard, or mislabelled samples."
         if self.classifies:
             other = sum(row["predicted"] != row["label"] for row in ranked)
             seen += f" For {other} of them the model finds another class likelier than the label."
-        yield Shown(
-            "largest-self-influence", title, seen, pa.Table.from_pylist(ranked), rows=pictures
-        )
+        yield Shown(f"largest-{by}", title, seen, pa.Table.from_pylist(ranked), rows=pictures)

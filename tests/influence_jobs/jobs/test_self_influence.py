@@ -85,7 +85,7 @@ def test_of_one_sample_the_inverse_is_that_of_the_dense_matrix(
     )
     j_CP = torch.cat([jacobians[name].flatten(1) for name in parameters], dim=1)
     dense_PP = j_CP.T @ logit_hessian(exact(images.double()))[0] @ j_CP
-    dense_PP += LAMBDA * torch.eye(len(dense_PP))
+    dense_PP += LAMBDA * torch.eye(len(dense_PP), dtype=torch.float64)
     g_BP = gradients(digits_task, network, ("head",))
     expected_B = (g_BP * torch.linalg.solve(dense_PP.detach(), g_BP.T).T).sum(1)
     found_B = run.read_rows("self_influence", 0, N)[IDS]

@@ -170,7 +170,7 @@ def test_samples_that_are_ranked_without_queries_are_shown_and_lead_on(
     drive(run.root, run.id, InlineBackend())
     viewer = asking(run)
     page = viewer.get("/").text
-    best = Results(run.root, run.id).suspects(24)
+    best = Results(run.root, run.id).suspects(24, by="self-influence")
     assert samples_of(page) == best.column("sample").to_pylist()
     first = best.to_pylist()[0]
     assert "<h2>Self-influence (digitstask, no curvature)</h2>" in page
