@@ -37,6 +37,7 @@ OPTIONS = {
     "resume": f"{HOW} workers",
     "verify": f"{WHERE} repair",
     "top": f"{WHERE} trust k layer channel test side png parquet",
+    "suspects": f"{WHERE} trust k by csv png",
     "denoise": f"{WHERE} checkpoint sigma grey seed out",
     "submit train": f"{HOW} {TASK_DATA} dry-run task preset epochs seed save-epoch optimizer lr "
     "momentum nesterov weight-decay no-bias-decay schedule warmup step-every step-factor "
@@ -48,6 +49,8 @@ OPTIONS = {
     "per-token",
     "submit unrolled": f"{TRAINED} {QUERIES} precision",
     "submit attribution": f"{SCORES} layer norms exclude-norm-above normalize keep-layers",
+    "submit self-influence": f"{TRAINED} layer solver damping curvature-samples precision seed "
+    "batch-size shard-size",
     "submit baseline": f"{SCORES} method",
     "submit gradients": f"{TRAINED} layer dim projection whole stored precision noise-draws seed "
     "batch-size shard-size",
