@@ -28,7 +28,8 @@ from influence_jobs.tasks.base import Draw
 from influence_jobs.tasks.registry import make_task
 
 TASK = str(Path(__file__).parents[1] / "examples" / "mislabelled.py") + ":Mislabelled"
-RECIPE: dict[str, Any] = {"epochs": 5, "batch_size": 64, "lr": 0.02}
+RECIPE: dict[str, Any] = {"epochs": 15, "batch_size": 64, "lr": 0.02}
+EARLY, LAST = 5, 15  # epochs
 SHARE = 0.05  # of the labels, that are wrong
 SCORED = 100  # test images that samples are scored by; the others measure the error
 Ids = npt.NDArray[np.int64]
@@ -51,7 +52,9 @@ def interval(values: Sequence[float], digits: int) -> str:
 def trained(runs: Path, seed: int, share: float, without: Ids | None = None) -> Results:
     """A training, of all images or without some."""
     options: dict[str, Any] = {"share": share, "flip_seed": seed}
-    if without is not None:
+    if without is None:
+        options["save_epoch"] = [EARLY]
+    else:
         file = runs / f"without-{hash_of(without)}.csv"
         runs.mkdir(parents=True, exist_ok=True)
         with file.open("w", newline="") as lines:
@@ -77,10 +80,11 @@ def error(run: Results, first: int = 0) -> float:
     return 100 * float((model.eval()(images).argmax(1) != labels).double().mean())
 
 
-def self_influence(runs: Path, train: Results, solver: str) -> Results:
-    """The self-influence of all samples after a training."""
+def self_influence(runs: Path, train: Results, epoch: int, solver: str) -> Results:
+    """The self-influence of all samples at an epoch of a training."""
+    at = f"{train.run.id}@{epoch}"
     return influence_jobs.submit(
-        "self-influence", checkpoint=train, solver=solver, runs=str(runs), quiet=True
+        "self-influence", checkpoint=at, solver=solver, runs=str(runs), quiet=True
     )
 
 
@@ -96,13 +100,15 @@ def mislabelled(runs: Runs = Path("use-cases"), seeds: Seeds = 5) -> None:
     errors: dict[str, list[float]] = {}
     for seed in range(seeds):
         train = trained(runs, seed, SHARE)
-        by_curvature = self_influence(runs, train, "ek-fac")
-        by_norm = self_influence(runs, train, "identity")
-        rankings = {
-            "loss": order(np.asarray(by_curvature["losses"])),
-            "self-influence (EK-FAC)": order(np.asarray(by_curvature["self_influence"])),
-            "gradient norm": order(np.asarray(by_norm["self_influence"])),
-        }
+        rankings: dict[str, Ids] = {}
+        for epoch in (EARLY, LAST):
+            by_curvature = self_influence(runs, train, epoch, "ek-fac")
+            by_norm = self_influence(runs, train, epoch, "identity")
+            rankings |= {
+                f"self-influence, epoch {epoch}": order(np.asarray(by_curvature["self_influence"])),
+                f"loss, epoch {epoch}": order(np.asarray(by_curvature["losses"])),
+                f"gradient norm, epoch {epoch}": order(np.asarray(by_norm["self_influence"])),
+            }
         samples = by_curvature.table("samples")
         wrong = np.flatnonzero(samples["label"].to_numpy() != samples["true"].to_numpy())
         drawn = np.random.default_rng(1000 + seed).permutation(samples.num_rows)
@@ -111,20 +117,24 @@ def mislabelled(runs: Runs = Path("use-cases"), seeds: Seeds = 5) -> None:
             for k in (len(wrong) // 2, len(wrong), 2 * len(wrong)):
                 hits = float(np.isin(ranked[:k], wrong).sum())
                 found.setdefault(name, {}).setdefault(k, []).append(hits)
-        first = rankings["loss"][: len(wrong)]
         least = {
             "all samples": None,
-            f"without the first {len(wrong)} by loss": first,
-            "without those of them that are wrong": np.intersect1d(first, wrong),
-            f"without the first {len(wrong)} by self-influence": rankings[
-                "self-influence (EK-FAC)"
+            f"without {len(wrong)} by self-influence, epoch {EARLY}": rankings[
+                f"self-influence, epoch {EARLY}"
             ][: len(wrong)],
+            f"without {len(wrong)} by loss, epoch {EARLY}": rankings[f"loss, epoch {EARLY}"][
+                : len(wrong)
+            ],
+            f"without the wrong ones among {len(wrong)} by loss, epoch {EARLY}": np.intersect1d(
+                rankings[f"loss, epoch {EARLY}"][: len(wrong)], wrong
+            ),
             f"without {len(wrong)} at random": drawn[: len(wrong)],
-            f"without all {len(wrong)} wrong ones": wrong,
+            f"without the {len(wrong)} wrong ones": wrong,
         }
         for name, left_out in least.items():
             run = train if left_out is None else trained(runs, seed, SHARE, left_out)
             errors.setdefault(name, []).append(error(run))
+        errors.setdefault("right labels, all samples", []).append(error(trained(runs, seed, 0.0)))
         print(f"seed {seed} is done", flush=True)
     rows = []
     for name, by_k in found.items():
@@ -154,14 +164,14 @@ def pruning(runs: Runs = Path("use-cases"), seeds: Seeds = 5) -> None:
         train = trained(runs, seed, SHARE)
         scores = influence_jobs.submit(
             "influence",
-            checkpoint=train,
+            checkpoint=f"{train.run.id}@{EARLY}",
             test=list(range(SCORED)),
             solver="ek-fac",
             runs=str(runs),
             quiet=True,
         )
         ranked = order(np.asarray(scores["scores"], dtype=np.float64).mean(axis=0))
-        by_loss = order(np.asarray(self_influence(runs, train, "ek-fac")["losses"]))
+        by_loss = order(np.asarray(self_influence(runs, train, EARLY, "ek-fac")["losses"]))
         half = len(ranked) // 2
         drawn = np.random.default_rng(2000 + seed).permutation(len(ranked))
         samples = scores.table("samples")

@@ -83,13 +83,25 @@ def layer_rows(task: Task, ranked: Sequence[RankedRow]) -> list[Row]:
 
 
 def plain_rows(task: Task, ranked: Sequence[RankedRow]) -> list[Row]:
-    """Rows of `PER_LINE` samples, the first of the ranking first."""
-    lines = [ranked[i : i + PER_LINE] for i in range(0, len(ranked), PER_LINE)]
-    return [
-        Row(None, None, f"rank {1 + PER_LINE * i} to {PER_LINE * i + len(line)}",
-            sample_cells(task, line, {}))
-        for i, line in enumerate(lines)
-    ]  # fmt: skip
+    """Rows of `PER_LINE` samples, the first of the ranking first.
+
+    Of samples with a class, a cell has the label, what the model says instead, and the measure: the
+    whole description would not fit.
+    """
+    rows = []
+    for first in range(0, len(ranked), PER_LINE):
+        line = [*ranked[first : first + PER_LINE]]
+        more = None
+        if "predicted" in line[0]:
+            more = [
+                f"predicted {row['predicted']} ({row['probability']:.2f}), "
+                f"loss {cell_text(row['loss'])}"
+                for row in line
+            ]
+            line = [{name: row[name] for name in ("sample", "label", [*row][-1])} for row in line]
+        title = f"rank {first + 1} to {first + len(line)}"
+        rows.append(Row(None, None, title, sample_cells(task, line, {}, more)))
+    return rows
 
 
 def _grouped(ranked: Sequence[RankedRow], name: str) -> dict[Any, list[RankedRow]]:

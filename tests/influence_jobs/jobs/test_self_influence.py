@@ -166,6 +166,12 @@ def test_the_largest_come_first_with_the_evidence(of, carry_out) -> None:
         assert row["self_influence"] == values[row["sample"]]
     names = [name for name, _ in view.numbers_of(3)]
     assert names == ["label", "predicted", "probability", "loss", "self-influence"]
+    _, *sheets = view.figures(print)
+    assert [shown.name for shown in sheets] == ["largest-self-influence", "largest-loss"]
+    for shown in sheets:
+        cells = [cell for line in shown.rows for cell in line.samples]
+        assert [cell.sample for cell in cells] == shown.data.column("sample").to_pylist()
+        assert max(len(text) for cell in cells for text in cell.lines) <= 32  # or they overlap
     with pytest.raises(SpecError, match="leave --layer"):
         view.top(3, layer="head")
     with pytest.raises(SpecError, match="choose self-influence, loss"):
