@@ -19,7 +19,7 @@ from influence_jobs.jobs.recipe import scheduled_damping
 from influence_jobs.kinds.s_test.spec import STestSpec
 from influence_jobs.kinds.train.spec import Checkpoint, TrainedCheckpoint
 from influence_jobs.requests.base import Say
-from influence_jobs.requests.options import SETTINGS, CurvatureOptions, DampingOptions
+from influence_jobs.requests.options import SETTINGS, CurvatureOptions
 from influence_jobs.requests.subject import Subject
 from influence_jobs.specs.base import make_spec
 from influence_jobs.specs.queries import Queries
@@ -185,7 +185,7 @@ def _is_whole(module: nn.Module) -> bool:
     )
 
 
-def _solver(request: DampingOptions, say: Say) -> SolverSettings:
+def _solver(request: "CurvatureOptions | SelfInfluenceRequest", say: Say) -> SolverSettings:
     scale = getattr(request, "scale", None)
     damping = request.damping
     if damping is not None and scale is not None:

@@ -14,6 +14,7 @@ from influence_jobs.gradients.reference import gradients_one_by_one
 from influence_jobs.kinds import view_of
 from influence_jobs.kinds.s_test.job import curvature_samples
 from influence_jobs.kinds.self_influence.spec import SelfInfluenceSpec
+from influence_jobs.kinds.self_influence.view import SelfInfluenceView
 from influence_jobs.specs.base import make_spec
 from influence_jobs.specs.solvers import (
     ConjugateGradientSettings,
@@ -152,6 +153,7 @@ def test_shards_and_an_interruption_change_no_byte(of, carry_out, fresh_root) ->
 def test_the_largest_come_first_with_the_evidence(of, carry_out) -> None:
     run = carry_out(of())
     view = view_of(run)
+    assert isinstance(view, SelfInfluenceView)
     values, losses = run.read_rows("self_influence", 0, N), run.read_rows("losses", 0, N)
     (rows,) = view.top(7).values()
     assert [row["sample"] for row in rows] == np.argsort(-values, kind="stable")[:7].tolist()
@@ -175,7 +177,7 @@ def test_the_largest_come_first_with_the_evidence(of, carry_out) -> None:
     with pytest.raises(SpecError, match="leave --layer"):
         view.top(3, layer="head")
     with pytest.raises(SpecError, match="choose self-influence, loss"):
-        view.suspects(3, by="norm")
+        view.suspects(3, by="norm")  # type: ignore[arg-type]
 
 
 def test_only_solvers_with_a_form_are_taken(of) -> None:
