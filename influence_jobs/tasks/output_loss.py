@@ -268,7 +268,6 @@ def _alike(a_B: Tensor, b_B: Tensor) -> Tensor:
     # Relative to the largest loss, since a loss near zero may be a difference of large numbers.
     difference = (a_B - b_B).abs().max()
     return difference <= RELATIVE_ERROR * torch.maximum(a_B.abs().max(), b_B.abs().max())
-    return bool(difference <= RELATIVE_ERROR * torch.maximum(a_B.abs().max(), b_B.abs().max()))
 
 
 def has_one_class_each(task: "Task") -> bool:
