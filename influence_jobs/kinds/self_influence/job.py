@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import torch
 from torch.nn import functional as F
@@ -15,7 +14,8 @@ from influence_jobs.errors import ModelError
 from influence_jobs.gradients import GradQuadratics, Metric
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.jobs.base import Plan, Progress, Result, Shard
-from influence_jobs.jobs.samples import Rows, SampleJob, trained_inputs
+from influence_jobs.jobs.rows import Rows
+from influence_jobs.jobs.samples import SampleJob, trained_inputs
 from influence_jobs.jobs.saved_state import SavedFactors
 from influence_jobs.kinds.s_test.job import curvature_samples
 from influence_jobs.kinds.self_influence.spec import SelfInfluenceSpec
@@ -123,8 +123,10 @@ class SelfInfluenceJob(SampleJob[SelfInfluenceSpec]):
     def run(self, shard: Shard, progress: Progress) -> Result:
         progress(done := 0)
         self.load(self.spec.checkpoint)
-        found = Rows(shard)
+        found, checks = Rows(shard), self.checks(shard)
         for ids, values in self.each(shard, Draw(self.spec.seed), self._values):
+            checks.finite("the self-influence", values[SELF_INFLUENCE], ids)
+            checks.finite("the loss", values[LOSSES_OF_ROWS], ids)
             found.add(ids, values)
             done += len(ids)
             progress(done)
@@ -133,18 +135,16 @@ class SelfInfluenceJob(SampleJob[SelfInfluenceSpec]):
             # One table for each shard: two shards must not write to one file.
             table = pa.table({"damping": [self._damping]})
             files = self.run_store.write_table(f"{SHARD_TABLES}/{shard.id}", table)
-        return Result(found.arrays, files)
+        return Result(found.arrays(checks), files)
 
-    def _values(self, ids: torch.Tensor, batch: Batch) -> dict[str, npt.NDArray[np.generic]]:
-        forms_B = torch.stack([*self._engine(batch).values()]).double().sum(dim=0).cpu().numpy()
-        self.require_finite("the self-influence", forms_B, ids)
+    def _values(self, ids: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
+        forms_B = torch.stack([*self._engine(batch).values()]).double().sum(dim=0)
         return {SELF_INFLUENCE: forms_B, **self._said(ids, batch)}
 
     @torch.no_grad()
-    def _said(self, ids: torch.Tensor, batch: Batch) -> dict[str, npt.NDArray[np.generic]]:
+    def _said(self, ids: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
         """What the model says of the samples, by array."""
-        losses_B = self.task.losses(self.model, batch).cpu().numpy()
-        self.require_finite("the loss", losses_B, ids)
+        losses_B = self.task.losses(self.model, batch)
         if not self._classes:
             return {LOSSES_OF_ROWS: losses_B}
         outputs_BC = self.task.outputs(self.model, batch)
@@ -156,9 +156,9 @@ class SelfInfluenceJob(SampleJob[SelfInfluenceSpec]):
         probability_B, predicted_B = F.softmax(outputs_BC.double(), dim=1).max(dim=1)
         return {
             LOSSES_OF_ROWS: losses_B,
-            LABELS: self.task.targets(batch).cpu().numpy(),
-            PREDICTED: predicted_B.cpu().numpy(),
-            PROBABILITY: probability_B.cpu().numpy(),
+            LABELS: self.task.targets(batch),
+            PREDICTED: predicted_B,
+            PROBABILITY: probability_B,
         }
 
     @cached_property
