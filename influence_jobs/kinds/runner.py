@@ -7,7 +7,8 @@ import os
 import socket
 import time
 import traceback
-from typing import Literal
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import torch
 
@@ -42,6 +43,20 @@ def this_process() -> str:
     return f"{socket.gethostname()}:{os.getpid()}"
 
 
+@contextlib.contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Whether GPUs may round float32 products to TF32, in this block: by default some do."""
+    backends: list[Any] = [torch.backends.cudnn, torch.backends.cuda.matmul]
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        for backend, was in zip(backends, before, strict=True):
+            backend.allow_tf32 = was
+
+
 class ShardRunner:
     """Does shards of one run, one after the other.
 
@@ -60,9 +75,7 @@ class ShardRunner:
             torch.set_num_threads(threads)
         be_patient()
         self._run = Run.open(root, run_id)
-        # float32 means float32 on GPUs too.
-        tf32 = getattr(self._run.spec, "precision", None) == "tf32"
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
+        self._tf32 = getattr(self._run.spec, "precision", None) == "tf32"
         plan = self._run.plan()
         batch_size = plan["batch_size"] if plan else None
         self._job = open_job(self._run, device=device, batch_size=batch_size)
@@ -72,7 +85,8 @@ class ShardRunner:
         if self._job.reads_data:
             require_unchanged(self._run.id, self._run.spec.task, self._job.task)
         if plan and plan.get("automatic_batch") and kind_of(self._run.spec).batched:
-            settle(self._job, plan["units"])
+            with tf32(self._tf32):
+                settle(self._job, plan["units"])
 
     def run(self, shard: Shard) -> Receipt:
         """Do one shard, unless the manifest says it is done. Errors come back in the receipt."""
@@ -83,7 +97,8 @@ class ShardRunner:
             if entry is not None and entry.state == "done":
                 return Receipt(shard.id, "done", attempt=entry.attempt)
             attempt = entry.attempt + 1 if entry else 1
-            units = self._do(shard, attempt, started)
+            with tf32(self._tf32):
+                units = self._do(shard, attempt, started)
         except Exception as error:  # a worker must survive a bad shard
             kind = _kind(error)
             if not isinstance(error, (InflError, OSError)):

@@ -9,7 +9,6 @@ import torch
 from infl_cluster.driver import drive
 from infl_cluster.inline import InlineBackend
 from influence_jobs.gradients import GradNorms
-from influence_jobs.specs.base import make_spec
 from influence_jobs.store.run import Run
 
 
@@ -17,14 +16,17 @@ def flags():
     return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
 
 
-@pytest.fixture
-def restored(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+@pytest.fixture(params=[True, False])
+def before(request):
+    """What the process itself has chosen."""
+    was = flags()
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = request.param
+    yield request.param
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = was
 
 
 def test_a_run_in_tf32_allows_it_and_others_do_not(
-    grad_norms_spec, trained_root, tmp_path, monkeypatch, restored
+    grad_norms_spec, trained_root, tmp_path, monkeypatch, before
 ):
     seen, computed = set(), GradNorms._computed
 
@@ -36,11 +38,12 @@ def test_a_run_in_tf32_allows_it_and_others_do_not(
     shutil.copytree(trained_root, tmp_path / "runs")
     found = {}
     for precision in ("tf32", "float32"):
-        fields = {**dict(grad_norms_spec), "precision": precision}
-        run = Run.create(str(tmp_path / "runs"), make_spec(type(grad_norms_spec), **fields))
+        spec = grad_norms_spec.model_copy(update={"precision": precision})
+        run = Run.create(str(tmp_path / "runs"), spec)
         drive(run.root, run.id, InlineBackend())
         found[precision] = [run.read_rows(name, 0, 1500) for name in run.array_names()]
         assert seen == {(precision == "tf32",) * 2}
+        assert flags() == (before, before)
         seen.clear()
     for ours, theirs in zip(*found.values(), strict=True):
         np.testing.assert_array_equal(ours, theirs)  # a CPU has no TF32
