@@ -53,6 +53,8 @@ def suspects(
     for file in (csv, png):
         if file is not None and not file.parent.is_dir():
             raise SpecError(f"cannot write {file}: there is no folder {file.parent}")
+        if file is not None and file.is_dir():
+            raise SpecError(f"cannot write {file}: it is a folder, so name a file in it")
     from influence_jobs.kinds.self_influence.view import SelfInfluenceView
 
     view = SelfInfluenceView(found)

@@ -41,6 +41,7 @@ class Actors:
         self._task_name = task_name
         self._stalled_after_s = stalled_after_s
         self._starting: dict[ray.ObjectRef[Any], tuple[Actor, float]] = {}
+        self._placed: set[Actor] = set()  # of those that start, as seen when last looked at
         self._processes: dict[Actor, str] = {}
         self.idle: list[Actor] = []
         self._busy: dict[ray.ObjectRef[Any], tuple[Actor, Shard, float]] = {}
@@ -128,13 +129,17 @@ class Actors:
         placed = {found.actor_id for found in live_actors() if found.pid}
         for reference, actor in old.items():
             self._starting[reference] = actor, now  # if it has no place: ask again later
-            if actor._actor_id.hex() in placed:
-                del self._starting[reference]
-                ray.kill(actor)
-                self._count_failed_start(
-                    f"workers hang while they load the model and the data: none was ready after "
-                    f"{duration(self._stalled_after_s)}"
-                )
+            if actor._actor_id.hex() not in placed:
+                continue
+            if actor not in self._placed:  # it may have got its place a moment ago
+                self._placed.add(actor)
+                continue
+            del self._starting[reference]
+            ray.kill(actor)
+            self._count_failed_start(
+                f"workers hang while they load the model and the data: none was ready after "
+                f"{duration(self._stalled_after_s)}"
+            )
 
     def close(self) -> None:
         """End all actors."""

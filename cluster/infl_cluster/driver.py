@@ -227,7 +227,12 @@ def _work(
         raise StoreError(
             f"run {run.id}: shard {stale[0]} was computed for another spec; delete the run"
         )
+    contested = set(run.files.names(layout.CONTESTED))  # by a driver that was ended
+    for shard in _torn(run, [s for s in plan.shards if s.id in contested and s.id in done]):
+        del done[shard.id]
     todo = [shard for shard in plan.shards if shard.id not in done]
+    for name in contested & done.keys():
+        run.files.delete(f"{layout.CONTESTED}/{name}")
     status.planned(plan, done)
     log.info(
         "%s: %d of %d shards to do, each with about %s of memory besides model, data and a batch",
@@ -241,6 +246,8 @@ def _work(
 
     def on_start(shard: str, worker: str) -> None:
         starts[shard] += 1
+        if starts[shard] == 2:  # on disk: this driver may be ended before it compares
+            run.files.create(f"{layout.CONTESTED}/{shard}", b"")
         status.started(shard, worker)
 
     def on_receipt(receipt: Receipt, retried: bool) -> None:
@@ -276,12 +283,16 @@ def _work(
             on_receipt=on_receipt,
             on_rescue=on_rescue,
             on_idle=on_idle,
-            quiet_s=status.quiet_s,
+            quiet_s=status.quiet_s if job.tells_progress else lambda shard: 0.0,
         )
-        several = [s for s in todo if starts[s.id] > 1 and s.id not in failed]
+        several = [
+            s for s in todo if (starts[s.id] > 1 or s.id in contested) and s.id not in failed
+        ]
         for shard in several:  # a worker that was ended may have left it
             run.files.delete(f"{layout.PROGRESS}/{shard.id}.json")
         todo = _torn(run, several)
+        for shard in several:
+            run.files.delete(f"{layout.CONTESTED}/{shard.id}")
         if todo:
             status.again(todo)
         starts.clear()

@@ -195,7 +195,8 @@ def _submit(run: Run, how: How, say: Say) -> Callable[[], str | None]:
             f"task {run.spec.task.name} is defined in this process, where Ray's workers cannot "
             "find it: put it into a file, or compute with --local"
         )
-    env = versions.env()
+    # On this machine the code is the same, and a commit during a run is no other software.
+    env = versions.env() if how.address else {}
     package: str | None = None
     submission_id = f"{run.id}-{secrets.token_hex(3)}"
     if how.address:
@@ -215,7 +216,8 @@ def _submit(run: Run, how: How, say: Say) -> Callable[[], str | None]:
     argv = [python, "-m", "infl_cluster.driver_main", run.root, run.id]
     options = {
         "--workers": how.workers,
-        "--device": how.device,
+        # Here it is known already whether torch can use the GPU that Ray sees.
+        "--device": "cpu" if not how.address and how.resolved_device == "cpu" else how.device,
         "--num-gpus": how.num_gpus,
         "--batch-size": how.batch_size,
         "--shard-rows": how.shard_size,

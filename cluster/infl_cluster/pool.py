@@ -197,8 +197,10 @@ class RayBackend:
         Raises:
             RuntimeFault: A fatal receipt, no room for any worker, or workers that cannot start.
         """
-        require_same_software(self._live())
         workers, threads = self._sizes(len(shards))
+        require_same_software(
+            [node for node in self._live() if self._has_room(node["Resources"], threads)]
+        )
         options = {
             "num_cpus": threads,
             "num_gpus": self._num_gpus,
@@ -264,6 +266,10 @@ class RayBackend:
         cpus = [int(node.get("CPU", 0)) for node in self._nodes()]
         return workers, max(1, min(max(cpus, default=1), sum(cpus) // workers))
 
+    def _has_room(self, resources: Mapping[str, float], threads: int) -> bool:
+        """Whether a node is large enough for a worker."""
+        return resources.get("CPU", 0) >= threads and resources.get("GPU", 0) >= self._num_gpus
+
     def _nodes(self) -> list[dict[str, float]]:
         """The resources of the live nodes with the labels that were asked for."""
         return [node["Resources"] for node in self._live()]
@@ -297,11 +303,9 @@ class RayBackend:
         Raises:
             RuntimeFault: No node is large enough for one, and none has joined for too long.
         """
-        if actors.refusal:
-            return actors.refusal
         waited = actors.waited_s
         if waited < TELL_S:
-            return None
+            return actors.refusal or None
         # A worker with a pid has a place: it is still loading its model and data.
         if places := [actor.pid for actor in live_actors() if actor.pid]:
             if waited < LOADING_S:
@@ -314,7 +318,7 @@ class RayBackend:
         asked = f"CPU {threads}, GPU {self._num_gpus:g}"
         if self._node_labels:
             asked += " with " + ", ".join(f"{k}={v}" for k, v in self._node_labels.items())
-        if any(n.get("CPU", 0) >= threads and n.get("GPU", 0) >= self._num_gpus for n in nodes):
+        if any(self._has_room(node, threads) for node in nodes):
             return f"waiting until other work on the cluster leaves room for a worker ({asked})"
         if waited < self._placement_timeout_s:
             return f"waiting for a node with room for a worker ({asked}; nodes: {offers})"

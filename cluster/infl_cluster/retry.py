@@ -25,9 +25,9 @@ class RetryPolicy:
 
         Args:
             receipt: Receipt of a failed shard. A `transient` failure (storage out of reach, a dead
-                worker) is tried again, and one of the `worker` (a GPU that failed). A `user`
-                failure (bad data in that shard) is not. A `fatal` one (disk full, run folder gone)
-                ends the run: all other shards would fail too.
+                worker) is tried again, and one of the `worker` (a GPU that failed), which ends the
+                run if it stays. A `user` failure (bad data in that shard) is not tried again. A
+                `fatal` one (disk full, run folder gone) ends the run: all other shards would fail.
 
         Raises:
             ValueError: The shard did not fail.
@@ -35,9 +35,9 @@ class RetryPolicy:
         match receipt.kind:
             case "transient" | "worker" if receipt.attempt < self.max_attempts:
                 return Decision.RETRY
-            case "transient" | "worker" | "user":
+            case "transient" | "user":
                 return Decision.GIVE_UP
-            case "fatal":
+            case "fatal" | "worker":  # a GPU that fails at one shard three times fails at all
                 return Decision.ABORT
             case _:
                 raise ValueError(f"receipt of {receipt.shard} is not of a failure")

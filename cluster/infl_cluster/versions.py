@@ -43,7 +43,7 @@ def difference(theirs: Mapping[str, str], node: str) -> str | None:
         for name in COMPARED
         if name in submitted
         and (name != "revision" or name in theirs)
-        and (theirs.get(name) or "").partition("+")[0] != submitted[name].partition("+")[0]
+        and _same(theirs.get(name) or "") != _same(submitted[name])
     ]
     if not other:
         return None
@@ -53,3 +53,8 @@ def difference(theirs: Mapping[str, str], node: str) -> str | None:
         f"node {node} has {has}, and the run was submitted with {asked}: install the same on the "
         "nodes and where you submit"
     )
+
+
+def _same(version: str) -> str:
+    """What two versions have in common that are the same: no build, and the start of a revision."""
+    return version.partition("+")[0][:12]

@@ -138,6 +138,11 @@ class Job(ABC, Generic[S]):
     spec_type: ClassVar[type[Spec]]
     reads_data: ClassVar[bool] = True  # or, if not, only other runs
 
+    @property
+    def tells_progress(self) -> bool:
+        """Whether a shard without progress for long hangs; a task's own training tells none."""
+        return True
+
     def __init__(self, run: Run, *, device: torch.device, batch_size: int | None = None):
         # Torch warns about its own code at the first forward-mode differentiation.
         warnings.filterwarnings("ignore", "`torch.jit.script", FutureWarning)

@@ -114,6 +114,10 @@ class RetrainJob(Job[S]):
             file_bytes=weights * count,
         )
 
+    @property
+    def tells_progress(self) -> bool:
+        return self.spec.recipe.trainer != "task"
+
     def run(self, shard: Shard, progress: Progress) -> Result:
         require_queries(self.task, self.spec.queries)
         rows = range(shard.start, shard.stop)

@@ -37,6 +37,7 @@ JOB = "job.json"
 MANIFEST = "manifest"
 SUMMARY = "summary.json"
 PROGRESS = "progress"
+CONTESTED = "contested"  # shards that several workers were at, and that are not compared yet
 ARRAYS = "data.zarr"
 LOGS = "logs"
 TABLES = "tables"

@@ -12,9 +12,16 @@ def failed(kind, attempt=1):
     ("attempt", "decision"),
     [(1, Decision.RETRY), (2, Decision.RETRY), (3, Decision.GIVE_UP), (4, Decision.GIVE_UP)],
 )
-@pytest.mark.parametrize("kind", ["transient", "worker"])
-def test_transient_errors_are_tried_until_the_limit(kind, attempt, decision):
-    assert RetryPolicy(max_attempts=3).decide(failed(kind, attempt)) is decision
+def test_transient_errors_are_tried_until_the_limit(attempt, decision):
+    assert RetryPolicy(max_attempts=3).decide(failed("transient", attempt)) is decision
+
+
+@pytest.mark.parametrize(
+    ("attempt", "decision"), [(1, Decision.RETRY), (2, Decision.RETRY), (3, Decision.ABORT)]
+)
+def test_a_gpu_that_fails_everywhere_ends_the_run(attempt, decision):
+    """A label out of range fails on every GPU, and at every shard that has one."""
+    assert RetryPolicy(max_attempts=3).decide(failed("worker", attempt)) is decision
 
 
 def test_one_attempt_means_no_retry():

@@ -28,8 +28,8 @@ def doctor(
 ) -> None:
     """Say what is installed, what this machine has, what will not work, and the cure.
 
-    Nothing is started or fetched, and nothing stays behind. Exit code 0: a run can begin; 1:
-    something that every run needs is missing or broken, on a line that begins with fail.
+    Nothing is started or fetched. Exit code 0: a run can begin; 1: something that every run needs
+    is missing or broken, on a line that begins with fail.
     """
     from infl_cli.doctor import disk, packages, ray
     from infl_cli.doctor.loading import Loading

@@ -34,13 +34,14 @@ case $verb in
             start "$host" --address="${HEAD:-${head#*@}}:$PORT" ${NODE_OPTIONS:-}
         done
         # The dashboard listens on the head alone; the tunnel carries the token, encrypted.
-        ssh -f -N -o ExitOnForwardFailure=yes -L "$DASHBOARD:localhost:$DASHBOARD" "$head"
+        ssh -f -N -M -S "$state/tunnel" -o ExitOnForwardFailure=yes -L "$DASHBOARD:localhost:$DASHBOARD" "$head"
         echo "token in $state/token; dashboard http://localhost:$DASHBOARD"
         ;;
     down)
         for host in "$@"; do
-            ssh "$host" "cd $there && kill \$(cat pid); rm -f token pid"
+            ssh "$host" "cd $there || exit 0; kill \$(cat pid); rm -f token pid"
         done
+        ssh -S "$state/tunnel" -O exit "$head" || true
         rm -f "$state/token"
         ;;
     *)

@@ -61,6 +61,10 @@ class TrainJob(Job[TrainSpec]):
         shard = Shard("all", 0, n)
         return Plan(arrays, (shard,), units=n * self.spec.epochs, batch_size=self.batch_size)
 
+    @property
+    def tells_progress(self) -> bool:
+        return self.spec.trainer != "task"
+
     def run(self, shard: Shard, progress: Progress) -> Result:
         if self.spec.trainer == "task":
             return self._run_by_task(progress)
