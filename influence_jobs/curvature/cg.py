@@ -76,8 +76,8 @@ class ConjugateGradient(Solver):
             found = numbers(curvatures + squared)
             curved, now = found[: len(going)], found[len(going) :]
             if not all(map(math.isfinite, curved)):
-                _ = operator @ p_QP  # refuses the samples by name
-            if min(curved) <= 0:
+                _ = operator @ rhs_QP  # refuses the samples by name; p_QP is overwritten by now
+            if not min(curved) > 0:
                 raise _not_positive(operator, damping)
             del p_QP, product_QP
             going = [row for row in going if now[row] > targets[row]]

@@ -39,7 +39,16 @@ from influence_jobs.gradients.requirements import require_independent_samples
 from influence_jobs.gradients.taps import thawed
 from influence_jobs.gradients.transforms import all_derivatives
 from influence_jobs.memory import BatchSize, is_out_of_memory
-from influence_jobs.tasks.base import Batch, Draw, Task, copy_of, device_of, to_device, to_type
+from influence_jobs.tasks.base import (
+    READING,
+    Batch,
+    Draw,
+    Task,
+    copy_of,
+    device_of,
+    to_device,
+    to_type,
+)
 from influence_jobs.tasks.lengths import by_length, pads
 from influence_jobs.tasks.output_loss import Form, forms_of
 from influence_jobs.transfers import loader_for
@@ -380,7 +389,9 @@ class Operator(ABC):
     def batch(self, ids: Tensor) -> Batch:
         """Samples on the model's device, with the dtype of its weights."""
         dtype = next(self.model.parameters()).dtype
-        return to_type(to_device(self.task.batch(ids, self.draw), device_of(self.model)), dtype)
+        with READING:
+            batch = to_device(self.task.batch(ids, self.draw), device_of(self.model))
+        return to_type(batch, dtype)
 
     def look(self) -> None:
         """Check on a few samples that products will be right; only the first call does it.

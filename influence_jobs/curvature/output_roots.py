@@ -111,7 +111,7 @@ def random_root(form: Form, outputs: Tensor, targets: Tensor, signs: Tensor) -> 
     diagonal = _times_hessian(form, outputs, targets, torch.ones_like(outputs))
     product = _times_hessian(form, outputs, targets, signs)
     limit = 1e-4 * (diagonal * signs).abs() + 1e-5 * product.norm()
-    apart = ((product - diagonal * signs).abs() > limit).any()
+    apart = ~((product - diagonal * signs).abs() <= limit).all()  # of NaN too
     coupled, convex = torch.stack([apart, _convex(diagonal)]).tolist()
     if coupled:
         raise ModelError(

@@ -94,9 +94,12 @@ class Checks:
         self._right[name] = (flag & before[0] if before else flag), refuse
 
     def flags(self) -> dict[tuple[str, str], Tensor]:
-        """What must be copied from the device."""
+        """What must be copied from the device, in the order in which it is looked at."""
+        finite = {("finite", what): rows for what, rows in self._unsound.items()}
         right = {("right", name): flag for name, (flag, _) in self._right.items()}
-        return right | {("finite", what): rows for what, rows in self._unsound.items()}
+        # Beyond the range, norms are computed anew; else a NaN is told as that, whatever follows.
+        first = {key: flag for key, flag in right.items() if key[1] == "range"}
+        return {**first, **finite, **right}
 
     def look(self) -> None:
         """Look at what was noted, now.

@@ -16,7 +16,7 @@ from influence_jobs.kinds.train.spec import Checkpoint, TrainedCheckpoint
 from influence_jobs.specs.base import Spec
 from influence_jobs.store.checkpoints import load_checkpoint, recorded_digest
 from influence_jobs.store.layout import ArrayLayout
-from influence_jobs.tasks.base import Batch, Draw, converted, to_device, to_type
+from influence_jobs.tasks.base import READING, Batch, Draw, converted, to_device, to_type
 from influence_jobs.tasks.layout import in_fast_layout
 from influence_jobs.tasks.lengths import by_length, pads
 from influence_jobs.terms import JobPrecision, Precision
@@ -156,7 +156,8 @@ class SampleJob(Job[S]):
 
     def batch(self, ids: torch.Tensor, draw: Draw) -> Batch:
         """Training samples, as attribution uses them, on the device."""
-        batch = to_device(self.task.batch(ids, draw), self.device)
+        with READING:
+            batch = to_device(self.task.batch(ids, draw), self.device)
         model, converts = self._built
         return to_type(batch, next(model.parameters()).dtype) if converts else batch
 

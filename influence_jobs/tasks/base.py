@@ -22,6 +22,7 @@ Gauss-Newton matrix needs `outputs`, `targets` and `output_loss`.
 import copy
 import hashlib
 import inspect
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass
@@ -46,6 +47,9 @@ from influence_jobs.transfers import on_device
 Batch = Any  # see gradients.batches
 FINGERPRINT_ROWS = 16  # training samples whose values are part of a fingerprint
 _READ_ONCE = ("train_data", "test_data")
+# Held while a task makes a batch: for a GPU a thread does it in advance, and data sets that seek in
+# a file would mix up the samples of two at a time.
+READING = threading.RLock()
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

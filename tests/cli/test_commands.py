@@ -384,9 +384,9 @@ def test_after_ctrl_c_a_run_goes_on_where_it_was(
     assert len(calls) == 3 + 4
     # Without a terminal, progress is printed as lines to standard error.
     assert resumed.out.count("\n") == 1
-    progress = re.compile(r"(grad-norms|train)-digitstask-\w+ \d+%  [\d,]+/[\d,]+ samples.*")
+    progress = re.compile(r"(grad-norms|train)-digitstask-\w+ \d+%  [\d,]+ of [\d,]+ samples.*")
     assert all(progress.fullmatch(line) for line in resumed.err.splitlines())
-    assert f"{run_id} 100%  1,500/1,500 samples" in resumed.err
+    assert f"{run_id} 100%  1,500 of 1,500 samples" in resumed.err
 
 
 def test_a_failed_run_tells_why(infl: Infl, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

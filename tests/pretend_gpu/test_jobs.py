@@ -29,7 +29,7 @@ JOBS: dict[str, tuple[str, dict[str, Any], int]] = {
     "influence, LiSSA": ("influence", {**QUERIES, **LISSA}, 0),
     "influence, relative": ("influence", {**QUERIES, "solver": "ek-fac", "relative": "theta"}, 4),
     "influence, tokens": ("influence", {**QUERIES, **OF_TOKENS}, 4),
-    "influence, SOURCE": ("influence", {**QUERIES, "solver": "source"}, 4),
+    "influence, SOURCE": ("influence", {**QUERIES, "solver": "source", "segments": 2}, 4),
     "attribution": ("attribution", {**QUERIES, "layer": ["1"]}, 0),
     "loss": ("baseline", {**QUERIES, "method": "loss"}, 0),
     "norm": ("baseline", {**QUERIES, "method": "norm"}, 1),

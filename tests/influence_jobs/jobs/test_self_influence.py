@@ -139,11 +139,11 @@ def test_the_evidence_is_what_the_model_says(of, carry_out, digits_task, network
     np.testing.assert_allclose(run.read_rows("losses", 0, N), losses)
 
 
-def test_shards_and_an_interruption_change_no_byte(of, carry_out, fresh_root) -> None:
+def test_shards_change_no_byte(of, carry_out, fresh_root) -> None:
     spec = of(precision="float32", modules=("conv1", *MODULES), curvature=Curvature())
-    whole = carry_out(spec, root=fresh_root())
+    whole = carry_out(spec, shard_rows=N, root=fresh_root())
     parts = carry_out(spec, shard_rows=1, root=fresh_root())
-    assert len(parts.plan()["shards"]) > len(whole.plan()["shards"]) - 1
+    assert len(parts.plan()["shards"]) > len(whole.plan()["shards"]) == 1
     for name in whole.array_names():
         a, b = whole.read_rows(name, 0, N), parts.read_rows(name, 0, N)
         assert a.tobytes() == b.tobytes()
