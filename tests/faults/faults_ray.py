@@ -132,10 +132,10 @@ def worker_stopped(world: World) -> str:
     victim = workers(world)[0]
     strike([victim], signal.SIGSTOP)
     world.let_go()
-    told = wait_for(lambda: world.status()["message"], "word of the stopped worker", SILENT_S)
-    world.says(told, "has taken", f":{victim.pid}: process", "the first to finish wins")
     outcome = ends_well(world)
-    assert not victim.is_running()
+    log = world.infl("logs", world.id)
+    world.says(log, "has taken", f":{victim.pid}: process", "the first to finish wins")
+    wait_for(lambda: not victim.is_running(), "end of the stopped worker")
     assert (world.status()["backups"], world.status()["backups_won"]) == (1, 1)
     return outcome
 
