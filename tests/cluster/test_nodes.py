@@ -400,7 +400,10 @@ def test_a_stopped_worker_on_another_node_is_replaced(
         driver.kill()
     assert_good(run)
     assert arrays(run) == expected
-    assert not psutil.pid_exists(int(worker.rpartition(":")[2]))
+    pid, until = int(worker.rpartition(":")[2]), time.monotonic() + 60
+    while psutil.pid_exists(pid) and time.monotonic() < until:  # Ray takes some seconds to kill it
+        time.sleep(0.1)
+    assert not psutil.pid_exists(pid)
     log = "".join(
         run.files.read(f"{layout.LOGS}/{name}").decode() for name in run.files.names(layout.LOGS)
     )
