@@ -240,6 +240,17 @@ def test_samples_that_are_not_finite_are_named():
         operator.__class__(model, ParameterSpace(model), task, torch.arange(0))
 
 
+def test_samples_whose_products_alone_are_not_finite_are_named(monkeypatch):
+    """Conjugate gradients look at an iteration's end, when its directions are overwritten."""
+    task = Classes()
+    task.x[20] = float("nan")
+    model = task.model().eval()
+    operator = Hessian(model, ParameterSpace(model), task, torch.arange(N), Draw(0), 8)
+    monkeypatch.setattr(operator, "require_finite", lambda: None)
+    with pytest.raises(DataError, match="samples 16 to 23 is not finite"):
+        ConjugateGradient(1.0).solve(operator, randoms(2, operator.size, torch.float32))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_refused(case, dtype):
     case.model.to(dtype)
