@@ -28,7 +28,7 @@ from influence_jobs.store.layout import ArrayLayout
 from influence_jobs.store.run import Run
 from influence_jobs.store.status import is_done, rate_and_eta, read_status
 from influence_jobs.store.top import largest_rows
-from influence_jobs.store.verify import find_damage, mark_undone
+from influence_jobs.store.verify import find_damage, mark_entry_undone, mark_undone
 from influence_jobs.tasks.base import Draw
 
 
@@ -159,6 +159,26 @@ def test_damage_is_found_and_repaired(
     assert shards_done(run)["000000000-000000256"].attempt == 2
     assert shards_done(run)["000000256-000000512"].attempt == 1
     assert shas(run) == shas(finished_run)
+
+
+def test_a_shard_that_two_workers_were_at_is_compared_by_the_next_driver(
+    tmp_path: Path, finished_run: Run
+) -> None:
+    """The driver under which it happened was ended first, with another shard to do."""
+    shutil.copytree(finished_run.root, tmp_path / "runs")
+    run = Run.open(str(tmp_path / "runs"), finished_run.id)
+    first, second, *_ = run.plan()["shards"]  # type: ignore[index]
+    whole = run.read_rows("norms/head", 0, 1500)
+    start = second["start"]
+    run.write_rows("norms/head", start, whole[start : second["stop"]] + np.float32(1e-3))
+    for shard in (first["id"], layout.FINISH):
+        mark_entry_undone(run, shard)
+    run.manifest.drop_summary()
+    run.files.create(f"{layout.CONTESTED}/{second['id']}", b"")
+    drive(run.root, run.id, InlineBackend())
+    np.testing.assert_array_equal(run.read_rows("norms/head", 0, 1500), whole)
+    assert run.files.names(layout.CONTESTED) == []
+    assert find_damage(run).damaged == {}
 
 
 def test_a_changed_spec_is_refused(tmp_path: Path, finished_run: Run) -> None:
