@@ -147,6 +147,8 @@ class FakeJob:
     title = "job"
     used_batch_size = 0
 
+    tells_progress = True
+
     def __init__(self, world: "World", run: FakeRun):
         self._world, self.run_store = world, run
 
@@ -182,6 +184,7 @@ class Backend:
     ) -> None:
         runner = ShardRunner.__new__(ShardRunner)
         runner._run, runner._job = run, FakeJob(self._world, run)  # type: ignore[assignment]
+        runner._tf32 = False
         for shard in shards:
             for attempt in range(1, ATTEMPTS + 1):
                 on_idle(None)
