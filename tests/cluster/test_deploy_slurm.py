@@ -165,4 +165,7 @@ def test_a_run_in_an_allocation(
     logs = "".join(p.read_text() for p in sorted(Path(run.root, run.id, "logs").iterdir()))
     assert logs.count("computes on cpu") >= 2  # of the training, and of the norms
     assert not [*(slurm / "home").glob("slurm-*")]  # the token is gone
-    assert not subprocess.run(["squeue", "--noheader"], capture_output=True, check=True).stdout
+    until = time.monotonic() + 60  # Slurm takes some seconds to complete a job
+    while queue := subprocess.run(["squeue", "--noheader"], capture_output=True, check=True).stdout:
+        assert time.monotonic() < until, queue
+        time.sleep(0.5)

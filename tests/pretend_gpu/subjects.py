@@ -393,6 +393,6 @@ SUBJECTS: Mapping[str, Subject] = {
         1,
         32,
     ),
-    "Unrolled, SGD": Subject("step", unrolled("convolutions", SGD), 40, 130),
-    "Unrolled, Adam": Subject("step", unrolled("perceptron", ADAM), 25, 80),
+    "Unrolled, SGD": Subject("step", unrolled("convolutions", SGD), 1, 130),
+    "Unrolled, Adam": Subject("step", unrolled("perceptron", ADAM), 2, 65),
 }
