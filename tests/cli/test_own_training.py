@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from infl_cluster.inline import InlineBackend
+from infl_cluster.status import StatusWriter
 from influence_jobs.kinds.train.spec import TrainSpec
 from influence_jobs.report.made import request_in_words
 from influence_jobs.store.run import Run
@@ -322,6 +324,26 @@ def test_a_training_by_script_is_a_run_like_others(infl: Infl, tmp_path: Path) -
     assert other.code == 2
     told = "the state dict that train() of Unfinished returns does not fit Sequential: it lacks "
     assert told + "0.bias, 2.weight, 2.bias: return model.state_dict()" in other.err
+
+
+@pytest.mark.parametrize(("task", "quiet"), [("Scripted", 0.0), ("Toy", 9e9)])
+def test_a_script_that_takes_hours_is_not_taken_for_hanging(
+    infl: Infl, monkeypatch: pytest.MonkeyPatch, task: str, quiet: float
+) -> None:
+    """It tells no progress, so a backend is told that it has just made some."""
+    told = []
+    plain = InlineBackend.run
+
+    def noted(self: InlineBackend, run: Any, shards: Any, **calls: Any) -> None:
+        told.extend(calls["quiet_s"](shard.id) for shard in shards)
+        plain(self, run, shards, **calls)
+
+    monkeypatch.setattr(InlineBackend, "run", noted)
+    monkeypatch.setattr(StatusWriter, "quiet_s", lambda self, shard: 9e9)
+    more = () if task == "Scripted" else ("--epochs", 1, "--lr", 0.1, "--batch-size", 20)
+    found = infl("submit", "train", "--task", f"my_tasks.py:{task}", *more, *LOCAL)
+    assert found.code == 0, found.err
+    assert told == [quiet]
 
 
 def test_relabelling_needs_a_script_that_takes_labels(infl: Infl, tmp_path: Path) -> None:
