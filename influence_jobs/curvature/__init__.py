@@ -4,7 +4,8 @@ from influence_jobs.curvature.cg import ConjugateGradient
 from influence_jobs.curvature.ek_fac import EkFac
 from influence_jobs.curvature.identity import Identity
 from influence_jobs.curvature.lissa import Lissa
-from influence_jobs.curvature.operators import GaussNewton, Hessian, Operator
+from influence_jobs.curvature.matrices import GaussNewton, Hessian
+from influence_jobs.curvature.operators import Operator
 from influence_jobs.curvature.solver import Solution, Solver, make_solver
 
 __all__ = [

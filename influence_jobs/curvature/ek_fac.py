@@ -16,7 +16,8 @@ from influence_jobs.curvature.ek_fac_factors import (
     coarse_lines,
     groups_of,
 )
-from influence_jobs.curvature.operators import LOOKED_AT, GaussNewton, Operator
+from influence_jobs.curvature.matrices import GaussNewton
+from influence_jobs.curvature.operators import LOOKED_AT, Operator
 from influence_jobs.curvature.output_gradients import OutputGradients
 from influence_jobs.curvature.output_roots import (
     exact_roots,

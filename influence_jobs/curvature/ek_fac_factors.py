@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from influence_jobs.curvature.ek_fac_blocks import MOST_SIDE, Block, MatrixBlock, VectorBlock
-from influence_jobs.curvature.operators import GaussNewton
+from influence_jobs.curvature.matrices import GaussNewton
 from influence_jobs.curvature.output_gradients import OutputGradients
 from influence_jobs.gradients.parameters import ParameterSpace
 

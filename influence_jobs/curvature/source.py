@@ -20,7 +20,7 @@ from torch import Tensor
 
 from influence_jobs.curvature.ek_fac import EkFac
 from influence_jobs.curvature.ek_fac_factors import coarse_lines
-from influence_jobs.curvature.operators import GaussNewton
+from influence_jobs.curvature.matrices import GaussNewton
 from influence_jobs.curvature.solver import Progress, Trial, no_progress, require_finite
 from influence_jobs.errors import SpecError
 

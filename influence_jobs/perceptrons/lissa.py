@@ -34,7 +34,8 @@ from torch.nn import functional as F
 
 from influence_jobs.curvature.derivatives import AGREEMENT
 from influence_jobs.curvature.lissa_steps import LissaSteps
-from influence_jobs.curvature.operators import GaussNewton, Hessian, Operator
+from influence_jobs.curvature.matrices import GaussNewton, Hessian
+from influence_jobs.curvature.operators import Operator
 from influence_jobs.perceptrons.network import Perceptron, find_perceptron, first_inputs
 from influence_jobs.perceptrons.pending import PendingOutputs, padded
 from influence_jobs.transfers import on_device

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from influence_jobs import Draw, Task
 from influence_jobs.curvature.ek_fac import EkFac
-from influence_jobs.curvature.operators import GaussNewton
+from influence_jobs.curvature.matrices import GaussNewton
 from influence_jobs.errors import DataError, ModelError, SpecError
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.tasks.base import digest
