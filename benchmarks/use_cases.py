@@ -28,7 +28,7 @@ from influence_jobs.tasks.base import Draw
 from influence_jobs.tasks.registry import make_task
 
 TASK = str(Path(__file__).parents[1] / "examples" / "mislabelled.py") + ":Mislabelled"
-RECIPE: dict[str, Any] = {"epochs": 15, "batch_size": 64, "lr": 0.02}
+RECIPE: dict[str, Any] = {"epochs": 15, "batch_size": 64, "lr": 0.02, "schedule": "cosine"}
 EARLY, LAST = 5, 15  # epochs
 SHARE = 0.05  # of the labels, that are wrong
 SCORED = 100  # test images that samples are scored by; the others measure the error
@@ -38,6 +38,7 @@ Values = npt.NDArray[np.floating]
 app = typer.Typer(add_completion=False)
 Runs = Annotated[Path, typer.Option(help="Folder of all runs.")]
 Seeds = Annotated[int, typer.Option(help="Number of seeds.")]
+Share = Annotated[float, typer.Option(help="Of the labels, that are wrong.")]
 
 
 def interval(values: Sequence[float], digits: int) -> str:
@@ -49,17 +50,17 @@ def interval(values: Sequence[float], digits: int) -> str:
     return f"{mean:.{digits}f} ± {half:.{digits}f}"
 
 
-def trained(runs: Path, seed: int, share: float, without: Ids | None = None) -> Results:
-    """A training, of all images or without some."""
+def trained(runs: Path, seed: int, share: float, **lists: Ids) -> Results:
+    """A training, of all images, `without` some, or with the right labels on those `corrected`."""
     options: dict[str, Any] = {"share": share, "flip_seed": seed}
-    if without is None:
+    if not lists:
         options["save_epoch"] = [EARLY]
-    else:
-        file = runs / f"without-{hash_of(without)}.csv"
+    for name, images in lists.items():
+        file = runs / f"{name}-{hash_of(images)}.csv"
         runs.mkdir(parents=True, exist_ok=True)
         with file.open("w", newline="") as lines:
-            csv.writer(lines).writerows([["image"], *([i] for i in np.sort(without))])
-        options["without"] = str(file)
+            csv.writer(lines).writerows([["image"], *([i] for i in np.sort(images))])
+        options[name] = str(file)
     return influence_jobs.submit(
         "train", task=TASK, runs=str(runs), seed=seed, quiet=True, **RECIPE, **options
     )
@@ -117,22 +118,24 @@ def mislabelled(runs: Runs = Path("use-cases"), seeds: Seeds = 5) -> None:
             for k in (len(wrong) // 2, len(wrong), 2 * len(wrong)):
                 hits = float(np.isin(ranked[:k], wrong).sum())
                 found.setdefault(name, {}).setdefault(k, []).append(hits)
-        least = {
-            "all samples": None,
-            f"without {len(wrong)} by self-influence, epoch {EARLY}": rankings[
-                f"self-influence, epoch {EARLY}"
-            ][: len(wrong)],
-            f"without {len(wrong)} by loss, epoch {EARLY}": rankings[f"loss, epoch {EARLY}"][
-                : len(wrong)
-            ],
-            f"without the wrong ones among {len(wrong)} by loss, epoch {EARLY}": np.intersect1d(
-                rankings[f"loss, epoch {EARLY}"][: len(wrong)], wrong
-            ),
-            f"without {len(wrong)} at random": drawn[: len(wrong)],
-            f"without the {len(wrong)} wrong ones": wrong,
+        k = len(wrong)
+        by_influence = rankings[f"self-influence, epoch {EARLY}"]
+        by_loss = rankings[f"loss, epoch {EARLY}"]
+        changes: dict[str, dict[str, Ids]] = {
+            "all samples": {},
+            f"without {k} by self-influence, epoch {EARLY}": {"without": by_influence[:k]},
+            f"without {k} by loss, epoch {EARLY}": {"without": by_loss[:k]},
+            f"without the wrong ones among {k} by loss": {
+                "without": np.intersect1d(by_loss[:k], wrong)
+            },
+            f"without {k} at random": {"without": drawn[:k]},
+            f"without the {k} wrong ones": {"without": wrong},
+            f"{k} by loss corrected": {"corrected": by_loss[:k]},
+            f"{2 * k} by loss corrected": {"corrected": by_loss[: 2 * k]},
+            f"{k} at random corrected": {"corrected": drawn[:k]},
         }
-        for name, left_out in least.items():
-            run = train if left_out is None else trained(runs, seed, SHARE, left_out)
+        for name, lists in changes.items():
+            run = trained(runs, seed, SHARE, **lists) if lists else train
             errors.setdefault(name, []).append(error(run))
         errors.setdefault("right labels, all samples", []).append(error(trained(runs, seed, 0.0)))
         print(f"seed {seed} is done", flush=True)
@@ -155,13 +158,20 @@ def mislabelled(runs: Runs = Path("use-cases"), seeds: Seeds = 5) -> None:
     )
 
 
+def half_of_each(values: Values, labels: Ids) -> Ids:
+    """Of each label, the samples below the median of its values."""
+    ranked = order(values)
+    by_label = [ranked[labels[ranked] == label] for label in np.unique(labels)]
+    return np.concatenate([ids[len(ids) // 2 :] for ids in by_label])
+
+
 @app.command()
-def pruning(runs: Runs = Path("use-cases"), seeds: Seeds = 5) -> None:
+def pruning(runs: Runs = Path("use-cases"), seeds: Seeds = 5, share: Share = SHARE) -> None:
     """Train on the half that helps, and on random halves; some of the labels are wrong."""
     errors: dict[str, list[float]] = {}
     wrong: dict[str, list[float]] = {}
     for seed in range(seeds):
-        train = trained(runs, seed, SHARE)
+        train = trained(runs, seed, share)
         scores = influence_jobs.submit(
             "influence",
             checkpoint=f"{train.run.id}@{EARLY}",
@@ -170,19 +180,22 @@ def pruning(runs: Runs = Path("use-cases"), seeds: Seeds = 5) -> None:
             runs=str(runs),
             quiet=True,
         )
-        ranked = order(np.asarray(scores["scores"], dtype=np.float64).mean(axis=0))
+        helps = np.asarray(scores["scores"], dtype=np.float64).mean(axis=0)
+        ranked = order(helps)
         by_loss = order(np.asarray(self_influence(runs, train, EARLY, "ek-fac")["losses"]))
         half = len(ranked) // 2
         drawn = np.random.default_rng(2000 + seed).permutation(len(ranked))
         samples = scores.table("samples")
-        flipped = samples["label"].to_numpy() != samples["true"].to_numpy()
+        labels = samples["label"].to_numpy()
+        flipped = labels != samples["true"].to_numpy()
         for name, left_out in {
             "all": ranked[:0],
             "the half that helps": ranked[half:],
+            "the half of each class that helps": half_of_each(helps, labels),
             "a random half": drawn[half:],
             "the half of smaller loss": by_loss[:half],
         }.items():
-            run = trained(runs, seed, SHARE, left_out) if len(left_out) else train
+            run = trained(runs, seed, share, without=left_out) if len(left_out) else train
             errors.setdefault(name, []).append(error(run, SCORED))
             wrong.setdefault(name, []).append(float(np.delete(flipped, left_out).sum()))
         print(f"seed {seed} is done", flush=True)
@@ -190,8 +203,7 @@ def pruning(runs: Runs = Path("use-cases"), seeds: Seeds = 5) -> None:
     rows = []
     for name, values in errors.items():
         more = [a - b for a, b in zip(values, against, strict=True)]
-        labels = interval(wrong[name], 0)
-        rows.append([name, labels, interval(values, 2), interval(more, 2)])
+        rows.append([name, interval(wrong[name], 0), interval(values, 2), interval(more, 2)])
     columns = ["trained on", "wrong labels in it", "test error, %", "minus that of a random half"]
     print_table(columns, rows)
 

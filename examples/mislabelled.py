@@ -1,7 +1,8 @@
-"""MNIST with wrong labels, and MNIST without chosen images: docs/use-cases/mislabelled.md.
+"""MNIST with wrong labels: docs/use-cases/mislabelled.md.
 
 A share of the training images gets the label of another class, at random. `without` names a file
-of images to leave out, such as `infl suspects RUN --csv FILE` writes.
+of images to leave out, `corrected` one of images that a person has looked at and that have their
+right label again; `infl suspects RUN --csv FILE` writes such files.
 """
 
 import hashlib
@@ -25,7 +26,7 @@ class Mislabelled(MnistTask):
     """Which labels are wrong?"""
 
     published = None
-    paths = frozenset({"data_dir", "without"})
+    paths = frozenset({"data_dir", "without", "corrected"})
 
     def __init__(
         self,
@@ -37,18 +38,18 @@ class Mislabelled(MnistTask):
         without: Annotated[
             str | None, Doc("CSV file whose column `image` names images to leave out.")
         ] = None,
+        corrected: Annotated[
+            str | None, Doc("CSV file whose column `image` names images with their right label.")
+        ] = None,
     ) -> None:
         super().__init__(data_dir=data_dir, limit=limit)
-        self.share, self.flip_seed, self.without = share, flip_seed, without
+        self.share, self.flip_seed = share, flip_seed
+        self.without, self.corrected = without, corrected
 
     @cached_property
     def images_N(self) -> npt.NDArray[np.int64]:
         """Places in MNIST of the images that are trained on."""
-        images = np.arange(len(self._true))
-        if self.without is None:
-            return images
-        left_out = pyarrow.csv.read_csv(self.without).column("image").to_numpy()
-        return np.setdiff1d(images, left_out)
+        return np.setdiff1d(np.arange(len(self._true)), _images(self.without))
 
     @cached_property
     def _true(self) -> npt.NDArray[np.int64]:
@@ -60,6 +61,8 @@ class Mislabelled(MnistTask):
         drawn, given = np.random.default_rng(self.flip_seed), self._true.copy()
         wrong = drawn.choice(len(given), round(self.share * len(given)), replace=False)
         given[wrong] = (given[wrong] + drawn.integers(1, 10, len(wrong))) % 10
+        right = _images(self.corrected)
+        given[right] = self._true[right]
         return given
 
     @cached_property
@@ -78,7 +81,17 @@ class Mislabelled(MnistTask):
         return self._mnist.train_images.numpy()[self.images_N[ids]]
 
     def fingerprint(self) -> str:
-        left_out = "none"
-        if self.without is not None:
-            left_out = hashlib.sha256(Path(self.without).read_bytes()).hexdigest()[:16]
-        return f"{super().fingerprint()}, left out: {left_out}"
+        lists = [f"{super().fingerprint()}, left out: {_hash(self.without)}"]
+        if self.corrected is not None:
+            lists.append(f"corrected: {_hash(self.corrected)}")
+        return ", ".join(lists)
+
+
+def _images(file: str | None) -> npt.NDArray[np.int64]:
+    if file is None:
+        return np.zeros(0, np.int64)
+    return np.asarray(pyarrow.csv.read_csv(file).column("image").to_numpy(), np.int64)
+
+
+def _hash(file: str | None) -> str:
+    return "none" if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
