@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from influence_jobs.errors import SpecError
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.gradients.reference import gradients_one_by_one
+from influence_jobs.jobs.saved_state import SavedFactors
 from influence_jobs.kinds import view_of
 from influence_jobs.kinds.s_test.job import curvature_samples
 from influence_jobs.kinds.self_influence.spec import SelfInfluenceSpec
@@ -24,6 +25,7 @@ from influence_jobs.specs.solvers import (
 )
 from influence_jobs.store.checkpoints import load_checkpoint
 from influence_jobs.store.layout import FACTORS
+from influence_jobs.store.run import Run
 from influence_jobs.store.verify import find_damage
 from influence_jobs.tasks.base import Draw
 
@@ -148,6 +150,35 @@ def test_shards_change_no_byte(of, carry_out, fresh_root) -> None:
         a, b = whole.read_rows(name, 0, N), parts.read_rows(name, 0, N)
         assert a.tobytes() == b.tobytes()
     assert find_damage(parts).damaged == {}
+
+
+def test_a_run_that_is_cut_off_ends_with_the_same_bytes(
+    of, carry_out, fresh_root, monkeypatch
+) -> None:
+    spec, root = of(precision="float32", curvature=Curvature()), fresh_root()
+    whole = carry_out(spec)
+    real, written = Run.write_rows, []
+
+    def write_rows(run, name, start, values):
+        written.append(name)
+        if len(written) == 7:  # five arrays a shard: within the second
+            raise KeyboardInterrupt
+        return real(run, name, start, values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "write_rows", write_rows)
+        with pytest.raises(KeyboardInterrupt):
+            carry_out(spec, root=root, shard_rows=1)
+    cut = Run.open(str(root), spec.run_id)
+    assert len(cut.manifest.done()) == 1
+    assert cut.files.names(FACTORS)
+    with monkeypatch.context() as patch:  # the factors are those of before
+        patch.setattr(SavedFactors, "write", lambda *_: pytest.fail("factors are made again"))
+        again = carry_out(spec, root=root)
+    for name in whole.array_names():
+        assert whole.read_rows(name, 0, N).tobytes() == again.read_rows(name, 0, N).tobytes(), name
+    assert again.read_table("curvature").equals(whole.read_table("curvature"))
+    assert find_damage(again).damaged == {}
 
 
 def test_the_largest_come_first_with_the_evidence(of, carry_out) -> None:
