@@ -20,11 +20,11 @@ computed from the gradient of weight and bias, which every rule gives. *special*
 has a faster way of its own.
 
 *EK-FAC*: a layer that applies one matrix to every position, in one call or several, has Kronecker
-factors. `--layer all` takes these layers, and so does `--solver ek-fac` if no layer is named. Other
-parameters must be named: norm layers and biases, grouped convolutions, recurrent layers, attention's
-`in_proj_weight`, tied weights, parameters of your own. A parameter of up to 1,024 numbers has the
-exact block of the Gauss-Newton matrix; a larger one has a block for each row, or only the diagonal.
-A run says which are coarser than a whole block.
+factors. `--layer all` takes these layers, and so does `--solver ek-fac` if no layer is named.
+Other parameters must be named: norm layers and biases, grouped convolutions, recurrent layers,
+attention's `in_proj_weight`, tied weights, parameters of your own. A parameter of up to 1,024
+numbers has the exact block of the Gauss-Newton matrix; a larger one has a block for each row, or
+only the diagonal. A run says which are coarser than a whole block.
 
 A new type needs one class, in any file of `influence_jobs/gradients/rules/` or beside your task.
 
@@ -49,15 +49,15 @@ Dot products (influence) go by the rule, else in forward mode, else by the last 
 layers with `max_norm`, `scale_grad_by_freq` or `sparse` are refused, as are losses that depend on
 the other samples of the batch.
 
-Of a weight that no rule reads, the first axis is C, all others are I, and there are no kernel axes:
-`kernel` and `channel` norms are both (N, C).
+Of a weight that no rule reads, the first axis is C, all others are I, and there are no kernel
+axes: `kernel` and `channel` norms are both (N, C).
 
 ## Names
 
 | word | what |
 |---|---|
 | `--layer 3` | the third layer with a number, in forward order |
-| `--layer head` | the module `head`: norms are of its weight, influence is of all its own parameters |
+| `--layer head` | the module `head`: norms of its weight, influence of all its own parameters |
 | `--layer rnn` | norms have an array for each weight: `norms/rnn.weight_ih_l0`, ... |
 | `--layer rnn.weight_ih_l0`, `--layer cls_token` | a parameter |
 | `--layer '*lora*'` | the modules whose name matches, else the parameters |
