@@ -71,7 +71,7 @@ def denoise_folder(
     if isinstance(found[0], TrainedCheckpoint):
         kind = task_class(found[0].train.task)
     if not issubclass(kind, FFDNetTask):
-        raise SpecError(f"--checkpoint {checkpoint} is of {kind.__name__}, which is no FFDNet")
+        raise SpecError(f"--checkpoint {checkpoint} is of {kind.__name__}, which is not FFDNet")
     model = kind.network()
     load_checkpoint(model, root, found[0])
     folder = ImageFolder(images, color=kind.color)
