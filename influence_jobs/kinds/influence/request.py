@@ -35,7 +35,7 @@ class InfluenceRequest(WeightsRequest, QueriesOptions, CurvatureOptions):
 
     s_test: Many[str] = option(
         (),
-        "s-test run whose vectors are used. It decides queries, solver and checkpoint. May be "
+        "An s-test run whose vectors are used. It decides queries, solver and checkpoint. May be "
         "repeated.",
         panel=SCORES,
         metavar="RUN",
