@@ -71,7 +71,7 @@ def status(json: o.Json = False) -> None:
 @app.command()
 def wait(
     address: Annotated[str, typer.Option(metavar="URL", help="Dashboard of a Ray cluster.")],
-    nodes: Annotated[int, typer.Option(min=1, help="How many are to be up.")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, help="Number of nodes to wait for.")] = 1,
     timeout: Annotated[float, typer.Option(help="Seconds to wait at most.")] = 300.0,
 ) -> None:
     """Wait until the nodes of a Ray cluster are up: a run uses those that are when it begins."""

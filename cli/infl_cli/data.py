@@ -42,7 +42,7 @@ def denoise_folder(
         float, typer.Option(min=0, help="Standard deviation of the noise, in grey levels of 255.")
     ] = 25.0,
     grey: Annotated[
-        bool, typer.Option("--grey", help="The file is of the 15-layer grey network.")
+        bool, typer.Option("--grey", help="The weights are of the grey network of 15 layers.")
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
     out: Annotated[
@@ -71,7 +71,7 @@ def denoise_folder(
     if isinstance(found[0], TrainedCheckpoint):
         kind = task_class(found[0].train.task)
     if not issubclass(kind, FFDNetTask):
-        raise SpecError(f"--checkpoint {checkpoint} is of {kind.__name__}, which is no FFDNet")
+        raise SpecError(f"--checkpoint {checkpoint} is of {kind.__name__}, which is not FFDNet")
     model = kind.network()
     load_checkpoint(model, root, found[0])
     folder = ImageFolder(images, color=kind.color)

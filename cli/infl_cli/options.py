@@ -56,8 +56,8 @@ Address = Annotated[
     typer.Option(
         metavar="URL",
         callback=known_cluster,
-        help="The Ray cluster that the run says it is on, if it was not submitted from here. Your "
-        "token is sent there.",
+        help="Ray cluster of the run, if it was submitted from another machine. Your token is "
+        "sent there.",
     ),
 ]
 
@@ -75,7 +75,8 @@ Trust = Annotated[
     typer.Option(
         "--trust",
         callback=_trust,
-        help="Run the code that a run's task names, though you have not named it on this machine.",
+        help="Import the code of the run's task, although you have not named it on this machine:"
+        " the run may come from somebody else.",
         rich_help_panel="How to run",
     ),
 ]

@@ -30,7 +30,7 @@ TaskOptions = Annotated[
     typer.Option(
         "--option",
         metavar="NAME=VALUE",
-        help="Option of the task, for one that has the name of an option of the command. May be "
+        help="Option of the task, where an option of this command has the same name. May be "
         "repeated.",
         rich_help_panel=OPTION_PANELS[0],
     ),

@@ -23,8 +23,8 @@ def suspects(
     by: Annotated[
         Literal["self-influence", "loss"],
         typer.Option(
-            help="What they are ranked by: the largest come first. The loss found more wrong "
-            "labels where it was tried: docs/use-cases/mislabelled.md."
+            help="What they are ranked by; the largest come first. The loss found more wrong "
+            "labels where both were tried (docs/use-cases/mislabelled.md)."
         ),
     ] = "loss",
     csv: Annotated[Path | None, typer.Option(help="Write the table to this file.")] = None,

@@ -27,8 +27,8 @@ def top(
     layer: Annotated[
         str | None,
         typer.Option(
-            help="Layer: number, module or parameter name, or pattern, as for submit. By default "
-            "norms of all layers, one table for each, and scores summed over layers."
+            help="Layer: number, module or parameter name, or pattern, as for submit. By default"
+            " norms are shown layer by layer, and scores are summed over layers."
         ),
     ] = None,
     test: Annotated[
@@ -42,7 +42,8 @@ def top(
     side: Annotated[
         Literal["helpful", "harmful", "both"],
         typer.Option(
-            help="For influence: largest scores, smallest, or both.", rich_help_panel=_OF_SCORES
+            help="Of influence: the largest scores, the smallest, or both.",
+            rich_help_panel=_OF_SCORES,
         ),
     ] = "both",
     png: Annotated[

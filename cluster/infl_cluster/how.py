@@ -36,37 +36,38 @@ class How(Options):
     )
     num_gpus: One[float | None] = option(
         None,
-        "GPUs of each worker; a fraction shares a GPU. By default 1 where it computes on GPUs.",
+        "GPUs of each worker; by default 1 where it computes on GPUs. With .5 two workers share "
+        "one.",
         panel=HOW,
         ge=0,
     )
     node_label: Many[str] = option(
         (),
-        "Compute on nodes with this label of Ray only, KEY=VALUE such as "
-        "ray.io/accelerator-type=H100; repeat for several.",
+        "Compute only on nodes with this label of Ray, KEY=VALUE such as "
+        "ray.io/accelerator-type=H100. May be repeated.",
         panel=HOW,
     )
     batch_size: One[Count | None] = option(
         None,
-        "Samples in a forward pass; by default the task's own number, fewer where they do not fit, "
-        "and in long runs as many as a probe finds fastest.",
+        "Samples in a forward pass. By default the task's own number, or fewer if they do not "
+        "fit; in long runs the number that a probe finds fastest.",
         panel=HOW,
     )
     shard_size: One[Count | None] = option(
         None,
-        "Samples, or in retraining experiments models, of a shard: the piece of work that a worker "
-        "takes.",
+        "Samples in a shard, the piece of work that a worker takes; in experiments that retrain,"
+        " models.",
         panel=HOW,
     )
     stalled_after: One[float | None] = option(
         None,
-        "Seconds without progress after which a worker counts as hanging and is replaced; by "
-        "default 1800. A shard that is tried again gets twice as long.",
+        "Replace a worker that has made no progress for so many seconds; by default 1800. A "
+        "shard that is tried again gets twice as long.",
         panel=HOW,
         gt=0,
     )
     local: bool = option(False, "Compute in this process, without Ray.", panel=HOW)
-    detach: bool = option(False, "Return as soon as the job is submitted.", panel=HOW)
+    detach: bool = option(False, "Return as soon as the run is submitted.", panel=HOW)
 
     @model_validator(mode="after")
     def _checked(self) -> Self:

@@ -51,7 +51,7 @@ def connect() -> None:
     """
     address = os.environ.get("RAY_ADDRESS")
     if address is None:
-        raise RuntimeFault("RAY_ADDRESS is not set: a driver is started by submitting a job")
+        raise RuntimeFault("RAY_ADDRESS is not set: a driver is started by submitting a run")
     ours = signal.getsignal(signal.SIGTERM)
     ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     signal.signal(signal.SIGTERM, ours)  # Ray's own handler knows no cause

@@ -215,7 +215,7 @@ class EkFac(Solver):
         chosen = self._share * largest
         if not chosen > 0:
             raise SpecError(
-                "no damping can be chosen, as the curvature is zero for these samples: give "
+                "no lambda can be chosen, as the curvature is zero for these samples: give "
                 "--damping"
             )
         return chosen

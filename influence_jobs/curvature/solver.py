@@ -152,7 +152,7 @@ class Solver(ABC):
             chosen = abs(chosen) + max(0.0, -smallest_eigenvalue(operator))
         if not chosen > 0:
             raise SpecError(
-                "no damping can be chosen, as the curvature has no positive eigenvalue: "
+                "no lambda can be chosen, as the curvature has no positive eigenvalue: "
                 "give --damping"
             )
         return chosen

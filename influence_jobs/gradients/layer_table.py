@@ -12,18 +12,19 @@ which layers have a rule, what happens to the others, and how layers are named. 
 
 ## Layers with a rule
 
-A rule is for the layer's type, and for a subclass that overrides nothing but `__init__`; any other
-may compute something else. It holds where the layer is called once in a forward pass and its weight
-is used nowhere else. *derived* means computed from the weight and bias gradient, which every rule
-gives. *special* means that the rule has a faster way of its own. Norms are L2 over I. *number* says
-whether `--layer all` includes the layer and `--layer 1` counts it; other layers must be named.
+A rule is for a type of layer, and for a subclass that overrides nothing but `__init__`; another
+subclass may compute something else. It holds if the layer is called once in a forward pass and its
+weight is used nowhere else. Norms are L2 over I. *number* says whether `--layer all` includes the
+layer and `--layer 1` counts it; other layers must be named. *derived* means that the quantity is
+computed from the gradient of weight and bias, which every rule gives. *special* means that the rule
+has a faster way of its own.
 
 *EK-FAC*: a layer that applies one matrix to every position, in one call or several, has Kronecker
-factors; `--layer all` and `--solver ek-fac` without layers take these. Other parameters must be
-named. They have the exact block of the Gauss-Newton matrix for up to 1,024 numbers, else a block a
-row, else the diagonal: norm layers and biases, grouped convolutions, recurrent layers, attention's
-`in_proj_weight`, tied weights, parameters of your own. A run says which are coarser than a whole
-block.
+factors. `--layer all` takes these layers, and so does `--solver ek-fac` if no layer is named.
+Other parameters must be named: norm layers and biases, grouped convolutions, recurrent layers,
+attention's `in_proj_weight`, tied weights, parameters of your own. A parameter of up to 1,024
+numbers has the exact block of the Gauss-Newton matrix; a larger one has a block for each row, or
+only the diagonal. A run says which are coarser than a whole block.
 
 A new type needs one class, in any file of `influence_jobs/gradients/rules/` or beside your task.
 
@@ -35,8 +36,8 @@ _TAIL = """
 
 Recurrent layers, attention's `in_proj_weight`, parameters of your own modules or of the model
 itself, weights made by `weight_norm`, layers that are called twice, and shared weights have norms
-too. `infl submit` says which they are and how they are computed. The first of these forms whose
-gradients agree with plain autograd on two samples is taken; *mapped* is over the samples (vmap):
+too. `infl submit` says which they are and how they are computed. It takes the first of these forms
+whose gradients agree with plain autograd on two samples; *mapped* is over the samples (vmap):
 
 | form | for | times as slow as rules alone |
 |---|---|---|
@@ -48,29 +49,29 @@ Dot products (influence) go by the rule, else in forward mode, else by the last 
 layers with `max_norm`, `scale_grad_by_freq` or `sparse` are refused, as are losses that depend on
 the other samples of the batch.
 
-A weight that no rule reads has its first axis as C, all others as I, and no kernel axes: `kernel`
-and `channel` norms are both (N, C).
+Of a weight that no rule reads, the first axis is C, all others are I, and there are no kernel
+axes: `kernel` and `channel` norms are both (N, C).
 
 ## Names
 
 | word | what |
 |---|---|
 | `--layer 3` | the third layer with a number, in forward order |
-| `--layer head` | the module `head`: of norms its weight, of influence all its own parameters |
-| `--layer rnn` | of norms, an array for each weight: `norms/rnn.weight_ih_l0`, ... |
+| `--layer head` | the module `head`: norms of its weight, influence of all its own parameters |
+| `--layer rnn` | norms have an array for each weight: `norms/rnn.weight_ih_l0`, ... |
 | `--layer rnn.weight_ih_l0`, `--layer cls_token` | a parameter |
 | `--layer '*lora*'` | the modules whose name matches, else the parameters |
 | `--layer module:3` | the module named 3, as a Sequential has them |
 | `--layer all` | all layers with a number; the line it prints says what is left out, and why |
 
-`infl top --layer` takes the same words. A shared weight counts once, with all its uses; the names
-of all its layers mean it. Frozen parameters (`requires_grad=False`) do not count, and a frozen
+`infl top --layer` takes the same words. A shared weight counts once, with all its uses, and has the
+names of all its layers. Frozen parameters (`requires_grad=False`) do not count, and a frozen
 layer is refused by name.
 
 ## Number formats
 
-Gradients are computed in float32, or in float64 for a model that is built in it, whatever the model
-is built in otherwise; `--precision` chooses. [What each costs](precision.md).
+Gradients are computed in float64 for a model that is built in it, and in float32 for any other;
+`--precision` chooses another. [What each costs](precision.md).
 """
 _FORMS = {  # by column, the methods that a faster way overrides
     "norms": ("kernel_norms",),

@@ -99,8 +99,8 @@ class Request(Options, ABC):
     task: Any = option(
         None,
         "mnist, mnist-dropout, mnist-lds, ffdnet, ffdnet-grey, ffdnet-small, or your own as "
-        "file.py:Class or module:Class; by default that of the run that is named, if any. Its own "
-        "options are shown with --task NAME --help.",
+        "file.py:Class or module:Class; by default the task of the run that another option names. "
+        "--task NAME --help shows the task's own options.",
     )
     task_options: Mapping[str, Any] = {}
 

@@ -32,7 +32,7 @@ class EnsembleOptions(Options):
     """Number of models that scores are averaged over."""
 
     ensemble: One[Count] = option(
-        1, "Use mean scores over so many models, trained from different seeds.", panel=EXPERIMENT
+        1, "Average the scores of so many models, trained from different seeds.", panel=EXPERIMENT
     )
 
 
@@ -41,9 +41,9 @@ class ExperimentRequest(WeightsRequest, QueriesOptions, CurvatureOptions):
 
     by: Many[str] = option(
         (),
-        f"A method to test: {', '.join(METHODS)}, or a run with scores (RUN+RUN: their mean; "
-        "NAME=RUN: under this name), or NAME=FILE, scores of another library: (queries, training "
-        "samples) as .npy, .parquet or .zarr, positive = helpful. May be repeated.",
+        f"A method to test: {', '.join(METHODS)}; a run with scores (RUN, NAME=RUN, or RUN+RUN for "
+        "their mean); or scores from elsewhere (NAME=FILE): (queries, training samples) as .npy, "
+        ".parquet or .zarr, positive = helpful. May be repeated.",
         panel=EXPERIMENT,
         metavar="METHOD",
     )

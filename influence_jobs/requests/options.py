@@ -12,18 +12,20 @@ from influence_jobs.terms import ScorePrecision
 TRAINING, SCORES, QUERY = "Training", "Scores", "What to explain"
 CURVATURE, EXPERIMENT = "Curvature", "Experiment"
 REDUCE = (
-    "What is kept of a sample's weight gradient. kernel: (N, C, kh, kw), L2 norm over the inputs; "
-    "channel: (N, C), the same summed over the kernel; layer: (N), L2 norm of the whole."
+    "What is kept of the gradient of a sample by a layer's weight. kernel: (N, C, kh, kw), the "
+    "L2 norm over the inputs; channel: (N, C), the same summed over the kernel; layer: (N), the "
+    "L2 norm of the whole."
 )
 
 LAYER = (
-    "Layer number (from 1, in forward order), module name, parameter name, pattern such as "
+    "Layer: number (from 1, in forward order), module name, parameter name, pattern such as "
     "`*lora*`, or all: all that have a number. module:3 is the module named 3. May be repeated."
 )
 
 LAMBDA = (
-    "Lambda, added to the eigenvalues of the curvature; by default (1 - momentum) / (learning "
-    "rate x steps) + weight decay of a training by SGD, else .001 of the largest eigenvalue."
+    "Lambda, which is added to the eigenvalues of the curvature. By default, of a training by "
+    "SGD: (1 - momentum) / (learning rate x steps) + weight decay; else .001 of the largest "
+    "eigenvalue."
 )
 
 
@@ -32,9 +34,9 @@ class WeightsRequest(Request):
 
     checkpoint: Many[str] = option(
         (),
-        "Train run, RUN@EPOCH, RUN@all, a file of weights (torch, safetensors, Lightning), or a "
-        "folder of Hugging Face weights. May be repeated. One is trained by the preset if none is "
-        "named.",
+        "Weights: the end of a train run (RUN), one of its epochs (RUN@EPOCH), all that it keeps"
+        " (RUN@all), a file (torch, safetensors, Lightning), or a folder of Hugging Face "
+        "weights. May be repeated. By default a model is trained by the preset.",
     )
     preset: One[str | None] = option(
         None,
@@ -58,8 +60,8 @@ class QueriesOptions(SeedOptions):
     )
     test_set: One[str | None] = option(
         None,
-        "Several test samples: a file of ids, one a line, each with a region Y,X,H,W, a point Y,X "
-        "or a span of tokens A:B behind it if wanted; or a set that the task names.",
+        "Several test samples: a set that the task names, or a file with an id on each line. "
+        "Behind an id may stand a point Y,X, a region Y,X,H,W or a span of tokens A:B.",
         panel=QUERY,
     )
     point: Many[Any] = option(
@@ -76,15 +78,16 @@ class QueriesOptions(SeedOptions):
     )
     tokens: Many[Any] = option(
         (),
-        "A span of the test sequences' tokens, from A to before B. They are counted from 0, and "
-        "only those that have a target. May be repeated.",
+        "A span of tokens of the test sequences, from A to before B. Only tokens that have a "
+        "target are counted, from 0. May be repeated.",
         panel=QUERY,
         metavar="A:B",
     )
     quantity: str = option(
         "loss",
-        "What is explained: loss; if the task lists it, output (mean square of the output in the "
-        "region, or its mean logit); of FFDNet also change (mean square of output minus input).",
+        "What is explained. loss; output, if the task lists it: the mean square of the output in"
+        " the region, or its mean logit; change, of FFDNet: the mean square of output minus "
+        "input.",
         panel=QUERY,
     )
     noise_draws: One[Count] = option(
@@ -140,8 +143,8 @@ class DampingOptions(Options):
     damping: One[float | None] = option(None, LAMBDA, panel=CURVATURE)
     curvature_samples: Annotated[int | str | None, BeforeValidator(_number_or_word)] = option(
         None,
-        "Number of random training samples to measure the curvature on, or all; by default all, up "
-        "to 10^10 samples x parameters of the model, but never fewer than 10,000.",
+        "Number of random training samples that the curvature is of, or all. By default all, up "
+        "to 10^10 samples x parameters of the model, but at least 10,000.",
         panel=CURVATURE,
     )
     precision: ScorePrecision | None = option(

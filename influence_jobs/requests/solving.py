@@ -216,7 +216,7 @@ def _solver(request: "CurvatureOptions | SelfInfluenceRequest", say: Say) -> Sol
     named = {fields.get(name, name): value for name, value in chosen.items()}
     solver = make_spec(kind, **{**kind.asked, **named})
     if damping is not None and scale is not None:
-        say(f"effective damping lambda = {request.damping:g} x {scale:g} = {damping:g}")
+        say(f"lambda = damping {request.damping:g} x scale {scale:g} = {damping:g}")
     return solver
 
 

@@ -132,7 +132,9 @@ class LissaSettings(DampedSettings):
     passes = 10
 
     name: Literal["lissa"] = "lissa"
-    scale: Annotated[Positive | None, Field(description="Measured if not given.")] = None
+    scale: Annotated[
+        Positive | None, Field(description="Scale of the recursion; measured if not given.")
+    ] = None
     depth: Annotated[
         Count | None, Field(description="Steps of a recursion; chosen if not given.")
     ] = None
@@ -189,8 +191,9 @@ class SourceSettings(SolverSettings):
     exponential: Annotated[
         Literal["ek-fac", "chebyshev"],
         Field(
-            description="How functions of the curvature are multiplied: in the eigenbasis of "
-            "EK-FAC, or by a series of products, slow and without its approximation."
+            description="How functions of the curvature are computed: in the eigenbasis of "
+            "EK-FAC, or by a series of products, which is slow and does without its "
+            "approximation."
         ),
     ] = "ek-fac"
 

@@ -20,7 +20,7 @@ CHEAP = ("--curvature-samples", "200", "--damping", ".1")
 def test_from_a_query_to_its_samples(infl: Infl, runs: Path, tmp_path: Path) -> None:
     solved = infl("submit", "s-test", *DIGITS, *CHEAP, "--test", 5, "--test", 111)
     assert solved.code == 0, solved.err
-    assert "effective damping lambda = 0.1; residual up to" in solved.out
+    assert "lambda = 0.1; residual up to" in solved.out
     assert "next: infl submit influence --s-test s-test-digitstask-" in solved.out
     scored = infl("submit", "influence", "--local", "--s-test", "s-test-digits", "--json").json
     assert scored["arrays"]["scores"]["shape"] == [2, 1500]
@@ -60,7 +60,7 @@ def test_the_published_setting_says_its_effective_damping(infl: Infl, runs: Path
     )
     words = ("submit", "s-test", *DIGITS, "--test", 5, *published)
     answer = infl(*words, "--curvature-samples", 200)
-    assert "effective damping lambda = 0.01 x 25 = 0.25" in answer.err
+    assert "lambda = damping 0.01 x scale 25 = 0.25" in answer.err
     assert "lambda = 0.25; residual" in answer.out
     assert "the recursion's own damping 0.01 x scale 25, batches of 8" in answer.out
 

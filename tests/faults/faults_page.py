@@ -21,10 +21,11 @@ RECORD = PROJECT / "faults.jsonl"
 
 _HEAD = """# Reliability
 
-What was done to runs, and what came of it. `make test-faults` does all of it and writes this page.
+This page lists what was done to runs, and what came of it. `make test-faults` does all of it and
+writes the page.
 
-Each fault strikes a run in the middle, with workers at work, or a finished one. In the end its
-bytes are compared with those of an undisturbed run, all checksums with the manifest, and the
+Each fault strikes a finished run, or one that is under way with workers at work. In the end the
+run's bytes are compared with those of an undisturbed run, all checksums with the manifest, and the
 attempts of each shard with what the fault explains.
 """
 

@@ -29,7 +29,7 @@ def doctor(
     """Say what is installed, what this machine has, what will not work, and the cure.
 
     Nothing is started or fetched. Exit code 0: a run can begin; 1: something that every run needs
-    is missing or broken, on a line that begins with fail.
+    is missing or broken, and its line begins with fail.
     """
     from infl_cli.doctor import disk, packages, ray
     from infl_cli.doctor.loading import Loading

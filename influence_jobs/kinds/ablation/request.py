@@ -32,7 +32,8 @@ class AblationRequest(ExperimentRequest, SeedsOptions):
     )
     mode: Many[Literal["relabel", "remove"]] = option(
         ("relabel", "remove"),
-        "relabel or remove the samples. May be repeated; by default both, in separate retrainings.",
+        "What is done to the samples. May be repeated; by default both, each in retrainings of "
+        "its own.",
         panel=EXPERIMENT,
     )
     relabel_to: RelabelRule = option(
@@ -44,9 +45,9 @@ class AblationRequest(ExperimentRequest, SeedsOptions):
 
     same_run: bool = option(
         False,
-        "Remove by a mask, that is by a loss of weight 0, so that the order and the batches of the "
-        "other samples and all random numbers stay those of the unchanged training. It takes the "
-        "noise of another order out of the comparison.",
+        "Remove samples by a mask: their loss has weight 0. The order and the batches of the "
+        "others and all random numbers stay as in the unchanged training, so that the noise of "
+        "another order is not in the comparison.",
         panel=EXPERIMENT,
     )
 

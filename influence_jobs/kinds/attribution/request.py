@@ -14,20 +14,22 @@ from influence_jobs.specs.norms import NormsSpec
 class AttributionRequest(WeightsRequest, QueriesOptions):
     """Attribution: activations of chosen outputs times the training samples' gradient norms.
 
-    The default is all hidden layers: all weight layers except the last.
+    By default the layers are all hidden ones, that is all with weights but the last.
     """
 
     norms: One[str | None] = option(
         None,
-        "Run with the gradient norms: a grad-norms run, or a train run that recorded norms. By "
-        "default norms are computed at the checkpoint first.",
+        "Run that has the gradient norms: a grad-norms run, or a train run that recorded them. "
+        "By default they are computed at the checkpoint first.",
         panel=SCORES,
         metavar="RUN",
     )
     exclude_norm_above: One[Positive | None] = option(
-        None, "Leave out samples whose norms have a larger sum.", panel=SCORES
+        None, "Leave out samples whose gradient norms sum to more than this.", panel=SCORES
     )
-    normalize: bool = option(False, "Divide each sample's norms by their sum.", panel=SCORES)
+    normalize: bool = option(
+        False, "Divide each sample's gradient norms by their sum.", panel=SCORES
+    )
     keep_layers: bool = option(False, "Also keep the scores of each layer.", panel=SCORES)
     layer: Many[str | int] = option((), LAYER)
 

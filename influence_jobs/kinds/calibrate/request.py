@@ -58,15 +58,17 @@ class CalibrateRequest(WeightsRequest, QueriesOptions):
         24, "Number of other subsets on which the chosen setting is measured.", panel=EXPERIMENT
     )
     seeds: One[int] = option(
-        2, "Number of trainings of each subset; two or more tell the ceiling.", panel=EXPERIMENT
+        2,
+        "Number of trainings of each subset; it takes two or more to know the ceiling.",
+        panel=EXPERIMENT,
     )
     fraction: One[float] = option(
         0.5, "Share of the training set in each subset.", panel=EXPERIMENT
     )
     curvature_samples: One[int | str | None] = option(
         None,
-        "Number of random training samples to measure the curvature on, or all; by default as "
-        "infl submit influence does.",
+        "Number of random training samples that the curvature is of, or all; by default as in "
+        "infl submit influence.",
         panel=CURVATURE,
     )
 

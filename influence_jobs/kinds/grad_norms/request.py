@@ -26,14 +26,14 @@ class GradNormsRequest(WeightsRequest, SeedOptions):
     )
     per_token: bool = option(
         False,
-        "Also keep the norm of the gradient of each token's part of its sequence's loss, by each "
-        "whole layer. It takes a pass a token.",
+        "Also keep a norm for each token: of the gradient of its part of the sequence's loss, by"
+        " each whole layer. It takes a pass for each token.",
     )
     precision: JobPrecision = option(
         "float32",
-        "Precision of the computation; tf32: float32 with products in TF32 on a GPU; bfloat16 by "
-        "torch's autocast, bfloat16-weights with the weights in bfloat16 too, in half the memory. "
-        "A model that is built in float64 is computed in it.",
+        "Precision of the computation. tf32: float32, with products in TF32 on a GPU; bfloat16: "
+        "torch's autocast; bfloat16-weights: with the weights in bfloat16 too, in half the "
+        "memory. A model that is built in float64 is computed in it.",
     )
 
     def specs(self, root: str, say: Say) -> tuple[Spec, ...]:

@@ -41,15 +41,15 @@ class GradientScoresRequest(WeightsRequest, QueriesOptions):
     )
     combine: Literal["sum", "mean"] = option(
         "sum",
-        "How to combine scores: sum over checkpoints (TracIn), or mean over trainings from several "
-        "seeds (ensemble).",
+        "How scores are combined. sum: over checkpoints of a training (TracIn); mean: over "
+        "trainings from several seeds (ensemble).",
         panel=SCORES,
     )
     keep_layers: bool = option(False, "Also keep the scores of each layer.", panel=SCORES)
     approximate: One[int | None] = option(
         None,
-        "Only so many of the most helpful and of the most harmful samples, found at once in an "
-        "index that misses some (it says how many); the others get no score. Needs faiss.",
+        "Score only so many of the most helpful and of the most harmful samples, which an index "
+        "finds at once. It misses some, and its page says how many. Needs faiss.",
         panel=SCORES,
         ge=1,
     )

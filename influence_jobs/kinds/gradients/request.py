@@ -21,22 +21,22 @@ class GradientsRequest(WeightsRequest, SeedOptions):
     layer: Many[str | int] = option((), LAYERS_THAT_COUNT)
     dim: str = option(
         "16x16",
-        "Numbers that are kept of a layer's gradient: of its outputs x of its inputs. A layer "
-        "with no more parameters than that is kept as it is.",
+        "How many numbers are kept of a layer's gradient: outputs x inputs. A layer with no more"
+        " parameters than that is kept as it is.",
         metavar="OUTxIN",
     )
     projection: Distribution = option(
         "gaussian", "Distribution of the entries of the random matrices."
     )
-    whole: bool = option(False, "One projection of all layers together, in place of one each.")
+    whole: bool = option(False, "Project all layers together, not each by itself.")
     stored: Stored = option(
         "float16", "How the numbers are rounded; --dry-run tells what that loses."
     )
     precision: JobPrecision = option(
         "float32",
-        "Precision of the computation; tf32: float32 with products in TF32 on a GPU; bfloat16 by "
-        "torch's autocast, bfloat16-weights with the weights in bfloat16 too, in half the memory. "
-        "A model that is built in float64 is computed in it.",
+        "Precision of the computation. tf32: float32, with products in TF32 on a GPU; bfloat16: "
+        "torch's autocast; bfloat16-weights: with the weights in bfloat16 too, in half the "
+        "memory. A model that is built in float64 is computed in it.",
     )
     noise_draws: Count = option(
         1, "Number of noise draws of a training sample to average over, for tasks with noise."

@@ -35,28 +35,28 @@ class InfluenceRequest(WeightsRequest, QueriesOptions, CurvatureOptions):
 
     s_test: Many[str] = option(
         (),
-        "s-test run to take s_test vectors from; queries, solver and checkpoint are the run's. "
-        "May be repeated.",
+        "An s-test run whose vectors are used. It decides queries, solver and checkpoint. May be "
+        "repeated.",
         panel=SCORES,
         metavar="RUN",
     )
     models: One[Count | None] = option(
         None,
-        "Mean scores of so many models, which predict retrainings better than those of one: "
-        "trained from --seed and the seeds after it, or from the seed of --checkpoint and those "
-        "after it, and at its epoch.",
+        "Average the scores of so many models, which predict retrainings better than one. They "
+        "are trained from --seed and the seeds after it; with --checkpoint from its seed and "
+        "those after it, and taken at its epoch.",
         panel=SCORES,
     )
     combine: Literal["sum", "mean"] | None = option(
         None,
-        "How to combine scores: sum over checkpoints (TracIn), or mean over trainings from several "
-        "seeds (ensemble); by default sum, with --models mean.",
+        "How scores are combined. sum: over checkpoints of a training (TracIn); mean: over "
+        "trainings from several seeds (ensemble). By default sum, with --models mean.",
         panel=SCORES,
     )
     relative: Literal["theta", "loss"] | None = option(
         None,
-        "Divide the scores by the size of each sample's effect on the parameters (theta) or on the "
-        "training losses (loss), as RelatIF does.",
+        "Divide each score by the size of the sample's own effect, on the parameters (theta) or "
+        "on the training losses (loss), as RelatIF does.",
         panel=SCORES,
     )
     keep_layers: bool = option(False, "Also keep the scores of each layer.", panel=SCORES)

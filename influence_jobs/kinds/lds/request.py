@@ -33,9 +33,9 @@ class LdsRequest(ExperimentRequest, SeedsOptions, EnsembleOptions):
     )
     same_run: bool = option(
         False,
-        "Repeat the training itself for each subset: from its seed, in its order and batches, with "
-        "the samples outside of the subset masked, that is with a loss of weight 0. By default "
-        "each subset is trained from other seeds without them.",
+        "Repeat the training itself for each subset, from its seed and in its order and batches."
+        " The samples outside of the subset are masked: their loss has weight 0. By default each"
+        " subset is trained from other seeds without them.",
         panel=EXPERIMENT,
     )
 

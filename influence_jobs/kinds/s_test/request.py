@@ -12,7 +12,7 @@ LAYERS_THAT_COUNT = (
 
 
 class STestRequest(WeightsRequest, QueriesOptions, CurvatureOptions):
-    """s_test vectors: gradients of chosen outputs times the inverse curvature of the loss.
+    """The s_test vectors: gradients of chosen outputs times the inverse curvature of the loss.
 
     Each checkpoint has a run of its own.
     """

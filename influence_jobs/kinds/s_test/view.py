@@ -30,10 +30,7 @@ class STestView(View[STestSpec]):
         damping, record = rows[0]["damping"], json.loads(rows[0]["record"])
         residual = max(row["residual"] for row in rows)
         steps = max(row["iterations"] for row in rows)
-        line = (
-            f"effective damping lambda = {damping:.4g}; residual up to {residual:.2g}, "
-            f"{steps} steps"
-        )
+        line = f"lambda = {damping:.4g}; residual up to {residual:.2g}, {steps} steps"
         if "recursion_damping" in record:
             line += (
                 f"; the recursion's own damping {record['recursion_damping']:.4g} x scale "

@@ -36,7 +36,7 @@ class TrainRequest(Request):
         (), "Also keep the weights after this epoch. May be repeated.", panel=TRAINING
     )
     optimizer: Literal["sgd", "adam", "adamw"] | None = option(
-        None, "torch's own; by default the preset's, else sgd.", panel=TRAINING
+        None, "Optimizer, as torch has it; by default the preset's, else sgd.", panel=TRAINING
     )
     lr: One[float | None] = option(None, "Learning rate; by default the preset's.", panel=TRAINING)
     momentum: One[float | None] = option(
@@ -47,20 +47,20 @@ class TrainRequest(Request):
     )
     weight_decay: One[float | None] = option(
         None,
-        "Weight decay (L2 penalty; decoupled in adamw); by default the preset's, else 0, of adamw "
-        ".01.",
+        "Weight decay: an L2 penalty, in adamw decoupled; by default the preset's, else 0, in "
+        "adamw .01.",
         panel=TRAINING,
     )
     no_bias_decay: bool | None = option(
         None,
-        "No weight decay of biases and of the weights of norms, that is of parameters of one axis; "
-        "by default the preset's, else they decay too.",
+        "Leave biases and the weights of normalisation layers (parameters of one axis) without "
+        "weight decay; by default as the preset says, else they decay too.",
         panel=TRAINING,
     )
     schedule: Literal["constant", "cosine", "linear", "step"] | None = option(
         None,
-        "How the learning rate changes from step to step: cosine and linear go down to 0 at the "
-        "end, step multiplies it by --step-factor every --step-every epochs; by default the "
+        "How the learning rate changes from step to step. cosine, linear: it falls to 0 at the "
+        "end; step: it is multiplied by --step-factor every --step-every epochs. By default the "
         "preset's, else constant.",
         panel=TRAINING,
     )
@@ -71,11 +71,11 @@ class TrainRequest(Request):
         panel=TRAINING,
     )
     step_every: One[Count | None] = option(
-        None, "Epochs between steps of the schedule step.", panel=TRAINING
+        None, "Epochs between the steps of --schedule step.", panel=TRAINING
     )
     step_factor: One[float | None] = option(
         None,
-        "Factor of the schedule step; by default the preset's, else .1.",
+        "Factor of --schedule step; by default the preset's, else .1.",
         panel=TRAINING,
         gt=0,
         le=1,
@@ -92,8 +92,8 @@ class TrainRequest(Request):
     )
     recorded: One[str | None] = option(
         None,
-        "Folder of an influence_jobs.Recorder: a run of the training that it was in, with its "
-        "weights and norms, instead of a new training.",
+        "Folder of an influence_jobs.Recorder. The run is of the training that it recorded, with"
+        " its weights and norms, and nothing is trained.",
     )
     norms_layer: Many[str | int] = option(
         (),
@@ -102,7 +102,7 @@ class TrainRequest(Request):
         panel=TRAINING,
     )
     norms_skip_epochs: One[Annotated[int, Field(ge=0)] | None] = option(
-        None, "Number of first epochs without recorded norms; by default 1.", panel=TRAINING
+        None, "Number of first epochs whose norms are not recorded; by default 1.", panel=TRAINING
     )
     reduce: Reduction | None = option(None, f"{REDUCE} By default channel.")
 

@@ -258,7 +258,7 @@ def test_a_matrix_that_no_scale_helps_is_an_error(case):
 
 
 def test_a_damping_that_would_take_for_ever_is_refused(case):
-    with pytest.raises(SpecError, match="steps at so small a damping: use --solver cg"):
+    with pytest.raises(SpecError, match="steps at so small a lambda: use --solver cg"):
         Lissa(1e-6).solve(case.gauss_newton(), randoms(1, case.space.size))
 
 

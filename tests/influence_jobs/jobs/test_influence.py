@@ -245,7 +245,7 @@ def test_a_view_says_how_well_its_vectors_solve_the_equation(carry_out, make_s_t
     said, samples, halves = view_of(carry_out(make_s_test())).certainty()
     solutions = carry_out(make_s_test()).read_table("solutions")
     residual, steps = (max(solutions.column(n).to_pylist()) for n in ("residual", "iterations"))
-    assert said == f"effective damping lambda = 0.1; residual up to {residual:.2g}, {steps} steps"
+    assert said == f"lambda = 0.1; residual up to {residual:.2g}, {steps} steps"
     assert samples.startswith("curvature of 200 of 1,500 samples")
     cosines = json.loads(solutions.column("record")[0].as_py())["cosines_of_halves"]
     assert len(cosines) == 3
@@ -253,7 +253,7 @@ def test_a_view_says_how_well_its_vectors_solve_the_equation(carry_out, make_s_t
     assert min(solutions.column("iterations").to_pylist()) < steps
     lissa = LissaSettings(damping=0.5, scale=30.0, depth=60, batch_size=16, repeats=5)
     first, *messages = view_of(carry_out(make_s_test(solver=lissa))).certainty()
-    assert first.startswith("effective damping lambda = 0.5; ")
+    assert first.startswith("lambda = 0.5; ")
     assert f"the recursion's own damping {0.5 / 30:.4g} x scale 30, batches of 16" in first
     assert len(set(messages)) == len(messages)
 
