@@ -1,0 +1,60 @@
+"""Settings of the site: `make docs`. Its sources are the documents where they lie.
+
+So a link that works where the repository is read works on the site too. A link to a file that is no
+page becomes a download.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from made import fill
+from sphinx.application import Sphinx
+
+from influence_jobs import __version__
+
+project = "infl"
+version = release = __version__
+extensions = [
+    "myst_nb",  # reads Markdown, and notebooks as they are
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+]
+root_doc = "docs/index"
+include_patterns = ["*.md", "docs/**", "benchmarks/*.md"]
+exclude_patterns = ["README.md", "docs/site", "**/.ipynb_checkpoints"]
+smartquotes = False  # they make a dash of the two in --option
+default_role = "code"  # docstrings write `name`
+
+myst_heading_anchors = 4
+nb_execution_mode = "off"
+
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+autodoc_mock_imports = ["lightning"]  # not needed to read about its callback
+nitpicky = True
+# No page tells of these: other packages' types, and types of ours that a user does not name.
+nitpick_ignore_regex = [("py:class", r"(?!influence_jobs\.\w+$).*")]
+
+html_theme = "furo"
+html_title = f"infl {release}"
+html_additional_pages = {"index": "first.html"}
+templates_path = ["templates"]
+html_copy_source = False
+
+
+def add_pages_of_folder(app: Sphinx, name: str, source: list[str]) -> None:
+    """A folder's README leads to the other pages of the folder."""
+    if name.endswith("/README"):
+        source[0] += "\n```{toctree}\n:hidden:\n:glob:\n\n**\n```\n"
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Let what is made from code take the place of its marks."""
+    app.connect("source-read", fill)
+    app.connect("source-read", add_pages_of_folder)
+    return {"parallel_read_safe": True}
