@@ -10,7 +10,7 @@ import typer
 
 from infl_cli.main import app
 
-_OPTION = re.compile(r"(?<![`\w-])--[a-z][a-z-]*")
+_OPTION = re.compile(r"(?<![`\w-])--[a-z][a-z-]*(?: [A-Z]+\b)?")
 _SPECIAL = re.compile(r"([\\*_<>\[\]|#$])")
 
 
@@ -49,7 +49,8 @@ def _in_panels(command: Any, context: Any) -> list[tuple[str, str, str]]:
         panel = getattr(parameter, "rich_help_panel", None)
         if parameter.param_type_name == "argument":
             panel = "Arguments"
-        rows.append((panel or "Options", f"`{name}`", _prose(said)))
+        option = name.replace("|", r"\|")  # a bar ends a cell, also in code
+        rows.append((panel or "Options", f"`{option}`", _prose(said)))
     order = list(dict.fromkeys(row[0] for row in rows))
     return sorted(rows, key=lambda row: order.index(row[0]))
 

@@ -33,6 +33,7 @@ default_role = "code"  # docstrings write `name`
 myst_heading_anchors = 4
 nb_execution_mode = "off"
 
+python_maximum_signature_line_length = 88
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_mock_imports = ["lightning"]  # not needed to read about its callback
@@ -44,7 +45,10 @@ html_theme = "furo"
 html_title = f"infl {release}"
 html_additional_pages = {"index": "first.html"}
 templates_path = ["templates"]
+html_static_path = ["static"]
+html_css_files = ["site.css"]
 html_copy_source = False
+html_show_copyright = False  # LICENSE says it
 
 
 def add_pages_of_folder(app: Sphinx, name: str, source: list[str]) -> None:

@@ -1,6 +1,7 @@
 """The errors that a user can cause or cure, with all that they say, as Markdown from the code."""
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -20,46 +21,42 @@ def errors() -> str:
     return "\n".join(lines)
 
 
-@cache
 def public_errors() -> dict[str, str]:
     """The module of every public class below `InflError`, by name; a base comes first."""
-    bases = {
-        node.name: ([b.id for b in node.bases if isinstance(b, ast.Name)], module)
-        for module, tree in _trees()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ClassDef)
-    }
-    found = {BASE: bases[BASE][1]}
+    classes, _ = _code_of_ours()
+    found = {BASE: next(module for module, node in classes if node.name == BASE)}
     while more := {
-        name: module
-        for name, (above, module) in bases.items()
-        if name not in found and name[0] != "_" and not found.keys().isdisjoint(above)
+        node.name: module
+        for module, node in classes
+        if node.name not in found
+        and node.name[0] != "_"
+        and any(isinstance(base, ast.Name) and base.id in found for base in node.bases)
     }:
         found |= more
     return found
 
 
 @cache
-def _trees() -> tuple[tuple[str, ast.Module], ...]:
-    """Every module of ours, by its name."""
-    trees = []
+def _code_of_ours() -> tuple[list[tuple[str, ast.ClassDef]], list[ast.Call]]:
+    """Every class with its module, and every call of a plain name."""
+    classes, calls = [], []
     for folder in CODE:
         root = (PROJECT / folder).parent
         for path in sorted((PROJECT / folder).rglob("*.py")):
-            name = ".".join(path.relative_to(root).with_suffix("").parts)
-            trees.append((name.removesuffix(".__init__"), ast.parse(path.read_text("utf-8"))))
-    return tuple(trees)
+            module = ".".join(path.relative_to(root).with_suffix("").parts)
+            for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+                if isinstance(node, ast.ClassDef):
+                    classes.append((module.removesuffix(".__init__"), node))
+                elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                    calls.append(node)
+    return classes, calls
 
 
 def _messages(name: str) -> set[str]:
     """What is said where an error of this class is made."""
-    calls = (
-        node
-        for _, tree in _trees()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name
-    )
-    return {text for call in calls for text in _texts(call)}
+    _, calls = _code_of_ours()
+    made = (call for call in calls if isinstance(call.func, ast.Name) and call.func.id == name)
+    return {text for call in made for text in _texts(call)}
 
 
 def _texts(call: ast.Call) -> Iterator[str]:
@@ -68,7 +65,7 @@ def _texts(call: ast.Call) -> Iterator[str]:
         case [ast.Constant(str(text)), *_]:
             yield _code(text)
         case [ast.JoinedStr(parts), *_]:
-            yield _code("".join(_part(part) for part in parts))
+            yield _code(re.sub(r"\.{4,}", "...", "".join(_part(part) for part in parts)))
 
 
 def _part(part: ast.expr) -> str:

@@ -145,15 +145,21 @@ def picture() -> str:
     height = (len(levels) + 1) * ROW + 2 * MARGIN
     said = "Rooms of the code from top to bottom; an arrow leads from a room to one that it imports"
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height}" '
-        f'width="{width:.0f}" height="{height}" role="img" aria-label="{said}" '
-        'font-family="ui-monospace, monospace" font-size="14" text-anchor="middle">',
-        "<style>.arrow { fill: none; stroke: #808080; stroke-width: 1.5 } "
-        "rect { fill: #dbe9f6; stroke: #5b7fa3 } .package { fill: #f6e7c8; stroke: #a3854a } "
-        ".base { fill: #e4e4e4; stroke: #808080 } text { fill: #1a1a1a }</style>",
-        '<marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" '
-        'markerUnits="userSpaceOnUse" orient="auto"><path d="M0 0 8 4 0 8z" fill="#808080"/>'
-        "</marker>",
+        (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height}" '
+            f'width="{width:.0f}" height="{height}" role="img" aria-label="{said}" '
+            'font-family="ui-monospace, monospace" font-size="14" text-anchor="middle">'
+        ),
+        (
+            "<style>.arrow { fill: none; stroke: #808080; stroke-width: 1.5 } "
+            "rect { fill: #dbe9f6; stroke: #5b7fa3 } .package { fill: #f6e7c8; stroke: #a3854a } "
+            ".base { fill: #e4e4e4; stroke: #808080 } text { fill: #1a1a1a }</style>"
+        ),
+        (
+            '<marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" '
+            'markerUnits="userSpaceOnUse" orient="auto"><path d="M0 0 8 4 0 8z" fill="#808080"/>'
+            "</marker>"
+        ),
         *(_arrow(places[room], places[imported]) for room, imported in found),
     ]
     for room, place in places.items():
