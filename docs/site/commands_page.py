@@ -10,7 +10,7 @@ import typer
 
 from infl_cli.main import app
 
-_OPTION = re.compile(r"(?<![`\w-])--[a-z][a-z-]*(?: [A-Z]+\b)?")
+_OPTION = re.compile(r"(?<![`\w-])--[a-z][a-z-]*(?: [A-Z]+\b)?(?: --help)?")
 _SPECIAL = re.compile(r"([\\*_<>\[\]|#$])")
 
 

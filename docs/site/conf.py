@@ -28,13 +28,15 @@ root_doc = "docs/index"
 include_patterns = ["*.md", "docs/**", "benchmarks/*.md"]
 exclude_patterns = ["README.md", "docs/site", "**/.ipynb_checkpoints"]
 smartquotes = False  # they make a dash of the two in --option
+highlight_language = "text"  # a block without a language is output
 default_role = "code"  # docstrings write `name`
 
 myst_heading_anchors = 4
 nb_execution_mode = "off"
 
-python_maximum_signature_line_length = 88
+python_maximum_signature_line_length = 120
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
 autodoc_mock_imports = ["lightning"]  # not needed to read about its callback
 nitpicky = True

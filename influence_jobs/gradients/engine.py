@@ -102,8 +102,9 @@ class GradNorms(TappedModel):
             batch: A batch for `losses`.
 
         Returns:
-            The norms as of a call, and a scalar: whether they are right. If they are not, since
-            squares left the range of float32, call the engine itself. None: they are.
+            The norms as of a call, and a scalar that says whether they are right. If they are not,
+            since squares left the range of float32, call the engine itself. None means that they
+            are.
 
         Raises:
             ModelError: As a call.
