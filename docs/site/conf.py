@@ -4,6 +4,7 @@ So a link that works where the repository is read works on the site too. A link 
 page becomes a download.
 """
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,6 @@ nb_execution_mode = "off"
 
 python_maximum_signature_line_length = 120
 autodoc_member_order = "bysource"
-autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
 autodoc_mock_imports = ["lightning"]  # not needed to read about its callback
 nitpicky = True
@@ -59,8 +59,17 @@ def add_pages_of_folder(app: Sphinx, name: str, source: list[str]) -> None:
         source[0] += "\n```{toctree}\n:hidden:\n:glob:\n\n**\n```\n"
 
 
+def plain_signature(*given: Any) -> tuple[str | None, str | None]:
+    """A default that is a function stands by its name, and one that is made anew as dots."""
+    arguments, result = given[-2:]
+    if arguments is not None:
+        arguments = re.sub(r"<function (\w+)>", r"\1", arguments).replace("<factory>", "...")
+    return arguments, result
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """Let what is made from code take the place of its marks."""
     app.connect("source-read", fill)
     app.connect("source-read", add_pages_of_folder)
+    app.connect("autodoc-process-signature", plain_signature)
     return {"parallel_read_safe": True}

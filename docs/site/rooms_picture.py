@@ -97,9 +97,9 @@ def placed(levels: list[list[str]], found: Collection[Arrow]) -> tuple[dict[str,
     grid = [[places[room] for room in level] for level in levels]
     for room, imported in found:
         above, last = places[room], places[imported]
-        for row in range(above.row + 1, last.row):
-            passing = _Place(row, 0, room=False)
-            grid[row].append(passing)
+        for between in range(above.row + 1, last.row):
+            passing = _Place(between, 0, room=False)
+            grid[between].append(passing)
             _join(above, passing)
             above = passing
         _join(above, last)

@@ -81,7 +81,7 @@ class GradNorms(TappedModel):
             batch: A batch for `losses`.
 
         Returns:
-            {layer: norms} in the order of `layers`: `(B, C, *kernel)`, (B, C) or (B,), with the
+            Norms by layer in the order of `layers`, `(B, C, *kernel)`, (B, C) or (B,), with the
             dtype of the weights. They are not checked for NaN.
 
         Raises:
