@@ -36,9 +36,23 @@ def _command(path: str, command: Any, leave_out: str = "") -> Iterator[str]:
         yield f"| {panel} | |\n|---|---|"
         yield from (f"| {option} | {said} |" for _, option, said in rows)
         yield ""
-    for name, below in getattr(command, "commands", {}).items():
+    below = {name: command.commands[name] for name in _names(command, context)}
+    if below:
+        yield "| Commands | |\n|---|---|"
+        for name, one in below.items():
+            page = "submit.md" if name == leave_out else ""
+            anchor = f"{path} {name}".replace(" ", "-")
+            said = _prose(cleandoc(one.help).partition("\n")[0])
+            yield f"| [`{name}`]({page}#{anchor}) | {said} |"
+        yield ""
+    for name, one in below.items():
         if name != leave_out:
-            yield from _command(f"{path} {name}", below)
+            yield from _command(f"{path} {name}", one)
+
+
+def _names(command: Any, context: Any) -> list[str]:
+    """The commands of a group in the order of its help; none of a command."""
+    return command.list_commands(context) if hasattr(command, "commands") else []
 
 
 def _in_panels(command: Any, context: Any) -> list[tuple[str, str, str]]:

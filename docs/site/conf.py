@@ -49,6 +49,7 @@ html_additional_pages = {"index": "first.html"}
 templates_path = ["templates"]
 html_static_path = ["static"]
 html_css_files = ["site.css"]
+html_js_files = ["site.js"]
 html_copy_source = False
 html_show_copyright = False  # LICENSE says it
 
@@ -67,9 +68,18 @@ def plain_signature(*given: Any) -> tuple[str | None, str | None]:
     return arguments, result
 
 
+def level_headings(app: Sphinx, name: str, template: str, context: Any, *_: Any) -> None:
+    """Screen readers are told the level of the captions beside a page."""
+    tree = context.get("furo_navigation_tree", "")
+    context["furo_navigation_tree"] = tree.replace(
+        'role="heading"', 'role="heading" aria-level="2"'
+    )
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """Let what is made from code take the place of its marks."""
     app.connect("source-read", fill)
     app.connect("source-read", add_pages_of_folder)
+    app.connect("html-page-context", level_headings, priority=900)  # after the theme
     app.connect("autodoc-process-signature", plain_signature)
     return {"parallel_read_safe": True}

@@ -142,7 +142,7 @@ def picture() -> str:
     levels, base = rows()
     found = arrows(levels)
     places, width = placed(levels, found)
-    height = (len(levels) + 1) * ROW + 2 * MARGIN
+    height = len(levels) * ROW + BOX + 2 * MARGIN
     said = "Rooms of the code from top to bottom; an arrow leads from a room to one that it imports"
     lines = [
         (
