@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 RUNS ?= demo-runs
 
-.PHONY: install test test-faults slow models mutants lint format dist demo bench clean
+.PHONY: install test test-faults slow models mutants lint docs links format dist demo bench clean
 
 install: $(VENV)/installed
 
@@ -52,6 +52,18 @@ lint: install
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/codespell
+
+# The site of the documents, in site/. Any warning ends it: a link that leads nowhere, a page without
+# a place, a docstring that reads badly. It needs no network.
+docs: install
+	$(BIN)/python docs/site/rooms_picture.py
+	$(BIN)/sphinx-build -q -W --keep-going -E -c docs/site -b html . site
+	@echo "site/index.html"
+
+# Do the links to other sites still lead somewhere? It asks them, and so is not part of CI.
+links: install
+	$(BIN)/sphinx-build -q -E -c docs/site -b linkcheck . site/links
 
 format: install
 	$(BIN)/ruff format
@@ -103,4 +115,4 @@ $(PEERS)/installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PEERS) dist
+	rm -rf $(VENV) $(PEERS) dist site

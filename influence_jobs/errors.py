@@ -36,30 +36,49 @@ class InflError(Exception):
 
 
 class DataError(InflError):
-    """Training data, images or downloads are missing, unreadable or wrong."""
+    """Training data, images or downloads are missing, unreadable or wrong.
+
+    Cure: put the data where the message says, or mend the sample that it names. `infl doctor` and
+    `infl check TASK` look at data before a run does.
+    """
 
 
 class UntrustedCode(DataError):
     """A run names code that the user has not, or that is not here.
 
-    Without it the run can be shown, but not its data.
+    Without it the run can be shown, but not its data. Cure: read the file that the message names,
+    then name it in a command, or add `--trust`.
     """
 
 
 class ModelError(InflError):
     """A checkpoint or model cannot be used.
 
-    Examples: another architecture, a damaged file, an unsupported layer, train mode.
+    Examples: another architecture, a damaged file, an unsupported layer, train mode. Cure: the
+    change of the model, or the option, that the message names; `infl check TASK` finds these faults
+    in seconds.
     """
 
 
 class SpecError(InflError):
-    """A request cannot be carried out as it stands."""
+    """A request cannot be carried out as it stands.
+
+    Cure: ask with the options that the message names, or without them. Nothing was computed.
+    """
 
 
 class StoreError(InflError):
-    """A run folder cannot be read or written, or it disagrees with its manifest."""
+    """A run folder cannot be read or written, or it disagrees with its manifest.
+
+    Cure: mend disk, rights or network, then `infl resume RUN`; if the message speaks of damage,
+    first `infl verify RUN --repair`. Finished shards that agree with their checksums are kept.
+    """
 
 
 class RuntimeFault(InflError):
-    """The cluster failed: it is unreachable, it refused, or it makes no progress."""
+    """The cluster, the machine or a computation failed while the request itself was right.
+
+    Examples: a cluster is unreachable, refuses, or makes no progress; a solver found no solution.
+    Cure: what the message names, then `infl resume RUN`; `infl doctor` looks at this machine and,
+    with `--address URL`, at a cluster.
+    """

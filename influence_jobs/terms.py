@@ -16,7 +16,8 @@ Schedule = Literal["constant", "cosine", "linear", "step", "task"]
 Distribution = Literal["gaussian", "rademacher", "sparse"]
 Stored = Literal["float32", "float16", "int8", "1-bit"]
 GradientMethod = Literal["influence", "trak", "dot", "cosine"]  # scores of stored gradients
-Region = tuple[int, int, int, int]  # y, x, height, width in pixels
+#: A part of an image, also `influence_jobs.Region`. It is y, x, height and width in pixels.
+Region = tuple[int, int, int, int]
 
 
 LONGEST = 2000  # characters of a text that are shown in a line

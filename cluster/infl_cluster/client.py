@@ -28,7 +28,10 @@ FINAL_STATUSES = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
 
 
 class UnknownJob(RuntimeFault):
-    """The cluster has no job with that id: it was never submitted, or the head was restarted."""
+    """The cluster has no job with that id: it was never submitted, or the head was restarted.
+
+    Cure: `infl resume RUN`, which submits what is left as a new job.
+    """
 
 
 class _NotThere(RuntimeFault):

@@ -175,7 +175,7 @@ class EkFac(Solver):
         """The factors of the mean of several matrices, such as those of several checkpoints.
 
         Raises:
-            As `solve`.
+            DataError, ModelError, SpecError, RuntimeFault: As `solve`.
         """
         for operator in operators:
             operator.require_finite()

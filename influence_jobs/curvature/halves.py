@@ -20,7 +20,7 @@ def cosines_of_halves(
     of a stochastic solver does not count.
 
     Raises:
-        As `Solver.solve`.
+        DataError, ModelError, SpecError, RuntimeFault: As `Solver.solve`.
     """
     if isinstance(solver, EkFac):
         solver = EkFac(damping, seed=solver.seed, targets=solver.targets)

@@ -198,7 +198,7 @@ class Operator(ABC):
         return self.space.join(self.products(v_QP[None], ids[None]))[0]
 
     def products(self, v_EQP: Tensor, ids_EB: Tensor) -> Parameters:
-        """Matrices of E mini-batches, each times its own Q vectors: {name: (E, Q, *shape)}.
+        """Matrices of E mini-batches, each times its own Q vectors: `{name: (E, Q, *shape)}`.
 
         The result is not checked for NaN.
 

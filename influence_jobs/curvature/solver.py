@@ -110,7 +110,7 @@ class Solver(ABC):
         """One solution for each repeat; without randomness all of them are alike.
 
         Raises:
-            As `solve`.
+            DataError, ModelError, SpecError, RuntimeFault: As `solve`.
         """
         return [self.solve(operator, rhs_QP, progress) for _ in repeats]
 

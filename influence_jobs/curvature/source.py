@@ -101,7 +101,7 @@ class Source:
             progress: Called with the fraction done of each segment.
 
         Raises:
-            As `Solver.solve`.
+            DataError, ModelError, SpecError, RuntimeFault: As `Solver.solve`.
         """
         require_finite(rhs_QP)
         v_QP = rhs_QP

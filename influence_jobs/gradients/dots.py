@@ -99,7 +99,7 @@ class GradDots(TappedModel):
             batch: A batch for `losses`.
 
         Returns:
-            {module: (B, Q)} for every module with parameters in the space. The sum over modules is
+            Products (B, Q) by module, for all with parameters in the space. The sum over modules is
             v_q . grad loss_b; a shared parameter counts for its first module. The dtype is that of
             the weights. The result is not checked for NaN.
 

@@ -25,8 +25,8 @@ _SAFE = 2.0**-56, 2.0**60
 class GradNorms(TappedModel):
     """Per-sample weight-gradient norms of chosen layers, from one forward and one backward pass.
 
-    Let G_b (C, I, *kernel) be the gradient of sample b's loss by a layer's weight; the bias does
-    not count. The reductions are: `kernel`, the L2 norm over I, (B, C, *kernel); `channel`, the
+    Let G_b `(C, I, *kernel)` be the gradient of sample b's loss by a layer's weight; the bias does
+    not count. The reductions are: `kernel`, the L2 norm over I, `(B, C, *kernel)`; `channel`, the
     kernel norms summed over the kernel, (B, C); `layer`, the L2 norm of all of G_b, (B,). Losses
     must not be averaged over the batch: an average would scale every norm by 1/B.
 
@@ -81,8 +81,8 @@ class GradNorms(TappedModel):
             batch: A batch for `losses`.
 
         Returns:
-            {layer: norms} in the order of `layers`: (B, C, *kernel), (B, C) or (B,), with the dtype
-            of the weights. They are not checked for NaN.
+            Norms by layer in the order of `layers`, `(B, C, *kernel)`, (B, C) or (B,), with the
+            dtype of the weights. They are not checked for NaN.
 
         Raises:
             ModelError: A layer is not called, or not as in the first batch; it is not reached by
@@ -102,8 +102,9 @@ class GradNorms(TappedModel):
             batch: A batch for `losses`.
 
         Returns:
-            The norms as of a call, and a scalar: whether they are right. If they are not, since
-            squares left the range of float32, call the engine itself. None: they are.
+            The norms as of a call, and a scalar that says whether they are right. If they are not,
+            since squares left the range of float32, call the engine itself. None means that they
+            are.
 
         Raises:
             ModelError: As a call.

@@ -84,7 +84,7 @@ class ParameterSpace:
         return {name: self._model.get_parameter(name) for name in self.shapes}
 
     def split(self, vectors: Tensor) -> dict[str, Tensor]:
-        """Views of vectors (..., P) as {name: (..., *shape)}."""
+        """Views of vectors (..., P) as `{name: (..., *shape)}`."""
         sizes = [math.prod(shape) for shape in self.shapes.values()]
         pieces = torch.split(vectors, sizes, dim=-1)
         return {
@@ -93,7 +93,7 @@ class ParameterSpace:
         }
 
     def join(self, parts: Mapping[str, Tensor]) -> Tensor:
-        """The inverse of `split`: {name: (..., *shape)} to (..., P)."""
+        """The inverse of `split`: `{name: (..., *shape)}` to (..., P)."""
         leading = [
             parts[name].flatten(parts[name].ndim - len(shape))
             if shape

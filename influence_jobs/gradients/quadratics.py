@@ -73,8 +73,8 @@ class GradQuadratics(TappedModel):
         """The forms of every sample of a batch.
 
         Returns:
-            {layer: (B,)} in the order of `metrics`, with the dtype of the weights. They are not
-            checked for NaN.
+            Forms (B,) by layer in the order of `metrics`, with the dtype of the weights. They are
+            not checked for NaN.
 
         Raises:
             ModelError: As a call of `GradNorms`.

@@ -32,7 +32,10 @@ CLOCKS_S = 3600.0  # clocks do not differ by so much
 
 
 class LeaseHeld(StoreError):
-    """Another live driver holds the run."""
+    """Another live driver holds the run.
+
+    Cure: wait for it (`infl status RUN --follow`), or end it with `infl stop RUN`.
+    """
 
 
 class Lease:

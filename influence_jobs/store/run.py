@@ -19,7 +19,7 @@ import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from influence_jobs.errors import StoreError
-from influence_jobs.specs.base import AnySpec, parse_spec
+from influence_jobs.specs.base import Spec, parse_spec
 from influence_jobs.store import layout
 from influence_jobs.store.documents import MOST_BYTES, PlanFile, parsed
 from influence_jobs.store.files import open_files
@@ -43,7 +43,7 @@ class Run:
         spec: The run's spec.
     """
 
-    def __init__(self, root: str, spec: AnySpec):
+    def __init__(self, root: str, spec: Spec):
         self.root = root
         self.spec = spec
         self.id = spec.run_id
@@ -74,7 +74,7 @@ class Run:
         return run
 
     @classmethod
-    def create(cls, root: str, spec: AnySpec) -> "Run":
+    def create(cls, root: str, spec: Spec) -> "Run":
         """The run of a spec, created if it does not exist yet.
 
         If it exists, its spec is updated with the current paths of its inputs. Paths are not part
@@ -95,7 +95,7 @@ class Run:
             ) from error
         return cls.open(root, run.id)
 
-    def _stored_spec(self) -> AnySpec | None:
+    def _stored_spec(self) -> Spec | None:
         """The spec in the folder; None if it is damaged. The folder's name is its hash."""
         try:
             return Run.open(self.root, self.id).spec

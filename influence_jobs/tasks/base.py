@@ -44,7 +44,9 @@ from influence_jobs.tasks.regions import image_size, measure_outputs
 from influence_jobs.terms import Region
 from influence_jobs.transfers import on_device
 
-Batch = Any  # see gradients.batches
+#: What `losses` takes, also `influence_jobs.Batch`. It is a tensor, or a tree of tuples, lists,
+#: dicts and dataclasses with tensors that have the samples along their first axis.
+Batch = Any
 FINGERPRINT_ROWS = 16  # training samples whose values are part of a fingerprint
 _READ_ONCE = ("train_data", "test_data")
 # Held while a task makes a batch: for a GPU a thread does it in advance, and data sets that seek in

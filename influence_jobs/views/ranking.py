@@ -15,7 +15,7 @@ Side = Literal["helpful", "harmful", "both"]
 
 
 class NothingLeft(SpecError):
-    """All samples are excluded."""
+    """All samples are excluded from a ranking. Cure: exclude fewer of them."""
 
 
 def named(method: str, quantity: str) -> str:

@@ -1,5 +1,6 @@
 """Links, commands and Python snippets of the documents work, and their pictures are small."""
 
+import json
 import os
 import re
 import shlex
@@ -34,9 +35,10 @@ RESULTS = PROJECT / "docs" / "results"
 
 # A comment before a block says why it is not run: <!-- not run: it needs a cluster -->
 _BLOCK = re.compile(
-    r"^(?P<why><!-- not run: .+? -->\n+)?```(?P<language>\w+)\n(?P<text>.*?)^```$",
+    r"^(?P<why><!-- not run: .+? -->\n+)?```(?P<language>[^\n]*)\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
+_HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 
 
 def _blocks(document: Path, language: str) -> Iterator[tuple[int, str]]:
@@ -63,9 +65,69 @@ SNIPPETS = [
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(PROJECT)))
 def test_links_lead_somewhere(document: Path) -> None:
-    links = re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8"))
-    files = [link.partition("#")[0] for link in links if "://" not in link and link[0] != "#"]
-    assert [name for name in files if not (document.parent / name).exists()] == []
+    text = _BLOCK.sub("", document.read_text(encoding="utf-8"))
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    assert [link for link in links if not _leads_somewhere(document, link)] == []
+
+
+def _leads_somewhere(document: Path, link: str) -> bool:
+    """Whether there is such a file, and the heading in it that the link names, if it names one."""
+    name, _, anchor = link.partition("#")
+    target = document.parent / name if name else document
+    if not anchor or target.suffix != ".md":
+        return target.exists()
+    text = _BLOCK.sub("", target.read_text(encoding="utf-8"))
+    titles = [re.sub(r"[^\w\- ]", "", title.lower()) for title in _HEADING.findall(text)]
+    return anchor in [title.strip().replace(" ", "-") for title in titles]
+
+
+MAKEFILE = (PROJECT / "Makefile").read_text(encoding="utf-8")
+TARGETS = {
+    name for line in re.findall(r"^\.PHONY: (.+)$", MAKEFILE, re.MULTILINE) for name in line.split()
+}
+EXTRAS = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+    "optional-dependencies"
+]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(PROJECT)))
+def test_every_block_is_tried_or_says_why_not(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    found = [*_BLOCK.finditer(text)]
+    assert text.count("```") == 2 * len(found)  # none is indented, and none is not closed
+    assert [
+        b["text"] for b in found if not b["why"] and not _is_tried(b["language"], b["text"])
+    ] == []
+
+
+def _is_tried(language: str, text: str) -> bool:
+    """Whether a block is output, or a directive of the site, or is tried in this file or here."""
+    match language:
+        case "sh":
+            return all(_line_is_tried(line) for line in text.splitlines())
+        case "yaml":
+            return list(yaml.safe_load_all(text)) != []
+        case "toml":
+            return tomllib.loads(text) != {}
+        case "json":
+            return json.loads(text) is not None
+    return language in ("", "python") or language[0] == "{"
+
+
+def _line_is_tried(line: str) -> bool:
+    """A command of infl is parsed below; targets of make and extras of pip must exist."""
+    match shlex.split(line, comments=True):
+        case [] | ["infl", *_] | ["source", ".venv/bin/activate"]:
+            return True
+        case ["make", *targets]:
+            return {word for word in targets if "=" not in word} <= TARGETS
+        case ["pip", "install", *words]:
+            named = [
+                re.fullmatch(r"(?:influence-jobs|\.)(?:\[([\w,]+)\])?", word) for word in words
+            ]
+            extras = {extra for n in named if n and n[1] for extra in n[1].split(",")}
+            return any(named) and extras <= EXTRAS.keys()
+    return False
 
 
 def test_results_are_small() -> None:
@@ -93,6 +155,26 @@ def test_a_command_is_understood(line: str) -> None:
         name = words.pop(0)
         command = command.commands[name]
     command.make_context(name, words)  # parses, and calls nothing
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(PROJECT)))
+def test_a_command_in_a_sentence_exists(document: Path) -> None:
+    text = _BLOCK.sub("", document.read_text(encoding="utf-8"))
+    assert [code for code in re.findall(r"`infl ([^`]+)`", text) if not _exists(code.split())] == []
+
+
+def _exists(words: list[str]) -> bool:
+    """Whether there is such a command with these options; arguments may be left out."""
+    command: Any = typer.main.get_command(app)
+    while hasattr(command, "commands") and words and words[0][0] != "-":
+        names = re.split(r"\\?\|", words.pop(0))  # one of several
+        if not all(re.fullmatch("[a-z-]+", name) for name in names):
+            return True  # whichever stands for it
+        if not command.commands.keys() >= {*names}:
+            return False
+        command = command.commands[names[0]]
+    known = {name for parameter in command.params for name in parameter.opts}
+    return "--task" in words or {w.strip("[]") for w in words if "--" in w} <= {*known, "--help"}
 
 
 YOUR_MODEL = PROJECT / "docs" / "your-model.md"
