@@ -270,29 +270,29 @@ def influence_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of images that README's task reads."""
+    """The folder of images that the first task of docs/start.md reads."""
     folder = tmp_path_factory.mktemp("images")
     write_digits(folder, count=6, tests=6, classes=3)
     return folder
 
 
-def test_the_first_model_of_the_readme(
+def test_the_first_model_of_your_own(
     image_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """From a network and two folders of images to scores, by README's file and commands alone."""
+    """From a network and two folders of images to scores, by a page's file and commands alone."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(jobs, "ASKED", {"grad-norms": jobs.ASKED["grad-norms"]})  # seconds each
-    readme = PROJECT / "README.md"
-    start = readme.read_text().partition("## Your own model")[0].count("\n")
-    task = next(text for line, text in _blocks(readme, "python") if line > start)
+    page = PROJECT / "docs" / "start.md"
+    start = page.read_text().partition("## Your own model")[0].count("\n")
+    task = next(text for line, text in _blocks(page, "python") if line > start)
     task = task.replace("/data/images", str(image_folder)).replace("(64, 64)", "(32, 32)")
     (tmp_path / "mine.py").write_text(task)
     torch.save(resnet18(num_classes=3).state_dict(), "resnet.pt")
-    commands = next(text for line, text in _blocks(readme, "sh") if line > start)
+    commands = next(text for line, text in _blocks(page, "sh") if line > start)
     for line in commands.splitlines():
         monkeypatch.setattr(sys, "argv", shlex.split(line, comments=True))
         with pytest.raises(SystemExit) as leaving:
@@ -320,3 +320,16 @@ def test_a_snippet_runs(
             task = kind()
             batch = task.batch(torch.arange(4), Draw(0))
             assert task.losses(task.model(), batch).shape == (4,)
+
+
+def test_the_terminal_session_has_the_commands_of_the_readme() -> None:
+    drawn = (PROJECT / "docs" / "session.svg").read_text(encoding="utf-8")
+    text = re.sub(r"<[^>]+>", "", drawn).replace("&#160;", " ")
+    shown = re.findall(r"\$ (infl .+?)\s*$", text, re.MULTILINE)
+    commands = [
+        " ".join(line.split("#")[0].split())
+        for _, block in _blocks(PROJECT / "README.md", "sh")
+        for line in block.splitlines()
+    ]
+    assert len(shown) >= 2
+    assert set(shown) <= {*commands}
