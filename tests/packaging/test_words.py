@@ -1,4 +1,4 @@
-"""One name a thing: pages and help texts use the names of docs/glossary.md, and no others."""
+"""Pages and help texts use the names of docs/glossary.md, and docs/science.md has every method."""
 
 import re
 from collections.abc import Iterator
@@ -9,6 +9,9 @@ import pytest
 import typer
 
 from infl_cli.main import app
+from influence_jobs.kinds import kinds
+from influence_jobs.kinds.baseline.spec import METHODS
+from influence_jobs.specs.solvers import SolverSettings
 
 DOCS = Path(__file__).parents[2] / "docs"
 GLOSSARY = DOCS / "glossary.md"
@@ -61,3 +64,15 @@ def test_helps_are_sentences() -> None:
         if said[-1] not in ".?" or not (said[0].isupper() or re.match(r"[\w@`-]+[:,] ", said))
     ]
     assert rough == []
+
+
+# Parts of other methods, and what is taken in or made of all.
+NO_METHODS = {"train", "s-test", "gram", "gradient-index", "query-gradients", "scores", "paper"}
+
+
+def test_science_has_every_method() -> None:
+    text = (DOCS / "science.md").read_text(encoding="utf-8")
+    names = {*kinds()} - NO_METHODS | {*SolverSettings.by_name} | {*METHODS}
+    assert (
+        sorted(name for name in names if f"`{name}`" not in text and f" {name}" not in text) == []
+    )
