@@ -1,4 +1,4 @@
-"""Training-data attribution: which training examples did this output of a network come from?"""
+"""Training-data attribution: which training samples did this output of a network come from?"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -37,7 +37,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
-    help="Which training examples did this output of a network come from?",
+    help="Which training samples did this output of a network come from?",
     epilog="Start with: infl submit grad-norms --layer 11",
 )
 
