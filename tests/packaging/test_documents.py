@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -147,10 +148,15 @@ def test_there_are_commands_and_snippets_to_try() -> None:
     assert len(SNIPPETS) >= 3
 
 
+@cache
+def _infl() -> Any:
+    return typer.main.get_command(app)
+
+
 @pytest.mark.parametrize("line", COMMANDS)
 def test_a_command_is_understood(line: str) -> None:
     name, *words = shlex.split(line, comments=True)
-    command: Any = typer.main.get_command(app)
+    command = _infl()
     while hasattr(command, "commands"):
         name = words.pop(0)
         command = command.commands[name]
@@ -165,7 +171,7 @@ def test_a_command_in_a_sentence_exists(document: Path) -> None:
 
 def _exists(words: list[str]) -> bool:
     """Whether there is such a command with these options; arguments may be left out."""
-    command: Any = typer.main.get_command(app)
+    command = _infl()
     while hasattr(command, "commands") and words and words[0][0] != "-":
         names = re.split(r"\\?\|", words.pop(0))  # one of several
         if not all(re.fullmatch("[a-z-]+", name) for name in names):
