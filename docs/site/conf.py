@@ -12,6 +12,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from made import fill
+from mathml import add_mathml
 from sphinx.application import Sphinx
 
 from influence_jobs import __version__
@@ -33,6 +34,8 @@ highlight_language = "text"  # a block without a language is output
 default_role = "code"  # docstrings write `name`
 
 myst_heading_anchors = 4
+myst_enable_extensions = ["dollarmath"]
+html_math_renderer = "mathml"
 nb_execution_mode = "off"
 
 python_maximum_signature_line_length = 120
@@ -78,6 +81,7 @@ def level_headings(app: Sphinx, name: str, template: str, context: Any, *_: Any)
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Let what is made from code take the place of its marks."""
+    add_mathml(app)
     app.connect("source-read", fill)
     app.connect("source-read", add_pages_of_folder)
     app.connect("html-page-context", level_headings, priority=900)  # after the theme
