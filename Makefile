@@ -54,12 +54,12 @@ lint: install
 	$(BIN)/lint-imports
 	$(BIN)/codespell
 
-# The site of the documents, in site/. Any warning ends it: a link that leads nowhere, a page without
+# The site of the documents, in site/html/. Any warning ends it: a link that leads nowhere, a page without
 # a place, a docstring that reads badly. It needs no network.
 docs: install
 	$(BIN)/python docs/site/rooms_picture.py
-	$(BIN)/sphinx-build -q -W --keep-going -E -c docs/site -b html . site
-	@echo "site/index.html"
+	$(BIN)/sphinx-build -q -W --keep-going -E -c docs/site -b html . site/html
+	@echo "site/html/index.html"
 
 # Do the links to other sites still lead somewhere? It asks them, and so is not part of CI.
 links: install
