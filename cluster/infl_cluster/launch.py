@@ -28,6 +28,7 @@ from influence_jobs.store.status import is_done, read_status
 from influence_jobs.terms import size
 
 IDLE_TIMEOUT_S = 600.0  # a head started by a run ends itself after so long without a job
+LONGEST_NAME = 60  # characters of a job's name: a column of a table
 
 
 def carry_out(run: Run, how: How, say: Say) -> bool:
@@ -183,6 +184,15 @@ def _carry_out_on_ray(run: Run, how: How, say: Say) -> bool:
     return True
 
 
+def job_name(run: Run) -> str:
+    """The name of a run's job in the Ray dashboard, such as `grad-norms ffdnet main.29`.
+
+    Jobs may have the same name: Ray tells them apart by their submission ids.
+    """
+    title = open_job(run).title
+    return title if len(title) <= LONGEST_NAME else f"{title[: LONGEST_NAME - 3]}..."
+
+
 def _submit(run: Run, how: How, say: Say) -> Callable[[], str | None]:
     """Start the Ray job of a run; returns a function that tells why the job ended, once it has."""
     from infl_cluster import shipping, store_access, versions
@@ -232,6 +242,7 @@ def _submit(run: Run, how: How, say: Say) -> Callable[[], str | None]:
         argv,
         submission_id=submission_id,
         metadata={
+            "job_name": job_name(run),  # the key that Ray's dashboard shows
             "run": run.id,
             "kind": run.spec.kind,
             "task": run.spec.task.name,
