@@ -113,7 +113,7 @@ class _SignIn(TCPServer):
         self.address_family = family
         self.target, self.cookie, self.used = target, cookie, False
         self.timeout = 0.2
-        super().__init__((address[0], 0), _Answer)
+        super().__init__((str(address[0]), 0), _Answer)
         self.path = f"/{secrets.token_urlsafe(32)}"
         named = f"[{host}]" if ":" in host else host
         self.url = f"http://{named}:{self.server_address[1]}{self.path}"
