@@ -214,12 +214,22 @@ def array_rows(run: Run) -> list[tuple[str, str, str, str]]:
 
 
 def results_html(run: Run) -> str:
-    """What a notebook shows of a run: its state, arrays and tables, and on demand its request."""
+    """What a notebook shows of a run: state, results, arrays, and on demand its request."""
     template, rows = environment().get_template("results.html.j2"), array_rows(run)
+    view, state = view_of(run), read_status(run)["state"]
     return template.render(
-        title=view_of(run).title,
+        title=view.title,
         run=run.id,
-        state=read_status(run)["state"],
+        state=state,
+        certainty=view.certainty() if state == "done" else (),
+        results=[
+            (
+                table.title,
+                html_table([[*map(cell_text, row)] for row in table.rows], table.columns),
+                table.note,
+            )
+            for table in (view.tables() if state == "done" else ())
+        ],
         request=html_table(run.spec.request_in_words()),
         arrays=html_table(rows, ("array", "shape", "type", "unit")) if rows else "",
         tables=run.table_names(),

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from os import PathLike
+from textwrap import indent
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -39,10 +40,15 @@ class Results:
         self.run = find_run(root, run_id)
 
     def __repr__(self) -> str:
-        lines = [f"{self.run.id}: {self.state}", self._view.title]
+        view, state = self._view, self.state
+        lines = [f"{self.run.id}: {state}", view.title]
+        if state == "done":
+            for table in view.tables():
+                lines += ["", table.title, table.text(), ""]
+            lines += view.certainty()
         lines += [", ".join(filter(None, row)) for row in array_rows(self.run)]
         lines += [f"tables: {', '.join(self.tables)}"] if self.tables else []
-        return "\n  ".join(map(shown, lines))
+        return indent("\n".join(map(shown, lines)), "  ").strip()
 
     @property
     def spec(self) -> Spec:
