@@ -103,9 +103,9 @@ def watch(
         while True:
             status = _status(run)
             shown, its = _under_way(run, status)
-            if shown.id != last.id:  # the last one has ended
+            if last.id not in (shown.id, run.id):  # a needed one has ended
                 bars.show(last, _status(last))
-                last = shown
+            last = shown
             bars.show(shown, its)
             if status["state"] not in ("new", "running", "interrupted"):
                 return status

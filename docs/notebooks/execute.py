@@ -34,9 +34,7 @@ def execute(notebook: Path, folder: Path, *, tiny: bool = False) -> Any:
     place = {"metadata": {"path": str(folder)}}
     # tqdm, which transformers imports, misses its widgets; nothing here shows its bars.
     env = {**os.environ, "PYTHONWARNINGS": "ignore:IProgress not found"}
-    client = NotebookClient(
-        found, timeout=CELL_DEADLINE_S, kernel_name="python3", resources=place
-    )
+    client = NotebookClient(found, timeout=CELL_DEADLINE_S, kernel_name="python3", resources=place)
     client.execute(env=env)
     for cell in found.cells:
         cell.metadata.pop("execution", None)  # when each cell ran

@@ -18,7 +18,7 @@ from influence_jobs.views.sheets import query_cell, region_of
 from influence_jobs.views.table import Table, cell_text
 
 MOST = 60  # rows that are shown
-SIDE = 56  # pixels of a picture in a row; a query has twice as many
+SIDE = 56  # pixels of a picture in a row; a query has twice as many, a photograph four times
 
 
 class SampleRows:
@@ -60,17 +60,18 @@ class SampleRows:
             cell, _ = query_cell(self._task, test, region)
             words = ", ".join(cell.lines)
             if cell.picture is not None:
-                image = _image(_marked(cell.picture, region_of(region)), 2 * SIDE) + " "
+                side = (4 if cell.is_photo else 2) * SIDE
+                image = _image(_marked(cell.picture, region_of(region)), side) + " "
         return f"<p>{image}<strong>{escape(shown(words))}</strong></p>"
 
     def _block(self, rows: Sequence[Mapping[str, Any]], *, without: Sequence[str]) -> str:
         names = [name for name in rows[0] if name not in without]
         pictures = self._pictures(rows)
-        head = "".join(f"<th>{escape(shown(name))}</th>" for name in names)
+        head = "".join(_cell("th", name, _side(rows[0][name])) for name in names)
         lines = [f"<tr>{'<th></th>' if pictures else ''}{head}</tr>"]
         for i, row in enumerate(rows):
             image = f"<td>{_image(pictures[i], SIDE)}</td>" if pictures else ""
-            cells = "".join(_cell(row[name]) for name in names)
+            cells = "".join(_cell("td", row[name], _side(row[name])) for name in names)
             lines.append(f"<tr>{image}{cells}</tr>")
         return f"<table><thead>{lines[0]}</thead><tbody>{''.join(lines[1:])}</tbody></table>"
 
@@ -94,10 +95,14 @@ def _query(row: Mapping[str, Any]) -> tuple[int, str | None]:
     return row["test"], row.get("region")
 
 
-def _cell(value: Any) -> str:
+def _cell(tag: str, value: Any, side: str) -> str:
+    return f'<{tag} style="text-align: {side}">{escape(shown(cell_text(value)))}</{tag}>'
+
+
+def _side(value: Any) -> str:
+    """Where values stand in their column: numbers flush right."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    side = "right" if number else "left"
-    return f'<td style="text-align: {side}">{escape(shown(cell_text(value)))}</td>'
+    return "right" if number else "left"
 
 
 def _image(picture: Picture, side: int) -> str:
