@@ -9,7 +9,7 @@ from infl_cli import options as o
 from infl_cli import render
 from infl_cli.render import say
 from infl_cluster.client import remote_client
-from infl_cluster.dashboard import copy_token, open_signed_in
+from infl_cluster.dashboard import can_sign_in, copy_token, open_signed_in
 from infl_cluster.head import current_head, ensure_head, recorded_head, remains, stop_head
 from influence_jobs.errors import RuntimeFault
 
@@ -88,10 +88,13 @@ def dashboard(
     else:
         client = remote_client(address)
     client.version()  # a wrong token is said here, and not by the browser
-    if not copy and open_signed_in(client):
-        say(f"{client.address} is open in your browser, signed in")
-    else:
-        say(f"{client.address}: {copy_token(client)}")
+    if not copy and can_sign_in(client):
+        say(f"opens {client.address} in your browser")
+        if open_signed_in(client):
+            say("it is signed in")
+            return
+        say("the browser has not come for the page that signs it in")
+    say(f"{client.address}: {copy_token(client)}")
 
 
 @app.command()

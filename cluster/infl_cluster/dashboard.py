@@ -44,13 +44,18 @@ _COPIERS = (
 )
 
 
+def can_sign_in(client: JobClient) -> bool:
+    """Whether a browser here can be signed in: a page of ours sets cookies of this machine only."""
+    return is_loopback(urlsplit(client.address).hostname or "") and _has_browser()
+
+
 def open_signed_in(
     client: JobClient,
     *,
     wait_s: float = WAIT_S,
     browse: Callable[[str], bool] = webbrowser.open,
 ) -> bool:
-    """Open a dashboard of this machine in the browser, signed in.
+    """Open a dashboard of this machine (`can_sign_in`) in the browser, signed in.
 
     Args:
         client: Of the cluster. Its token is tried first.
@@ -58,15 +63,12 @@ def open_signed_in(
         browse: Opens an address.
 
     Returns:
-        False if there is no browser, it does not come, or the dashboard is on another host, for
-        which a page of ours cannot set a cookie.
+        False if the browser does not come.
 
     Raises:
         RuntimeFault: The cluster cannot be asked, or it refuses the token.
     """
     host = urlsplit(client.address).hostname or ""
-    if not (is_loopback(host) and _has_browser()):
-        return False
     cookie = client.sign_in()
     with _SignIn(host, client.address, cookie) as page, _redirect_to(page.url) as file:
         opened: list[bool] = []
