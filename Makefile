@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 RUNS ?= demo-runs
 
-.PHONY: install test test-faults slow models mutants lint docs links format dist demo bench clean
+.PHONY: install notebooks test test-faults slow models mutants lint docs links format dist demo bench clean
 
 install: $(VENV)/installed
 
@@ -46,6 +46,10 @@ models: install
 mutants: install
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group mutants
 	$(BIN)/python tests/mutants.py $(OPTIONS)
+
+# Execute the notebooks of docs/notebooks and keep their outputs; some minutes.
+notebooks: install
+	$(BIN)/python docs/notebooks/execute.py
 
 lint: install
 	$(BIN)/ruff format --check

@@ -1,6 +1,8 @@
 """Words that requests, engines and trainer share, and how times, sizes and texts are written."""
 
 import re
+from collections.abc import Sequence
+from html import escape
 from typing import Literal
 
 Reduction = Literal["kernel", "channel", "layer"]
@@ -43,6 +45,17 @@ def in_a_line(text: str) -> str:
     if len(line) <= LONGEST:
         return line
     return f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
+
+
+def html_table(rows: Sequence[Sequence[str]], columns: Sequence[str] = ()) -> str:
+    """Texts of any source as a small HTML table, for notebooks; it takes the notebook's colours."""
+    left = ' style="text-align: left"'  # notebooks have cells flush right
+
+    def line(tag: str, cells: Sequence[str]) -> str:
+        return f"<tr>{''.join(f'<{tag}{left}>{escape(shown(c))}</{tag}>' for c in cells)}</tr>"
+
+    head = f"<thead>{line('th', columns)}</thead>" if columns else ""
+    return f"<table>{head}<tbody>{''.join(line('td', row) for row in rows)}</tbody></table>"
 
 
 def duration(seconds: float) -> str:

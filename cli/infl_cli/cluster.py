@@ -9,6 +9,7 @@ from infl_cli import options as o
 from infl_cli import render
 from infl_cli.render import say
 from infl_cluster.client import remote_client
+from infl_cluster.dashboard import can_sign_in, copy_token, open_signed_in
 from infl_cluster.head import current_head, ensure_head, recorded_head, remains, stop_head
 from influence_jobs.errors import RuntimeFault
 
@@ -66,6 +67,34 @@ def status(json: o.Json = False) -> None:
                 ("jobs", ", ".join(head.client().unfinished()) or "none"),
             ]
         )
+
+
+@app.command()
+def dashboard(
+    address: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Dashboard of a Ray cluster, not that of this machine."),
+    ] = None,
+    copy: Annotated[
+        bool, typer.Option("--copy", help="Copy the token, and open no browser.")
+    ] = False,
+) -> None:
+    """Open the Ray dashboard signed in. Without a browser here, copy its token and say so."""
+    if address is None:
+        head = current_head()
+        if head is None:
+            raise RuntimeFault(NONE)
+        client = head.client()
+    else:
+        client = remote_client(address)
+    client.version()  # a wrong token is said here, and not by the browser
+    if not copy and can_sign_in(client):
+        say(f"opens {client.address} in your browser")
+        if open_signed_in(client):
+            say("it is signed in")
+            return
+        say("the browser has not come for the page that signs it in")
+    say(f"{client.address}: {copy_token(client)}")
 
 
 @app.command()

@@ -15,6 +15,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Mapping, Sequence
+from email.message import Message
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -57,8 +58,7 @@ class JobClient:
         timeout_s: float = 30.0,
     ) -> None:
         self.address = address.rstrip("/")
-        self._token = token
-        self._token_source = token_source
+        self.token, self.token_source = token, token_source
         self._timeout_s = timeout_s
         self._scheme, self._host, self._port, self._prefix = _parse(self.address)
 
@@ -74,6 +74,19 @@ class JobClient:
                 f"no Ray answers at {self.address}: something else is listening there"
             )
         return answer
+
+    def sign_in(self) -> str:
+        """Return the cookie that signs a browser in to the dashboard, as a `Set-Cookie` header.
+
+        It is what the dashboard's own dialog gets for the token.
+
+        Raises:
+            RuntimeFault: The cluster could not be asked, or gives no cookie.
+        """
+        headers, _ = self._answer("POST", "/api/authenticate", {})
+        if not (cookie := headers.get("Set-Cookie")):
+            raise RuntimeFault(f"Ray at {self.address} gives a browser no cookie for its token")
+        return cookie
 
     def num_nodes(self) -> int:
         """Return the number of nodes that are up. A head answers before its own node is up.
@@ -173,9 +186,20 @@ class JobClient:
         ]
 
     def _call(self, method: str, path: str, body: Mapping[str, Any] | bytes | None = None) -> Any:
+        _, text = self._answer(method, path, body)
+        try:
+            return json.loads(text or "null")
+        except ValueError:
+            raise RuntimeFault(
+                f"no Ray answers at {self.address}: something else is listening there"
+            ) from None
+
+    def _answer(
+        self, method: str, path: str, body: Mapping[str, Any] | bytes | None
+    ) -> tuple[Message, str]:
         headers = {"Content-Type": "application/json"} if isinstance(body, Mapping) else {}
-        if self._token is not None:
-            headers["Authorization"] = f"Bearer {self._token}"
+        if self.token is not None:
+            headers["Authorization"] = f"Bearer {self.token}"
         deadline_s = self._timeout_s
         if isinstance(body, bytes):
             deadline_s += len(body) / SLOWEST_BYTES_PER_S
@@ -216,24 +240,19 @@ class JobClient:
             timer.cancel()
             connection.close()
         if response.status == 200:
-            try:
-                return json.loads(text or "null")
-            except ValueError:
-                raise RuntimeFault(
-                    f"no Ray answers at {self.address}: something else is listening there"
-                ) from None
+            return response.headers, text
         raise self._fault(response.status, path, text, body)
 
     def _fault(
         self, status: int, path: str, text: str, body: Mapping[str, Any] | bytes | None
     ) -> RuntimeFault:
-        if status == 401 and self._token is None:
+        if status == 401 and self.token is None:
             return RuntimeFault(
                 f"Ray at {self.address} wants a token: set RAY_AUTH_TOKEN_PATH to its token file"
             )
         if status in (401, 403):
             return RuntimeFault(
-                f"Ray at {self.address} refuses the token from {self._token_source}: "
+                f"Ray at {self.address} refuses the token from {self.token_source}: "
                 "set RAY_AUTH_TOKEN_PATH to that cluster's token file"
             )
         job = path.removeprefix("/api/jobs/").split("/")[0]  # empty for other paths
@@ -270,7 +289,7 @@ def remote_client(address: str, *, timeout_s: float = 30.0) -> JobClient:
             send the token in clear text.
     """
     scheme, host, _, _ = _parse(address)
-    if scheme == "http" and not _is_loopback(host):
+    if scheme == "http" and not is_loopback(host):
         raise RuntimeFault(
             f"{address} would carry the token in clear text: use https, or an SSH tunnel "
             f"(ssh -L 8265:localhost:8265 {host}) and http://localhost:8265"
@@ -317,7 +336,8 @@ def _parse(address: str) -> tuple[str, str, int | None, str]:
     return parts.scheme, parts.hostname, port, parts.path.rstrip("/")
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine."""
     if host == "localhost":
         return True
     try:

@@ -28,15 +28,17 @@ from influence_jobs.store.status import is_done, read_status
 from influence_jobs.terms import size
 
 IDLE_TIMEOUT_S = 600.0  # a head started by a run ends itself after so long without a job
+LONGEST_NAME = 60  # characters of a job's name: a column of a table
 
 
-def carry_out(run: Run, how: How, say: Say) -> bool:
+def carry_out(run: Run, how: How, say: Say, *, quiet: bool = False) -> bool:
     """Carry out a run and show its progress; False if it goes on in the background.
 
     Args:
         run: The run; its folder need not exist yet.
         how: Where and in what pieces.
         say: Takes lines for the user.
+        quiet: Show no progress.
 
     Raises:
         InflError: It cannot be carried out, or it failed; what was finished is kept.
@@ -63,9 +65,9 @@ def carry_out(run: Run, how: How, say: Say) -> bool:
     _forget_last_end(run, local=here)
     _say_watch(run, say)
     if here:
-        _carry_out_here(run, how, say)
+        _carry_out_here(run, how, say, quiet=quiet)
         return True
-    return _carry_out_on_ray(run, how, say)
+    return _carry_out_on_ray(run, how, say, quiet=quiet)
 
 
 def _made_here(spec: AnySpec) -> Iterator[AnySpec]:
@@ -129,13 +131,17 @@ def _check_space(run: Run) -> None:
         )
 
 
-def _carry_out_here(run: Run, how: How, say: Say) -> None:
+def _carry_out_here(run: Run, how: How, say: Say, *, quiet: bool) -> None:
     more = for_runs(run.root)
     over = threading.Event()
     shown = threading.Thread(
         target=watch,
         args=(run,),
-        kwargs={"ended": lambda: "over" if over.is_set() else None, "say": say},
+        kwargs={
+            "ended": lambda: "over" if over.is_set() else None,
+            "say": say,
+            "quiet": quiet,
+        },
         daemon=True,
     )
     shown.start()
@@ -153,7 +159,7 @@ def _carry_out_here(run: Run, how: How, say: Say) -> None:
         shown.join()
 
 
-def _carry_out_on_ray(run: Run, how: How, say: Say) -> bool:
+def _carry_out_on_ray(run: Run, how: How, say: Say, *, quiet: bool) -> bool:
     """Carry out a run on Ray; False if it goes on in the background."""
     from infl_cluster.ray_job import watcher
 
@@ -170,7 +176,7 @@ def _carry_out_on_ray(run: Run, how: How, say: Say) -> bool:
         )
         return False
     try:
-        status = watch(run, ended=ended, say=say)
+        status = watch(run, ended=ended, say=say, quiet=quiet)
     except KeyboardInterrupt:
         say(
             f"{run.id} goes on in the background; watch it: infl status {run.id}{more} --follow; "
@@ -181,6 +187,15 @@ def _carry_out_on_ray(run: Run, how: How, say: Say) -> bool:
         message = status.get("message") or f"the run was {status['state']}"
         raise RuntimeFault(f"{message} (infl logs {run.id}{more}; infl resume {run.id}{more})")
     return True
+
+
+def job_name(run: Run) -> str:
+    """The name of a run's job in the Ray dashboard, such as `grad-norms ffdnet main.29`.
+
+    Jobs may have the same name: Ray tells them apart by their submission ids.
+    """
+    title = open_job(run).title
+    return title if len(title) <= LONGEST_NAME else f"{title[: LONGEST_NAME - 3]}..."
 
 
 def _submit(run: Run, how: How, say: Say) -> Callable[[], str | None]:
@@ -232,6 +247,7 @@ def _submit(run: Run, how: How, say: Say) -> Callable[[], str | None]:
         argv,
         submission_id=submission_id,
         metadata={
+            "job_name": job_name(run),  # the key that Ray's dashboard shows
             "run": run.id,
             "kind": run.spec.kind,
             "task": run.spec.task.name,

@@ -7,6 +7,7 @@ from typing import Any
 
 from infl_cluster.how import How
 from infl_cluster.launch import carry_out
+from infl_cluster.notebook import in_notebook
 from influence_jobs.devices import Device
 from influence_jobs.errors import InflError, SpecError
 from influence_jobs.kinds import find_kind
@@ -72,7 +73,8 @@ def submit(
 
     def say(line: str) -> None:
         if not quiet:
-            print(line, file=sys.stderr)
+            # What a notebook gets on standard error looks like an error.
+            print(line, file=sys.stdout if in_notebook() else sys.stderr)
 
     if trust:
         trust_all()
@@ -104,7 +106,7 @@ def submit(
                 f"{kind} at {len(specs)} checkpoints makes {len(specs)} runs: name one at a time"
             )
         run = Run(root, specs[0])
-        carry_out(run, how, say)
+        carry_out(run, how, say, quiet=quiet)
     except InflError as error:
         raise error.for_python() from error
     return Results(root, run.id)

@@ -4,11 +4,12 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from infl_cluster.notebook import NotebookProgress, in_notebook
 from influence_jobs.errors import first_line
 from influence_jobs.store.run import Run
 from influence_jobs.store.status import progress_line, read_status, under_way
@@ -16,6 +17,24 @@ from influence_jobs.store.status import progress_line, read_status, under_way
 POLL_S = 0.5
 _DIGITS = re.compile(r"\d+")
 LINE_EVERY_S = 10.0  # without a terminal, lines replace the bar
+
+
+class Shows(Protocol):
+    """Shows the runs that are watched."""
+
+    def show(self, run: Run, status: dict[str, Any]) -> None:
+        """Show the status of a run."""
+
+    def close(self) -> None:
+        """Stop; what is shown stays."""
+
+
+class _Nothing:
+    def show(self, run: Run, status: dict[str, Any]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 class Progresses:
@@ -63,7 +82,11 @@ class Progresses:
 
 
 def watch(
-    run: Run, *, ended: Callable[[], str | None], say: Callable[[str], None]
+    run: Run,
+    *,
+    ended: Callable[[], str | None],
+    say: Callable[[str], None],
+    quiet: bool = False,
 ) -> dict[str, Any]:
     """Show progress until the run has ended; returns its last status.
 
@@ -71,13 +94,19 @@ def watch(
         ended: Called about once a second; returns why the run's driver is gone, or None. The run's
             own status cannot say that.
         say: Takes lines for the user if there is no terminal.
+        quiet: Show nothing.
     """
-    bars = Progresses(say)
+    bars: Shows = _Nothing() if quiet else NotebookProgress() if in_notebook() else Progresses(say)
     asked = time.monotonic()
+    last = run
     try:
         while True:
             status = _status(run)
-            bars.show(*_under_way(run, status))
+            shown, its = _under_way(run, status)
+            if last.id not in (shown.id, run.id):  # a needed one has ended
+                bars.show(last, _status(last))
+            last = shown
+            bars.show(shown, its)
             if status["state"] not in ("new", "running", "interrupted"):
                 return status
             if time.monotonic() - asked > 1:

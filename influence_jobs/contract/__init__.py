@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from influence_jobs.contract import jobs, outputs, parameters, samples
-from influence_jobs.contract.trial import Finding, Said, Trial
+from influence_jobs.contract.trial import Finding, Findings, Said, Trial
 from influence_jobs.devices import Device, resolved
 from influence_jobs.errors import InflError
 from influence_jobs.kinds import find_kind
@@ -35,7 +35,7 @@ CHECKS: tuple[tuple[str, Callable[[Trial], Said], bool], ...] = (
 )
 
 
-def check(task: Any, *, device: Device = "auto", **options: Any) -> list[Finding]:
+def check(task: Any, *, device: Device = "auto", **options: Any) -> Findings:
     """Look at a task, untrained and with a few samples: is everything as `infl` needs it?
 
     Args:
@@ -44,14 +44,15 @@ def check(task: Any, *, device: Device = "auto", **options: Any) -> list[Finding
         options: Of the task.
 
     Returns:
-        A line for each thing looked at; print them. A `mark` of "fail" needs mending.
+        A line for each thing looked at, to print or to show in a notebook. A `mark` of "fail" needs
+        mending.
 
     Raises:
         SpecError: There is no such task, or it does not take one of the options.
         DataError: Its `prepare` cannot have the data.
     """
     try:
-        return [*findings(task, options, device=device)]
+        return Findings(findings(task, options, device=device))
     except InflError as error:
         raise error.for_python() from error
 

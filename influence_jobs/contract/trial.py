@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from influence_jobs.tasks.base import Batch, Draw, Task, converted, to_device, to_type
-from influence_jobs.terms import ScorePrecision
+from influence_jobs.terms import ScorePrecision, html_table
 from influence_jobs.training.train import seeded
 
 Mark = Literal["ok", "warn", "fail"]
@@ -34,6 +34,16 @@ class Finding:
 
     def __str__(self) -> str:
         return f"{self.mark:<4}  {self.check}: {self.said}"
+
+
+class Findings(list[Finding]):
+    """What was found, a line each."""
+
+    def __repr__(self) -> str:
+        return "\n".join(map(str, self))
+
+    def _repr_html_(self) -> str:
+        return html_table([(found.mark, found.check, found.said) for found in self])
 
 
 def ok(said: str) -> Line:

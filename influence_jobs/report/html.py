@@ -16,13 +16,14 @@ from PIL import Image
 
 from influence_jobs.errors import SpecError, StoreError
 from influence_jobs.kinds import view_of
-from influence_jobs.report.made import Made, made, needed, request_in_words
+from influence_jobs.report.made import Made, made, needed
 from influence_jobs.specs.base import Spec
 from influence_jobs.store import layout
 from influence_jobs.store.files import LocalFiles
 from influence_jobs.store.folder import for_runs
 from influence_jobs.store.run import Run
 from influence_jobs.store.status import read_status
+from influence_jobs.terms import html_table
 from influence_jobs.views.base import View
 from influence_jobs.views.contact_sheet import Picture
 from influence_jobs.views.curves import Panel, chart
@@ -78,7 +79,7 @@ def _section(view: View[Any], whole: View[Any]) -> Section:
     return Section(
         run=run.id,
         title=view.title,
-        request=request_in_words(run.spec),
+        request=run.spec.request_in_words(),
         figures=whole.member_figures(view, notes.append),
         tables=view.tables(),
         notes=notes,
@@ -195,10 +196,10 @@ def _dimensions(array: "zarr.Array[Any]") -> Sequence[str]:
     return [str(name) for name in names]
 
 
-def results_html(run: Run) -> str:
-    """What a notebook shows of a run: its request, state, arrays and tables."""
+def array_rows(run: Run) -> list[tuple[str, str, str, str]]:
+    """Name, shape with the names of its axes, type and unit of each array of a run."""
     arrays = {name: run.array(name) for name in run.array_names()}
-    rows = [
+    return [
         (
             name,
             " x ".join(
@@ -210,12 +211,26 @@ def results_html(run: Run) -> str:
         )
         for name, array in arrays.items()
     ]
-    template = environment().get_template("results.html.j2")
+
+
+def results_html(run: Run) -> str:
+    """What a notebook shows of a run: state, results, arrays, and on demand its request."""
+    template, rows = environment().get_template("results.html.j2"), array_rows(run)
+    view, state = view_of(run), read_status(run)["state"]
     return template.render(
-        title=view_of(run).title,
+        title=view.title,
         run=run.id,
-        state=read_status(run)["state"],
-        request=request_in_words(run.spec),
-        arrays=Table("Arrays", ("name", "shape", "dtype", "unit"), rows),
+        state=state,
+        certainty=view.certainty() if state == "done" else (),
+        results=[
+            (
+                table.title,
+                html_table([[*map(cell_text, row)] for row in table.rows], table.columns),
+                table.note,
+            )
+            for table in (view.tables() if state == "done" else ())
+        ],
+        request=html_table(run.spec.request_in_words()),
+        arrays=html_table(rows, ("array", "shape", "type", "unit")) if rows else "",
         tables=run.table_names(),
     )

@@ -11,19 +11,6 @@ from influence_jobs.store.run import Run
 from influence_jobs.store.status import read_status, repeats
 
 
-def request_in_words(spec: Spec) -> list[tuple[str, str]]:
-    """A request as pairs of name and value, the task first."""
-    task = spec.task
-    options = ", ".join(f"{name} {value}" for name, value in task.options.items() if value)
-    lines = [("task", f"{task.name}{f' ({options})' if options else ''}"), ("data", task.data)]
-    for name in type(spec).model_fields:
-        value = getattr(spec, name)
-        hidden = name in ("kind", "task") or name in spec.unsaid
-        if not hidden and value is not None and value != ():
-            lines.append((name.replace("_", " "), in_words(value)))
-    return lines
-
-
 @dataclass(frozen=True)
 class Made:
     """How one run was made.

@@ -2,21 +2,24 @@
 
 from collections.abc import Sequence
 from os import PathLike
+from textwrap import indent
 from typing import Any, Literal
 
 import pyarrow as pa
 import xarray as xr
 from matplotlib.figure import Figure
 
-from influence_jobs.errors import SpecError, StoreError
+from influence_jobs.errors import DataError, SpecError, StoreError
 from influence_jobs.kinds import view_of
 from influence_jobs.kinds.self_influence.view import SelfInfluenceView
-from influence_jobs.report.html import results_html
+from influence_jobs.report.html import array_rows, results_html
+from influence_jobs.report.sample_rows import SampleRows
 from influence_jobs.specs.base import Spec
 from influence_jobs.store import layout
 from influence_jobs.store.find import find_run
 from influence_jobs.store.folder import for_runs
 from influence_jobs.store.status import read_status
+from influence_jobs.terms import shown
 from influence_jobs.views.base import View
 from influence_jobs.views.figure import Shown
 from influence_jobs.views.ranking import Side
@@ -37,7 +40,15 @@ class Results:
         self.run = find_run(root, run_id)
 
     def __repr__(self) -> str:
-        return f"<Results of {self.run.id}, {self.state}>"
+        view, state = self._view, self.state
+        lines = [f"{self.run.id}: {state}", view.title]
+        if state == "done":
+            for table in view.tables():
+                lines += ["", table.title, table.text(), ""]
+            lines += view.certainty()
+        lines += [", ".join(filter(None, row)) for row in array_rows(self.run)]
+        lines += [f"tables: {', '.join(self.tables)}"] if self.tables else []
+        return indent("\n".join(map(shown, lines)), "  ").strip()
 
     @property
     def spec(self) -> Spec:
@@ -154,6 +165,17 @@ class Results:
             )
         self._require_done()
         return pa.Table.from_pylist(view.suspects(k, by=by))
+
+    def show(self, table: pa.Table) -> SampleRows:
+        """A table of this run to look at, such as that of `top_k` or `suspects`.
+
+        In a notebook the picture of each row's sample stands beside it, if the task has pictures
+        and its data are here. Elsewhere it is plain text. Its `table` is the table.
+        """
+        try:
+            return SampleRows(table, self._view.task)
+        except DataError:  # such as code that nobody has named on this machine
+            return SampleRows(table, None)
 
     def _require_done(self) -> None:
         if self.state != "done":

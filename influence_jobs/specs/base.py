@@ -24,7 +24,7 @@ from pydantic.fields import FieldInfo
 
 from influence_jobs.errors import SpecError, StoreError
 from influence_jobs.specs.format_1 import ALWAYS_HASHED
-from influence_jobs.terms import in_a_line
+from influence_jobs.terms import html_table, in_a_line
 
 MANY = 12  # a list in words shows at most so many items
 FORMAT = 1  # raise it when the same spec starts to give other numbers
@@ -155,6 +155,26 @@ class Spec(Model):
 
     def words(self) -> str:
         return self.run_id
+
+    def request_in_words(self) -> list[tuple[str, str]]:
+        """The request as pairs of name and value, the task first."""
+        options = ", ".join(f"{name} {value}" for name, value in self.task.options.items() if value)
+        named = f"{self.task.name}{f' ({options})' if options else ''}"
+        lines = [("task", named), ("data", self.task.data)]
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            hidden = name in ("kind", "task") or name in self.unsaid
+            if not hidden and value is not None and value != ():
+                lines.append((name.replace("_", " "), in_words(value)))
+        return lines
+
+    def __str__(self) -> str:
+        lines = [("run", self.run_id), *self.request_in_words()]
+        width = max(len(name) for name, _ in lines)
+        return "\n".join(f"{name:<{width}}  {in_a_line(value)}" for name, value in lines)
+
+    def _repr_html_(self) -> str:
+        return html_table([("run", self.run_id), *self.request_in_words()])
 
 
 def spec_of(value: Any) -> Any:

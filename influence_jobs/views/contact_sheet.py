@@ -12,10 +12,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, Rectangle
 
 from influence_jobs.terms import Region
+from influence_jobs.views.drawing import Drawing
 
 _CELL, _CAPTION, _MARGIN = 1.15, 0.5, 0.35  # inches
 _PHOTO = 64  # pixels: larger pictures are photographs
-_MATCH, _MARK = "#2e8b57", "#e4572e"
+_MATCH, MARK = "#2e8b57", "#e4572e"
 Picture = npt.NDArray[np.uint8]
 
 
@@ -62,7 +63,7 @@ def contact_sheet(rows: Sequence[Row]) -> Figure:
     height = _CELL + _CAPTION + _MARGIN
     # The last row's caption lies below its pictures.
     size = columns * (_CELL + 0.25) + 0.3, len(rows) * height + _CAPTION
-    figure = Figure(figsize=size, dpi=150)
+    figure = Drawing(figsize=size, dpi=150)
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(rows), columns, squeeze=False)
     figure.subplots_adjust(
@@ -105,10 +106,10 @@ def _mark(axis: Axes, region: Region | None) -> None:
     y, x, height, width = region
     if (height, width) == (1, 1):  # a single pixel would be invisible
         pixels = max(axis.get_images()[0].get_array().shape[:2])  # type: ignore[union-attr]
-        ring = Circle((x, y), min(8, pixels / 10), fill=False, edgecolor=_MARK, linewidth=1.2)
+        ring = Circle((x, y), min(8, pixels / 10), fill=False, edgecolor=MARK, linewidth=1.2)
         axis.add_patch(ring)
-        axis.plot(x, y, marker="+", color=_MARK, markersize=4, markeredgewidth=0.8)
+        axis.plot(x, y, marker="+", color=MARK, markersize=4, markeredgewidth=0.8)
     else:
         axis.add_patch(
-            Rectangle((x - 0.5, y - 0.5), width, height, fill=False, edgecolor=_MARK, linewidth=1.2)
+            Rectangle((x - 0.5, y - 0.5), width, height, fill=False, edgecolor=MARK, linewidth=1.2)
         )

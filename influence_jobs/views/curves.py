@@ -13,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from influence_jobs.views.drawing import Drawing
 from influence_jobs.views.ranking import named
 
 # These colours are equally visible on white and on black.
@@ -36,7 +37,7 @@ def chart(panels: Sequence[Panel], *, dark: bool = False) -> Figure:
     colors = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
     style: Any = {**dict.fromkeys(colors, ink), "font.size": 8, "axes.titlesize": 9}
     with mpl.rc_context(style):
-        figure = Figure(figsize=(_SIZE[0] * len(panels), _SIZE[1]), dpi=150, layout="constrained")
+        figure = Drawing(figsize=(_SIZE[0] * len(panels), _SIZE[1]), dpi=150, layout="constrained")
         FigureCanvasAgg(figure)
         for axis, panel in zip(
             figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True

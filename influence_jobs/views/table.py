@@ -20,6 +20,13 @@ class Table:
         lines += [f"| {' | '.join(map(cell_text, row))} |" for row in self.rows]
         return "\n".join([*lines, *(["", self.note] if self.note else []), ""])
 
+    def text(self) -> str:
+        """The table in columns of plain text, without its title."""
+        lines = [[*self.columns], *([cell_text(value) for value in row] for row in self.rows)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        found = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+        return "\n".join([*found, *([self.note] if self.note else [])])
+
 
 def cell_text(value: object) -> str:
     """A value as text: fractions with three digits, large numbers with commas."""

@@ -69,6 +69,7 @@ OPTIONS = {
     "report": "runs out trust",
     "view": "runs port open trust",
     "cluster up": "num-cpus num-gpus",
+    "cluster dashboard": "address copy",
     "cluster status": "json",
     "cluster wait": "address nodes timeout",
     "cluster down": "",

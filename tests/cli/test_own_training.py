@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from infl_cluster.inline import InlineBackend
 from infl_cluster.status import StatusWriter
 from influence_jobs.kinds.train.spec import TrainSpec
-from influence_jobs.report.made import request_in_words
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.registry import task_class
 
@@ -228,7 +227,7 @@ def test_an_own_optimizer_counts_and_nothing_else_is_claimed(infl: Infl, tmp_pat
     assert said + "does not count" in found.err
     page = infl("report", found.json["run"], "--out", "page")
     assert page.code == 0, page.err
-    assert dict(request_in_words(spec)).keys() == {
+    assert dict(spec.request_in_words()).keys() == {
         "task", "data", "seed", "epochs", "batch size", "optimizer", "warmup", "save epochs",
         "norm reduction", "norm skip epochs",
     }  # fmt: skip
@@ -315,7 +314,7 @@ def test_a_training_by_script_is_a_run_like_others(infl: Infl, tmp_path: Path) -
     run = found.json["run"]
     assert infl("verify", run).code == 0
     assert infl("report", run, "--out", "page").code == 0
-    assert [name for name, _ in request_in_words(spec)] == ["task", "data", "seed", "trainer"]
+    assert [name for name, _ in spec.request_in_words()] == ["task", "data", "seed", "trainer"]
     scored = infl(
         "submit", "influence", "--checkpoint", run, "--test", 2, "--damping", 1, "--local"
     )

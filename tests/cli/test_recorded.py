@@ -13,7 +13,6 @@ import torch
 from torch.nn import functional as F
 
 import influence_jobs
-from influence_jobs.report.made import request_in_words
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.registry import task_class
 
@@ -58,7 +57,7 @@ def test_its_weights_and_norms_are_those_of_a_run(
     rows = pq.read_table(tmp_path / "runs" / run.id / "tables/metrics.parquet").to_pylist()
     assert [row["epoch"] for row in rows] == [1, 2, 3]
     assert rows[0]["train_loss"] > rows[2]["train_loss"] > 0
-    assert {name for name, _ in request_in_words(run.spec)} == {
+    assert {name for name, _ in run.spec.request_in_words()} == {
         "task", "data", "trainer", "recorded", "epochs", "save epochs", "norm layers",
         "norm reduction", "norm skip epochs",
     }  # fmt: skip
