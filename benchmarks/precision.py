@@ -2,6 +2,7 @@
 
 The weights and data are rounded to the dtype; the reference is float64 with these weights. Errors
 are ||found - reference|| / ||reference|| over all samples, the largest over layers and queries.
+TF32 is not a GPU's: the factors of products and convolutions are rounded to it, on the CPU.
 """
 
 import copy
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import TensorDataset
 
 from influence_jobs.curvature import ConjugateGradient, EkFac, GaussNewton
@@ -120,6 +123,30 @@ class Rounded(Classes):
         self.layers = task.layers
 
 
+aten = torch.ops.aten
+
+
+class AsTF32(TorchDispatchMode):
+    """Rounds the factors of products and convolutions to 10 bits of mantissa, as GPUs do."""
+
+    products = frozenset({
+        aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default,
+        aten.convolution.default, aten.convolution_backward.default,
+    })  # fmt: skip
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.products:
+            args, kwargs = pytree.tree_map_only(Tensor, self.rounded, (args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def rounded(values: Tensor) -> Tensor:
+        if values.dtype != torch.float32:
+            return values
+        bits = values.contiguous().view(torch.int32)
+        return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+
+
 def error(found: Tensor, wanted: Tensor) -> float:
     return float((found.double() - wanted).norm() / wanted.norm())
 
@@ -217,6 +244,10 @@ def main() -> None:
             )
             built = str(dtype).removeprefix("torch.")
             print(f"| {name} | {built} | float32 | {' | '.join(compared(ours, wanted))} |")
+            if dtype == torch.float32:
+                with AsTF32():
+                    tf32 = computed(Rounded(task, dtype), rounded, damping, "tf32")
+                print(f"| {name} | {built} | tf32 | {' | '.join(compared(tf32, wanted))} |")
             if dtype != torch.float32:
                 half = in_half(Rounded(task, dtype), rounded)
                 print(f"| {name} | {built} | {built} | {' | '.join(compared(half, wanted))} |")

@@ -10,6 +10,7 @@ Precision = Literal["float32", "float64", "bfloat16", "tf32"]
 # Of jobs: "bfloat16" has weights of float32, and the last one of bfloat16 too.
 JobPrecision = Literal["float32", "float64", "tf32", "bfloat16", "bfloat16-weights"]
 ScorePrecision = Literal["float32", "float64"]
+FullPrecision = Literal["float32", "float64", "tf32"]  # of what needs more digits than bfloat16
 OutputLoss = Literal["cross-entropy", "mse", "binary-cross-entropy"]
 # "task": the task's own.
 Optimizer = Literal["sgd", "adam", "adamw", "task"]
@@ -20,6 +21,11 @@ Stored = Literal["float32", "float16", "int8", "1-bit"]
 GradientMethod = Literal["influence", "trak", "dot", "cosine"]  # scores of stored gradients
 #: A part of an image, also `influence_jobs.Region`. It is y, x, height and width in pixels.
 Region = tuple[int, int, int, int]
+
+
+def stored_as(precision: JobPrecision) -> ScorePrecision:
+    """The format of weights, vectors and results of a computation in `FullPrecision`."""
+    return "float64" if precision == "float64" else "float32"
 
 
 LONGEST = 2000  # characters of a text that are shown in a line

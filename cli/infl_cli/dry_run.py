@@ -15,6 +15,7 @@ from influence_jobs.jobs.base import Plan
 from influence_jobs.jobs.estimate import samples_per_second, worker_bytes
 from influence_jobs.jobs.samples import SampleJob
 from influence_jobs.kinds import open_job
+from influence_jobs.kinds.runner import tf32
 from influence_jobs.memory import Peak
 from influence_jobs.store.run import Run
 from influence_jobs.store.status import is_done
@@ -133,7 +134,8 @@ def _estimate(run: Run, how: How) -> Estimate:
             size, why = choice.size, choice.said(size)
         job = open_job(run, device=how.resolved_device, batch_size=size)
     peak = Peak(CPU)
-    rate = samples_per_second(job.probe(), PROBE_S)
+    with tf32(job.tf32):
+        rate = samples_per_second(job.probe(), PROBE_S)
     rate = None if rate is None else rate * workers
     return Estimate(plan, size, workers, rate, worker_bytes(job, plan, peak), why, job.notes())
 

@@ -120,7 +120,9 @@ class ConjugateGradient(Solver):
 def _not_positive(operator: Operator, damping: float) -> SpecError:
     lowest, enough = sufficient_damping(operator)
     cure = "use --operator gauss-newton"
-    if operator.positive_semidefinite:  # by its name, but not with this loss
+    if torch.backends.cuda.matmul.allow_tf32:  # its rounding is about .001 of the largest one
+        cure = "use --precision float32"
+    elif operator.positive_semidefinite:  # by its name, but not with this loss
         cure = (
             f"output_loss of {type(operator.task).__name__} is not convex in the outputs: mend it"
         )

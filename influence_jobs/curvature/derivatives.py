@@ -11,6 +11,7 @@ from influence_jobs.gradients.reference import LossModule
 from influence_jobs.transfers import numbers
 
 AGREEMENT = 1e-3  # allowed relative difference of two ways to a product; rounding causes 1e-6
+OF_TF32 = 10  # times as much where products are rounded to TF32, which causes 1e-3
 
 Parameters = dict[str, Tensor]
 
@@ -28,6 +29,11 @@ def gradients_along(
     )
 
 
+def agreement() -> float:
+    """The allowed relative difference of two ways to a product of float32, as torch is set now."""
+    return AGREEMENT * (OF_TF32 if torch.backends.cuda.matmul.allow_tf32 else 1)
+
+
 def require_alike(what: str, ours: Parameters, plain: Parameters) -> None:
     """Require the derivatives that plain autograd gives.
 
@@ -40,7 +46,7 @@ def require_alike(what: str, ours: Parameters, plain: Parameters) -> None:
     )
     errors, largest = dict(zip(plain, found, strict=False)), max(found[len(plain) :])
     worst = max(errors, key=errors.__getitem__)
-    if not errors[worst] <= AGREEMENT * largest + torch.finfo(torch.float32).tiny:
+    if not errors[worst] <= agreement() * largest + torch.finfo(torch.float32).tiny:
         raise RuntimeError(
             f"the {what} by parameter '{worst}' is another through torch.func: the forward uses it "
             "by a handle that the model keeps elsewhere, such as a list"

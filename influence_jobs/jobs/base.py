@@ -139,6 +139,11 @@ class Job(ABC, Generic[S]):
     reads_data: ClassVar[bool] = True  # or, if not, only other runs
 
     @property
+    def tf32(self) -> bool:
+        """Whether GPUs may round the factors of float32 products to TF32."""
+        return getattr(self.spec, "precision", None) == "tf32"
+
+    @property
     def tells_progress(self) -> bool:
         """Whether a shard without progress for long hangs; a task's own training tells none."""
         return True

@@ -115,6 +115,10 @@ class RetrainJob(Job[S]):
         )
 
     @property
+    def tf32(self) -> bool:
+        return self.spec.recipe.precision == "tf32"
+
+    @property
     def tells_progress(self) -> bool:
         return self.spec.recipe.trainer != "task"
 

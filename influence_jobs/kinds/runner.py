@@ -75,10 +75,10 @@ class ShardRunner:
             torch.set_num_threads(threads)
         be_patient()
         self._run = Run.open(root, run_id)
-        self._tf32 = getattr(self._run.spec, "precision", None) == "tf32"
         plan = self._run.plan()
         batch_size = plan["batch_size"] if plan else None
         self._job = open_job(self._run, device=device, batch_size=batch_size)
+        self._tf32 = self._job.tf32
         self.kind = self._run.spec.kind
         self.title = self._job.title
         software()  # read it now: files may change later, but the loaded code does not

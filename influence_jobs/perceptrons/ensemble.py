@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from influence_jobs.curvature.derivatives import agreement
 from influence_jobs.gradients.rules import reduce_norms
 from influence_jobs.perceptrons.blocked_layer import BlockedLayer, Modes, flush_, sgd_modes
 from influence_jobs.perceptrons.network import Perceptron, find_perceptron, first_inputs
@@ -35,7 +36,6 @@ from influence_jobs.transfers import on_device
 
 BLOCK_SAMPLES = 128  # K, by measurement; with more the Gram matrix costs more than it saves
 TRIED = 3  # variants
-AGREEMENT = 1e-3  # allowed relative difference of one block's updates; rounding causes 1e-6
 
 
 def perceptron_steps(
@@ -103,7 +103,7 @@ def _agrees(
     after, trained = steps.weights(0), dict(trainer.model.named_parameters())
     moved = sum((p - before[name]).square().sum() for name, p in trained.items())
     apart = sum((p - after[name]).square().sum() for name, p in trained.items())
-    return bool(apart <= AGREEMENT**2 * moved)
+    return bool(apart <= agreement() ** 2 * moved)
 
 
 @dataclass(frozen=True)

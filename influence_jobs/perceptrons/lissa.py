@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from influence_jobs.curvature.derivatives import AGREEMENT
+from influence_jobs.curvature.derivatives import agreement
 from influence_jobs.curvature.lissa_steps import LissaSteps
 from influence_jobs.curvature.matrices import GaussNewton, Hessian
 from influence_jobs.curvature.operators import Operator
@@ -83,7 +83,7 @@ def perceptron_lissa_steps(
     expected_QP = operator.product(rhs_QP, ids)
     error_QP = 2 * rhs_QP - once.h_EQP()[0] - expected_QP
     # The rounding error of 2 v - h is relative to v, even if A_B v is small.
-    if error_QP.norm() > AGREEMENT * torch.maximum(expected_QP.norm(), rhs_QP.norm()):
+    if error_QP.norm() > agreement() * torch.maximum(expected_QP.norm(), rhs_QP.norm()):
         return None
     return PerceptronLissaSteps(
         operator, perceptron, rhs_QP, own_damping, scale, batch_size, repeats

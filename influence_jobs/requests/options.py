@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field, create_model
 from influence_jobs.requests.base import Many, One, Options, Request, option
 from influence_jobs.specs.base import Count, Seed, in_words
 from influence_jobs.specs.solvers import SolverSettings
-from influence_jobs.terms import ScorePrecision
+from influence_jobs.terms import JobPrecision
 
 TRAINING, SCORES, QUERY = "Training", "Scores", "What to explain"
 CURVATURE, EXPERIMENT = "Curvature", "Experiment"
@@ -133,6 +133,13 @@ SOLVERS = "; ".join(f"{name}: {s.summary}" for name, s in SolverSettings.by_name
 SETTINGS = _solver_options()
 
 
+PRECISION = (
+    "Precision of the computation and of what is stored; by default float64 for a model that is "
+    "built in it, else float32. tf32: float32 with products in TF32 on a GPU; those of bfloat16 "
+    "are for grad-norms and gradients."
+)
+
+
 def _number_or_word(value: Any) -> Any:
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
@@ -147,12 +154,7 @@ class DampingOptions(Options):
         "to 10^10 samples x parameters of the model, but at least 10,000.",
         panel=CURVATURE,
     )
-    precision: ScorePrecision | None = option(
-        None,
-        "Precision of the computation and of what is stored; by default float64 for a model that "
-        "is built in it, else float32.",
-        panel=CURVATURE,
-    )
+    precision: JobPrecision | None = option(None, PRECISION, panel=CURVATURE)
 
 
 class CurvatureBase(DampingOptions):

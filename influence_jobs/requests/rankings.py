@@ -29,6 +29,7 @@ from influence_jobs.store.find import find_run
 from influence_jobs.store.scores_file import is_scores_file
 from influence_jobs.tasks.base import Task
 from influence_jobs.tasks.layers import weight_layers
+from influence_jobs.terms import JobPrecision
 
 # Methods by the gradients of sample and query, and what `InfluenceSpec.relative` says of each.
 GRADIENTS_ALONE: Mapping[str, Literal["theta"] | None] = {"dot-product": None, "cosine": "theta"}
@@ -306,13 +307,19 @@ def scores_named(root: str, word: str) -> ScoresSpec:
 
 
 def gradients_alone(
-    method: str, subject: Subject, queries: Queries, say: Say, *, seed: int
+    method: str,
+    subject: Subject,
+    queries: Queries,
+    say: Say,
+    *,
+    seed: int,
+    precision: JobPrecision | None = None,
 ) -> InfluenceSpec:
     """The spec of a method of `GRADIENTS_ALONE`: influence without curvature.
 
     The cosine lacks the norm of the query's gradient, which changes no order of samples.
     """
-    identity = CurvatureOptions(solver="identity")
+    identity = CurvatureOptions(solver="identity", precision=precision)
     relative = GRADIENTS_ALONE[method]
     return influence_of(subject, queries, identity, say, seed=seed, relative=relative)
 

@@ -31,7 +31,7 @@ from influence_jobs.specs.solvers import (
 )
 from influence_jobs.tasks.base import Draw, Task, converted, dtype_of, to_type
 from influence_jobs.tasks.layers import by_type, left_out, resolve_layers, trained_modules
-from influence_jobs.terms import ScorePrecision
+from influence_jobs.terms import FullPrecision, JobPrecision, ScorePrecision
 
 if TYPE_CHECKING:
     from influence_jobs.kinds.self_influence.request import SelfInfluenceRequest
@@ -86,7 +86,7 @@ def s_tests_of(
             solver=solver
             if getattr(request, "damping_share", None) is not None
             else _with_damping(solver, curvature, checkpoint, built),
-            precision=request.precision or str(dtype_of(built.model())).removeprefix("torch."),
+            precision=full_precision(request.precision, built),
         )
         for checkpoint in subject.checkpoints
     )
@@ -97,6 +97,20 @@ def s_tests_of(
             f"layers; without factors, so left out: {by_type(model, others)}"
         )
     return specs
+
+
+def full_precision(asked: JobPrecision | None, task: Task) -> FullPrecision:
+    """The precision of curvature and scores; by default that in which the task's model is built.
+
+    Raises:
+        SpecError: It is a half precision.
+    """
+    if asked in ("bfloat16", "bfloat16-weights"):
+        raise SpecError(
+            f"--precision {asked} is for infl submit grad-norms and gradients: of bfloat16's three "
+            "digits a solver and a sum over parameters leave none; use tf32, float32 or float64"
+        )
+    return asked or ("float64" if dtype_of(task.model()) == torch.float64 else "float32")
 
 
 def require_used(request: CurvatureOptions, methods: Sequence[str]) -> None:

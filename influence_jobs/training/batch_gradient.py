@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from influence_jobs.curvature.derivatives import AGREEMENT
+from influence_jobs.curvature.derivatives import agreement
 from influence_jobs.curvature.operators import DIFFERENCES
 from influence_jobs.curvature.requirements import saved_bytes
 from influence_jobs.errors import ModelError, first_line
@@ -181,7 +181,7 @@ def _look(graph: BatchGradient, model: nn.Module) -> bool:
                 raise
             return False
     apart = _square(*(a - b for a, b in zip(found, expected, strict=True)))
-    return apart <= AGREEMENT**2 * _square(*expected)
+    return apart <= agreement() ** 2 * _square(*expected)
 
 
 def _agrees_with_differences(task: Task, model: nn.Module, batch: Batch, **arguments: Any) -> bool:
@@ -221,7 +221,7 @@ def _agrees_with_differences(task: Task, model: nn.Module, batch: Batch, **argum
         slopes = [(a - b) / (2 * size) for a, b in zip(at(size), at(-size), strict=True)]
         apart = math.sqrt(_square(*(a - b for a, b in zip(found, slopes, strict=True))))
         # One that agrees is enough: another may cross the kink of a ReLU.
-        if apart <= AGREEMENT * math.sqrt(_square(*slopes)) + rounding:
+        if apart <= agreement() * math.sqrt(_square(*slopes)) + rounding:
             return True
     return False
 

@@ -1,7 +1,7 @@
 """Small networks in float32, and a task of them that trains in a moment."""
 
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from typing_extensions import Doc
 
 from influence_jobs.tasks.base import Draw, Task
+from influence_jobs.tasks.published import Published
 
 N, CLASSES = 48, 5
 
@@ -121,6 +122,18 @@ class FaintDigits(Digits):
     def losses(self, model: nn.Module, batch: Any) -> Tensor:
         unit = 1.0 if model.training else 2.0**-90
         return unit * super().losses(model, batch)
+
+
+class ReportDigits(Digits):
+    """With experiments of section 4.1 of the research report, and samples for a top 100."""
+
+    query_sets: ClassVar = {"paper": (1, 2)}
+    published = Published(section="4.1", quick_epochs=2, tests=(1, 2))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x, self.y = self.x.repeat(3, 1, 1, 1), self.y.repeat(3)
+        self.x += torch.arange(3 * N)[:, None, None, None] / 100
 
 
 class NoisyDigits(Digits):

@@ -6,8 +6,9 @@ let the program wait for the device is noted as a `Wait`. So a test sees that al
 takes place on one device, how often it waits, and that its numbers are those of the CPU.
 
 It is stricter than a GPU where that finds faults: what a copy without waiting brings back is not
-there until the program has waited, and memory that is not pinned makes every copy wait. It has no
-TF32, no autocast, no streams and no limit to its memory.
+there until the program has waited, and memory that is not pinned makes every copy wait. Where torch
+allows TF32 in matrix products, it rounds the factors of products and convolutions. It has no
+autocast, no streams and no limit to its memory.
 """
 
 import contextlib
@@ -41,6 +42,11 @@ READS = {
     aten.unique_consecutive.default, aten.unique_dim.default, aten.bincount.default,
     aten._linalg_eigh.default, aten._linalg_svd.default, aten._linalg_eigvals.default,
     aten.linalg_eig.default, aten._linalg_check_errors.default, aten.linalg_lstsq.default,
+}  # fmt: skip
+# Products whose factors CUDA rounds to TF32 where it is allowed; what is added is rounded here too.
+PRODUCTS = {
+    aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default,
+    aten.convolution.default, aten.convolution_backward.default,
 }  # fmt: skip
 # What takes no CPU number beside tensors of the device, though arithmetic does.
 NO_SCALARS = {aten.cat.default, aten.stack.default}
@@ -218,9 +224,11 @@ class PretendGpu(TorchDispatchMode):
         if device is not None and torch.device(device) == DEVICE:
             kwargs = {**kwargs, "device": "cpu"}
         kwargs = {name: value for name, value in kwargs.items() if name != "pin_memory"}
+        rounds = ours and func in PRODUCTS and torch.backends.cuda.matmul.allow_tf32
+        held = _factor if rounds else _value
         result = func(
-            *(_mapped(_value, arg) for arg in args),
-            **{name: _mapped(_value, arg) for name, arg in kwargs.items()},
+            *(_mapped(held, arg) for arg in args),
+            **{name: _mapped(held, arg) for name, arg in kwargs.items()},
         )
         if func is aten._to_copy.default and ours and not here and kwargs.get("non_blocking"):
             return self._begun(result)
@@ -345,6 +353,15 @@ def _mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 def _value(tensor: Tensor) -> Tensor:
     return tensor.held if isinstance(tensor, PretendTensor) else tensor
+
+
+def _factor(tensor: Tensor) -> Tensor:
+    """The value of a factor as TF32 has it: float32 with 10 bits of mantissa, to nearest."""
+    values = _value(tensor)
+    if values.dtype != torch.float32:
+        return values
+    bits = values.contiguous().view(torch.int32)
+    return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
 
 
 def _by_mask(indices: Any) -> bool:

@@ -24,8 +24,9 @@ from influence_jobs.methods.baselines import (
 )
 from influence_jobs.specs.base import AnySpec
 from influence_jobs.store.layout import SCORES
-from influence_jobs.tasks.base import Batch, Draw
+from influence_jobs.tasks.base import Batch, Draw, dtype_of
 from influence_jobs.tasks.layers import resolve_weights
+from influence_jobs.terms import FullPrecision, stored_as
 
 
 def scorer(method: str) -> str:
@@ -56,6 +57,12 @@ class BaselineJob(ScoresJob[BaselineSpec]):
         if self.spec.method == "nearest" and embeds(self.task):
             method = EMBEDDED
         return {"quantity": method.quantity, "sign": method.sign, "unit": method.unit}
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        asked = self.spec.precision
+        found: torch.dtype | None = asked and getattr(torch, stored_as(asked))
+        return found
 
     def fetch(self, term: int, ids: torch.Tensor) -> Batch:
         draw = Draw(self.spec.seed)
@@ -107,7 +114,11 @@ class BaselineJob(ScoresJob[BaselineSpec]):
     @cached_property
     def _norms(self) -> GradNorms:
         weights = resolve_weights(("all",), self.task, lambda _: None)
-        engine = GradNorms(self.model, weights, self.task.losses, reduction="layer")
+        built: FullPrecision = "float64" if dtype_of(self.model) == torch.float64 else "float32"
+        precision = self.spec.precision or built
+        engine = GradNorms(
+            self.model, weights, self.task.losses, reduction="layer", precision=precision
+        )
         first = torch.arange(min(2, len(self.task.train_data())))
         engine.check(self.batch(first, Draw(self.spec.seed)))
         return engine

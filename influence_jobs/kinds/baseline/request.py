@@ -11,6 +11,7 @@ from influence_jobs.requests.options import (
     WeightsRequest,
 )
 from influence_jobs.specs.base import Spec, make_spec
+from influence_jobs.terms import JobPrecision
 
 _METHODS = "; ".join(f"{name}: {method.quantity}" for name, method in METHODS.items())
 
@@ -25,16 +26,28 @@ class BaselineRequest(WeightsRequest, QueriesOptions):
         panel=SCORES,
     )
 
+    precision: JobPrecision | None = option(
+        None,
+        "Precision of the computation; by default float64 for a model that is built in it, else "
+        "float32. tf32: float32 with products in TF32 on a GPU; those of bfloat16 are for "
+        "grad-norms and gradients.",
+        panel=SCORES,
+    )
+
     def specs(self, root: str, say: Say) -> tuple[Spec, ...]:
         from influence_jobs.jobs.queries import require_comparable
         from influence_jobs.requests.queries import queries_of
         from influence_jobs.requests.rankings import GRADIENTS_ALONE, gradients_alone
+        from influence_jobs.requests.solving import full_precision
         from influence_jobs.requests.subject import subject_of
 
         subject = subject_of(self, root, say)
         queries = queries_of(self, subject.built)
         if self.method in GRADIENTS_ALONE:
-            return (gradients_alone(self.method, subject, queries, say, seed=self.seed),)
+            found = gradients_alone(
+                self.method, subject, queries, say, seed=self.seed, precision=self.precision
+            )
+            return (found,)
         if self.given("quantity"):
             raise SpecError("--quantity is what influence explains: leave it out")
         if self.method == "nearest":
@@ -46,5 +59,6 @@ class BaselineRequest(WeightsRequest, QueriesOptions):
             queries=queries,
             checkpoint=subject.checkpoints[0],
             seed=self.seed,
+            precision=self.precision and full_precision(self.precision, subject.built),
         )
         return (spec,)

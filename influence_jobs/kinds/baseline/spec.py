@@ -9,6 +9,7 @@ from influence_jobs.kinds.train.spec import Checkpoint
 from influence_jobs.specs.base import Seed
 from influence_jobs.specs.queries import Queries
 from influence_jobs.specs.scores import ScoresSpec
+from influence_jobs.terms import FullPrecision
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class BaselineSpec(ScoresSpec):
         queries: The queries, one a row of the scores.
         checkpoint: The weights that the scores are taken at; None if they depend on none.
         seed: Seed of the random numbers and of the samples' noise.
+        precision: Of the computation; None: what the model is built in, but no half precision.
     """
 
     kind: Literal["baseline"] = "baseline"
@@ -59,6 +61,7 @@ class BaselineSpec(ScoresSpec):
     queries: Queries
     checkpoint: Checkpoint | None = None
     seed: Seed = 0
+    precision: FullPrecision | None = None
 
     @model_validator(mode="after")
     def _normalise(self) -> Self:
@@ -68,6 +71,7 @@ class BaselineSpec(ScoresSpec):
             )
         if not METHODS[self.method].of_weights:
             object.__setattr__(self, "checkpoint", None)
+            object.__setattr__(self, "precision", None)
         elif self.checkpoint is None:
             raise ValueError(f"the {self.method} is taken at a checkpoint: name one")
         return self

@@ -9,11 +9,13 @@ from influence_jobs.requests.base import Many, One, Say, option
 from influence_jobs.requests.options import (
     CURVATURE,
     EXPERIMENT,
+    PRECISION,
     CurvatureOptions,
     QueriesOptions,
     WeightsRequest,
 )
 from influence_jobs.specs.base import Count, Positive, Spec, make_spec
+from influence_jobs.terms import JobPrecision
 
 if TYPE_CHECKING:
     from influence_jobs.kinds.influence.spec import InfluenceSpec
@@ -70,6 +72,9 @@ class CalibrateRequest(WeightsRequest, QueriesOptions):
         "Number of random training samples that the curvature is of, or all; by default as in "
         "infl submit influence.",
         panel=CURVATURE,
+    )
+    precision: JobPrecision | None = option(
+        None, f"{PRECISION} The trainings are as that of --checkpoint.", panel=CURVATURE
     )
 
     def specs(self, root: str, say: Say) -> tuple[Spec, ...]:
@@ -148,7 +153,9 @@ class CalibrateRequest(WeightsRequest, QueriesOptions):
                     solver: str = solver,
                     subjects: "Sequence[Subject]" = subjects,
                 ) -> "tuple[InfluenceSpec, ...]":
-                    options = CurvatureOptions(solver=solver, damping=damping, **samples)
+                    options = CurvatureOptions(
+                        solver=solver, damping=damping, precision=self.precision, **samples
+                    )
                     return tuple(
                         influence_of(subject, queries, options, say_once, seed=self.seed)
                         for subject in subjects

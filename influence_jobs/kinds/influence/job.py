@@ -38,7 +38,7 @@ from influence_jobs.store.layout import (
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.base import Batch, Draw
 from influence_jobs.tasks.sequences import TokenLosses
-from influence_jobs.terms import ScorePrecision
+from influence_jobs.terms import FullPrecision, ScorePrecision, stored_as
 
 # Of the s_test vectors that are in memory. More queries are multiplied block after block, for
 # each of which the samples pass through the model once more.
@@ -78,7 +78,15 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
 
     @property
     def stored(self) -> ScorePrecision:
+        return stored_as(self._precision)
+
+    @property
+    def _precision(self) -> FullPrecision:
         return self.spec.s_tests[0].precision
+
+    @property
+    def tf32(self) -> bool:
+        return self._precision == "tf32"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -223,9 +231,11 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
                 if which not in self._fitted:  # slow, and the same for every shard
                     self._fitted[which] = self._metrics(s_test)
                 sizes = GradQuadratics(
-                    self.model, self._fitted[which], self.task.losses, precision=self.stored
+                    self.model, self._fitted[which], self.task.losses, precision=self._precision
                 )
-            dots = GradDots(self.model, space, self.task.losses, vectors_QP, precision=self.stored)
+            dots = GradDots(
+                self.model, space, self.task.losses, vectors_QP, precision=self._precision
+            )
             self._check(dots)
             tokens = None
             if self.spec.tokens is not None:
@@ -286,7 +296,7 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
         s_test = self.spec.s_tests[0]
         space = ParameterSpace(self.model, s_test.modules)
         vectors_QP = torch.randn(self._blocks[0].stop, space.size)
-        dots = GradDots(self.model, space, self.task.losses, vectors_QP, precision=self.stored)
+        dots = GradDots(self.model, space, self.task.losses, vectors_QP, precision=self._precision)
         tokens = None
         if self.spec.tokens is not None:
             tokens = TokenDots(self.model, space, self._parts, vectors_QP)

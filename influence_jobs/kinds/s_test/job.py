@@ -44,6 +44,7 @@ from influence_jobs.store.layout import (
     segment_name,
 )
 from influence_jobs.tasks.base import Draw, Task, converted, copy_of, device_of
+from influence_jobs.terms import ScorePrecision, stored_as
 
 # A block of queries, which is a chunk, shares each product. The bytes limit a shard's vectors.
 MAX_QUERIES, MAX_BLOCK_BYTES = 64, 64 * 2**20
@@ -78,6 +79,10 @@ class STestJob(Job[STestSpec]):
         root = self.run_store.root
         return {f"{c.train.run_id}@{c.epoch}": recorded_digest(root, c) for c in trained}
 
+    @property
+    def _stored(self) -> ScorePrecision:
+        return stored_as(self.spec.precision)
+
     @cached_property
     def _repeats(self) -> int:
         return self.spec.solver.num_repeats
@@ -89,7 +94,7 @@ class STestJob(Job[STestSpec]):
     def plan(self, shard_rows: int | None = None) -> Plan:
         require_queries(self.task, self.spec.queries)
         num_queries, size = len(self.spec.queries.items), self._space.size
-        row_bytes = np.dtype(self.spec.precision).itemsize * size
+        row_bytes = np.dtype(self._stored).itemsize * size
         block = max(1, min(MAX_QUERIES, MAX_BLOCK_BYTES // row_bytes, num_queries))
         rows = -(-(shard_rows or block) // block) * block
         names = list(dict.fromkeys(term.array for term in terms_of(self.spec)))
@@ -102,7 +107,7 @@ class STestJob(Job[STestSpec]):
                 row_axis=0,
                 chunk_rows=block,
                 dims=("query", "parameter"),
-                dtype=self.spec.precision,
+                dtype=self._stored,
                 attributes={
                     "quantity": _quantity(name, self.spec),
                     "parameters": [[n, list(shape)] for n, shape in self._space.shapes.items()],
@@ -167,7 +172,7 @@ class STestJob(Job[STestSpec]):
 
     def held_bytes(self, plan: Plan) -> int:
         block = plan.arrays[0].chunk_rows
-        vector_bytes = np.dtype(self.spec.precision).itemsize * self._space.size
+        vector_bytes = np.dtype(self._stored).itemsize * self._space.size
         held = plan.largest_shard_bytes + VECTORS_HELD * block * vector_bytes
         if self.spec.solver.needs_factors:
             held += 2 * likely_bytes(self._space.parameters())  # and what the eigenvectors take
@@ -312,7 +317,7 @@ class STestJob(Job[STestSpec]):
 
     @cached_property
     def _model(self) -> torch.nn.Module:
-        return converted(self.task, self.device, getattr(torch, self.spec.precision))[0]
+        return converted(self.task, self.device, getattr(torch, self._stored))[0]
 
     @cached_property
     def _samples(self) -> torch.Tensor:
@@ -351,7 +356,7 @@ class STestJob(Job[STestSpec]):
         SavedFactors(run.files).delete()
         if self._repeats == 1:
             return Result(files=files)
-        mean = np.empty(run.array(S_TEST).shape, dtype=spec.precision)
+        mean = np.empty(run.array(S_TEST).shape, dtype=self._stored)
         variance = np.empty_like(mean)
         for row in range(len(mean)):
             names = [repeat_name(repeat) for repeat in range(self._repeats)]

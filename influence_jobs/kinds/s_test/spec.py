@@ -13,7 +13,7 @@ from influence_jobs.specs.solvers import (
     Curvature,
     SourceSettings,
 )
-from influence_jobs.terms import ScorePrecision
+from influence_jobs.terms import FullPrecision
 
 
 class STestSpec(Spec):
@@ -21,7 +21,8 @@ class STestSpec(Spec):
 
     Attributes:
         modules: Names of the layers whose parameters are used, in the model's order.
-        precision: Of weights, samples and vectors in the computation, and of what is stored.
+        precision: Of weights, samples and vectors in the computation, and of what is stored; tf32
+            is float32 with products in TF32 on a GPU.
     """
 
     kind: Literal["s-test"] = "s-test"
@@ -30,7 +31,7 @@ class STestSpec(Spec):
     queries: Queries
     curvature: Curvature = Curvature()
     solver: AnySolver = ConjugateGradientSettings()
-    precision: ScorePrecision = "float32"
+    precision: FullPrecision = "float32"
 
     @model_validator(mode="after")
     def _normalise(self) -> Self:
@@ -40,6 +41,11 @@ class STestSpec(Spec):
             raise ValueError(
                 f"{self.solver.name} inverts the {self.solver.operators[0]} matrix only: "
                 "leave --operator out"
+            )
+        if self.precision == "tf32" and self.curvature.product == "finite-difference":
+            raise ValueError(
+                "a finite difference is smaller than TF32's rounding: use --product exact, or "
+                "--precision float32"
             )
         if isinstance(self.solver, SourceSettings):
             require_segments(self.checkpoint, self.solver.segments)

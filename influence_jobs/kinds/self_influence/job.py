@@ -32,6 +32,7 @@ from influence_jobs.store.layout import (
 )
 from influence_jobs.tasks.base import Batch, Draw
 from influence_jobs.tasks.output_loss import has_one_class_each
+from influence_jobs.terms import stored_as
 
 SHARD_TABLES = "damping"  # folder with one table for each shard
 EVIDENCE = {
@@ -67,7 +68,7 @@ class SelfInfluenceJob(SampleJob[SelfInfluenceSpec]):
 
     @property
     def dtype(self) -> torch.dtype:
-        found: torch.dtype = getattr(torch, self.spec.precision)
+        found: torch.dtype = getattr(torch, stored_as(self.spec.precision))
         return found
 
     @cached_property
@@ -96,7 +97,7 @@ class SelfInfluenceJob(SampleJob[SelfInfluenceSpec]):
         }
 
     def layouts(self) -> tuple[ArrayLayout, ...]:
-        n, stored = self.num_rows, self.spec.precision
+        n, stored = self.num_rows, stored_as(self.spec.precision)
         rows = chunk_rows(n, np.dtype(stored).itemsize)
         whole = {LABELS, PREDICTED}
         meanings = {SELF_INFLUENCE: self.meaning} | {

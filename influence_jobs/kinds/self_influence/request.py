@@ -33,14 +33,17 @@ class SelfInfluenceRequest(WeightsRequest, SeedOptions, DampingOptions):
     )
 
     def specs(self, root: str, say: Say) -> tuple[Spec, ...]:
-        from influence_jobs.requests.solving import factored_modules, self_solvers_of
+        from influence_jobs.requests.solving import (
+            factored_modules,
+            full_precision,
+            self_solvers_of,
+        )
         from influence_jobs.requests.subject import subject_of
-        from influence_jobs.tasks.base import dtype_of
 
         subject = subject_of(self, root, say)
         modules = factored_modules(subject.built, self.layer, say)
         curvature, solvers = self_solvers_of(self, subject, say)
-        precision = self.precision or str(dtype_of(subject.built.model())).removeprefix("torch.")
+        precision = full_precision(self.precision, subject.built)
         return tuple(
             make_spec(
                 SelfInfluenceSpec,

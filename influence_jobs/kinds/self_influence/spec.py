@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from influence_jobs.kinds.train.spec import Checkpoint
 from influence_jobs.specs.base import Seed, Spec
 from influence_jobs.specs.solvers import AnySolver, Curvature, EkFacSettings
-from influence_jobs.terms import ScorePrecision
+from influence_jobs.terms import FullPrecision
 
 #: Solvers whose inverse is a quadratic form of a sample's gradient, layer by layer.
 SelfSolver = Literal["ek-fac", "identity"]
@@ -19,7 +19,8 @@ class SelfInfluenceSpec(Spec):
     Attributes:
         modules: Names of the layers whose parameters are used, in the model's order.
         solver: EK-FAC, or the identity: the squared norm of g.
-        precision: Of weights and samples in the computation, and of what is stored.
+        precision: Of weights and samples in the computation, and of what is stored; tf32 is
+            float32 with products in TF32 on a GPU.
         seed: Seed of the samples' noise.
     """
 
@@ -28,7 +29,7 @@ class SelfInfluenceSpec(Spec):
     modules: Annotated[tuple[str, ...], Field(min_length=1)]
     curvature: Curvature = Curvature()
     solver: AnySolver = EkFacSettings()
-    precision: ScorePrecision = "float32"
+    precision: FullPrecision = "float32"
     seed: Seed = 0
 
     @model_validator(mode="after")

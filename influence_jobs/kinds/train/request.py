@@ -1,6 +1,6 @@
 """The request for a training."""
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -9,7 +9,10 @@ from influence_jobs.kinds.train.spec import TrainSpec
 from influence_jobs.requests.base import Many, One, Request, Say, option
 from influence_jobs.requests.options import REDUCE, TRAINING
 from influence_jobs.specs.base import Count, Seed, Spec
-from influence_jobs.terms import Reduction
+from influence_jobs.terms import JobPrecision, Reduction
+
+if TYPE_CHECKING:
+    from influence_jobs.tasks.base import Task
 
 # Options that are fields of the spec, under the same names.
 _FIELDS = (
@@ -90,6 +93,12 @@ class TrainRequest(Request):
     batch_size: One[Count | None] = option(
         None, "Samples in a step; by default the preset's.", panel=TRAINING
     )
+    precision: JobPrecision | None = option(
+        None,
+        "tf32: products in TF32 on a GPU; by default all is computed in what the model is built "
+        "in.",
+        panel=TRAINING,
+    )
     recorded: One[str | None] = option(
         None,
         "Folder of an influence_jobs.Recorder. The run is of the training that it recorded, with"
@@ -122,6 +131,7 @@ class TrainRequest(Request):
                     raise SpecError(f"--{option_name} has no meaning with --recorded: leave it out")
             return recorded_training(task, built, self.recorded)
         given: dict[str, Any] = {
+            "precision": self._rounding(built),
             "save_epochs": self.save_epoch or None,
             **{name: getattr(self, name) for name in _FIELDS},
         }
@@ -136,3 +146,21 @@ class TrainRequest(Request):
                 if getattr(self, name) is not None:
                     raise SpecError(f"--{name.replace('_', '-')} needs --norms-layer")
         return training_of(task, preset=self.preset, given=given, say=say)
+
+    def _rounding(self, task: "Task") -> Literal["tf32"] | None:
+        """TF32 if it is asked for.
+
+        Raises:
+            SpecError: It is another precision than that of the model.
+        """
+        from influence_jobs.tasks.base import dtype_of
+
+        if self.precision in (None, "tf32"):
+            return self.precision
+        built = str(dtype_of(task.model())).removeprefix("torch.")
+        if self.precision != built:
+            raise SpecError(
+                f"--precision {self.precision}: a training computes in what the model is built in, "
+                f"here {built}: build it in another, or leave --precision out; tf32 is for any"
+            )
+        return None

@@ -29,6 +29,7 @@ class FileCheckpoint(Model):
 # What pages say only if it is asked for.
 _REFINEMENTS = (
     "trainer", "nesterov", "no_bias_decay", "schedule", "warmup", "step_every", "step_factor",
+    "precision",
 )  # fmt: skip
 # What a training by the task itself does not have.
 _OF_OURS = {
@@ -64,6 +65,8 @@ class TrainSpec(NormsSpec):
         norm_reduction: The axes of the norms that are kept; see `terms.Reduction`.
         norm_skip_epochs: Number of first epochs whose norms are not recorded; 1 in the research
             report.
+        precision: With tf32 GPUs round the factors of float32 products to TF32; None: nothing is
+            computed in less than what the model is built in.
     """
 
     kind: Literal["train"] = "train"
@@ -87,6 +90,7 @@ class TrainSpec(NormsSpec):
     norm_layers: tuple[str, ...] = ()
     norm_reduction: Reduction = "channel"
     norm_skip_epochs: Annotated[int, Field(ge=0)] = 1
+    precision: Literal["tf32"] | None = None
 
     @model_validator(mode="after")
     def _normalise(self) -> Self:
@@ -161,7 +165,8 @@ class TrainSpec(NormsSpec):
         optimizer = f"{self.optimizer}, lr {self.lr:g}"
         if self.lr is None:
             optimizer = "the task's own optimizer"
-        return f"{self.epochs} epochs of {optimizer}, batches of {self.batch_size}"
+        rounded = ", in TF32" if self.precision else ""
+        return f"{self.epochs} epochs of {optimizer}, batches of {self.batch_size}{rounded}"
 
     @property
     def layers_with_norms(self) -> tuple[str, ...]:

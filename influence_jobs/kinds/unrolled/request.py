@@ -6,7 +6,7 @@ from influence_jobs.kinds.unrolled.spec import UnrolledSpec
 from influence_jobs.requests.base import Say, option
 from influence_jobs.requests.options import SCORES, QueriesOptions, WeightsRequest
 from influence_jobs.specs.base import Spec, make_spec
-from influence_jobs.terms import ScorePrecision
+from influence_jobs.terms import JobPrecision
 
 
 class UnrolledRequest(WeightsRequest, QueriesOptions):
@@ -17,10 +17,11 @@ class UnrolledRequest(WeightsRequest, QueriesOptions):
     checkpoint has a run of its own.
     """
 
-    precision: ScorePrecision | None = option(
+    precision: JobPrecision | None = option(
         None,
-        "Precision of the derivatives and of the scores; by default float64 for a model that is "
-        "built in it, else float32. The steps of the training are as they were.",
+        "Precision of the derivatives and of the scores, float32 or float64; by default float64 "
+        "for a model that is built in it, else float32. The steps of the training are as they "
+        "were.",
         panel=SCORES,
     )
 
@@ -29,14 +30,19 @@ class UnrolledRequest(WeightsRequest, QueriesOptions):
 
         from influence_jobs.jobs.recipe import recipe_of
         from influence_jobs.requests.queries import queries_of
+        from influence_jobs.requests.solving import full_precision
         from influence_jobs.requests.subject import subject_of
-        from influence_jobs.tasks.base import dtype_of
         from influence_jobs.training.train import Trainer
         from influence_jobs.training.trajectory import reversible
 
         subject = subject_of(self, root, say)
         queries = queries_of(self, subject.built)
-        precision = self.precision or str(dtype_of(subject.built.model())).removeprefix("torch.")
+        precision = full_precision(self.precision, subject.built)
+        if precision == "tf32":
+            raise SpecError(
+                "--precision tf32: each step of the way back would add TF32's rounding to "
+                "derivatives that are to be exact; use float32 or float64"
+            )
         specs = []
         for checkpoint in subject.checkpoints:
             if not isinstance(checkpoint, TrainedCheckpoint):
@@ -52,6 +58,12 @@ class UnrolledRequest(WeightsRequest, QueriesOptions):
                 precision=precision,
             )
             train = checkpoint.train
+            if train.precision == "tf32":
+                raise SpecError(
+                    f"{train.run_id} was trained in TF32, whose steps are not repeated to the "
+                    "last digit elsewhere: train it with --precision float32, or use infl submit "
+                    "influence"
+                )
             cpu = torch.device("cpu")
             reversible(Trainer(subject.built, recipe_of(train), seed=train.seed, device=cpu))
             specs.append(spec)
