@@ -41,7 +41,7 @@ from influence_jobs.specs.base import AnySpec
 from influence_jobs.store import layout
 from influence_jobs.store.documents import Entry
 from influence_jobs.store.layout import ArrayLayout, chunk_rows
-from influence_jobs.store.run import Run, now
+from influence_jobs.store.run import BLOCK_ROWS, Run, now
 from influence_jobs.store.software import software
 from influence_jobs.store.status import is_done
 from influence_jobs.terms import size
@@ -247,11 +247,16 @@ def many_entries(folder: Path, count: int) -> None:
 
 def samples_table(run: Run) -> str:
     """What the driver takes at the end for the table that describes each sample."""
-    ids = np.arange(SAMPLES // 10)
-    table = pa.table({"sample": ids, "label": ids % 1000})
-    seconds = timed(lambda: run.write_table("samples", table))
+
+    def block(start: int) -> pa.Table:
+        ids = np.arange(start, min(start + BLOCK_ROWS, SAMPLES // 10))
+        return pa.table({"sample": ids, "label": ids % 1000})
+
+    starts = range(0, SAMPLES // 10, BLOCK_ROWS)
+    seconds = timed(lambda: run.write_table_in_blocks("samples", map(block, starts)))
     written = Path(run.files.url, layout.TABLES, "samples.parquet").stat().st_size
-    return f"{seconds:.1f} s, {size(written)}, {size(table.nbytes)} of memory and as much again"
+    most = pa.default_memory_pool().max_memory()
+    return f"{seconds:.1f} s, {size(written)}, {size(most)} of memory, however many there are"
 
 
 def beat_s(run: Run, plan: Plan) -> float:

@@ -8,7 +8,7 @@ import typer
 from infl_cli import options as o
 from infl_cli import render
 from infl_cli.render import say
-from infl_cluster.client import remote_client
+from infl_cluster.client import TokenRefused, remote_client
 from infl_cluster.dashboard import can_sign_in, copy_token, open_signed_in
 from infl_cluster.head import current_head, ensure_head, recorded_head, remains, stop_head
 from influence_jobs.errors import RuntimeFault
@@ -113,6 +113,8 @@ def wait(
         time.sleep(0.2)
         try:
             up, why = client.num_nodes(), ""
+        except TokenRefused:
+            raise
         except RuntimeFault as fault:
             up, why = 0, str(fault)
     say(f"{up} of {nodes} nodes of {address} are up")

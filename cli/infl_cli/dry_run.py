@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import torch
 
 from infl_cli import render
+from infl_cluster.client import remote_client
 from infl_cluster.driver import new_plan
-from infl_cluster.how import How
+from infl_cluster.how import How, room_on
 from influence_jobs.devices import cores
-from influence_jobs.errors import StoreError
+from influence_jobs.errors import RuntimeFault, StoreError
 from influence_jobs.jobs.automatic import expected
 from influence_jobs.jobs.base import Plan
 from influence_jobs.jobs.estimate import samples_per_second, worker_bytes
@@ -22,6 +23,7 @@ from influence_jobs.store.status import is_done
 from influence_jobs.terms import duration, size
 
 PROBE_S = 2.0
+CLUSTER_S = 10.0  # for the answer of a cluster
 CPU = torch.device("cpu")
 
 
@@ -53,8 +55,9 @@ class Estimate:
 
 def print_plan(run: Run, how: How, *, json: bool) -> None:
     """Print the plan of a run and the cost of it and of the runs it needs. Writes nothing."""
-    needs = {needed.id: _estimate(needed, how) for needed in _missing(run)}
-    own = _estimate(run, how)
+    workers, assumed = _workers(how)
+    needs = {needed.id: _estimate(needed, how, workers) for needed in _missing(run)}
+    own = _estimate(run, how, workers)
     plan = own.plan
     disk = plan.disk_bytes
     parts = [one.seconds for one in (own, *needs.values())]
@@ -77,6 +80,7 @@ def print_plan(run: Run, how: How, *, json: bool) -> None:
         "batch_size": own.batch_size,
         "batch_size_because": own.why,
         "workers": own.workers,
+        "workers_because": assumed,
         "disk_bytes": disk,
         "memory_bytes_per_worker": own.memory,
         "samples_per_second": own.rate,
@@ -100,6 +104,7 @@ def print_plan(run: Run, how: How, *, json: bool) -> None:
         ),
         *([("batches", f"of {own.batch_size:,}: {own.why}")] if own.why else []),
         ("workers", f"{own.workers} on {how.resolved_device}"),
+        *([("", assumed)] if assumed else []),
         ("disk", f"{size(disk)} before compression"),
         ("memory", f"at most about {size(own.memory)} a worker, however many samples there are"),
         ("time", _time(own) + (" (probed)" if own.rate else "")),
@@ -118,9 +123,25 @@ def _time(estimate: Estimate) -> str:
     return f"about {duration(estimate.seconds)} at {estimate.rate:,.0f} samples/s"
 
 
-def _estimate(run: Run, how: How) -> Estimate:
+def _workers(how: How) -> tuple[int, str]:
+    """The workers that a run would have, and why so many are assumed, if they are."""
+    if not how.address or how.workers:
+        return how.workers or how.num_workers, ""
+    try:
+        nodes = remote_client(how.address, timeout_s=CLUSTER_S).nodes()
+    except RuntimeFault as fault:
+        return 1, f"one is assumed, give their number with --workers: {fault}"
+    labels = dict(label.split("=", 1) for label in how.node_label)
+    rooms = [
+        node["resources_total"]
+        for node in nodes
+        if labels.items() <= (node.get("labels") or {}).items()
+    ]
+    return room_on(rooms, how.gpus_of_a_worker(rooms)), f"as many as {how.address} has room for now"
+
+
+def _estimate(run: Run, how: How, workers: int) -> Estimate:
     job = open_job(run, device=how.resolved_device, batch_size=how.batch_size)
-    workers = (how.workers or 1) if how.address else how.num_workers
     plan = new_plan(job, how.shard_size, workers)
     if not plan.shards:  # all its work is done by the runs it needs
         return Estimate(plan, plan.batch_size, workers=1, rate=1.0, memory=Peak(CPU).most)

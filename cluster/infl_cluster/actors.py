@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 Actor = Any  # Ray adds the methods of an actor's handle at run time
 
 START_ATTEMPTS = 3
+REFUSED_S = 300.0  # after so long a node that could not compute is asked again
 STATE_TIMEOUT_S = 5
 OUT_OF_MEMORY = (
     "worker died: this machine killed it for lack of memory; resume with fewer --workers, or "
@@ -46,8 +47,7 @@ class Actors:
         self.idle: list[Actor] = []
         self._busy: dict[ray.ObjectRef[Any], tuple[Actor, Shard, float]] = {}
         self._failed_starts = 0
-        self._refused = 0
-        self.refusal: str | None = None  # of workers that the run goes on without
+        self._refusals: list[tuple[float, str]] = []  # of workers that the run goes on without
         self._has_done = False
         self._had_worker_at = time.monotonic()
         self._oom_kills = oom_kills() or 0
@@ -63,12 +63,19 @@ class Actors:
             self._had_worker_at = time.monotonic()
         return time.monotonic() - self._had_worker_at
 
+    @property
+    def refusal(self) -> str | None:
+        """Why the run goes on without a worker, as long as that is not asked again."""
+        return f"goes on without a worker: {self._refusals[-1][1]}" if self._refusals else None
+
     def grow(self, size: int) -> None:
         """Start actors until there are `size`, or fewer if some were refused."""
         there = len(self._starting) + len(self.idle) + len(self._busy)
         if not there:  # what was refused once may be right now; else it ends the run
-            self._refused, self._has_done = 0, False
-        for _ in range(size - there - self._refused):
+            self._refusals, self._has_done = [], False
+        oldest = time.monotonic() - REFUSED_S
+        self._refusals = [(at, why) for at, why in self._refusals if at > oldest]
+        for _ in range(size - there - len(self._refusals)):
             actor = self._start()
             # The answer comes when the actor has a place and its runner is made.
             self._starting[actor.begin.remote()] = actor, time.monotonic()
@@ -175,8 +182,7 @@ class Actors:
             if not self._has_done:
                 raise RuntimeFault(refusal)
             # A node that joined later: those that can compute go on.
-            self._refused += 1
-            self.refusal = f"goes on without a worker: {refusal}"
+            self._refusals.append((time.monotonic(), refusal))
             log.warning("%s", self.refusal)
             ray.kill(actor)
             return

@@ -35,6 +35,10 @@ class UnknownJob(RuntimeFault):
     """
 
 
+class TokenRefused(RuntimeFault):
+    """The cluster refuses the token, or wants one: to ask again would not help."""
+
+
 class _NotThere(RuntimeFault):
     """The cluster has nothing at that path."""
 
@@ -94,8 +98,17 @@ class JobClient:
         Raises:
             RuntimeFault: The cluster could not be asked.
         """
-        answer = self._call("GET", f"/api/v0/nodes?limit={MOST_NODES}")
-        return sum(node["state"] == "ALIVE" for node in answer["data"]["result"]["result"])
+        return len(self.nodes())
+
+    def nodes(self) -> list[dict[str, Any]]:
+        """Return the nodes that are up, with their `resources_total` and `labels`.
+
+        Raises:
+            RuntimeFault: The cluster could not be asked.
+        """
+        answer = self._call("GET", f"/api/v0/nodes?limit={MOST_NODES}&detail=1")
+        found = answer["data"]["result"]["result"]
+        return [node for node in found if node["state"] == "ALIVE"]
 
     def submit(
         self,
@@ -247,11 +260,11 @@ class JobClient:
         self, status: int, path: str, text: str, body: Mapping[str, Any] | bytes | None
     ) -> RuntimeFault:
         if status == 401 and self.token is None:
-            return RuntimeFault(
+            return TokenRefused(
                 f"Ray at {self.address} wants a token: set RAY_AUTH_TOKEN_PATH to its token file"
             )
         if status in (401, 403):
-            return RuntimeFault(
+            return TokenRefused(
                 f"Ray at {self.address} refuses the token from {self.token_source}: "
                 "set RAY_AUTH_TOKEN_PATH to that cluster's token file"
             )

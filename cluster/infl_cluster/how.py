@@ -1,5 +1,6 @@
 """How a run is carried out. None of it changes the result."""
 
+from collections.abc import Iterable, Mapping
 from typing import Literal, Self
 
 from pydantic import model_validator
@@ -17,6 +18,15 @@ def workers_on(gpus: float, num_gpus: float) -> int:
     if num_gpus >= 1:
         return int(gpus // num_gpus)
     return int(gpus) * int(1 / num_gpus + 1e-9)  # a worker is on one GPU; 1 / .1 may be below 10
+
+
+def room_on(nodes: Iterable[Mapping[str, float]], num_gpus: float) -> int:
+    """Workers that have room on nodes with these resources: by GPUs, or if none, one a CPU."""
+    if num_gpus:
+        found = sum(workers_on(node.get("GPU", 0.0), num_gpus) for node in nodes)
+    else:
+        found = sum(int(node.get("CPU", 0.0)) for node in nodes)
+    return max(1, found)
 
 
 class How(Options):
@@ -104,6 +114,14 @@ class How(Options):
         if self.address:
             return "cpu" if self.device == "auto" else self.device
         return devices.resolved(self.device)
+
+    def gpus_of_a_worker(self, nodes: Iterable[Mapping[str, float]]) -> float:
+        """GPUs that a worker reserves on nodes with these resources."""
+        if self.num_gpus is not None:
+            return self.num_gpus
+        if self.device == "auto":
+            return float(any(node.get("GPU", 0.0) for node in nodes))
+        return float(self.device != "cpu")
 
     @property
     def num_workers(self) -> int:

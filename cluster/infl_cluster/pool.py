@@ -18,7 +18,7 @@ import ray
 from infl_cluster import shipping, store_access, versions
 from infl_cluster.actors import Actor, Actors, live_actors
 from infl_cluster.dispatch import STALLED_AFTER_S, Dispatch, Rescue
-from infl_cluster.how import workers_on
+from infl_cluster.how import room_on
 from infl_cluster.metrics import RunMetrics, WorkerMetrics
 from infl_cluster.nodes import require_same_software
 from infl_cluster.retry import RetryPolicy
@@ -81,6 +81,7 @@ class ShardWorker:
         threads: Threads of one torch operation.
         runner: `module:class` of the runner; tests name their own.
         gpu_share: Part of a GPU's memory that it may take, where others share the GPU.
+        workers: Workers of the run: the more there are, the less often each writes its progress.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class ShardWorker:
         threads: int,
         runner: str,
         gpu_share: float = 1.0,
+        workers: int = 1,
     ) -> None:
         module, _, name = runner.partition(":")
         self._runner: Any = None
@@ -107,7 +109,9 @@ class ShardWorker:
             if self._device == "cuda" and 0 < gpu_share < 1:
                 share_gpu(gpu_share)
             make_runner = getattr(import_module(module), name)
-            self._runner = make_runner(root, run_id, device=self._device, threads=threads)
+            self._runner = make_runner(
+                root, run_id, device=self._device, threads=threads, workers=workers
+            )
         except InflError as error:  # kept: if raised here, the driver would see a dead worker
             self._refusal = _refusal(error)
         except Exception as error:
@@ -208,7 +212,9 @@ class RayBackend:
             "runtime_env": {"env_vars": _worker_environment(threads)},
         }
         actors = Actors(
-            lambda: self._start_worker(run, options, threads), run.spec.kind, self._stalled_after_s
+            lambda: self._start_worker(run, options, threads, workers),
+            run.spec.kind,
+            self._stalled_after_s,
         )
 
         def idle() -> None:
@@ -245,11 +251,7 @@ class RayBackend:
         """As many as were asked for, or else as the cluster has GPUs or CPUs for now."""
         if self._workers:
             return self._workers
-        if self._num_gpus:
-            room = [workers_on(node.get("GPU", 0.0), self._num_gpus) for node in self._nodes()]
-        else:
-            room = [int(node.get("CPU", 0.0)) for node in self._nodes()]
-        return max(1, sum(room))
+        return room_on(self._nodes(), self._num_gpus)
 
     @cached_property
     def _num_gpus(self) -> float:
@@ -281,7 +283,9 @@ class RayBackend:
         nodes = ray.nodes()  # type: ignore[no-untyped-call]
         return [node for node in nodes if node["Alive"] and labels <= node["Labels"].items()]
 
-    def _start_worker(self, run: Run, options: Mapping[str, Any], threads: int) -> Actor:
+    def _start_worker(
+        self, run: Run, options: Mapping[str, Any], threads: int, workers: int
+    ) -> Actor:
         return (
             ray.remote(ShardWorker)
             .options(**options)
@@ -294,6 +298,7 @@ class RayBackend:
                 threads=threads,
                 runner=self._runner,
                 gpu_share=min(1.0, self._num_gpus),
+                workers=workers,
             )
         )
 

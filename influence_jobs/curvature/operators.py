@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from influence_jobs.curvature.derivatives import (
     AGREEMENT,
     Parameters,
+    agreement,
     function_of_parameters,
     require_alike,
 )
@@ -373,7 +374,7 @@ class Operator(ABC):
             if is_out_of_memory(error):
                 raise
             return False
-        return bool((found - expected).norm() <= AGREEMENT * expected.norm())
+        return bool((found - expected).norm() <= agreement() * expected.norm())
 
     def _values(self) -> Parameters:
         return {name: p.detach() for name, p in self.space.parameters().items()}

@@ -20,7 +20,7 @@ import torch
 from influence_jobs.memory import BatchSize
 from influence_jobs.specs.base import AnySpec, Spec
 from influence_jobs.store.layout import ArrayLayout
-from influence_jobs.store.run import Run
+from influence_jobs.store.run import BLOCK_ROWS, Run
 from influence_jobs.tasks.base import Task
 from influence_jobs.tasks.registry import make_task
 
@@ -93,10 +93,12 @@ class Result:
     Attributes:
         arrays: Rows of each array, in the array's dtype or wider.
         files: SHA-256 by name of each file that the job wrote for the shard.
+        tables: Tables by name, which are written when it is sure that no other worker was faster.
     """
 
     arrays: Mapping[str, npt.NDArray[np.floating[Any]]] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
+    tables: Mapping[str, pa.Table] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -231,6 +233,15 @@ class Job(ABC, Generic[S]):
 
     def write_samples(self) -> dict[str, str]:
         """Write the table that describes each row's sample, so that results need no data."""
-        ids = np.arange(len(self.task.train_data()))
-        columns = {"sample": ids, **self.task.describe(ids)}
-        return self.run_store.write_table("samples", pa.table(columns))
+        n = len(self.task.train_data())
+        starts = range(0, max(1, n), BLOCK_ROWS)
+        blocks = (self._described(start, min(start + BLOCK_ROWS, n)) for start in starts)
+        try:
+            return self.run_store.write_table_in_blocks("samples", blocks)
+        except pa.ArrowException:
+            # A column has another type further on, such as after a block of None: all at once.
+            return self.run_store.write_table("samples", self._described(0, n))
+
+    def _described(self, start: int, stop: int) -> pa.Table:
+        ids = np.arange(start, stop)
+        return pa.table({"sample": ids, **self.task.describe(ids)})

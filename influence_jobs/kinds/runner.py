@@ -34,6 +34,7 @@ from influence_jobs.tasks.fingerprints import require_unchanged
 log = logging.getLogger(__name__)
 
 PROGRESS_EVERY_S = 1.0
+PROGRESS_FILES_A_S = 64  # of all workers together: each file is a request to a shared store
 # Errors that every shard would meet.
 FATAL = (ModelError, SpecError, StoreError)
 
@@ -65,15 +66,25 @@ class ShardRunner:
         run_id: The run.
         device: A torch device.
         threads: Number of threads that torch may use for one operation.
+        workers: Workers of the run, which together write `PROGRESS_FILES_A_S` at most.
 
     Raises:
         SpecError: The training data or the task's code have changed since the run was made.
     """
 
-    def __init__(self, root: str, run_id: str, *, device: str = "cpu", threads: int | None = None):
+    def __init__(
+        self,
+        root: str,
+        run_id: str,
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        workers: int = 1,
+    ):
         if threads:
             torch.set_num_threads(threads)
         be_patient()
+        self._progress_every_s = max(PROGRESS_EVERY_S, workers / PROGRESS_FILES_A_S)
         self._run = Run.open(root, run_id)
         plan = self._run.plan()
         batch_size = plan["batch_size"] if plan else None
@@ -112,7 +123,7 @@ class ShardRunner:
         run, spec_hash = self._run, self._run.spec.hash
         running = Entry(shard.id, shard.start, shard.stop, attempt, spec_hash)
         run.manifest.write(running)
-        progress = _Progress(run, shard)
+        progress = _Progress(run, shard, self._progress_every_s)
         before = self._job.used_batch_size
         result = self._job.run(shard, progress)
         latest = run.manifest.read(shard.id)
@@ -125,12 +136,15 @@ class ShardRunner:
             name: run.write_rows(name, shard.start, values)
             for name, values in result.arrays.items()
         }
+        files = dict(result.files)
+        for name, table in result.tables.items():
+            files |= run.write_table(name, table)
         done = Entry(
             **{
                 **running.__dict__,
                 "state": "done",
                 "arrays": sums,
-                "files": dict(result.files),
+                "files": files,
                 "seconds": time.monotonic() - started,
                 "worker": this_process(),
                 "software": software(),
@@ -151,10 +165,10 @@ class ShardRunner:
 
 
 class _Progress:
-    """Writes the progress of a shard, about once a second."""
+    """Writes the progress of a shard from time to time."""
 
-    def __init__(self, run: Run, shard: Shard):
-        self._run = run
+    def __init__(self, run: Run, shard: Shard, every_s: float):
+        self._run, self._every_s = run, every_s
         self._name = f"{layout.PROGRESS}/{shard.id}.json"
         self._resumed: int | None = None
         self._done = 0
@@ -166,7 +180,7 @@ class _Progress:
         if self._resumed is None:
             self._resumed = done
         self._done = done
-        if (first and done) or time.monotonic() - self._last >= PROGRESS_EVERY_S:
+        if (first and done) or time.monotonic() - self._last >= self._every_s:
             self._last = time.monotonic()
             self._run.write_json(self._name, {"units": done, "resumed": self._resumed})
             self._written = True

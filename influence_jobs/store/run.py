@@ -5,10 +5,10 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import numpy as np
@@ -29,6 +29,7 @@ from influence_jobs.store.manifest import Manifest, checksum
 
 D = TypeVar("D")
 
+BLOCK_ROWS = 2**20  # of a table, as many as Parquet writes at a time
 # What Zarr raises for metadata that are no JSON, of a wrong type, or incomplete.
 _NO_METADATA = (ValueError, TypeError, KeyError, AttributeError, OverflowError)
 
@@ -269,18 +270,57 @@ class Run:
         self.files.write(file, buffer.getvalue())
         return {file: checksum(buffer.getvalue())}
 
+    def write_table_in_blocks(self, name: str, blocks: Iterable[pa.Table]) -> dict[str, str]:
+        """Like `write_table` of the blocks one after the other; one at a time is in memory.
+
+        The bytes are those of `write_table` if each block but the last has `BLOCK_ROWS`.
+
+        Raises:
+            pa.ArrowException: A block does not fit the columns of the first.
+        """
+        file, found = f"{layout.TABLES}/{name}.parquet", iter(blocks)
+        first = next(found)
+
+        def written(path: Path) -> None:
+            with pq.ParquetWriter(path, first.schema) as writer:
+                for block in itertools.chain([first], found):
+                    writer.write_table(block.cast(first.schema), row_group_size=BLOCK_ROWS)
+
+        self.files.write_by(file, written)
+        return {file: self.files.checksum(file)}
+
     def read_table(self, name: str) -> pa.Table:
         """A Parquet table of the run.
 
         Raises:
             StoreError: It is missing or damaged.
         """
+        with self._intact(name):
+            return pq.read_table(self._table_file(name))
+
+    def table_blocks(self, name: str) -> Iterator[pa.Table]:
+        """The row groups of a Parquet table of the run, one at a time.
+
+        Raises:
+            StoreError: It is missing or damaged.
+        """
+        with self._intact(name):
+            parquet = pq.ParquetFile(self._table_file(name))
+        for group in range(parquet.num_row_groups):
+            with self._intact(name):
+                block = parquet.read_row_group(group)
+            yield block
+
+    def _table_file(self, name: str) -> io.BytesIO:
         try:
-            data = self.files.read(f"{layout.TABLES}/{name}.parquet")
+            return io.BytesIO(self.files.read(f"{layout.TABLES}/{name}.parquet"))
         except FileNotFoundError:
-            data = b""
+            return io.BytesIO()
+
+    @contextmanager
+    def _intact(self, name: str) -> Iterator[None]:
         try:
-            return pq.read_table(io.BytesIO(data))
+            yield
         except (pa.ArrowException, ValueError, OSError):  # as which arrow tells corrupt data
             raise StoreError(
                 f"the table of {self.id}'s {name} is missing or damaged: "

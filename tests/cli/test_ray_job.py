@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ import pytest
 
 from infl_cli import cluster
 from infl_cli import runs as runs_commands
-from infl_cluster import client, ray_job
+from infl_cluster import client, ray_job, versions
 from infl_cluster import head as head_module
 from infl_cluster.client import UnknownJob
 from infl_cluster.watch import watch
@@ -41,6 +41,7 @@ class FakeCluster:
 
     def __init__(self) -> None:
         self.jobs: dict[str, str] = {}
+        self.env: Mapping[str, str] = {}
         self.full = False
 
     def version(self) -> dict[str, str]:
@@ -49,7 +50,10 @@ class FakeCluster:
     def upload(self, name: str, data: bytes) -> None:
         pass
 
-    def submit(self, _argv: object, *, submission_id: str, **_others: object) -> str:
+    def submit(
+        self, _argv: object, *, submission_id: str, env: Mapping[str, str], **_others: object
+    ) -> str:
+        self.env = env
         if self.full:
             raise RuntimeFault("no room")
         self.jobs[submission_id] = "PENDING"
@@ -230,6 +234,20 @@ def test_the_token_goes_only_where_the_user_says(
     assert told in (refused.err + refused.out).replace("\n", " ")
     infl(words[0], run_id, *words[1:], "--address", theirs)
     assert set(asked) == {theirs}
+
+
+def test_versions_are_compared_on_another_cluster_only(
+    infl: Infl, ray: FakeCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here the code is the same, and a commit during a run must not end its workers."""
+    monkeypatch.setenv("INFL_HOME", str(tmp_path / "home"))
+    assert infl(*TRAIN, "--detach").code == 0
+    assert versions.VARIABLE not in ray.env
+    for name, value in ray.env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(versions, "software", lambda: {"revision": "of a commit since"})
+    versions.require_same()
+    monkeypatch.undo()
 
 
 def test_a_job_is_written_down_before_it_is_submitted(

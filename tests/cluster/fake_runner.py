@@ -15,7 +15,7 @@ from influence_jobs.jobs.base import Receipt
 
 
 class FakeRunner:
-    def __init__(self, root, run_id, *, device, threads):
+    def __init__(self, root, run_id, *, device, threads, workers):
         self._root = Path(root)
         self.title = f"fake {run_id} on {device}"
 

@@ -1,6 +1,7 @@
 """The driver with the in-process backend: what must hold with every backend."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 import time
@@ -26,6 +27,7 @@ from influence_jobs.store import layout
 from influence_jobs.store.documents import Entry
 from influence_jobs.store.layout import ArrayLayout
 from influence_jobs.store.run import Run
+from influence_jobs.store.software import PACKAGE
 from influence_jobs.store.status import is_done, rate_and_eta, read_status
 from influence_jobs.store.top import largest_rows
 from influence_jobs.store.verify import find_damage, mark_entry_undone, mark_undone
@@ -493,3 +495,19 @@ def test_a_large_run_of_an_earlier_version_is_not_mixed_with_larger_chunks(
     monkeypatch.setattr(layout, "MAX_CHUNK_ROWS", 128)
     with pytest.raises(StoreError, match="begun by an earlier version, in smaller chunks"):
         drive(run.root, run.id, InlineBackend())
+
+
+def test_a_commit_during_a_run_of_this_machine_does_not_end_it(
+    tmp_path, trained_root, grad_norms_spec, finished_run, monkeypatch
+):
+    """Other revisions and versions are noted, shard by shard, and the run goes on."""
+    shutil.copytree(trained_root, tmp_path / "runs")
+    count = itertools.count()
+    monkeypatch.setattr(
+        runner_module, "software", lambda: {PACKAGE: "9", "revision": f"{next(count)}"}
+    )
+    run = carry_out(tmp_path / "runs", grad_norms_spec, shard_rows=700)
+    assert is_done(run)
+    revisions = [entry.software["revision"] for entry in shards_done(run).values()]
+    assert len({*revisions}) == len(revisions) > 1
+    assert shas(run) == shas(finished_run)

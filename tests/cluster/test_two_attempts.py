@@ -5,7 +5,7 @@ import itertools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -13,7 +13,13 @@ from infl_cluster.driver import drive
 from influence_jobs.jobs.base import Receipt, Result
 from influence_jobs.kinds.grad_norms.spec import GradNormsSpec
 from influence_jobs.kinds.runner import ShardRunner
+from influence_jobs.kinds.s_test.spec import STestSpec
+from influence_jobs.kinds.self_influence.spec import SelfInfluenceSpec
+from influence_jobs.specs.base import Spec, make_spec
+from influence_jobs.specs.queries import Queries, Query
+from influence_jobs.specs.solvers import EkFacSettings, IdentitySettings
 from influence_jobs.store import layout
+from influence_jobs.store.manifest import checksum
 from influence_jobs.store.run import Run
 from influence_jobs.store.status import is_done
 from influence_jobs.store.verify import find_damage
@@ -145,3 +151,40 @@ def test_workers_that_round_in_other_ways_do_not_leave_half_of_each(
     # The first worker marks as running what is done, or leaves its rows under the other's entry, or
     # the other's rows under its own entry. The driver sees each of them.
     assert (backend.passes > 1) == (at in (4, 6) or ends)
+
+
+@pytest.mark.parametrize("kind", ["s-test", "self-influence"])
+def test_a_worker_that_is_late_writes_no_table(run: Run, kind: str) -> None:
+    """Only the winner's record names a table, so only the winner may write it."""
+    spec = cast("GradNormsSpec", run.spec)
+    common = {"task": spec.task, "checkpoint": spec.checkpoints[0], "modules": ("head",)}
+    wanted: Spec
+    if kind == "s-test":
+        items = (Query(test=0), Query(test=1))
+        wanted = make_spec(
+            STestSpec, queries=Queries(items=items), solver=IdentitySettings(), **common
+        )
+    else:
+        wanted = make_spec(SelfInfluenceSpec, solver=EkFacSettings(damping=0.1), **common)
+    contested = Run.create(run.root, wanted)
+    first, second = (ShardRunner(run.root, contested.id) for _ in range(2))
+    (shard, *_), arrays_of = first._job.plan().shards, first._job.plan().arrays
+    contested.create_arrays(arrays_of)
+    compute, tables = first._job.run, Path(contested.files.url, layout.TABLES)
+
+    def late(*given: Any) -> Result:
+        found = compute(*given)
+        assert second.run(shard).status == "done"
+        for path in tables.rglob("*.parquet"):
+            path.with_suffix(".winner").write_bytes(path.read_bytes())
+            path.write_bytes(b"the winner's")  # whoever writes now is seen
+        return found
+
+    first._job.run = late  # type: ignore[method-assign]
+    assert first.run(shard).status == "done"
+    found = [path.read_bytes() for path in tables.rglob("*.parquet")]
+    assert found == [b"the winner's"]
+    entry = contested.manifest.read(shard.id)
+    (winner,) = tables.rglob("*.winner")
+    assert entry is not None
+    assert [*entry.files.values()] == [checksum(winner.read_bytes())]

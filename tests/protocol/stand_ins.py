@@ -184,7 +184,7 @@ class Backend:
     ) -> None:
         runner = ShardRunner.__new__(ShardRunner)
         runner._run, runner._job = run, FakeJob(self._world, run)  # type: ignore[assignment]
-        runner._tf32 = False
+        runner._tf32, runner._progress_every_s = False, 1.0
         for shard in shards:
             for attempt in range(1, ATTEMPTS + 1):
                 on_idle(None)

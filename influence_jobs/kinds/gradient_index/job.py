@@ -80,8 +80,8 @@ class GradientIndexJob(Job[GradientIndexSpec]):
         shared = [len({*ids} & {*a}) / len(ids) for (ids, _), a in zip(exact, found, strict=True)]
         files = self.run_store.files
         files.write_by(INDEX, lambda path: faiss.write_index(index, str(path)))
-        recall = self.run_store.write_table("recall", pa.table({"recall": shared}))
-        return Result(files={INDEX: files.checksum(INDEX), **recall})
+        recall = pa.table({"recall": shared})
+        return Result(files={INDEX: files.checksum(INDEX)}, tables={"recall": recall})
 
     def _block(self, start: int, stop: int) -> npt.NDArray[np.float32]:
         groups = self._store.groups

@@ -194,7 +194,7 @@ class GradientScoresJob(ScoresJob[GradientScoresSpec]):
         """Copies the tables of the inputs: the data need not be here."""
         store = self._stores[0].run
         of_queries = Run(self.run_store.root, self.spec.of_queries[0])
-        files = self.run_store.write_table("samples", store.read_table("samples"))
+        files = self.run_store.write_table_in_blocks("samples", store.table_blocks("samples"))
         return Result(
             files=files | self.run_store.write_table("queries", of_queries.read_table("queries"))
         )

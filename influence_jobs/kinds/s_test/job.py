@@ -161,7 +161,7 @@ class STestJob(Job[STestSpec]):
             repeat_name(repeat) if self._repeats > 1 else S_TEST: np.concatenate(blocks)
             for repeat, blocks in vectors.items()
         }
-        return Result(found, self._written(shard, rows))
+        return Result(found, tables=_table(shard, rows))
 
     @cached_property
     def _solver(self) -> Solver:
@@ -177,11 +177,6 @@ class STestJob(Job[STestSpec]):
         if self.spec.solver.needs_factors:
             held += 2 * likely_bytes(self._space.parameters())  # and what the eigenvectors take
         return held
-
-    def _written(self, shard: Shard, rows: list[dict[str, Any]]) -> dict[str, str]:
-        # One table for each shard: two shards must not write to one file.
-        name = f"{SHARD_TABLES}/{shard.id}"
-        return self.run_store.write_table(name, pa.Table.from_pylist(rows))
 
     def _run_source(self, shard: Shard, settings: SourceSettings, progress: Progress) -> Result:
         rhs_QP = query_gradients(
@@ -218,7 +213,7 @@ class STestJob(Job[STestSpec]):
                 }
                 for query in range(shard.start, shard.stop)
             ]
-        return Result(found, self._written(shard, rows))
+        return Result(found, tables=_table(shard, rows))
 
     def _segment(self, stretch: Stretch) -> Segment:
         """A segment, with a model for each of its checkpoints."""
@@ -375,6 +370,11 @@ def curvature_samples(task: Task, curvature: Curvature) -> torch.Tensor:
         return torch.arange(n)
     generator = np.random.Generator(np.random.Philox(key=[curvature.seed, SAMPLES_DRAW]))
     return torch.from_numpy(np.sort(generator.choice(n, curvature.samples, replace=False)))
+
+
+def _table(shard: Shard, rows: list[dict[str, Any]]) -> dict[str, pa.Table]:
+    # One table for each shard: two shards must not write to one file.
+    return {f"{SHARD_TABLES}/{shard.id}": pa.Table.from_pylist(rows)}
 
 
 def _rows(

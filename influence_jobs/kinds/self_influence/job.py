@@ -131,12 +131,11 @@ class SelfInfluenceJob(SampleJob[SelfInfluenceSpec]):
             found.add(ids, values)
             done += len(ids)
             progress(done)
-        files = {}
+        tables = {}
         if self._damping is not None:
             # One table for each shard: two shards must not write to one file.
-            table = pa.table({"damping": [self._damping]})
-            files = self.run_store.write_table(f"{SHARD_TABLES}/{shard.id}", table)
-        return Result(found.arrays(checks), files)
+            tables[f"{SHARD_TABLES}/{shard.id}"] = pa.table({"damping": [self._damping]})
+        return Result(found.arrays(checks), tables=tables)
 
     def _values(self, ids: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
         forms_B = torch.stack([*self._engine(batch).values()]).double().sum(dim=0)

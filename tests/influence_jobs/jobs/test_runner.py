@@ -12,6 +12,7 @@ from infl_cluster.driver import drive
 from infl_cluster.inline import InlineBackend
 from influence_jobs.errors import DataError, ModelError, RuntimeFault, SpecError, StoreError
 from influence_jobs.jobs.base import Shard
+from influence_jobs.kinds import runner as runner_module
 from influence_jobs.kinds.grad_norms.job import GradNormsJob
 from influence_jobs.kinds.grad_norms.spec import GradNormsSpec
 from influence_jobs.kinds.runner import ShardRunner
@@ -122,3 +123,25 @@ def test_a_worker_that_finds_other_data_refuses(
         SpecError, match=r"the training data of digits:DigitsTask are not those .*\(n=7 instead of"
     ):
         ShardRunner(run.root, run.id)
+
+
+def test_many_workers_write_their_progress_less_often(
+    grad_norms_spec, trained_root, tmp_path, monkeypatch
+):
+    shutil.copytree(trained_root, tmp_path / "runs")
+    run = Run.create(str(tmp_path / "runs"), grad_norms_spec)
+    clock, written = [0.0], {}
+    monkeypatch.setattr(runner_module.time, "monotonic", lambda: clock[0])
+    for workers in (1, 64, 512):
+        progress = runner_module._Progress(
+            run, Shard("a", 0, 1), ShardRunner(run.root, run.id, workers=workers)._progress_every_s
+        )
+        writes = []
+        monkeypatch.setattr(run, "write_json", lambda name, value, to=writes: to.append(value))
+        for second in range(640):
+            clock[0] += 0.125
+            progress(second)
+        written[workers] = len(writes)
+    assert 78 <= written[1] <= 80  # once a second
+    assert 78 <= written[64] <= 80
+    assert 9 <= written[512] <= 10  # 64 a second of all together

@@ -1,15 +1,19 @@
 """Fetching samples ahead of the device."""
 
 import threading
+import time
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from influence_jobs.curvature import GaussNewton
+from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.jobs.base import Shard
 from influence_jobs.jobs.samples import SampleJob
 from influence_jobs.memory import BatchSize
+from influence_jobs.tasks.base import Draw
 from influence_jobs.transfers import ahead
 
 
@@ -67,3 +71,32 @@ def test_a_reader_that_stops_early_leaves_no_thread():
     assert next(found) == 0
     found.close()  # type: ignore[attr-defined]
     assert threading.active_count() == before
+
+
+def test_two_threads_do_not_make_batches_at_the_same_time(digits_task, monkeypatch):
+    """The thread that fetches in advance, and the curvature's own batches: a file has one place."""
+    kind, inside, most = type(digits_task), [], []
+    plain = kind.batch
+
+    def seeking(task, ids, draw):
+        inside.append(ids)
+        most.append(len(inside))
+        time.sleep(0.02)  # long enough for the other thread to come in
+        inside.pop()
+        return plain(task, ids, draw)
+
+    monkeypatch.setattr(kind, "batch", seeking)
+    model = digits_task.model().eval()
+    operator = GaussNewton(model, ParameterSpace(model), digits_task, torch.arange(8))
+    job: Any = SimpleNamespace(
+        task=digits_task, device=torch.device("cpu"), model=model, _built=(model, False)
+    )
+    ids, draw = torch.arange(4), Draw(0)
+    work = [lambda: SampleJob.batch(job, ids, draw), lambda: operator.batch(ids)]
+    threads = [threading.Thread(target=lambda one=one: [one() for _ in range(5)]) for one in work]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(most) == 10
+    assert max(most) == 1

@@ -1,0 +1,90 @@
+"""Workers that refuse a run, without Ray: when they are asked again, and what is said meanwhile."""
+
+import pytest
+import ray
+
+from infl_cluster import actors as module
+from infl_cluster.actors import REFUSED_S, Actors
+from influence_jobs.jobs.base import Receipt, Shard
+
+
+class Actor:
+    """Answers `begin` with a refusal, or takes shards."""
+
+    def __init__(self, refusal=None):
+        self.refusal, self.begin, self.run = refusal, self, self
+
+    def options(self, **_):
+        return self
+
+    def remote(self, *shard):
+        return ("ran", self, *shard) if shard else ("began", self)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    class Clock:
+        now = 1000.0
+
+        def monotonic(self):
+            return self.now
+
+    clock = Clock()
+
+    def get(reference):
+        if reference[0] == "ran":
+            return Receipt(reference[2].id, "done")
+        return reference[1].refusal, "host:1", "cpu"
+
+    monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(ray, "wait", lambda references, **_: (references[:1], references[1:]))
+    monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(ray, "kill", lambda actor: None)
+    return clock
+
+
+def test_a_refusal_is_forgotten_and_the_node_asked_again(clock):
+    there, started = {"data": False}, []
+
+    def start():
+        ok = not started or there["data"]
+        started.append(Actor(None if ok else "no data here"))
+        return started[-1]
+
+    actors = Actors(start, "test", 1800.0)
+    actors.grow(1)
+    actors.wait(0)
+    actors.give(actors.idle[0], Shard("a", 0, 1))
+    actors.wait(0)  # a shard is done: who refuses now is gone on without
+    actors.grow(2)
+    actors.wait(0)
+    assert actors.refusal == "goes on without a worker: no data here"
+    actors.grow(2)
+    assert len(started) == 2
+    there["data"] = True
+    clock.now += REFUSED_S + 1
+    actors.grow(2)
+    assert len(started) == 3
+    assert actors.refusal is None
+    actors.wait(0)
+    assert len(actors.idle) == 2
+
+
+def test_a_refusal_is_forgotten_once_no_worker_is_left(clock):
+    started = []
+
+    def start():
+        started.append(Actor("no data here" if len(started) == 1 else None))
+        return started[-1]
+
+    actors = Actors(start, "test", 1800.0)
+    actors.grow(1)
+    actors.wait(0)
+    actors.give(actors.idle[0], Shard("a", 0, 1))
+    actors.wait(0)
+    actors.grow(2)
+    actors.wait(0)
+    assert actors.refusal
+    actors.end(actors.idle[0])
+    actors.grow(2)
+    assert actors.refusal is None
