@@ -1,13 +1,14 @@
 """Simulate FFDNet norms of two million patches on 1 to 1,024 workers, some slow, some lost.
 
-Measured by this script: the seconds of a shard in one process with one thread, and the driver's
-time for each shard. A shard is: decode patches, add noise, compute norms of layer 11, compress and
-write an array of its size. The driver's time is Ray's, and grows with the number of workers that
-the driver waits for. Assumed, and set by options: the seconds before a worker's first shard, slow
-workers, lost nodes, and the bandwidth of the shared storage. The shards
-are handed out by `infl_cluster.dispatch`, the code of a real run, with its retries, backups and
-slow workers; here its workers are simulated, and its clock jumps. The driver and the storage serve
-one shard at a time.
+Measured by this script: the seconds of a shard in one process with one thread, those of a worker's
+search for a batch size, which a run without --batch-size begins with, both in CPU time, because the
+machine may be busy with other things, and the driver's time for each shard. A shard is: decode
+patches, add noise, compute norms of layer 11, compress and write an array of its size. The driver's
+time is Ray's, and grows with the number of workers that the driver waits for. Assumed, and set by
+options: the seconds in which a worker loads code, model and data, slow workers, lost nodes, and the
+bandwidth of the shared storage. The shards are handed out by `infl_cluster.dispatch`, the code of a
+real run, with its retries, backups and slow workers; here its workers are simulated, and its clock
+jumps. The driver and the storage serve one shard at a time.
 
 The efficiency is that of the whole run, and of its time after the start. "No backups" is the
 latter if slow workers get as many shards as others and nobody takes over from them. The last
@@ -35,13 +36,18 @@ import ray
 import torch
 import typer
 import zarr
-from harness import header, print_table, seconds_of, use_worker_allocator
+from harness import header, print_table, use_worker_allocator
 
 from infl_cluster.dispatch import Dispatch
 from infl_cluster.retry import RetryPolicy
 from infl_cluster.stragglers import Pace
 from influence_jobs.gradients import GradNorms
+from influence_jobs.jobs.automatic import chosen
 from influence_jobs.jobs.base import Receipt, Shard
+from influence_jobs.jobs.samples import SampleJob
+from influence_jobs.kinds import find_kind, open_job
+from influence_jobs.models.ffdnet import FFDNet
+from influence_jobs.store.run import Run
 from influence_jobs.tasks.base import Draw
 from influence_jobs.tasks.ffdnet import FFDNetTask
 
@@ -56,7 +62,7 @@ class Cluster:
 
     Attributes:
         shard_s: Measured seconds of shards; each simulated shard draws one of them.
-        start_s: Seconds before a worker's first shard.
+        start_s: Seconds before a worker's first shard, the search for a batch size included.
         driver_s: The driver's seconds for a shard, and more for each worker that it waits for.
         storage_mb_s: Bandwidth of the shared storage, MB a second.
         slow: Share of the workers that take `slowness` times as long.
@@ -235,13 +241,29 @@ def measured_shards(count: int, patches: int) -> tuple[float, ...]:
                 for piece in chosen.split(task.batch_size):
                     parts.append(engine(task.batch(piece, Draw(0)))["main.29"])
 
-            computed = seconds_of(compute) * SHARD / patches
+            started = time.process_time()
+            compute()
+            computed = (time.process_time() - started) * SHARD / patches
             norms = torch.cat(parts).repeat(-(-SHARD // patches), 1, 1, 1)[:SHARD].numpy()
-            started = time.perf_counter()
+            started = time.process_time()
             array[max(shard, 0) * SHARD : (max(shard, 0) + 1) * SHARD] = norms
             if shard >= 0:
-                found.append(computed + time.perf_counter() - started)
+                found.append(computed + time.process_time() - started)
     return tuple(found)
+
+
+def measured_search(workers: int) -> float:
+    """Seconds in which each of so many workers looks for a batch size."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(FFDNet(color=True).state_dict(), f"{folder}/weights.pt")
+        options = {"task": "ffdnet", "layer": ["11"], "checkpoint": [f"{folder}/weights.pt"]}
+        (spec,) = find_kind("grad-norms").request_type.of(options).specs(folder, lambda _: None)
+        job = open_job(Run.create(folder, spec))
+        assert isinstance(job, SampleJob)
+        len(job.task.train_data())
+        started = time.process_time()
+        chosen(job, math.ceil(PATCHES / workers))
+        return time.process_time() - started
 
 
 @ray.remote(num_cpus=1)
@@ -257,7 +279,8 @@ def _never() -> None:
 
 def measured_driver() -> tuple[float, float]:
     """Seconds from giving a shard to an actor to its answer; and more for each pending worker."""
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+    ray.init("local", num_cpus=1, **quiet)
     try:
         actor = _Nothing.remote()
         ray.get(actor.run.remote(0))
@@ -279,7 +302,9 @@ def measured_driver() -> tuple[float, float]:
 
 def main(
     full: Annotated[bool, typer.Option("--full", help="More shards measured, more runs.")] = False,
-    start_s: Annotated[float, typer.Option(help="Seconds before a worker's first shard.")] = 10.0,
+    load_s: Annotated[
+        float, typer.Option(help="Seconds in which a worker loads code, model and data.")
+    ] = 10.0,
     storage_mb_s: Annotated[
         float, typer.Option(help="Bandwidth of the shared storage, MB a second.")
     ] = 500.0,
@@ -298,23 +323,27 @@ def main(
     header("Simulation: FFDNet norms, two million patches, 1 to 1,024 workers")
     shard_s = measured_shards(20 if full else 6, 256 if full else 64)
     driver_s = measured_driver()
+    # Fewer than 64 have work enough for the longest search.
+    search_s = {workers: measured_search(max(64, workers)) for workers in WORKERS[6:]}
     cluster = Cluster(
-        shard_s, start_s, driver_s, storage_mb_s, slow, slowness, lost_per_hour, node, notice_s
+        shard_s, load_s, driver_s, storage_mb_s, slow, slowness, lost_per_hour, node, notice_s
     )
-    without = {
-        "start": replace(cluster, start_s=0.0),
-        "slow workers": replace(cluster, slow=0.0),
-        "lost nodes": replace(cluster, lost_per_hour=0.0),
-        "driver": replace(cluster, driver_s=(0.0, 0.0)),
-        "storage": replace(cluster, storage_mb_s=np.inf),
+    without: dict[str, dict[str, Any]] = {
+        "start": {"start_s": 0.0},
+        "slow workers": {"slow": 0.0},
+        "lost nodes": {"lost_per_hour": 0.0},
+        "driver": {"driver_s": (0.0, 0.0)},
+        "storage": {"storage_mb_s": np.inf},
     }
+    searches = ", ".join(f"{s:.1f} s with {w:,}" for w, s in search_s.items())
     print(
         f"- measured: {statistics.mean(shard_s):.1f} s a shard of {SHARD:,} patches "
         f"({min(shard_s):.1f}-{max(shard_s):.1f}, {len(shard_s)} shards); driver "
-        f"{1e3 * driver_s[0]:.2f} ms a shard and {1e6 * driver_s[1]:.1f} us for each worker"
+        f"{1e3 * driver_s[0]:.2f} ms a shard and {1e6 * driver_s[1]:.1f} us for each worker; "
+        f"search for a batch size: {searches} workers"
     )
     print(
-        f"- assumed: {start_s:g} s to start; {storage_mb_s:g} MB/s of storage, {SHARD_MB:.1f} MB a "
+        f"- assumed: {load_s:g} s to load; {storage_mb_s:g} MB/s of storage, {SHARD_MB:.1f} MB a "
         f"shard; {slow:.0%} of workers {slowness:g} times as slow; a node of {node} lost every "
         f"{1 / lost_per_hour:,.0f} hours, noticed after {notice_s:g} s\n"
     )
@@ -323,19 +352,22 @@ def main(
     def mean_s(cluster: Cluster, workers: int, patches: int = PATCHES) -> float:
         return statistics.mean(simulate(cluster, workers, s, patches=patches) for s in seeds)
 
-    def blind_s(workers: int) -> float:
+    def blind_s(cluster: Cluster, workers: int) -> float:
         return statistics.mean(simulate(cluster, workers, s, pace=Indifferent()) for s in seeds)
 
     work_s = statistics.mean(shard_s) * PATCHES / SHARD
     knee, rows = 1, []
     for workers in WORKERS:
-        seconds = mean_s(cluster, workers)
+        start_s = load_s + search_s[max(64, workers)]
+        here = replace(cluster, start_s=start_s)
+        seconds = mean_s(here, workers)
         efficiency = work_s / (workers * seconds)
         started = work_s / (workers * (seconds - start_s))
-        blind = work_s / (workers * (blind_s(workers) - start_s))
+        blind = work_s / (workers * (blind_s(here, workers) - start_s))
         knee = workers if efficiency >= 0.8 else knee
         gains = {
-            name: max(0.0, 1 - mean_s(other, workers) / seconds) for name, other in without.items()
+            name: max(0.0, 1 - mean_s(replace(here, **other), workers) / seconds)
+            for name, other in without.items()
         }
         # The rest of the loss: workers that wait for the last shards.
         gains["uneven end"] = max(0.0, 1 - efficiency - sum(gains.values()))
@@ -348,8 +380,10 @@ def main(
     print_table(columns, rows)
     print(f"\nThe knee, the most workers at an efficiency of .8 or more: {knee:,}.\n")
     rows = []
-    for patches in (PATCHES, 5 * PATCHES, 20 * PATCHES):
-        seconds = mean_s(cluster, 512, patches)
+    for patches in (PATCHES, 4 * PATCHES, 16 * PATCHES):
+        # A longer run may search as long as a run of this size with fewer workers.
+        start_s = load_s + search_s[max(64, 512 * PATCHES // patches)]
+        seconds = mean_s(replace(cluster, start_s=start_s), 512, patches)
         share = work_s * patches / PATCHES / (512 * seconds)
         rows.append([f"{patches:,}", f"{seconds:,.0f}", f"{share:.2f}"])
     print_table(["patches, 512 workers", "seconds", "efficiency"], rows)

@@ -1,5 +1,6 @@
 """`--dry-run`: disk, memory and time of a run, estimated from its plan and a short probe."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -151,7 +152,7 @@ def _estimate(run: Run, how: How, workers: int) -> Estimate:
     if isinstance(job, SampleJob):
         size = min(size, job.chunk_rows)  # batches never cross chunks
         if how.batch_size is None and job.reads_samples:
-            choice = expected(job, plan.units)
+            choice = expected(job, math.ceil(plan.units / workers))
             size, why = choice.size, choice.said(size)
         job = open_job(run, device=how.resolved_device, batch_size=size)
     peak = Peak(CPU)

@@ -25,7 +25,7 @@ SMALL = 8  # samples of the first batch that is measured: they fit almost everyw
 MEMORY_SHARE = 0.5  # of what is free: a probe sees a few samples, and data are read meanwhile
 WORTH_S = 60.0  # work of one worker below which no faster batch is looked for
 PROBE_S = 0.5  # for each size
-PROBE_SHARE = 0.05  # of the run's work, as the most that a probe takes beside its first batch
+PROBE_SHARE = 0.05  # of a worker's work, as the most that a probe takes beside its first batch
 MAX_MULTIPLE = 64  # the largest size that is tried, in multiples of the task's own
 MIN_SPEEDUP = 1.1  # another size is taken only if it is this much faster
 
@@ -58,7 +58,7 @@ def settle(job: Job[Any], units: int) -> None:
 
     Args:
         job: Of a run that was submitted without a batch size.
-        units: Work of the whole job, as in its plan.
+        units: Work of one worker: a part of that in the job's plan.
     """
     known = fitting(_key(job))
     if isinstance(job, SampleJob) and job.reads_samples:
@@ -97,11 +97,12 @@ def chosen(job: SampleJob[Any], units: int) -> Choice:
     """Measure which batch size to take; a run of less than `WORTH_S` keeps its own if that fits.
 
     Sizes are doubled from `SMALL` samples on, as long as twice what the last one took is free. If
-    measuring would take more than `PROBE_SHARE` of the run, its own is kept too.
+    measuring would take more than `PROBE_SHARE` of its worker's work, its own is kept too: workers
+    that start together all measure.
 
     Args:
         job: It is left as it is, but for the data that it has read.
-        units: Work of the whole job, as in its plan.
+        units: Work of one worker.
     """
     probe, own = _Probe(job), min(job.batch_size, job.chunk_rows)
     size, rates = min(own, SMALL), probe.rates
@@ -162,7 +163,7 @@ class _Probe:
         return True
 
     def dear(self, size: int, units: int) -> bool:
-        """Whether measuring twice this size as well would take too much beside the run itself."""
+        """Whether measuring twice this size as well would take too much beside the work itself."""
         return self._passed + 2 * size > PROBE_SHARE * units
 
     def fits(self, times: float) -> bool:

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import logging
+import math
 import os
 import socket
 import time
@@ -66,7 +67,8 @@ class ShardRunner:
         run_id: The run.
         device: A torch device.
         threads: Number of threads that torch may use for one operation.
-        workers: Workers of the run, which together write `PROGRESS_FILES_A_S` at most.
+        workers: Workers of the run. The more there are, the less each spends on a search for a
+            batch size, and the less often it writes its progress.
 
     Raises:
         SpecError: The training data or the task's code have changed since the run was made.
@@ -97,7 +99,7 @@ class ShardRunner:
             require_unchanged(self._run.id, self._run.spec.task, self._job.task)
         if plan and plan.get("automatic_batch") and kind_of(self._run.spec).batched:
             with tf32(self._tf32):
-                settle(self._job, plan["units"])
+                settle(self._job, math.ceil(plan["units"] / workers))
 
     def run(self, shard: Shard) -> Receipt:
         """Do one shard, unless the manifest says it is done. Errors come back in the receipt."""

@@ -41,7 +41,7 @@ OPTIONS = {
     "denoise": f"{WHERE} checkpoint sigma grey seed out",
     "submit train": f"{HOW} {TASK_DATA} dry-run task preset epochs seed save-epoch optimizer lr "
     "momentum nesterov weight-decay no-bias-decay schedule warmup step-every step-factor "
-    "clip-norm batch-size recorded norms-layer norms-skip-epochs reduce",
+    "clip-norm batch-size precision recorded norms-layer norms-skip-epochs reduce",
     "submit grad-norms": f"{HOW} {TASK_DATA} dry-run task layer reduce checkpoint combine "
     "precision seed preset epochs workers batch-size shard-size per-token",
     "submit s-test": f"{SCORES} {CURVATURE}",
@@ -51,7 +51,7 @@ OPTIONS = {
     "submit attribution": f"{SCORES} layer norms exclude-norm-above normalize keep-layers",
     "submit self-influence": f"{TRAINED} layer solver damping curvature-samples precision seed "
     "batch-size shard-size",
-    "submit baseline": f"{SCORES} method",
+    "submit baseline": f"{SCORES} method precision",
     "submit gradients": f"{TRAINED} layer dim projection whole stored precision noise-draws seed "
     "batch-size shard-size",
     "submit gram": f"{HOW} {TASK_DATA} dry-run task gradients quantity workers",
@@ -63,7 +63,7 @@ OPTIONS = {
     "submit stability": f"{EXPERIMENT} retrainings top ensemble",
     "submit lds": f"{EXPERIMENT} subsets fraction same-run seeds ensemble shard-size",
     "submit calibrate": f"{TRAINED} {QUERIES} epoch damping solver models subsets held-out seeds "
-    "fraction curvature-samples shard-size",
+    "fraction curvature-samples precision shard-size",
     "submit scores": f"{HOW} {TASK_DATA} dry-run task {QUERIES} file",
     "submit paper": f"{TRAINED} quick",
     "report": "runs out trust",

@@ -145,3 +145,15 @@ def test_many_workers_write_their_progress_less_often(
     assert 78 <= written[1] <= 80  # once a second
     assert 78 <= written[64] <= 80
     assert 9 <= written[512] <= 10  # 64 a second of all together
+
+
+def test_a_worker_of_many_looks_for_a_batch_size_as_long_as_its_own_part_repays(
+    run: Run, monkeypatch
+):
+    """They all begin at once: what one may spend of the whole run, many would spend each."""
+    given = []
+    monkeypatch.setattr(runner_module, "settle", lambda job, units: given.append(units))
+    drive(run.root, run.id, InlineBackend())
+    for workers in (1, 4, 512):
+        ShardRunner(run.root, run.id, workers=workers)
+    assert given == [1500, 1500, 375, 3]
