@@ -1,14 +1,15 @@
 """Simulate FFDNet norms of two million patches on 1 to 1,024 workers, some slow, some lost.
 
-Measured by this script: the seconds of a shard in one process with one thread, those of a worker's
-search for a batch size, which a run without --batch-size begins with, both in CPU time, because the
-machine may be busy with other things, and the driver's time for each shard. A shard is: decode
-patches, add noise, compute norms of layer 11, compress and write an array of its size. The driver's
-time is Ray's, and grows with the number of workers that the driver waits for. Assumed, and set by
-options: the seconds in which a worker loads code, model and data, slow workers, lost nodes, and the
-bandwidth of the shared storage. The shards are handed out by `infl_cluster.dispatch`, the code of a
-real run, with its retries, backups and slow workers; here its workers are simulated, and its clock
-jumps. The driver and the storage serve one shard at a time.
+Measured by this script, in CPU time, because the machine may be busy with other things: the seconds
+of a shard in one process with one thread; those in which a worker loads code, model and data; and
+those of its search for a batch size, which a run without --batch-size begins with. A shard is:
+decode patches, add noise, compute norms of layer 11, compress and write an array of its size. The
+driver's time for each shard is Ray's, measured too, and grows with the number of workers that the
+driver waits for. Assumed, and set by options: the seconds in which Ray starts a worker's process,
+slow workers, lost nodes, and the bandwidth of the shared storage. The shards are handed out by
+`infl_cluster.dispatch`, the code of a real run, with its retries, backups and slow workers; here
+its workers are simulated, and its clock jumps. The driver and the storage serve one shard at a
+time.
 
 The efficiency is that of the whole run, and of its time after the start. "No backups" is the
 latter if slow workers get as many shards as others and nobody takes over from them. The last
@@ -19,15 +20,20 @@ share is what limits the run.
 """
 
 import bisect
+import contextlib
 import heapq
 import logging
 import math
+import os
 import random
+import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
@@ -54,6 +60,7 @@ from influence_jobs.tasks.ffdnet import FFDNetTask
 PATCHES, SHARD = 2_000_000, 1024
 SHARD_MB = SHARD * 96 * 9 * 4 / 1e6
 WORKERS = tuple(2**i for i in range(11))
+LOAD = "import influence_jobs.kinds.runner as runner; runner.ShardRunner(*sys.argv[1:], threads=1)"
 
 
 @dataclass(frozen=True)
@@ -252,18 +259,36 @@ def measured_shards(count: int, patches: int) -> tuple[float, ...]:
     return tuple(found)
 
 
+def measured_load() -> float:
+    """CPU seconds of a process that becomes a worker: it loads code, model and data."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    with a_run() as run:
+        words = ["import sys, infl_cluster.pool as pool", LOAD]
+        command = [sys.executable, "-c", "; ".join(words), run.root, run.id]
+        subprocess.run(command, env={**os.environ, "PYTHONPATH": ":".join(sys.path)}, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
 def measured_search(workers: int) -> float:
-    """Seconds in which each of so many workers looks for a batch size."""
-    with tempfile.TemporaryDirectory() as folder:
-        torch.save(FFDNet(color=True).state_dict(), f"{folder}/weights.pt")
-        options = {"task": "ffdnet", "layer": ["11"], "checkpoint": [f"{folder}/weights.pt"]}
-        (spec,) = find_kind("grad-norms").request_type.of(options).specs(folder, lambda _: None)
-        job = open_job(Run.create(folder, spec))
+    """CPU seconds in which each of so many workers looks for a batch size."""
+    with a_run() as run:
+        job = open_job(run)
         assert isinstance(job, SampleJob)
         len(job.task.train_data())
         started = time.process_time()
         chosen(job, math.ceil(PATCHES / workers))
         return time.process_time() - started
+
+
+@contextlib.contextmanager
+def a_run() -> Iterator[Run]:
+    """Norms of layer 11 of FFDNet, not begun."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(FFDNet(color=True).state_dict(), f"{folder}/weights.pt")
+        options = {"task": "ffdnet", "layer": ["11"], "checkpoint": [f"{folder}/weights.pt"]}
+        (spec,) = find_kind("grad-norms").request_type.of(options).specs(folder, lambda _: None)
+        yield Run.create(folder, spec)
 
 
 @ray.remote(num_cpus=1)
@@ -302,9 +327,9 @@ def measured_driver() -> tuple[float, float]:
 
 def main(
     full: Annotated[bool, typer.Option("--full", help="More shards measured, more runs.")] = False,
-    load_s: Annotated[
-        float, typer.Option(help="Seconds in which a worker loads code, model and data.")
-    ] = 10.0,
+    process_s: Annotated[
+        float, typer.Option(help="Seconds in which Ray starts a worker's process.")
+    ] = 2.0,
     storage_mb_s: Annotated[
         float, typer.Option(help="Bandwidth of the shared storage, MB a second.")
     ] = 500.0,
@@ -323,10 +348,11 @@ def main(
     header("Simulation: FFDNet norms, two million patches, 1 to 1,024 workers")
     shard_s = measured_shards(20 if full else 6, 256 if full else 64)
     driver_s = measured_driver()
+    load_s = measured_load()
     # Fewer than 64 have work enough for the longest search.
     search_s = {workers: measured_search(max(64, workers)) for workers in WORKERS[6:]}
     cluster = Cluster(
-        shard_s, load_s, driver_s, storage_mb_s, slow, slowness, lost_per_hour, node, notice_s
+        shard_s, process_s, driver_s, storage_mb_s, slow, slowness, lost_per_hour, node, notice_s
     )
     without: dict[str, dict[str, Any]] = {
         "start": {"start_s": 0.0},
@@ -340,12 +366,13 @@ def main(
         f"- measured: {statistics.mean(shard_s):.1f} s a shard of {SHARD:,} patches "
         f"({min(shard_s):.1f}-{max(shard_s):.1f}, {len(shard_s)} shards); driver "
         f"{1e3 * driver_s[0]:.2f} ms a shard and {1e6 * driver_s[1]:.1f} us for each worker; "
-        f"search for a batch size: {searches} workers"
+        f"{load_s:.1f} s to load; search for a batch size: {searches} workers"
     )
     print(
-        f"- assumed: {load_s:g} s to load; {storage_mb_s:g} MB/s of storage, {SHARD_MB:.1f} MB a "
-        f"shard; {slow:.0%} of workers {slowness:g} times as slow; a node of {node} lost every "
-        f"{1 / lost_per_hour:,.0f} hours, noticed after {notice_s:g} s\n"
+        f"- assumed: {process_s:g} s to start a process; {storage_mb_s:g} MB/s of storage, "
+        f"{SHARD_MB:.1f} MB a shard; {slow:.0%} of workers {slowness:g} times as slow; "
+        f"a node of {node} lost every {1 / lost_per_hour:,.0f} hours, noticed after "
+        f"{notice_s:g} s\n"
     )
     seeds = range(15 if full else 5)
 
@@ -358,7 +385,7 @@ def main(
     work_s = statistics.mean(shard_s) * PATCHES / SHARD
     knee, rows = 1, []
     for workers in WORKERS:
-        start_s = load_s + search_s[max(64, workers)]
+        start_s = process_s + load_s + search_s[max(64, workers)]
         here = replace(cluster, start_s=start_s)
         seconds = mean_s(here, workers)
         efficiency = work_s / (workers * seconds)
@@ -382,7 +409,7 @@ def main(
     rows = []
     for patches in (PATCHES, 4 * PATCHES, 16 * PATCHES):
         # A longer run may search as long as a run of this size with fewer workers.
-        start_s = load_s + search_s[max(64, 512 * PATCHES // patches)]
+        start_s = process_s + load_s + search_s[max(64, 512 * PATCHES // patches)]
         seconds = mean_s(replace(cluster, start_s=start_s), 512, patches)
         share = work_s * patches / PATCHES / (512 * seconds)
         rows.append([f"{patches:,}", f"{seconds:,.0f}", f"{share:.2f}"])

@@ -105,7 +105,7 @@ def full_precision(asked: JobPrecision | None, task: Task) -> FullPrecision:
     Raises:
         SpecError: It is a half precision.
     """
-    if asked in ("bfloat16", "bfloat16-weights"):
+    if asked == "bfloat16" or asked == "bfloat16-weights":
         raise SpecError(
             f"--precision {asked} is for infl submit grad-norms and gradients: of bfloat16's three "
             "digits a solver and a sum over parameters leave none; use tf32, float32 or float64"

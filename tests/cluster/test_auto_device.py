@@ -15,7 +15,7 @@ class Runner:
 
     title = "device"
 
-    def __init__(self, root: str, run_id: str, *, device: str, threads: int) -> None:
+    def __init__(self, root: str, run_id: str, *, device: str, threads: int, workers: int) -> None:
         self.device = device
 
 
@@ -61,7 +61,7 @@ def test_workers_reserve_gpus_if_the_cluster_has_any(
         patch.setattr(ray, "remote", lambda _: SimpleNamespace(options=lambda **_: remote))
         spec = SimpleNamespace(kind="kind")
         run: Any = SimpleNamespace(root="", id="", spec=spec)
-        backend._start_worker(run, {}, threads=1)
+        backend._start_worker(run, {}, threads=1, workers=1)
     assert given["device"] == ("auto" if gpus else "cpu")
 
 

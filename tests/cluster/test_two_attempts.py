@@ -180,7 +180,7 @@ def test_a_worker_that_is_late_writes_no_table(run: Run, kind: str) -> None:
             path.write_bytes(b"the winner's")  # whoever writes now is seen
         return found
 
-    first._job.run = late  # type: ignore[method-assign]
+    first._job.run = late  # type: ignore[method-assign,assignment]
     assert first.run(shard).status == "done"
     found = [path.read_bytes() for path in tables.rglob("*.parquet")]
     assert found == [b"the winner's"]

@@ -1,6 +1,7 @@
 """`--precision tf32` in every kind of run, on a pretended GPU that rounds as TF32 does."""
 
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from .runs import QUERIES, TASK, arrays
 CG = {"solver": "cg", "damping": 0.1}
 EK_FAC = {"solver": "ek-fac", "damping": 0.1}
 # By run: its options, and the runs besides it that compute in TF32.
-RUNS = {
+RUNS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "grad-norms": ({"layer": ["all"]}, set()),
     "gradients": ({"dim": "3x4"}, set()),
     "s-test": ({**QUERIES, **CG}, set()),

@@ -240,13 +240,13 @@ def test_progress_is_written_once_a_second_and_counts_this_attempt_alone(monkeyp
             written.append((name, value["units"], value["resumed"]))
 
     monkeypatch.setattr(runner, "time", clock)
-    progress = runner._Progress(Written(), Shard("s", 0, 9))  # type: ignore[arg-type]
+    progress = runner._Progress(Written(), Shard("s", 0, 9), 1.0)  # type: ignore[arg-type]
     for clock.now, done in ((0.0, 40), (0.5, 45), (1.0, 50), (1.5, 60), (2.5, 70)):
         progress(done)
     assert written == [("progress/s.json", units, 40) for units in (40, 50, 70)]
     assert progress.units == 30
     written.clear()
-    afresh = runner._Progress(Written(), Shard("s", 0, 9))  # type: ignore[arg-type]
+    afresh = runner._Progress(Written(), Shard("s", 0, 9), 1.0)  # type: ignore[arg-type]
     assert afresh.units == 0
     afresh(0)
     assert written == []

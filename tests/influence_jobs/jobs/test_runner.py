@@ -131,7 +131,7 @@ def test_many_workers_write_their_progress_less_often(
     shutil.copytree(trained_root, tmp_path / "runs")
     run = Run.create(str(tmp_path / "runs"), grad_norms_spec)
     clock, written = [0.0], {}
-    monkeypatch.setattr(runner_module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr("influence_jobs.kinds.runner.time.monotonic", lambda: clock[0])
     for workers in (1, 64, 512):
         progress = runner_module._Progress(
             run, Shard("a", 0, 1), ShardRunner(run.root, run.id, workers=workers)._progress_every_s
