@@ -19,6 +19,7 @@ from typing import Annotated
 import torch
 import typer
 from harness import header, print_table, spread
+from ray.cluster_utils import Cluster
 
 from influence_jobs.kinds import find_kind
 from influence_jobs.models.ffdnet import FFDNet
@@ -26,6 +27,7 @@ from influence_jobs.store import layout
 from influence_jobs.store.run import Run
 
 OBJECT_STORE_BYTES = 80_000_000
+FOLDER = "INFL_NODES_FOLDER"
 
 
 def rate(address: str, folder: Path, patches: int, workers: int) -> float:
@@ -50,37 +52,45 @@ def rate(address: str, folder: Path, patches: int, workers: int) -> float:
         return patches / (max(ends) - began)
 
 
+def with_a_token() -> None:
+    """This script again, with a folder and a token: Ray reads the token's place when it loads."""
+    with tempfile.TemporaryDirectory(prefix="infl-") as folder:
+        (Path(folder) / "token").write_text(secrets.token_hex(32))
+        more = {
+            FOLDER: folder,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": f"{folder}/token",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        }
+        more = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | more
+        subprocess.run([sys.executable, *sys.argv], env=more, check=True)
+
+
 def main(
     cores: Annotated[int, typer.Option(help="Cores and workers of a node.")] = 1,
     patches: Annotated[int, typer.Option(help="Patches of a run.")] = 4096,
     rounds: Annotated[int, typer.Option(help="Runs on one node, and on two.")] = 3,
 ) -> None:
     """Print the rates of one node and of two."""
-    with tempfile.TemporaryDirectory(prefix="infl-") as name:
-        folder = Path(name)
-        (folder / "token").write_text(secrets.token_hex(32))
-        os.environ |= {
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "PYTHONPATH": os.pathsep.join(sys.path),
-        }
-        from ray.cluster_utils import Cluster  # reads the token's place
-
-        header("Nodes: FFDNet norms on one and on two")
-        torch.save(FFDNet(color=True).state_dict(), folder / "weights.pt")
-        store = {"object_store_memory": OBJECT_STORE_BYTES}
-        cluster = Cluster(True, head_node_args={"num_cpus": 0, "temp_dir": name, **store})
-        pairs = []
-        try:
-            cluster.add_node(num_cpus=cores, **store)
-            for _ in range(rounds):
-                alone = rate(cluster.address, folder, patches, cores)
-                second = cluster.add_node(num_cpus=cores, **store)
-                pairs.append((alone, rate(cluster.address, folder, patches, 2 * cores)))
-                cluster.remove_node(second)
-        finally:
-            cluster.shutdown()
+    if FOLDER not in os.environ:
+        with_a_token()
+        return
+    folder = Path(os.environ[FOLDER])
+    header("Nodes: FFDNet norms on one and on two")
+    torch.save(FFDNet(color=True).state_dict(), folder / "weights.pt")
+    store = {"object_store_memory": OBJECT_STORE_BYTES}
+    cluster = Cluster(True, head_node_args={"num_cpus": 0, "temp_dir": str(folder), **store})
+    pairs = []
+    try:
+        cluster.add_node(num_cpus=cores, **store)
+        for _ in range(rounds):
+            alone = rate(cluster.address, folder, patches, cores)
+            second = cluster.add_node(num_cpus=cores, **store)
+            pairs.append((alone, rate(cluster.address, folder, patches, 2 * cores)))
+            cluster.remove_node(second)
+    finally:
+        cluster.shutdown()
     one, two = (statistics.median(rates) for rates in zip(*pairs, strict=True))
     gain = spread([both / alone for alone, both in pairs])
     print_table(["", "1 node, samples/s", "2 nodes", "ratio"],
