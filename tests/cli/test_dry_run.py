@@ -14,11 +14,12 @@ def test_the_batch_size_that_the_run_would_choose_is_told_with_the_reason(
     infl: Infl, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def halved(job: Any, units: int) -> Choice:
-        assert units == 1500
+        assert units == 500  # of each of three workers
         return Choice(32, {32: 3.0, 64: 1.0})
 
     monkeypatch.setattr(dry_run, "expected", halved)
-    words = ("submit", "grad-norms", "--task", "digits:DigitsTask", "--layer", "1", "--dry-run")
+    words = ("submit", "grad-norms", "--task", "digits:DigitsTask", "--layer", "1", "--dry-run",
+             "--workers", "3")  # fmt: skip
     plan = infl(*words, "--json").json
     assert plan["batch_size"] == 32
     assert "batches     of 32: 3.00 times as fast as 64 (probed)\n" in infl(*words).out
@@ -41,4 +42,6 @@ def test_what_decides_the_cost_of_a_solver_is_told_and_too_much_is_refused(
     assert notes[0] == "measured with untrained weights, as there are no others yet"
     assert "steps of 32 samples a repeat, at most" in notes[1]
     assert "iterations over 1,500 samples: lambda 1, largest" in infl(*words, "--damping", 1).out
+    halved = infl(*words, "--solver", "ek-fac", "--curvature-samples", 100, "--json").json["notes"]
+    assert any("two halves of these samples are compared" in note for note in halved)
     assert "LiSSA needs" in refused(*words, "--solver", "lissa", "--damping", "1e-9")

@@ -283,6 +283,11 @@ class STestJob(Job[STestSpec]):
             device_of(self._model), next(self._model.parameters()).dtype
         )
         trial = self._trial(rhs_QP)
+        if self._of_subset:
+            notes.append(
+                "at the end the s_test of two halves of these samples are compared, which takes up "
+                "to as long again"
+            )
         self._notes = [*notes, *self._defaults, *trial.said]
         for fraction in trial.pieces:
             yield fraction * len(self._samples)
