@@ -20,47 +20,36 @@ share is what limits the run.
 """
 
 import bisect
-import contextlib
 import heapq
 import logging
 import math
-import os
 import random
-import resource
 import statistics
-import subprocess
-import sys
-import tempfile
-import time
 from collections import deque
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import numpy as np
-import ray
 import torch
 import typer
-import zarr
 from harness import header, print_table, use_worker_allocator
+from simulation_costs import (
+    PATCHES,
+    SHARD,
+    measured_driver,
+    measured_load,
+    measured_search,
+    measured_shards,
+)
 
 from infl_cluster.dispatch import Dispatch
 from infl_cluster.retry import RetryPolicy
 from infl_cluster.stragglers import Pace
-from influence_jobs.gradients import GradNorms
-from influence_jobs.jobs.automatic import chosen
 from influence_jobs.jobs.base import Receipt, Shard
-from influence_jobs.jobs.samples import SampleJob
-from influence_jobs.kinds import find_kind, open_job
-from influence_jobs.models.ffdnet import FFDNet
-from influence_jobs.store.run import Run
-from influence_jobs.tasks.base import Draw
-from influence_jobs.tasks.ffdnet import FFDNetTask
 
-PATCHES, SHARD = 2_000_000, 1024
 SHARD_MB = SHARD * 96 * 9 * 4 / 1e6
 WORKERS = tuple(2**i for i in range(11))
-LOAD = "import influence_jobs.kinds.runner as runner; runner.ShardRunner(*sys.argv[1:], threads=1)"
 
 
 @dataclass(frozen=True)
@@ -227,102 +216,6 @@ def _losses(cluster: Cluster, horizon: float, chance: random.Random) -> list[flo
         now += chance.expovariate(cluster.lost_per_hour / 3600)
         times.append(now)
     return times
-
-
-def measured_shards(count: int, patches: int) -> tuple[float, ...]:
-    """Seconds of shards of 1,024 patches, extrapolated from `patches` each."""
-    task = FFDNetTask(patch_size=50)
-    model = task.model().eval().to(memory_format=torch.channels_last)
-    engine = GradNorms(model, ["main.29"], task.losses, reduction="kernel")
-    ids = torch.arange(len(task.train_data()))
-    found = []
-    with tempfile.TemporaryDirectory() as folder:
-        array = zarr.create_array(
-            folder, shape=(SHARD * count, 96, 3, 3), chunks=(SHARD, 96, 3, 3), dtype="float32"
-        )
-        for shard in range(-1, count):  # the first one warms up
-            chosen = ids.roll(-97 * shard)[:patches]
-            parts: list[torch.Tensor] = []
-
-            def compute(chosen: torch.Tensor = chosen, parts: list[torch.Tensor] = parts) -> None:
-                for piece in chosen.split(task.batch_size):
-                    parts.append(engine(task.batch(piece, Draw(0)))["main.29"])
-
-            started = time.process_time()
-            compute()
-            computed = (time.process_time() - started) * SHARD / patches
-            norms = torch.cat(parts).repeat(-(-SHARD // patches), 1, 1, 1)[:SHARD].numpy()
-            started = time.process_time()
-            array[max(shard, 0) * SHARD : (max(shard, 0) + 1) * SHARD] = norms
-            if shard >= 0:
-                found.append(computed + time.process_time() - started)
-    return tuple(found)
-
-
-def measured_load() -> float:
-    """CPU seconds of a process that becomes a worker: it loads code, model and data."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    with a_run() as run:
-        words = ["import sys, infl_cluster.pool as pool", LOAD]
-        command = [sys.executable, "-c", "; ".join(words), run.root, run.id]
-        subprocess.run(command, env={**os.environ, "PYTHONPATH": ":".join(sys.path)}, check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
-def measured_search(workers: int) -> float:
-    """CPU seconds in which each of so many workers looks for a batch size."""
-    with a_run() as run:
-        job = open_job(run)
-        assert isinstance(job, SampleJob)
-        len(job.task.train_data())
-        started = time.process_time()
-        chosen(job, math.ceil(PATCHES / workers))
-        return time.process_time() - started
-
-
-@contextlib.contextmanager
-def a_run() -> Iterator[Run]:
-    """Norms of layer 11 of FFDNet, not begun."""
-    with tempfile.TemporaryDirectory() as folder:
-        torch.save(FFDNet(color=True).state_dict(), f"{folder}/weights.pt")
-        options = {"task": "ffdnet", "layer": ["11"], "checkpoint": [f"{folder}/weights.pt"]}
-        (spec,) = find_kind("grad-norms").request_type.of(options).specs(folder, lambda _: None)
-        yield Run.create(folder, spec)
-
-
-@ray.remote(num_cpus=1)
-class _Nothing:
-    def run(self, shard: int) -> int:
-        return shard
-
-
-@ray.remote(num_cpus=10**6)
-def _never() -> None:
-    """A task that no node has room for: it stays pending."""
-
-
-def measured_driver() -> tuple[float, float]:
-    """Seconds from giving a shard to an actor to its answer; and more for each pending worker."""
-    quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
-    ray.init("local", num_cpus=1, **quiet)
-    try:
-        actor = _Nothing.remote()
-        ray.get(actor.run.remote(0))
-        seconds = {}
-        for others in (1, 1024):
-            waiting = [_never.remote() for _ in range(others)]
-            rounds = []
-            for shard in range(30):
-                started = time.perf_counter()
-                mine = actor.run.remote(shard)
-                ray.get(ray.wait([mine, *waiting], num_returns=1)[0])
-                rounds.append(time.perf_counter() - started)
-            seconds[others] = statistics.median(rounds)
-    finally:
-        ray.shutdown()
-    each = max(0.0, seconds[1024] - seconds[1]) / 1023
-    return seconds[1] - each, each
 
 
 def main(
