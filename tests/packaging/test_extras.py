@@ -16,7 +16,14 @@ ABSENT = tuple(package for packages in EXTRAS.values() for package in packages)
 # Modules that draw need the extra `report`; the rest of the library needs no extra.
 DRAWS = tuple(
     f"influence_jobs.{room}"
-    for room in ("report.", "views.contact_sheet", "views.curves", "views.figure", "views.sheets")
+    for room in (
+        "report.",
+        "views.contact_sheet",
+        "views.curves",
+        "views.drawing",
+        "views.figure",
+        "views.sheets",
+    )
 )
 INDEXES = ("influence_jobs.kinds.gradient_index.job",)  # needs the extra `faiss`
 # Callbacks of packages whose users have them.
