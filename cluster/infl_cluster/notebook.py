@@ -40,8 +40,9 @@ class NotebookProgress:
             self._draw(left=True)
 
     def _draw(self, *, left: bool) -> None:
-        from IPython.display import display
+        import IPython.display
 
+        display: Any = IPython.display.display  # half typed
         lines = [_line(run, status, left=left) for run, status in self._statuses.items()]
         bundle = {
             "text/html": "".join(f"<div>{html}</div>" for html, _ in lines),
