@@ -1,4 +1,4 @@
-"""The samples that explain a point of a test image, computed quickly from stored norms."""
+"""The samples that explain a point or region of a test image, computed quickly from stored norms."""
 
 import threading
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from influence_jobs.store.checkpoints import load_checkpoint
 from influence_jobs.store.layout import norms_name
 from influence_jobs.tasks.base import Draw, Task, converted, out_of_half
 from influence_jobs.tasks.registry import make_task
+from influence_jobs.terms import Region
 from influence_jobs.views.norms import StoredNorms
 
 MAP_BYTES = 256 * 2**20  # limit of kept activations; the last image is always kept
@@ -41,6 +42,7 @@ class Explainer:
         point: tuple[int, int],
         k: int,
         *,
+        extent: tuple[int, int] = (1, 1),
         layers: Sequence[str],
         normalize: bool = False,
         exclude_norm_above: float | None = None,
@@ -51,14 +53,16 @@ class Explainer:
             test: Id of a test image.
             point: y and x in pixels.
             k: Number of samples.
+            extent: Height and width of the region that begins at the point.
             layers: Some of `norms.layers`; their scores are summed.
             normalize: Divide a sample's norms by their sum.
             exclude_norm_above: Leave out samples whose norms sum to more.
 
         Raises:
-            SpecError: There is no such layer, image or point.
+            SpecError: There is no such layer, image or region.
+            ModelError: A layer has no positions.
         """
-        scores_N = self._scores(test, point, layers, normalize, exclude_norm_above)
+        scores_N = self._scores(test, (*point, *extent), layers, normalize, exclude_norm_above)
         ids = head(scores_N, k, largest=True)
         return [(int(i), float(scores_N[i])) for i in ids]
 
@@ -70,7 +74,7 @@ class Explainer:
     def _scores(
         self,
         test: int,
-        point: tuple[int, int],
+        region: Region,
         layers: Sequence[str],
         normalize: bool,
         exclude_norm_above: float | None,
@@ -81,12 +85,19 @@ class Explainer:
         if not 0 <= test < len(self.task.test_data()):
             raise SpecError(f"there is no test image {test}")
         size = self.task.test_size(test)
-        if size is None or not (0 <= point[0] < size[0] and 0 <= point[1] < size[1]):
-            raise SpecError(f"point {point[0]},{point[1]} is outside of test image {test}")
+        y, x, height, width = region
+        if (
+            size is None
+            or min(y, x) < 0
+            or min(height, width) < 1
+            or y + height > size[0]
+            or x + width > size[1]
+        ):
+            raise SpecError(f"region {y},{x},{height},{width} is outside of test image {test}")
         with self._lock:
             maps = self._maps(test, layers)
         activations = {
-            layer: pool(layer, map_Chw, (*point, 1, 1), size)[None].numpy()
+            layer: pool(layer, map_Chw, region, size)[None].numpy()
             for layer, map_Chw in maps.items()
         }
         run, names = self.norms.run, {layer: norms_name(layer) for layer in layers}
