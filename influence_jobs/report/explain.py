@@ -1,4 +1,4 @@
-"""The samples that explain a point or region of a test image, computed quickly from stored norms."""
+"""The samples that explain a point or region of a test image, computed from stored norms."""
 
 import threading
 from collections.abc import Sequence

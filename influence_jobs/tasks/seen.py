@@ -226,7 +226,7 @@ def _picture(value: npt.NDArray[Any] | Tensor) -> Picture | None:
         elif not last:
             return None
         image = image[:, :, 0] if image.shape[2] == 1 else image
-    if image.ndim != 2 and image.ndim != 3 or not image.size:
+    if (image.ndim != 2 and image.ndim != 3) or not image.size:
         return None
     if image.dtype != np.uint8:
         image = np.nan_to_num(image.astype(np.float64))

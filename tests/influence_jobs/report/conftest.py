@@ -251,16 +251,12 @@ def watched(browser: Browser) -> Iterator[Callable[..., Watched]]:
 
 
 @pytest.fixture(scope="session")
-def serious() -> Callable[[Page], list[str]]:
-    """The faults of a page that axe-core calls serious or worse."""
+def faults() -> Callable[[Page], list[str]]:
+    """Everything that axe-core finds wrong with a page, best practices included."""
     from axe_playwright_python.sync_playwright import Axe
 
     def find(page: Page) -> list[str]:
         found = Axe().run(page).response["violations"]
-        return [
-            f"{one['id']}: {one['nodes'][0]['html'][:200]}"
-            for one in found
-            if one["impact"] in ("serious", "critical")
-        ]
+        return [f"{one['id']}: {one['nodes'][0]['html'][:200]}" for one in found]
 
     return find
