@@ -26,6 +26,7 @@ from influence_jobs.tasks.own_code import described
 Picture = npt.NDArray[np.uint8]
 FEWEST_PIXELS = 4  # a side of a tensor that counts as an image
 FULL = 32767  # the largest value of 16 bits
+SLOWEST = 3000  # samples a second that browsers play
 WANTED = (
     "an image (an array (H, W) or (H, W, 3), a tensor (C, H, W), or a PIL image), a str, a Text or "
     "a list of its pieces, a dict of columns, or a Sound"
@@ -85,13 +86,14 @@ class Wave:
         return len(self.values) / self.rate
 
     def file(self) -> bytes:
-        """A WAV file of it."""
+        """A WAV file of it; of fewer samples a second than browsers play, each is repeated."""
         buffer = io.BytesIO()
+        times = -(-SLOWEST // self.rate)
         with wave.open(buffer, "wb") as written:
             written.setnchannels(self.values.shape[1])
             written.setsampwidth(2)
-            written.setframerate(self.rate)
-            written.writeframes(self.values.astype("<i2").tobytes())
+            written.setframerate(self.rate * times)
+            written.writeframes(self.values.repeat(times, axis=0).astype("<i2").tobytes())
         return buffer.getvalue()
 
 

@@ -9,7 +9,7 @@ from influence_jobs import Sound, Task, Text
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 WORDS = ("the", "cat", "likes", "milk", HOSTILE, "\u202eodd\ttab")
-RATE = 800
+RATE = 4000
 
 
 class Texts(Task):
@@ -104,7 +104,7 @@ class Sounds(Rows):
     """The same rows, heard."""
 
     def show(self, sample):
-        seconds = 1000 if sample == 5 else 0.5
+        seconds = 100 if sample == 5 else 0.5
         return Sound(np.sin(np.arange(int(seconds * RATE)) * (sample + 1) / 50), RATE)
 
     def show_test(self, test):

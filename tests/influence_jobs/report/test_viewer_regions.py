@@ -37,7 +37,7 @@ def unet(tmp_path_factory) -> dict[str, Run]:
         "influence": submit("influence", **asked, **given),
         "norms": submit("grad-norms", checkpoint=train, layer=["down.conv", "out"], **given),
     }
-    return {name: Run.open(str(root), run.id) for name, run in made.items()}
+    return {name: run.run for name, run in made.items()}
 
 
 def test_without_norms_the_command_is_said_and_does_it(
@@ -154,7 +154,9 @@ def test_every_key_does_what_the_list_says(unet, served, watched, faults) -> Non
         page = shown.page
         page.goto(f"{address}/?token={TOKEN}")
         focused = "document.activeElement.getAttribute('href')"
-        queries = page.locator(".gallery a").evaluate_all("all => all.map(a => a.getAttribute('href'))")
+        queries = page.locator(".gallery a").evaluate_all(
+            "all => all.map(a => a.getAttribute('href'))"
+        )
         page.keyboard.press("j")
         page.keyboard.press("j")
         assert page.evaluate(focused) == queries[1]
@@ -178,7 +180,9 @@ def test_every_key_does_what_the_list_says(unet, served, watched, faults) -> Non
         page.keyboard.press("?")
         expect(page.locator("#help")).to_be_visible()
         for key in ("j", "Enter", "x", "/", "Esc", "?"):
-            assert page.locator("#help kbd", has_text=re.compile(f"^{re.escape(key)}$")).count() == 1
+            assert (
+                page.locator("#help kbd", has_text=re.compile(f"^{re.escape(key)}$")).count() == 1
+            )
         assert faults(page) == []
         page.keyboard.press("Escape")
         expect(page.locator("#help")).not_to_be_visible()
@@ -187,9 +191,7 @@ def test_every_key_does_what_the_list_says(unet, served, watched, faults) -> Non
         assert shown.complaints == []
 
 
-def test_a_link_is_copied_without_the_token_and_opens_what_was_seen(
-    unet, served, browser
-) -> None:
+def test_a_link_is_copied_without_the_token_and_opens_what_was_seen(unet, served, browser) -> None:
     with served([unet["influence"]]) as address:
         context = browser.new_context(permissions=["clipboard-read", "clipboard-write"])
         page = context.new_page()

@@ -108,6 +108,9 @@ def test_a_sound_is_a_file_of_16_bits() -> None:
             assert (read.getframerate(), read.getsampwidth(), read.getnchannels()) == (8000, 2, 1)
             values = np.frombuffer(read.readframes(5), "<i2")
         assert values.tolist() == [0, 16384, -32767, 32767, 0]
+    with wave.open(io.BytesIO(content(Sound([0.0, 1.0], 1000)).file())) as read:  # too slow to play
+        assert read.getframerate() == 3000
+        assert np.frombuffer(read.readframes(9), "<i2").tolist() == [0] * 3 + [32767] * 3
     stereo = content(Sound(np.array([[1, 2], [3, -40000]]), 4))
     assert stereo.values.tolist() == [[1, 2], [3, -32768]]
 
