@@ -19,7 +19,7 @@ KINDS = ("sine", "square", "rising", "noise")
 
 
 def tones(count: int, seed: int) -> TensorDataset:
-    """Tones (N, 1, LENGTH) from -1 to 1 of several pitches, each with some noise, and their kind."""
+    """Tones (N, 1, LENGTH) from -1 to 1, each with some noise, and their kind."""
     drawn = torch.Generator().manual_seed(seed)
     kinds = torch.randint(len(KINDS), (count,), generator=drawn)
     pitch = 200 + 400 * torch.rand(count, 1, generator=drawn)  # hertz

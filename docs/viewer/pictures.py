@@ -57,7 +57,10 @@ SCENES = [
     Scene(
         (
             "train --task digits.py:DigitsTask --epochs 3 --lr .05",
-            "influence --checkpoint train-digitstask --test 5 --test 8 --test 111 --layer all",
+            (
+                "influence --checkpoint train-digitstask --test 5 --test 8 --test 111 --layer all "
+                "--solver ek-fac"
+            ),
             "self-influence --checkpoint train-digitstask --layer all",
         ),
         ("influence-digitstask", "self-influence-digitstask"),
@@ -67,7 +70,10 @@ SCENES = [
     Scene(
         (
             "train --task gpt.py:Gpt --epochs 8 --optimizer adam --lr .003",
-            "influence --checkpoint train-gpt --test 0 --tokens 2:3 --tokens 0:2 --per-token",
+            (
+                "influence --checkpoint train-gpt --test 0 --tokens 2:3 --tokens 0:2 --per-token "
+                "--solver ek-fac"
+            ),
         ),
         ("influence-gpt",),
         {"text-query": "/query?test=0&region=2:3&k=6", "text-sample": "/sample/12"},
@@ -76,7 +82,10 @@ SCENES = [
     Scene(
         (
             "train --task tabular.py:Tabular --epochs 20 --optimizer adam --lr .003",
-            "influence --checkpoint train-tabular --test 0 --test 1 --quantity prediction",
+            (
+                "influence --checkpoint train-tabular --test 0 --test 1 --quantity prediction "
+                "--solver ek-fac"
+            ),
         ),
         ("influence-tabular",),
         {"table-overview": "/", "table-query": "/query?test=0&k=6", "table-sample": "/sample/92"},
@@ -85,7 +94,7 @@ SCENES = [
     Scene(
         (
             "train --task audio.py:Audio --epochs 8 --optimizer adam --lr .003",
-            "influence --checkpoint train-audio --test 0 --test 1",
+            "influence --checkpoint train-audio --test 0 --test 1 --solver ek-fac",
         ),
         ("influence-audio",),
         {"audio-query": "/query?test=0&k=6", "audio-sample": "/sample/3"},
@@ -95,7 +104,7 @@ SCENES = [
         (
             "train --task unet.py:UNet --epochs 20 --optimizer adam --lr .003",
             "grad-norms --checkpoint train-unet --layer all",
-            "influence --checkpoint train-unet --test 0 --region 4,4,8,8",
+            "influence --checkpoint train-unet --test 0 --region 4,4,8,8 --solver ek-fac",
         ),
         ("influence-unet", "grad-norms-unet"),
         {"region": "/image/0?y=3&x=5&h=6&w=7", "region-query": "/query?test=0&region=4,4,8,8"},

@@ -1,7 +1,8 @@
 """The samples that explain a point or region of a test image, computed from stored norms."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,7 @@ from influence_jobs.terms import Region
 from influence_jobs.views.norms import StoredNorms
 
 MAP_BYTES = 256 * 2**20  # limit of kept activations; the last image is always kept
+NORMS_BYTES = 512 * 2**20  # limit of kept norms
 BLOCK = 16  # chunks of norms in one read
 
 
@@ -34,6 +36,8 @@ class Explainer:
         self.task: Task = make_task(norms.task)
         self._lock = threading.Lock()  # one forward pass with hooks at a time
         self._kept: dict[int, dict[str, Tensor]] = {}  # by image and layer, the latest image last
+        self._norms: dict[tuple[str, int], npt.NDArray[Any]] = {}  # by layer and first sample
+        self._room = NORMS_BYTES
         self._model: nn.Module | None = None
 
     def top(
@@ -67,9 +71,11 @@ class Explainer:
         return [(int(i), float(scores_N[i])) for i in ids]
 
     def prepare(self, test: int, layers: Sequence[str]) -> None:
-        """Compute an image's activations ahead, so that its first point is explained quickly."""
+        """Compute an image's activations and read norms ahead, for a quick first answer."""
         with self._lock:
             self._maps(test, layers)
+        for _ in self._rows(layers):
+            pass
 
     def _scores(
         self,
@@ -100,23 +106,36 @@ class Explainer:
             layer: pool(layer, map_Chw, region, size)[None].numpy()
             for layer, map_Chw in maps.items()
         }
-        run, names = self.norms.run, {layer: norms_name(layer) for layer in layers}
-        first = names[layers[0]]  # all arrays have the same number of samples in a chunk
-        axis = run.row_axis(first)
-        count, step = run.array(first).shape[axis], BLOCK * run.array(first).chunks[axis]
         pieces = []
-        for start in range(0, count, step):
-            rows = {
-                layer: run.read_rows(name, start, min(start + step, count))
-                for layer, name in names.items()
-            }
-            if axis:  # a leading checkpoint axis
-                rows = {layer: values.sum(axis=0) for layer, values in rows.items()}
+        for rows in self._rows(layers):
             found = attribution_scores(
                 activations, rows, exclude_norm_above=exclude_norm_above, normalize=normalize
             )
             pieces.append(np.sum([of_layer[0] for of_layer in found.values()], axis=0))
         return np.concatenate(pieces)
+
+    def _rows(self, layers: Sequence[str]) -> Iterator[dict[str, npt.NDArray[Any]]]:
+        """The norms of some layers, a block of samples at a time; kept while there is room."""
+        # All arrays have the same number of samples in a chunk.
+        run, first = self.norms.run, norms_name(layers[0])
+        axis = run.row_axis(first)
+        count, step = run.array(first).shape[axis], BLOCK * run.array(first).chunks[axis]
+        for start in range(0, count, step):
+            stop = min(start + step, count)
+            yield {layer: self._block(layer, start, stop, axis) for layer in layers}
+
+    def _block(self, layer: str, start: int, stop: int, axis: int) -> npt.NDArray[Any]:
+        kept = self._norms.get((layer, start))
+        if kept is not None:
+            return kept
+        values = self.norms.run.read_rows(norms_name(layer), start, stop)
+        if axis:  # a leading checkpoint axis
+            values = values.sum(axis=0)
+        with self._lock:
+            if (layer, start) not in self._norms and self._room >= values.nbytes:
+                self._room -= values.nbytes
+                self._norms[layer, start] = values
+        return values
 
     def _maps(self, test: int, layers: Sequence[str]) -> dict[str, Tensor]:
         """A test image's activations, cached while there is room. The caller holds the lock."""

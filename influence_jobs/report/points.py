@@ -108,11 +108,13 @@ class Points:
                 if other != region and _overlap(other, region)
             ],
             "influence": influence_of(runs, test, region),
-            "norms": norms_of(runs),
             "of": None,
             "address": request.url.query,
         }
-        if (explainer := shelf.explaining()) is not None:
+        explainer = shelf.explaining()
+        if explainer is None:
+            answer["norms"] = norms_of(runs)
+        else:
             ranked = self._ranked(explainer, test, region, given)
             answer |= {
                 "cells": sample_cells(explainer.task, ranked, {}),

@@ -5,6 +5,7 @@ import html
 import io
 import re
 import wave
+from typing import Any
 
 import httpx
 import numpy as np
@@ -28,7 +29,7 @@ def made(tmp_path_factory):
     """Makes an influence run of some queries of a task of `many_kinds`, once each."""
     root, found = tmp_path_factory.mktemp("kinds"), {}
 
-    def make(name: str, **options: object) -> Run:
+    def make(name: str, **options: Any) -> Run:
         if name not in found:
             run = submit(
                 "influence", task=f"many_kinds:{name}", epochs=1, layer="all", solver="identity",

@@ -4,6 +4,7 @@ import re
 import shlex
 import shutil
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,16 +23,21 @@ from influence_jobs.tasks.base import Draw
 from influence_jobs.terms import Region
 
 TOKEN = "right-token"
-TASK = {"task": "unet:UNet", "samples": 12, "width": 2}
+TASK: dict[str, Any] = {"task": "unet:UNet", "samples": 12, "width": 2}
 
 
 @pytest.fixture(scope="module")
 def unet(tmp_path_factory) -> dict[str, Run]:
     """Runs of a small U-Net: its training, influence on a region, and norms of channels."""
     root = tmp_path_factory.mktemp("unet")
-    given = {"runs": root, "quiet": True}
+    given: dict[str, Any] = {"runs": root, "quiet": True}
     train = submit("train", **TASK, epochs=1, **given)
-    asked = {"checkpoint": train, "test": [0, 1], "region": ["4,4,8,8"], "solver": "identity"}
+    asked: dict[str, Any] = {
+        "checkpoint": train,
+        "test": [0, 1],
+        "region": ["4,4,8,8"],
+        "solver": "identity",
+    }
     made = {
         "train": train,
         "influence": submit("influence", **asked, **given),
@@ -60,7 +66,8 @@ def test_without_norms_the_command_is_said_and_does_it(
             main()
         assert leaving.value.code == 0, capsys.readouterr().err
     (new,) = {path.name for path in (tmp_path / "runs").glob("influence-*")} - {run.id}
-    (norms,) = (path.name for path in (tmp_path / "runs").glob("grad-norms-*") if path.name != unet["norms"].id)  # fmt: skip
+    made = {path.name for path in (tmp_path / "runs").glob("grad-norms-*")}
+    (norms,) = made - {unet["norms"].id}
     (query,) = Run.open(str(tmp_path / "runs"), new).read_table("queries").to_pylist()
     assert (query["test"], query["region"]) == (0, "3,5,2,4")
     viewer = asking(*(Run.open(str(tmp_path / "runs"), name) for name in (run.id, new, norms)))

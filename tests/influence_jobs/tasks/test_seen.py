@@ -2,6 +2,7 @@
 
 import io
 import wave
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,22 +48,24 @@ IDS = np.arange(3)
 
 
 def test_images_of_a_batch_are_stretched_and_seen() -> None:
-    found = contents(Rows(), IDS, [{}] * 3)
+    found: list[Any] = contents(Rows(), IDS, [{}] * 3)
     for picture, image in zip(found, Rows().images[:, 0].numpy(), strict=True):
         expected = (image - image.min()) / (image.max() - image.min()) * 255
         assert picture.dtype == np.uint8
         np.testing.assert_allclose(picture, expected, atol=0.51)
-    assert np.array_equal(content_of_test(Rows(), 1, {}), found[1])
+    tested: Any = content_of_test(Rows(), 1, {})
+    assert np.array_equal(tested, found[1])
     assert contents(Rows(channels=3), IDS, [{}] * 3)[0].shape == (6, 5, 3)
     # Two channels are no image: then columns are seen, if there are several, or a text.
-    columns = [{"a": 1, "b": 2}, {"a": 1}, {"a": 1, "text": "words"}]
+    columns: list[Any] = [{"a": 1, "b": 2}, {"a": 1}, {"a": 1, "text": "words"}]
     assert contents(Rows(channels=2), IDS, columns) == [columns[0], None, Text(["words"], ())]
     assert content_of_test(Rows(channels=2), 0, columns[2]) == Text(["words"], ())
 
 
 def test_a_sample_of_which_show_says_nothing_is_seen_as_without_it() -> None:
-    found = contents(Shown(), IDS[:2], [{}] * 2)
-    assert np.array_equal(found[0], contents(Rows(), IDS, [{}] * 3)[0])
+    found: list[Any] = contents(Shown(), IDS[:2], [{}] * 2)
+    plain: list[Any] = contents(Rows(), IDS, [{}] * 3)
+    assert np.array_equal(found[0], plain[0])
     assert found[1] == Text(["a text"], ())
     with pytest.raises(SpecError, match=r"Shown\.show\(2\) gives a int, which cannot be shown: gi"):
         contents(Shown(), IDS, [{}] * 3)
@@ -84,7 +87,7 @@ def test_a_sample_of_which_show_says_nothing_is_seen_as_without_it() -> None:
     ],
 )
 def test_images_of_any_kind(given, expected) -> None:
-    found = content(given)
+    found: Any = content(given)
     assert found.dtype == np.uint8
     assert np.array_equal(found, expected)
 
