@@ -44,10 +44,15 @@ def pieces_of(cell: Cell, whole: bool = False) -> list[Piece]:
     largest = max((abs(score) for score in scores.values()), default=0.0)
     explained = {text.places[i] for i in range(*cell.span)} if cell.span and fits(cell) else set()
     found = []
-    for place, piece in enumerate(text.pieces):
+    for place, whole_piece in enumerate(text.pieces):
+        piece = whole_piece
         score = scores.get(place, 0.0)
         level = round(LEVELS * abs(score) / largest) if largest else 0
         sign = ("+" if score > 0 else "-") if level else ""
+        word = piece.lstrip()
+        if word and (level or place in explained):  # the space before it is not marked
+            found.append(Piece(shown(piece[: len(piece) - len(word)])))
+            piece = word
         found.append(Piece(shown(piece), sign, level, place in explained))
     return found if whole else _cut(found)
 

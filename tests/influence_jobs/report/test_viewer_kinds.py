@@ -68,7 +68,7 @@ def test_tokens_are_shaded_by_what_they_bring(texts, asking) -> None:
         assert [(1.0 if sign == "plus" else -1.0, int(n)) for sign, n, _ in marks] == kept
         for sign, level, text in marks:  # a sign that is no colour
             assert text.endswith(f"<sup>{'+' if sign == 'plus' else '-'}</sup>") == (level > "1")
-    assert "Tokens that bring to the score" in page
+    assert "What a token brings to the score" in page
     subject = page.partition('<div class="subject')[2].partition("<form")[0]
     assert subject.count("explained") == 2
     assert "<mark" in render_report("texts", sections_of([texts]))
