@@ -122,6 +122,7 @@ def main() -> None:
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     sys.path.append(str(EXAMPLES))
     with tempfile.TemporaryDirectory() as place, sync_playwright() as playwright:
+        os.environ["INFL_RUNS"] = str(Path(place) / "runs")  # commands on pages need no --runs
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         for scene in SCENES:
             runs = _made(scene, Path(place))
