@@ -85,12 +85,12 @@ class Pages:
     ) -> tuple[dict[str, list[str]], dict[str, str], list[dict[str, Any]]]:
         """What queries can be filtered by, what is wanted, and the queries that are left."""
         queries = self.shelf.queries()
-        choices = {
+        choices: dict[str, list[str]] = {
             name: sorted({str(row[name]) for row in queries})
             for name in ("label", "file", "test")
             if queries and name in queries[0]
         }
-        wanted = {name: request.query_params.get(name, "") for name in choices}
+        wanted: dict[str, str] = {n: request.query_params.get(n, "") for n in choices}
         shown = [
             row
             for row in queries

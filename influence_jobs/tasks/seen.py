@@ -115,10 +115,10 @@ def contents(
     found: list[Content | None] = [None] * len(ids)
     if defines(type(task), "show"):
         found = [_shown(task, "show", int(i)) for i in ids]
-    rest = np.flatnonzero([one is None for one in found])
-    if len(rest) and defines(type(task), "pictures"):
+    rest = [i for i, one in enumerate(found) if one is None]
+    if rest and defines(type(task), "pictures"):
         other: Sequence[Content | None] = [*task.pictures(ids[rest])]
-    elif len(rest) and len(task.train_data()):
+    elif rest and len(task.train_data()):
         with READING:
             other = _images(task.batch(torch.from_numpy(ids[rest]), Draw(0)), len(rest))
     else:
