@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GPT2Config, GPT2LMHeadModel
 from typing_extensions import Doc
 
-from influence_jobs import Batch, Task
+from influence_jobs import Batch, Task, Text
 
 ANIMALS = {"cat": "milk", "dog": "bones", "cow": "grass", "bee": "nectar"}
 WORDS = (".", "the", "likes", "and", "never", *ANIMALS, *ANIMALS.values())
@@ -92,3 +92,16 @@ class Gpt(Task):
 
     def describe_test(self, ids: npt.NDArray[np.int64]) -> Mapping[str, npt.NDArray[Any]]:
         return {"text": np.array([self.test_set[i] for i in ids])}
+
+    # What people see: the words. The first is no token: nothing says what it should be.
+
+    def show(self, sample: int) -> Text:
+        return _words(self.train_set[sample])
+
+    def show_test(self, test: int) -> Text:
+        return _words(self.test_set[test])
+
+
+def _words(sentence: str) -> Text:
+    first, *others = sentence.split()
+    return Text([first, *(f" {word}" for word in others)], range(1, 1 + len(others)))

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from influence_jobs.report.results import Results, open_run
     from influence_jobs.store.run import Run
     from influence_jobs.tasks.base import Batch, Draw, Task
+    from influence_jobs.tasks.seen import Sound, Text
     from influence_jobs.terms import Region
     from influence_jobs.training.recorder import Recorder
 
@@ -32,6 +33,7 @@ __version__ = "0.2.0"
 _HOMES = {
     "influence_jobs.contract": ("check",),
     "influence_jobs.tasks.base": ("Batch", "Draw", "Task"),
+    "influence_jobs.tasks.seen": ("Sound", "Text"),
     "influence_jobs.terms": ("Region",),
     "influence_jobs.gradients": ("GradDots", "GradNorms", "GradQuadratics"),
     "influence_jobs.gradients.parameters": ("ParameterSpace",),
@@ -75,7 +77,9 @@ __all__ = [
     "Run",
     "Solution",
     "Solver",
+    "Sound",
     "Task",
+    "Text",
     "check",
     "open_run",
     "submit",

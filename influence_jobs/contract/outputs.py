@@ -12,8 +12,9 @@ from influence_jobs.curvature.requirements import require_output_loss
 from influence_jobs.errors import ModelError, SpecError
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.jobs.queries import size_of
-from influence_jobs.tasks.base import Draw, Task
+from influence_jobs.tasks.base import Draw, Task, defines
 from influence_jobs.tasks.output_loss import SUM_ERROR, forms_of
+from influence_jobs.tasks.seen import Text, Wave, content
 
 
 @torch.no_grad()
@@ -111,12 +112,34 @@ def people(trial: Trial) -> Said:
     count = min(2, len(task.test_data()))
     if count:
         yield _columns("describe_test()", task.describe_test(np.arange(count)), count)
+    for hook, of in (("show", int(ids[0])), ("show_test", 0))[: 1 + (count > 0)]:
+        if defines(type(task), hook):
+            yield _seen(task, hook, of)
     try:
         yield _pictures("pictures()", task.pictures(ids), len(ids))
         if count:
             yield _pictures("test_picture()", task.test_picture(0)[None], 1)
     except SpecError as error:
-        yield ok(f"{error}: pages show no pictures")
+        says = "show() says" if defines(type(task), "show") else "batches and describe() say"
+        yield ok(f"{error}: {says} what pages show")
+
+
+def _seen(task: Task, hook: str, sample: int) -> Line:
+    """What a task shows of a sample."""
+    try:
+        found = content(getattr(task, hook)(sample), f"{hook}()")
+    except SpecError as error:
+        return fail(str(error))
+    match found:
+        case None:
+            return ok(f"{hook}() leaves sample {sample} as it is seen without it")
+        case Text():
+            return ok(f"{hook}() gives a text with {len(found.places)} tokens")
+        case Wave():
+            return ok(f"{hook}() gives a sound of {found.seconds:.3g} s")
+        case np.ndarray():
+            return ok(f"{hook}() gives {' x '.join(map(str, found.shape))} pixels")
+    return ok(f"{hook}() gives the columns {', '.join(found)}")
 
 
 def _columns(name: str, columns: Mapping[str, Any], size: int) -> Line:

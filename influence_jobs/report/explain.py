@@ -1,7 +1,8 @@
-"""The samples that explain a point of a test image, computed quickly from stored norms."""
+"""The samples that explain a point or region of a test image, computed from stored norms."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,9 +16,11 @@ from influence_jobs.store.checkpoints import load_checkpoint
 from influence_jobs.store.layout import norms_name
 from influence_jobs.tasks.base import Draw, Task, converted, out_of_half
 from influence_jobs.tasks.registry import make_task
+from influence_jobs.terms import Region
 from influence_jobs.views.norms import StoredNorms
 
 MAP_BYTES = 256 * 2**20  # limit of kept activations; the last image is always kept
+NORMS_BYTES = 512 * 2**20  # limit of kept norms
 BLOCK = 16  # chunks of norms in one read
 
 
@@ -33,6 +36,8 @@ class Explainer:
         self.task: Task = make_task(norms.task)
         self._lock = threading.Lock()  # one forward pass with hooks at a time
         self._kept: dict[int, dict[str, Tensor]] = {}  # by image and layer, the latest image last
+        self._norms: dict[tuple[str, int], npt.NDArray[Any]] = {}  # by layer and first sample
+        self._room = NORMS_BYTES
         self._model: nn.Module | None = None
 
     def top(
@@ -41,6 +46,7 @@ class Explainer:
         point: tuple[int, int],
         k: int,
         *,
+        extent: tuple[int, int] = (1, 1),
         layers: Sequence[str],
         normalize: bool = False,
         exclude_norm_above: float | None = None,
@@ -51,26 +57,30 @@ class Explainer:
             test: Id of a test image.
             point: y and x in pixels.
             k: Number of samples.
+            extent: Height and width of the region that begins at the point.
             layers: Some of `norms.layers`; their scores are summed.
             normalize: Divide a sample's norms by their sum.
             exclude_norm_above: Leave out samples whose norms sum to more.
 
         Raises:
-            SpecError: There is no such layer, image or point.
+            SpecError: There is no such layer, image or region.
+            ModelError: A layer has no positions.
         """
-        scores_N = self._scores(test, point, layers, normalize, exclude_norm_above)
+        scores_N = self._scores(test, (*point, *extent), layers, normalize, exclude_norm_above)
         ids = head(scores_N, k, largest=True)
         return [(int(i), float(scores_N[i])) for i in ids]
 
     def prepare(self, test: int, layers: Sequence[str]) -> None:
-        """Compute an image's activations ahead, so that its first point is explained quickly."""
+        """Compute an image's activations and read norms ahead, for a quick first answer."""
         with self._lock:
             self._maps(test, layers)
+        for _ in self._rows(layers):
+            pass
 
     def _scores(
         self,
         test: int,
-        point: tuple[int, int],
+        region: Region,
         layers: Sequence[str],
         normalize: bool,
         exclude_norm_above: float | None,
@@ -81,31 +91,51 @@ class Explainer:
         if not 0 <= test < len(self.task.test_data()):
             raise SpecError(f"there is no test image {test}")
         size = self.task.test_size(test)
-        if size is None or not (0 <= point[0] < size[0] and 0 <= point[1] < size[1]):
-            raise SpecError(f"point {point[0]},{point[1]} is outside of test image {test}")
+        y, x, height, width = region
+        if (
+            size is None
+            or min(y, x) < 0
+            or min(height, width) < 1
+            or y + height > size[0]
+            or x + width > size[1]
+        ):
+            raise SpecError(f"region {y},{x},{height},{width} is outside of test image {test}")
         with self._lock:
             maps = self._maps(test, layers)
         activations = {
-            layer: pool(layer, map_Chw, (*point, 1, 1), size)[None].numpy()
+            layer: pool(layer, map_Chw, region, size)[None].numpy()
             for layer, map_Chw in maps.items()
         }
-        run, names = self.norms.run, {layer: norms_name(layer) for layer in layers}
-        first = names[layers[0]]  # all arrays have the same number of samples in a chunk
-        axis = run.row_axis(first)
-        count, step = run.array(first).shape[axis], BLOCK * run.array(first).chunks[axis]
         pieces = []
-        for start in range(0, count, step):
-            rows = {
-                layer: run.read_rows(name, start, min(start + step, count))
-                for layer, name in names.items()
-            }
-            if axis:  # a leading checkpoint axis
-                rows = {layer: values.sum(axis=0) for layer, values in rows.items()}
+        for rows in self._rows(layers):
             found = attribution_scores(
                 activations, rows, exclude_norm_above=exclude_norm_above, normalize=normalize
             )
             pieces.append(np.sum([of_layer[0] for of_layer in found.values()], axis=0))
         return np.concatenate(pieces)
+
+    def _rows(self, layers: Sequence[str]) -> Iterator[dict[str, npt.NDArray[Any]]]:
+        """The norms of some layers, a block of samples at a time; kept while there is room."""
+        # All arrays have the same number of samples in a chunk.
+        run, first = self.norms.run, norms_name(layers[0])
+        axis = run.row_axis(first)
+        count, step = run.array(first).shape[axis], BLOCK * run.array(first).chunks[axis]
+        for start in range(0, count, step):
+            stop = min(start + step, count)
+            yield {layer: self._block(layer, start, stop, axis) for layer in layers}
+
+    def _block(self, layer: str, start: int, stop: int, axis: int) -> npt.NDArray[Any]:
+        kept = self._norms.get((layer, start))
+        if kept is not None:
+            return kept
+        values = self.norms.run.read_rows(norms_name(layer), start, stop)
+        if axis:  # a leading checkpoint axis
+            values = values.sum(axis=0)
+        with self._lock:
+            if (layer, start) not in self._norms and self._room >= values.nbytes:
+                self._room -= values.nbytes
+                self._norms[layer, start] = values
+        return values
 
     def _maps(self, test: int, layers: Sequence[str]) -> dict[str, Tensor]:
         """A test image's activations, cached while there is room. The caller holds the lock."""

@@ -8,7 +8,7 @@ from starlette.responses import PlainTextResponse, RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 HEADERS = {
-    b"content-security-policy": b"default-src 'none'; img-src 'self' data:; "
+    b"content-security-policy": b"default-src 'none'; img-src 'self' data:; media-src 'self'; "
     b"style-src 'self' 'unsafe-inline'; script-src 'self'; connect-src 'self'; "
     b"form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
     b"referrer-policy": b"no-referrer",

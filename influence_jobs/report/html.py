@@ -16,6 +16,7 @@ from PIL import Image
 
 from influence_jobs.errors import SpecError, StoreError
 from influence_jobs.kinds import view_of
+from influence_jobs.report.cells import Sounds, columns_of, differs, pieces_of, unmarked
 from influence_jobs.report.made import Made, made, needed
 from influence_jobs.specs.base import Spec
 from influence_jobs.store import layout
@@ -23,9 +24,9 @@ from influence_jobs.store.files import LocalFiles
 from influence_jobs.store.folder import for_runs
 from influence_jobs.store.run import Run
 from influence_jobs.store.status import read_status
+from influence_jobs.tasks.seen import Picture, Wave
 from influence_jobs.terms import html_table
 from influence_jobs.views.base import View
-from influence_jobs.views.contact_sheet import Picture
 from influence_jobs.views.curves import Panel, chart
 from influence_jobs.views.figure import Shown
 from influence_jobs.views.table import Table, cell_text
@@ -96,7 +97,12 @@ def _is_there(root: str, spec: Spec) -> bool:
 def render_report(title: str, sections: Sequence[Section]) -> str:
     """Render one self-contained HTML page."""
     template = environment().get_template("report.html.j2")
-    return template.render(title=title, sections=sections)
+    sounds = Sounds()
+    return template.render(
+        title=title,
+        sections=sections,
+        sound=lambda cell: sound_uri(cell.content) if sounds.fits(cell.content) else None,
+    )
 
 
 def write_report(title: str, sections: Sequence[Section], folder: Path) -> list[Path]:
@@ -156,6 +162,10 @@ def environment() -> Environment:
         "chart": chart_uri,
         "parquet": parquet_uri,
         "cell": cell_text,
+        "pieces": pieces_of,
+        "unmarked": unmarked,
+        "columns": columns_of,
+        "differs": differs,
     }
     return jinja
 
@@ -183,6 +193,11 @@ def parquet_uri(table: pa.Table) -> str:
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
     return _data_uri("application/vnd.apache.parquet", buffer)
+
+
+def sound_uri(sound: Wave) -> str:
+    """A sound as a data URI of a WAV file."""
+    return _data_uri("audio/wav", io.BytesIO(sound.file()))
 
 
 def _data_uri(kind: str, buffer: io.BytesIO) -> str:

@@ -12,8 +12,9 @@ from PIL import Image, ImageDraw
 from influence_jobs.errors import DataError, SpecError
 from influence_jobs.report.html import picture_uri
 from influence_jobs.tasks.base import Task
+from influence_jobs.tasks.seen import Picture, Text
 from influence_jobs.terms import Region, shown
-from influence_jobs.views.contact_sheet import MARK, Picture
+from influence_jobs.views.contact_sheet import MARK
 from influence_jobs.views.sheets import query_cell, region_of
 from influence_jobs.views.table import Table, cell_text
 
@@ -58,7 +59,12 @@ class SampleRows:
         words, image = f"test {test}", ""
         if self._task is not None:
             cell, _ = query_cell(self._task, test, region)
-            words = ", ".join(cell.lines)
+            seen: list[str] = []  # what is no picture, in words
+            if isinstance(cell.content, Text):
+                seen = [str(cell.content)]
+            elif isinstance(cell.content, Mapping):
+                seen = [f"{name} {cell_text(value)}" for name, value in cell.content.items()]
+            words = ", ".join([*cell.lines, *seen])
             if cell.picture is not None:
                 side = (4 if cell.is_photo else 2) * SIDE
                 image = _image(_marked(cell.picture, region_of(region)), side) + " "

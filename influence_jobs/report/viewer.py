@@ -14,6 +14,8 @@ from starlette.routing import Route
 from influence_jobs.errors import InflError
 from influence_jobs.report.guarded import Guarded
 from influence_jobs.report.pages import Pages
+from influence_jobs.report.points import Points
+from influence_jobs.report.shelf import Shelf
 from influence_jobs.store.run import Run
 
 HOSTS = ["127.0.0.1", "localhost"]  # any other name is another site that was rebound here
@@ -33,16 +35,24 @@ def make_viewer(
     Raises:
         SpecError: The runs are of several tasks, whose sample ids mean different samples.
     """
-    pages = Pages(runs, dashboard)
+    shelf = Shelf(runs)
+    pages, points = Pages(shelf, dashboard), Points(shelf)
     return Starlette(
         routes=[
             Route("/", pages.overview),
             Route("/progress", pages.progress),
+            Route("/queries.{kind}", pages.queries),
             Route("/query", pages.query),
+            Route("/query/samples.{kind}", pages.samples),
+            Route("/ranked/{run}.{kind}", pages.ranked),
             Route("/sample/{sample:int}", pages.sample),
-            Route("/image/{test:int}", pages.image),
-            Route("/image/{test:int}/explained", pages.explained),
+            Route("/sample/{sample:int}/queries.{kind}", pages.influenced),
+            Route("/image/{test:int}", points.image),
+            Route("/image/{test:int}/explained", points.explained),
+            Route("/image/{test:int}/samples.{kind}", points.samples),
             Route("/picture/{test:int}.png", pages.picture),
+            Route("/sound/sample/{sample:int}.wav", pages.sound),
+            Route("/sound/test/{test:int}.wav", pages.test_sound),
             Route("/tables/{run}/{name}.parquet", pages.table),
             Route("/static/{name}", _static),
         ],

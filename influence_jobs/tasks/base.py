@@ -365,6 +365,19 @@ class Task(ABC):
         """A picture of one test sample for people: (H, W) or (H, W, 3)."""
         raise SpecError(f"{type(self).__name__} defines no test_picture()")
 
+    def show(self, sample: int) -> Any:
+        """What people see of a training sample; None for what they see without this.
+
+        An image (array (H, W) or (H, W, 3), tensor (C, H, W), PIL image), a str, a `Text` or a list
+        of its pieces, a dict of columns, or a `Sound`. Without it they see its picture, or the
+        image that its batch begins with, or else its text or columns as `describe` names them.
+        """
+        return None
+
+    def show_test(self, test: int) -> Any:
+        """Like `show`, of a test sample."""
+        return None
+
     def describe(self, ids: npt.NDArray[np.int64]) -> Mapping[str, npt.NDArray[Any]]:
         """Columns (B,) that describe training samples to people, e.g. label, or file and row."""
         return {}

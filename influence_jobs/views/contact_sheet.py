@@ -1,39 +1,66 @@
-"""Pictures of queries and of the training samples that explain them, side by side."""
+"""Queries and the training samples that explain them, side by side."""
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, Rectangle
 
-from influence_jobs.terms import Region
+from influence_jobs.tasks.seen import Content, Picture, Text, Wave
+from influence_jobs.terms import Region, in_a_line
 from influence_jobs.views.drawing import Drawing
+from influence_jobs.views.table import cell_text
 
 _CELL, _CAPTION, _MARGIN = 1.15, 0.5, 0.35  # inches
 _PHOTO = 64  # pixels: larger pictures are photographs
 _MATCH, MARK = "#2e8b57", "#e4572e"
-Picture = npt.NDArray[np.uint8]
+_LONGEST = 160  # characters of a text in a cell
+Kind = Literal["picture", "text", "columns", "sound", ""]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A picture with lines of text that describe it.
+    """What people see of a sample, with lines of text that describe it.
 
     Attributes:
-        picture: The picture; None if the task has none.
+        content: What is seen; None if the sample has no more than its description.
+        lines: The description.
         sample: Id of the training sample; None for a query.
         matches: Whether the sample has the query's label.
+        token_scores: What each token brings to the sample's score, if the run keeps it.
+        span: The first token that a query explains, and the first that it does not.
     """
 
-    picture: Picture | None
+    content: Content | None
     lines: Sequence[str]
     sample: int | None = None
     matches: bool = False
+    token_scores: Sequence[float] | None = None
+    span: tuple[int, int] | None = None
+
+    @property
+    def kind(self) -> Kind:
+        """What the content is."""
+        match self.content:
+            case np.ndarray():
+                return "picture"
+            case Text():
+                return "text"
+            case Wave():
+                return "sound"
+            case Mapping():
+                return "columns"
+        return ""
+
+    @property
+    def picture(self) -> Picture | None:
+        """The picture, if it is one."""
+        return self.content if isinstance(self.content, np.ndarray) else None
 
     @property
     def is_photo(self) -> bool:
@@ -89,6 +116,13 @@ def contact_sheet(rows: Sequence[Row]) -> Figure:
 def _draw(axis: Axes, cell: Cell) -> None:
     text: dict[str, Any] = {"ha": "center", "va": "top", "fontsize": 5.5}
     axis.text(0.5, -0.04, "\n".join(cell.lines), transform=axis.transAxes, **text)
+    match cell.content:
+        case Text():
+            _write(axis, textwrap.fill(in_a_line(str(cell.content))[:_LONGEST], 26))
+        case Wave():
+            axis.plot(cell.content.values[:, 0], linewidth=0.4, color="0.3")
+        case Mapping():
+            _write(axis, "\n".join(f"{k} {cell_text(v)}" for k, v in cell.content.items()))
     if cell.picture is None:
         return
     options: dict[str, Any] = {"vmin": 0, "vmax": 255, "interpolation": "nearest"}
@@ -98,6 +132,11 @@ def _draw(axis: Axes, cell: Cell) -> None:
         axis.add_patch(
             Rectangle((-0.5, -0.5), width, height, fill=False, edgecolor=_MATCH, linewidth=2)
         )
+
+
+def _write(axis: Axes, text: str) -> None:
+    plain: dict[str, Any] = {"parse_math": False, "fontsize": 5, "va": "top", "clip_on": True}
+    axis.text(0.02, 0.96, text, transform=axis.transAxes, **plain)
 
 
 def _mark(axis: Axes, region: Region | None) -> None:

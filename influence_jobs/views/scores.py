@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import pyarrow as pa
@@ -75,8 +76,9 @@ class ScoresView(View[S]):
 
     def figures(self, say: Say) -> "Iterator[Shown]":
         from influence_jobs.views.figure import Shown, file_name
-        from influence_jobs.views.sheets import score_rows
+        from influence_jobs.views.sheets import score_rows, token_scores_of
 
+        tokens = token_scores_of(self.run)
         try:
             ranked = ranked_scores(self.run, PER_ROW, sides=self.sides)
         except NothingLeft as error:
@@ -85,11 +87,12 @@ class ScoresView(View[S]):
         queries = self.run.read_table("queries").to_pylist()
         for side in self.sides:
             of_side = [row for row in ranked if row["side"] == side]
-            if pictures := self.pictures(score_rows, of_first(of_side, MAX_ROWS), say):
+            make = partial(score_rows, tokens=tokens)
+            if pictures := self.pictures(make, of_first(of_side, MAX_ROWS), say):
                 drawn = any(row.query and row.query.picture is not None for row in pictures)
                 seen = scores_seen(of_side, queries, classes=self.has_classes, drawn=drawn)
-                if not drawn:
-                    seen += f" {type(self.task).__name__} defines no test_picture()."
+                if not any(row.query and row.query.kind for row in pictures):
+                    seen += f" {type(self.task).__name__} defines no show_test()."
                 yield Shown(
                     f"top-{file_name(side)}",
                     f"Top {PER_ROW} by {self.ranking(side)}",

@@ -1,18 +1,19 @@
-"""Rows of pictures: the top samples of a query, of a node or layer, or of several trainings."""
+"""Rows of samples: the top ones of a query, of a node or layer, or of several trainings."""
 
-import contextlib
 from collections import Counter
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
-from influence_jobs.errors import SpecError
+from influence_jobs.store.layout import SCORES_OF_TOKENS
+from influence_jobs.store.run import Run
 from influence_jobs.tasks.base import Batch, Task
+from influence_jobs.tasks.seen import Text, content_of_test, contents
 from influence_jobs.terms import Region
 from influence_jobs.views.base import RankedRow
-from influence_jobs.views.contact_sheet import Cell, Picture, Row
+from influence_jobs.views.contact_sheet import Cell, Row
 from influence_jobs.views.ranking import by_query, place_words
 from influence_jobs.views.table import cell_text
 
@@ -29,11 +30,20 @@ _RANKING = {
     "channel",
     "layer",
     "norm",
+    "token",
 }
 
 
-def score_rows(task: Task, ranked: Sequence[RankedRow]) -> list[Row]:
+TokenScores = Callable[[int, str | None, int], Sequence[float]]
+
+
+def score_rows(
+    task: Task, ranked: Sequence[RankedRow], tokens: TokenScores | None = None
+) -> list[Row]:
     """A row for every query and side of `ranked_scores`.
+
+    Args:
+        tokens: See `token_scores_of`.
 
     Raises:
         DataError: The task's data are missing.
@@ -41,8 +51,28 @@ def score_rows(task: Task, ranked: Sequence[RankedRow]) -> list[Row]:
     rows = []
     for (test, region, side), line in by_query(ranked).items():
         query, known = query_cell(task, test, region)
-        rows.append(Row(query, region_of(region), side, sample_cells(task, line, known)))
+        parts = [tokens(test, region, row["sample"]) for row in line] if tokens else None
+        cells = sample_cells(task, line, known, token_scores=parts)
+        rows.append(Row(query, region_of(region), side, cells))
     return rows
+
+
+def token_scores_of(run: Run) -> TokenScores | None:
+    """What each token of a sample brings to its score, by test id, region and sample.
+
+    None if the run does not keep it.
+    """
+    if SCORES_OF_TOKENS not in run.array_names():
+        return None
+    array: Any = run.array(SCORES_OF_TOKENS)
+    rows = {(q["test"], q["region"]): q["query"] for q in run.read_table("queries").to_pylist()}
+
+    def of(test: int, region: str | None, sample: int) -> Sequence[float]:
+        scores_T = np.asarray(array[rows[test, region], sample], dtype=np.float64)
+        found: list[float] = scores_T[~np.isnan(scores_T)].tolist()
+        return found
+
+    return of
 
 
 def seed_rows(task: Task, ranked: Sequence[RankedRow]) -> list[Row]:
@@ -135,13 +165,21 @@ def query_cell(
         known: The description; by default the task gives it.
     """
     known = _known(task, test) if known is None else known
-    picture: Picture | None = None
-    with contextlib.suppress(SpecError):  # a task may have no pictures
-        picture = task.test_picture(test)
-    lines = [f"test {test}", *_described(known)]
-    if region and (picture is None or region_of(region) is None):
+    content = content_of_test(task, test, known)
+    lines = [f"test {test}", *_described(_beside(known, content))]
+    if region and (not isinstance(content, np.ndarray) or region_of(region) is None):
         lines.append(place_words(region))
-    return Cell(picture, lines), known
+    return Cell(content, lines, span=span_of(region)), known
+
+
+def _beside(known: Mapping[str, Any], content: Any) -> Mapping[str, Any]:
+    """What of a description is not in what is seen of the sample anyway."""
+    if isinstance(content, Mapping):
+        return {name: value for name, value in known.items() if name not in content}
+    if isinstance(content, Text):
+        whole = str(content)
+        return {name: value for name, value in known.items() if str(value).strip() != whole.strip()}
+    return known
 
 
 def query_words(task: Task, test: int) -> str:
@@ -158,36 +196,47 @@ def sample_cells(
     ranked: Sequence[RankedRow],
     known: Mapping[str, Any],
     more: Sequence[str] | None = None,
+    token_scores: Sequence[Sequence[float]] | None = None,
 ) -> list[Cell]:
     """Cells of ranked samples, with their score or norm.
 
     Args:
         known: Description of the query. If labels are classes, samples with its label match.
         more: One more line for each sample.
+        token_scores: For each sample what its tokens bring to its score.
     """
     if not ranked:
         return []
     cells, classes = [], task.output_loss == "cross-entropy"
-    pictures: Sequence[Picture | None] = [None] * len(ranked)
-    with contextlib.suppress(SpecError):  # a task may have no pictures
-        pictures = list(task.pictures(np.array([row["sample"] for row in ranked])))
-    for i, (picture, row) in enumerate(zip(pictures, ranked, strict=True)):
-        # Rankings of other kinds have it last.
-        measure = next((name for name in ("score", "norm") if name in row), [*row][-1])
+    # Rankings of other kinds have it last.
+    measures = [
+        next((name for name in ("score", "norm") if name in row), [*row][-1]) for row in ranked
+    ]
+    columns = [
+        {
+            name: value
+            for name, value in row.items()
+            if name not in _RANKING and name != measure and value is not None
+        }
+        for row, measure in zip(ranked, measures, strict=True)
+    ]
+    ids = np.array([row["sample"] for row in ranked], dtype=np.int64)
+    seen = contents(task, ids, columns)
+    for i, (content, row, measure) in enumerate(zip(seen, ranked, measures, strict=True)):
         lines = [
             f"{row['sample']}",
             f"{measure.replace('_', '-')} {cell_text(row[measure])}",
             *_described(
                 {
                     name: cell_text(text) if isinstance(text, float) else text
-                    for name, text in row.items()
-                    if name not in _RANKING and name != measure
+                    for name, text in _beside(columns[i], content).items()
                 }
             ),
             *([more[i]] if more else ()),
         ]
         matches = classes and "label" in known and row.get("label") == known["label"]
-        cells.append(Cell(picture, lines, row["sample"], matches))
+        parts = token_scores[i] if token_scores else None
+        cells.append(Cell(content, lines, row["sample"], matches, parts))
     return cells
 
 
@@ -203,3 +252,11 @@ def region_of(text: str | None) -> Region | None:
         return None
     y, x, height, width = map(int, text.split(","))
     return y, x, height, width
+
+
+def span_of(text: str | None) -> tuple[int, int] | None:
+    """Parse a span of tokens of a table, `start:stop`; None for a region, as for none."""
+    if not text or ":" not in text:
+        return None
+    start, stop = map(int, text.split(":"))
+    return start, stop

@@ -79,6 +79,7 @@ EXAMPLES = [
     ),
     Example("tabular:Tabular", ("0", "1", "6"), {"samples": 20, "width": 4}),
     Example("unet:UNet", ("down.conv", "middle.norm", "up"), {"samples": 6, "width": 2}),
+    Example("audio:Audio", ("0", "2", "6"), {"samples": 8, "width": 2}),
     Example("lstm:Lstm", ("rnn.weight_hh_l0", "head"), warned=("(LSTM)", "(GRU)")),
     Example(
         "lora:Lora",

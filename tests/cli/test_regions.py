@@ -85,7 +85,7 @@ def of(name: str, *words: str) -> tuple[str, ...]:
     return "submit", name, "--local", "--epochs", "1", *words
 
 
-def test_points_are_explained_reported_and_viewed_without_pictures(
+def test_points_are_explained_reported_and_viewed_without_pictures_of_ones_own(
     infl: Infl, task: str, tmp_path: Path
 ) -> None:
     asked = ("--task", task, "--test", "1", "--point", "2,3", "--region", "0,0,4,8")
@@ -101,14 +101,12 @@ def test_points_are_explained_reported_and_viewed_without_pictures(
     assert "test 1 (region 2,3,1,1): helpful" in top.out
     assert infl("report", *names, "--out", "report").code == 0
     page = (tmp_path / "report" / "report.html").read_text()
-    assert "Deblur defines no test_picture()." in page
-    assert "The mark shows" not in page
+    assert "The mark shows" in page  # in the image that a batch begins with
     with TestClient(make_viewer(runs, "token"), "http://127.0.0.1") as client:
         assert client.get("/?token=token").status_code == 200
-        assert "region 2,3,1,1" in client.get("/").text
-        image = client.get("/image/1").text
-        assert "type the row and column of a point, up to 7 and 7" in image
-        assert "<img" not in image
+        assert "region=2%2C3%2C1%2C1" in client.get("/").text
+        assert '<img src="/picture/1.png" width="8" height="8"' in client.get("/image/1").text
+        assert client.get("/picture/1.png").status_code == 200
         point = client.get("/image/1?y=2&x=3")
         assert point.status_code == 200
         assert "sample/" in point.text

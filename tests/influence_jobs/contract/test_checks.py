@@ -425,6 +425,21 @@ def test_what_people_see() -> None:
     assert picture == "ok: test_picture() gives 8 x 8 pixels"
 
 
+class Seen(Right):
+    def show(self, sample: int) -> Any:
+        return 3
+
+    def show_test(self, test: int) -> Any:
+        return np.zeros(8), 4
+
+
+def test_what_a_task_shows() -> None:
+    lines = looked(outputs.people, Seen())
+    assert lines[2].startswith("fail: show() gives a int, which cannot be shown: give an image")
+    assert lines[3] == "ok: show_test() gives a sound of 2 s"
+    assert lines[4].endswith("defines no pictures(): show() says what pages show")
+
+
 class Normed(Right):
     def model(self) -> nn.Module:
         return nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))

@@ -2,6 +2,7 @@
 
 import shutil
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -38,6 +39,7 @@ from influence_jobs.store.checkpoints import file_checkpoint
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.registry import make_task
 
+sys.path.insert(0, str(Path(__file__).parent))  # many_kinds
 CHROMIUM = [path for name in ("chromium", "google-chrome") if (path := shutil.which(name))]
 # Without these options the browser asks its vendor's hosts for updates.
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
@@ -251,16 +253,12 @@ def watched(browser: Browser) -> Iterator[Callable[..., Watched]]:
 
 
 @pytest.fixture(scope="session")
-def serious() -> Callable[[Page], list[str]]:
-    """The faults of a page that axe-core calls serious or worse."""
+def faults() -> Callable[[Page], list[str]]:
+    """Everything that axe-core finds wrong with a page, best practices included."""
     from axe_playwright_python.sync_playwright import Axe
 
     def find(page: Page) -> list[str]:
         found = Axe().run(page).response["violations"]
-        return [
-            f"{one['id']}: {one['nodes'][0]['html'][:200]}"
-            for one in found
-            if one["impact"] in ("serious", "critical")
-        ]
+        return [f"{one['id']}: {one['nodes'][0]['html'][:200]}" for one in found]
 
     return find

@@ -48,7 +48,7 @@ def test_every_kind_of_run_has_a_section_that_says_how_it_was_made(report, every
 
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_opens_from_disk_alone(report, watched, serious, width, scheme) -> None:
+def test_it_opens_from_disk_alone(report, watched, faults, width, scheme) -> None:
     shown = watched(width, scheme)
     address = (report / "report.html").as_uri()
     shown.page.goto(address)
@@ -61,7 +61,7 @@ def test_it_opens_from_disk_alone(report, watched, serious, width, scheme) -> No
     )
     assert len(pictures) > 60
     assert all(alt.strip() and size for alt, size in pictures)
-    assert serious(shown.page) == []
+    assert faults(shown.page) == []
     ground = shown.page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
 
@@ -208,7 +208,7 @@ def test_titles_tell_runs_apart(runs_of_all_kinds) -> None:
 
 
 def test_a_task_without_pictures_is_told_in_words(
-    runs_of_all_kinds, tmp_path, monkeypatch, watched, serious
+    runs_of_all_kinds, tmp_path, monkeypatch, watched, faults
 ) -> None:
     from digits import DigitsTask
 
@@ -223,7 +223,7 @@ def test_a_task_without_pictures_is_told_in_words(
     first = shown.page.locator(".row").first
     assert "test 5, label" in first.inner_text()
     assert first.locator(".cell").nth(1).inner_text().startswith(f"{expected}\nscore ")
-    assert serious(shown.page) == []
+    assert faults(shown.page) == []
 
 
 def test_a_report_reads_no_entry_of_a_shard(

@@ -203,13 +203,13 @@ def test_tables_come_as_they_are(get, runs_of_all_kinds, tmp_path) -> None:
 
 
 def test_a_query_shows_all_methods_beside_each_other(
-    digits, runs_of_all_kinds, watched, serious
+    digits, runs_of_all_kinds, watched, faults
 ) -> None:
     shown = watched()
     shown.page.goto(f"{digits}/?token={TOKEN}")
     assert TOKEN not in shown.page.url
     assert shown.page.get_by_role("link", name="Ray dashboard").get_attribute("href").endswith("/x")
-    assert serious(shown.page) == []
+    assert faults(shown.page) == []
     shown.page.locator(".gallery a").nth(2).click()
     expect(shown.page.get_by_role("heading", level=1)).to_contain_text("test 111")
     for run, side, heading in (
@@ -225,7 +225,7 @@ def test_a_query_shows_all_methods_beside_each_other(
     boxes = [one.bounding_box() for one in shown.page.locator(".sides > section").all()]
     assert len({box["x"] for box in boxes}) == 3  # side by side
     assert len({box["y"] for box in boxes}) == 1
-    assert serious(shown.page) == []
+    assert faults(shown.page) == []
     assert shown.complaints == []
 
     shown.page.get_by_label("samples of label").select_option("3")
@@ -236,7 +236,7 @@ def test_a_query_shows_all_methods_beside_each_other(
 
     shown.page.locator("a.cell").first.click()
     expect(shown.page.get_by_role("heading", level=1)).to_contain_text("training sample")
-    assert serious(shown.page) == []
+    assert faults(shown.page) == []
     assert shown.complaints == []
 
 
@@ -265,7 +265,7 @@ def test_queries_are_filtered(get) -> None:
 
 
 def test_a_click_on_a_pixel_is_answered_with_patches(
-    denoiser, denoiser_runs, watched, serious
+    denoiser, denoiser_runs, watched, faults
 ) -> None:
     _, attribution = denoiser_runs
     shown = watched()
@@ -288,7 +288,7 @@ def test_a_click_on_a_pixel_is_answered_with_patches(
         assert file == row["file"]
         assert place == f"row {row['row']}, column {row['column']}"
     assert shown.page.locator("#image .mark").is_visible()
-    assert serious(shown.page) == []
+    assert faults(shown.page) == []
 
     # By the keyboard, with another layer.
     shown.page.get_by_label("layer").select_option("main.26")
@@ -303,7 +303,7 @@ def test_a_click_on_a_pixel_is_answered_with_patches(
     assert all(asked.startswith(denoiser) for asked in shown.requests)
 
 
-def test_it_fits_a_phone(denoiser, digits, watched, serious) -> None:
+def test_it_fits_a_phone(denoiser, digits, watched, faults) -> None:
     for address in (f"{digits}/?token={TOKEN}", f"{digits}/query?test=5", f"{digits}/sample/3",
                     f"{denoiser}/?token={TOKEN}", f"{denoiser}/image/0?y=3&x=4"):  # fmt: skip
         shown = watched(390, "dark")
@@ -311,7 +311,7 @@ def test_it_fits_a_phone(denoiser, digits, watched, serious) -> None:
         shown.page.goto(f"{start}/?token={TOKEN}")
         shown.page.goto(address)
         assert shown.page.evaluate("document.documentElement.scrollWidth") <= 390
-        assert serious(shown.page) == []
+        assert faults(shown.page) == []
 
 
 def test_explained_points_are_those_of_an_attribution_run(denoiser_runs) -> None:

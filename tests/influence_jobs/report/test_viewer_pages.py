@@ -42,7 +42,7 @@ def test_samples_are_filtered_by_labels_of_any_kind(influence, asking, word, lab
     assert len(found) == 20
     assert {values[sample] for sample in found} == labels
     offered = re.findall(r"<option(?: selected)?>([^<]*)</option>", page.text)
-    assert offered == ["2.5", "3.0", "None"]
+    assert offered == ["2.5", "3.0", "None", "helpful", "harmful"]
 
 
 def test_a_rank_is_among_those_that_are_ranked(influence, asking) -> None:

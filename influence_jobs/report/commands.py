@@ -1,0 +1,81 @@
+"""The command that would compute what no run here has."""
+
+import inspect
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from influence_jobs.errors import UntrustedCode
+from influence_jobs.kinds.train.spec import FileCheckpoint, TrainSpec
+from influence_jobs.report.made import needed
+from influence_jobs.specs.base import Model, TaskSpec
+from influence_jobs.store.folder import for_runs
+from influence_jobs.store.run import Run
+from influence_jobs.tasks.registry import task_class
+from influence_jobs.terms import Region
+
+
+def influence_of(runs: Sequence[Run], test: int, region: Region) -> str:
+    """The command that computes the influence of all samples on a region of a test image.
+
+    Args:
+        runs: Whose task and weights it takes.
+    """
+    y, x, height, width = region
+    place = (
+        f"--point {y},{x}" if (height, width) == (1, 1) else f"--region {y},{x},{height},{width}"
+    )
+    return f"infl submit influence {_subject(runs)} --test {test} {place}{for_runs(runs[0].root)}"
+
+
+def norms_of(runs: Sequence[Run]) -> str:
+    """The command that stores the norms by which any point is explained at once."""
+    return f"infl submit grad-norms {_subject(runs)} --layer all{for_runs(runs[0].root)}"
+
+
+def _subject(runs: Sequence[Run]) -> str:
+    """The options that name the task and the weights of runs."""
+    specs = [spec for run in runs for spec in needed(run.spec)]
+    for spec in specs:
+        if isinstance(spec, TrainSpec):  # which knows its task
+            return f"--checkpoint {spec.run_id}"
+    words = _task_words(runs[0].spec.task)
+    for run in runs:
+        for file in _files(run.spec):
+            return f"{words} --checkpoint {shlex.quote(file.path)}"
+    return words
+
+
+def _files(value: object) -> Iterator[FileCheckpoint]:
+    """The weights in files that a spec is made of."""
+    if isinstance(value, FileCheckpoint):
+        yield value
+    elif isinstance(value, Model):
+        for name in type(value).model_fields:
+            yield from _files(getattr(value, name))
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from _files(item)
+
+
+def _task_words(task: TaskSpec) -> str:
+    """The options that name a task, with those of its own that are not at their default."""
+    module, _, name = task.name.partition(":")
+    file = Path(task.folder, f"{module.replace('.', '/')}.py")
+    named = f"{file}:{name}" if task.folder and file.is_file() else task.name
+    try:
+        parameters = inspect.signature(task_class(task)).parameters
+        defaults = {name: of.default for name, of in parameters.items()}
+    except UntrustedCode:
+        defaults = {}
+    words = ["--task", named]
+    for option, value in {**task.options, **task.paths}.items():
+        flag = f"--{option.replace('_', '-')}"
+        if value is None or value == () or value == defaults.get(option):
+            continue
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{option.replace('_', '-')}")
+        else:
+            each = value if isinstance(value, tuple | list) else (value,)
+            words += [word for one in each for word in (flag, str(one))]
+    return shlex.join(words)
