@@ -31,6 +31,7 @@ from influence_jobs.store.object_files import be_patient, is_of_store
 from influence_jobs.store.run import Run, now
 from influence_jobs.store.software import software
 from influence_jobs.tasks.fingerprints import require_unchanged
+from influence_jobs.tasks.own_code import place_and_cure
 
 log = logging.getLogger(__name__)
 
@@ -230,4 +231,4 @@ def _line(error: Exception) -> str:
         return f"the GPU failed ({first_line(error)}): resume the run"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "the disk is full: make room and resume"
-    return f"{type(error).__name__}: {first_line(error)}"
+    return f"{type(error).__name__}: {first_line(error)}{place_and_cure(error)}"

@@ -21,13 +21,17 @@ def run_ids(root: str) -> list[str]:
 def find_run(root: str, word: str) -> Run:
     """The run with this id, or whose id or hash begins with these characters.
 
+    The whole name before the hash, such as influence-mnist, means no run of a longer name.
+
     Raises:
         StoreError: No run matches, or several do.
     """
     ids = run_ids(root)
     if word in ids:
         return Run.open(root, word)
-    found = [i for i in ids if i.startswith(word) or i.rpartition("-")[2].startswith(word)]
+    found = [i for i in ids if i.rpartition("-")[0] == word] or [
+        i for i in ids if i.startswith(word) or i.rpartition("-")[2].startswith(word)
+    ]
     if len(found) == 1:
         return Run.open(root, found[0])
     if found:

@@ -1,5 +1,6 @@
 """The user's own code among all that is loaded: where it lies, and which line of it failed."""
 
+import re
 import site
 import sysconfig
 import traceback
@@ -7,6 +8,9 @@ from functools import cache
 from pathlib import Path
 
 _LONGEST = 200  # characters of an error's own text that are shown
+# What torch says of a double tensor beside a float one.
+_TWO_TYPES = re.compile(r"should be the same|have the same dtype|expected scalar type")
+_CURE = ": cast samples to the type of the weights, x.to(next(model.parameters()).dtype)"
 OURS = ("influence_jobs", "infl_cluster", "infl_cli", "infl_configs")
 
 
@@ -28,19 +32,21 @@ def described(error: BaseException) -> str:
     if isinstance(error, SyntaxError):
         said, where = error.msg, f" ({error.filename}, line {error.lineno})"
     else:
-        said, where = " ".join(str(error).split()), _last_own_line(error)
+        said, where = " ".join(str(error).split()), place_and_cure(error)
     said = said if len(said) <= _LONGEST else f"{said[:_LONGEST]}..."
     return f"{type(error).__name__}{': ' if said else ''}{said}{where}"
 
 
-def _last_own_line(error: BaseException) -> str:
+def place_and_cure(error: BaseException) -> str:
+    """The user's last line that an error came through, and its cure; empty if neither is known."""
     where = ""
     for frame, line in traceback.walk_tb(error.__traceback__):
         file = frame.f_code.co_filename
         module = str(frame.f_globals.get("__name__", ""))
         if not file.startswith("<frozen") and is_own(Path(file).resolve(), module):
             where = f" ({file}, line {line})"
-    return where
+    two_types = isinstance(error, RuntimeError) and _TWO_TYPES.search(str(error))
+    return where + (_CURE if where and two_types else "")
 
 
 @cache

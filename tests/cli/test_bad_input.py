@@ -14,9 +14,10 @@ import torch
 
 from infl_cluster.head import Head
 from influence_jobs.datasets import mnist
-from influence_jobs.errors import DataError
+from influence_jobs.errors import DataError, StoreError
 from influence_jobs.models.mnist_mlp import MnistMLP
 from influence_jobs.store.files import LocalFiles
+from influence_jobs.store.find import find_run
 from influence_jobs.store.run import Run
 
 Infl = Callable[..., Any]
@@ -329,3 +330,15 @@ def test_a_wrong_token(refused: Refused, ray_head: Head, monkeypatch: pytest.Mon
     monkeypatch.setenv("RAY_AUTH_TOKEN", "f" * 64)
     message = refused(*TRAIN[:-1], "--address", ray_head.dashboard_url)
     assert "refuses the token from RAY_AUTH_TOKEN" in message
+
+
+def test_the_name_before_the_hash_means_no_run_of_a_longer_name(tmp_path: Path) -> None:
+    for name in ("influence-ts-0123456789ab", "influence-tsmean-0123456789ab"):
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        (folder / "spec.json").write_text("{}")
+    with pytest.raises(StoreError, match="influence-ts-0123456789ab") as first:
+        find_run(str(tmp_path / "runs"), "influence-ts")
+    assert "may be any" not in str(first.value)  # the folder's spec is damaged, and it was found
+    with pytest.raises(StoreError, match=r"may be any of influence-ts-.*, influence-tsmean-"):
+        find_run(str(tmp_path / "runs"), "influence-t")

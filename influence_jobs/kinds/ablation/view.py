@@ -93,8 +93,7 @@ class AblationView(View[AblationSpec]):
                     row["by"],
                     row["k"],
                     row["mean_change"],
-                    row["low"],
-                    row["high"],
+                    *(("-", "-") if row["low"] != row["low"] else (row["low"], row["high"])),
                     row["mean_loss"],
                     row["mean_loss_before"],
                     f"{row['changed_decisions']} of {row['decisions']}"
@@ -104,7 +103,7 @@ class AblationView(View[AblationSpec]):
                 for row in summary
             ],
             note="Intervals: BCa bootstrap over queries; with few and skewed values they cover "
-            "less than 95 %.",
+            "less than 95 %. One query has none.",
         )
 
     def _decisions(self) -> Table:
@@ -118,6 +117,7 @@ class AblationView(View[AblationSpec]):
             title="Decisions that changed, by test id",
             columns=("mode", "by", "k", "changed"),
             rows=[(*group, "; ".join(texts)) for group, texts in groups.items()],
+            note="From that of the unchanged training of the same seed.",
         )
 
     def figures(self, say: Say) -> "Iterator[Shown]":
