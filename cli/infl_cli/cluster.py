@@ -14,7 +14,8 @@ from infl_cluster.head import current_head, ensure_head, recorded_head, remains,
 from influence_jobs.errors import RuntimeFault
 
 app = typer.Typer(
-    no_args_is_help=True, help="Start and stop the Ray on this machine that runs use."
+    no_args_is_help=True,
+    help="Start and stop the Ray on this machine that runs use, and look at this or another one.",
 )
 
 NONE = "no Ray of infl is up on this machine; a run starts one, and so does infl cluster up"
@@ -108,8 +109,11 @@ def wait(
     began, up, why = time.monotonic(), 0, ""
     while up < nodes:
         if time.monotonic() - began > timeout:
-            found = why or f"{up} of {nodes} nodes of {address} are up"
-            raise RuntimeFault(f"{found} after {timeout:.0f} s: look at Ray's logs on the others")
+            late = f"after {timeout:.0f} s"
+            if why:
+                raise RuntimeFault(f"{why}, {late}: is the head up, and a tunnel to it open?")
+            found = f"{up} of {nodes} nodes of {address} are up {late}"
+            raise RuntimeFault(f"{found}: look at Ray's logs on the others")
         time.sleep(0.2)
         try:
             up, why = client.num_nodes(), ""

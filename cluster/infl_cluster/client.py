@@ -264,9 +264,11 @@ class JobClient:
                 f"Ray at {self.address} wants a token: set RAY_AUTH_TOKEN_PATH to its token file"
             )
         if status in (401, 403):
+            cure = "set RAY_AUTH_TOKEN_PATH to that cluster's token file"
+            if self.token_source == "RAY_AUTH_TOKEN":  # noqa: S105  (a name; it goes before a file)
+                cure = f"give it that cluster's token, or unset it and {cure}"
             return TokenRefused(
-                f"Ray at {self.address} refuses the token from {self.token_source}: "
-                "set RAY_AUTH_TOKEN_PATH to that cluster's token file"
+                f"Ray at {self.address} refuses the token from {self.token_source}: {cure}"
             )
         job = path.removeprefix("/api/jobs/").split("/")[0]  # empty for other paths
         if status == 404 and job:

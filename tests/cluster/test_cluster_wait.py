@@ -33,7 +33,9 @@ def test_a_token_that_is_refused_is_told_at_once(status):
     with http_server(status) as (address, seen):
         found = typer.testing.CliRunner().invoke(app, ["wait", "--address", address])
     assert isinstance(found.exception, TokenRefused)  # an InflError: one line, exit code 2
-    assert f"Ray at {address} refuses the token from RAY_AUTH_TOKEN" in str(found.exception)
+    said = str(found.exception)
+    assert f"Ray at {address} refuses the token from RAY_AUTH_TOKEN" in said
+    assert "or unset it and set RAY_AUTH_TOKEN_PATH" in said
     assert len(seen) == 1
     assert time.monotonic() - began < 60  # of 300 s
 

@@ -1,8 +1,9 @@
 #!/bin/bash
 # A Ray cluster on hosts that you reach by ssh, the first of which is the head.
 #   ray-over-ssh.sh up alice@one two three
+#   export RAY_AUTH_TOKEN_PATH=~/.infl/ssh/token
 #   infl cluster wait --address http://localhost:8265 --nodes 3
-#   RAY_AUTH_TOKEN_PATH=~/.infl/ssh/token infl submit ... --runs /shared/runs --address http://localhost:8265
+#   infl submit ... --runs /shared/runs --address http://localhost:8265
 #   ray-over-ssh.sh down alice@one two three
 # BIN is the folder of python and ray on the hosts, HEAD the head's name or address among them.
 set -euo pipefail
