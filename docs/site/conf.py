@@ -44,7 +44,7 @@ autodoc_typehints_format = "short"
 autodoc_mock_imports = ["lightning"]  # not needed to read about its callback
 nitpicky = True
 # No page tells of these: other packages' types, and types of ours that a user does not name.
-nitpick_ignore_regex = [("py:class", r"(?!influence_jobs\.\w+$).*")]
+nitpick_ignore_regex = [("py:(class|exc)", r"(?!influence_jobs\.\w+$).*")]
 
 html_theme = "furo"
 html_title = f"infl {release}"

@@ -276,7 +276,7 @@ class Run:
         The bytes are those of `write_table` if each block but the last has `BLOCK_ROWS`.
 
         Raises:
-            pa.ArrowException: A block does not fit the columns of the first.
+            pyarrow.ArrowException: A block does not fit the columns of the first.
         """
         file, found = f"{layout.TABLES}/{name}.parquet", iter(blocks)
         first = next(found)
