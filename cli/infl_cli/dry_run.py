@@ -134,7 +134,7 @@ def _workers(how: How) -> tuple[int, str]:
         return 1, f"one is assumed, give their number with --workers: {fault}"
     labels = dict(label.split("=", 1) for label in how.node_label)
     rooms = [
-        node["resources_total"]
+        node.get("resources_total") or {}
         for node in nodes
         if labels.items() <= (node.get("labels") or {}).items()
     ]

@@ -244,4 +244,5 @@ class Job(ABC, Generic[S]):
 
     def _described(self, start: int, stop: int) -> pa.Table:
         ids = np.arange(start, stop)
-        return pa.table({"sample": ids, **self.task.describe(ids)})
+        # A column of the task's own with this name would take the place of the ids.
+        return pa.table({"sample": ids, **self.task.describe(ids)} | {"sample": ids})

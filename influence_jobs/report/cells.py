@@ -97,6 +97,11 @@ def _cut(pieces: list[Piece]) -> list[Piece]:
     return found
 
 
+def all_columns(cells: Sequence[Cell]) -> bool:
+    """Whether all samples are rows of columns, so that a table shows them."""
+    return all(cell.kind == "columns" for cell in cells)
+
+
 def columns_of(cells: Sequence[Cell], query: Cell | None) -> list[str]:
     """The names of the columns of rows, those of the query first."""
     rows = [cell.content for cell in ([query] if query else []) + [*cells]]
@@ -109,7 +114,7 @@ def differs(value: Any, other: Any) -> str:
     Args:
         other: The query's value; None if it has none.
     """
-    if other is None or value == other:
+    if other is None or value == other or str(value) == str(other) == "nan":
         return ""
     numbers = (int, float)
     if isinstance(value, numbers) and isinstance(other, numbers) and not isinstance(value, bool):

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from influence_jobs.errors import UntrustedCode
-from influence_jobs.kinds.train.spec import FileCheckpoint, TrainSpec
-from influence_jobs.report.made import needed
+from influence_jobs.kinds.train.spec import FileCheckpoint, TrainedCheckpoint
 from influence_jobs.specs.base import Model, TaskSpec
 from influence_jobs.store.folder import for_runs
 from influence_jobs.store.run import Run
@@ -35,27 +34,24 @@ def norms_of(runs: Sequence[Run]) -> str:
 
 def _subject(runs: Sequence[Run]) -> str:
     """The options that name the task and the weights of runs."""
-    specs = [spec for run in runs for spec in needed(run.spec)]
-    for spec in specs:
-        if isinstance(spec, TrainSpec):  # which knows its task
-            return f"--checkpoint {spec.run_id}"
-    words = _task_words(runs[0].spec.task)
-    for run in runs:
-        for file in _files(run.spec):
-            return f"{words} --checkpoint {shlex.quote(file.path)}"
-    return words
+    for weights in (found for run in runs for found in _weights(run.spec)):
+        if isinstance(weights, TrainedCheckpoint):  # whose training knows its task
+            last = weights.epoch == weights.train.epochs
+            return f"--checkpoint {weights.train.run_id}{'' if last else f'@{weights.epoch}'}"
+        return f"{_task_words(runs[0].spec.task)} --checkpoint {shlex.quote(weights.path)}"
+    return _task_words(runs[0].spec.task)
 
 
-def _files(value: object) -> Iterator[FileCheckpoint]:
-    """The weights in files that a spec is made of."""
-    if isinstance(value, FileCheckpoint):
+def _weights(value: object) -> Iterator[FileCheckpoint | TrainedCheckpoint]:
+    """The weights that a spec is made of."""
+    if isinstance(value, FileCheckpoint | TrainedCheckpoint):
         yield value
     elif isinstance(value, Model):
         for name in type(value).model_fields:
-            yield from _files(getattr(value, name))
+            yield from _weights(getattr(value, name))
     elif isinstance(value, tuple):
         for item in value:
-            yield from _files(item)
+            yield from _weights(item)
 
 
 def _task_words(task: TaskSpec) -> str:

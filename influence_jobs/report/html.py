@@ -16,7 +16,14 @@ from PIL import Image
 
 from influence_jobs.errors import SpecError, StoreError
 from influence_jobs.kinds import view_of
-from influence_jobs.report.cells import Sounds, columns_of, differs, pieces_of, unmarked
+from influence_jobs.report.cells import (
+    Sounds,
+    all_columns,
+    columns_of,
+    differs,
+    pieces_of,
+    unmarked,
+)
 from influence_jobs.report.made import Made, made, needed
 from influence_jobs.specs.base import Spec
 from influence_jobs.store import layout
@@ -165,6 +172,7 @@ def environment() -> Environment:
         "pieces": pieces_of,
         "unmarked": unmarked,
         "columns": columns_of,
+        "all_columns": all_columns,
         "differs": differs,
     }
     return jinja

@@ -70,7 +70,7 @@ class Points:
         head |= {"region": ",".join(map(str, region)), "side": "attribution"}
         ranked = self._ranked(explainer, test, region, request.query_params)
         rows = [
-            {**head, "rank": rank, "score": row["score"], **row}
+            {**head, "rank": rank, "score": row["score"], **row} | head | {"rank": rank}
             for rank, row in enumerate(ranked, start=1)
         ]
         return table_file(rows, kind, f"test-{test}-{head['region']}")
@@ -139,7 +139,10 @@ class Points:
         ids = np.array([sample for sample, _ in found], dtype=np.int64)
         columns = {k: np.asarray(v).tolist() for k, v in explainer.task.describe(ids).items()}
         return [
-            {"sample": sample, "score": score, **{k: v[i] for k, v in columns.items()}}
+            # Ours come first, and count where a column of the task has their name.
+            {"sample": sample, "score": score}
+            | {k: v[i] for k, v in columns.items()}
+            | {"sample": sample, "score": score}
             for i, (sample, score) in enumerate(found)
         ]
 

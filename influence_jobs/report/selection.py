@@ -136,12 +136,12 @@ def _sections(
         if SCORES_OF_TOKENS in view.run.array_names():
             strongest = strongest_tokens(view.run, query["query"], ids, largest=largest)
             tokens = [{"token": token} for token in strongest]
-        rows = [
-            {**place, "side": side, "rank": rank, "score": float(scores_N[i]), **token, **row}
-            for rank, (i, token, row) in enumerate(
-                zip(ids, tokens, samples.take(ids).to_pylist(), strict=True), start=1
-            )
-        ]
+        rows = []
+        described = samples.take(ids).to_pylist()
+        for rank, (i, token, row) in enumerate(zip(ids, tokens, described, strict=True), start=1):
+            own = {**place, "side": side, "rank": rank, "score": float(scores_N[i]), **token}
+            # Ours come first, and count where a column of the task has their name.
+            rows.append(own | row | own)
         yield Section(view, side, rows)
 
 

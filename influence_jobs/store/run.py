@@ -284,7 +284,7 @@ class Run:
         def written(path: Path) -> None:
             with pq.ParquetWriter(path, first.schema) as writer:
                 for block in itertools.chain([first], found):
-                    writer.write_table(block.cast(first.schema), row_group_size=BLOCK_ROWS)
+                    writer.write_table(_like(block, first.schema), row_group_size=BLOCK_ROWS)
 
         self.files.write_by(file, written)
         return {file: self.files.checksum(file)}
@@ -335,3 +335,18 @@ class Run:
 def now() -> float:
     """Seconds since 1970, the unit of all times in a run's files."""
     return time.time()
+
+
+def _like(block: pa.Table, schema: pa.Schema) -> pa.Table:
+    """A block in the columns of the first. Only what is all None is cast: no value changes.
+
+    Raises:
+        pyarrow.ArrowInvalid: It has other columns, or columns of another type.
+    """
+    if {*block.column_names} != {*schema.names}:
+        raise pa.ArrowInvalid(f"columns {block.column_names} after {schema.names}")
+    block = block.select(schema.names)
+    for own, wanted in zip(block.schema, schema, strict=True):
+        if own.type != wanted.type and not pa.types.is_null(own.type):
+            raise pa.ArrowInvalid(f"column {own.name} is {own.type} after {wanted.type}")
+    return block.cast(schema)

@@ -9,6 +9,7 @@ Letters: B batch, C channels, H and W height and width, T samples of a sound.
 import io
 import wave
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -97,6 +98,7 @@ class Wave:
         return buffer.getvalue()
 
 
+MOST_CHANNELS = 8  # of a sound
 Content = Picture | Text | Mapping[str, Any] | Wave
 
 
@@ -116,13 +118,13 @@ def contents(
     if defines(type(task), "show"):
         found = [_shown(task, "show", int(i)) for i in ids]
     rest = [i for i, one in enumerate(found) if one is None]
+    other: Sequence[Content | None] = [None] * len(rest)
     if rest and defines(type(task), "pictures"):
-        other: Sequence[Content | None] = [*task.pictures(ids[rest])]
+        with suppress(SpecError):  # it may say that these have none
+            other = [*task.pictures(ids[rest])]
     elif rest and len(task.train_data()):
-        with READING:
+        with suppress(Exception), READING:  # a page can do without the batch
             other = _images(task.batch(torch.from_numpy(ids[rest]), Draw(0)), len(rest))
-    else:
-        other = [None] * len(rest)
     for i, one in zip(rest, other, strict=True):
         found[i] = _of_columns(columns[i]) if one is None else one
     return found
@@ -134,9 +136,10 @@ def content_of_test(task: Task, test: int, columns: Mapping[str, Any]) -> Conten
     if defines(type(task), "show_test"):
         found = _shown(task, "show_test", test)
     if found is None and defines(type(task), "test_picture"):
-        found = task.test_picture(test)
+        with suppress(SpecError):
+            found = task.test_picture(test)
     elif found is None and len(task.test_data()):
-        with READING:
+        with suppress(Exception), READING:
             (found,) = _images(task.test_batch(torch.tensor([test]), Draw(0)), 1)
     return _of_columns(columns) if found is None else found
 
@@ -152,6 +155,10 @@ def content(value: Any, name: str = "show()") -> Content | None:
             return None
         case Text():
             places = [*value.places]
+            if not all(isinstance(piece, str) for piece in value.pieces):
+                raise SpecError(f"{name} gives a Text of pieces that are no strings")
+            if not all(isinstance(place, int | np.integer) for place in places):
+                raise SpecError(f"{name} gives a Text of tokens {places}: name positions of pieces")
             if any(not 0 <= place < len(value.pieces) for place in places):
                 raise SpecError(
                     f"{name} gives a Text of {len(value.pieces)} pieces, and tokens {places}: name "
@@ -161,11 +168,11 @@ def content(value: Any, name: str = "show()") -> Content | None:
         case str():
             return Text([value], ())  # whose tokens are not known
         case Mapping():
-            return {str(key): column for key, column in value.items()}
+            return {str(key): _plain(column) for key, column in value.items()}
         case Image.Image():
             grey = value.mode in ("1", "L", "I", "I;16", "F")
             return np.asarray(value.convert("L" if grey else "RGB"))
-        case (_, int() | np.integer()):  # a Sound, or a pair
+        case (_, int() | float() | np.integer() | np.floating()):  # a Sound, or a pair
             return _wave(value, name)
         case list() if value and all(isinstance(piece, str) for piece in value):
             return Text(value)
@@ -179,12 +186,21 @@ def content(value: Any, name: str = "show()") -> Content | None:
 def _shown(task: Task, hook: str, sample: int) -> Content | None:
     name = f"{type(task).__name__}.{hook}({sample})"
     try:
-        value = getattr(task, hook)(sample)
+        return content(getattr(task, hook)(sample), name)
     except InflError:
         raise
     except Exception as error:
         raise SpecError(f"{name} failed: {described(error)}") from error
-    return content(value, name)
+
+
+def _plain(value: Any) -> Any:
+    """A value of a row: a number, a text, or a list in place of an array."""
+    if isinstance(value, Tensor):
+        value = (
+            value.detach().cpu().float() if value.dtype == torch.bfloat16 else value.detach().cpu()
+        )
+        return value.tolist()
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
 
 
 def _of_columns(columns: Mapping[str, Any]) -> Content | None:
@@ -241,12 +257,24 @@ def _picture(value: npt.NDArray[Any] | Tensor) -> Picture | None:
 
 def _wave(value: tuple[Any, Any], name: str) -> Wave:
     samples, rate = value
-    values = samples.detach().cpu().numpy() if isinstance(samples, Tensor) else np.asarray(samples)
+    if isinstance(samples, Tensor):
+        samples = samples.detach().cpu()
+        samples = samples.float() if samples.is_floating_point() else samples
+    values = np.asarray(samples)
     values = values[:, None] if values.ndim == 1 else values
-    if values.ndim != 2 or not values.size or values.dtype.kind not in "fi" or rate < 1:
+    if values.ndim == 2 and values.shape[0] <= MOST_CHANNELS < values.shape[1]:
+        values = values.T  # (C, T), as torchaudio has it
+    if (
+        values.ndim != 2
+        or not values.size
+        or values.shape[1] > MOST_CHANNELS
+        or values.dtype.kind not in "fi"
+        or rate < 1
+        or rate != int(rate)
+    ):
         raise SpecError(
             f"{name} gives a sound of {values.dtype} {values.shape[:-1] or ()} at a rate of "
-            f"{rate}: samples are (T,) or (T, C), floats from -1 to 1 or whole numbers of 16 bits"
+            f"{rate}: samples are (T,), (T, C) or (C, T), floats from -1 to 1 or whole numbers of 16 bits"
         )
     if values.dtype.kind == "f":
         values = np.round(np.nan_to_num(values).clip(-1, 1) * FULL)

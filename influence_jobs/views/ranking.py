@@ -97,8 +97,9 @@ def ranked_scores(
             for rank, (sample, score, token) in enumerate(
                 zip(described, values, tokens, strict=True), start=1
             ):
-                row = {"side": name, "rank": rank, "score": float(score)}
-                rows.append({**place, **row, **token, **sample})
+                row = {**place, "side": name, "rank": rank, "score": float(score), **token}
+                # Ours come first, and count where a column of the task has their name.
+                rows.append(row | sample | row)
     return rows
 
 

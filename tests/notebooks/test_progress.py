@@ -1,6 +1,8 @@
 """The progress of a run in a cell: one output, updated in place, that ends with the result."""
 
+import os
 import re
+import sys
 
 import pytest
 
@@ -52,6 +54,7 @@ def executed(tmp_path_factory):
     client.seen = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("INFL_HOME", str(folder / "home"))
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # for examples/digits.py
         client.execute()
     return notebook.cells, client.seen
 

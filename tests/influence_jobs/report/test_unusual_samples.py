@@ -1,0 +1,61 @@
+"""Samples of several kinds on one page, columns with our names, and what cannot be shown."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from influence_jobs.errors import SpecError
+from influence_jobs.report.cells import all_columns, differs
+from influence_jobs.report.html import environment
+from influence_jobs.store.run import _like
+from influence_jobs.tasks.seen import Text, Wave, content
+from influence_jobs.views.contact_sheet import Cell
+
+
+def test_values_of_rows_are_plain() -> None:
+    row = content({"a": np.float32(2), "b": torch.tensor([1, 2]), "c": np.array([0.5]), "d": "x"})
+    assert row == {"a": 2.0, "b": [1, 2], "c": [0.5], "d": "x"}
+    assert differs(row["b"], [1, 2]) == ""
+    assert differs(row["b"], [1, 3]) == "differs"
+    assert differs(float("nan"), float("nan")) == ""
+    assert differs(2.0, 1.5) == "+0.5"
+
+
+@pytest.mark.parametrize("shape", [(1, 16000), (16000, 1), (16000,), (2, 16000)])
+def test_channels_of_a_sound_come_first_or_last(shape: tuple[int, ...]) -> None:
+    sound = content((torch.zeros(shape, dtype=torch.bfloat16), 8000.0))
+    assert isinstance(sound, Wave)
+    assert sound.values.shape == (16000, 2 if shape[0] == 2 else 1)
+    assert sound.seconds == 2
+    assert sound.file()[:4] == b"RIFF"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [(np.zeros((100, 100)), 8000), (np.zeros(9), 0.5), Text([1, 2]), Text(["a"], ["b"])],  # type: ignore[list-item]
+)
+def test_what_cannot_be_shown_is_refused(value: object) -> None:
+    with pytest.raises(SpecError, match=r"show\(\) gives"):
+        content(value)
+
+
+@pytest.mark.parametrize("others", [None, Text(["a"])])
+def test_rows_and_others_stand_beside_each_other(others: Text | None) -> None:
+    rows, mixed = [Cell({"a": 1}, ["7"], 7)], [Cell({"a": 1}, ["7"], 7), Cell(others, ["8"], 8)]
+    assert all_columns(rows)
+    assert not all_columns(mixed)
+    page = environment().get_template("pieces.html.j2").module
+    assert "<table" in page.samples(rows)
+    html = page.samples(mixed)
+    assert "<table" not in html
+    assert "7" in html and "8" in html
+
+
+def test_blocks_of_a_table_change_no_value() -> None:
+    first = pa.schema([("a", pa.bool_()), ("b", pa.string())])
+    good = pa.table({"b": pa.nulls(2), "a": [True, False]})
+    assert _like(good, first).to_pylist() == [{"a": True, "b": None}, {"a": False, "b": None}]
+    for wrong in ({"a": [5], "b": ["x"]}, {"a": [True]}, {"a": [True], "b": ["x"], "c": [1]}):
+        with pytest.raises(pa.ArrowInvalid):
+            _like(pa.table(wrong), first)
