@@ -195,12 +195,7 @@ def _shown(task: Task, hook: str, sample: int) -> Content | None:
 
 def _plain(value: Any) -> Any:
     """A value of a row: a number, a text, or a list in place of an array."""
-    if isinstance(value, Tensor):
-        value = (
-            value.detach().cpu().float() if value.dtype == torch.bfloat16 else value.detach().cpu()
-        )
-        return value.tolist()
-    return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+    return value.tolist() if isinstance(value, np.generic | np.ndarray | Tensor) else value
 
 
 def _of_columns(columns: Mapping[str, Any]) -> Content | None:
@@ -274,7 +269,8 @@ def _wave(value: tuple[Any, Any], name: str) -> Wave:
     ):
         raise SpecError(
             f"{name} gives a sound of {values.dtype} {values.shape[:-1] or ()} at a rate of "
-            f"{rate}: samples are (T,), (T, C) or (C, T), floats from -1 to 1 or whole numbers of 16 bits"
+            f"{rate}: samples are (T,), (T, C) or (C, T), floats from -1 to 1 or whole "
+            "numbers of 16 bits"
         )
     if values.dtype.kind == "f":
         values = np.round(np.nan_to_num(values).clip(-1, 1) * FULL)
