@@ -1,5 +1,7 @@
 """Samples of several kinds on one page, columns with our names, and what cannot be shown."""
 
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -45,7 +47,7 @@ def test_rows_and_others_stand_beside_each_other(others: Text | None) -> None:
     rows, mixed = [Cell({"a": 1}, ["7"], 7)], [Cell({"a": 1}, ["7"], 7), Cell(others, ["8"], 8)]
     assert all_columns(rows)
     assert not all_columns(mixed)
-    page = environment().get_template("pieces.html.j2").module
+    page: Any = environment().get_template("pieces.html.j2").module
     assert "<table" in page.samples(rows)
     html = page.samples(mixed)
     assert "<table" not in html
