@@ -160,6 +160,7 @@ class Pages:
             region_text=found.query["region"] or "",
             test=found.query["test"],
             sections=sections,
+            meanings=dict.fromkeys(section.meaning for section in found.sections),
             found=found,
             before=before,
             after=after,

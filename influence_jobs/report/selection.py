@@ -45,6 +45,12 @@ class Section:
     def title(self) -> str:
         return self.view.ranking(self.side)
 
+    @property
+    def meaning(self) -> str:
+        """What the run's scores are: quantity, sign and unit."""
+        said = self.view.run.array(SCORES).attrs
+        return f"{said['quantity']}; {said['sign']}; unit: {said['unit']}"
+
 
 @dataclass(frozen=True)
 class Selection:

@@ -1,5 +1,6 @@
 """The content of the viewer's pages, requested without a browser."""
 
+import html
 import re
 import shutil
 
@@ -177,3 +178,12 @@ def test_samples_that_are_ranked_without_queries_are_shown_and_lead_on(
     assert f"predicted {first['predicted']}" in page
     own = viewer.get(f"/sample/{first['sample']}").text
     assert f"<dt>predicted</dt><dd>{first['predicted']} " in own
+
+
+def test_a_query_says_what_its_scores_mean(influence, asking) -> None:
+    page = asking(influence).get("/query", params={"test": 5}).text
+    said = influence.array("scores").attrs
+    assert f"Score: {said['quantity']}; {said['sign']}; unit: {said['unit']}." in html.unescape(
+        page
+    )
+    assert "A green frame marks the query's label" in html.unescape(page)
