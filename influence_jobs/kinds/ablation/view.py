@@ -23,10 +23,7 @@ class AblationView(View[AblationSpec]):
 
     def certainty(self) -> list[str]:
         queries, seeds = len(self.spec.queries.items), len(self.spec.seeds)
-        said = [
-            f"Mean over {queries} {'query' if queries == 1 else 'queries'} and {seeds} "
-            f"{'seed' if seeds == 1 else 'seeds'}."
-        ]
+        said = [f"Mean over {queries} queries and {seeds} seed(s)."]
         if self.spec.same_run:
             said.append(
                 "Samples are masked: order, batches and random numbers are those of the unchanged "
