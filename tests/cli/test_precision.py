@@ -153,6 +153,15 @@ def test_every_kind_of_run_takes_a_model_in_another_dtype(
         assert answer.code == 0, (asked, answer.err)
 
 
+def test_the_precision_of_the_model_is_the_same_baseline(
+    infl: Infl, made: Callable[[str], str]
+) -> None:
+    asked = ("submit", "baseline", "--method", "loss", "--task", made("float64"), "--test", "3")
+    words = ((), ("--precision", "float64"), ("--precision", "float32"))
+    runs = [infl(*asked, "--epochs", "1", "--local", "--json", *more).json["run"] for more in words]
+    assert runs[0] == runs[1] != runs[2]
+
+
 def test_a_forward_that_insists_on_half_precision_is_refused_by_name(
     infl: Infl, tmp_path: Path
 ) -> None:

@@ -52,6 +52,7 @@ class BaselineRequest(WeightsRequest, QueriesOptions):
             raise SpecError("--quantity is what influence explains: leave it out")
         if self.method == "nearest":
             require_comparable(subject.built, queries)
+        asked = full_precision(self.precision, subject.built)
         spec = make_spec(
             BaselineSpec,
             task=subject.task,
@@ -59,6 +60,7 @@ class BaselineRequest(WeightsRequest, QueriesOptions):
             queries=queries,
             checkpoint=subject.checkpoints[0],
             seed=self.seed,
-            precision=self.precision and full_precision(self.precision, subject.built),
+            # What the model is built in is the same run as without the option.
+            precision=None if asked == full_precision(None, subject.built) else asked,
         )
         return (spec,)
