@@ -181,9 +181,18 @@ def table_file(rows: Sequence[Mapping[str, Any]], kind: str, name: str) -> Respo
 
 
 def _parquet(rows: list[dict[str, Any]]) -> bytes:
+    columns = {name: _column([row[name] for row in rows]) for name in rows[0]}
     buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows), buffer)
+    pq.write_table(pa.table(columns), buffer)
     return buffer.getvalue()
+
+
+def _column(values: list[Any]) -> pa.Array:
+    """The values of a column; as text if they are of several types, such as of two runs."""
+    try:
+        return pa.array(values)
+    except pa.ArrowException:
+        return pa.array([None if value is None else str(value) for value in values])
 
 
 def csv_text(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:

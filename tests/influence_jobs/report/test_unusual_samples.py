@@ -1,15 +1,21 @@
 """Samples of several kinds on one page, columns with our names, and what cannot be shown."""
 
+import io
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from influence_jobs.errors import SpecError
+from influence_jobs.kinds.train.spec import TrainedCheckpoint
 from influence_jobs.report.cells import all_columns, differs
+from influence_jobs.report.commands import norms_of
 from influence_jobs.report.html import environment
+from influence_jobs.report.selection import table_file
 from influence_jobs.store.run import _like
 from influence_jobs.tasks.seen import Text, Wave, content
 from influence_jobs.views.contact_sheet import Cell
@@ -61,3 +67,20 @@ def test_blocks_of_a_table_change_no_value() -> None:
     for wrong in ({"a": [5], "b": ["x"]}, {"a": [True]}, {"a": [True], "b": ["x"], "c": [1]}):
         with pytest.raises(pa.ArrowInvalid):
             _like(pa.table(wrong), first)
+
+
+def test_a_column_of_several_types_is_exported_as_text() -> None:
+    rows: list[dict[str, Any]] = [{"a": 1, "b": 2}, {"a": "x", "b": None}, {"a": None, "b": 3}]
+    table = pq.read_table(io.BytesIO(table_file(rows, "parquet", "t").body))
+    assert table.to_pydict() == {"a": ["1", "x", None], "b": [2, None, 3]}
+
+
+def test_a_command_names_the_epoch_of_the_weights(runs_of_all_kinds) -> None:
+    weights = runs_of_all_kinds.influence.spec.s_tests[0].checkpoint
+    train = weights.train.model_copy(update={"epochs": 3, "save_epochs": (1, 3)})
+    asked = {}
+    for epoch in (1, 3):
+        point = TrainedCheckpoint(train=train, epoch=epoch)
+        asked[epoch] = norms_of([SimpleNamespace(spec=point, root="runs")])  # type: ignore[list-item]
+    assert f"--checkpoint {train.run_id}@1 --layer all" in asked[1]
+    assert f"--checkpoint {train.run_id} --layer all" in asked[3]
