@@ -26,7 +26,7 @@ from infl_cluster.stragglers import Pace
 from influence_jobs.devices import Device, resolved
 from influence_jobs.errors import DataError, InflError, RuntimeFault, StoreError
 from influence_jobs.jobs.base import Receipt, Shard
-from influence_jobs.kinds.runner import this_process
+from influence_jobs.kinds.runner import progress_every_s, this_process
 from influence_jobs.memory import share_gpu
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.trust import trust_all
@@ -202,6 +202,8 @@ class RayBackend:
             RuntimeFault: A fatal receipt, no room for any worker, or workers that cannot start.
         """
         workers, threads = self._sizes(len(shards))
+        # Not less than three times what lies between two tellings, however short it is asked for.
+        stalled_after_s = max(self._stalled_after_s, 3 * progress_every_s(workers))
         require_same_software(
             [node for node in self._live() if self._has_room(node["Resources"], threads)]
         )
@@ -214,7 +216,7 @@ class RayBackend:
         actors = Actors(
             lambda: self._start_worker(run, options, threads, workers),
             run.spec.kind,
-            self._stalled_after_s,
+            stalled_after_s,
         )
 
         def idle() -> None:
@@ -227,7 +229,7 @@ class RayBackend:
             most=workers,
             policy=self._policy,
             pace=Pace(),
-            stalled_after_s=self._stalled_after_s,
+            stalled_after_s=stalled_after_s,
             on_start=on_start,
             on_receipt=on_receipt,
             on_rescue=on_rescue,

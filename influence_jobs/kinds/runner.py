@@ -41,6 +41,11 @@ PROGRESS_FILES_A_S = 64  # of all workers together: each file is a request to a 
 FATAL = (ModelError, SpecError, StoreError)
 
 
+def progress_every_s(workers: int) -> float:
+    """How often a worker among so many tells its progress."""
+    return max(PROGRESS_EVERY_S, workers / PROGRESS_FILES_A_S)
+
+
 def this_process() -> str:
     """This process, as HOST:PID."""
     return f"{socket.gethostname()}:{os.getpid()}"
@@ -87,7 +92,7 @@ class ShardRunner:
         if threads:
             torch.set_num_threads(threads)
         be_patient()
-        self._progress_every_s = max(PROGRESS_EVERY_S, workers / PROGRESS_FILES_A_S)
+        self._progress_every_s = progress_every_s(workers)
         self._run = Run.open(root, run_id)
         plan = self._run.plan()
         batch_size = plan["batch_size"] if plan else None
