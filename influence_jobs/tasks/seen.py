@@ -38,8 +38,8 @@ class Sound(NamedTuple):
     """A sound: `Sound(samples, rate)`; a plain pair of the two will do.
 
     Attributes:
-        samples: (T,), or (T, C) of several channels: floats from -1 to 1, or whole numbers of 16
-            bits.
+        samples: (T,), or (T, C) or (C, T) of several channels: floats from -1 to 1, or whole
+            numbers of 16 bits.
         rate: Samples a second.
     """
 

@@ -34,20 +34,26 @@ def flags() -> tuple[bool, bool]:
     return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_numbers_are_near_and_others_and_the_setting_is_restored(
-    name, trained, tmp_path, here, monkeypatch
-):
-    kind, before = name.partition(",")[0], flags()
-    options, also = RUNS[name]
-    seen: dict[str, set[tuple[bool, bool]]] = {}
+@pytest.fixture
+def seen(monkeypatch):
+    """By kind of run, how TF32 was set while its shards were computed."""
+    found: dict[str, set[tuple[bool, bool]]] = {}
     do = ShardRunner._do
 
     def noted(runner, *args):
-        seen.setdefault(runner.kind, set()).add(flags())
+        found.setdefault(runner.kind, set()).add(flags())
         return do(runner, *args)
 
     monkeypatch.setattr(ShardRunner, "_do", noted)
+    return found
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_numbers_are_near_and_others_and_the_setting_is_restored(
+    name, trained, tmp_path, here, seen
+):
+    kind, before = name.partition(",")[0], flags()
+    options, also = RUNS[name]
     found = {}
     for precision in ("float32", "tf32"):
         shutil.copytree(trained, root := tmp_path / precision)
@@ -70,16 +76,8 @@ def test_numbers_are_near_and_others_and_the_setting_is_restored(
         assert np.median(apart) < 0.02 * np.median(np.abs(exact[array])[there])
 
 
-def test_retrainings_are_rounded_as_the_training_was(trained, tmp_path, here, monkeypatch):
+def test_retrainings_are_rounded_as_the_training_was(trained, tmp_path, here, seen):
     shutil.copytree(trained, root := tmp_path / "runs")
-    seen: dict[str, set[tuple[bool, bool]]] = {}
-    do = ShardRunner._do
-
-    def noted(runner, *args):
-        seen.setdefault(runner.kind, set()).add(flags())
-        return do(runner, *args)
-
-    monkeypatch.setattr(ShardRunner, "_do", noted)
     options = {"task": TASK, "runs": root}
     train, _ = here("train", epochs=2, precision="tf32", **options)
     more = {**QUERIES, "by": ["random"], "subsets": 3, "seeds": 1}

@@ -1,6 +1,7 @@
 """Samples of several kinds on one page, columns with our names, and what cannot be shown."""
 
 import io
+import shutil
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,13 +12,15 @@ import pytest
 import torch
 
 from influence_jobs.errors import SpecError
+from influence_jobs.kinds import view_of
 from influence_jobs.kinds.train.spec import TrainedCheckpoint
 from influence_jobs.report.cells import all_columns, differs
 from influence_jobs.report.commands import norms_of
 from influence_jobs.report.html import environment
 from influence_jobs.report.selection import table_file
-from influence_jobs.store.run import _like
-from influence_jobs.tasks.seen import Text, Wave, content
+from influence_jobs.store.run import Run, _like
+from influence_jobs.tasks.base import Draw, Task
+from influence_jobs.tasks.seen import Text, Wave, content, content_of_test, contents
 from influence_jobs.views.contact_sheet import Cell
 
 
@@ -58,6 +61,59 @@ def test_rows_and_others_stand_beside_each_other(others: Text | None) -> None:
     html = page.samples(mixed)
     assert "<table" not in html
     assert "7" in html and "8" in html
+
+
+class Unseen(Task):
+    """Its pictures are refused, or its data are gone: pages show what `describe` says."""
+
+    def model(self) -> torch.nn.Module:
+        return torch.nn.Linear(1, 1)
+
+    def losses(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        return model(batch).squeeze(1)
+
+    def train_data(self) -> list[int]:
+        return [0, 1]
+
+    test_data = train_data
+
+    def batch(self, ids: torch.Tensor, draw: Draw) -> Any:
+        raise FileNotFoundError("gone")
+
+    test_batch = batch
+
+
+class Refused(Unseen):
+    def pictures(self, ids: Any) -> Any:
+        raise SpecError("no pictures of these")
+
+    def test_picture(self, test: int) -> Any:
+        raise SpecError("no picture of this")
+
+
+@pytest.mark.parametrize("task", [Unseen, Refused])
+def test_samples_without_pictures_are_shown_by_their_columns(task: type[Task]) -> None:
+    columns: list[dict[str, Any]] = [{"a": 1, "b": 2}, {"text": "word"}]
+    made = task()
+    row, text = contents(made, np.arange(2), columns)
+    assert row == {"a": 1, "b": 2}
+    assert str(text) == "word"
+    assert content_of_test(made, 1, columns[0]) == {"a": 1, "b": 2}
+
+
+def test_our_columns_count_before_those_of_a_task(runs_of_all_kinds, tmp_path, asking) -> None:
+    shutil.copytree(runs_of_all_kinds.influence.root, tmp_path / "runs")
+    run = Run.open(str(tmp_path / "runs"), runs_of_all_kinds.influence.id)
+    samples = run.read_table("samples")
+    theirs = pa.array([77.0] * samples.num_rows)
+    run.write_table("samples", samples.append_column("score", theirs).append_column("rank", theirs))
+    largest = float(np.nanmax(run.array("scores")[0]))
+    test = run.read_table("queries")["test"][0].as_py()
+    page = asking(run).get("/query/samples.parquet", params={"test": test, "side": "helpful"})
+    table = pq.read_table(io.BytesIO(page.content)).to_pylist()
+    assert (table[0]["rank"], table[0]["score"]) == (1, pytest.approx(largest))
+    top = view_of(run).top(1)["scores"]
+    assert top[0]["score"] == pytest.approx(largest)
 
 
 def test_blocks_of_a_table_change_no_value() -> None:
