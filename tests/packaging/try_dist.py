@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from importlib.metadata import Distribution, PathDistribution, distribution
 from pathlib import Path
 
+from packaging.dependency_groups import resolve_dependency_groups
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -108,9 +109,8 @@ def main(dist: Path) -> None:
             archive.extractall(root, filter="data")
         source = root / sdist.name.removesuffix(".tar.gz")
         tried = root / "env"
-        for line in tomllib.loads((source / "pyproject.toml").read_text())["dependency-groups"][
-            "dev"
-        ]:
+        project = tomllib.loads((source / "pyproject.toml").read_text())
+        for line in resolve_dependency_groups(project["dependency-groups"], "dev"):
             requirement = Requirement(line)
             needed = distribution(requirement.name)
             _link([needed, *_closure(needed, set(requirement.extras))], _site(tried))
