@@ -11,16 +11,15 @@ from infl_cluster.client import remote_client
 from infl_cluster.driver import new_plan
 from infl_cluster.how import How, room_on
 from influence_jobs.devices import cores
-from influence_jobs.errors import RuntimeFault, StoreError
+from influence_jobs.errors import RuntimeFault
 from influence_jobs.jobs.automatic import expected
 from influence_jobs.jobs.base import Plan
 from influence_jobs.jobs.estimate import samples_per_second, worker_bytes
 from influence_jobs.jobs.samples import SampleJob
-from influence_jobs.kinds import open_job
+from influence_jobs.kinds import missing_inputs, open_job
 from influence_jobs.kinds.runner import tf32
 from influence_jobs.memory import Peak
 from influence_jobs.store.run import Run
-from influence_jobs.store.status import is_done
 from influence_jobs.terms import duration, size
 
 PROBE_S = 2.0
@@ -57,7 +56,7 @@ class Estimate:
 def print_plan(run: Run, how: How, *, json: bool) -> None:
     """Print the plan of a run and the cost of it and of the runs it needs. Writes nothing."""
     workers, assumed = _workers(how)
-    needs = {needed.id: _estimate(needed, how, workers) for needed in _missing(run)}
+    needs = {needed.id: _estimate(needed, how, workers) for needed in missing_inputs(run)}
     own = _estimate(run, how, workers)
     plan = own.plan
     disk = plan.disk_bytes
@@ -160,20 +159,3 @@ def _estimate(run: Run, how: How, workers: int) -> Estimate:
         rate = samples_per_second(job.probe(), PROBE_S)
     rate = None if rate is None else rate * workers
     return Estimate(plan, size, workers, rate, worker_bytes(job, plan, peak), why, job.notes())
-
-
-def _missing(run: Run) -> list[Run]:
-    """The runs that must be carried out before this one, in the order of their dependencies."""
-    missing: dict[str, Run] = {}
-    for spec in open_job(run).inputs(run.spec):
-        needed = Run(run.root, spec)
-        if not _exists_done(needed):
-            missing |= {other.id: other for other in (*_missing(needed), needed)}
-    return list(missing.values())
-
-
-def _exists_done(run: Run) -> bool:
-    try:
-        return is_done(Run.open(run.root, run.id))
-    except StoreError:
-        return False

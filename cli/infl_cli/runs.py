@@ -23,7 +23,7 @@ from influence_jobs.store.find import find_run, run_ids
 from influence_jobs.store.folder import for_runs, runs_folder
 from influence_jobs.store.lease import live_holder
 from influence_jobs.store.run import Run
-from influence_jobs.store.status import progress_in_words, read_status
+from influence_jobs.store.status import named, progress_in_words, read_status
 from influence_jobs.store.verify import find_damage, mark_undone
 from influence_jobs.terms import shown
 
@@ -105,7 +105,7 @@ def status(
     ]
     lines += progress_in_words(now).items()
     if now.get("phase"):
-        lines.append(("waits for", now["phase"]))
+        lines.append(("waits for", named(now["phase"], now)))
     if now.get("message"):
         lines.append(("message", now["message"]))
     for shard, error in now["failures"].items():

@@ -23,7 +23,7 @@ from infl_cluster.status import StatusWriter
 from influence_jobs.errors import RuntimeFault, StoreError
 from influence_jobs.jobs.base import Job, Plan, Receipt, Shard
 from influence_jobs.jobs.samples import SampleJob
-from influence_jobs.kinds import open_job
+from influence_jobs.kinds import missing_inputs, open_job
 from influence_jobs.store import layout
 from influence_jobs.store.documents import Entry
 from influence_jobs.store.lease import Lease, LeaseHeld
@@ -112,6 +112,7 @@ def drive(
             run.files.delete(f"{layout.PROGRESS}/{name}")
         job = open_job(run, batch_size=batch_size)
         job.sweep()
+        status.needs([needed.id for needed in missing_inputs(run)])
         for spec in job.inputs(run.spec):
             needed = Run.create(root, spec)
             status.waits_for(needed.id)

@@ -4,7 +4,6 @@ import sys
 from html import escape
 from typing import Any
 
-from influence_jobs.store.run import Run
 from influence_jobs.store.status import progress_line
 from influence_jobs.terms import duration
 
@@ -28,10 +27,10 @@ class NotebookProgress:
         self._handle: Any = None
         self._shown: dict[str, str] = {}
 
-    def show(self, run: Run, status: dict[str, Any]) -> None:
-        """Show the status of a run."""
+    def show(self, name: str, status: dict[str, Any]) -> None:
+        """Show the status of a run under a name."""
         if status["units_total"] or status["state"] == "failed":
-            self._statuses[run.id] = status
+            self._statuses[name] = status
             self._draw(left=False)
 
     def close(self) -> None:
@@ -43,7 +42,7 @@ class NotebookProgress:
         import IPython.display
 
         display: Any = IPython.display.display  # half typed
-        lines = [_line(run, status, left=left) for run, status in self._statuses.items()]
+        lines = [_line(name, status, left=left) for name, status in self._statuses.items()]
         bundle = {
             "text/html": "".join(f"<div>{html}</div>" for html, _ in lines),
             "text/plain": "\n".join(text for _, text in lines),
@@ -57,7 +56,7 @@ class NotebookProgress:
             self._handle.update(bundle, raw=True)
 
 
-def _line(run: str, status: dict[str, Any], *, left: bool) -> tuple[str, str]:
+def _line(name: str, status: dict[str, Any], *, left: bool) -> tuple[str, str]:
     """What is shown of a run, as HTML and as text.
 
     Args:
@@ -77,4 +76,4 @@ def _line(run: str, status: dict[str, Any], *, left: bool) -> tuple[str, str]:
     else:
         said = f"{'goes on in the background' if state == 'running' else state}, at {percent}"
         said += "; the same call goes on from there" if state != "running" else ""
-    return f"<code>{escape(run)}</code>: {bar}{escape(said)}", f"{run}: {said}"
+    return f"<code>{escape(name)}</code>: {bar}{escape(said)}", f"{name}: {said}"

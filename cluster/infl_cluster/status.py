@@ -8,6 +8,7 @@ unfinished shards.
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from influence_jobs.errors import StoreError
 from influence_jobs.store import layout
-from influence_jobs.store.documents import MOST_BYTES, ProgressFile, parsed
+from influence_jobs.store.documents import MOST_BYTES, Entry, NodeShare, ProgressFile, parsed
 from influence_jobs.store.process import hangs, oom_kills
 from influence_jobs.store.run import Run, now
 
@@ -35,7 +36,7 @@ _COUNTED = {"backup": "backups", "backup won": "backups_won", "stalled": "stalle
 class _Step:
     """What was last seen of a shard under way, or of the run as a whole."""
 
-    worker: str | None = None  # host:pid
+    worker: str = ""  # HOST:PID; empty for a run as a whole
     units: int = 0
     since: float = field(default_factory=time.monotonic)
 
@@ -68,6 +69,8 @@ class StatusWriter:
         self._resumed: dict[str, int] = {}  # units of unfinished shards from earlier attempts
         self._whole = _Step()
         self._steps: dict[str, _Step] = {}  # of the shards that a worker has
+        self._host_of: dict[str, str] = {}  # of the shards that are done
+        self._done_on: Counter[str] = Counter()  # shards by host
         self._rescue = "", float("-inf")  # the last one, and when
         self._status: dict[str, Any] = {
             "state": "running",
@@ -113,6 +116,10 @@ class StatusWriter:
             if error is None:  # a full disk must not hide the run's own error
                 raise
 
+    def needs(self, run_ids: Sequence[str]) -> None:
+        """Name the runs that are carried out first, in their order."""
+        self._status["needs"] = [*run_ids]
+
     def waits_for(self, run_id: str | None) -> None:
         """Name the run that is carried out first; None if there is none any more."""
         self._status["phase"] = run_id
@@ -122,7 +129,7 @@ class StatusWriter:
         """Set the message of a running run."""
         self._status["message"] = message
 
-    def planned(self, plan: "Plan", done: Mapping[str, Any]) -> None:
+    def planned(self, plan: "Plan", done: Mapping[str, Entry]) -> None:
         """Set the amount of work, and how much of it earlier drivers did."""
         rows = sum(shard.stop - shard.start for shard in plan.shards)
         with self._lock:
@@ -130,6 +137,8 @@ class StatusWriter:
                 shard.id: plan.units * (shard.stop - shard.start) // rows for shard in plan.shards
             }
             self._before = sum(self._units_by_shard[shard] for shard in done)
+            for shard, entry in done.items():
+                self._is_done(shard, entry.worker)
             self._running = {shard.id for shard in plan.shards if shard.id not in done}
             self._status |= {
                 "shards_total": len(plan.shards),
@@ -151,6 +160,7 @@ class StatusWriter:
         with self._lock:
             self._steps.pop(receipt.shard, None)
             if receipt.status == "done":
+                self._is_done(receipt.shard, receipt.worker)
                 self._running.discard(receipt.shard)
                 self._status["shards_done"] += 1
                 self._status["failures"].pop(receipt.shard, None)
@@ -163,6 +173,8 @@ class StatusWriter:
         with self._lock:
             self._running |= {shard.id for shard in shards}
             self._status["shards_done"] -= len(shards)
+            for shard in shards:
+                self._done_on[self._host_of.pop(shard.id)] -= 1
 
     def rescued(self, rescue: "Rescue", line: str) -> None:
         """Count what was done about a slow or hanging worker, and say it for a while."""
@@ -175,6 +187,17 @@ class StatusWriter:
         with self._lock:
             step = self._steps.get(shard)
             return step.quiet_s if step else 0.0
+
+    def _is_done(self, shard: str, worker: str) -> None:
+        self._host_of[shard] = _host(worker)
+        self._done_on[_host(worker)] += 1
+
+    def _nodes(self) -> dict[str, NodeShare]:
+        at_work = Counter(_host(step.worker) for step in self._steps.values())
+        return {
+            host: {"shards": self._done_on[host], "at_work": at_work[host]}
+            for host in sorted({*+self._done_on, *at_work} - {""})  # "" stands for an older version
+        }
 
     def _beat(self) -> None:
         while not self._stop.wait(BEAT_S):
@@ -212,6 +235,7 @@ class StatusWriter:
                     self._steps[shard].sees(units)
             self._whole.sees(self._status["units_done"])
             self._status["oom_kills"] = oom_kills()
+            self._status["nodes"] = self._nodes()
             status = {**self._status, "updated_at": now()}
             if status["state"] == "running" and not status["message"]:
                 line, at = self._rescue
@@ -227,13 +251,17 @@ class StatusWriter:
         quiet = {name: step for name, step in self._steps.items() if step.quiet_s > QUIET_S}
         if quiet:
             shard, step = max(quiet.items(), key=lambda item: item[1].quiet_s)
-            host, _, pid = (step.worker or "").rpartition(":")
+            host, _, pid = step.worker.rpartition(":")
             others = f", and in {len(quiet) - 1} more" if len(quiet) > 1 else ""
             why = hangs(int(pid)) if host == socket.gethostname() else f"on {host}"
             return f"no progress in shard {shard} for {_time(step)}{others}: process {pid}, {why}"
         if not self._steps and self._whole.quiet_s > QUIET_S:
             return f"no progress for {_time(self._whole)}"
         return None
+
+
+def _host(worker: str) -> str:
+    return worker.rpartition(":")[0]
 
 
 def _time(step: _Step) -> str:

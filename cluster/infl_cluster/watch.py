@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from infl_cluster.notebook import NotebookProgress, in_notebook
 from influence_jobs.errors import first_line
 from influence_jobs.store.run import Run
-from influence_jobs.store.status import progress_line, read_status, under_way
+from influence_jobs.store.status import named, progress_line, read_status, under_way
 
 POLL_S = 0.5
 _DIGITS = re.compile(r"\d+")
@@ -22,15 +22,15 @@ LINE_EVERY_S = 10.0  # without a terminal, lines replace the bar
 class Shows(Protocol):
     """Shows the runs that are watched."""
 
-    def show(self, run: Run, status: dict[str, Any]) -> None:
-        """Show the status of a run."""
+    def show(self, name: str, status: dict[str, Any]) -> None:
+        """Show the status of a run under a name."""
 
     def close(self) -> None:
         """Stop; what is shown stays."""
 
 
 class _Nothing:
-    def show(self, run: Run, status: dict[str, Any]) -> None:
+    def show(self, name: str, status: dict[str, Any]) -> None:
         pass
 
     def close(self) -> None:
@@ -61,24 +61,24 @@ class Progresses:
         if self._drawn:
             self._bars.stop()
 
-    def show(self, run: Run, status: dict[str, Any]) -> None:
+    def show(self, name: str, status: dict[str, Any]) -> None:
         """Show the progress of a run, and what it waits for."""
         message = status.get("message")
         # Numbers in it grow every second.
         if message and status["state"] == "running" and _DIGITS.sub("", message) != self._said:
             self._said = _DIGITS.sub("", message)
-            self._say(f"{run.id}: {message}")
+            self._say(f"{name}: {message}")
         total, done = status["units_total"], status["units_done"]
         if not total:
             return
         note = progress_line(status)
         if self._drawn:
-            if run.id not in self._tasks:
-                self._tasks[run.id] = self._bars.add_task(run.id, total=total, note="")
-            self._bars.update(self._tasks[run.id], completed=done, total=total, note=note)
+            if name not in self._tasks:
+                self._tasks[name] = self._bars.add_task(name, total=total, note="")
+            self._bars.update(self._tasks[name], completed=done, total=total, note=note)
         elif time.monotonic() - self._last_line >= LINE_EVERY_S:
             self._last_line = time.monotonic()
-            self._say(f"{run.id} {100 * done // total}%  {note}")
+            self._say(f"{name} {100 * done // total}%  {note}")
 
 
 def watch(
@@ -104,9 +104,9 @@ def watch(
             status = _status(run)
             shown, its = _under_way(run, status)
             if last.id not in (shown.id, run.id):  # a needed one has ended
-                bars.show(last, _status(last))
+                bars.show(named(last.id, status), _status(last))
             last = shown
-            bars.show(shown, its)
+            bars.show(named(shown.id, status), its)
             if status["state"] not in ("new", "running", "interrupted"):
                 return status
             if time.monotonic() - asked > 1:

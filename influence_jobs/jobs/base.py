@@ -113,6 +113,7 @@ class Receipt:
         attempt: Number of attempts at the shard so far.
         seconds: Time of this attempt.
         units: Samples that this attempt passed through the model; 0 if the shard was already done.
+        worker: Host and process that did the shard, as HOST:PID; empty if it failed.
     """
 
     shard: str
@@ -122,6 +123,7 @@ class Receipt:
     attempt: int = 1
     seconds: float = 0.0
     units: int = 0
+    worker: str = ""
 
 
 # Takes the units of the shard done so far. The first call has the units of earlier attempts.

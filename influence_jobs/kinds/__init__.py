@@ -48,6 +48,23 @@ def open_job(run: "Run", *, device: str = "cpu", batch_size: int | None = None) 
     return job(run, device=torch.device(device), batch_size=batch_size)
 
 
+def missing_inputs(run: "Run") -> list["Run"]:
+    """The runs that must be carried out before this one, in the order of their dependencies.
+
+    Raises:
+        StoreError: A run's folder is damaged.
+    """
+    from influence_jobs.store.run import Run
+    from influence_jobs.store.status import is_done
+
+    missing: dict[str, Run] = {}
+    for spec in kind_of(run.spec).job_type.inputs(run.spec):
+        needed = Run(run.root, spec)
+        if needed.id not in missing and not is_done(needed):
+            missing |= {other.id: other for other in (*missing_inputs(needed), needed)}
+    return [*missing.values()]
+
+
 def view_of(run: "Run") -> "View[Any]":
     """The view of a run."""
     return kind_of(run.spec).view_type(run)

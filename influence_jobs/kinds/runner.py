@@ -114,7 +114,7 @@ class ShardRunner:
         try:
             entry = self._run.manifest.read(shard.id)
             if entry is not None and entry.state == "done":
-                return Receipt(shard.id, "done", attempt=entry.attempt)
+                return Receipt(shard.id, "done", attempt=entry.attempt, worker=entry.worker)
             attempt = entry.attempt + 1 if entry else 1
             with tf32(self._tf32):
                 units = self._do(shard, attempt, started)
@@ -125,7 +125,14 @@ class ShardRunner:
                 self._keep_traceback(shard)
             seconds = time.monotonic() - started
             return Receipt(shard.id, "failed", _line(error), kind, attempt, seconds)
-        return Receipt(shard.id, "done", None, None, attempt, time.monotonic() - started, units)
+        return Receipt(
+            shard.id,
+            "done",
+            attempt=attempt,
+            seconds=time.monotonic() - started,
+            units=units,
+            worker=this_process(),
+        )
 
     def _do(self, shard: Shard, attempt: int, started: float) -> int:
         run, spec_hash = self._run, self._run.spec.hash

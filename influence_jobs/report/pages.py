@@ -18,7 +18,7 @@ from influence_jobs.report.selection import Selection, selected, table_file
 from influence_jobs.report.shelf import QUERY, Shelf
 from influence_jobs.store.layout import SCORES, TABLES
 from influence_jobs.store.run import Run
-from influence_jobs.store.status import progress_line, read_status, under_way
+from influence_jobs.store.status import named, progress_line, read_status, under_way
 from influence_jobs.store.top import ranks
 from influence_jobs.tasks.seen import Wave, content_of_test
 from influence_jobs.views.sheets import query_words, region_of, token_scores_of
@@ -128,7 +128,7 @@ class Pages:
                     "run": run.id,
                     "state": status["state"],
                     "message": status.get("message"),
-                    "at": at.id,
+                    "at": named(at.id, status),
                     "done": now_at["units_done"],
                     "total": now_at["units_total"],
                     "said": progress_line(now_at) if now_at["units_total"] else "",

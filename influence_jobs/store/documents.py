@@ -32,12 +32,21 @@ def _inside(name: str) -> str:
 
 
 @with_config(_LAX)
+class NodeShare(TypedDict):
+    """How many shards a host has done, and how many of its workers have one now."""
+
+    shards: Count
+    at_work: Count
+
+
+@with_config(_LAX)
 class Status(TypedDict):
     """status.json: the state of the driver. Units are samples that went through a model.
 
     `oom_kills` is how many processes the driver's machine had killed for lack of memory. Of slow
     shards, `backups` were given to a second worker, which finished first in `backups_won`;
-    `stalled` counts workers that were ended because their shard made no progress.
+    `stalled` counts workers that were ended because their shard made no progress. `needs` are the
+    runs that are carried out first, in this order. `nodes` are the hosts by name.
     """
 
     state: Literal["running", "done", "stopped", "failed"]
@@ -57,6 +66,8 @@ class Status(TypedDict):
     stalled: NotRequired[Count]
     failures: dict[str, str]
     oom_kills: NotRequired[Count | None]
+    needs: NotRequired[list[Name]]
+    nodes: NotRequired[dict[str, NodeShare]]
 
 
 @with_config(_LAX)

@@ -11,6 +11,7 @@ from influence_jobs.store.process import oom_kills
 from influence_jobs.store.run import Run, now
 from influence_jobs.terms import duration
 
+MOST_NODES = 8  # that are named
 STALE_S = 20.0  # a driver that has not written for this long is taken for dead
 
 
@@ -58,6 +59,20 @@ def under_way(run: Run, status: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
     return run, status
 
 
+def named(run_id: str, status: dict[str, Any]) -> str:
+    """A run with its place among those of a command, such as `s-test-mnist-1a2b (2 of 3)`.
+
+    Args:
+        run_id: The run, or one that it needs.
+        status: Of the run that was asked for.
+    """
+    runs = [*status.get("needs", ())]
+    if not runs:
+        return run_id
+    place = runs.index(run_id) + 1 if run_id in runs else len(runs) + 1
+    return f"{run_id} ({place} of {len(runs) + 1})"
+
+
 def rate_and_eta(status: dict[str, Any]) -> tuple[float, float] | None:
     """Samples per second since this driver's work began, and the seconds left at that rate."""
     done = status["units_done"] - status.get("units_before", 0)
@@ -80,9 +95,9 @@ def repeats(status: dict[str, Any]) -> str:
 
 
 def progress_in_words(status: dict[str, Any]) -> dict[str, str]:
-    """The numbers that are shown of a run's progress: `samples`, `shards`, `speed`.
+    """The numbers that are shown of a run's progress, by their names.
 
-    Empty before the run has a plan; without `speed` if it does not run.
+    Empty before the run has a plan; without `speed` and `workers by node` if it does not run.
     """
     if not status["units_total"]:
         return {}
@@ -93,7 +108,21 @@ def progress_in_words(status: dict[str, Any]) -> dict[str, str]:
     }
     if status["state"] == "running" and (speed := rate_and_eta(status)):
         found["speed"] = f"{speed[0]:,.0f} samples/s, ETA {duration(speed[1])}"
+    nodes = status.get("nodes", {})
+    if done_on := _largest({host: share["shards"] for host, share in nodes.items()}):
+        found["shards by node"] = done_on
+    at_work = {host: share["at_work"] for host, share in nodes.items()}
+    if status["state"] == "running" and (workers_on := _largest(at_work)):
+        found["workers by node"] = workers_on
     return found
+
+
+def _largest(counts: dict[str, int]) -> str:
+    """The hosts with the largest counts in words, without those that have none."""
+    counted = sorted(((count, host) for host, count in counts.items() if count), reverse=True)
+    said = ", ".join(f"{host} {count:,}" for count, host in counted[:MOST_NODES])
+    others = len(counted) - MOST_NODES
+    return f"{said} and {others:,} more nodes" if others > 0 else said
 
 
 def progress_line(status: dict[str, Any]) -> str:

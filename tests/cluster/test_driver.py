@@ -390,8 +390,9 @@ def test_the_rate_does_not_count_what_earlier_attempts_did(
 ) -> None:
     run = Run.create(str(tmp_path), grad_norms_spec)
     shards = (Shard("a", 0, 100), Shard("b", 100, 300))
+    done = Entry("a", 0, 100, attempt=1, spec="", state="done")
     with StatusWriter(run) as status:
-        status.planned(Plan((), shards, units=3000, batch_size=1), done={"a": None})
+        status.planned(Plan((), shards, units=3000, batch_size=1), {"a": done})
         run.write_json(f"{layout.PROGRESS}/b.json", {"units": 600, "resumed": 500})
         status.waits_for(None)
         found = read_status(run)

@@ -22,8 +22,13 @@ WANTED: Any = SimpleNamespace(id="influence-x")
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch):
     """A run that waits for another, which is last seen under way at 7 of 10."""
-    waits = a_status("running", 0, units_total=None, phase=NEEDED.id)
-    of_wanted = [waits, waits, a_status("running", 5), a_status("done", 10)]
+    needs = ["train-x"]
+    waits = a_status("running", 0, units_total=None, phase=NEEDED.id, needs=needs)
+    of_wanted = [
+        waits,
+        waits,
+        *(a_status(*at, needs=needs) for at in (("running", 5), ("done", 10))),
+    ]
     of_needed = [a_status("running", 3), a_status("running", 7), a_status("done", 10)]
 
     def status(run):
@@ -47,17 +52,17 @@ def watched(monkeypatch: pytest.MonkeyPatch):
 def test_a_needed_run_is_shown_to_its_end(watched, monkeypatch) -> None:
     shown: list[tuple[str, str, int]] = []
     bars = SimpleNamespace(
-        show=lambda run, status: shown.append((run.id, status["state"], status["units_done"])),
+        show=lambda name, status: shown.append((name, status["state"], status["units_done"])),
         close=lambda: shown.append(("closed", "", 0)),
     )
     monkeypatch.setattr(watching, "Progresses", lambda say: bars)
     assert watched()["state"] == "done"
     assert shown == [
-        ("train-x", "running", 3),
-        ("train-x", "running", 7),
-        ("train-x", "done", 10),
-        ("influence-x", "running", 5),
-        ("influence-x", "done", 10),
+        ("train-x (1 of 2)", "running", 3),
+        ("train-x (1 of 2)", "running", 7),
+        ("train-x (1 of 2)", "done", 10),
+        ("influence-x (2 of 2)", "running", 5),
+        ("influence-x (2 of 2)", "done", 10),
         ("closed", "", 0),
     ]
 
@@ -89,7 +94,7 @@ def test_the_last_line_says_how_it_is(monkeypatch, status, said) -> None:
         lambda bundle, **_: kept.append(bundle) or handle,  # type: ignore[func-returns-value]
     )
     progress = NotebookProgress()
-    progress.show(WANTED, status)
+    progress.show(WANTED.id, status)
     progress.close()
     assert kept[-1]["text/plain"] == f"influence-x: {said}"
     assert "<b>" not in kept[-1]["text/html"]
