@@ -10,7 +10,7 @@ from infl_cli import render
 from infl_cluster.client import remote_client
 from infl_cluster.driver import new_plan
 from infl_cluster.how import How, room_on
-from influence_jobs.devices import cores
+from influence_jobs.devices import cores, threads
 from influence_jobs.errors import RuntimeFault
 from influence_jobs.jobs.automatic import expected
 from influence_jobs.jobs.base import Plan
@@ -146,7 +146,7 @@ def _estimate(run: Run, how: How, workers: int) -> Estimate:
     if not plan.shards:  # all its work is done by the runs it needs
         return Estimate(plan, plan.batch_size, workers=1, rate=1.0, memory=Peak(CPU).most)
     workers = min(workers, len(plan.shards))
-    torch.set_num_threads(max(1, cores() // workers))
+    torch.set_num_threads(threads() if how.local else max(1, cores() // workers))
     size, why = plan.batch_size, ""
     if isinstance(job, SampleJob):
         size = min(size, job.chunk_rows)  # batches never cross chunks

@@ -2,11 +2,13 @@
 
 import sys
 
+from influence_jobs.devices import let_idle_threads_sleep
 from influence_jobs.extras import missing_extra
 
 
 def main() -> None:
     """Run `infl`; exit code 2 with one line if a package that it needs is not installed."""
+    let_idle_threads_sleep()
     try:
         _main()
     except ModuleNotFoundError as error:

@@ -23,7 +23,7 @@ from infl_cluster.metrics import RunMetrics, WorkerMetrics
 from infl_cluster.nodes import require_same_software
 from infl_cluster.retry import RetryPolicy
 from infl_cluster.stragglers import Pace
-from influence_jobs.devices import Device, resolved
+from influence_jobs.devices import SPINS, Device, resolved
 from influence_jobs.errors import DataError, InflError, RuntimeFault, StoreError
 from influence_jobs.jobs.base import Receipt, Shard
 from influence_jobs.kinds.runner import progress_every_s, this_process
@@ -352,7 +352,8 @@ def _refusal(error: InflError) -> str:
 
 
 def _worker_environment(threads: int) -> dict[str, str]:
-    environment = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), **MALLOC}
+    environment = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    environment |= MALLOC | SPINS
     if "PYTHONPATH" in os.environ:  # leads to the user's own task
         environment["PYTHONPATH"] = os.environ["PYTHONPATH"]
     return environment | dict(store_access.for_workers())

@@ -37,6 +37,7 @@ ASKED: Mapping[str, Mapping[str, Any]] = {
 
 def times(trial: Trial) -> Said:
     """Time and memory of each kind of run over all samples, or why it is refused."""
+    refused: dict[str, list[str]] = {}
     for name, asked in ASKED.items():
         words = dict(asked)
         request = find_kind(name).request_type
@@ -50,9 +51,11 @@ def times(trial: Trial) -> Said:
         try:
             yield ok(f"{shown}: {_estimate(name, words, trial)}")
         except InflError as error:
-            yield warn(f"{shown} is refused: {error}")
+            refused.setdefault(str(error), []).append(shown)
         except Exception as error:  # noqa: BLE001  (the other kinds may well work)
             yield fail(f"{shown}: {described(error)}")
+    for why, commands in refused.items():
+        yield warn(f"refused: {', '.join(commands)}: {why}")
 
 
 def _estimate(name: str, words: Mapping[str, Any], trial: Trial) -> str:

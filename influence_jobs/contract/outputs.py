@@ -13,7 +13,7 @@ from influence_jobs.errors import ModelError, SpecError
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.jobs.queries import size_of
 from influence_jobs.tasks.base import Draw, Task, defines
-from influence_jobs.tasks.output_loss import SUM_ERROR, forms_of
+from influence_jobs.tasks.output_loss import SUM_ERROR, forms_of, require_outputs_of_loss
 from influence_jobs.tasks.seen import Text, Wave, content
 
 
@@ -27,6 +27,7 @@ def gauss_newton(trial: Trial) -> Said:
             "targets() and output_loss, or use --operator hessian"
         )
         return
+    require_outputs_of_loss(type(task))
     outputs, targets = task.outputs(trial.model, trial.batch), task.targets(trial.batch)
     try:
         form = require_output_loss(task, trial.model, trial.batch, forms_of(task))[0]

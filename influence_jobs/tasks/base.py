@@ -293,14 +293,17 @@ class Task(ABC):
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
         """The outputs that the loss is computed from, e.g. logits or pixels, shape (B, ...)."""
-        raise SpecError(
-            f"{type(self).__name__} defines no outputs(), targets() and output_loss, which the "
-            "Gauss-Newton matrix needs: define them, or use --operator hessian"
-        )
+        raise self._lacks("outputs()")
 
     def targets(self, batch: Batch) -> Tensor:
         """What outputs are compared with: classes (B, ...), or values of the outputs' shape."""
-        raise NotImplementedError
+        raise self._lacks("targets()")
+
+    def _lacks(self, what: str) -> SpecError:
+        return SpecError(
+            f"{type(self).__name__} defines no {what}: the Gauss-Newton matrix needs outputs(), "
+            "targets() and output_loss; define them, or use --operator hessian"
+        )
 
     def test_data(self) -> Sized:
         """The samples whose outputs can be explained, as `train_data`; a position is an id."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.func import grad, vjp
 from torch.nn import functional as F
 
-from influence_jobs.errors import ModelError
+from influence_jobs.errors import ModelError, SpecError
 from influence_jobs.terms import OutputLoss
 
 if TYPE_CHECKING:  # tasks measure by these forms
@@ -203,6 +203,22 @@ FORMS: Final[dict[OutputLoss, tuple[Form, ...]]] = {
         _binary_cross_entropy("binary cross-entropy of logits, sum over outputs", mean=False),
     ),
 }
+
+
+def require_outputs_of_loss(kind: type["Task"]) -> None:
+    """Refuse a class of tasks that names its loss, but not what it is the loss of.
+
+    Raises:
+        SpecError: It has `output_loss`, and no outputs() or no targets().
+    """
+    from influence_jobs.tasks.base import defines
+
+    undefined = [f"{name}()" for name in ("outputs", "targets") if not defines(kind, name)]
+    if undefined and kind.output_loss is not None:
+        raise SpecError(
+            f"{kind.__name__} sets output_loss, but defines no {' and no '.join(undefined)}: "
+            "define what is missing, or leave output_loss out"
+        )
 
 
 def forms_of(task: "Task") -> tuple[Form, ...]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, get_type_hints
 from influence_jobs.errors import SpecError, UntrustedCode
 from influence_jobs.specs.base import TaskSpec
 from influence_jobs.tasks.base import Task
+from influence_jobs.tasks.output_loss import require_outputs_of_loss
 from influence_jobs.tasks.own_code import described, is_own
 from influence_jobs.tasks.published import Published
 from influence_jobs.tasks.trust import let_import, make_trusted
@@ -185,9 +186,11 @@ def make_task(spec: TaskSpec) -> Task:
     """Build the task that a spec describes.
 
     Raises:
-        SpecError: The task is unknown, or it does not have one of the options.
+        SpecError: The task is unknown, it does not have one of the options, or it lacks what its
+            `output_loss` is of.
     """
     found = task_class(spec)
+    require_outputs_of_loss(found)
     arguments = {**spec.options, **spec.paths}
     takes = arguments_of(found)
     for name in arguments:

@@ -68,3 +68,39 @@ def test_what_fails_leaves_with_2(infl: Infl, tmp_path: Path) -> None:
     assert (
         "there is no option --wdth here" in infl("check", "begun_here.py:MyTask", "--wdth", 3).err
     )
+
+
+@pytest.mark.parametrize(("hook", "named"), [("targets", "targets()"), ("outputs", "outputs()")])
+def test_a_loss_of_outputs_that_are_not_there_is_refused_before_anything_is_computed(
+    infl: Infl, tmp_path: Path, hook: str, named: str
+) -> None:
+    infl("init", "begun_here.py")
+    file = tmp_path / "begun_here.py"
+    text = file.read_text().replace("self.outputs(model, batch)", "model(batch[0])")
+    text = text.replace("self.targets(batch)", "batch[1]")
+    file.write_text(text.replace(f"def {hook}(", f"def other_{hook}("))
+    said = f"MyTask sets output_loss, but defines no {named}: define what is missing, or leave "
+    task = ("--task", "begun_here.py:MyTask", "--epochs", 1, "--local")
+    for words in (("self-influence",), ("influence", "--test", 0), ("train",)):
+        refused = infl("submit", *words, *task)
+        assert (refused.code, refused.err) == (2, f"error: {said}output_loss out\n"), words
+    assert not (tmp_path / "runs").exists()
+    checked = infl("check", "begun_here.py:MyTask")
+    assert f"\nfail  gauss-newton: {said}" in checked.out
+    assert checked.out.count(said) == 2  # and once for the kinds of runs together
+    assert "\nwarn  time: refused: train, grad-norms --layer all, " in checked.out
+
+
+def test_a_loss_that_names_no_form_goes_the_ways_that_need_none(infl: Infl, tmp_path: Path) -> None:
+    infl("init", "begun_here.py")
+    file = tmp_path / "begun_here.py"
+    text = file.read_text().replace('output_loss = "cross-entropy"', "output_loss = None")
+    text = text.replace("self.outputs(model, batch)", "model(batch[0])")
+    text = text.replace("self.targets(batch)", "batch[1]")
+    for hook in ("outputs", "targets"):
+        text = text.replace(f"def {hook}(", f"def other_{hook}(")
+    file.write_text(text)
+    task = ("--task", "begun_here.py:MyTask", "--epochs", 1, "--local", "--test", 0)
+    for solver in ("cg", "lissa"):
+        found = infl("submit", "influence", *task, "--solver", solver, "--operator", "hessian")
+        assert found.code == 0, found.err

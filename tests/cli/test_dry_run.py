@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from infl_cli import dry_run
+from influence_jobs import devices
 from influence_jobs.jobs.automatic import Choice
 
 from .conftest import Infl
@@ -45,3 +46,16 @@ def test_what_decides_the_cost_of_a_solver_is_told_and_too_much_is_refused(
     halved = infl(*words, "--solver", "ek-fac", "--curvature-samples", 100, "--json").json["notes"]
     assert any("two halves of these samples are compared" in note for note in halved)
     assert "LiSSA needs" in refused(*words, "--solver", "lissa", "--damping", "1e-9")
+
+
+def test_the_probe_has_the_threads_of_the_run(infl: Infl, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setattr(devices, "cores", lambda: 8)
+    monkeypatch.setattr(dry_run, "cores", lambda: 8)
+    monkeypatch.setattr("torch.set_num_threads", taken.append)
+    digits = ("--task", "digits:DigitsTask", "--epochs", 1, "--dry-run")
+    assert infl("submit", "train", *digits, "--local").code == 0
+    assert taken == [3]
+    assert infl("submit", "grad-norms", *digits, "--layer", 1, "--workers", 2).code == 0
+    assert taken == [3, 8, 4]  # a training has one worker

@@ -13,6 +13,8 @@ import ray
 from influence_jobs.errors import StoreError
 from influence_jobs.jobs.base import Receipt
 
+SET = ("OMP_NUM_THREADS", "MALLOC_MMAP_MAX_", "GOMP_SPINCOUNT")
+
 
 class FakeRunner:
     def __init__(self, root, run_id, *, device, threads, workers):
@@ -23,7 +25,7 @@ class FakeRunner:
         attempt = 1
         while (mark := self._root / f"{shard.id}.{attempt}").exists():
             attempt += 1
-        mark.write_text(f"{os.environ['OMP_NUM_THREADS']} {os.environ['MALLOC_MMAP_MAX_']}")
+        mark.write_text(" ".join(os.environ[name] for name in SET))
         behaviour = shard.id.split("-")[0]
         if behaviour == "poison":
             return Receipt(shard.id, "failed", "bad rows", "user", attempt)

@@ -125,13 +125,14 @@ def test_every_shard_is_done_once_with_more_workers_than_fit(driver):
     assert sorted(r.shard for r, _ in receipts) == ids
     assert all((r.status, r.units, again) == ("done", 10, False) for r, again in receipts)
     assert driver.starts() == Counter(ids)
-    assert {path.read_text() for path in driver.root.glob("ok-*")} == {"1 0"}  # its environment
+    environments = {path.read_text() for path in driver.root.glob("ok-*")}
+    assert environments == {"1 0 10000"}
 
 
 def test_a_lone_worker_computes_with_every_core(driver):
     receipts, fault = driver.run(["ok-0", "ok-1"], workers=1)
     assert (len(receipts), fault) == (2, None)
-    assert (driver.root / "ok-1.1").read_text() == "2 0"
+    assert (driver.root / "ok-1.1").read_text() == "2 0 10000"
 
 
 def test_each_failure_is_handled_by_its_kind(driver):
