@@ -169,7 +169,7 @@ class Results:
     def show(self, table: pa.Table) -> SampleRows:
         """A table of this run to look at, such as that of `top_k` or `suspects`.
 
-        In a notebook the picture of each row's sample stands beside it, if the task has pictures
+        In a notebook the picture or text of each row's sample stands beside it, if the task has one
         and its data are here. Elsewhere it is plain text. Its `table` is the table.
         """
         try:

@@ -1,5 +1,6 @@
-"""A table to look at in a notebook, with a picture of each row's sample beside it."""
+"""A table to look at in a notebook, with the picture or text of each row's sample beside it."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from html import escape
 from itertools import groupby
@@ -12,18 +13,19 @@ from PIL import Image, ImageDraw
 from influence_jobs.errors import DataError, SpecError
 from influence_jobs.report.html import picture_uri
 from influence_jobs.tasks.base import Task
-from influence_jobs.tasks.seen import Picture, Text
+from influence_jobs.tasks.seen import Content, Picture, Text, content_of_test, contents
 from influence_jobs.terms import Region, shown
 from influence_jobs.views.contact_sheet import MARK
 from influence_jobs.views.sheets import query_cell, region_of
 from influence_jobs.views.table import Table, cell_text
 
 MOST = 60  # rows that are shown
+MOST_TEXT = 200  # characters of a sample in a row
 SIDE = 56  # pixels of a picture in a row; a query has twice as many, a photograph four times
 
 
 class SampleRows:
-    """Rows of a table, with pictures where the task has them.
+    """Rows of a table, with the pictures or texts that the task shows of their samples.
 
     Rows of one query stand below its picture. A notebook shows this as HTML, everything else as
     text.
@@ -72,26 +74,31 @@ class SampleRows:
 
     def _block(self, rows: Sequence[Mapping[str, Any]], *, without: Sequence[str]) -> str:
         names = [name for name in rows[0] if name not in without]
-        pictures = self._pictures(rows)
+        seen = self._seen(rows)
         head = "".join(_cell("th", name, _side(rows[0][name])) for name in names)
-        lines = [f"<tr>{'<th></th>' if pictures else ''}{head}</tr>"]
+        lines = [f"<tr>{'<th></th>' if any(seen) else ''}{head}</tr>"]
         for i, row in enumerate(rows):
-            image = f"<td>{_image(pictures[i], SIDE)}</td>" if pictures else ""
+            image = f'<td style="text-align: left">{seen[i]}</td>' if any(seen) else ""
             cells = "".join(_cell("td", row[name], _side(row[name])) for name in names)
             lines.append(f"<tr>{image}{cells}</tr>")
         return f"<table><thead>{lines[0]}</thead><tbody>{''.join(lines[1:])}</tbody></table>"
 
-    def _pictures(self, rows: Sequence[Mapping[str, Any]]) -> Sequence[Picture]:
+    def _seen(self, rows: Sequence[Mapping[str, Any]]) -> Sequence[str]:
+        """What people see of each row's sample, as HTML; empty where the row says all."""
         try:
             if self._task is not None and "sample" in rows[0]:
-                return [*self._task.pictures(np.array([row["sample"] for row in rows]))]
+                ids = np.array([row["sample"] for row in rows], dtype=np.int64)
+                found = contents(self._task, ids, [{}] * len(rows))
+                return [_seen(one, None, row) for one, row in zip(found, rows, strict=True)]
             if self._task is not None and "test" in rows[0]:
-                regions = [region_of(row.get("region")) for row in rows]
-                found = [self._task.test_picture(row["test"]) for row in rows]
-                return [*map(_marked, found, regions)]
-        except (SpecError, DataError):  # a task may have no pictures, and no data here
+                tests = [content_of_test(self._task, row["test"], {}) for row in rows]
+                return [
+                    _seen(one, region_of(row.get("region")), row)
+                    for one, row in zip(tests, rows, strict=True)
+                ]
+        except (SpecError, DataError):  # a task may say what cannot be shown, and no data be here
             pass
-        return ()
+        return [""] * len(rows)
 
 
 _QUERY = ("test", "region")
@@ -109,6 +116,14 @@ def _side(value: Any) -> str:
     """Where values stand in their column: numbers flush right."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return "right" if number else "left"
+
+
+def _seen(content: Content | None, region: Region | None, row: Mapping[str, Any]) -> str:
+    if isinstance(content, np.ndarray):
+        return _image(_marked(content, region), SIDE)
+    if isinstance(content, Text) and str(content) not in row.values():
+        return escape(shown(textwrap.shorten(str(content), MOST_TEXT, placeholder=" ...")))
+    return ""
 
 
 def _image(picture: Picture, side: int) -> str:

@@ -2,7 +2,6 @@
 
 import base64
 import io
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -87,13 +86,48 @@ def test_a_table_of_queries_shows_the_test_samples(runs_of_all_kinds) -> None:
 
 def test_without_pictures_or_samples_there_are_rows_alone() -> None:
     table = pa.table({"sample": [3, 4], "score": [0.5, float("nan")]})
-    blind = SimpleNamespace(pictures=influence_jobs.Task.pictures.__get__(DigitsTask()))
-    for task in (None, blind):
-        html = SampleRows(table, task)._repr_html_()  # type: ignore[arg-type]
+    for task in (None, Blind()):
+        html = SampleRows(table, task)._repr_html_()
         assert (html.count("<img"), html.count("<tr>")) == (0, 3)
     assert SampleRows(pa.table({"epoch": [1]}), DigitsTask())._repr_html_().count("<img") == 0
     assert "<table" not in SampleRows(table.slice(0, 0), None)._repr_html_()
     assert repr(SampleRows(table.slice(0, 0), None)) == "sample  score"
+
+
+class Blind(DigitsTask):
+    """Its samples are no pictures."""
+
+    pictures = influence_jobs.Task.pictures
+
+    def show(self, sample):
+        return None
+
+    def batch(self, ids, draw):
+        images, labels = super().batch(ids, draw)
+        return images.flatten(1), labels
+
+
+class Told(Blind):
+    """Its samples are shown as its `show` says."""
+
+    def show(self, sample):
+        return f"<b> sample {sample}" if sample % 2 else np.full((8, 8), sample, np.uint8)
+
+    def show_test(self, test):
+        return ["one ", f"test {test}"]
+
+
+def test_rows_show_what_the_task_shows_of_their_samples() -> None:
+    html = SampleRows(pa.table({"sample": [4, 5], "score": [0.5, 0.25]}), Told())._repr_html_()
+    first, second = html.split("<tr>")[2:]
+    assert "<img" in first
+    assert '<td style="text-align: left">&lt;b&gt; sample 5</td>' in second
+    assert "<img" not in second
+    html = SampleRows(pa.table({"test": [3], "value": [0.5]}), Told())._repr_html_()
+    assert ">one test 3</td>" in html
+    # A text that the row has already is not told twice.
+    html = SampleRows(pa.table({"test": [3], "text": ["one test 3"]}), Told())._repr_html_()
+    assert html.count("one test 3") == 1
 
 
 def test_a_long_table_is_cut_and_says_so() -> None:
