@@ -1,10 +1,13 @@
 """`--dry-run`: disk, memory and time of a run, estimated from its plan and a short probe."""
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from rich.console import Console
+from rich.progress import track
 
 from infl_cli import render
 from infl_cluster.client import remote_client
@@ -32,6 +35,7 @@ class Estimate:
     """Cost of one run, without the runs that it needs first.
 
     Attributes:
+        run: Its id.
         batch_size: Samples that go through the model at once.
         rate: Samples a second of all workers together; None if that cannot be measured.
         memory: Bytes of one worker, at most.
@@ -39,6 +43,7 @@ class Estimate:
         notes: What a user may want to know, a line each.
     """
 
+    run: str
     plan: Plan
     batch_size: int
     workers: int
@@ -56,8 +61,17 @@ class Estimate:
 def print_plan(run: Run, how: How, *, json: bool) -> None:
     """Print the plan of a run and the cost of it and of the runs it needs. Writes nothing."""
     workers, assumed = _workers(how)
-    needs = {needed.id: _estimate(needed, how, workers) for needed in missing_inputs(run)}
-    own = _estimate(run, how, workers)
+    *before, own = [
+        _estimate(one, how, workers)
+        for one in track(
+            [*missing_inputs(run), run],
+            "probing",
+            console=Console(stderr=True),
+            transient=True,
+            disable=not sys.stderr.isatty(),
+        )
+    ]
+    needs = {one.run: one for one in before}
     plan = own.plan
     disk = plan.disk_bytes
     parts = [one.seconds for one in (own, *needs.values())]
@@ -144,7 +158,7 @@ def _estimate(run: Run, how: How, workers: int) -> Estimate:
     job = open_job(run, device=how.resolved_device, batch_size=how.batch_size)
     plan = new_plan(job, how.shard_size, workers)
     if not plan.shards:  # all its work is done by the runs it needs
-        return Estimate(plan, plan.batch_size, workers=1, rate=1.0, memory=Peak(CPU).most)
+        return Estimate(run.id, plan, plan.batch_size, workers=1, rate=1.0, memory=Peak(CPU).most)
     workers = min(workers, len(plan.shards))
     torch.set_num_threads(threads() if how.local else max(1, cores() // workers))
     size, why = plan.batch_size, ""
@@ -158,4 +172,5 @@ def _estimate(run: Run, how: How, workers: int) -> Estimate:
     with tf32(job.tf32):
         rate = samples_per_second(job.probe(), PROBE_S)
     rate = None if rate is None else rate * workers
-    return Estimate(plan, size, workers, rate, worker_bytes(job, plan, peak), why, job.notes())
+    memory = worker_bytes(job, plan, peak)
+    return Estimate(run.id, plan, size, workers, rate, memory, why, job.notes())

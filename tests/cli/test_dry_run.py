@@ -59,3 +59,12 @@ def test_the_probe_has_the_threads_of_the_run(infl: Infl, monkeypatch: pytest.Mo
     assert taken == [3]
     assert infl("submit", "grad-norms", *digits, "--layer", 1, "--workers", 2).code == 0
     assert taken == [3, 8, 4]  # a training has one worker
+
+
+def test_on_a_terminal_it_shows_how_far_it_is(infl: Infl, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dry_run, "PROBE_S", 0.0)
+    words = ("submit", "influence", "--task", "digits:DigitsTask", "--epochs", 1, "--test", 3)
+    assert infl(*words, "--dry-run").err == ""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert "probing" in infl(*words, "--dry-run").err
