@@ -113,7 +113,7 @@ def status(
     if now["state"] == "new" and found.read_json(layout.JOB, JobFile):
         lines.append(("next", _command("status", found) + " --follow"))
     elif now["state"] not in ("running", "done"):
-        lines.append(("next", _command("resume", found)))
+        lines.append(("next", found.resume_command))
     render.print_fields(lines)
 
 
@@ -137,6 +137,8 @@ def stop(run: o.RunId, runs: o.Runs = o.DEFAULT_RUNS, address: o.Address = None)
 
     found = _find(runs, run)
     job = found.read_json(layout.JOB, JobFile)
+    if job is not None and job["address"]:
+        client_of(job)  # before anything is ended: there may be no token
     asked: set[str] = set()  # drivers and jobs: a second driver may be waiting for the first
     began = time.monotonic()
     while time.monotonic() - began < STOP_DEADLINE_S:
@@ -152,7 +154,7 @@ def stop(run: o.RunId, runs: o.Runs = o.DEFAULT_RUNS, address: o.Address = None)
                 asked.add(job["submission_id"])
                 client_of(job).stop(job["submission_id"])
         elif holder is None:
-            end = f"stopped; go on with: {_command('resume', found)}" if asked else "not running"
+            end = f"stopped; go on with: {found.resume_command}" if asked else "not running"
             say(f"{found.id} is {end}")
             return
         elif not asked:
@@ -239,9 +241,9 @@ def verify(
             say(f"shard {shard}: {why}")
         render.out.print(f"{found.id}: {check.good} of {check.planned} shards are done and good")
     again = len(check.damaged) + len(check.missing) * lies
-    repaired = f"{_command('verify', found)} --repair, then {_command('resume', found)}"
+    repaired = f"{_command('verify', found)} --repair, then {found.resume_command}"
     if repair and again:
-        say(f"{_shards_are(again)} to be computed again: {_command('resume', found)}")
+        say(f"{_shards_are(again)} to be computed again: {found.resume_command}")
     elif check.damaged:
         raise StoreError(f"{_shards_are(len(check.damaged))} damaged: {repaired}")
     elif lies:

@@ -13,7 +13,7 @@ from infl_cli import render
 from infl_cli.render import say
 from influence_jobs.errors import SpecError, StoreError
 from influence_jobs.store.find import find_run
-from influence_jobs.store.folder import for_runs, runs_folder
+from influence_jobs.store.folder import runs_folder
 from influence_jobs.store.status import read_status
 
 
@@ -47,9 +47,7 @@ def suspects(
             "the same --checkpoint"
         )
     if read_status(found)["state"] != "done":
-        raise StoreError(
-            f"{found.id} is not done yet: infl resume {found.id}{for_runs(found.root)}"
-        )
+        raise StoreError(f"{found.id} is not done yet: {found.resume_command}")
     for file in (csv, png):
         if file is not None and not file.parent.is_dir():
             raise SpecError(f"cannot write {file}: there is no folder {file.parent}")

@@ -14,7 +14,7 @@ from infl_cli import render
 from infl_cli.render import say
 from influence_jobs.errors import SpecError, StoreError
 from influence_jobs.store.find import find_run
-from influence_jobs.store.folder import for_runs, runs_folder
+from influence_jobs.store.folder import runs_folder
 from influence_jobs.store.run import Run
 from influence_jobs.store.status import read_status
 
@@ -69,9 +69,7 @@ def top(
     """Print the samples with the largest norms or scores, and their labels, or files and pixels."""
     found = find_run(runs_folder(runs), run)
     if read_status(found)["state"] != "done":
-        raise StoreError(
-            f"{found.id} is not done yet: infl resume {found.id}{for_runs(found.root)}"
-        )
+        raise StoreError(f"{found.id} is not done yet: {found.resume_command}")
     for file in (png, parquet):
         if file is not None and not file.parent.is_dir():
             raise SpecError(f"cannot write {file}: there is no folder {file.parent}")

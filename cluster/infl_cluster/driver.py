@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import ExitStack
 from dataclasses import asdict, fields
 from functools import partial
@@ -26,7 +27,7 @@ from influence_jobs.jobs.samples import SampleJob
 from influence_jobs.kinds import missing_inputs, open_job
 from influence_jobs.store import layout
 from influence_jobs.store.documents import Entry
-from influence_jobs.store.lease import Lease, LeaseHeld
+from influence_jobs.store.lease import SHOWN_S, Lease, LeaseHeld
 from influence_jobs.store.object_files import be_patient
 from influence_jobs.store.run import Run, now
 from influence_jobs.store.software import software
@@ -256,9 +257,10 @@ def _work(
         if receipt.status == "done":
             failed.pop(receipt.shard, None)
             log.info(
-                "shard %s done in %.2f s, attempt %d",
+                "shard %s done in %.2f s by %s, attempt %d",
                 receipt.shard,
                 receipt.seconds,
+                receipt.worker,
                 receipt.attempt,
             )
         else:
@@ -305,6 +307,24 @@ def _work(
             else ""
         )
         raise RuntimeFault(f"{count}{first}")
+    _require_records(run, planned)
+
+
+def _require_records(run: Run, shards: AbstractSet[str]) -> None:
+    """Refuse to end a run before its folder has the record of every shard.
+
+    Raises:
+        StoreError: Workers have written some of them elsewhere.
+    """
+    last = time.monotonic() + SHOWN_S
+    while absent := sorted(shards - run.manifest.done().keys()):
+        if time.monotonic() > last:
+            raise StoreError(
+                f"{len(absent)} of {len(shards)} shards are not in {run.files.url}, although "
+                "workers have done them: put the runs on storage that all nodes share, name that "
+                "with --runs, and submit again"
+            )
+        time.sleep(1)
 
 
 def _torn(run: Run, shards: Sequence[Shard]) -> list[Shard]:

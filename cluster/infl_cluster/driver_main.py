@@ -1,13 +1,17 @@
 """The entry point of a Ray job: `python -m infl_cluster.driver_main ROOT RUN [options]`."""
 
 import argparse
+import socket
 import sys
 
 from infl_cluster import shipping, store_access, versions
 from infl_cluster.dispatch import STALLED_AFTER_S
 from infl_cluster.driver import drive_when_free, stop_on_sigterm
 from infl_cluster.pool import RayBackend, why_ended
-from influence_jobs.errors import InflError
+from influence_jobs.errors import InflError, StoreError
+from influence_jobs.store import layout
+from influence_jobs.store.documents import MOST_BYTES
+from influence_jobs.store.files import open_files
 from influence_jobs.tasks.trust import trust_all
 from influence_jobs.terms import in_a_line
 
@@ -38,6 +42,7 @@ def main() -> int:
     )
     try:
         versions.require_same()
+        _require_folder(options.root, options.run_id)
         drive_when_free(
             options.root,
             options.run_id,
@@ -51,6 +56,22 @@ def main() -> int:
     finally:
         store_access.forget()
     return 0
+
+
+def _require_folder(root: str, run_id: str) -> None:
+    """Refuse a run whose folder this node does not see.
+
+    Raises:
+        StoreError: The message names the node.
+    """
+    files = open_files(root).sub(run_id)
+    try:
+        files.read(layout.SPEC, most=MOST_BYTES)
+    except (FileNotFoundError, NotADirectoryError):
+        raise StoreError(
+            f"{files.url} is not on {socket.gethostname()}, the node that directs the run: put the "
+            "runs on storage that all nodes share, and name that with --runs"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -185,7 +185,7 @@ def _carry_out_on_ray(run: Run, how: How, say: Say, *, quiet: bool) -> bool:
         raise
     if status["state"] != "done":
         message = status.get("message") or f"the run was {status['state']}"
-        raise RuntimeFault(f"{message} (infl logs {run.id}{more}; infl resume {run.id}{more})")
+        raise RuntimeFault(f"{message} (infl logs {run.id}{more}; {run.resume_command})")
     return True
 
 

@@ -28,6 +28,8 @@ from influence_jobs.errors import DataError, InflError, RuntimeFault, StoreError
 from influence_jobs.jobs.base import Receipt, Shard
 from influence_jobs.kinds.runner import progress_every_s, this_process
 from influence_jobs.memory import share_gpu
+from influence_jobs.store.files import open_files
+from influence_jobs.store.lease import holder_of, require_held_by
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.trust import trust_all
 
@@ -82,6 +84,7 @@ class ShardWorker:
         runner: `module:class` of the runner; tests name their own.
         gpu_share: Part of a GPU's memory that it may take, where others share the GPU.
         workers: Workers of the run: the more there are, the less often each writes its progress.
+        owner: Of the lease that the driver holds; None for runners without a run folder.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class ShardWorker:
         runner: str,
         gpu_share: float = 1.0,
         workers: int = 1,
+        owner: str | None = None,
     ) -> None:
         module, _, name = runner.partition(":")
         self._runner: Any = None
@@ -105,6 +109,8 @@ class ShardWorker:
         self._device = device
         try:
             versions.require_same()
+            if owner is not None:
+                require_held_by(open_files(root).sub(run_id), owner)
             self._device = resolved(cast(Device, device))
             if self._device == "cuda" and 0 < gpu_share < 1:
                 share_gpu(gpu_share)
@@ -112,11 +118,10 @@ class ShardWorker:
             self._runner = make_runner(
                 root, run_id, device=self._device, threads=threads, workers=workers
             )
-        except InflError as error:  # kept: if raised here, the driver would see a dead worker
+        except Exception as error:  # kept: if raised here, the driver would see a dead worker
+            if not isinstance(error, InflError):
+                log.exception("the worker cannot be made")
             self._refusal = _refusal(error)
-        except Exception as error:
-            log.exception("the worker cannot be made")
-            self._refusal = f"{type(error).__name__}: {error}"
         self._metrics = WorkerMetrics(run_id, kind)
 
     def __repr__(self) -> str:
@@ -288,6 +293,7 @@ class RayBackend:
     def _start_worker(
         self, run: Run, options: Mapping[str, Any], threads: int, workers: int
     ) -> Actor:
+        holder = holder_of(run.files)
         return (
             ray.remote(ShardWorker)
             .options(**options)
@@ -301,6 +307,7 @@ class RayBackend:
                 runner=self._runner,
                 gpu_share=min(1.0, self._num_gpus),
                 workers=workers,
+                owner=holder["owner"] if holder else None,
             )
         )
 
@@ -335,20 +342,20 @@ class RayBackend:
         )
 
 
-def _refusal(error: InflError) -> str:
+def _refusal(error: Exception) -> str:
     """Why a worker cannot compute, with its node if there are several."""
+    said = str(error) if isinstance(error, InflError) else f"{type(error).__name__}: {error}"
     if len(ray.nodes()) == 1:  # type: ignore[no-untyped-call]
-        return str(error)
-    needs = {
-        DataError: "the data, at the same place or on storage that all share",
-        StoreError: "the folder of runs, on storage that all share",
-    }
-    hint = "".join(
-        f" (each node that computes needs {what}; --node-label chooses nodes)"
-        for kind, what in needs.items()
-        if isinstance(error, kind)
-    )
-    return f"on node {socket.gethostname()}: {error}{hint}"
+        return said
+    hint = ""
+    if isinstance(error, StoreError):
+        hint = " (--node-label chooses the nodes that compute)"
+    elif isinstance(error, DataError | OSError) or isinstance(error.__cause__, OSError):
+        hint = (
+            " (each node that computes needs the files, at the same place or on storage that all "
+            "share; --node-label chooses nodes)"
+        )
+    return f"on node {socket.gethostname()}: {said}{hint}"
 
 
 def _worker_environment(threads: int) -> dict[str, str]:

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from socket import gethostname
 from typing import Any, BinaryIO
 
 import torch
@@ -188,7 +189,9 @@ def _read(source: Path | BinaryIO, called: str) -> dict[str, torch.Tensor]:
                 else:
                     state |= _read_torch(stream, called)
         except OSError as error:
-            raise ModelError(f"cannot read checkpoint {called}: {error.strerror}") from error
+            raise ModelError(
+                f"cannot read checkpoint {called} on {gethostname()}: {error.strerror}"
+            ) from error
     return state
 
 

@@ -28,7 +28,6 @@ from influence_jobs.report.made import Made, made, needed
 from influence_jobs.specs.base import Spec
 from influence_jobs.store import layout
 from influence_jobs.store.files import LocalFiles
-from influence_jobs.store.folder import for_runs
 from influence_jobs.store.run import Run
 from influence_jobs.store.status import read_status
 from influence_jobs.tasks.seen import Picture, Wave
@@ -71,9 +70,7 @@ def sections_of(runs: Sequence[Run]) -> list[Section]:
     found: dict[str, Section] = {}
     for run in runs:
         if (state := read_status(run)["state"]) != "done":
-            raise StoreError(
-                f"{run.id} is not finished ({state}): infl resume {run.id}{for_runs(run.root)}"
-            )
+            raise StoreError(f"{run.id} is not finished ({state}): {run.resume_command}")
         whole = view_of(run)
         for member in whole.members():
             if member.id not in found:

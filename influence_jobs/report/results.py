@@ -17,7 +17,6 @@ from influence_jobs.report.sample_rows import SampleRows
 from influence_jobs.specs.base import Spec
 from influence_jobs.store import layout
 from influence_jobs.store.find import find_run
-from influence_jobs.store.folder import for_runs
 from influence_jobs.store.status import read_status
 from influence_jobs.terms import shown
 from influence_jobs.views.base import View
@@ -179,9 +178,7 @@ class Results:
 
     def _require_done(self) -> None:
         if self.state != "done":
-            raise StoreError(
-                f"{self.run.id} is not done yet: infl resume {self.run.id}{for_runs(self.run.root)}"
-            )
+            raise StoreError(f"{self.run.id} is not done yet: {self.run.resume_command}")
 
     @property
     def _view(self) -> View[Any]:

@@ -65,10 +65,9 @@ def load_checkpoint(
     except FileNotFoundError:
         data = b""
     if checksum(data) != recorded_digest(root, checkpoint):
-        more = for_runs(root)
         raise StoreError(
             f"{run.files.url}/{name} is missing or damaged: "
-            f"infl verify {run.id}{more} --repair, then infl resume {run.id}{more}"
+            f"infl verify {run.id}{for_runs(root)} --repair, then {run.resume_command}"
         )
     load_weights(model, io.BytesIO(data), name=f"{run.id}@{checkpoint.epoch}")
 

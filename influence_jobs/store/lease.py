@@ -28,6 +28,7 @@ from influence_jobs.store.process import is_running
 TTL_S = 30.0
 BEAT_S = 5.0
 WATCH_S = 12.0  # a live holder has a heartbeat in it
+SHOWN_S = 10.0  # a network file system shows a new file so late
 CLOCKS_S = 3600.0  # clocks do not differ by so much
 
 
@@ -170,6 +171,28 @@ def holder_of(files: Files, name: str = layout.LEASE) -> Holder | None:
     except FileNotFoundError:
         return None
     return parsed(data, Holder, f"{files.url}/{name}")
+
+
+def require_held_by(files: Files, owner: str) -> None:
+    """Refuse a folder that is not the one in which a driver holds its lease.
+
+    On another machine the same path may lead to another disk, which may even have a run of the
+    same name.
+
+    Args:
+        owner: Of the driver's lease.
+
+    Raises:
+        StoreError: It is another folder, or there is none.
+    """
+    last = time.monotonic() + SHOWN_S
+    while (holder := holder_of(files)) is None or holder["owner"] != owner:
+        if time.monotonic() > last:
+            raise StoreError(
+                f"{files.url} is not the folder of the run there, but another one or none: put the "
+                "runs on storage that all nodes share, and name that with --runs"
+            )
+        time.sleep(0.5)
 
 
 def is_alive(holder: Holder) -> bool:

@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import math
+import shlex
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,9 +20,10 @@ import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from influence_jobs.errors import StoreError
+from influence_jobs.home import is_known
 from influence_jobs.specs.base import Spec, parse_spec
 from influence_jobs.store import layout
-from influence_jobs.store.documents import MOST_BYTES, PlanFile, parsed
+from influence_jobs.store.documents import MOST_BYTES, JobFile, PlanFile, parsed
 from influence_jobs.store.files import open_files
 from influence_jobs.store.folder import for_runs
 from influence_jobs.store.layout import ArrayLayout
@@ -129,6 +131,19 @@ class Run:
         """Replace a JSON file of the run."""
         self.files.write(name, json.dumps(value, indent=1).encode())
 
+    @property
+    def resume_command(self) -> str:
+        """The command that goes on with the run, on the cluster where it was, if you named that."""
+        try:
+            job = self.read_json(layout.JOB, JobFile)
+        except StoreError:  # damaged; a resumed run writes it anew
+            job = None
+        address = job["address"] if job else None
+        # A run folder may come from a stranger, whose server must not get the token.
+        known = address and is_known("cluster", address)
+        at = f" --address {shlex.quote(address)}" if address and known else ""
+        return f"infl resume {self.id}{for_runs(self.root)}{at}"
+
     # -- arrays -----------------------------------------------------------------------------------
 
     def create_arrays(self, layouts: Sequence[ArrayLayout]) -> None:
@@ -184,10 +199,9 @@ class Run:
     @cached_property
     def _arrays(self) -> dict[str, "zarr.Array[Any]"]:
         if not self._has_arrays():  # opening would create the folder
-            more = for_runs(self.root)
             raise StoreError(
                 f"run {self.id} has no arrays: it has not begun, or they were deleted "
-                f"(infl verify {self.id}{more} --repair, then infl resume {self.id}{more})"
+                f"(infl verify {self.id}{for_runs(self.root)} --repair, then {self.resume_command})"
             )
         with self._metadata():
             group = zarr.open_group(self.files.zarr_store(layout.ARRAYS), mode="r+")
@@ -203,10 +217,9 @@ class Run:
         try:
             yield
         except _NO_METADATA as error:
-            more = for_runs(self.root)
             raise StoreError(
                 f"run {self.id}: the metadata of its arrays are damaged ({error}): "
-                f"infl verify {self.id}{more} --repair, then infl resume {self.id}{more}"
+                f"infl verify {self.id}{for_runs(self.root)} --repair, then {self.resume_command}"
             ) from error
 
     def array_names(self) -> list[str]:

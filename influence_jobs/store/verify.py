@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from influence_jobs.errors import StoreError, first_line
 from influence_jobs.store import layout
 from influence_jobs.store.documents import Entry, PlanFile
-from influence_jobs.store.folder import for_runs
 from influence_jobs.store.lease import Lease
 from influence_jobs.store.manifest import checksum
 from influence_jobs.store.run import Run
@@ -38,7 +37,7 @@ def find_damage(run: Run) -> Verification:
     """
     plan = run.plan()
     if plan is None:
-        raise StoreError(f"run {run.id} has not begun: infl resume {run.id}{for_runs(run.root)}")
+        raise StoreError(f"run {run.id} has not begun: {run.resume_command}")
     damaged, good, missing = _damaged_shapes(run, plan), 0, []
     if damaged:  # no chunk can be read as it should be; once this is mended, they can
         return Verification(len(plan["shards"]), good, damaged)

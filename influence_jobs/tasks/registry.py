@@ -2,13 +2,14 @@
 
 import importlib
 import inspect
+import socket
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, get_type_hints
 
-from influence_jobs.errors import SpecError, UntrustedCode
+from influence_jobs.errors import DataError, SpecError, UntrustedCode
 from influence_jobs.specs.base import TaskSpec
 from influence_jobs.tasks.base import Task
 from influence_jobs.tasks.output_loss import require_outputs_of_loss
@@ -186,6 +187,7 @@ def make_task(spec: TaskSpec) -> Task:
     """Build the task that a spec describes.
 
     Raises:
+        DataError: A file that it reads is not on this machine.
         SpecError: The task is unknown, it does not have one of the options, or it lacks what its
             `output_loss` is of.
     """
@@ -196,7 +198,12 @@ def make_task(spec: TaskSpec) -> Task:
     for name in arguments:
         if name not in takes:
             raise SpecError(f"task {spec.name!r} has no option {name}")
-    return found(**arguments)
+    try:
+        return found(**arguments)
+    except FileNotFoundError as error:
+        raise DataError(
+            f"task {spec.name!r} finds no {error.filename} on {socket.gethostname()}"
+        ) from error
 
 
 def arguments_of(kind: type[Task]) -> dict[str, inspect.Parameter]:

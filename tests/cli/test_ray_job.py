@@ -25,6 +25,7 @@ from infl_cluster import head as head_module
 from infl_cluster.client import UnknownJob
 from infl_cluster.watch import watch
 from influence_jobs.errors import RuntimeFault
+from influence_jobs.home import make_known
 from influence_jobs.store import find
 from influence_jobs.store.documents import Status
 from influence_jobs.store.lease import holder_of
@@ -355,3 +356,51 @@ def test_the_progress_shown_is_of_the_run_that_is_worked_at(
     found, status = under_way(asked, read_status(asked))
     assert found.id == worked_at.id
     assert status["units_total"] == 9
+
+
+@pytest.fixture
+def elsewhere(
+    infl: Infl, ray: FakeCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[str, str]:
+    """A run whose job is on a cluster that the user named: its id, and the address."""
+    monkeypatch.setenv("INFL_HOME", str(tmp_path / "home"))
+    run_id = infl(*TRAIN, "--detach", "--json").json["run"]
+    address = "http://localhost:8265"
+    make_known("cluster", address)
+    job = {"address": address, "submission_id": next(iter(ray.jobs))}
+    (tmp_path / "runs" / run_id / "job.json").write_text(json.dumps(job))
+    return run_id, address
+
+
+def test_the_command_that_goes_on_names_the_cluster(
+    infl: Infl, elsewhere: tuple[str, str], tmp_path: Path
+) -> None:
+    run_id, address = elsewhere
+    again = f"infl resume {run_id} --address {address}"
+    assert infl("stop", run_id).err == f"{run_id} is stopped; go on with: {again}\n"
+    assert f"{run_id} is not done yet: {again}\n" in infl("top", run_id).err
+    run = Run.open(str(tmp_path / "runs"), run_id)
+    # A folder of a stranger may name any cluster: its address is not put into a command to copy.
+    job = {"address": "http://theirs.example", "submission_id": "x"}
+    run.write_json("job.json", job)
+    assert run.resume_command.startswith(f"infl resume {run_id}")
+    assert "theirs" not in run.resume_command
+    (tmp_path / "runs" / run_id / "job.json").write_text("{")
+    assert "--address" not in run.resume_command
+
+
+def test_nothing_is_stopped_without_a_token(
+    infl: Infl, ray: FakeCluster, elsewhere: tuple[str, str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def no_token(address: str) -> None:
+        raise RuntimeFault(f"no Ray token for {address}")
+
+    monkeypatch.setattr(ray_job, "remote_client", no_token)
+    run_id, address = elsewhere
+    with a_driver("input()", run_id) as driver:
+        held_by(tmp_path / "runs" / run_id, driver.pid)
+        assert infl("stop", run_id).err == f"error: no Ray token for {address}\n"
+        time.sleep(0.5)
+        assert driver.poll() is None
+    assert list(ray.jobs.values()) == ["PENDING"]

@@ -17,7 +17,7 @@ from influence_jobs.errors import StoreError
 from influence_jobs.store import lease as lease_module
 from influence_jobs.store.documents import Holder
 from influence_jobs.store.files import LocalFiles
-from influence_jobs.store.lease import Lease, LeaseHeld, holder_of, is_alive
+from influence_jobs.store.lease import Lease, LeaseHeld, holder_of, is_alive, require_held_by
 
 
 def hold(folder: str, ready: "multiprocessing.synchronize.Event") -> None:
@@ -254,3 +254,24 @@ def test_a_damaged_lease_is_told(tmp_path: Path) -> None:
     files.write("lease.json", b"{")
     with pytest.raises(StoreError, match=r"lease\.json is damaged .*: delete it"), Lease(files):
         pass
+
+
+def test_the_same_path_may_be_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two machines with a disk each, and a run of one name on both."""
+    monkeypatch.setattr(lease_module, "SHOWN_S", 0.0)
+    here, there = LocalFiles(tmp_path / "here"), LocalFiles(tmp_path / "there")
+    with Lease(here):
+        holder = holder_of(here)
+        assert holder is not None
+        require_held_by(here, holder["owner"])
+        with pytest.raises(StoreError, match="there is not the folder of the run there"):
+            require_held_by(there, holder["owner"])
+        with Lease(there), pytest.raises(StoreError, match="that all nodes share"):
+            require_held_by(there, holder["owner"])
+    monkeypatch.setattr(lease_module, "SHOWN_S", 60.0)  # a folder that shows a file late
+    waits = threading.Timer(0.2, lambda: here.write("lease.json", json.dumps(holder).encode()))
+    waits.start()
+    require_held_by(here, holder["owner"])
+    waits.join()
