@@ -12,12 +12,15 @@ from types import SimpleNamespace
 from infl_cluster.pool import RayBackend
 from influence_jobs.errors import RuntimeFault
 from influence_jobs.jobs.base import Shard
+from influence_jobs.store.files import LocalFiles
+from influence_jobs.store.lease import Lease
 from influence_jobs.store.run import now
 
 
 def carry_out(request):
     root, spec = Path(request["root"]), SimpleNamespace(kind="fake-kind")
-    run = SimpleNamespace(root=str(root), id=root.name, spec=spec)
+    files = LocalFiles(root / root.name)
+    run = SimpleNamespace(root=str(root), id=root.name, spec=spec, files=files)
     shards = [Shard(name, 10 * i, 10 * i + 10) for i, name in enumerate(request["ids"])]
     backend = RayBackend(
         device="cpu", runner=f"fake_runner:{request['runner']}", **request["options"]
@@ -35,15 +38,16 @@ def carry_out(request):
         backend.show(run, {**status, "state": "running", "retries": retries})  # type: ignore[arg-type]
 
     try:
-        backend.run(
-            run,  # type: ignore[arg-type]
-            shards,
-            on_start=lambda shard, worker: begun.append((shard, worker)),
-            on_receipt=on_receipt,
-            on_rescue=lambda *rescue: rescues.append(rescue),
-            on_idle=on_idle,
-            quiet_s=lambda _shard: request["quiet_s"],
-        )
+        with Lease(files):
+            backend.run(
+                run,  # type: ignore[arg-type]
+                shards,
+                on_start=lambda shard, worker: begun.append((shard, worker)),
+                on_receipt=on_receipt,
+                on_rescue=lambda *rescue: rescues.append(rescue),
+                on_idle=on_idle,
+                quiet_s=lambda _shard: request["quiet_s"],
+            )
     except RuntimeFault as error:
         fault = str(error)
     return {"receipts": receipts, "begun": begun, "rescues": rescues, "fault": fault}
