@@ -352,8 +352,8 @@ def _refusal(error: Exception) -> str:
         hint = " (--node-label chooses the nodes that compute)"
     elif isinstance(error, DataError | OSError) or isinstance(error.__cause__, OSError):
         hint = (
-            " (each node that computes needs the files, at the same place or on storage that all "
-            "share; --node-label chooses nodes)"
+            " (each node that computes needs the data and weights, at the same place or on storage "
+            "that all share; --node-label chooses nodes)"
         )
     return f"on node {socket.gethostname()}: {said}{hint}"
 

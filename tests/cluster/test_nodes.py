@@ -469,7 +469,7 @@ def test_a_node_without_the_data_is_named_with_the_cure(
     assert line.startswith(f"error: on node {socket.gethostname()}: ")
     assert str(tmp_path / "data") in line
     assert cure in line
-    assert "each node that computes needs the data, at the same place or on storage that" in line
+    assert "each node that computes needs the data and weights, at the same place or on" in line
     assert read_status(run)["state"] == "failed"
 
 
@@ -483,8 +483,9 @@ def test_a_node_without_the_folder_of_runs_is_named(
         err = ended(nodes.drive(run, "--node-label", "zone=without"), code=2)
     finally:
         nodes.remove("without")
-    assert f"on node {socket.gethostname()}: there is no run {run.id} in {run.root}" in err
-    assert "each node that computes needs the folder of runs, on storage that all share" in err
+    said = f"on node {socket.gethostname()}: {run.files.url} is not the folder of the run there"
+    assert said in err
+    assert "put the runs on storage that all nodes share" in err
 
 
 @pytest.mark.slow

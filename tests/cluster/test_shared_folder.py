@@ -107,7 +107,7 @@ def test_a_file_that_a_node_lacks_is_told_with_the_node_and_the_cure(
 ) -> None:
     said = refusal_of(tmp_path / folder, "x")
     assert said.startswith("on node node2: ")
-    assert "(each node that computes needs the files, at the same place or on storage" in said
+    assert "(each node that computes needs the data and weights, at the same place or" in said
 
 
 def test_a_driver_that_does_not_see_the_run_names_its_node(
