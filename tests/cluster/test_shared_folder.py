@@ -11,7 +11,7 @@ import pytest
 import ray
 
 from infl_cluster import driver as driver_module
-from infl_cluster import driver_main, shipping
+from infl_cluster import driver_main, shipping, versions
 from infl_cluster.driver import drive
 from infl_cluster.inline import InlineBackend
 from infl_cluster.pool import RayBackend, ShardWorker
@@ -115,7 +115,7 @@ def test_a_driver_that_does_not_see_the_run_names_its_node(
 ) -> None:
     monkeypatch.setattr(shipping, "unpack", lambda: None)
     monkeypatch.setattr(driver_main, "stop_on_sigterm", lambda _: None)
-    monkeypatch.setattr(driver_main.versions, "require_same", lambda: None)
+    monkeypatch.setattr(versions, "require_same", lambda: None)
     monkeypatch.setattr("socket.gethostname", lambda: "head")
     monkeypatch.setattr(sys, "argv", ["driver_main", str(tmp_path), "grad-norms-x"])
     assert driver_main.main() == 2
