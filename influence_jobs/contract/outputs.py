@@ -5,15 +5,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from influence_jobs.contract.trial import Line, Said, Trial, fail, ok, warn
 from influence_jobs.curvature.requirements import require_output_loss
-from influence_jobs.errors import ModelError, SpecError
+from influence_jobs.errors import SpecError
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.jobs.queries import size_of
 from influence_jobs.tasks.base import Draw, Task, defines
-from influence_jobs.tasks.output_loss import SUM_ERROR, forms_of, require_outputs_of_loss
+from influence_jobs.tasks.output_loss import forms_of, require_outputs_of_loss
 from influence_jobs.tasks.seen import Text, Wave, content
 
 
@@ -28,39 +27,12 @@ def gauss_newton(trial: Trial) -> Said:
         )
         return
     require_outputs_of_loss(type(task))
+    form = require_output_loss(task, trial.model, trial.batch, forms_of(task))[0]
     outputs, targets = task.outputs(trial.model, trial.batch), task.targets(trial.batch)
-    try:
-        form = require_output_loss(task, trial.model, trial.batch, forms_of(task))[0]
-    except ModelError as error:
-        yield fail(_wrong_targets(task, outputs, targets) or str(error))
-        return
     yield ok(
         f"losses are the {form.words} of outputs {tuple(outputs.shape)} and targets "
         f"{tuple(targets.shape)}"
     )
-
-
-def _wrong_targets(task: Task, outputs: Tensor, targets: Tensor) -> str:
-    """What is wrong with the shape or type of the targets, or nothing."""
-    shape, size = tuple(targets.shape), len(outputs)
-    if task.output_loss == "mse" and targets.shape != outputs.shape:
-        return (
-            f"targets() has shape {shape}, outputs() {tuple(outputs.shape)}: give both the same "
-            "shape, or one is broadcast against the other"
-        )
-    if task.output_loss == "cross-entropy" and outputs.ndim == 2:
-        if targets.is_floating_point() and targets.shape == outputs.shape:  # probabilities
-            if (targets.sum(1) - 1).abs().max() > SUM_ERROR:
-                return (
-                    "targets() are weights of the classes that do not sum to 1: divide each "
-                    "sample's by their sum"
-                )
-            return ""
-        if shape != (size,):
-            return f"targets() has shape {shape}, not ({size},): give each sample its class"
-        if targets.is_floating_point():
-            return f"targets() is {targets.dtype}: classes are whole numbers, use .long()"
-    return ""
 
 
 def tests(trial: Trial) -> Said:

@@ -9,6 +9,7 @@ from torch import Tensor
 from influence_jobs.contract.trial import Said, Trial, fail, ok, warn
 from influence_jobs.curvature.requirements import require_deterministic
 from influence_jobs.gradients.batches import plain_leaves
+from influence_jobs.gradients.one_loss_each import mixed_losses, wrong_losses
 from influence_jobs.gradients.requirements import require_independent_samples
 from influence_jobs.tasks.base import Draw, Task, digest
 from influence_jobs.tasks.output_loss import RELATIVE_ERROR
@@ -57,13 +58,8 @@ def repeatable(trial: Trial) -> Said:
 def losses(trial: Trial) -> Said:
     """One finite number a sample, which depends on the parameters."""
     losses_B, size = trial.losses_B, len(trial.ids)
-    if not isinstance(losses_B, Tensor) or not losses_B.is_floating_point():
-        yield fail(f"losses() gives {_kind(losses_B)}, not a tensor of {size} floats")
-    elif losses_B.shape != (size,):
-        cure = "sum or average over every axis but the first"
-        if losses_B.numel() == 1:
-            cure = 'one number for the whole batch: leave the mean out (reduction="none")'
-        yield fail(f"losses() has shape {tuple(losses_B.shape)}, not ({size},): {cure}")
+    if wrong := wrong_losses(losses_B, torch.Size([size])):
+        yield fail(wrong)
     elif not losses_B.isfinite().all():
         bad = (~losses_B.isfinite()).nonzero().flatten()
         more = f", and of {len(bad) - 1} more of {size}" if len(bad) > 1 else ""
@@ -82,10 +78,6 @@ def losses(trial: Trial) -> Said:
         yield ok(f"{size} samples have {size} losses, {low:.3g} to {high:.3g} untrained")
 
 
-def _kind(value: object) -> str:
-    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
-
-
 def deterministic(trial: Trial) -> Said:
     """In eval mode two passes over the same samples give the same losses."""
     require_deterministic(trial.task, trial.model, trial.batch, trial.batch)
@@ -101,18 +93,7 @@ def independent(trial: Trial) -> Said:
         [trial.task.losses(trial.model, trial.fetch(i)) for i in trial.ids.unsqueeze(1)]
     )
     scale = torch.maximum(together_B.abs().max(), alone_B.abs().max())
-    difference_B = (together_B - alone_B).abs()
-    size = len(together_B)
-    if difference_B.max() <= RELATIVE_ERROR * scale:
+    if (together_B - alone_B).abs().max() <= RELATIVE_ERROR * scale:
         yield ok("a sample's loss is the same alone and in a batch")
         return
-    if (together_B * size - alone_B).abs().max() <= RELATIVE_ERROR * alone_B.abs().max():
-        yield fail(f"losses are divided by the size of the batch ({size}): leave that out")
-        return
-    worst = int(difference_B.argmax())
-    yield fail(
-        f"the loss of sample {int(trial.ids[worst])} is {float(alone_B[worst]) + 0.0:.4g} alone "
-        "and "
-        f"{float(together_B[worst]):.4g} in a batch of {size}: an average, a softmax or a "
-        "broadcast over the batch (dim 0) mixes the samples"
-    )
+    yield fail(mixed_losses(alone_B, together_B, len(together_B)))

@@ -7,8 +7,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from influence_jobs.errors import DataError, ModelError
+from influence_jobs.gradients.batches import one_sample
+from influence_jobs.gradients.one_loss_each import mixed_losses, wrong_losses
 from influence_jobs.tasks.base import Batch, Task
-from influence_jobs.tasks.output_loss import Form, alike, which_forms_give
+from influence_jobs.tasks.output_loss import SUM_ERROR, Form, alike, which_forms_give
 
 
 @torch.no_grad()
@@ -57,6 +59,8 @@ def agreeing_forms(
     Raises:
         ModelError, SpecError: The task defines no outputs, or what is no tensor.
     """
+    if wrong := wrong_losses(losses_B):
+        raise ModelError(wrong)
     outputs, targets = task.outputs(model, batch), task.targets(batch)
     if not isinstance(outputs, Tensor):
         raise ModelError(
@@ -80,14 +84,60 @@ def those_left(
     """
     found = tuple(form for form, gives in zip(forms, right, strict=True) if gives)
     if not found:
-        named = task.output_loss if isinstance(task.output_loss, str) else "output_loss"
+        outputs, targets = task.outputs(model, batch), task.targets(batch)
         raise ModelError(
-            f"losses of {type(task).__name__} are not the {named} of its outputs "
-            f"{tuple(task.outputs(model, batch).shape)} and targets, as its output_loss says: "
-            "correct one, define output_loss as a method (self, outputs, targets) -> losses, or "
-            "use --operator hessian"
+            _mixed_losses(task, model, batch, len(outputs))
+            or _wrong_targets(task, outputs, targets)
+            or f"losses() of {type(task).__name__} are not the {_named(task)} of outputs() "
+            f"{tuple(outputs.shape)} and targets() {tuple(targets.shape)}, as output_loss says: "
+            "let all three be of the same loss, or define output_loss as a method (self, outputs, "
+            "targets) -> losses"
         )
     return found
+
+
+def _named(task: Task) -> str:
+    return task.output_loss if isinstance(task.output_loss, str) else "output_loss"
+
+
+def _mixed_losses(task: Task, model: nn.Module, batch: Batch, size: int) -> str:
+    """How the losses of the first samples depend on others of the batch, or nothing."""
+    losses_B = task.losses(model, batch)
+    if len(losses_B) != size:  # outputs of positions
+        return ""
+    try:
+        alone_B = torch.cat(
+            [task.losses(model, one_sample(batch, i, size)) for i in range(min(size, 2))]
+        )
+    except (RuntimeError, ValueError, IndexError):  # a batch that cannot be cut
+        return ""
+    together_B = losses_B[: len(alone_B)]
+    if alone_B.shape != together_B.shape or alike(alone_B, together_B):
+        return ""
+    return mixed_losses(alone_B, together_B, size)
+
+
+def _wrong_targets(task: Task, outputs: Tensor, targets: Tensor) -> str:
+    """What is wrong with the shape or type of the targets, or nothing."""
+    shape, size = tuple(targets.shape), len(outputs)
+    if task.output_loss == "mse" and targets.shape != outputs.shape:
+        return (
+            f"targets() has shape {shape}, outputs() {tuple(outputs.shape)}: give both the same "
+            "shape, or one is broadcast against the other"
+        )
+    if task.output_loss == "cross-entropy" and outputs.ndim == 2:
+        if targets.is_floating_point() and targets.shape == outputs.shape:  # probabilities
+            if (targets.sum(1) - 1).abs().max() > SUM_ERROR:
+                return (
+                    "targets() are weights of the classes that do not sum to 1: divide each "
+                    "sample's by their sum"
+                )
+            return ""
+        if shape != (size,):
+            return f"targets() has shape {shape}, not ({size},): give each sample its class"
+        if targets.is_floating_point():
+            return f"targets() is {targets.dtype}: classes are whole numbers, use .long()"
+    return ""
 
 
 def saved_bytes(task: Task, model: nn.Module, batch: Batch) -> int:

@@ -19,11 +19,11 @@ from torch.utils import _pytree as pytree
 
 from influence_jobs.errors import ModelError
 from influence_jobs.gradients.batches import flattened, has_samples
+from influence_jobs.gradients.one_loss_each import CAUSES, mixed_losses
 from influence_jobs.gradients.recorded_call import NotMappable, RecordedCall
 from influence_jobs.gradients.reference import LossModule
 from influence_jobs.gradients.rules.blocks import sample_blocks
 from influence_jobs.gradients.transforms import mappable_kernels
-from influence_jobs.gradients.usage import NOT_ALONE
 from influence_jobs.memory import is_out_of_memory
 
 Form = Literal["layer", "model", "sample"]
@@ -276,7 +276,8 @@ class Fallback:
     def _require_alone(self, batch: Any, alone: Sequence[Any]) -> None:
         """Refuse losses that are others for a sample alone; no form by samples could tell."""
         with torch.no_grad():
-            together = self._forward(batch)[: len(alone)]
+            losses_B = self._forward(batch)
+            together, size = losses_B[: len(alone)], len(losses_B)
             try:
                 apart = torch.cat([self._forward(sample) for sample in alone])
             except Exception as error:  # whatever losses raise of what was not cut
@@ -284,8 +285,10 @@ class Fallback:
                     raise
                 apart = together[:0]
         scale = together.abs().max()
-        if len(apart) != len(alone) or (apart - together).abs().max() > self._tolerance * scale:
-            raise ModelError(NOT_ALONE)
+        if len(apart) != len(alone):
+            raise ModelError(f"a sample's loss cannot be computed alone: {CAUSES}")
+        if (apart - together).abs().max() > self._tolerance * scale:
+            raise ModelError(mixed_losses(apart, together, size))
 
     def _samples(self, batch: Any, block: slice) -> Any:
         leaves, structure = flattened(batch)

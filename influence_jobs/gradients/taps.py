@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from influence_jobs.errors import ModelError
 from influence_jobs.gradients.batches import KINDS, one_sample, plain_leaves
 from influence_jobs.gradients.fallback import Fallback
+from influence_jobs.gradients.one_loss_each import CAUSES, wrong_losses
 from influence_jobs.gradients.recorded_call import RecordedCall
 from influence_jobs.gradients.requirements import require_independent_samples
 from influence_jobs.gradients.rules import LayerRule
@@ -265,12 +266,8 @@ class TappedModel(ABC):
                 f"{type(self._model).__name__} or its losses overwrite the batch (an in-place "
                 "operation on it), so a second pass would see other samples: work on a copy"
             )
-        if not isinstance(losses, Tensor) or losses.ndim != 1:
-            what = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-            raise ModelError(
-                f"losses of {type(self._model).__name__} are {what}: one loss per sample, shape "
-                "(B,), is needed; do not average over the batch (reduction='none')"
-            )
+        if wrong := wrong_losses(losses):
+            raise ModelError(wrong)
         return losses
 
     def _tap(
@@ -368,13 +365,13 @@ class TappedModel(ABC):
                 if is_out_of_memory(error):
                     raise
                 raise ModelError(
-                    f"losses of {type(self._model).__name__} fail for one sample cut out of a "
-                    f"batch ({type(error).__name__}: {error}): a batch must be {KINDS}"
+                    f"losses() fails for one sample that is cut out of a batch "
+                    f"({type(error).__name__}: {error}): a batch must be {KINDS}"
                 ) from error
             if len(loss) != 1:
                 raise ModelError(
-                    f"losses of {type(self._model).__name__} for one sample have length "
-                    f"{len(loss)}: the batch cannot be cut into samples, it must be {KINDS}"
+                    f"losses() gives {len(loss)} numbers for one sample that is cut out of a "
+                    f"batch: a batch must be {KINDS}"
                 )
             if not loss.requires_grad:  # none of the parameters is used
                 return {
@@ -393,10 +390,9 @@ class TappedModel(ABC):
         if wrong.any():
             worst = (error / scale)[wrong].max().item()
             raise ModelError(
-                f"layer '{name}': per-sample {self._result} differ from one-sample autograd by "
-                f"{worst:.1e} of {self._relative_to} (allowed {limit:g}); usual causes: the weight "
-                "is used outside its module too, samples influence each other (batch statistics), "
-                "losses divided by the batch size, random operations in the forward pass"
+                f"layer '{name}': per-sample {self._result} differ from those of each sample "
+                f"alone by {worst:.1e} of {self._relative_to} ({limit:g} is allowed): use the "
+                f"weight inside of its module only, and let losses depend on one sample; {CAUSES}"
             )
 
 

@@ -11,14 +11,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from influence_jobs.errors import ModelError
-from influence_jobs.gradients.batches import KINDS, one_sample
+from influence_jobs.gradients.batches import one_sample
+from influence_jobs.gradients.one_loss_each import mixed_losses
 from influence_jobs.gradients.rules import LayerRule, nearest_rule
-
-NOT_ALONE = (
-    "a sample's loss is another in a batch than alone: usual causes are samples that influence "
-    "each other (batch statistics), losses divided by the batch size, random operations in the "
-    f"forward, and a batch other than {KINDS}"
-)
 
 
 @dataclass
@@ -78,7 +73,7 @@ class Usage:
                 "in the task or the model, not in the batch"
             )
         if alone_1 is not None:
-            raise ModelError(NOT_ALONE)
+            raise ModelError(mixed_losses(alone_1, losses_B[:1], self.size))
 
     def calls(self, module: str) -> int:
         """How often a module is called."""

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from influence_jobs.errors import ModelError, SpecError
+from influence_jobs.curvature.requirements import require_output_loss
+from influence_jobs.errors import InflError, ModelError, SpecError
 from influence_jobs.gradients import GradQuadratics
 from influence_jobs.gradients.rules import (
     MatrixRule,
@@ -31,6 +32,7 @@ from influence_jobs.specs.solvers import (
 )
 from influence_jobs.tasks.base import Draw, Task, converted, dtype_of, to_type
 from influence_jobs.tasks.layers import by_type, left_out, resolve_layers, trained_modules
+from influence_jobs.tasks.output_loss import forms_of
 from influence_jobs.terms import FullPrecision, JobPrecision, ScorePrecision
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 # Without --curvature-samples: all, as 1,000 of 5,000 gave half the LDS; but samples x parameters,
 # the cost of a product, have a limit.
 MOST_WORK, LEAST_SAMPLES = 10**10, 10_000
+LOOKED_AT = 4  # samples whose losses are compared with what `output_loss` says of them
 
 
 def s_tests_of(
@@ -74,6 +77,8 @@ def s_tests_of(
         samples=_curvature_samples(request.curvature_samples, built),
         seed=seed,
     )
+    if solver.uses_curvature and curvature.operator == "gauss-newton":
+        _require_output_loss(built)
     modules = resolve_layers(layers, built, say) if layers else _modules(built, solver)
     specs = tuple(
         make_spec(
@@ -145,11 +150,37 @@ def self_solvers_of(
             f"{type(built).__name__} does not say what its loss is of, which the curvature needs: "
             "define outputs(), targets() and output_loss, or use --solver identity"
         )
+    if solver.uses_curvature:
+        _require_output_loss(built)
     samples = _curvature_samples(request.curvature_samples, built)
     curvature = make_spec(Curvature, samples=samples, seed=request.seed)
     return curvature, tuple(
         _with_damping(solver, curvature, checkpoint, built) for checkpoint in subject.checkpoints
     )
+
+
+@torch.no_grad()
+def _require_output_loss(task: Task) -> None:
+    """Refuse losses that are not what `output_loss` says, before a model is trained with them.
+
+    Raises:
+        ModelError: The untrained model shows it on a few samples, on the CPU. What fails there
+            otherwise is left to the run, which may have a GPU.
+        SpecError: The task defines no outputs.
+    """
+    forms = forms_of(task)
+    try:
+        model, converts = converted(task, torch.device("cpu"))
+        batch = task.batch(torch.arange(min(LOOKED_AT, len(task.train_data()))), Draw(seed=0))
+        batch = to_type(batch, dtype_of(model)) if converts else batch
+        losses = task.losses(model, batch)
+        if isinstance(losses, torch.Tensor) and not losses.isfinite().all():
+            return  # trained weights may give better ones
+        require_output_loss(task, model, batch, forms)
+    except InflError:
+        raise
+    except Exception:  # noqa: BLE001, S110  (whatever the user's code raises)
+        pass
 
 
 def factored_modules(task: Task, wanted: Sequence[str | int], say: Say) -> tuple[str, ...]:

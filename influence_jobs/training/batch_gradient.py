@@ -56,7 +56,7 @@ def batch_gradient(
     with all_derivatives(model):
         with seeded(seed, device), watched(model) as moves:
             losses_B = task.losses(model, batch)
-        require_one_each(task, losses_B, torch.Size([size]))
+        require_one_each(losses_B, torch.Size([size]))
         weights_B = torch.ones_like(losses_B, requires_grad=True)
         loss = (weights_B * losses_B).mean()
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from influence_jobs.errors import ModelError, SpecError
+from influence_jobs.gradients.one_loss_each import wrong_losses
 from influence_jobs.tasks.base import Batch, Draw, Task, converted, out_of_half
 from influence_jobs.tasks.output_loss import alike
 
@@ -178,7 +179,7 @@ def changed_losses(
     return F.cross_entropy(task.outputs(model, batch), targets_B, reduction="none")
 
 
-def require_one_each(task: Task, losses: Tensor, samples: torch.Size) -> None:
+def require_one_each(losses: Tensor, samples: torch.Size) -> None:
     """Refuse losses that are not one a sample, such as their mean.
 
     Args:
@@ -188,12 +189,8 @@ def require_one_each(task: Task, losses: Tensor, samples: torch.Size) -> None:
     Raises:
         ModelError: It says what they are.
     """
-    if losses.shape != samples:
-        raise ModelError(
-            f"losses of {type(task).__name__} are {tuple(losses.shape)} for {samples.numel()} "
-            "samples: one loss per sample is needed; do not average over the batch "
-            "(reduction='none')"
-        )
+    if wrong := wrong_losses(losses, samples):
+        raise ModelError(wrong)
 
 
 def replaced(targets: Tensor, new_labels: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ class StackedSteps:
         stack = {name: tensor[rows] for name, tensor in self._stack.items()}
         leaves = {name: stack[name].detach().requires_grad_() for name in trained}
         losses_MB = self._forward({**stack, **leaves}, batch, new_labels_MB)
-        require_one_each(self._task, losses_MB, ids_MB.shape)
+        require_one_each(losses_MB, ids_MB.shape)
         if self._weights_MN is not None:
             weights_MB = self._weights_MN[rows].gather(1, on_device(ids_MB, self._device))
             losses_MB = losses_MB * weights_MB.to(losses_MB)

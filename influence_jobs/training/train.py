@@ -250,7 +250,7 @@ class Trainer:
         self.model.zero_grad(set_to_none=True)
         with seeded(step_seed(self.seed, self.epoch, self.step_in_epoch), self.device):
             losses_B = changed_losses(self.task, self.model, batch, new_labels_B)
-            require_one_each(self.task, losses_B, ids.shape)
+            require_one_each(losses_B, ids.shape)
             if self._weights_N is not None:
                 weights_B = on_device(self._weights_N[ids], self.device)
                 losses_B = losses_B * weights_B.to(losses_B.dtype)

@@ -1,5 +1,6 @@
 """`infl init` and `infl check`, as a user begins."""
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +55,41 @@ def test_init_never_overwrites(infl: Infl, tmp_path: Path) -> None:
         assert "cannot be imported: name it like my_task.py" in infl("init", name).err
 
 
+WRONG = {
+    "averaged": (', reduction="none"', "", "has shape (), and one number for each sample is needed"),
+    "divided": ("return F.", "return 1 / len(batch[1]) * F.", "divides by"),
+    "a column of targets": ("return batch[1]", "return batch[1][:, None]", "give each sample its"),
+    "targets of floats": ("return batch[1]", "return batch[1].float()", "use .long()"),
+}
+
+
+@pytest.mark.parametrize(("before", "after", "cause"), WRONG.values(), ids=WRONG)
+def test_submit_says_what_check_says(
+    infl: Infl, tmp_path: Path, before: str, after: str, cause: str
+) -> None:
+    infl("init", "begun_here.py")
+    file = tmp_path / "begun_here.py"
+    text = file.read_text().replace("self.targets(batch), red", "batch[1], red")
+    assert before in text
+    file.write_text(text.replace(before, after))
+    (failed,) = [
+        line.partition(": ")[2]
+        for line in infl("check", "begun_here.py:MyTask").out.splitlines()
+        if line.startswith("fail")
+    ]
+    assert cause in failed
+    submit = ("submit", "influence", "--task", "begun_here.py:MyTask", "--test", 0, "--local")
+    refused = infl(*submit)
+    assert refused.code == 2
+    assert "--operator hessian" not in refused.err
+
+    def words(said: str) -> str:  # other samples are looked at
+        return re.sub(r", shape \(\d+,\)|\d+", "", said)
+
+    assert words(refused.err.strip()) == f"error: {words(failed)}"
+    assert not (tmp_path / "runs").exists()  # nothing was trained first
+
+
 def test_what_fails_leaves_with_2(infl: Infl, tmp_path: Path) -> None:
     infl("init", "begun_here.py")
     file = tmp_path / "begun_here.py"
@@ -62,8 +98,9 @@ def test_what_fails_leaves_with_2(infl: Infl, tmp_path: Path) -> None:
     assert checked.code == 2
     assert checked.json["failed"] == ["losses"]
     assert (
-        "\nfail  losses: losses() has shape (), not (15,): one number for the whole " in checked.out
-    )
+        "\nfail  losses: losses() has shape (), and one number for each sample is needed, shape "
+        "(15,): leave the mean over the batch out (reduction='none')\n"
+    ) in checked.out
     assert checked.err == ""
     assert (
         "there is no option --wdth here" in infl("check", "begun_here.py:MyTask", "--wdth", 3).err

@@ -164,8 +164,8 @@ class Detached(Right):
 @pytest.mark.parametrize(
     ("task", "expected"),
     [
-        (Averaged(), "fail: losses() has shape (), not (13,): one number for the whole batch: "),
-        (Unreduced(), "fail: losses() has shape (13, 3), not (13,): sum or average over every "),
+        (Averaged(), "fail: losses() has shape (), and one number for each sample is needed, shape (13,): "),
+        (Unreduced(), "fail: losses() has shape (13, 3), and one number for each sample is needed, shape (13,"),
         (NotANumber(), "fail: the loss of sample 4 is nan: mend or leave out the sample"),
         (Detached(), "fail: losses() has no gradient: the outputs are detached"),
     ],
@@ -194,12 +194,13 @@ class Dropped(Right):
 
 def test_samples_that_mix() -> None:
     (line,) = looked(samples.independent, SoftmaxOverTheBatch())
-    assert line.startswith("fail: the loss of sample ")
-    assert " is 0 alone and " in line
+    assert line.startswith("fail: a sample's loss is 0 alone and ")
+    assert "a softmax or a broadcast over the batch (dim 0)" in line
     (line,) = looked(samples.independent, BatchStatistics())
     assert line.startswith("fail: module '1' (BatchNorm1d) has no running statistics")
     assert looked(samples.independent, Divided()) == [
-        "fail: losses are divided by the size of the batch (13): leave that out"
+        "fail: losses() divides by the number of samples in the batch (13): leave the division "
+        "out, since the loss of a sample must not depend on the others"
     ]
 
 
