@@ -157,13 +157,15 @@ class Spec(Model):
         return self.run_id
 
     def request_in_words(self) -> list[tuple[str, str]]:
-        """The request as pairs of name and value, the task first."""
+        """The request as pairs of name and value: the task, the queries, and the rest."""
         options = ", ".join(f"{name} {value}" for name, value in self.task.options.items() if value)
         named = f"{self.task.name}{f' ({options})' if options else ''}"
         lines = [("task", named), ("data", self.task.data)]
+        if (queries := getattr(self, "queries", None)) is not None:  # of this run or of its inputs
+            lines.append(("queries", in_words(queries)))
         for name in type(self).model_fields:
             value = getattr(self, name)
-            hidden = name in ("kind", "task") or name in self.unsaid
+            hidden = name in ("kind", "task", "queries") or name in self.unsaid
             if not hidden and value is not None and value != ():
                 lines.append((name.replace("_", " "), in_words(value)))
         return lines

@@ -154,6 +154,15 @@ def test_a_spec_is_its_request_in_words(runs_of_all_kinds) -> None:
     assert f'<td style="text-align: left">{spec.run_id}</td>' in spec._repr_html_()
 
 
+def test_a_request_names_its_test_samples(runs_of_all_kinds) -> None:
+    """Also where they are those of the runs that scores are made of."""
+    for run in (runs_of_all_kinds.influence, runs_of_all_kinds.attribution):
+        said = dict(run.spec.request_in_words())
+        assert said["queries"] == "loss of test samples 5, 0, 111"
+        assert said["queries"] in results(run)._repr_html_()
+    assert "queries" not in dict(runs_of_all_kinds.norms.spec.request_in_words())
+
+
 def test_checks_are_lines_and_a_table() -> None:
     found = influence_jobs.check(DigitsTask, width=2)
     assert repr(found) == "\n".join(str(finding) for finding in found)
