@@ -1,8 +1,8 @@
 """The user's own folder, INFL_HOME or ~/.infl: what is kept between commands, on this machine only.
 
 A run folder may come from a stranger. What it asks for that could do harm - code to import, a
-cluster to send the token to - is done only if the user has named the same thing here before. Such
-names are `known`.
+cluster to send the token to - is done only if the user has named the same thing here before. These
+names are `known`, and so are folders of runs that a cluster has been seen to share.
 
 `batches/` has the batch size that suits a model on a device, a file for each.
 """
@@ -18,7 +18,7 @@ from typing import Literal, TypedDict
 
 from influence_jobs.errors import RuntimeFault
 
-Kind = Literal["code", "cluster"]
+Kind = Literal["code", "cluster", "shared"]
 
 
 class Fitting(TypedDict):
@@ -64,7 +64,7 @@ def private_dir(path: Path) -> Path:
 
 
 def make_known(kind: Kind, name: str) -> None:
-    """Remember a name that the user gave; without a folder to write to, in this process only."""
+    """Remember a name; without a folder to write to, in this process only."""
     try:
         path = _path(kind, name)
         private_dir(path.parent)
@@ -74,7 +74,7 @@ def make_known(kind: Kind, name: str) -> None:
 
 
 def is_known(kind: Kind, name: str) -> bool:
-    """Whether the user has given this name before."""
+    """Whether this name was remembered."""
     if (kind, name) in _named:
         return True
     try:

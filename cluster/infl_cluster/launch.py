@@ -14,7 +14,7 @@ from infl_cluster.inline import InlineBackend
 from infl_cluster.watch import watch
 from influence_jobs.devices import threads
 from influence_jobs.errors import RuntimeFault, SpecError, StoreError
-from influence_jobs.home import make_known
+from influence_jobs.home import is_known, make_known
 from influence_jobs.kinds import kind_of, open_job
 from influence_jobs.requests.base import Say
 from influence_jobs.specs.base import AnySpec
@@ -49,8 +49,11 @@ def carry_out(run: Run, how: How, say: Say, *, quiet: bool = False) -> bool:
 
         remote_client(how.address).version()  # before anything is written
         make_known("cluster", how.address)
-        if "://" not in run.root:
-            say(f"{run.root} must be on storage that all nodes of {how.address} share")
+        if "://" not in run.root and not is_known("shared", _shared(run, how)):
+            say(
+                f"{run.root} must be a folder that all nodes of {how.address} share, at the same "
+                "path; else choose one of s3:// or gs:// with --runs"
+            )
     _check_space(run)
     run = Run.create(run.root, run.spec)
     if is_done(run):
@@ -186,7 +189,13 @@ def _carry_out_on_ray(run: Run, how: How, say: Say, *, quiet: bool) -> bool:
     if status["state"] != "done":
         message = status.get("message") or f"the run was {status['state']}"
         raise RuntimeFault(f"{message} (infl logs {run.id}{more}; {run.resume_command})")
+    if how.address:  # what its nodes wrote has been read here
+        make_known("shared", _shared(run, how))
     return True
+
+
+def _shared(run: Run, how: How) -> str:
+    return f"{run.root} and {how.address}"
 
 
 def job_name(run: Run) -> str:

@@ -21,8 +21,10 @@ import pytest
 from infl_cli import cluster
 from infl_cli import runs as runs_commands
 from infl_cluster import client, ray_job, versions
+from infl_cluster.driver import drive
 from infl_cluster import head as head_module
 from infl_cluster.client import UnknownJob
+from infl_cluster.inline import InlineBackend
 from infl_cluster.watch import watch
 from influence_jobs.errors import RuntimeFault
 from influence_jobs.home import make_known
@@ -308,8 +310,24 @@ def test_an_earlier_job_says_nothing_of_a_driver_here(
 
 def test_runs_on_a_cluster_must_be_shared(infl: Infl, ray: FakeCluster, tmp_path: Path) -> None:
     said = infl(*TRAIN, "--detach", "--address", "http://localhost:1").err.splitlines()[0]
-    shared = f"{tmp_path}/runs must be on storage that all nodes of http://localhost:1 share"
-    assert said == shared
+    assert said == (
+        f"{tmp_path}/runs must be a folder that all nodes of http://localhost:1 share, at the same "
+        "path; else choose one of s3:// or gs:// with --runs"
+    )
+
+
+def test_a_folder_that_was_seen_to_be_shared_is_not_told_again(
+    infl: Infl, ray: FakeCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def computes(argv: list[str], **_others: object) -> str:
+        drive(argv[3], argv[4], InlineBackend())
+        return "job"
+
+    monkeypatch.setattr(ray, "submit", computes)
+    for seed, (port, told) in enumerate(((2, True), (2, False), (3, True))):
+        run = infl(*TRAIN, "--seed", seed, "--address", f"http://localhost:{port}")
+        assert run.code == 0, run.err
+        assert ("that all nodes of" in run.err) == told
 
 
 def test_a_ray_that_is_up_keeps_its_size(infl: Infl, monkeypatch: pytest.MonkeyPatch) -> None:
