@@ -86,12 +86,12 @@ def those_left(
     if not found:
         outputs, targets = task.outputs(model, batch), task.targets(batch)
         raise ModelError(
-            _mixed_losses(task, model, batch, len(outputs))
-            or _wrong_targets(task, outputs, targets)
-            or f"losses() of {type(task).__name__} are not the {_named(task)} of outputs() "
+            _wrong_targets(task, outputs, targets)
+            or _mixed_losses(task, model, batch, len(outputs))
+            or f"losses() of {type(task).__name__} does not give the {_named(task)} of outputs() "
             f"{tuple(outputs.shape)} and targets() {tuple(targets.shape)}, as output_loss says: "
-            "let all three be of the same loss, or define output_loss as a method (self, outputs, "
-            "targets) -> losses"
+            "make the three agree, or define output_loss as a method (self, outputs, targets) -> "
+            "losses"
         )
     return found
 

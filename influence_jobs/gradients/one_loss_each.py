@@ -44,6 +44,7 @@ def mixed_losses(alone_B: Tensor, together_B: Tensor, size: int) -> str:
         together_B: Of the same samples in a batch.
         size: How many samples that batch has.
     """
+    alone_B, together_B = alone_B.detach(), together_B.detach()
     if ((together_B * size - alone_B).abs().max() <= SAME * alone_B.abs().max()).item():
         return (
             f"losses() divides by the number of samples in the batch ({size}): leave the division "

@@ -10,7 +10,7 @@ from influence_jobs.kinds.train.spec import FileCheckpoint, TrainedCheckpoint
 from influence_jobs.specs.base import Model, TaskSpec
 from influence_jobs.store.folder import for_runs
 from influence_jobs.store.run import Run
-from influence_jobs.tasks.registry import task_class
+from influence_jobs.tasks.registry import option_words, task_class
 from influence_jobs.terms import Region
 
 
@@ -64,14 +64,5 @@ def _task_words(task: TaskSpec) -> str:
         defaults = {name: of.default for name, of in parameters.items()}
     except UntrustedCode:
         defaults = {}
-    words = ["--task", named]
-    for option, value in {**task.options, **task.paths}.items():
-        flag = f"--{option.replace('_', '-')}"
-        if value is None or value == () or value == defaults.get(option):
-            continue
-        if isinstance(value, bool):
-            words.append(flag if value else f"--no-{option.replace('_', '-')}")
-        else:
-            each = value if isinstance(value, tuple | list) else (value,)
-            words += [word for one in each for word in (flag, str(one))]
-    return shlex.join(words)
+    words = option_words({**task.options, **task.paths}, defaults)
+    return shlex.join(["--task", named, *words])

@@ -4,8 +4,10 @@ import difflib
 import inspect
 import json
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 import yaml
@@ -33,11 +35,18 @@ from influence_jobs.store.run import Run
 from influence_jobs.store.status import is_done
 from influence_jobs.tasks.base import Task, defines
 from influence_jobs.tasks.fingerprints import fingerprinted
-from influence_jobs.tasks.registry import arguments_of, folder_of, name_of, task_class
+from influence_jobs.tasks.registry import (
+    arguments_of,
+    folder_of,
+    name_of,
+    option_words,
+    task_class,
+)
 from influence_jobs.tasks.rows import require_rows
 from influence_jobs.training.recorder import read_recording, weights_name
 
 ADAMW_DECAY = 0.01  # torch's own default
+LONGEST = 160  # characters of the options that are told
 _WEIGHTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")  # how names of weight files end
 
 
@@ -115,7 +124,17 @@ def task_of(
             say(f"the code of task {spec.name} changed since its checkpoint was trained")
         elif trained.data != data:
             say(f"task {spec.name} has other data or code than its checkpoint was trained with")
+        if taken := _taken_over(request, spec, task):
+            say(f"task {spec.name} has the options that its checkpoint was trained with: {taken}")
     return spec.model_copy(update={"data": data, "code": code}), task
+
+
+def _taken_over(request: Request, spec: TaskSpec, task: Task) -> str:
+    """The options that differ from the task's defaults and that the user has not given."""
+    defaults = {name: of.default for name, of in arguments_of(type(task)).items()}
+    given = {*request.task_options, *(task.given if request.task is task else ())}
+    taken = {name: value for name, value in spec.options.items() if name not in given}
+    return shorten(shlex.join(option_words(taken, defaults)), LONGEST, placeholder=" ...")
 
 
 def built_task(

@@ -4,6 +4,7 @@ import importlib
 import inspect
 import socket
 import sys
+from collections.abc import Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
@@ -214,3 +215,18 @@ def arguments_of(kind: type[Task]) -> dict[str, inspect.Parameter]:
     hints = get_type_hints(constructor, include_extras=True)
     parameters = list(inspect.signature(constructor).parameters.values())[1:]
     return {p.name: p.replace(annotation=hints.get(p.name, p.annotation)) for p in parameters}
+
+
+def option_words(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
+    """Options of a task as the words of a command, without those that are at their default."""
+    words = []
+    for option, value in values.items():
+        flag = option.replace("_", "-")
+        if value is None or value == () or value == defaults.get(option):
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            each = value if isinstance(value, tuple | list) else (value,)
+            words += [word for one in each for word in (f"--{flag}", str(one))]
+    return words

@@ -270,7 +270,7 @@ def test_a_disk_that_becomes_full(infl: Infl, tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["status", "logs", "stop", "resume", "verify", "top"])
 def test_a_run_that_does_not_exist(refused: Refused, runs: Path, command: str) -> None:
     assert "there is no run nix in" in refused(command, "nix")
-    assert "give more characters" in refused(command, "")
+    assert "give the whole id" in refused(command, "")
 
 
 @pytest.mark.parametrize("command", ["status", "resume", "verify", "top"])

@@ -56,7 +56,11 @@ def test_init_never_overwrites(infl: Infl, tmp_path: Path) -> None:
 
 
 WRONG = {
-    "averaged": (', reduction="none"', "", "has shape (), and one number for each sample is needed"),
+    "averaged": (
+        ', reduction="none"',
+        "",
+        "has shape (), and one number for each sample is needed",
+    ),
     "divided": ("return F.", "return 1 / len(batch[1]) * F.", "divides by"),
     "a column of targets": ("return batch[1]", "return batch[1][:, None]", "give each sample its"),
     "targets of floats": ("return batch[1]", "return batch[1].float()", "use .long()"),

@@ -21,9 +21,9 @@ import pytest
 from infl_cli import cluster
 from infl_cli import runs as runs_commands
 from infl_cluster import client, ray_job, versions
-from infl_cluster.driver import drive
 from infl_cluster import head as head_module
 from infl_cluster.client import UnknownJob
+from infl_cluster.driver import drive
 from infl_cluster.inline import InlineBackend
 from infl_cluster.watch import watch
 from influence_jobs.errors import RuntimeFault

@@ -164,8 +164,14 @@ class Detached(Right):
 @pytest.mark.parametrize(
     ("task", "expected"),
     [
-        (Averaged(), "fail: losses() has shape (), and one number for each sample is needed, shape (13,): "),
-        (Unreduced(), "fail: losses() has shape (13, 3), and one number for each sample is needed, shape (13,"),
+        (
+            Averaged(),
+            "fail: losses() has shape (), and one number for each sample is needed, shape (13,): ",
+        ),
+        (
+            Unreduced(),
+            "fail: losses() has shape (13, 3), and one number for each sample is needed, ",
+        ),
         (NotANumber(), "fail: the loss of sample 4 is nan: mend or leave out the sample"),
         (Detached(), "fail: losses() has no gradient: the outputs are detached"),
     ],
@@ -198,10 +204,8 @@ def test_samples_that_mix() -> None:
     assert "a softmax or a broadcast over the batch (dim 0)" in line
     (line,) = looked(samples.independent, BatchStatistics())
     assert line.startswith("fail: module '1' (BatchNorm1d) has no running statistics")
-    assert looked(samples.independent, Divided()) == [
-        "fail: losses() divides by the number of samples in the batch (13): leave the division "
-        "out, since the loss of a sample must not depend on the others"
-    ]
+    (line,) = looked(samples.independent, Divided())
+    assert line.startswith("fail: losses() divides by the number of samples in the batch (13): ")
 
 
 def test_dropout_in_eval_mode() -> None:
@@ -340,7 +344,7 @@ def test_outputs_targets_and_loss() -> None:
     (line,) = looked(outputs.gauss_newton, Broadcast())
     assert line.startswith("fail: targets() has shape (13,), outputs() (13, 1): give both the same")
     (line,) = looked(outputs.gauss_newton, OtherLoss())
-    assert line.startswith("fail: losses of OtherLoss are not the cross-entropy of its outputs")
+    assert line.startswith("fail: losses() of OtherLoss does not give the cross-entropy of outputs")
     (line,) = looked(outputs.gauss_newton, NoOutputs())
     assert line.startswith("warn: no output_loss, so no Gauss-Newton matrix")
 

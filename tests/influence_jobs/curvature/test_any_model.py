@@ -454,7 +454,7 @@ def test_a_loss_that_is_none_of_the_forms_is_refused() -> None:
 
     task = Given(sequence, rows(4, 3), classes(5, 4), weighted, "cross-entropy")
     with pytest.raises(
-        ModelError, match=r"losses of Given are not the cross-entropy of its outputs \(6"
+        ModelError, match=r"losses\(\) of Given does not give the cross-entropy of outputs\(\) \(6"
     ):
         operators(task)[1].require_finite()
     task = Given(sequence, rows(4, 3), classes(5, 4), weighted, "entropy")

@@ -156,4 +156,9 @@ def test_first_axis_is_not_the_sample():
     def folded(model, x):
         return model(x).view(2, 12).sum(1)
 
-    refused("a sample's loss is another in a batch than alone", model, "0", losses=folded)
+    refused(
+        "a sample's loss cannot be computed alone: usual causes are",
+        model,
+        "0",
+        losses=folded,
+    )

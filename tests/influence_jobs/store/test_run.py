@@ -90,8 +90,22 @@ def test_runs_are_found_by_what_is_enough_of_their_name(run: Run, tmp_path: Path
 
 
 def test_an_ambiguous_name_is_not_guessed(run: Run, grad_norms_spec: GradNormsSpec) -> None:
-    Run.create(run.root, grad_norms_spec.model_copy(update={"seed": 1}))
-    with pytest.raises(StoreError, match="'grad' may be any of grad-norms"):
+    other = Run.create(run.root, grad_norms_spec.model_copy(update={"seed": 1}))
+    with pytest.raises(StoreError) as refused:
+        find_run(run.root, "grad-norms-digits")
+    said = str(refused.value)
+    ids = sorted([run.id, other.id])
+    seeds = {run.id: "seed 0", other.id: "seed 1"}
+    assert said.startswith(
+        f"'grad-norms-digits' may be any of {ids[0]} ({seeds[ids[0]]}), {ids[1]} ({seeds[ids[1]]}):"
+    )
+    assert find_run(run.root, said.rpartition(" ")[2]).id == ids[0]  # as it proposes
+
+
+def test_of_many_runs_some_are_listed(run: Run, grad_norms_spec: GradNormsSpec) -> None:
+    for seed in range(1, 12):
+        Run.create(run.root, grad_norms_spec.model_copy(update={"seed": seed}))
+    with pytest.raises(StoreError, match=r"\), 4 more: give the whole id"):
         find_run(run.root, "grad")
 
 

@@ -258,7 +258,9 @@ class Averaged(Normed):
 
 def test_a_mean_instead_of_one_loss_a_sample_is_refused() -> None:
     recipe = Recipe(epochs=1, batch_size=4, optimizer="sgd", lr=0.1)
-    told = r"losses\(\) has shape \(\), and one number for each sample is needed, shape \(4,\): leave"
+    told = (
+        r"losses\(\) has shape \(\), and one number for each sample is needed, shape \(4,\): leave"
+    )
     with pytest.raises(ModelError, match=told):
         Trainer(Averaged(8), recipe, seed=0, device=torch.device("cpu")).step()
     variants = [Variant(0), Variant(1)]
