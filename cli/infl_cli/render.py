@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -28,6 +29,8 @@ class _Plain(Console):
         super().print(*(shown(str(text)) for text in texts), **options)
 
 
+FEW = 10  # rows that are printed of a table that a file has
+
 # Results go to standard output, messages to standard error.
 out = _Plain()
 err = _Plain(stderr=True)
@@ -51,8 +54,17 @@ def print_fields(fields: Sequence[tuple[str, object]]) -> None:
         out.print(f"{name:<{width}}  {in_a_line(str(value))}")
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print rows under headings. Numbers are flush right; nothing is cut."""
+def print_table(
+    columns: Sequence[str], rows: Sequence[Sequence[object]], *, written: Path | None = None
+) -> None:
+    """Print rows under headings. Numbers are flush right; no cell is cut.
+
+    Args:
+        written: A file that has all rows, so that a few are enough here.
+    """
+    left = 0 if written is None else len(rows) - FEW
+    if left > 0:
+        rows = rows[:FEW]
     flushed = []
     for name, values in zip(columns, zip(*rows, strict=True), strict=True):
         cells = [in_a_line(cell) for cell in (name, *_cells(values))]
@@ -64,6 +76,8 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
         flushed.append(cells)
     for i, line in enumerate(zip(*flushed, strict=True)):
         out.print("  ".join(line).rstrip(), style="bold" if i == 0 else None)
+    if left > 0:
+        out.print(f"and {left:,} more rows in {written}")
 
 
 def _cells(values: Sequence[object]) -> list[str]:

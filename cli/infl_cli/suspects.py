@@ -27,7 +27,10 @@ def suspects(
             "labels where both were tried (docs/use-cases/mislabelled.md)."
         ),
     ] = "loss",
-    csv: Annotated[Path | None, typer.Option(help="Write the table to this file.")] = None,
+    csv: Annotated[
+        Path | None,
+        typer.Option(help="Write the table to this file; its first rows are printed too."),
+    ] = None,
     png: Annotated[
         Path | None, typer.Option(help="Write the samples' pictures to this file.")
     ] = None,
@@ -76,4 +79,4 @@ def suspects(
         f"{len(rows)} samples with the largest {by}; for {other} of them the model finds another "
         "class likelier than the label"
     )
-    render.print_table(tuple(rows[0]), [tuple(row.values()) for row in rows])
+    render.print_table(tuple(rows[0]), [tuple(row.values()) for row in rows], written=csv)

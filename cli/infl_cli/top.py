@@ -61,7 +61,10 @@ def top(
             rich_help_panel=_OF_NORMS,
         ),
     ] = None,
-    parquet: Annotated[Path | None, typer.Option(help="Write the table to this file.")] = None,
+    parquet: Annotated[
+        Path | None,
+        typer.Option(help="Write the table to this file; its first rows are printed too."),
+    ] = None,
     runs: o.Runs = o.DEFAULT_RUNS,
     trust: o.Trust = False,
     json: o.Json = False,
@@ -102,16 +105,22 @@ def top(
     if json:
         render.print_json({"run": found.id, "top": tables})
     elif scored:
-        _print_scores(found, next(iter(tables)), tables[next(iter(tables))])
+        _print_scores(found, next(iter(tables)), tables[next(iter(tables))], parquet)
     elif view.ranks == "norms":
-        _print_norms(found, tables, channel)
+        _print_norms(found, tables, channel, parquet)
     else:
         for array, table in tables.items():
             render.out.print(f"{array}: {found.array(array).attrs.get('quantity', array)}")
-            render.print_table(tuple(table[0]), [tuple(row.values()) for row in table])
+            _print_rows(table, parquet)
 
 
-def _print_scores(run: Run, array: str, rows: Sequence[Mapping[str, Any]]) -> None:
+def _print_rows(rows: Sequence[Mapping[str, Any]], written: Path | None) -> None:
+    render.print_table(tuple(rows[0]), [tuple(row.values()) for row in rows], written=written)
+
+
+def _print_scores(
+    run: Run, array: str, rows: Sequence[Mapping[str, Any]], written: Path | None
+) -> None:
     from influence_jobs.views.ranking import by_query, place_words
 
     meaning = run.array(array).attrs
@@ -130,14 +139,15 @@ def _print_scores(run: Run, array: str, rows: Sequence[Mapping[str, Any]]) -> No
             for name, value in known.items()
         )
         render.out.print(f"\ntest {test}{f' ({which})' if which else ''}: {side}")
-        shown = [
-            {k: v for k, v in row.items() if k not in ("test", "region", "side")} for row in block
-        ]
-        render.print_table(tuple(shown[0]), [tuple(row.values()) for row in shown])
+        hidden = ("test", "region", "side")
+        _print_rows([{k: v for k, v in row.items() if k not in hidden} for row in block], written)
 
 
 def _print_norms(
-    run: Run, tables: Mapping[str, Sequence[Mapping[str, Any]]], channel: int | None
+    run: Run,
+    tables: Mapping[str, Sequence[Mapping[str, Any]]],
+    channel: int | None,
+    written: Path | None,
 ) -> None:
     from influence_jobs.views.ranking import summed_over
 
@@ -150,4 +160,4 @@ def _print_norms(
             f"\nlayer {run.array(array).attrs.get('layer', array)}: largest norms{of_channel}"
             f"{f', summed over {over}' if over else ''}"
         )
-        render.print_table(tuple(table[0]), [tuple(row.values()) for row in table])
+        _print_rows(table, written)

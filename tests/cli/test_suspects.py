@@ -38,6 +38,16 @@ def test_suspects_with_their_evidence(infl: Callable[..., Any]) -> None:
     assert [int(row["sample"]) for row in written] == [row["sample"] for row in asked["suspects"]]
     assert [row.split()[1] for row in rows] == [row["sample"] for row in written]
 
+    found = infl("suspects", run, "--k", 500, "--csv", "suspects.csv")
+    assert found.err == "wrote suspects.csv\n"
+    assert len(found.out.splitlines()) == 13  # what they are, heads, ten rows, and how many more
+    assert found.out.splitlines()[-1] == "and 490 more rows in suspects.csv"
+    with Path("suspects.csv").open() as lines:
+        assert len([*csv.DictReader(lines)]) == 500
+    assert len(infl("suspects", run, "--k", 500).out.splitlines()) == 502
+    top = infl("top", run, "--k", 12, "--parquet", "top.parquet")
+    assert top.out.splitlines()[-1] == "and 2 more rows in top.parquet"
+
     results = influence_jobs.submit("self-influence", checkpoint="train-digits", quiet=True)
     assert results.run.id == run
     values = np.asarray(results["self_influence"])
