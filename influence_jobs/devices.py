@@ -46,5 +46,8 @@ def resolved(device: Device) -> Literal["cpu", "cuda"]:
     if device == "auto":
         return "cuda" if has_cuda() else "cpu"
     if device == "cuda" and not has_cuda():
-        raise SpecError("--device cuda: torch finds no CUDA device on this machine")
+        raise SpecError(
+            "--device cuda: torch finds no CUDA device on this machine; leave --device out, or "
+            "see infl doctor"
+        )
     return device

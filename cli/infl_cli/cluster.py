@@ -90,7 +90,7 @@ def dashboard(
         client = remote_client(address)
     client.version()  # a wrong token is said here, and not by the browser
     if not copy and can_sign_in(client):
-        say(f"opens {client.address} in your browser")
+        say(f"{client.address} is opened in your browser")
         if open_signed_in(client):
             say("it is signed in")
             return

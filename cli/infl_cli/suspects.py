@@ -46,8 +46,8 @@ def suspects(
     found = find_run(runs_folder(runs), run)
     if found.spec.kind != "self-influence":
         raise SpecError(
-            f"{found.id} has no predictions beside its labels: infl submit self-influence, with "
-            "the same --checkpoint"
+            f"{found.id} has no predictions beside its labels: run infl submit self-influence with "
+            "the same --checkpoint, and name that run"
         )
     if read_status(found)["state"] != "done":
         raise StoreError(f"{found.id} is not done yet: {found.resume_command}")

@@ -66,7 +66,11 @@ class Actors:
     @property
     def refusal(self) -> str | None:
         """Why the run goes on without a worker, as long as that is not asked again."""
-        return f"goes on without a worker: {self._refusals[-1][1]}" if self._refusals else None
+        return (
+            f"a worker could not start, and the run goes on without it: {self._refusals[-1][1]}"
+            if self._refusals
+            else None
+        )
 
     def grow(self, size: int) -> None:
         """Start actors until there are `size`, or fewer if some were refused."""

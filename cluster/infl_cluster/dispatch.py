@@ -154,7 +154,7 @@ class Dispatch:
             for other in [*others]:
                 self._end(other)
             if attempt.backup:
-                why = f"the backup of shard {receipt.shard} has won"
+                why = f"the second process was first to finish shard {receipt.shard}"
                 self._on_rescue("backup won", why)
             self._on_receipt(receipt, False)
             return

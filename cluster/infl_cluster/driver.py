@@ -227,7 +227,8 @@ def _work(
     done = {name: entry for name, entry in run.manifest.done().items() if name in planned}
     if stale := [entry.shard for entry in done.values() if entry.spec != run.spec.hash]:
         raise StoreError(
-            f"run {run.id}: shard {stale[0]} was computed for another spec; delete the run"
+            f"run {run.id}: shard {stale[0]} was computed for another spec; delete the run's "
+            "folder and submit it again"
         )
     contested = set(run.files.names(layout.CONTESTED))  # by a driver that was ended
     for shard in _torn(run, [s for s in plan.shards if s.id in contested and s.id in done]):
@@ -276,7 +277,7 @@ def _work(
     def on_idle(waiting: str | None) -> None:
         status.says(waiting)
         if lease.lost.is_set():
-            raise RuntimeFault(f"another driver has taken over run {run.id}")
+            raise RuntimeFault(f"another process has taken over run {run.id}")
 
     while todo and not failed:
         backend.run(
@@ -342,7 +343,11 @@ def _torn(run: Run, shards: Sequence[Shard]) -> list[Shard]:
             if found is None:
                 continue
             why = found
-        log.warning("shard %s, at which several workers were, is done again: %s", shard.id, why)
+        log.warning(
+            "shard %s was computed by several workers at once and is computed again: %s",
+            shard.id,
+            why,
+        )
         mark_entry_undone(run, shard.id)
         torn.append(shard)
     return torn

@@ -92,8 +92,8 @@ class How(Options):
         for flag, given in pool.items():
             if self.local and given:
                 raise SpecError(
-                    f"{flag} is for workers of Ray, and this run is to be computed without: use "
-                    f"Ray, or leave out {flag}"
+                    f"{flag} is for Ray's workers, and this run is computed without Ray: use Ray, "
+                    f"or leave out {flag}"
                 )
         for label in self.node_label:
             key, equals, value = label.partition("=")

@@ -118,7 +118,7 @@ def _say_watch(run: Run, say: Say) -> None:
     if holder is not None and not is_alive(holder) and holder["host"] != socket.gethostname():
         say(
             f"{run.id} was last computed by process {holder['pid']} on {holder['host']}: it goes "
-            f"on if that writes nothing for {WATCH_S:.0f} s"
+            f"on here if that process writes nothing for {WATCH_S:.0f} s"
         )
 
 
@@ -227,7 +227,7 @@ def _submit(run: Run, how: How, say: Say) -> Callable[[], str | None]:
         client, python = remote_client(how.address), "python"
         if parcel := shipping.pack(run.spec.task):
             client.upload(parcel.name, parcel.data)
-            say(f"sends the code of {run.spec.task.name} to {how.address}: {parcel.words()}")
+            say(f"the code of {run.spec.task.name} is sent to {how.address}: {parcel.words()}")
             package, env = parcel.name, env | parcel.env()
     else:
         head = ensure_head(idle_timeout_s=IDLE_TIMEOUT_S)

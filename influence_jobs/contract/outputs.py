@@ -22,8 +22,8 @@ def gauss_newton(trial: Trial) -> Said:
     task = trial.task
     if task.output_loss is None:
         yield warn(
-            "no output_loss, so no Gauss-Newton matrix, EK-FAC or relabelling: define outputs(), "
-            "targets() and output_loss, or use --operator hessian"
+            "the task has no output_loss, so there is no Gauss-Newton matrix, EK-FAC or "
+            "relabelling: define outputs(), targets() and output_loss, or use --operator hessian"
         )
         return
     require_outputs_of_loss(type(task))
@@ -40,7 +40,7 @@ def tests(trial: Trial) -> Said:
     task = trial.task
     count = len(task.test_data())
     if count == 0:
-        yield warn("no test_data(): scores have no output to explain")
+        yield warn("the task has no test_data(), so scores have no output to explain: define it")
         return
     size = size_of(task, 0)
     together = min(count, 2) if size is None else 1  # images may be of any size

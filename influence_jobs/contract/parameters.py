@@ -33,15 +33,15 @@ def parameters(trial: Trial) -> Said:
     named = dict(trial.model.named_parameters())
     if frozen := [name for name in named if name not in trained]:
         count = sum(named[name].numel() for name in frozen)
-        yield warn(f"frozen, {count:,} numbers that get no gradient: {listed(frozen)}")
+        yield warn(f"{count:,} numbers are frozen and get no gradient: {listed(frozen)}")
     for names in tied_names(trial.model):
-        yield warn(f"tied, one parameter of several names: {' = '.join(names)}")
+        yield warn(f"one parameter has several names, as tied weights do: {' = '.join(names)}")
     gradients = torch.autograd.grad(
         trial.losses_B.sum(), list(trained.values()), allow_unused=True, retain_graph=True
     )
     found = dict(zip(trained, gradients, strict=True))
     if unused := [name for name, gradient in found.items() if gradient is None]:
-        yield warn(f"no loss of the samples looked at depends on {listed(unused)}")
+        yield warn(f"the losses of the samples that were tried do not depend on {listed(unused)}")
     used = [gradient for gradient in gradients if gradient is not None]
     if not any(gradient.any() for gradient in used):
         yield fail("the gradient of the losses is zero everywhere: every score would be zero")
@@ -68,9 +68,10 @@ def reached(trial: Trial) -> Said:
     if (called_B - set_B).abs().max() > RELATIVE_ERROR * set_B.abs().max():
         yield warn(
             "the model uses weights past its modules, from a plain list, a closure or a stored "
-            "handle, where torch.func.functional_call does not reach them: influence takes plain "
-            "autograd, one vector or sample at a time, and experiments train one model at a time; "
-            "look them up in forward(), each by its name"
+            "reference, where torch.func.functional_call does not reach them: influence is "
+            "computed by plain autograd, one vector or sample at a time, and experiments train "
+            "one model at a time; to be faster, use each weight in forward() as an attribute of "
+            "its module"
         )
     else:
         yield ok("other weights reach the losses through torch.func")
@@ -108,7 +109,7 @@ def layers(trial: Trial) -> Said:
         )
     numbered = weight_layers(trial.task, model)
     if by_name := [name for name, owner in weights.items() if owner not in numbered]:
-        yield ok(f"--layer all leaves out, name them: {_typed(modules, by_name)}")
+        yield ok(f"--layer all leaves these layers out, so name them: {_typed(modules, by_name)}")
 
 
 def _taken(

@@ -30,8 +30,8 @@ def data(trial: Trial) -> Said:
         parts = row.values() if isinstance(row, Mapping) else row
         if isinstance(row, Mapping | tuple | list) and any(map(_numbers, parts)):
             yield warn(
-                "rows have lists of numbers, and default_collate makes one tensor of each of their "
-                "positions, not one of the list: give tensors, or define collate(rows)"
+                "rows hold lists of numbers, and default_collate turns each position of a list "
+                "into a tensor of its own: give tensors, or define collate(rows)"
             )
 
 
@@ -47,12 +47,12 @@ def repeatable(trial: Trial) -> Said:
             right = False
             augment = ", and augment in train_batch()" if name == "batch" else ""
             yield fail(
-                f"{name}() gives other numbers each time the same samples are fetched, so no "
-                "result could be repeated: let it draw from (draw.seed, draw.index, sample id) "
-                f"alone{augment}"
+                f"{name}() gives different numbers each time the same samples are fetched, so no "
+                "result could be repeated: let its random numbers depend on (draw.seed, "
+                f"draw.index, sample id) only{augment}"
             )
     if right:
-        yield ok("fetched twice, samples are the same numbers")
+        yield ok("samples are the same numbers when they are fetched twice")
 
 
 def losses(trial: Trial) -> Said:
@@ -65,8 +65,7 @@ def losses(trial: Trial) -> Said:
         more = f", and of {len(bad) - 1} more of {size}" if len(bad) > 1 else ""
         yield fail(
             f"the loss of sample {int(trial.ids[int(bad[0])])} is "
-            f"{float(losses_B.detach()[bad[0]])}{more}: "
-            "mend or leave out the sample"
+            f"{float(losses_B.detach()[bad[0]])}{more}: correct the sample or leave it out"
         )
     elif not losses_B.requires_grad:
         yield fail(

@@ -88,8 +88,8 @@ class ConjugateGradient(Solver):
         messages = []
         if len(going):
             messages.append(
-                f"{len(going)} of {len(rhs_QP)} had not reached a residual of {self.tolerance:g} "
-                f"after {self.max_iterations} iterations"
+                f"{len(going)} of {len(rhs_QP)} s_test vectors did not reach a residual of "
+                f"{self.tolerance:g} in {self.max_iterations} iterations"
             )
         record = {"tolerance": self.tolerance, "messages": messages}
         return Solution(x_QP, relative_Q.cpu(), iterations_Q, damping, cost, record)

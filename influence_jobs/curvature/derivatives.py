@@ -48,8 +48,8 @@ def require_alike(what: str, ours: Parameters, plain: Parameters) -> None:
     worst = max(errors, key=errors.__getitem__)
     if not errors[worst] <= agreement() * largest + torch.finfo(torch.float32).tiny:
         raise RuntimeError(
-            f"the {what} by parameter '{worst}' is another through torch.func: the forward uses it "
-            "by a handle that the model keeps elsewhere, such as a list"
+            f"the {what} by parameter '{worst}' differs through torch.func: the forward pass uses "
+            "the parameter through a reference that the model keeps elsewhere, such as in a list"
         )
 
 

@@ -194,8 +194,8 @@ class EkFac(Solver):
         for name, block in factors.blocks.items():
             if not isinstance(block, MatrixBlock) or not block.complete:
                 raise ModelError(
-                    f"'{name}' has no Kronecker eigenbasis, which relative scores need: leave it "
-                    "out (--layer), or leave --relative out"
+                    f"layer '{name}' has no Kronecker eigenbasis, and relative scores need one: "
+                    "leave the layer out of --layer, or leave --relative out"
                 )
         return {
             name: block.metric(damping, power)
@@ -330,7 +330,7 @@ def _key(operator: GaussNewton) -> Any:
 
 
 def _not_gauss_newton() -> SpecError:
-    return SpecError("EK-FAC factors the Gauss-Newton matrix: leave --operator out")
+    return SpecError("EK-FAC works with the Gauss-Newton matrix only: leave --operator out")
 
 
 def _like(operator: GaussNewton) -> tuple[Any, Tensor]:

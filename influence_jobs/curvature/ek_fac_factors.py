@@ -129,8 +129,8 @@ def coarse_lines(names: Sequence[str]) -> list[str]:
         return []
     more = f" and {len(names) - 6} more" if len(names) > 6 else ""
     line = (
-        f"no Kronecker factors, and too large for a whole block: {', '.join(names[:6])}{more}; "
-        "their curvature is taken row by row, or as a diagonal"
+        "these parameters have no Kronecker factors and are too large for a whole block, so their "
+        f"curvature is taken row by row or as a diagonal: {', '.join(names[:6])}{more}"
     )
     return [line]
 

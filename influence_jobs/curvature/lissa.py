@@ -270,7 +270,7 @@ def _planned(settings: _Settings, damping: float, blocks: int) -> int:
     relaxation = math.ceil(settings.scale / damping)
     if (least := (BURN_IN + BLOCKS) * relaxation) > MAX_DEPTH:
         raise SpecError(
-            f"LiSSA needs {least:,} steps at so small a lambda: use --solver cg, a larger "
+            f"LiSSA needs {least:,} steps because lambda is so small: use --solver cg, a larger "
             "--damping, or give --depth"
         )
     return (BURN_IN + blocks) * relaxation

@@ -99,8 +99,8 @@ class Operator(ABC):
         for name, parameter in space.parameters().items():
             if parameter.dtype not in (torch.float32, torch.float64):
                 raise ModelError(
-                    f"parameter {name} is of {str(parameter.dtype).removeprefix('torch.')}, in "
-                    "which curvature means nothing: convert the model, model.float()"
+                    f"parameter {name} is of {str(parameter.dtype).removeprefix('torch.')}, and "
+                    "curvature needs float32 or float64: convert the model with model.float()"
                 )
         self.model, self.space, self.task, self.ids, self.draw = model, space, task, ids, draw
         if not isinstance(batch_size, BatchSize):
@@ -272,7 +272,10 @@ class Operator(ABC):
                     f"the curvature of samples {int(ids.min())} to {int(ids.max())} is not "
                     "finite: check these samples and the checkpoint"
                 )
-        raise DataError("a product with the curvature leaves the range of its numbers")
+        raise DataError(
+            "a product with the curvature is too large for its number format: use --precision "
+            "float64, or check the checkpoint"
+        )
 
     @property
     def _ordered(self) -> Tensor:
@@ -436,8 +439,9 @@ class Operator(ABC):
                     return
         raise ModelError(
             f"a product with the curvature of {type(self.model).__name__} differs from finite "
-            "differences: torch cannot differentiate the backward of one of its operations, such "
-            f"as weight_norm, or one's own with detach() in it; use {self.cure}, or replace it"
+            "differences: torch cannot differentiate the backward pass of one of its operations, "
+            f"such as weight_norm, or of your own operation with detach() in it; use {self.cure}, "
+            "or replace the operation"
         )
 
     def _joined(self, parts: Parameters) -> Tensor:
@@ -486,9 +490,9 @@ class Operator(ABC):
                 raise
             raise ModelError(
                 f"torch cannot differentiate {type(self.model).__name__} as the curvature needs it "
-                f"({said}): use {self.cure}, or replace the operation or the handle"
+                f"({said}): use {self.cure}, or replace the operation"
             ) from error
-        log.warning("curvature by plain autograd, one vector after the other (%s)", said)
+        log.warning("the curvature is computed by plain autograd, one vector at a time: %s", said)
 
     def _compare_with_autograd(self, batch: Batch) -> None:
         """Compare a gradient and a product with those of plain autograd on the model as it is.

@@ -115,8 +115,8 @@ def random_root(form: Form, outputs: Tensor, targets: Tensor, signs: Tensor) -> 
     coupled, convex = torch.stack([apart, _convex(diagonal)]).tolist()
     if coupled:
         raise ModelError(
-            f"EK-FAC has no random root of {form.words}, which couples a sample's "
-            f"{outputs[0].numel():,} outputs: name the loss in output_loss, or use --solver cg"
+            f"EK-FAC cannot draw targets for {form.words}, which mixes the {outputs[0].numel():,} "
+            "outputs of a sample: give output_loss the name of a loss, or use --solver cg"
         )
     if not convex:
         raise _not_convex()

@@ -174,7 +174,9 @@ def require_finite(rhs_QP: Tensor) -> None:
     finite_Q = rhs_QP.isfinite().all(dim=1)
     if not finite_Q.all():
         row = int((~finite_Q).nonzero()[0])
-        raise DataError(f"right-hand side {row} is not finite: check the query and the checkpoint")
+        raise DataError(
+            f"the gradient of query {row} is not finite: check its test sample and the checkpoint"
+        )
 
 
 def relative_residual(

@@ -228,8 +228,9 @@ def series_of(segment: Segment, top: float) -> tuple[list[float], list[float]]:
             return met, kept
         degree *= 2
     raise SpecError(
-        f"the Chebyshev series of {segment.time * top:.3g} relaxations has more than "
-        f"{MOST_DEGREE // 2:,} terms, each a product with all samples: use --exponential ek-fac"
+        f"--exponential chebyshev needs more than {MOST_DEGREE // 2:,} products with all samples "
+        "here, because learning rate x steps x the largest eigenvalue is "
+        f"{segment.time * top:.3g}: use --exponential ek-fac"
     )
 
 

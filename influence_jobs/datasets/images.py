@@ -163,7 +163,7 @@ class ImageFolder:
 
 def _images(root: Path) -> dict[str, Path]:
     if not root.is_dir():
-        raise DataError(f"{root} is no folder; name a folder with images")
+        raise DataError(f"{root} is not a folder; name a folder with images")
     found = {}
     for folder, below, files in os.walk(root, followlinks=True):
         here = Path(folder)

@@ -105,7 +105,8 @@ def _require_remade(batch: Mapping[Any, Any]) -> None:
     except Exception:  # noqa: BLE001, S110  (whatever its constructor raises)
         pass
     raise ModelError(
-        f"a batch is a {kind.__name__} that {kind.__name__}(dict) does not make: return a dict"
+        f"a batch is a {kind.__name__}, which {kind.__name__}(dict) cannot make again: return a "
+        "plain dict"
     )
 
 

@@ -233,10 +233,12 @@ class GradDots(TappedModel):
             fallback.find_forms(batch, size, {})
             self._fallback = fallback
             how = (
-                "sample by sample" if "sample" in fallback.forms.values() else "all samples mapped"
+                "sample by sample"
+                if "sample" in fallback.forms.values()
+                else "with all samples mapped"
             )
             warnings.warn(
-                f"parameters of '{names[0]}' and the like are differentiated {how}, which is "
+                f"parameters such as those of '{names[0]}' are differentiated {how}, which is "
                 f"slow: {self._why_not_forward}",
                 stacklevel=3,
             )

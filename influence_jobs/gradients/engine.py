@@ -226,7 +226,7 @@ class GradNorms(TappedModel):
         uses = usage.uses(parameter)
         if uses == 0:
             if usage.calls(owner) == 0:
-                raise ModelError(f"layer '{name}' is not called in the forward: leave it out")
+                raise ModelError(f"layer '{name}' is not called in the forward pass: leave it out")
             raise unused(name)
         if weight.rule is None or not weight.ruled:
             kind = type(self._model.get_submodule(owner)).__name__

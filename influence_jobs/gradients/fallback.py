@@ -302,7 +302,8 @@ class Fallback:
         assert self._cut is not None
         if len(leaves) != len(self._cut):
             raise ModelError(
-                f"a batch has {len(leaves)} parts, the first had {len(self._cut)}: make all alike"
+                f"a batch has {len(leaves)} parts, and the first batch had {len(self._cut)}: give "
+                "all batches the same parts"
             )
         return self._cut
 
@@ -333,7 +334,7 @@ def slow_lines(slow: Mapping[str, tuple[Form, str]]) -> list[str]:
             for reason, names in reasons.items()
         )
         if told:
-            lines.append(f"gradients without a rule, {cost}: {told}")
+            lines.append(f"gradients without a rule are computed {cost}: {told}")
     return lines
 
 

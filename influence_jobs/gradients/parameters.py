@@ -61,7 +61,10 @@ class ParameterSpace:
             entry: [name for name, owner in owner_of.items() if owner == entry] for entry in modules
         }
         if not self.shapes:
-            raise ModelError(f"{type(model).__name__} has no trained parameters")
+            raise ModelError(
+                f"{type(model).__name__} has no trained parameters: set requires_grad of some to "
+                "True"
+            )
 
     @property
     def modules(self) -> tuple[str, ...]:

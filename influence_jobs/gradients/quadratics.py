@@ -99,9 +99,9 @@ class GradQuadratics(TappedModel):
         for name in self._layers:
             if name not in plain:
                 raise ModelError(
-                    f"layer '{name}' has no {self._result}: its weights are used otherwise than in "
-                    "one call of it, or the first axis of its output is not the sample; leave the "
-                    "layer out (relative influence: or divide by nothing, without --relative)"
+                    f"layer '{name}' has no {self._result}, because its weights are not used in "
+                    "one call of it alone, or because the first axis of its output is not the "
+                    "sample: leave the layer out, or leave --relative out"
                 )
 
     def plain_layers(self, batch: Any) -> tuple[str, ...]:

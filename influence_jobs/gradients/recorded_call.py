@@ -188,7 +188,8 @@ class RecordedCall:
         where = f"layer '{self.name}'"
         if len(self._calls) != 1:
             raise ModelError(
-                f"{where} is called {len(self._calls)} times in a forward, once before"
+                f"{where} is called {len(self._calls)} times in a forward pass, and was called "
+                "once in the first batch: make all batches alike, or leave the layer out"
             )
         (call,) = self._calls
         for leaf, version in zip(call.inputs, call.versions, strict=True):
@@ -203,7 +204,10 @@ class RecordedCall:
             axis is not None and (shape is None or shape[axis] != batch)
             for shape, axis in zip(shapes, axes, strict=True)
         ):
-            raise ModelError(f"{where} is called with other arguments than in the first batch")
+            raise ModelError(
+                f"{where} is called with other arguments than in the first batch: make all calls "
+                "alike, or leave the layer out"
+            )
         return call
 
     def _keep(

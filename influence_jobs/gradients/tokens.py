@@ -144,8 +144,9 @@ class TokenDots:
                 raise
             said = str(error).partition("\n")[0]
             raise ModelError(
-                f"torch cannot differentiate the backward of {type(self._model).__name__}, as "
-                f"scores of tokens need it ({said}): leave --per-token out"
+                "scores of tokens need a derivative of the backward pass of "
+                f"{type(self._model).__name__}, which torch cannot compute ({said}): leave "
+                "--per-token out"
             ) from error
         return found, _add_up(found, totals_BQ)
 
@@ -157,8 +158,8 @@ class TokenDots:
         """
         raise ModelError(
             f"the scores of the tokens of {type(self._model).__name__} do not add up to their "
-            "sample's: torch cannot differentiate the backward of one of its operations, or "
-            "its forward is random; leave --per-token out"
+            "sample's: torch cannot differentiate the backward pass of one of its operations, or "
+            "its forward pass is random; leave --per-token out"
         )
 
     def _products(self, batch: Any, count: int) -> Tensor:

@@ -68,9 +68,9 @@ class Usage:
         shared = _shared_leaf(forward, batch, losses_B)
         if shared is not None:
             raise ModelError(
-                f"a batch of {self.size} holds a tensor {tuple(shared.shape)} that is not of its "
-                "samples but as long, so it would be cut with them: keep what all samples share "
-                "in the task or the model, not in the batch"
+                f"a batch of {self.size} samples holds a tensor {tuple(shared.shape)} that has no "
+                "row for each sample but happens to be as long, so it would be cut with the "
+                "samples: keep what all samples share in the task or the model, not in the batch"
             )
         if alone_1 is not None:
             raise ModelError(mixed_losses(alone_1, losses_B[:1], self.size))

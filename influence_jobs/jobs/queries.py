@@ -78,8 +78,8 @@ def require_comparable(task: Task, queries: Queries) -> None:
     if embeds(task):
         if any(query.region for query in queries.items):
             raise SpecError(
-                "embed() is of whole samples: leave --point, --region and --tokens out with "
-                "--method nearest"
+                "--method nearest compares whole samples by embed(): leave --point, --region and "
+                "--tokens out"
             )
         return
     try:
@@ -87,7 +87,8 @@ def require_comparable(task: Task, queries: Queries) -> None:
         task.test_picture(queries.items[0].test)
     except SpecError as error:
         raise SpecError(
-            f"{error}: nearest compares pixels, or vectors (B, D) if the task defines embed(batch)"
+            f"{error}, and --method nearest compares pixels, or vectors (B, D) if the task defines "
+            "embed(batch)"
         ) from error
 
 
@@ -126,8 +127,8 @@ def query_gradients(
         if not total.any():
             raise DataError(
                 f"the gradient of the {queries.quantity} of test sample {query.test} is exactly "
-                "zero, so no training sample can influence it: does its loss depend on the samples "
-                "beside it, or on no trained parameter?"
+                "zero, so no training sample can influence it: check that its loss depends on "
+                "trained parameters, and on that sample alone"
             )
         rows.append((total / queries.noise_draws).to(dtype))
     return torch.stack(rows)

@@ -231,8 +231,8 @@ class RetrainJob(Job[S]):
         one = variants[key]
         require_sound_samples(self.task, one.seed, self.device, changes=one.changes, epoch=epoch)
         raise SpecError(
-            f"{len(lost)} of {count} trainings diverged, that of seed {one.seed} after step {step} "
-            f"of epoch {epoch + 1}: their losses are not finite; lower the learning rate"
+            f"{len(lost)} of {count} trainings diverged: their losses are not finite, with seed "
+            f"{one.seed} after step {step} of epoch {epoch + 1}; lower the learning rate"
         )
 
     def _trainer(self, variants: Sequence[Variant]) -> Trainer | EnsembleTrainer:

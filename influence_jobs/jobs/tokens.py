@@ -17,7 +17,7 @@ def only_tokens(values: Tensor, counts_B: Tensor, tokens: int) -> Tensor:
     if (most := int(counts_B.max())) > tokens:
         raise DataError(
             f"a training sample has {most} tokens, and the longest had {tokens} when the run was "
-            "submitted: submit it anew"
+            "submitted: submit it again"
         )
     found = values.new_full((*values.shape[:-1], tokens), torch.nan)
     kept = min(tokens, values.shape[-1])

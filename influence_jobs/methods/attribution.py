@@ -138,15 +138,16 @@ def _channels_first(model: nn.Module, layer: str, output: Tensor) -> Tensor:
         return rule.channels_first(output)
     if (several := len(own_weights(model.get_submodule(layer)))) != 1:
         raise ModelError(
-            f"layer {layer} has {several} weights, whose rows need not be its outputs: leave it out"
+            f"layer {layer} has {several} weights, and their rows may not be its outputs: leave it "
+            "out"
         )
     rows = weight_named(model, layer).read_as[0]
     axes = [axis for axis in range(1, output.ndim) if output.shape[axis] == rows]
     if len(axes) != 1:
-        which = "several axes have" if axes else "no axis has"
+        which = "several axes are" if axes else "no axis is"
         raise ModelError(
-            f"layer {layer} returns {tuple(output.shape)}, of which {which} the {rows} rows of its "
-            "weight, so its channels are unknown: leave it out"
+            f"layer {layer} returns shape {tuple(output.shape)}, where {which} as long as its "
+            f"weight has rows ({rows}), so its channels are unknown: leave it out"
         )
     return output.movedim(axes[0], 1)
 
@@ -163,7 +164,7 @@ def pool(
         return activation if activation.ndim == 1 else activation.flatten(1).mean(dim=1)
     if activation.ndim != 3 or size is None:
         if activation.ndim == 2 and (size is None or size[0] == 1):
-            raise ModelError("attribution is of whole sequences: leave --tokens out")
+            raise ModelError("attribution explains whole sequences: leave --tokens out")
         raise ModelError(f"layer {layer} has no positions to select by region: leave it out")
     y, x, height, width = region
     rows = _covered(y, height, activation.shape[1], size[0])

@@ -64,7 +64,10 @@ class Points:
         test, kind = request.path_params["test"], request.path_params["kind"]
         size, explainer = self._size(test), self.shelf.explaining()
         if explainer is None:
-            raise SpecError("no run here has norms by which points are explained")
+            raise SpecError(
+                "no run here has the norms that explain points: compute them by infl submit "
+                "grad-norms --layer all"
+            )
         region = _region(request.query_params, size)
         head = {"run": explainer.norms.run.id, "array": SCORES, "test": test}
         head |= {"region": ",".join(map(str, region)), "side": "attribution"}

@@ -160,7 +160,7 @@ class Results:
         if not isinstance(view, SelfInfluenceView):
             raise SpecError(
                 f"{self.run.id} has no predictions beside its labels: submit self-influence with "
-                "the same checkpoint"
+                "the same checkpoint, and take its results"
             )
         self._require_done()
         return pa.Table.from_pylist(view.suspects(k, by=by))

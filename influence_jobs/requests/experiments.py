@@ -80,11 +80,11 @@ def require_same_run(trained: "Trained") -> None:
     """
     if any(not checkpoint.repeatable for checkpoint in trained.subject.checkpoints):
         raise SpecError(
-            "--same-run repeats the training of a train run, and this checkpoint has none: name a "
-            "train run with --checkpoint, or leave it out"
+            "--same-run repeats a training, and it is not known how this checkpoint was trained: "
+            "name a train run with --checkpoint, or leave --same-run out"
         )
     if trained.train.trainer == "task":
         raise SpecError(
-            f"train() of task {trained.train.task.name} knows of no masked samples: leave "
-            "--same-run out, or give the task an optimizer() in place of train()"
+            f"train() of task {trained.train.task.name} cannot mask samples: leave --same-run out, "
+            "or give the task an optimizer() in place of train()"
         )

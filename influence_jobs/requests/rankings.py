@@ -78,15 +78,15 @@ def trained_of(
     if isinstance(checkpoint, FileCheckpoint) or not checkpoint.repeatable:
         if recipe is None:
             raise SpecError(
-                f"{checkpoint.words()} does not say how it was trained: name a train run with "
-                "--checkpoint, or leave it out"
+                f"it is not known how {checkpoint.words()} was trained: name a train run with "
+                "--checkpoint, or leave --checkpoint out"
             )
         return Trained(subject, recipe)
     train = checkpoint.train
     if checkpoint.epoch != train.epochs:
         raise SpecError(
-            f"retrainings end after epoch {train.epochs}, as {train.run_id} does, so scores "
-            f"need that epoch: leave @{checkpoint.epoch} out, or train for "
+            f"models are retrained for {train.epochs} epochs, as {train.run_id} was, so scores are "
+            f"needed after the last one: leave @{checkpoint.epoch} out, or train for "
             f"{checkpoint.epoch} epochs"
         )
     if given or "attribution" not in methods or train.epochs == 1:
@@ -112,9 +112,8 @@ def recipe_for_file(subject: Subject, request: WeightsRequest, say: Say) -> Trai
     first = foreign[0]
     name = Path(first.path).name if isinstance(first, FileCheckpoint) else first.words()
     say(
-        f"{name} does not say how it was trained: scores are of its weights, "
-        f"models are retrained as infl submit train --task {subject.task.name} does "
-        f"({train.how()}{change})"
+        f"it is not known how {name} was trained: scores are of its weights, and models are "
+        f"retrained as infl submit train --task {subject.task.name} does ({train.how()}{change})"
     )
     return train
 
@@ -222,8 +221,8 @@ class Rankings:
         for word in words:
             if word not in possible:
                 raise SpecError(
-                    f"stability of {word!r}: choose {', '.join(possible)}, whose scores depend on "
-                    "the training"
+                    f"stability of {word!r} is not possible: choose {', '.join(possible)}, because "
+                    "their scores depend on the training"
                 )
         first = self._trained.train.seed
         seeds = range(first, first + ensemble * (retrainings + 1))

@@ -67,8 +67,8 @@ def s_tests_of(
     runs = [c.train.run_id for c in subject.checkpoints if isinstance(c, TrainedCheckpoint)]
     if not solver.inverts and len({*runs}) < len(runs):
         raise SpecError(
-            f"--solver {solver.name} goes through all checkpoints up to the one that is named: "
-            "name one of each training with --checkpoint"
+            f"--solver {solver.name} uses all checkpoints of a training up to the one that is "
+            "named: name one of each training with --checkpoint"
         )
     curvature = make_spec(
         Curvature,
@@ -112,8 +112,9 @@ def full_precision(asked: JobPrecision | None, task: Task) -> FullPrecision:
     """
     if asked == "bfloat16" or asked == "bfloat16-weights":
         raise SpecError(
-            f"--precision {asked} is for infl submit grad-norms and gradients: of bfloat16's three "
-            "digits a solver and a sum over parameters leave none; use tf32, float32 or float64"
+            f"--precision {asked} is for infl submit grad-norms and gradients only, since the "
+            "three digits of bfloat16 are too few for a solver or a sum over parameters: use "
+            "tf32, float32 or float64"
         )
     return asked or ("float64" if dtype_of(task.model()) == torch.float64 else "float32")
 
@@ -147,8 +148,8 @@ def self_solvers_of(
     built, solver = subject.built, _solver(request, say)
     if solver.uses_curvature and built.output_loss is None:
         raise SpecError(
-            f"{type(built).__name__} does not say what its loss is of, which the curvature needs: "
-            "define outputs(), targets() and output_loss, or use --solver identity"
+            f"{type(built).__name__} has no output_loss, which the curvature needs: define "
+            "outputs(), targets() and output_loss, or use --solver identity"
         )
     if solver.uses_curvature:
         _require_output_loss(built)

@@ -81,7 +81,8 @@ def subject_of(
     settled = not retrains or any(c.repeatable for c in checkpoints)
     if checkpoints and settled and (request.epochs or request.preset):
         raise SpecError(
-            "--epochs and --preset say how to train, but --checkpoint names weights that exist"
+            "--epochs and --preset say how to train, but --checkpoint names weights that exist: "
+            "leave them out"
         )
     checkpoints = checkpoints or [*default_checkpoints]
     trained = _trained_task(checkpoints, request.task)
@@ -280,8 +281,8 @@ def training_of(
                 raise _decided_by_task(task.name, name, method)
         if dropped := [name for name in names if values.pop(name, None) is not None]:
             say(
-                f"task {task.name} has its own {method}(): what the preset says of "
-                f"{', '.join(dropped)} does not count"
+                f"task {task.name} has its own {method}(), so it ignores these options of the "
+                f"preset: {', '.join(dropped)}"
             )
         own["schedule" if method == "scheduler" else method] = "task"
     values |= given
@@ -306,7 +307,7 @@ def recorded_training(task: TaskSpec, built: Task, folder: str) -> TrainSpec:
     if found.num_samples != n:
         raise ModelError(
             f"recording {folder} is of {found.num_samples:,} samples, and task {task.name} has "
-            f"{n:,}: sample ids must mean the same"
+            f"{n:,}: name a task with the training data that were recorded"
         )
     if found.epochs not in found.saved:
         raise ModelError(
@@ -370,8 +371,8 @@ def _preset_values(name: str | None) -> dict[str, Any]:
     for field, method in (("optimizer", "optimizer"), ("schedule", "scheduler")):
         if values.get(field) == "task":
             raise SpecError(
-                f"preset {name}: {field} cannot be 'task': a task with its own {method}() is asked "
-                "for it anyway"
+                f"preset {name}: {field} cannot be 'task': leave the line out, a task's own "
+                f"{method}() is used anyway"
             )
     return values
 

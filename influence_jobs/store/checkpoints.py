@@ -25,7 +25,7 @@ def file_checkpoint(path: str) -> FileCheckpoint:
     for weights in weight_files(Path(path)):
         # A run may name a pipe or a device, which might never end.
         if weights.exists() and not weights.is_file():
-            raise ModelError(f"checkpoint {weights} is no plain file: name another")
+            raise ModelError(f"checkpoint {weights} is not a plain file: name another")
         try:
             with weights.open("rb") as file:
                 digests.append(hashlib.file_digest(file, "sha256").hexdigest())

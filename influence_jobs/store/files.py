@@ -154,7 +154,7 @@ class LocalFiles:
             path /= part
             if part in ("/", "..") or path.is_symlink():
                 raise StoreError(
-                    f"{path} may lead out of its folder: replace the link by what it names"
+                    f"{path} may lead out of its folder: put a copy in place of the link"
                 )
         return path
 
@@ -167,7 +167,7 @@ class LocalFiles:
         """
         path = self.path(name)
         if not stat.S_ISREG(path.stat().st_mode):
-            raise StoreError(f"{path} is no plain file: delete it")
+            raise StoreError(f"{path} is not a plain file: delete it")
         return path
 
     def write(self, name: str, data: bytes, *, durable: bool = True) -> None:
@@ -260,7 +260,7 @@ class LocalFiles:
 
 def too_large(file: Path | str, found: int) -> StoreError:
     """The refusal of a file of so many bytes."""
-    return StoreError(f"{file} has {size(found)}, more than a run writes there: delete it")
+    return StoreError(f"{file} has {size(found)}, which is more than a run writes there: delete it")
 
 
 class _ArraysOfRun(LocalStore):

@@ -76,7 +76,7 @@ class Lease:
         while True:
             if not self._is_dead(last, claims[-1] if claims else layout.LEASE):
                 raise LeaseHeld(
-                    f"another driver is writing {self._files.url}: process {last['pid']} on "
+                    f"another process is writing {self._files.url}: process {last['pid']} on "
                     f"{last['host']}; wait for it, or stop it with `infl stop`"
                 )
             claims.append(f"{layout.LEASE}.{last['owner']}")

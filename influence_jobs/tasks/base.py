@@ -406,9 +406,9 @@ class Task(ABC):
         first, second = (digest(self.batch(ids, Draw(0))) for _ in range(2))
         if first != second:
             raise DataError(
-                f"{type(self).__name__} gives other numbers each time a training sample is "
-                "fetched, so no result could be repeated: in batch(), draw from (draw.seed, "
-                "draw.index, sample id) only, and augment in train_batch()"
+                f"{type(self).__name__} gives different numbers each time a training sample is "
+                "fetched, so no result could be repeated: in batch(), let random numbers depend "
+                "on (draw.seed, draw.index, sample id) only, and augment in train_batch()"
             )
         return f"{n} samples, rows {first[:16]}"
 
@@ -463,8 +463,8 @@ def call_own(task: Task, name: str, *arguments: Any, **keywords: Any) -> Any:
     """
     if not defines(type(task), name):
         raise SpecError(
-            f"{type(task).__name__} has no {name}() any more, with which models were trained: give "
-            "it back, or train anew"
+            f"{type(task).__name__} no longer has the {name}() that models were trained with: "
+            "restore it, or train again"
         )
     method = partial(getattr(type(task), name), task)
     try:

@@ -302,7 +302,10 @@ class _Words:
         others = f"; without a number, so to be named: {left}" if left else ""
         others += f"; frozen: {_listed(frozen)}" if frozen else ""
         if not taken:
-            raise SpecError(f"--layer all takes the trained layers with a number: none{others}")
+            raise SpecError(
+                "--layer all takes the trained layers that have a number, and there are "
+                f"none{others}"
+            )
         self._say(
             f"--layer all: {len(taken)} of {len(self.order)} numbered layers: "
             f"{_listed(taken)}{others}"

@@ -61,8 +61,8 @@ def task_class(task: str | TaskSpec) -> type[Task]:
     kind = getattr(module, found.class_name, None)
     if kind is None and found.module == "__main__" and not isinstance(task, str):
         raise UntrustedCode(
-            f"task {name!r} of this run was defined in a script or notebook, where alone it is "
-            "known: look at the run there, or put the task into a file of its own"
+            f"task {name!r} of this run was defined in a script or notebook, and is known only "
+            "there: look at the run there, or put the task into a file of its own"
         )
     if kind is None:
         tasks = ", ".join(other.__name__ for other in _tasks_in(module)) or "none"

@@ -144,15 +144,15 @@ def cotangents_of(optimizer: Optimizer, task: str) -> type[Cotangents]:
     cure = "train with one of these, or use infl submit influence"
     if known is None:
         raise ModelError(
-            f"unrolled goes back through the updates of torch.optim's SGD, Adam and AdamW, and "
-            f"task {task} is trained by {type(optimizer).__name__}: {cure}"
+            "unrolled knows the updates of torch.optim's SGD, Adam and AdamW only, and task "
+            f"{task} is trained by {type(optimizer).__name__}: {cure}"
         )
     for group in optimizer.param_groups:
         for option in _REFUSED:
             if group.get(option):
                 raise ModelError(
-                    f"unrolled goes back through plain SGD, Adam and AdamW, and the optimizer of "
-                    f"task {task} has {option}={group[option]}: leave it out, or use infl submit "
+                    "unrolled knows plain SGD, Adam and AdamW only, and the optimizer of task "
+                    f"{task} has {option}={group[option]}: leave it out, or use infl submit "
                     "influence"
                 )
     return known

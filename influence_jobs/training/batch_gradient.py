@@ -87,9 +87,9 @@ class SecondDerivatives:
         if not _agrees_with_differences(task, model, batch, **arguments):
             raise ModelError(
                 f"second derivatives of {type(model).__name__} differ from finite differences: "
-                "torch cannot differentiate the backward of one of its operations, such as "
-                "weight_norm, or one's own with detach() in it; replace it, or use infl submit "
-                "influence"
+                "torch cannot differentiate the backward pass of one of its operations, such as "
+                "weight_norm, or of your own operation with detach() in it; replace the "
+                "operation, or use infl submit influence"
             )
 
     def __call__(

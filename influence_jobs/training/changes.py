@@ -71,8 +71,8 @@ class Changes:
             raise SpecError(f"all {n} samples are masked: leave some to train on")
         if len(self.masked) and by_task:
             raise SpecError(
-                f"train() of {type(task).__name__} knows of no masked samples: remove them "
-                "instead, or give it an optimizer() in its place"
+                f"train() of {type(task).__name__} cannot mask samples: remove them instead, or "
+                "give the task an optimizer() in place of train()"
             )
         if len(self.labels) != len(self.relabelled):
             raise SpecError(

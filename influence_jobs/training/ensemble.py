@@ -105,7 +105,7 @@ class EnsembleTrainer:
             raise SpecError("an ensemble needs variants: give at least one")
         if recipe.by_task:
             raise ModelError(
-                f"{type(task).__name__} gives its own optimizer or scheduler, which are of one "
+                f"{type(task).__name__} gives its own optimizer or scheduler, which works on one "
                 "model: train its variants one at a time"
             )
         for variant in variants:
@@ -284,19 +284,19 @@ def why_alone(task: Task, recipe: Recipe, device: torch.device) -> str:
         else:
             same = move == 0 or not torch.equal(found[name], before[name])
         if not same:
-            return f"side by side, parameter '{name}' is trained otherwise than alone"
+            return f"trained side by side, parameter '{name}' differs from a training alone"
     buffers = dict(alone.model.named_buffers())  # those that a first forward registers, too
     for name, buffer in together.model(1).named_buffers():
         kind = torch.promote_types(buffer.dtype, torch.float64)
         pair = buffer.to(kind), buffers[name].to(kind)
         if not torch.allclose(*pair, rtol=MOVED, equal_nan=True):
-            return f"side by side, buffer '{name}' is another than alone"
+            return f"trained side by side, buffer '{name}' differs from a training alone"
     counts = _counts(alone.model)
     if not alone.finished:
         alone.step()
     for name, number in _counts(alone.model).items():
         if number != counts.get(name, number):
-            return f"its forward counts in '{name}', which variants of unequal size would share"
+            return f"its forward pass counts in '{name}', which models of unequal data would share"
     return ""
 
 

@@ -164,8 +164,8 @@ class Feed:
             shapes.add(tuple(torch.Size((1, *leaf.shape[1:])) for leaf in leaves))
         if len(shapes) > 1:
             raise ModelError(
-                "samples are of several shapes, and variants of an ensemble would be padded "
-                "otherwise than alone: train them one at a time"
+                "samples have several shapes, and models that are trained side by side would be "
+                "padded in another way than alone: train them one at a time"
             )
 
     def batch(self, rows: slice, ids_MB: Tensor, epoch: int) -> Batch:

@@ -164,8 +164,8 @@ class StackedSteps:
                 raise
             said, *_ = str(error).splitlines() or [type(error).__name__]
             raise ModelError(
-                f"{type(self._losses.model).__name__} cannot be trained as an ensemble, "
-                f"one at a time it can: {said}"
+                f"{type(self._losses.model).__name__} cannot be trained as an ensemble, only one "
+                f"model at a time: {said}"
             ) from error
         return losses_MB
 
@@ -207,7 +207,7 @@ def _refuse_dropout(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
             raise ModelError(
-                f"{type(model).__name__} cannot be trained as an ensemble: dropout {name!r} "
-                f"(p = {module.p}) would draw other numbers than alone; "
-                "train its variants one at a time, or set p to 0"
+                f"{type(model).__name__} cannot be trained as an ensemble: dropout {name!r} (p = "
+                f"{module.p}) would draw other random numbers than in a training alone; train its "
+                "variants one at a time, or set p to 0"
             )

@@ -38,11 +38,13 @@ class HuggingFaceRecorder(TrainerCallback):
         """
         require_one_process(max(args.n_gpu, args.world_size))
         if args.fp16:
-            raise ModelError("fp16 scales gradients, so their norms are not those: use bf16")
+            raise ModelError(
+                "fp16 training scales the gradients, so their norms would be wrong: use bf16"
+            )
         if state.global_step != self.recorder.steps:
             raise ModelError(
-                f"the training goes on after step {state.global_step}, and the recorder has seen "
-                f"{self.recorder.steps}: give it the state of then with load_state_dict()"
+                f"the training goes on after step {state.global_step}, but the recorder has seen "
+                f"{self.recorder.steps} steps: load its state of that step with load_state_dict()"
             )
         model, recorder = self.recorder.model, self.recorder
         self._hooks = [model.register_forward_pre_hook(self._take_ids, with_kwargs=True)]

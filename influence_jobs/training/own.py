@@ -33,7 +33,7 @@ def trained_by_task(task: Task, seed: int, device: torch.device, changes: Change
     name = type(task).__name__
     if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
         raise ModelError(
-            f"train() of {name} returns {type(state).__name__}, no state dict: return "
+            f"train() of {name} returns {type(state).__name__}, not a state dict: return "
             "model.state_dict()"
         )
     for key, tensor in state.items():

@@ -130,8 +130,8 @@ def optimizer_of(task: Task, recipe: Recipe, model: nn.Module) -> Optimizer:
     own = set(model.parameters())
     if not all(p in own for group in found.param_groups for p in group["params"]):
         raise ModelError(
-            f"optimizer() of {name} is of other parameters than those of the model that it is "
-            "given: build it from that model"
+            f"optimizer() of {name} has other parameters than the model that it is given: build it "
+            "from that model"
         )
     closure = inspect.signature(found.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
@@ -158,12 +158,12 @@ def scheduler_of(
         if not isinstance(found, LRScheduler) or isinstance(found, ReduceLROnPlateau):
             raise ModelError(
                 f"scheduler() of {type(task).__name__} gives {type(found).__name__}: return a "
-                "torch.optim.lr_scheduler.LRScheduler that needs no figure at its step()"
+                "torch.optim.lr_scheduler.LRScheduler whose step() needs no argument"
             )
         if found.optimizer is not optimizer:
             raise ModelError(
-                f"scheduler() of {type(task).__name__} is of another optimizer than the one that "
-                "it is given: build it from that one"
+                f"scheduler() of {type(task).__name__} belongs to another optimizer than the one "
+                "that it is given: build it from that one"
             )
         return found
     if recipe.schedule == "constant" and not recipe.warmup:

@@ -91,7 +91,7 @@ def require_full_batches(task: Task, batch_size: int, num_samples: int) -> None:
         if "more than 1 value per channel" not in str(error):
             raise
         if num_samples == 1:
-            raise SpecError("BatchNorm cannot be trained on one sample: leave more") from None
+            raise SpecError("BatchNorm cannot be trained on one sample: keep two or more") from None
         better = next(size for size in itertools.count(batch_size + 1) if num_samples % size != 1)
         one = "are batches of one" if batch_size == 1 else "leave a last batch of one"
         raise SpecError(
@@ -118,9 +118,9 @@ def require_repeatable(task: Task) -> None:
     ]
     if digest(pair[0]) != digest(pair[1]):
         raise DataError(
-            f"train_batch() of {type(task).__name__} gives other numbers each time the same "
-            "samples are fetched, so no training could be repeated: let it draw from (draw.seed, "
-            "draw.index, sample id) alone"
+            f"train_batch() of {type(task).__name__} gives different numbers each time the same "
+            "samples are fetched, so no training could be repeated: let its random numbers depend "
+            "on (draw.seed, draw.index, sample id) only"
         )
 
 

@@ -239,8 +239,8 @@ def _require_full_precision(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype not in (torch.float32, torch.float64):
             raise ModelError(
-                f"parameter {name} is of {str(parameter.dtype).removeprefix('torch.')}, whose "
-                "rounding swallows small changes of an update: train in float32"
+                f"parameter {name} is of {str(parameter.dtype).removeprefix('torch.')}, in which "
+                "small changes of an update are lost to rounding: train in float32"
             )
 
 
@@ -258,7 +258,7 @@ def _require_unmoved(model: nn.Module, before: Mapping[str, Tensor]) -> None:
     for name, buffer in _other_buffers(model).items():
         if name not in before or not torch.equal(buffer, before[name]):
             raise ModelError(
-                f"buffer '{name}' of {type(model).__name__} changes in training, and only the "
-                "running statistics of BatchNorm can be gone back through: make it a parameter or "
-                "a constant, or use infl submit influence"
+                f"buffer '{name}' of {type(model).__name__} changes in training, and unrolled "
+                "knows no changing buffers but the running statistics of BatchNorm: make it a "
+                "parameter or a constant, or use infl submit influence"
             )

@@ -202,10 +202,10 @@ class Unrolled:
             states[name] = {**states[name], "step": torch.tensor(count)}
         if not abs(twice - once) <= SAME_LOSS * abs(once) + 1e-6:
             raise ModelError(
-                f"the loss of step {step.in_epoch + 1} in epoch {step.epoch + 1} is {once:g} "
-                f"in training and {twice:g} when it is differentiated twice in "
-                f"{str(self.dtype).removeprefix('torch.')}: its random numbers, such as dropout's, "
-                "are others there; use --precision float32, or draw them from the Draw in "
+                f"the loss of step {step.in_epoch + 1} in epoch {step.epoch + 1} is {once:g} in "
+                f"training and {twice:g} when it is differentiated twice in "
+                f"{str(self.dtype).removeprefix('torch.')}: its random numbers, such as those of "
+                "dropout, differ; use --precision float32, or draw them from the Draw in "
                 "train_batch()"
             )
         return graph, self._second, states

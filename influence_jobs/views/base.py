@@ -101,7 +101,10 @@ class View(ABC, Generic[S]):
         Raises:
             SpecError: The run ranks no samples, or an argument does not fit it.
         """
-        raise SpecError(f"{self.run.id} ranks no samples: infl report {self.run.id}{self.more}")
+        raise SpecError(
+            f"{self.run.id} ranks no samples: infl report {self.run.id}{self.more} shows its "
+            "results"
+        )
 
     def numbers_of(self, sample: int) -> list[tuple[str, float]]:
         """What the run says of a training sample alone: names and numbers."""

@@ -74,7 +74,10 @@ class NormsView(View[S]):
         channel: int | None = None,
     ) -> dict[str, list[dict[str, Any]]]:
         if tests is not None or side != "both":
-            raise SpecError(f"{self.run.id} has norms, which do not depend on a query")
+            raise SpecError(
+                f"{self.run.id} has norms, which do not depend on a query: leave --test and --side "
+                "out"
+            )
         chosen = self.arrays
         if layer is not None and chosen:
             meant = layers_of_run(layer, [*chosen], self.task)

@@ -84,7 +84,7 @@ def ranked_scores(
     }
     if not any(len(ids) for found in ranked.values() for ids, _ in found):
         raise NothingLeft(
-            f"{run.id} leaves all samples out: submit it with another --exclude-norm-above"
+            f"{run.id} leaves all samples out: submit it with a larger --exclude-norm-above"
         )
     for i, place in enumerate(places(chosen)):
         for name, found in ranked.items():

@@ -56,7 +56,9 @@ class ScoresView(View[S]):
         channel: int | None = None,
     ) -> dict[str, list[dict[str, Any]]]:
         if channel is not None:
-            raise SpecError(f"{self.run.id} has scores, which have no channels")
+            raise SpecError(
+                f"{self.run.id} has scores, which have no channels: leave --channel out"
+            )
         if side != "both" and len(self.sides) == 1:
             raise SpecError(f"--side has no meaning for {self.run.id}: leave it out")
         if layer is not None:

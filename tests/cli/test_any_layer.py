@@ -94,7 +94,10 @@ def test_norms_of_all_weights_in_another_dtype(infl: Infl, tmp_path: Path, dtype
     words = ("--task", name, "--layer", "*", "--layer", "shift", "--epochs", 1, "--local", "--json")
     normed = infl("submit", "grad-norms", *words)
     assert normed.code == 0, normed.err
-    assert "gradients without a rule, mapped over the samples through the whole model" in normed.err
+    assert (
+        "gradients without a rule are computed mapped over the samples through the whole model"
+        in normed.err
+    )
     run = Run.open(str(tmp_path / "runs"), normed.json["run"])
     layers = [array.removeprefix("norms/") for array in run.array_names()]
     assert sorted(layers) == [

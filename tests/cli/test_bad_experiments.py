@@ -63,7 +63,7 @@ LDS = ("submit", "lds", *DIGITS)
         ),
         (
             ("submit", "lds", "--checkpoint", "train-digits@1", "--local", "--test", "3"),
-            "retrainings end after epoch 2, as train-digitstask-",
+            "models are retrained for 2 epochs, as train-digitstask-",
         ),
         ((*LDS, "--by", "harmful"), "leave method harmful out"),
         (

@@ -86,7 +86,7 @@ FFDNET = (*NORMS, "--task", "ffdnet", "--layer", "11", "--patch-size", "32", "--
         ((*TRAIN, "--preset", "nix"), "no preset 'nix': choose ffdnet, ffdnet-grey"),
         (
             (*TRAIN, "--detach"),
-            "--detach is for workers of Ray, and this run is to be computed without",
+            "--detach is for Ray's workers, and this run is computed without Ray",
         ),
         ((*TRAIN, "--device", "tpu"), "'tpu' is not one of 'auto', 'cpu', 'cuda'"),
         (

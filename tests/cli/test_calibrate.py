@@ -135,10 +135,13 @@ def test_the_default_grid_has_early_epochs_and_both_solvers(infl: Infl, tiny: Pa
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (("--subsets", 7), "--subsets 7: a rank correlation over so few says nothing, take 8 or"),
-        (("--held-out", 2), "--held-out 2: a rank correlation over so few says nothing, take 8"),
-        (("--seeds", 1), "--seeds 1: the ceiling is told by the agreement of seeds, take 2 or"),
-        (("--epoch", 9), "--epoch 9: the training ends after 8"),
+        (("--subsets", 7), "--subsets 7 gives too few subsets for a rank correlation: take 8 or"),
+        (("--held-out", 2), "--held-out 2 gives too few subsets for a rank correlation: take 8"),
+        (
+            ("--seeds", 1),
+            "--seeds 1: the ceiling is measured by how well two seeds agree, so take 2 or",
+        ),
+        (("--epoch", 9), "--epoch 9: the training has only 8 epochs"),
         (("--epoch", 0), "--epoch: input should be greater than or equal to 1"),
         (("--damping", 0), "--damping: input should be greater than 0"),
         (("--solver", "identity"), "--solver: input should be 'cg', 'ek-fac' or 'lissa'"),
@@ -183,7 +186,7 @@ def test_influence_trains_its_models_and_averages(infl: Infl, tiny: Path) -> Non
     )
     assert mine.code == 2
     assert "mine.pt" in mine.err
-    assert "does not say how it was trained: name a train run with --checkpoint" in mine.err
+    assert "was trained: name a train run with --checkpoint, or leave --checkpoint out" in mine.err
 
 
 def written(scores_QN: npt.NDArray[Any]) -> list[str]:

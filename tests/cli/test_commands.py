@@ -329,8 +329,8 @@ def test_who_takes_over_from_another_host_says_what_it_waits_for(
     run.files.delete("status.json")
     resumed = infl("resume", "grad", "--local")
     assert resumed.code == 0
-    told = f"{run.id} was last computed by process 7 on elsewhere: it goes on if that writes"
-    assert f"{told} nothing for 12 s\n" in resumed.err
+    told = f"{run.id} was last computed by process 7 on elsewhere: it goes on here if that"
+    assert f"{told} process writes nothing for 12 s\n" in resumed.err
 
 
 @pytest.mark.parametrize("record", ["0*.json", "finish.json"])

@@ -116,7 +116,7 @@ def test_a_store_is_made_if_none_is_named(infl: Infl, runs: Path) -> None:
         ),
         (
             (*SCORES, *DIGITS[:2], *ONE, "--method", "cosine", "--keep-layers"),
-            "a cosine is no sum over layers: leave --keep-layers out",
+            "a cosine is not a sum over layers: leave --keep-layers out",
         ),
         (
             (*SCORES, *DIGITS[:2], *ONE, "--approximate", "5", "--keep-layers"),
@@ -137,4 +137,4 @@ def test_options_beside_a_store_are_refused(infl: Infl, runs: Path) -> None:
     assert infl(*STORE, "--dim", "2x2", "--layer", "head").code == 0
     said = infl(*SCORES, "--gradients", "gradients-digits", *DIGITS[:2], *ONE)
     assert said.code == 2
-    assert "--gradients RUN decides the checkpoint: leave its options out" in said.err
+    assert "--gradients RUN decides the checkpoint: leave --checkpoint" in said.err

@@ -171,7 +171,7 @@ def test_options_of_a_training_and_those_of_a_preset(infl: Infl, tmp_path: Path)
         ("Toy", ("--nesterov", "--momentum", 0), "--nesterov needs a --momentum above 0"),
         ("Toy", ("--schedule", "task"), "'task' is not one of 'constant', 'cosine'"),
         ("Toy", ("--clip-norm", 0), "--clip-norm: input should be greater than 0"),
-        ("Toy", ("--preset", "bad.yaml"), "optimizer cannot be 'task': a task with its own"),
+        ("Toy", ("--preset", "bad.yaml"), "optimizer cannot be 'task': leave the line out"),
         ("Optimized", ("--lr", 0.1), "--lr has no meaning here: task my_tasks:Optimized has its "),
         ("Optimized", ("--optimizer", "sgd"), "its own optimizer(); change it there, and leave"),
         ("Optimized", ("--no-bias-decay",), "--no-bias-decay has no meaning here: task"),
@@ -200,13 +200,21 @@ def test_options_that_mean_nothing_are_refused_by_name(
     [
         ("Optimized", ("unrolled",), "task Optimized is trained by RMSprop: train with one of"),
         ("Scripted", ("unrolled",), "task my_tasks:Scripted trains itself, by train(), so the"),
-        ("Scripted", ("lds", "--same-run"), "train() of task my_tasks:Scripted knows of no masked"),
+        (
+            "Scripted",
+            ("lds", "--same-run"),
+            "train() of task my_tasks:Scripted cannot mask samples",
+        ),
         (
             "Scripted",
             ("ablation", "--same-run", "--mode", "remove"),
-            "train() of task my_tasks:Scripted knows of no masked",
+            "train() of task my_tasks:Scripted cannot mask samples",
         ),
-        ("Toy", ("lds", "--same-run", "--seeds", 2), "--same-run has the seed of its training"),
+        (
+            "Toy",
+            ("lds", "--same-run", "--seeds", 2),
+            "--same-run repeats the training from its own seed",
+        ),
     ],
 )
 def test_what_needs_the_very_steps_of_a_training_refuses_others_by_name(
@@ -223,8 +231,8 @@ def test_an_own_optimizer_counts_and_nothing_else_is_claimed(infl: Infl, tmp_pat
     found = infl(*words, "my_tasks.py:Optimized")
     spec = spec_of(tmp_path, found)
     assert (spec.optimizer, spec.lr, spec.momentum, spec.warmup) == ("task", None, 0.0, 2)
-    said = "task my_tasks:Optimized has its own optimizer(): what the preset says of lr, momentum "
-    assert said + "does not count" in found.err
+    said = "task my_tasks:Optimized has its own optimizer(), so it ignores these options of "
+    assert said + "the preset: lr, momentum\n" in found.err
     page = infl("report", found.json["run"], "--out", "page")
     assert page.code == 0, page.err
     assert dict(spec.request_in_words()).keys() == {
@@ -233,7 +241,7 @@ def test_an_own_optimizer_counts_and_nothing_else_is_claimed(infl: Infl, tmp_pat
     }  # fmt: skip
     found = infl(*words, "my_tasks.py:Scheduled")
     assert spec_of(tmp_path, found).schedule == "task"
-    assert "has its own scheduler(): what the preset says of warmup does not count" in found.err
+    assert "has its own scheduler(), so it ignores these options of the preset: warmup" in found.err
 
 
 def test_an_ablation_with_an_own_optimizer_is_one_at_a_time_and_says_so(

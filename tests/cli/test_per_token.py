@@ -228,4 +228,4 @@ def test_what_has_no_tokens_is_refused(infl: Infl, words: tuple[str, ...]) -> No
     span = ("submit", "attribution", "--layer", "inner", "--test", "0", "--tokens", "0:1")
     answer = infl(*span, "--task", "words:Words", "--epochs", "1", "--local")
     assert answer.code == 2
-    assert "attribution is of whole sequences: leave --tokens out" in answer.err
+    assert "attribution explains whole sequences: leave --tokens out" in answer.err

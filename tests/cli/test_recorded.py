@@ -78,7 +78,9 @@ def test_its_weights_and_norms_are_those_of_a_run(
     ablation = infl("submit", "ablation", "--checkpoint", run.id, "--by", "loss", "--k", 5,
                     "--epochs", 1, *test)  # fmt: skip
     assert ablation.code == 0, ablation.err
-    said = f"{run.id}, epoch 3 does not say how it was trained: scores are of its weights, models"
+    said = (
+        f"it is not known how {run.id}, epoch 3 was trained: scores are of its weights, and models"
+    )
     assert said in ablation.err
     assert "(1 epochs of sgd, lr 0.003, batches of 8; --epochs and --preset" in ablation.err
 
@@ -101,7 +103,7 @@ def test_epochs_that_do_not_count_have_no_norms(
         (("--norms-layer", 1), "--norms-layer has no meaning with --recorded"),
         (("--recorded", "nowhere"), "nowhere has no recording of influence_jobs.Recorder, or not"),
         (("--recorded", "half"), "half has no recording of influence_jobs.Recorder, or not all"),
-        (("--recorded", "other"), "of 61 samples, and task my_tasks:Toy has 60: sample ids must"),
+        (("--recorded", "other"), "of 61 samples, and task my_tasks:Toy has 60: name a task with"),
         (("--recorded", "sparse"), "lacks the weights after its last epoch (3): let the recorder"),
         (("--recorded", "deep"), "epoch-0003.pt does not fit Sequential: it has besides deep: "),
     ],

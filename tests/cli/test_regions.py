@@ -116,10 +116,11 @@ def test_nearest_compares_vectors_of_the_task_and_is_refused_without_any(
     infl: Infl, refused: Callable[..., str], task: str, tmp_path: Path
 ) -> None:
     nearest = of("baseline", "--method", "nearest", "--test", "1", "--test", "0")
-    assert "defines no pictures(): nearest compares pixels, or vectors (B, D) if the task " in (
-        refused(*nearest, "--task", task)
+    assert (
+        "defines no pictures(), and --method nearest compares pixels, or vectors (B, D) if the "
+        in (refused(*nearest, "--task", task))
     )
-    assert "embed() is of whole samples: leave --point, --region and --tokens out" in (
+    assert "--method nearest compares whole samples by embed(): leave --point, --region and" in (
         refused(*nearest, "--task", "deblur:Embedded", "--point", "1,1")
     )
     answer = infl(*nearest, "--task", "deblur:Flat")

@@ -58,7 +58,9 @@ def test_a_refusal_is_forgotten_and_the_node_asked_again(clock):
     actors.wait(0)  # a shard is done: who refuses now is gone on without
     actors.grow(2)
     actors.wait(0)
-    assert actors.refusal == "goes on without a worker: no data here"
+    assert (
+        actors.refusal == "a worker could not start, and the run goes on without it: no data here"
+    )
     actors.grow(2)
     assert len(started) == 2
     there["data"] = True

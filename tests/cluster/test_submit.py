@@ -100,7 +100,7 @@ def test_an_error_names_the_argument(runs: str, trained: Results) -> None:
     any_kind: Any = ["train"]
     with pytest.raises(SpecError, match=r"^there is no kind of run \['train'\]"):
         submit(any_kind, runs)
-    with pytest.raises(SpecError, match=r"^workers= is for workers of Ray, .*leave out workers="):
+    with pytest.raises(SpecError, match=r"^workers= is for Ray's workers, .*leave out workers="):
         submit("grad-norms", runs, checkpoint=trained, layer=1, workers=2)
     with pytest.raises(SpecError, match=r"^batch_size= has no meaning for lds"):
         submit("lds", runs, checkpoint=trained, batch_size=3)

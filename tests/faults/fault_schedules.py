@@ -161,7 +161,7 @@ class Course:
     def second_driver(self) -> None:
         told = self.world.infl("resume", self.world.id, *self.world.how)
         assert told.code == 2, told
-        assert "another driver is writing" in told.err or "damaged" in told.err, told
+        assert "another process is writing" in told.err or "damaged" in told.err, told
 
     def finished(self, count: int) -> list[int]:
         done = [int(name[:9]) // ROWS for name in self.world.before]

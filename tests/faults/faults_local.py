@@ -108,7 +108,7 @@ def drivers_at_once(world: World, count: int) -> str:
     for _ in range(count - 1):
         told = world.infl("resume", world.id, *world.how)
         assert told.code == 2
-        world.says(told, "another driver is writing", "wait for it, or stop it with `infl stop`")
+        world.says(told, "another process is writing", "wait for it, or stop it with `infl stop`")
     world.let_go()
     assert world.begun is not None
     assert world.begun.told().code == 0
@@ -332,7 +332,7 @@ def readers_clock_is_wrong(world: World, seconds: float) -> str:
     assert found["state"] == "running"
     told = world.infl("resume", world.id, *world.how, clock_s=seconds)
     assert told.code == 2
-    world.says(told, "another driver is writing")
+    world.says(told, "another process is writing")
     world.let_go()
     assert driver.told().code == 0
     world.starts = 1

@@ -91,8 +91,12 @@ def test_retrainings_are_rounded_as_the_training_was(trained, tmp_path, here, se
         ("influence", {"precision": "bfloat16"}, "precision=bfloat16 is for"),
         ("self-influence", {"precision": "bfloat16-weights"}, "precision=bfloat16-weights is"),
         ("baseline", {"method": "norm", "precision": "bfloat16"}, "precision=bfloat16 is for"),
-        ("unrolled", {"precision": "tf32"}, "precision=tf32: each step of the way back"),
-        ("train", {"precision": "bfloat16"}, "a training computes in what the model is built in"),
+        ("unrolled", {"precision": "tf32"}, "precision=tf32: unrolled computes exact derivatives"),
+        (
+            "train",
+            {"precision": "bfloat16"},
+            "a training computes in the number format that the model is built in",
+        ),
         (
             "influence",
             {"precision": "tf32", "operator": "hessian", "product": "finite-difference"},

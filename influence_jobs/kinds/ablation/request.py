@@ -103,7 +103,10 @@ def ablation_of(
         raise SpecError("--relabel-to has no meaning for --mode remove: leave it out")
     sizes = sizes or [k for k in SIZES if k < n]
     if not sizes:
-        raise SpecError(f"--k: say how many of the {n:,} training samples")
+        raise SpecError(
+            f"--k has no default for as few as {n:,} training samples: give one or more numbers "
+            "below that"
+        )
     spec = make_spec(
         AblationSpec,
         task=trained.subject.task,

@@ -43,9 +43,14 @@ class AttributionRequest(WeightsRequest, QueriesOptions):
         at = _weights_of(source) if source is not None else ()
         subject = subject_of(self, root, say, default_checkpoints=at)
         if self.given("quantity"):
-            raise SpecError("--quantity is what influence explains: leave it out")
+            raise SpecError(
+                "attribution explains activations, not a quantity: leave --quantity out"
+            )
         if len(subject.checkpoints) != 1:
-            raise SpecError("activations need exactly one checkpoint: name one with --checkpoint")
+            raise SpecError(
+                "attribution takes the activations of exactly one checkpoint: name one with "
+                "--checkpoint"
+            )
         queries = queries_of(self, subject.built)
         if self.layer:
             layers = resolve_weights(self.layer, subject.built, say)
@@ -53,7 +58,7 @@ class AttributionRequest(WeightsRequest, QueriesOptions):
             for layer in layers:
                 if layer not in modules:
                     raise SpecError(
-                        f"attribution is of layers with outputs, and '{layer}' is a parameter: "
+                        f"attribution needs layers with outputs, and '{layer}' is a parameter: "
                         "leave it out"
                     )
         elif source is None:

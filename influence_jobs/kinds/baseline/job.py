@@ -149,6 +149,6 @@ class BaselineJob(ScoresJob[BaselineSpec]):
         if vectors.ndim != 2 or len(vectors) != size:
             raise SpecError(
                 f"embed() of {type(self.task).__name__} gives {tuple(vectors.shape)} for {size} "
-                "samples: a vector each, (B, D), is needed"
+                "samples: a vector for each, shape (B, D), is needed"
             )
         return vectors.float().cpu().numpy()

@@ -49,7 +49,7 @@ class BaselineRequest(WeightsRequest, QueriesOptions):
             )
             return (found,)
         if self.given("quantity"):
-            raise SpecError("--quantity is what influence explains: leave it out")
+            raise SpecError(f"--quantity has no meaning for --method {self.method}: leave it out")
         if self.method == "nearest":
             require_comparable(subject.built, queries)
         asked = full_precision(self.precision, subject.built)

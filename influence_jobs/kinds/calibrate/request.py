@@ -85,13 +85,13 @@ class CalibrateRequest(WeightsRequest, QueriesOptions):
         for name, count in (("subsets", self.subsets), ("held-out", self.held_out)):
             if count < LEAST_SUBSETS:
                 raise SpecError(
-                    f"--{name} {count}: a rank correlation over so few says nothing, take "
+                    f"--{name} {count} gives too few subsets for a rank correlation: take "
                     f"{LEAST_SUBSETS} or more (24 is usual)"
                 )
         if self.seeds < 2:
             raise SpecError(
-                f"--seeds {self.seeds}: the ceiling is told by the agreement of seeds, take 2 or "
-                "more"
+                f"--seeds {self.seeds}: the ceiling is measured by how well two seeds agree, so "
+                "take 2 or more"
             )
         subject = subject_of(self, root, say, retrains=True)
         trained = trained_of(
@@ -128,7 +128,10 @@ class CalibrateRequest(WeightsRequest, QueriesOptions):
         train = trained.train
         epochs = sorted({*self.epoch} or _epochs(train.epochs))
         if epochs[-1] > train.epochs:
-            raise SpecError(f"--epoch {epochs[-1]}: the training ends after {train.epochs}")
+            raise SpecError(
+                f"--epoch {epochs[-1]}: the training has only {train.epochs} epochs, so choose an "
+                "earlier one"
+            )
         if not {*epochs} <= {*train.save_epochs}:
             train = changed(train, save_epochs=tuple(epochs))
         counts = sorted({*self.models})

@@ -48,8 +48,8 @@ class GradNormsRequest(WeightsRequest, SeedOptions):
             raise SpecError("name at least one layer: --layer 11, --layer main.29, or --layer all")
         if self.per_token and self.precision == "bfloat16-weights":
             raise SpecError(
-                "--per-token compares losses more finely than --precision bfloat16-weights "
-                "computes them: leave one of them out"
+                "--per-token needs more precise losses than --precision bfloat16-weights gives: "
+                "leave one of them out"
             )
         subject = subject_of(self, root, say)
         layers = resolve_weights(self.layer, subject.built, say)

@@ -70,8 +70,9 @@ class GradientScoresRequest(WeightsRequest, QueriesOptions):
         if self.method == "trak":
             if built.output_loss != "cross-entropy":
                 raise SpecError(
-                    f"--method trak is for cross-entropy, and {type(built).__name__} has "
-                    f"{built.output_loss or 'no output_loss'}: use --method influence"
+                    "--method trak needs a task whose output_loss is cross-entropy, and "
+                    f"{type(built).__name__} has {built.output_loss or 'none'}: use --method "
+                    "influence"
                 )
             if queries.quantity != "loss":
                 raise SpecError("--method trak explains the loss: leave --quantity out")

@@ -56,7 +56,7 @@ class GradientScoresSpec(ScoresSpec):
         if self.method not in DAMPING:
             object.__setattr__(self, "damping", 0.0)
         if self.keep_modules and self.method == "cosine":
-            raise ValueError("a cosine is no sum over layers: leave --keep-layers out")
+            raise ValueError("a cosine is not a sum over layers: leave --keep-layers out")
         if self.approximate and len(ordered) > 1:
             raise ValueError("an index is of one store: leave --approximate out")
         if self.approximate and self.keep_modules:

@@ -74,8 +74,8 @@ class InfluenceRequest(WeightsRequest, QueriesOptions, CurvatureOptions):
         s_tests = self._found(root) if self.s_test else self._new(root, say)
         if self.per_token and s_tests[0].queries.noise_draws > 1:
             raise SpecError(
-                "--per-token is of one draw of the noise, which may decide which tokens count: "
-                "leave --noise-draws out"
+                "--per-token takes one draw of the noise only, because the noise may decide which "
+                "tokens count: leave --noise-draws out"
             )
         if self.relative is not None:
             _say_what_is_measured(s_tests[0], say)
@@ -145,8 +145,8 @@ def _trained_from_seeds(subject: "Subject", count: int, first: int | None) -> "S
     for checkpoint in subject.checkpoints:
         if not isinstance(checkpoint, TrainedCheckpoint) or not checkpoint.repeatable:
             raise SpecError(
-                f"--models needs trainings from other seeds, and {checkpoint.words()} does not say "
-                "how it was trained: name a train run with --checkpoint, or leave --models out"
+                f"--models trains from other seeds, and it is not known how {checkpoint.words()} "
+                "was trained: name a train run with --checkpoint, or leave --models out"
             )
         found.append(checkpoint)
     trains = {checkpoint.train.run_id: checkpoint.train for checkpoint in found}

@@ -53,7 +53,8 @@ class InfluenceSpec(ScoresSpec):
                 raise ValueError(f"{other.run_id} is of another precision than {first.run_id}")
         if self.relative is not None and not all(s_test.solver.inverts for s_test in ordered):
             raise ValueError(
-                f"a sample's own effect is not known by {first.solver.name}: leave --relative out"
+                f"--solver {first.solver.name} does not give the size of a sample's own effect: "
+                "leave --relative out"
             )
         if len(self.s_tests) == 1:
             object.__setattr__(self, "combine", "sum")

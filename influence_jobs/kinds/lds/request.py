@@ -43,7 +43,7 @@ class LdsRequest(ExperimentRequest, SeedsOptions, EnsembleOptions):
         from influence_jobs.requests.solving import require_used
 
         if self.same_run and self.given("seeds"):
-            raise SpecError("--same-run has the seed of its training: leave --seeds out")
+            raise SpecError("--same-run repeats the training from its own seed: leave --seeds out")
         trained, methods, rankings = self.rankings(root, say, METHODS)
         if self.same_run:
             require_same_run(trained)

@@ -49,4 +49,6 @@ def refuse_another_checkpoint(request: WeightsRequest) -> None:
         SpecError: There is one.
     """
     if any(request.given(name) for name in ("checkpoint", "preset", "epochs")):
-        raise SpecError("--gradients RUN decides the checkpoint: leave its options out")
+        raise SpecError(
+            "--gradients RUN decides the checkpoint: leave --checkpoint, --preset and --epochs out"
+        )

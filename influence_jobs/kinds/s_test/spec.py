@@ -71,15 +71,16 @@ def require_segments(checkpoint: Checkpoint, segments: int) -> None:
     """
     if not isinstance(checkpoint, TrainedCheckpoint):
         raise ValueError(  # noqa: TRY004  (pydantic's)
-            f"source goes through a training, which {checkpoint.words()} does not say: name a "
-            "train run with --checkpoint, or use another --solver"
+            "--solver source goes through the steps of a training, and it is not known how "
+            f"{checkpoint.words()} was trained: name a train run with --checkpoint, or use another "
+            "--solver"
         )
     train = checkpoint.train
     if not train.follows_gradient:
         clipped = "" if train.clip_norm is None else ", with a clipped norm"
         raise ValueError(
-            f"source is of training by plain SGD, and {train.run_id} has {train.how()}{clipped}: "
-            "use another --solver"
+            f"--solver source needs a training by plain SGD, and {train.run_id} has "
+            f"{train.how()}{clipped}: use another --solver"
         )
     stored, last = stored_epochs(checkpoint), checkpoint.epoch
     if len(stored) >= segments:

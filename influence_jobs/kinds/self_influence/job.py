@@ -150,8 +150,8 @@ class SelfInfluenceJob(SampleJob[SelfInfluenceSpec]):
         outputs_BC = self.task.outputs(self.model, batch)
         if outputs_BC.ndim != 2:
             raise ModelError(
-                f"outputs of {type(self.task).__name__} are {tuple(outputs_BC.shape)} for "
-                f"{len(ids)} samples of one class each: (samples, classes) is needed"
+                f"outputs() of {type(self.task).__name__} has shape {tuple(outputs_BC.shape)} for "
+                f"{len(ids)} samples that have one class each, and (samples, classes) is needed"
             )
         probability_B, predicted_B = F.softmax(outputs_BC.double(), dim=1).max(dim=1)
         return {

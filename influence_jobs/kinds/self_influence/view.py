@@ -75,8 +75,8 @@ class SelfInfluenceView(View[SelfInfluenceSpec]):
     ) -> dict[str, list[dict[str, Any]]]:
         if layer is not None or tests is not None or side != "both" or channel is not None:
             raise SpecError(
-                f"{self.run.id} has one number a sample, which is of no layer, query or channel: "
-                "leave --layer, --test, --side and --channel out"
+                f"{self.run.id} has one number for each sample, and no layers, queries or "
+                "channels: leave --layer, --test, --side and --channel out"
             )
         if k < 1:
             raise SpecError(f"k = {k}: k must be at least 1")
@@ -94,9 +94,9 @@ class SelfInfluenceView(View[SelfInfluenceSpec]):
         """
         if not self.classifies:
             raise SpecError(
-                f"{self.run.id} is of samples that have not one class each (output_loss "
-                f"'cross-entropy', one target a sample), so no label can be wrong: "
-                f"infl top {self.run.id}{self.more}"
+                f"{self.run.id} has no labels that could be wrong, since its samples do not have "
+                "one class each (output_loss 'cross-entropy' and one target a sample): infl top "
+                f"{self.run.id}{self.more} ranks them"
             )
         if by not in get_args(By):
             raise SpecError(f"by {by!r}: choose {', '.join(get_args(By))}")

@@ -37,7 +37,7 @@ class StabilityJob(Job[StabilitySpec]):
         require_queries(self.task, self.spec.queries)
         n = len(self.task.train_data())
         if self.spec.top > n:
-            raise SpecError(f"--top {self.spec.top}: there are {n:,} training samples")
+            raise SpecError(f"--top {self.spec.top} is too many: there are {n:,} training samples")
         return Plan((), (), units=0, batch_size=self.batch_size)
 
     def run(self, shard: Shard, progress: Progress) -> Result:

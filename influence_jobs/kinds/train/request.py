@@ -160,7 +160,8 @@ class TrainRequest(Request):
         built = str(dtype_of(task.model())).removeprefix("torch.")
         if self.precision != built:
             raise SpecError(
-                f"--precision {self.precision}: a training computes in what the model is built in, "
-                f"here {built}: build it in another, or leave --precision out; tf32 is for any"
+                f"--precision {self.precision}: a training computes in the number format that the "
+                f"model is built in, here {built}; leave --precision out, use tf32, or build the "
+                "model in another format"
             )
         return None

@@ -185,10 +185,9 @@ class UnrolledJob(Job[UnrolledSpec]):
         elif not any(entry.threads for entry in entries):
             why = ", or with another number of threads, which it does not say"
         raise ModelError(
-            f"{checkpoint.words()} was trained on another machine or device{why}: its steps, "
-            f"repeated on this {self.device.type}, end in other weights, and unrolled needs the "
-            f"very steps; delete the folder of {checkpoint.train.run_id} and submit again, so that "
-            "it is trained here"
+            f"{checkpoint.words()} was trained on another machine or device{why}: repeated on this "
+            f"{self.device.type}, its steps end in other weights, and unrolled needs the same; "
+            f"delete the folder of {checkpoint.train.run_id} and submit again, to train it here"
         )
 
     def probe(self) -> Iterator[int]:

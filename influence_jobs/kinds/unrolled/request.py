@@ -40,14 +40,14 @@ class UnrolledRequest(WeightsRequest, QueriesOptions):
         precision = full_precision(self.precision, subject.built)
         if precision == "tf32":
             raise SpecError(
-                "--precision tf32: each step of the way back would add TF32's rounding to "
-                "derivatives that are to be exact; use float32 or float64"
+                "--precision tf32: unrolled computes exact derivatives, and each step would add "
+                "TF32's rounding to them; use float32 or float64"
             )
         specs = []
         for checkpoint in subject.checkpoints:
             if not isinstance(checkpoint, TrainedCheckpoint):
                 raise SpecError(
-                    f"{checkpoint.words()} does not say by which steps it was trained: name a "
+                    f"it is not known by which steps {checkpoint.words()} was trained: name a "
                     "train run with --checkpoint, or use infl submit influence"
                 )
             spec = make_spec(
@@ -60,9 +60,8 @@ class UnrolledRequest(WeightsRequest, QueriesOptions):
             train = checkpoint.train
             if train.precision == "tf32":
                 raise SpecError(
-                    f"{train.run_id} was trained in TF32, whose steps are not repeated to the "
-                    "last digit elsewhere: train it with --precision float32, or use infl submit "
-                    "influence"
+                    f"{train.run_id} was trained in TF32, and its steps cannot be repeated to the "
+                    "last digit: train it with --precision float32, or use infl submit influence"
                 )
             cpu = torch.device("cpu")
             reversible(Trainer(subject.built, recipe_of(train), seed=train.seed, device=cpu))

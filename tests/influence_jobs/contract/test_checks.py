@@ -123,13 +123,15 @@ class Lists(Right):
 
 def test_lists_of_numbers_in_rows() -> None:
     _, line = looked(samples.data, Lists())
-    assert line.startswith("warn: rows have lists of numbers, and default_collate makes one tensor")
+    assert line.startswith(
+        "warn: rows hold lists of numbers, and default_collate turns each position"
+    )
 
 
 def test_random_data() -> None:
     first, second = looked(samples.repeatable, Augmented())
-    assert first.startswith("fail: batch() gives other numbers each time the same samples are ")
-    assert first.endswith("(draw.seed, draw.index, sample id) alone, and augment in train_batch()")
+    assert first.startswith("fail: batch() gives different numbers each time the same samples are ")
+    assert first.endswith("(draw.seed, draw.index, sample id) only, and augment in train_batch()")
     assert second.startswith("fail: train_batch() gives other numbers")
     (line,) = looked(samples.repeatable, AugmentedInTraining())
     assert line.startswith("fail: train_batch() gives other numbers")
@@ -172,7 +174,7 @@ class Detached(Right):
             Unreduced(),
             "fail: losses() has shape (13, 3), and one number for each sample is needed, ",
         ),
-        (NotANumber(), "fail: the loss of sample 4 is nan: mend or leave out the sample"),
+        (NotANumber(), "fail: the loss of sample 4 is nan: correct the sample or leave it out"),
         (Detached(), "fail: losses() has no gradient: the outputs are detached"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Task) else "",
@@ -259,10 +261,11 @@ class HeldTask(Right):
 def test_parameters_that_count() -> None:
     trained, frozen, tied = looked(parameters.parameters, FrozenTied())
     assert trained == "ok: 63 numbers in 4 parameters are trained"
-    assert frozen == "warn: frozen, 6 numbers that get no gradient: 0.bias"
-    assert tied == "warn: tied, one parameter of several names: 0.weight = 1.weight"
+    assert frozen == "warn: 6 numbers are frozen and get no gradient: 0.bias"
+    assert tied == "warn: one parameter has several names, as tied weights do: 0.weight = 1.weight"
     assert looked(parameters.parameters, Unused())[1] == (
-        "warn: no loss of the samples looked at depends on 0.spare.weight, 0.spare.bias"
+        "warn: the losses of the samples that were tried do not depend on 0.spare.weight, "
+        "0.spare.bias"
     )
     assert looked(parameters.parameters, Saturated())[1].startswith("fail: the gradient of the ")
 
@@ -300,7 +303,10 @@ def test_layers_by_rule_on_the_slow_path_and_by_name() -> None:
     weights = "cell.weight_ih_l0 (GRU), cell.weight_hh_l0 (GRU)"
     assert slow.startswith(f"warn: without a rule: {weights}; norms of them take ")
     assert " x a forward and backward pass for one query" in slow
-    assert by_name == f"ok: --layer all leaves out, name them: {weights}, norm (LayerNorm)"
+    assert (
+        by_name
+        == f"ok: --layer all leaves these layers out, so name them: {weights}, norm (LayerNorm)"
+    )
     (shared,) = looked(parameters.layers, FrozenTied())
     assert shared.startswith("ok: with a rule: 0 (Linear), 2 (Linear); ")
 
@@ -346,7 +352,7 @@ def test_outputs_targets_and_loss() -> None:
     (line,) = looked(outputs.gauss_newton, OtherLoss())
     assert line.startswith("fail: losses() of OtherLoss does not give the cross-entropy of outputs")
     (line,) = looked(outputs.gauss_newton, NoOutputs())
-    assert line.startswith("warn: no output_loss, so no Gauss-Newton matrix")
+    assert line.startswith("warn: the task has no output_loss, so there is no Gauss-Newton matrix")
 
 
 class Untested(Right):

@@ -416,7 +416,7 @@ def test_what_transforms_cannot_do_plain_autograd_does(
     v_QP = torch.randn(2, operator.size, dtype=torch.float64)
     matrix = dense(task, model, hessian=kind is Hessian)
     torch.testing.assert_close(operator @ v_QP, v_QP @ matrix)
-    assert "curvature by plain autograd, one vector after the other" in caplog.text
+    assert "the curvature is computed by plain autograd, one vector at a time" in caplog.text
     ids_EB = torch.arange(4).view(2, 2)  # as LiSSA, which would map over mini-batches
     v_EQP = torch.stack([v_QP, 2 * v_QP])
     together = operator.space.join(operator.products(v_EQP, ids_EB))

@@ -489,7 +489,9 @@ def test_what_cannot_be_done_is_refused_by_name(monkeypatch: pytest.MonkeyPatch)
     _, gauss_newton, hessian = operators(classifier(Twice))
     v_QP = torch.randn(1, gauss_newton.size, dtype=torch.float64)
     assert isinstance(hessian, Hessian)
-    with pytest.raises(SpecError, match="EK-FAC factors the Gauss-Newton matrix: leave --operator"):
+    with pytest.raises(
+        SpecError, match="EK-FAC works with the Gauss-Newton matrix only: leave --operator"
+    ):
         EkFac(LAMBDA).solve(hessian, v_QP)
 
     def concave(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -505,7 +507,7 @@ def test_what_cannot_be_done_is_refused_by_name(monkeypatch: pytest.MonkeyPatch)
     for own, targets, match in (
         (concave, "exact", "the loss is not convex in the outputs"),
         (concave, "sampled", "the loss is not convex in the outputs"),
-        (coupled, "sampled", "which couples a sample's 3 outputs: name the loss"),
+        (coupled, "sampled", "which mixes the 3 outputs of a sample: give output_loss"),
     ):
         task = task_of(own)
         (form,) = forms_of(task)

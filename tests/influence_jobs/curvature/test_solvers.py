@@ -65,7 +65,10 @@ def test_a_residual_that_is_not_reached_is_told(case):
         case.gauss_newton(), randoms(2, case.space.size)
     )
     assert solution.iterations_Q.tolist() == [2, 2]
-    assert "2 of 2 had not reached a residual of 1e-09 after 2" in solution.record["messages"][0]
+    assert (
+        "2 of 2 s_test vectors did not reach a residual of 1e-09 in 2"
+        in solution.record["messages"][0]
+    )
     assert solution.residual_Q.min() > 1e-9
 
 
@@ -258,7 +261,7 @@ def test_a_matrix_that_no_scale_helps_is_an_error(case):
 
 
 def test_a_damping_that_would_take_for_ever_is_refused(case):
-    with pytest.raises(SpecError, match="steps at so small a lambda: use --solver cg"):
+    with pytest.raises(SpecError, match="steps because lambda is so small: use --solver cg"):
         Lissa(1e-6).solve(case.gauss_newton(), randoms(1, case.space.size))
 
 

@@ -86,7 +86,9 @@ class Counted(Mapping[str, Any]):
 
 
 def test_a_mapping_that_cannot_be_made_anew_is_refused() -> None:
-    with pytest.raises(ModelError, match=r"is a Counted that Counted\(dict\) does not make: ret"):
+    with pytest.raises(
+        ModelError, match=r"is a Counted, which Counted\(dict\) cannot make again: ret"
+    ):
         flattened([Counted(1, 2)])
 
 

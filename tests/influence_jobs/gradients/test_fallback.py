@@ -419,7 +419,7 @@ def test_what_is_told() -> None:
     with GradNorms(case.model, ["cls_token", "heat"], losses, reduction="layer") as engine:
         (line,) = slow_lines(engine.slow_layers(batch_of(case)))
     assert line.startswith(
-        "gradients without a rule, mapped over the samples through the whole model"
+        "gradients without a rule are computed mapped over the samples through the whole model"
     )
     assert line.endswith(
         ": cls_token (no rule for cls_token of Vision); heat (no rule for heat of Vision)"

@@ -121,7 +121,7 @@ class OddTask(Task):
     [
         ("twice", "is called 2 times"),
         ("unused", "is called 0 times"),
-        ("pair", "has 2 weights, whose rows need not be its outputs"),
+        ("pair", "has 2 weights, and their rows may not be its outputs"),
         ("tokens", "has norms of its weight's rows"),  # which may be as many as the outputs
     ],
 )

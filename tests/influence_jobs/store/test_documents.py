@@ -165,7 +165,7 @@ def test_no_link_is_followed_out_of_the_folder(
         lambda: files.create(name, b"theirs"),
         lambda: files.delete(name),
     ):
-        with pytest.raises(StoreError, match="may lead out of its folder: replace the link"):
+        with pytest.raises(StoreError, match="may lead out of its folder: put a copy in place"):
             act()
     assert [secret.read_text() for secret in secrets] == ["mine"] * 3
 
@@ -178,7 +178,7 @@ def test_names_do_not_lead_out_and_only_plain_files_are_read(tmp_path: Path) -> 
             files.read(name)
     files.write("status.json", b"{}")
     os.mkfifo(tmp_path / "runs/pipe")
-    with pytest.raises(StoreError, match="pipe is no plain file: delete it"):
+    with pytest.raises(StoreError, match="pipe is not a plain file: delete it"):
         files.read("pipe")
 
 
@@ -196,7 +196,7 @@ def test_arrays_are_neither_read_nor_written_through_links(tmp_path: Path, plant
     place.symlink_to(outside)
     before = {path: path.read_bytes() for path in [outside, *outside.rglob("*")] if path.is_file()}
     for act in (lambda: array()[:], lambda: array().__setitem__(slice(None), 2)):
-        with pytest.raises(StoreError, match="may lead out of its folder: replace the link"):
+        with pytest.raises(StoreError, match="may lead out of its folder: put a copy in place"):
             act()
     after = {path: path.read_bytes() for path in [outside, *outside.rglob("*")] if path.is_file()}
     assert after == before
@@ -224,7 +224,7 @@ def test_a_document_without_an_end_is_not_read(
     shutil.copytree(finished_run.files.url, tmp_path / finished_run.id)
     with (tmp_path / finished_run.id / name).open("ab") as file:
         file.truncate(2**40)
-    with pytest.raises(StoreError, match=rf"{name} has 1\.1 TB, more than a run writes there"):
+    with pytest.raises(StoreError, match=rf"{name} has 1\.1 TB, which is more than a run writes"):
         run = Run.open(str(tmp_path), finished_run.id)
         run.plan()
         holder_of(run.files)

@@ -140,7 +140,7 @@ def test_data_that_are_others_each_time_are_refused() -> None:
         def batch(self, ids: torch.Tensor, draw: Draw) -> torch.Tensor:
             return torch.rand(len(ids))
 
-    with pytest.raises(DataError, match="Augmented gives other numbers each time"):
+    with pytest.raises(DataError, match="Augmented gives different numbers each time"):
         Task.fingerprint(Augmented())
 
 

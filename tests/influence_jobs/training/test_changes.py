@@ -168,5 +168,5 @@ def test_masks_that_cannot_be_are_refused(masked: np.ndarray, message: str) -> N
 
 
 def test_a_training_of_the_tasks_own_takes_no_masks() -> None:
-    with pytest.raises(SpecError, match=r"train\(\) of Points knows of no masked samples"):
+    with pytest.raises(SpecError, match=r"train\(\) of Points cannot mask samples"):
         Changes(masked=ids(1)).check(Points(mlp), by_task=True)

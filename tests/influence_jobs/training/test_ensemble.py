@@ -144,7 +144,7 @@ class Looped(nn.Module):
         (lambda: nn.Sequential(nn.Dropout(0.1), mlp()), "dropout '0'"),
         (lambda: nn.Sequential(*mlp()[:3], nn.Tanh(), nn.AlphaDropout(0.1), nn.Linear(12, 5)),
          "alone"),
-        (Looped, "one at a time it can"),
+        (Looped, "only one model at a time"),
     ],
 )  # fmt: skip
 def test_models_that_cannot_step_together_are_refused(
@@ -217,9 +217,9 @@ def test_models_that_an_ensemble_would_train_otherwise_are_seen(how: Recipe) -> 
     assert why_alone(Points(partial(Held, ())), how, CPU) == ""
     assert why_alone(Points(normed), how, CPU) == ""
     for held in ((0, 1), (0,), (1,)):
-        assert "trained otherwise than alone" in why_alone(Points(partial(Held, held)), how, CPU)
+        assert "differs from a training alone" in why_alone(Points(partial(Held, held)), how, CPU)
     assert "counts in 'steps'" in why_alone(Points(Counting), how, CPU)
-    assert "buffer 'mean' is another than alone" in why_alone(Points(Averaged), how, CPU)
+    assert "buffer 'mean' differs from a training alone" in why_alone(Points(Averaged), how, CPU)
     assert "cannot be trained as an ensemble" in why_alone(Points(Looped), how, CPU)
 
 

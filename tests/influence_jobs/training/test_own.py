@@ -93,7 +93,7 @@ def without(model: nn.Module, *names: str) -> dict[str, Tensor]:
         (
             lambda m: m,
             ModelError,
-            r"train\(\) of Returns returns Sequential, no state dict: return",
+            r"train\(\) of Returns returns Sequential, not a state dict: return",
         ),
         (lambda m: {"model": m.state_dict()}, ModelError, "no state dict"),
         (lambda m: {}, ModelError, "it lacks 1.weight, 1.bias, 4.weight and 3 more: return"),
@@ -133,9 +133,7 @@ def test_a_method_of_that_name_with_another_meaning_is_told() -> None:
 
 
 def test_a_method_that_is_gone_is_told() -> None:
-    with pytest.raises(
-        SpecError, match=r"Points has no train\(\) any more, with which models were"
-    ):
+    with pytest.raises(SpecError, match=r"Points no longer has the train\(\) that models were"):
         trained_by_task(Points(mlp), 0, CPU, Changes())
 
 

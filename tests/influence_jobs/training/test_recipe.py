@@ -289,11 +289,19 @@ class Unsaveable(SGD):
     ("optimizer", "scheduler", "told"),
     [
         (lambda m: m, _constant, r"optimizer\(\) of Returning gives Sequential: return a torch"),
-        (lambda m: SGD(convnet().parameters(), 0.1), _constant, "of other parameters than those"),
+        (
+            lambda m: SGD(convnet().parameters(), 0.1),
+            _constant,
+            "has other parameters than the model",
+        ),
         (lambda m: torch.optim.LBFGS(m.parameters()), _constant, "gives LBFGS, whose step"),
         (None, lambda o: None, r"scheduler\(\) of Returning gives NoneType: return a torch"),
         (None, schedules.ReduceLROnPlateau, "gives ReduceLROnPlateau: .* needs no figure"),
-        (None, lambda _: _constant(SGD(convnet().parameters(), 0.1)), "of another optimizer than"),
+        (
+            None,
+            lambda _: _constant(SGD(convnet().parameters(), 0.1)),
+            "belongs to another optimizer",
+        ),
         (lambda m: Unsaveable(m.parameters()), _constant, "has a state that cannot be saved"),
     ],
 )

@@ -265,7 +265,7 @@ def test_transformers_with_another_model_or_a_resumed_training(
     with pytest.raises(ModelError, match="that the Trainer trains is not the recorder's"):
         hugging_face(HuggingFaceRecorder(recorder), inner).train()
     recorder.steps = 7
-    with pytest.raises(ModelError, match="goes on after step 0, and the recorder has seen 7"):
+    with pytest.raises(ModelError, match="goes on after step 0, but the recorder has seen 7"):
         hugging_face(HuggingFaceRecorder(recorder), recorder.model).train()
 
 

@@ -245,9 +245,9 @@ class Noised(Normed):
 
 def test_samples_that_are_other_numbers_each_time_are_refused() -> None:
     recipe = Recipe(epochs=1, batch_size=4, optimizer="sgd", lr=0.1)
-    with pytest.raises(DataError, match=r"train_batch\(\) of Noised gives other numbers"):
+    with pytest.raises(DataError, match=r"train_batch\(\) of Noised gives different numbers"):
         Trainer(Noised(8), recipe, seed=0, device=torch.device("cpu"))
-    with pytest.raises(DataError, match=r"train_batch\(\) of Noised gives other numbers"):
+    with pytest.raises(DataError, match=r"train_batch\(\) of Noised gives different numbers"):
         EnsembleTrainer(Noised(8), recipe, [Variant(0)], device=torch.device("cpu"))
 
 
