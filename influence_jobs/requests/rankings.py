@@ -221,8 +221,8 @@ class Rankings:
         for word in words:
             if word not in possible:
                 raise SpecError(
-                    f"stability of {word!r} is not possible: choose {', '.join(possible)}, because "
-                    "their scores depend on the training"
+                    f"stability cannot test {word!r}: choose a method whose scores depend on the "
+                    f"training, {', '.join(possible)}"
                 )
         first = self._trained.train.seed
         seeds = range(first, first + ensemble * (retrainings + 1))

@@ -37,7 +37,10 @@ LDS = ("submit", "lds", *DIGITS)
         ((*STABILITY, "--by", "loss", "--solver", "cg"), "--solver has no meaning for --by loss"),
         ((*ABLATION, "--by", "helpfull", "--damping", "1"), "unknown method 'helpfull': choose"),
         ((*LDS, "--by", "helpfull", "--damping", "1"), "unknown method 'helpfull': choose"),
-        ((*STABILITY, "--by", "helpfull", "--damping", "1"), "stability of 'helpfull': choose"),
+        (
+            (*STABILITY, "--by", "helpfull", "--damping", "1"),
+            "stability cannot test 'helpfull': choose",
+        ),
         (
             (*LDS, "--by", "influence-nothing", "--damping", "1"),
             "there is no run influence-nothing",
@@ -74,8 +77,8 @@ LDS = ("submit", "lds", *DIGITS)
             ("submit", "paper", "--checkpoint", "train-digits"),
             "the research report has no experiments with",
         ),
-        ((*STABILITY, "--by", "random"), "stability of 'random': choose attribution, helpful"),
-        ((*STABILITY, "--top", "1501"), "--top 1501: there are 1,500 training samples"),
+        ((*STABILITY, "--by", "random"), "stability cannot test 'random': choose a"),
+        ((*STABILITY, "--top", "1501"), "--top 1501 is too many: there are 1,500 training samples"),
         ((*LDS, "--fraction", "1.5"), "fraction: Input should be less than 1"),
         ((*LDS, "--subsets", "2"), "error: --subsets: input should be greater than or equal to "),
         (

@@ -105,7 +105,7 @@ FFDNET = (*NORMS, "--task", "ffdnet", "--layer", "11", "--patch-size", "32", "--
         (("submit", "train", "--task", "nix:Task"), "cannot be imported: No module named 'nix'"),
         (("submit", "train", "--task", "digits:Nix"), "cannot be imported"),
         (("submit", "train", "--task", "digits:DigitsNet"), "is not a subclass of"),
-        (("submit", "train", "--task", "ffdnet", "--images", "none"), "none is no folder"),
+        (("submit", "train", "--task", "ffdnet", "--images", "none"), "none is not a folder"),
         (("denoise", "none", "--checkpoint", "x.pth"), "there is no checkpoint file x.pth"),
         (("runs", "--runs", "ftp://x/y"), "runs cannot be kept at ftp://x/y"),
     ],
@@ -199,7 +199,7 @@ def test_images_that_cannot_be_used(refused: Refused, images: Path, ffdnet_file:
     (images / "cut.png").write_bytes(cut)
     assert "cannot decode cut.png" in refused(*FFDNET, *files)
     shutil.rmtree(images)
-    assert "images is no folder" in refused(*FFDNET, *files)
+    assert "images is not a folder" in refused(*FFDNET, *files)
     images.mkdir()
     assert "no images in" in refused(*FFDNET, *files)
 

@@ -186,7 +186,7 @@ def test_influence_trains_its_models_and_averages(infl: Infl, tiny: Path) -> Non
     )
     assert mine.code == 2
     assert "mine.pt" in mine.err
-    assert "was trained: name a train run with --checkpoint, or leave --checkpoint out" in mine.err
+    assert "was trained: name a train run with --checkpoint, or leave --models out" in mine.err
 
 
 def written(scores_QN: npt.NDArray[Any]) -> list[str]:

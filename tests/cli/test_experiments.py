@@ -178,8 +178,8 @@ def test_scores_of_a_file_are_put_to_the_test_by_the_tasks_own_training(
     assert found.code == 0, found.err
     assert (
         "it is not known how mine.pt was trained: scores are of its weights, and models are "
-        "retrained as infl submit train --task digits:DigitsTask does (1 epochs of sgd, lr 0.003, batches "
-        "of 8; --epochs and --preset change it)\n"
+        "retrained as infl submit train --task digits:DigitsTask does (1 epochs of sgd, lr 0.003, "
+        "batches of 8; --epochs and --preset change it)\n"
     ) in found.err
     assert infl("report", found.json["run"], "--out", "told").code == 0
     spec: Any = Run.open(str(runs), found.json["run"]).spec

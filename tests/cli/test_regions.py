@@ -125,7 +125,7 @@ def test_nearest_compares_vectors_of_the_task_and_is_refused_without_any(
     )
     answer = infl(*nearest, "--task", "deblur:Flat")
     assert answer.code == 2
-    assert "embed() of Flat gives (20, 1, 8, 8) for 20 samples: a vector each" in answer.err
+    assert "embed() of Flat gives (20, 1, 8, 8) for 20 samples: a vector for each" in answer.err
     answer = infl(*nearest, "--task", "deblur:Embedded", "--json")
     run = Run.open(str(tmp_path / "runs"), answer.json["run"])
     module: dict[str, Any] = {}

@@ -132,9 +132,9 @@ def test_random_data() -> None:
     first, second = looked(samples.repeatable, Augmented())
     assert first.startswith("fail: batch() gives different numbers each time the same samples are ")
     assert first.endswith("(draw.seed, draw.index, sample id) only, and augment in train_batch()")
-    assert second.startswith("fail: train_batch() gives other numbers")
+    assert second.startswith("fail: train_batch() gives different numbers")
     (line,) = looked(samples.repeatable, AugmentedInTraining())
-    assert line.startswith("fail: train_batch() gives other numbers")
+    assert line.startswith("fail: train_batch() gives different numbers")
 
 
 class Averaged(Right):
@@ -411,7 +411,7 @@ def test_a_loss_that_is_of_no_pixel_is_a_warning() -> None:
 
 
 def test_test_samples_and_regions() -> None:
-    assert looked(outputs.tests, Untested())[0].startswith("warn: no test_data()")
+    assert looked(outputs.tests, Untested())[0].startswith("warn: the task has no test_data()")
     assert looked(outputs.tests, Flat())[0].startswith("fail: the gradient of the loss of test ")
     assert "one finite number each is needed" in looked(outputs.tests, OneMeasure())[0]
     assert looked(outputs.tests, OutOfRegion())[0].startswith("fail: measure() of loss at one ")

@@ -527,7 +527,7 @@ def test_a_coarse_block_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     _, operator, _ = operators(classifier(MODELS["GRU"]))
     v_QP = torch.randn(1, operator.size, dtype=torch.float64)
     (line,) = EkFac(LAMBDA).solve(operator, v_QP).record["messages"]
-    assert "too large for a whole block: rnn.weight_ih_l0, rnn.weight_hh_l0" in line
+    assert "or as a diagonal: rnn.weight_ih_l0, rnn.weight_hh_l0" in line
     monkeypatch.setattr(ek_fac_blocks, "MOST_MOMENTS", 2**20)
     assert EkFac(LAMBDA).solve(operator, v_QP).record["messages"] == []
 

@@ -312,7 +312,7 @@ def test_identity_gives_the_vectors_back(case):
 def test_right_hand_sides_must_be_finite(case, solver):
     v_QP = randoms(2, case.space.size)
     v_QP[1, 0] = math.nan
-    with pytest.raises(DataError, match="right-hand side 1 is not finite"):
+    with pytest.raises(DataError, match="the gradient of query 1 is not finite"):
         solver.solve(case.gauss_newton(), v_QP)
 
 

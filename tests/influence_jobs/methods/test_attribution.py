@@ -202,8 +202,8 @@ def test_channels_of_volumes_and_of_layers_of_ones_own_and_regions_of_their_maps
     np.testing.assert_allclose(found["volume"][0], seen["volume"].mean((1, 2, 3)), rtol=1e-5)
     np.testing.assert_allclose(found["own"][0], seen["own"].mean(1), rtol=1e-5)
     for layer, complaint in {
-        "unclear": r"returns \(1, 5, 5\), of which several axes have the 5 rows",
-        "attention": r"returns \(1, 2, 5\), of which no axis has the 15 rows",
+        "unclear": r"returns shape \(1, 5, 5\), where several axes are as long as its",
+        "attention": r"returns shape \(1, 2, 5\), where no axis is as long as its weight has rows \(15\)",
     }.items():
         with pytest.raises(ModelError, match=f"layer {layer} {complaint}"):
             query_activations(task, model, [layer], [(0, None)], ONE_DRAW)

@@ -210,7 +210,7 @@ def test_a_pipe_among_arrays_does_not_hold_the_reader(tmp_path: Path, planted: s
     place = tmp_path / "data.zarr" / planted
     place.unlink()
     os.mkfifo(place)
-    with pytest.raises(StoreError, match="is no plain file: delete it"):
+    with pytest.raises(StoreError, match="is not a plain file: delete it"):
         zarr.open_group(files.zarr_store("data.zarr"), mode="r+")["x"][:]  # type: ignore[index]
 
 

@@ -95,7 +95,7 @@ def without(model: nn.Module, *names: str) -> dict[str, Tensor]:
             ModelError,
             r"train\(\) of Returns returns Sequential, not a state dict: return",
         ),
-        (lambda m: {"model": m.state_dict()}, ModelError, "no state dict"),
+        (lambda m: {"model": m.state_dict()}, ModelError, "not a state dict"),
         (lambda m: {}, ModelError, "it lacks 1.weight, 1.bias, 4.weight and 3 more: return"),
         (lambda m: without(m, "1.bias"), ModelError, "it lacks 1.bias: return model.state_dict()"),
         (lambda m: m.state_dict() | {"x": LABELS}, ModelError, "it has besides x: return"),

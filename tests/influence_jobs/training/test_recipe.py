@@ -296,7 +296,7 @@ class Unsaveable(SGD):
         ),
         (lambda m: torch.optim.LBFGS(m.parameters()), _constant, "gives LBFGS, whose step"),
         (None, lambda o: None, r"scheduler\(\) of Returning gives NoneType: return a torch"),
-        (None, schedules.ReduceLROnPlateau, "gives ReduceLROnPlateau: .* needs no figure"),
+        (None, schedules.ReduceLROnPlateau, "gives ReduceLROnPlateau: .* needs no argument"),
         (
             None,
             lambda _: _constant(SGD(convnet().parameters(), 0.1)),

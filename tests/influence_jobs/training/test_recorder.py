@@ -237,7 +237,7 @@ def test_in_the_trainer_of_transformers(tmp_path: Path, hugging_face: Any, accum
     ("column", "options", "told"),
     [
         ("number", {}, "a batch has no 'sample': give every row of the training set its position"),
-        ("sample", {"fp16": True}, "fp16 scales gradients"),
+        ("sample", {"fp16": True}, "fp16 training scales"),
     ],
 )
 def test_transformers_without_ids_or_with_scaled_gradients(
