@@ -100,7 +100,10 @@ def keep_plan(run: Run, how: How, say: Say) -> How:
     rows = plan["shards"][0]["stop"] - plan["shards"][0]["start"]
     wanted = how.shard_size and open_job(run).plan(how.shard_size).shards[0].stop
     if how.batch_size not in (None, plan["batch_size"]) or wanted not in (None, rows):
-        say(f"{run.id} keeps its plan: shards of {rows:,} rows, batches of {plan['batch_size']:,}")
+        say(
+            f"{run.id} keeps the plan that it began with: shards of {rows:,} rows, batches of "
+            f"{plan['batch_size']:,}"
+        )
     return how.model_copy(update={"batch_size": plan["batch_size"], "shard_size": rows})
 
 

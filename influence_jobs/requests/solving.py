@@ -98,8 +98,8 @@ def s_tests_of(
     model = built.model()
     if not layers and (others := left_out(model, modules)):
         say(
-            f"--solver {solver.name} takes {len(modules)} of {len(modules) + len(others)} "
-            f"layers; without factors, so left out: {by_type(model, others)}"
+            f"--solver {solver.name} takes {len(modules)} of {len(modules) + len(others)} layers; "
+            f"these have no Kronecker factors and are left out: {by_type(model, others)}"
         )
     return specs
 
@@ -215,8 +215,8 @@ def factored_modules(task: Task, wanted: Sequence[str | int], say: Say) -> tuple
         )
     if not wanted and (others := left_out(model, found)):
         say(
-            f"self-influence is through {len(found)} of {len(found) + len(others)} layers; "
-            f"without factors, so left out: {by_type(model, others)}"
+            f"self-influence is through {len(found)} of {len(found) + len(others)} layers; these "
+            f"have no Kronecker factors and are left out: {by_type(model, others)}"
         )
     return found
 

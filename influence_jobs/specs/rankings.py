@@ -56,7 +56,10 @@ def _require_same_samples(run_id: str, task: TaskSpec, trained: TaskSpec) -> Non
     other = [k for k, v in trained.options.items() if task.options.get(k) != v]
     if not same or other:
         what = f"option {other[0]}" if same else "task or data"
-        raise ValueError(f"{run_id} is of another {what}: ids mean other samples there")
+        raise ValueError(
+            f"{run_id} is of another {what}, where ids mean other samples: name a run of the same "
+            "task, options and data"
+        )
 
 
 def require_alike(rankings: tuple[Ranking, ...], trained: TaskSpec) -> None:
@@ -97,7 +100,10 @@ class RetrainingSpec(Spec):
     def _normalise_recipe(self) -> Self:
         given = self.recipe
         if given.trainer == "recorded":
-            raise ValueError(f"{given.run_id} was recorded elsewhere, so it cannot be repeated")
+            raise ValueError(
+                f"{given.run_id} was recorded elsewhere, so it cannot be repeated: name another "
+                "train run"
+            )
         plain = given.model_copy(update={"seed": 0, "save_epochs": (), "norm_layers": ()})
         object.__setattr__(self, "recipe", TrainSpec.model_validate(plain.model_dump()))
         _require_same_samples("the experiment", self.task, given.task)

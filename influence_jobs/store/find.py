@@ -5,6 +5,7 @@ from contextlib import suppress
 from textwrap import shorten
 
 from influence_jobs.errors import StoreError
+from influence_jobs.specs.base import Spec
 from influence_jobs.store import layout
 from influence_jobs.store.files import LocalFiles, open_files
 from influence_jobs.store.folder import for_runs
@@ -25,18 +26,30 @@ def run_ids(root: str) -> list[str]:
     return [name for name in files.folders() if layout.SPEC in files.names(name)]
 
 
+def _words(spec: Spec) -> dict[str, str]:
+    """The request of a run in words; a single run that it needs stands with its own request."""
+    words = dict(spec.request_in_words())
+    for name in type(spec).model_fields:
+        value = getattr(spec, name)
+        inputs = value if isinstance(value, tuple) else (value,)
+        if len(inputs) == 1 and isinstance(inputs[0], Spec):
+            words.pop(name.replace("_", " "), None)
+            words |= {n: w for n, w in _words(inputs[0]).items() if n not in words}
+    return words
+
+
 def _told_apart(root: str, ids: Sequence[str]) -> list[str]:
     """Runs, each with what its request says otherwise than those of the same kind and task."""
     requests: dict[str, dict[str, str]] = {}
     for run_id in ids[:MANY]:
         with suppress(StoreError):  # a damaged run is listed by its id alone
-            requests[run_id] = dict(Run.open(root, run_id).spec.request_in_words())
+            requests[run_id] = _words(Run.open(root, run_id).spec)
     told = []
     for run_id in ids[:MANY]:
         of = requests.get(run_id, {})
         like = [r for i, r in requests.items() if i.rpartition("-")[0] == run_id.rpartition("-")[0]]
         names = [n for n in {n: None for r in like for n in r} if len({r.get(n) for r in like}) > 1]
-        words = [f"{name} {shorten(of.get(name, 'not given'), WIDTH)}" for name in names[:FIELDS]]
+        words = [f"{name}: {shorten(of.get(name, 'not given'), WIDTH)}" for name in names[:FIELDS]]
         told.append(f"{run_id} ({'; '.join(words)})" if of and words else run_id)
     return told + [f"{len(ids) - MANY} more"] * (len(ids) > MANY)
 

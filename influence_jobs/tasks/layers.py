@@ -299,7 +299,7 @@ class _Words:
             if name not in self.order and not self.trained & {*counts(name)} <= known
         ]
         left = by_type(self.model, unnumbered)
-        others = f"; without a number, so to be named: {left}" if left else ""
+        others = f"; these have no number and must be named: {left}" if left else ""
         others += f"; frozen: {_listed(frozen)}" if frozen else ""
         if not taken:
             raise SpecError(

@@ -143,12 +143,14 @@ def test_what_factors_leave_out_is_said(infl: Infl, tmp_path: Path) -> None:
     name, _ = task_in(tmp_path, "float32")
     task = ("--task", name, "--test", 0, "--epochs", 1, "--local")
     solved = infl("submit", "s-test", *task, "--solver", "ek-fac")
-    others = "takes 3 of 5 layers; without factors, so left out: Net the model itself; GRU rnn\n"
-    assert f"--solver ek-fac {others}" in solved.err
+    others = (
+        "layers; these have no Kronecker factors and are left out: Net the model itself; GRU rnn\n"
+    )
+    assert f"--solver ek-fac takes 3 of 5 {others}" in solved.err
     relative = ("submit", "influence", *task, "--solver", "identity", "--relative", "theta")
     some = infl(*relative, "--layer", "first", "--layer", "head", "--layer", "rnn")
     assert some.code == 0, some.err
-    measured = "effect through 2 of 3 layers; without factors, so not through: GRU rnn\n"
-    assert f"--relative divides by a sample's {measured}" in some.err
+    measured = "through 2 of 3 layers; these have no Kronecker factors and do not count: GRU rnn\n"
+    assert f"--relative divides by a sample's effect {measured}" in some.err
     factored = infl(*relative, "--layer", "first", "--layer", "head")
     assert "--relative divides" not in factored.err

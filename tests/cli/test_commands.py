@@ -158,7 +158,9 @@ def test_a_batch_never_crosses_a_chunk(planned: Callable[..., dict[str, Any]], r
 
 def test_a_run_keeps_its_plan(infl: Infl, runs: Path, finished_run: Run) -> None:
     words = (*NORMS, *("--layer", "1", "--layer", "2", "--layer", "3"), "--dry-run", "--json")
-    kept = f"{finished_run.id} keeps its plan: shards of 256 rows, batches of 64\n"
+    kept = (
+        f"{finished_run.id} keeps the plan that it began with: shards of 256 rows, batches of 64\n"
+    )
     for more in (("--batch-size", "32"), ("--shard-size", "300")):
         answer = infl(*words, *more)
         assert answer.err.endswith(kept)

@@ -117,7 +117,7 @@ def test_a_checkpoint_of_other_code_or_data_is_told(own: str) -> None:
     assert said(data="3 samples") == [
         f"task {name} has other data or code than its checkpoint was trained with"
     ]
-    options = {"options": {"scale": 2.0}, "paths": {"folder": "/elsewhere"}}
+    options: dict[str, Any] = {"options": {"scale": 2.0}, "paths": {"folder": "/elsewhere"}}
     taken = f"task {name} has the options that its checkpoint was trained with: --scale 2.0"
     assert said(**options) == [taken]
     assert said(TrainRequest.of({"task": name, "scale": 2}), **options) == []

@@ -46,5 +46,8 @@ class AttributionSpec(ScoresSpec):
                 "record them with --reduce channel or kernel"
             )
         if self.norms.task.data != self.task.data:
-            raise ValueError(f"{self.norms.run_id} has the norms of other data")
+            raise ValueError(
+                f"{self.norms.run_id} has the norms of other data: name norms of the same task and "
+                "data"
+            )
         return self

@@ -177,7 +177,7 @@ def _say_what_is_measured(s_test: STestSpec, say: Say) -> None:
     ]
     if others:
         say(
-            "--relative divides by a sample's effect through "
-            f"{len(s_test.modules) - len(others)} of {len(s_test.modules)} layers; without "
-            f"factors, so not through: {by_type(model, others)}"
+            f"--relative divides by a sample's effect through {len(s_test.modules) - len(others)} "
+            f"of {len(s_test.modules)} layers; these have no Kronecker factors and do not count: "
+            f"{by_type(model, others)}"
         )

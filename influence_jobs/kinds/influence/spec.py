@@ -46,7 +46,10 @@ class InfluenceSpec(ScoresSpec):
             if other.run_id == before.run_id:
                 raise ValueError(f"{other.run_id} is named twice")
             if (other.queries, other.modules) != (first.queries, first.modules):
-                raise ValueError(f"{other.run_id} has other queries or layers than {first.run_id}")
+                raise ValueError(
+                    f"{other.run_id} has other queries or layers than {first.run_id}: name s-test "
+                    "runs of the same queries and layers"
+                )
             if other.task.identity() != first.task.identity():
                 raise ValueError(f"{other.run_id} is of another task or data than {first.run_id}")
             if other.precision != first.precision:

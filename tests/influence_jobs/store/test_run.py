@@ -95,7 +95,7 @@ def test_an_ambiguous_name_is_not_guessed(run: Run, grad_norms_spec: GradNormsSp
         find_run(run.root, "grad-norms-digits")
     said = str(refused.value)
     ids = sorted([run.id, other.id])
-    seeds = {run.id: "seed 0", other.id: "seed 1"}
+    seeds = {run.id: "seed: 0", other.id: "seed: 1"}
     assert said.startswith(
         f"'grad-norms-digits' may be any of {ids[0]} ({seeds[ids[0]]}), {ids[1]} ({seeds[ids[1]]}):"
     )

@@ -120,8 +120,8 @@ def test_all_says_what_it_takes_and_what_it_leaves_out(said: list[str]) -> None:
     )
     assert said[0] == (
         "--layer all: 5 of 7 numbered layers: first, normed, blocks.0, blocks.2 and 1 more; "
-        "without a number, so to be named: Net the model itself; GRU rnn; LayerNorm norm; frozen: "
-        "frozen, fitted"
+        "these have no number and must be named: Net the model itself; GRU rnn; LayerNorm norm; "
+        "frozen: frozen, fitted"
     )
     assert resolve_layers(["all"], task, said.append) == (
         "first",
