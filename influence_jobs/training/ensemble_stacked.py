@@ -164,8 +164,8 @@ class StackedSteps:
                 raise
             said, *_ = str(error).splitlines() or [type(error).__name__]
             raise ModelError(
-                f"{type(self._losses.model).__name__} cannot be trained as an ensemble, only one "
-                f"model at a time: {said}"
+                f"{type(self._losses.model).__name__} cannot be trained as an ensemble, so train "
+                f"its variants one at a time: {said}"
             ) from error
         return losses_MB
 

@@ -77,7 +77,9 @@ def test_what_fails_is_told_and_makes_exit_code_1(
     (tmp_path / "file").write_text("")
     answer = infl("doctor", "--runs", "file")
     assert answer.code == 1
-    line = f"  fail  runs folder: {tmp_path}/file is no folder: name another by --runs or INFL_RUNS"
+    line = (
+        f"  fail  runs folder: {tmp_path}/file is not a folder: name another by --runs or INFL_RUNS"
+    )
     assert line in answer.out.splitlines()
     assert answer.out.splitlines()[-1].startswith("1 fail, ")
     asked = infl("doctor", "--runs", "file", "--json")

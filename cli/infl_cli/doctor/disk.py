@@ -38,7 +38,7 @@ def disk(runs: str) -> Iterator[Line]:
 def _local(runs: Path) -> Iterator[Line]:
     there = next(path for path in (runs, *runs.parents) if path.exists())
     if not there.is_dir():
-        yield "fail", "runs folder", f"{there} is no folder: name another by --runs or INFL_RUNS"
+        yield "fail", "runs folder", f"{there} is not a folder: name another by --runs or INFL_RUNS"
         return
     try:
         with _scratch(there) as scratch:

@@ -105,5 +105,5 @@ def test_eigenvalues_of_zero_are_met_for_the_whole_time() -> None:
 def test_a_series_beyond_all_patience_is_refused(case: Case) -> None:
     with pytest.raises(SpecError, match="use --exponential ek-fac"):
         series_of(Segment([], 1e9), 10.0)
-    with pytest.raises(DataError, match="right-hand side 0 is not finite"):
+    with pytest.raises(DataError, match="the gradient of query 0 is not finite"):
         [*Source().solve([], torch.full((1, 3), torch.nan))]

@@ -118,11 +118,11 @@ class TestModes:
 
 
 def test_missing_empty_or_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="is no folder"):
+    with pytest.raises(DataError, match="is not a folder"):
         ImageFolder(tmp_path / "none")
     with pytest.raises(DataError, match="no images in"):
         ImageFolder(tmp_path)
-    with pytest.raises(DataError, match="is no folder"):
+    with pytest.raises(DataError, match="is not a folder"):
         ImageFolder(save(tmp_path / "a.png"))
     with pytest.raises(DataError, match="all 1 are skipped"):
         ImageFolder(tmp_path, skip=frozenset({"a.png"}))

@@ -217,7 +217,7 @@ def test_stores_that_do_not_go_together_are_refused(store_of, scores_of):
     ):
         with pytest.raises(SpecError, match=said):
             scores_of(store_of(), other)
-    with pytest.raises(SpecError, match="no sum over layers"):
+    with pytest.raises(SpecError, match="not a sum over layers"):
         scores_of(store_of(), method="cosine", keep_modules=True)
 
 

@@ -167,7 +167,7 @@ def test_where_one_training_diverges_the_others_are_kept(
     monkeypatch.setattr(retraining.RetrainJob, "_trainer", one_diverges)
     root = fresh_root()
     with pytest.raises(
-        RuntimeFault, match=r"1 of 4 trainings diverged, .* after step 16 of epoch 2"
+        RuntimeFault, match=r"1 of 4 trainings diverged: .* after step 16 of epoch 2"
     ):
         carry_out(grid(modes=("remove",)), root=root)
     assert len(list(root.glob("retrained-*/manifest/*"))) == 3

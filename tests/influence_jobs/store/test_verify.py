@@ -122,7 +122,7 @@ def test_a_file_of_weights_that_changed_is_not_loaded(tmp_path: Path, digits_tas
     with pytest.raises(ModelError, match=r"cannot read checkpoint .*gone: No such file"):
         file_checkpoint(str(tmp_path / "gone"))
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ModelError, match="pipe is no plain file"):
+    with pytest.raises(ModelError, match="pipe is not a plain file"):
         file_checkpoint(str(tmp_path / "pipe"))
 
 

@@ -317,7 +317,9 @@ def test_targets_of_another_shape_mean_the_same(task: Task, twin: Task) -> None:
 
 def test_weights_of_classes_that_are_no_probabilities_are_refused() -> None:
     matrix, vectors_QP = curvature(TwoHot())
-    with pytest.raises(ModelError, match=r"losses of TwoHot are not the cross-entropy of its"):
+    with pytest.raises(
+        ModelError, match=r"targets\(\) are weights of the classes that do not sum to 1"
+    ):
         matrix @ vectors_QP
 
 

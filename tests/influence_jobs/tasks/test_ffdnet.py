@@ -192,5 +192,5 @@ def test_bad_requests(folder: str, task: FFDNetTask, model: nn.Module) -> None:
     with pytest.raises(SpecError, match="measures loss, output, change, not 'psnr'"):
         task.measure(model, batch, "psnr", (0, 0, 1, 1))
     missing = FFDNetTask(images=folder, test_images=f"{folder}/none", patch_size=20)
-    with pytest.raises(DataError, match="is no folder"):
+    with pytest.raises(DataError, match="is not a folder"):
         missing.test_data()

@@ -144,7 +144,7 @@ class Looped(nn.Module):
         (lambda: nn.Sequential(nn.Dropout(0.1), mlp()), "dropout '0'"),
         (lambda: nn.Sequential(*mlp()[:3], nn.Tanh(), nn.AlphaDropout(0.1), nn.Linear(12, 5)),
          "alone"),
-        (Looped, "only one model at a time"),
+        (Looped, "so train its variants one at a time"),
     ],
 )  # fmt: skip
 def test_models_that_cannot_step_together_are_refused(
