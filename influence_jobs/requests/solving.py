@@ -32,7 +32,7 @@ from influence_jobs.specs.solvers import (
 )
 from influence_jobs.tasks.base import Draw, Task, converted, dtype_of, to_type
 from influence_jobs.tasks.layers import by_type, left_out, resolve_layers, trained_modules
-from influence_jobs.tasks.output_loss import forms_of
+from influence_jobs.tasks.output_loss import forms_of, require_outputs_of_loss
 from influence_jobs.terms import FullPrecision, JobPrecision, ScorePrecision
 
 if TYPE_CHECKING:
@@ -167,8 +167,9 @@ def _require_output_loss(task: Task) -> None:
     Raises:
         ModelError: The untrained model shows it on a few samples, on the CPU. What fails there
             otherwise is left to the run, which may have a GPU.
-        SpecError: The task defines no outputs.
+        SpecError: The task defines no outputs or no targets.
     """
+    require_outputs_of_loss(type(task))
     forms = forms_of(task)
     try:
         model, converts = converted(task, torch.device("cpu"))
