@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -271,11 +272,12 @@ def test_tables_are_not_cut_on_narrow_terminals(
 
 def test_status_of_a_finished_run(infl: Infl, runs: Path, finished_run: Run) -> None:
     assert infl("status", "grad").out == (
-        f"run      {finished_run.id}\n"
-        f"path     {runs / finished_run.id}\n"
-        "status   done\n"
-        "samples  1,500 of 1,500\n"
-        "shards   6 of 6\n"
+        f"run             {finished_run.id}\n"
+        f"path            {runs / finished_run.id}\n"
+        "status          done\n"
+        "samples         1,500 of 1,500\n"
+        "shards          6 of 6\n"
+        f"shards by node  {socket.gethostname()} 6\n"
     )
     status = infl("status", finished_run.id.rpartition("-")[2], "--json").json
     assert status["progress"]["shards_done"] == 6
@@ -376,7 +378,7 @@ def test_after_ctrl_c_a_run_goes_on_where_it_was(
     assert answer.err.endswith(f"stopped; what is finished is kept: infl resume {run_id} --local\n")
     stopped = infl("status", run_id, "--json").json["progress"]
     assert (stopped["state"], stopped["shards_done"]) == ("stopped", 2)
-    assert f"next     infl resume {run_id}\n" in infl("status", run_id).out
+    assert f"next            infl resume {run_id}\n" in infl("status", run_id).out
 
     monkeypatch.setattr(watch, "LINE_EVERY_S", 0.0)
     monkeypatch.setattr(watch, "POLL_S", 0.01)
