@@ -144,7 +144,7 @@ def test_a_tensor_that_samples_share_is_not_cut_with_them(weighted):
         return torch.randn(size, 6), torch.randint(6, (size,)), weights
 
     for engine in engines(Probe().eval(), weighted):
-        with engine, pytest.raises(ModelError, match=r"a batch of 6 holds a tensor \(6,\) that is"):
+        with engine, pytest.raises(ModelError, match=r"a batch of 6 samples holds a tensor \(6,\) that is"):
             engine(batch(6))
     check(Probe(), losses=weighted, batch=batch(5))
 
@@ -153,3 +153,41 @@ def test_losses_that_almost_vanish_are_not_taken_for_others():
     tiny = [lambda model, x, power=power: losses(model, x) * 10.0**-power for power in (6, 9, 30)]
     for small in tiny:
         check(Probe(), losses=small)
+
+
+class AtAKink(nn.Module):
+    """The ReLU of the second layer is at zero, and in a batch rounding goes to the other side."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        h = self.first(x)
+        side = 1e-12 if len(x) == 1 else -1e-12
+        return self.second(x) + F.relu(h - h.detach() + side)
+
+
+def test_a_sample_at_a_kink_is_right_as_it_is_in_its_batch():
+    check(AtAKink(), batch=torch.randn(3, 6))
+    model = AtAKink()
+    with GradDots(model.eval(), ParameterSpace(model), losses, torch.randn(1, 84)) as engine:
+        engine.check(torch.randn(3, 6))
+
+
+class OthersInTheGradient(nn.Module):
+    """A sample has the same loss alone and in a batch, but not the same gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        h = self.first(x)
+        h = h + (h.mean(0) - h.mean(0).detach()) * (len(x) > 1)
+        return self.second(h)
+
+
+def test_a_gradient_of_other_samples_is_found_where_the_losses_are_the_same():
+    with pytest.raises(ModelError, match=r"layer 'first': per-sample norms differ"):
+        check(OthersInTheGradient(), batch=torch.randn(3, 6))
