@@ -15,7 +15,8 @@ from influence_jobs.errors import RuntimeFault
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Start and stop the Ray on this machine that runs use, and look at this or another one.",
+    help="Start and stop the Ray on this machine that runs use, and look at it; wait for another "
+    "one, or open its dashboard, with --address.",
 )
 
 NONE = "no Ray of infl is up on this machine; a run starts one, and so does infl cluster up"
@@ -51,7 +52,7 @@ def status(json: o.Json = False) -> None:
         render.print_json({"up": head is not None, "left": left, **up})
     elif left:
         say(
-            f"Ray has died, and {len(left)} of its processes are left (process {left[0]}): "
+            f"Ray has died, and processes of it are left ({len(left)}, such as {left[0]}): "
             "infl cluster down ends them; the next run does, too, and starts a new Ray"
         )
     elif head is None:
@@ -104,14 +105,17 @@ def wait(
     nodes: Annotated[int, typer.Option(min=1, help="Number of nodes to wait for.")] = 1,
     timeout: Annotated[float, typer.Option(help="Seconds to wait at most.")] = 300.0,
 ) -> None:
-    """Wait until the nodes of a Ray cluster are up: a run uses those that are when it begins."""
+    """Wait until the nodes of a Ray cluster are up. Without it, a run gets those that join later.
+
+    How many workers it has at most, and how many CPUs each takes, is set when it begins.
+    """
     client = remote_client(address)
     began, up, why = time.monotonic(), 0, ""
     while up < nodes:
         if time.monotonic() - began > timeout:
             late = f"after {timeout:.0f} s"
             if why:
-                raise RuntimeFault(f"{why}, {late}: is the head up, and a tunnel to it open?")
+                raise RuntimeFault(f"{late} {why}")
             found = f"{up} of {nodes} nodes of {address} are up {late}"
             raise RuntimeFault(f"{found}: look at Ray's logs on the others")
         time.sleep(0.2)

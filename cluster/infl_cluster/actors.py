@@ -23,8 +23,8 @@ START_ATTEMPTS = 3
 REFUSED_S = 300.0  # after so long a node that could not compute is asked again
 STATE_TIMEOUT_S = 5
 OUT_OF_MEMORY = (
-    "worker died: this machine killed it for lack of memory; resume with fewer --workers, or "
-    "delete the run's folder and submit with a smaller --batch-size"
+    "its machine killed it for lack of memory; resume with fewer --workers, or delete the run's "
+    "folder and submit with a smaller --batch-size"
 )
 
 
@@ -113,9 +113,11 @@ class Actors:
         try:
             receipt: Receipt = ray.get(finished[0])
         except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
-            self._kill(actor)  # it may be alive, only out of reach
             seconds = time.monotonic() - since
-            why = self._why_died(error)
+            process = self._processes[actor]
+            log.warning("worker process %s: Ray says: %s", process, _cause(error))
+            why = f"worker process {process} is gone: {self._why_died(error)}"
+            self._kill(actor)  # it may be alive, only out of reach
             return actor, Receipt(shard.id, "failed", why, "transient", seconds=seconds)
         self.idle.append(actor)
         self._has_done = self._has_done or receipt.status == "done"
@@ -163,7 +165,7 @@ class Actors:
         ray.kill(actor)
 
     def _why_died(self, error: Exception) -> str:
-        """Why a worker died, in a line. A machine that kills one for memory tells it in no word."""
+        """Why a worker is gone. A machine that kills one for memory tells it in no word."""
         before, self._oom_kills = self._oom_kills, oom_kills() or 0
         one_machine = len(ray.nodes()) == 1  # type: ignore[no-untyped-call]
         if (
@@ -172,14 +174,17 @@ class Actors:
             or (one_machine and self._oom_kills > before)
         ):
             return OUT_OF_MEMORY
-        return f"worker died: {_cause(error)}"
+        if "node has died" in str(error):
+            return "its node was lost"
+        return "its node was lost, or it crashed or was killed"
 
     def _welcome(self, reference: "ray.ObjectRef[Any]") -> None:
         actor, _ = self._starting.pop(reference)
         try:
             refusal, process, device = ray.get(reference)
         except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
-            why = self._why_died(error).removeprefix("worker died: ")
+            why = self._why_died(error)
+            why = why if why == OUT_OF_MEMORY else _cause(error)  # there is no log of its own yet
             self._count_failed_start(f"workers die while starting: {why}", error)
             return
         if refusal is not None:

@@ -9,22 +9,35 @@ import contextlib
 import http.client
 import ipaddress
 import json
-import os
 import shlex
 import socket
 import ssl
 import threading
 from collections.abc import Mapping, Sequence
 from email.message import Message
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
+from infl_cluster.tokens import find_token
 from influence_jobs.errors import RuntimeFault
 
 MOST_NODES = 10_000  # that Ray lists
 MOST_BYTES = 2**28  # of an answer: the log of a job
 SLOWEST_BYTES_PER_S = 250_000  # of an upload
+NO_HTTP = (
+    ". It may be Ray's own port (6379 by default): give the one of the dashboard (8265 by default)"
+)
+NO_ANSWER = (
+    "; is the head up, the tunnel to it open, and this its dashboard's port (8265 by default)?"
+)
+NO_AGENT = (
+    "; its agent is still starting, or another Ray on the head's host has the agent's port 52365: "
+    "then start this one with a free port as its dashboard-agent-listen-port"
+)
+OPEN = (
+    "asks for no token: whoever reaches it can run any code there, as the user that its Ray runs "
+    "as; start Ray with RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE on every node"
+)
 FINAL_STATUSES = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
 
 
@@ -32,6 +45,13 @@ class UnknownJob(RuntimeFault):
     """The cluster has no job with that id: it was never submitted, or the head was restarted.
 
     Cure: `infl resume RUN`, which submits what is left as a new job.
+    """
+
+
+class NoAnswer(RuntimeFault):
+    """Nothing answers at an address, not in time, or not as Ray does.
+
+    Cure: the address of the dashboard, and a head and a tunnel that are up.
     """
 
 
@@ -51,6 +71,7 @@ class JobClient:
         token: Ray's authentication token; None for a cluster that needs none.
         token_source: Where the token came from; named in the error if the cluster refuses it.
         timeout_s: Deadline of each call.
+        cure: What the error says to do if nothing answers.
     """
 
     def __init__(
@@ -60,10 +81,11 @@ class JobClient:
         *,
         token_source: str = "the token given",  # noqa: S107  (no token, its name)
         timeout_s: float = 30.0,
+        cure: str = "",
     ) -> None:
         self.address = address.rstrip("/")
         self.token, self.token_source = token, token_source
-        self._timeout_s = timeout_s
+        self._timeout_s, self._cure = timeout_s, cure
         self._scheme, self._host, self._port, self._prefix = _parse(self.address)
 
     def version(self) -> dict[str, str]:
@@ -78,6 +100,18 @@ class JobClient:
                 f"no Ray answers at {self.address}: something else is listening there"
             )
         return answer
+
+    def is_open(self) -> bool:
+        """Whether the cluster answers a request without a token to which it asks for one.
+
+        With Ray's token authentication on, `/api/version` needs one, as nearly every path does.
+        """
+        stranger = JobClient(self.address, None, timeout_s=self._timeout_s)
+        try:
+            stranger.version()
+        except RuntimeFault:
+            return False
+        return True
 
     def sign_in(self) -> str:
         """Return the cookie that signs a browser in to the dashboard, as a `Set-Cookie` header.
@@ -243,12 +277,13 @@ class JobClient:
                 raise http.client.HTTPException("an answer without an end")
             text = answer.decode(errors="replace")
         except (OSError, http.client.HTTPException, ValueError) as error:
-            if expired.is_set() or isinstance(error, TimeoutError):
-                raise RuntimeFault(
-                    f"no Ray answers at {self.address}: no whole answer in {deadline_s:.3g} s"
-                ) from None
+            cure = self._cure
             reason = getattr(error, "strerror", None) or error or type(error).__name__
-            raise RuntimeFault(f"no Ray answers at {self.address}: {reason}") from None
+            if expired.is_set() or isinstance(error, TimeoutError):
+                reason = f"no whole answer in {deadline_s:.3g} s"
+            elif type(error) is http.client.BadStatusLine:  # its text is what was sent instead
+                reason, cure = "what listens there does not speak HTTP", NO_HTTP
+            raise NoAnswer(f"no Ray answers at {self.address}: {reason}{cure}") from None
         finally:
             timer.cancel()
             connection.close()
@@ -280,9 +315,11 @@ class JobClient:
                 f"job {body['submission_id']} was submitted to {self.address} before: "
                 "a submission id can be used only once"
             )
-        last_line = text.strip().rsplit("\n", 1)[-1][:300]
+        said = text.strip().rsplit("\n", 1)[-1][:300]
+        if "No available agent" in said:
+            said = said.rstrip(".") + NO_AGENT
         kind = _NotThere if status == 404 else RuntimeFault
-        return kind(f"Ray at {self.address} answered {status} to {path}: {last_line}")
+        return kind(f"Ray at {self.address} answered {status} to {path}: {said}")
 
 
 def _cut(connection: http.client.HTTPConnection, expired: threading.Event) -> None:
@@ -303,36 +340,16 @@ def remote_client(address: str, *, timeout_s: float = 30.0) -> JobClient:
         RuntimeFault: No usable address, no token, or plain http to another machine, which would
             send the token in clear text.
     """
-    scheme, host, _, _ = _parse(address)
+    scheme, host, port, _ = _parse(address)
     if scheme == "http" and not is_loopback(host):
+        there = port or 80
+        here = there if there >= 1024 else 8265  # a lower one is for root
         raise RuntimeFault(
             f"{address} would carry the token in clear text: use https, or an SSH tunnel "
-            f"(ssh -L 8265:localhost:8265 {host}) and http://localhost:8265"
+            f"(ssh -L {here}:localhost:{there} {host}) and http://localhost:{here}"
         )
-    token, source = _find_token()
-    return JobClient(address, token, token_source=source, timeout_s=timeout_s)
-
-
-def _find_token() -> tuple[str, str]:
-    """Return the token of the environment and the name of its source."""
-    if "RAY_AUTH_TOKEN" in os.environ:
-        source, token = "RAY_AUTH_TOKEN", os.environ["RAY_AUTH_TOKEN"]
-    else:
-        default = Path("~/.ray/auth_token").expanduser()
-        path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or default)
-        source = f"RAY_AUTH_TOKEN_PATH ({path})" if path != default else str(path)
-        try:
-            token = path.read_text()
-        except FileNotFoundError:
-            raise RuntimeFault(
-                f"no Ray token in {source}: set RAY_AUTH_TOKEN_PATH to the cluster's token file"
-            ) from None
-        except OSError as error:
-            raise RuntimeFault(f"cannot read the Ray token in {source}: {error.strerror}") from None
-    token = token.strip()
-    if not token or not token.isascii() or not token.isprintable():
-        raise RuntimeFault(f"{source} holds no Ray token: it must be one line of plain characters")
-    return token, source
+    token, source = find_token()
+    return JobClient(address, token, token_source=source, timeout_s=timeout_s, cure=NO_ANSWER)
 
 
 def _parse(address: str) -> tuple[str, str, int | None, str]:

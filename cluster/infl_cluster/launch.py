@@ -45,9 +45,12 @@ def carry_out(run: Run, how: How, say: Say, *, quiet: bool = False) -> bool:
     """
     how = keep_plan(run, how, say)
     if how.address:
-        from infl_cluster.client import remote_client
+        from infl_cluster.client import OPEN, remote_client
 
-        remote_client(how.address).version()  # before anything is written
+        client = remote_client(how.address)
+        client.version()  # before anything is written
+        if client.is_open():
+            say(f"{how.address} {OPEN}")
         make_known("cluster", how.address)
         if "://" not in run.root and not is_known("shared", _shared(run, how)):
             say(

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from importlib import import_module
@@ -22,6 +23,7 @@ from infl_cluster.how import room_on
 from infl_cluster.metrics import RunMetrics, WorkerMetrics
 from infl_cluster.nodes import require_same_software
 from infl_cluster.retry import RetryPolicy
+from infl_cluster.room import lack, wanted
 from infl_cluster.stragglers import Pace
 from influence_jobs.devices import SPINS, Device, resolved
 from influence_jobs.errors import DataError, InflError, RuntimeFault, StoreError
@@ -32,10 +34,16 @@ from influence_jobs.store.files import open_files
 from influence_jobs.store.lease import holder_of, require_held_by
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.trust import trust_all
+from influence_jobs.terms import duration
 
 log = logging.getLogger(__name__)
 
 TELL_S = 5.0  # say that there is no room only after this long: a placed worker starts in seconds
+ASK_S = 5.0  # so often a driver looks whether Ray still answers
+SILENT = (
+    "Ray does not answer any more: its head has died or is out of reach; if it does not come back "
+    "within a minute, start Ray again and resume the run"
+)
 LOADING_S = 45.0  # and that workers load their model and data only after this long
 # glibc keeps large freed buffers: to give them back and fault them in again costs time.
 MALLOC = {
@@ -66,7 +74,7 @@ def why_ended() -> str | None:
     """
     host, _, port = os.environ.get("RAY_ADDRESS", "").rpartition(":")
     try:
-        socket.create_connection((host, int(port)), timeout=5).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
     except (OSError, ValueError):
         return "the Ray that computed it has died, or parts of it; the run can be resumed"
     return None
@@ -178,6 +186,7 @@ class RayBackend:
         self._stalled_after_s = stalled_after_s
         self._runner = runner
         self._shown: dict[str, RunMetrics] = {}
+        self._answered, self._asked_at = True, float("-inf")
 
     def run(
         self,
@@ -225,6 +234,9 @@ class RayBackend:
         )
 
         def idle() -> None:
+            if not self._ray_answers():  # whatever asks it now would wait
+                on_idle(SILENT)
+                return
             actors.end_stalled_starts()
             on_idle(self._lacks_room(actors, threads))
 
@@ -311,6 +323,11 @@ class RayBackend:
             )
         )
 
+    def _ray_answers(self) -> bool:
+        if time.monotonic() - self._asked_at > ASK_S:
+            self._answered, self._asked_at = why_ended() is None, time.monotonic()
+        return self._answered
+
     def _lacks_room(self, actors: Actors, threads: int) -> str | None:
         """What is waited for while there is no worker; None if there is one.
 
@@ -326,20 +343,23 @@ class RayBackend:
                 return None
             pids = ", ".join(map(str, places))
             return f"workers have loaded the model and the data for {waited:.0f} s (process {pids})"
-        nodes = self._nodes()
-        offers = "; ".join(f"CPU {n.get('CPU', 0):g}, GPU {n.get('GPU', 0):g}" for n in nodes)
-        offers = offers or "none of which is up"
-        asked = f"CPU {threads}, GPU {self._num_gpus:g}"
-        if self._node_labels:
-            asked += " with " + ", ".join(f"{k}={v}" for k, v in self._node_labels.items())
-        if any(self._has_room(node, threads) for node in nodes):
-            return f"waiting until other work on the cluster leaves room for a worker ({asked})"
-        if waited < self._placement_timeout_s:
-            return f"waiting for a node with room for a worker ({asked}; nodes: {offers})"
-        raise RuntimeFault(
-            f"no node has room for a worker: each asks for {asked}, the nodes have {offers}; "
-            f"lower --num-gpus, or add {'such a' if self._node_labels else 'a'} node"
+        nodes = ray.nodes()  # type: ignore[no-untyped-call]
+        found = lack(
+            [(node["Resources"], node["Labels"]) for node in nodes if node["Alive"]],
+            cpus=threads,
+            gpus=self._num_gpus,
+            labels=self._node_labels,
         )
+        if found is None:
+            return (
+                f"waiting for room for a worker ({wanted(threads, self._num_gpus)}): the nodes "
+                "have other work, or one was lost a moment ago"
+            )
+        said, cure = found
+        if waited < self._placement_timeout_s:
+            left = duration(self._placement_timeout_s - waited)
+            return f"waiting for a node: {said}; the run ends in {left} if none joins ({cure})"
+        raise RuntimeFault(f"{said}; {cure}")
 
 
 def _refusal(error: Exception) -> str:

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 
-from infl_cluster.client import FINAL_STATUSES, JobClient, UnknownJob, remote_client
+from infl_cluster.client import FINAL_STATUSES, JobClient, NoAnswer, UnknownJob, remote_client
 from infl_cluster.head import current_head
 from influence_jobs.errors import RuntimeFault
 from influence_jobs.home import is_known
@@ -14,6 +14,7 @@ from influence_jobs.store.lease import live_holder
 from influence_jobs.store.run import Run
 from influence_jobs.store.software import PACKAGE
 
+RAYS_OWN = "Running entrypoint for job"  # Ray's line before the driver's first
 SILENCE_S = 20.0  # a cluster that does not answer for so long counts as gone
 
 
@@ -98,15 +99,24 @@ def job_watcher(job: JobFile) -> Callable[[], str | None]:
             status = client.status(job["submission_id"])
         except RuntimeFault as fault:
             silent_since = silent_since or time.monotonic()
-            return str(fault) if time.monotonic() - silent_since > SILENCE_S else None
+            if time.monotonic() - silent_since <= SILENCE_S:
+                return None
+            if not isinstance(fault, NoAnswer):
+                return str(fault)
+            return f"Ray does not answer any more; resume the run once it is up again: {fault}"
         silent_since = None
         if status not in FINAL_STATUSES:
             return None
+        if status == "SUCCEEDED":  # the run is not done: its last status has been asked for
+            return "its Ray job ended well, and some of its shards are not done: resume the run"
         try:
             last = client.logs(job["submission_id"]).strip().rpartition("\n")[2]
         except RuntimeFault as fault:  # such as a log that is too long to come in time
             last = f"its output cannot be read: {fault}"
-        return f"the Ray job {status.lower()}: {last or 'no output'}{_cure(last)}"
+        if last.startswith(RAYS_OWN):
+            last = ""
+        how = "failed" if status == "FAILED" else "was stopped"
+        return f"the Ray job {how}: {last or 'it has no output'}{_cure(last)}"
 
     return ended
 

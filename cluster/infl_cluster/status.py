@@ -164,8 +164,12 @@ class StatusWriter:
                 self._running.discard(receipt.shard)
                 self._status["shards_done"] += 1
                 self._status["failures"].pop(receipt.shard, None)
-            elif len(self._status["failures"]) < MAX_FAILURES:
-                self._status["failures"][receipt.shard] = receipt.error
+            else:
+                error = f"{receipt.error}; the shard is tried again" if retried else receipt.error
+                if len(self._status["failures"]) < MAX_FAILURES:
+                    self._status["failures"][receipt.shard] = error
+                if retried:
+                    self._rescue = f"shard {receipt.shard}: {error}", time.monotonic()
             self._status["retries"] += retried
 
     def again(self, shards: "Sequence[Shard]") -> None:

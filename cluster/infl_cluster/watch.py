@@ -115,7 +115,9 @@ def watch(
                 if why is not None:
                     status = _status(run)
                     if status["state"] in ("new", "running", "interrupted"):
-                        status |= {"state": "interrupted", "message": status.get("message") or why}
+                        # What a running one said was of that moment.
+                        last_word = status["state"] == "interrupted" and status.get("message")
+                        status |= {"state": "interrupted", "message": last_word or why}
                     return status
             time.sleep(POLL_S)
     finally:

@@ -87,9 +87,9 @@ def repeats(status: dict[str, Any]) -> str:
     """Retries, backups and replaced workers of a driver in words; empty if there were none."""
     won, backups = status.get("backups_won", 0), status.get("backups", 0)
     counts = {
-        "{} retries": status.get("retries", 0),
-        f"{{}} backups of slow shards ({won} first)": backups,
-        "{} hanging workers replaced": status.get("stalled", 0),
+        "retries: {}": status.get("retries", 0),
+        f"backups of slow shards: {{}} ({won} first)": backups,
+        "hanging workers replaced: {}": status.get("stalled", 0),
     }
     return ", ".join(words.format(count) for words, count in counts.items() if count)
 

@@ -119,6 +119,7 @@ def mark_undone(run: Run, shards: dict[str, str]) -> None:
     with Lease(run.files):
         # First: if this is killed halfway, no status of `done` may be left.
         run.files.delete(layout.STATUS)
+        run.files.delete(layout.JOB)  # it has ended: nobody need wait for it
         run.manifest.drop_summary()
         if layout.PLAN in shards:
             run.files.delete(layout.PLAN)

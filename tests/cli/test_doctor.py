@@ -368,7 +368,7 @@ def test_a_ray_that_is_up_has_its_address(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_ray_that_has_died_or_hangs_has_its_cure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heads, "remains", lambda: [psutil.Process()])
     mark, said = _only(ray.local(), "Ray")
-    assert (mark, said) == ("warn", "has died and left 1 processes: run infl cluster down")
+    assert (mark, said) == ("warn", "has died, processes of it are left (1): run infl cluster down")
 
     def silent() -> None:
         raise RuntimeFault("does not answer: end it with `infl cluster down`")
@@ -394,9 +394,15 @@ def test_a_machine_without_loopback_is_told(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 class _Cluster(BaseHTTPRequestHandler):
+    open = False
+
     def do_GET(self) -> None:
-        right = self.headers["Authorization"] == "Bearer right"
-        body = json.dumps({"ray_version": "2.54.0", "session_name": "x"}).encode() if right else b""
+        right = self.open or self.headers["Authorization"] == "Bearer right"
+        found: dict[str, Any] = {"ray_version": "2.54.0", "session_name": "x"}
+        if "nodes" in self.path:
+            up = {"state": "ALIVE", "resources_total": {"CPU": 4.0, "GPU": 1.0}}
+            found = {"data": {"result": {"result": [up, {**up, "state": "DEAD"}, up]}}}
+        body = json.dumps(found).encode() if right else b""
         self.send_response(200 if right else 401)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -405,19 +411,36 @@ class _Cluster(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None: ...
 
 
-@pytest.mark.parametrize(("token", "mark"), [("right", "ok"), ("wrong", "fail"), ("", "fail")])
-def test_a_cluster_is_asked_with_the_token(
-    token: str, mark: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def _asked(token: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, list[Any]]:
     monkeypatch.setenv("RAY_AUTH_TOKEN", token)
     with HTTPServer(("127.0.0.1", 0), _Cluster) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        found = [*ray.remote(f"http://127.0.0.1:{server.server_port}")]
+        address = f"http://127.0.0.1:{server.server_port}"
+        found = [*ray.remote(address)]
         server.shutdown()
         thread.join()
+    return address, found
+
+
+@pytest.mark.parametrize(("token", "mark"), [("right", "ok"), ("wrong", "fail"), ("", "fail")])
+def test_a_cluster_is_asked_with_the_token(
+    token: str, mark: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, found = _asked(token, monkeypatch)
     assert [found[0][0], len(found)] == [mark, 1]
-    assert ("takes the token; Ray 2.54.0" in found[0][2]) == (mark == "ok")
+    has = "takes the token; Ray 2.54.0; nodes 2, CPUs 8, GPUs 2"
+    assert (has in found[0][2]) == (mark == "ok")
+
+
+def test_a_cluster_that_asks_for_no_token_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_Cluster, "open", True)
+    address, found = _asked("any", monkeypatch)
+    answers = f"{address} answers; Ray 2.54.0; nodes 2, CPUs 8, GPUs 2"
+    assert found[0] == ("ok", "cluster", answers)
+    mark, said = _only(found, "cluster's token")
+    assert mark == "warn"
+    assert said.startswith(f"{address} asks for no token: whoever reaches it can run any code")
 
 
 # The disk.

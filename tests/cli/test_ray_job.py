@@ -45,10 +45,13 @@ class FakeCluster:
     def __init__(self) -> None:
         self.jobs: dict[str, str] = {}
         self.env: Mapping[str, str] = {}
-        self.full = False
+        self.full = self.open = False
 
     def version(self) -> dict[str, str]:
         return {}
+
+    def is_open(self) -> bool:
+        return self.open
 
     def upload(self, name: str, data: bytes) -> None:
         pass
@@ -330,6 +333,25 @@ def test_a_folder_that_was_seen_to_be_shared_is_not_told_again(
         assert ("that all nodes of" in run.err) == told
 
 
+def test_a_cluster_that_asks_for_no_token_is_told(infl: Infl, ray: FakeCluster) -> None:
+    words = (*TRAIN, "--detach", "--address", "http://localhost:1")
+    told = "http://localhost:1 asks for no token: whoever reaches it can run any code there"
+    assert told not in infl(*words).err
+    ray.open = True
+    again = infl(*words, "--seed", "1")
+    assert (again.code, told in again.err) == (0, True)
+    assert "start Ray with RAY_AUTH_MODE=token" in again.err
+
+
+def test_a_repaired_run_is_to_be_resumed(infl: Infl, runs: Path, finished_run: Run) -> None:
+    folder = runs / finished_run.id
+    (folder / "job.json").write_text('{"address": null, "submission_id": "done"}')
+    chunk = next(path for path in (folder / "data.zarr").rglob("0") if path.is_file())
+    chunk.write_bytes(b"damaged")
+    assert infl("verify", "grad", "--repair").code == 0
+    assert f"next    infl resume {finished_run.id}" in infl("status", "grad").out
+
+
 def test_a_ray_that_is_up_keeps_its_size(infl: Infl, monkeypatch: pytest.MonkeyPatch) -> None:
     head = SimpleNamespace(dashboard_url="http://here", token_path=Path("token"))
     monkeypatch.setattr(cluster, "ensure_head", lambda **_: head)
@@ -343,7 +365,7 @@ def test_what_is_left_of_a_dead_ray_is_told(infl: Infl, monkeypatch: pytest.Monk
     monkeypatch.setattr(cluster, "current_head", lambda: None)
     monkeypatch.setattr(cluster, "remains", lambda: [psutil.Process()])
     said = infl("cluster", "status").err
-    assert f"Ray has died, and 1 of its processes are left (process {os.getpid()})" in said
+    assert f"Ray has died, and processes of it are left (1, such as {os.getpid()}): " in said
     assert "infl cluster down ends them" in said
     assert infl("cluster", "status", "--json").json == {"up": False, "left": [os.getpid()]}
 

@@ -90,3 +90,33 @@ def test_a_refusal_is_forgotten_once_no_worker_is_left(clock):
     actors.end(actors.idle[0])
     actors.grow(2)
     assert actors.refusal is None
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("RpcError: Socket closed rpc_code: 14", "its node was lost, or it crashed or was killed"),
+        ("The actor died because its node has died. Node Id: 7f", "its node was lost"),
+        (
+            "Worker exit detail: Task was killed due to the node running low on memory.",
+            "its machine killed it for lack of memory; resume with fewer --workers",
+        ),
+    ],
+)
+def test_a_worker_that_is_gone_is_told_in_our_words(clock, monkeypatch, caplog, said, told):
+    actors = Actors(Actor, "test", 1800.0)
+    actors.grow(1)
+    actors.wait(0)
+    actors.give(actors.idle[0], Shard("a", 0, 1))
+
+    def get(_):
+        raise ray.exceptions.ActorUnavailableError(said, None)
+
+    monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(ray, "nodes", lambda: [{}, {}])
+    _, receipt = actors.wait(0)
+    assert (receipt.status, receipt.kind) == ("failed", "transient")
+    assert receipt.error.startswith(f"worker process host:1 is gone: {told}")
+    assert "actor" not in receipt.error
+    assert "worker process host:1: Ray says: " in caplog.text  # for who looks into Ray
+    assert actors.idle == []

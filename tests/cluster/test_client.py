@@ -12,7 +12,7 @@ from threading import Thread
 import pytest
 
 from infl_cluster import client as client_module
-from infl_cluster.client import FINAL_STATUSES, JobClient, UnknownJob, remote_client
+from infl_cluster.client import FINAL_STATUSES, JobClient, NoAnswer, UnknownJob, remote_client
 from influence_jobs.errors import RuntimeFault
 
 
@@ -57,6 +57,64 @@ def test_nothing_listening_is_said_at_once():
         port = probe.getsockname()[1]
     with pytest.raises(RuntimeFault, match=f"no Ray answers at http://127.0.0.1:{port}: .*refused"):
         JobClient(f"http://127.0.0.1:{port}", None).version()
+
+
+def test_a_closed_port_of_a_cluster_has_its_cure(monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "t")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with pytest.raises(NoAnswer) as fault:
+        remote_client(f"http://127.0.0.1:{port}").version()
+    assert str(fault.value).endswith(
+        "Connection refused; is the head up, the tunnel to it open, and this its dashboard's port "
+        "(8265 by default)?"
+    )
+
+
+# What Ray's own port begins with: a frame of HTTP/2, and a token that it was not asked for.
+GRPC = b"\x00\x00\x18\x04\x00\x00\x00\x00\x00\x00\x04\x00@\x00\x00\r\nsecret\r\n"
+
+
+def test_a_port_that_speaks_no_http_is_told_in_words():
+    def answer(server):
+        connection, _ = server.accept()
+        connection.recv(100)
+        connection.sendall(GRPC)
+        connection.close()
+
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        Thread(target=answer, args=(server,), daemon=True).start()
+        with pytest.raises(NoAnswer) as fault:
+            JobClient(f"http://127.0.0.1:{server.getsockname()[1]}", None).version()
+    said = str(fault.value)
+    assert said.isprintable()
+    assert (
+        "does not speak HTTP. It may be Ray's own port (6379 by default): give the one of" in said
+    )
+    assert "dashboard (8265 by default)" in said
+
+
+def test_an_open_cluster_is_told_from_one_that_asks_for_the_token():
+    body = json.dumps({"ray_version": "1", "session_name": "s"})
+    with http_server(body=body) as (address, seen):
+        assert JobClient(address, "secret").is_open()
+    assert seen == [("/api/version", None)]
+    for status in (401, 403, 302, 500):
+        with http_server(status, body=body) as (address, _):
+            assert not JobClient(address, "secret").is_open()
+
+
+def test_a_head_without_an_agent_has_its_cure():
+    with (
+        http_server(500, body="No available agent to submit job, please try again later.") as at,
+        pytest.raises(
+            RuntimeFault, match=r"answered 500 .*port 52365: .*dashboard-agent-listen-po"
+        ),
+    ):
+        JobClient(at[0], None).unfinished()
 
 
 def test_a_silent_server_meets_the_deadline():
@@ -172,7 +230,11 @@ def test_an_unusable_token_is_refused(no_tokens, monkeypatch, token):
     [
         ("ray://head:10001", "give the dashboard's, http://head:8265"),
         ("http://ray.example.org:8265", "clear text: use https, or an SSH tunnel"),
-        ("http://10.0.0.7:8265", "clear text"),
+        (
+            "http://10.0.0.7:28265",
+            r"clear text: .*\(ssh -L 28265:localhost:28265 10\.0\.0\.7\) and http://localhost:28265$",
+        ),
+        ("http://head", r"\(ssh -L 8265:localhost:80 head\) and http://localhost:8265$"),
         ("head:8265", r"give http\(s\)://HOST:PORT"),
         ("http://", r"give http\(s\)://HOST:PORT"),
         ("http://head:port", r"give http\(s\)://HOST:PORT"),
@@ -244,6 +306,11 @@ def test_a_submission_id_is_taken_once(ray_head):
 def test_an_unknown_job_is_told_apart(ray_head, call):
     with pytest.raises(UnknownJob, match="has no job never"):
         call(ray_head.client(), "never")
+
+
+@pytest.mark.ray
+def test_ray_with_a_token_is_not_open(ray_head):
+    assert not ray_head.client().is_open()
 
 
 @pytest.mark.ray

@@ -40,6 +40,15 @@ def test_a_token_that_is_refused_is_told_at_once(status):
     assert time.monotonic() - began < 60  # of 300 s
 
 
+def test_a_head_that_is_not_up_is_told_with_its_cure_once():
+    with http_server() as (address, _):
+        pass  # its port is closed now
+    words = ["wait", "--address", address, "--timeout", "0.1"]
+    said = str(typer.testing.CliRunner().invoke(app, words).exception)
+    assert said.startswith(f"after 0 s no Ray answers at {address}: ")
+    assert said.count("is the head up") == 1
+
+
 def test_nodes_that_are_up_are_counted():
     with http_server(body=nodes(node(), node(), node("DEAD"))) as (address, _):
         words = ["wait", "--address", address, "--nodes", "2"]

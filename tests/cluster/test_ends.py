@@ -11,15 +11,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 
 from infl_cluster import head as heads
-from infl_cluster import ray_job
+from infl_cluster import pool, ray_job
 from infl_cluster import status as status_module
 from infl_cluster import watch as watch_module
+from infl_cluster.client import JobClient
 from infl_cluster.driver import stop_on_sigterm
 from infl_cluster.head import listens
 from infl_cluster.pool import why_ended
@@ -145,6 +147,59 @@ def test_a_job_whose_output_does_not_come_has_ended_all_the_same(
     monkeypatch.setattr(ray_job, "client_of", lambda _job: Client())
     told = ray_job.job_watcher({"address": None, "submission_id": "job"})()
     assert told == "the Ray job failed: its output cannot be read: no whole answer in 30 s"
+
+
+def job_that(status: str, output: str = "") -> Any:
+    """Why the watcher of a job says that it has ended."""
+    client: Any = SimpleNamespace(status=lambda _job: status, logs=lambda _job: output)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray_job, "client_of", lambda _job: client)
+        return ray_job.job_watcher({"address": None, "submission_id": "job"})()
+
+
+def test_the_end_of_a_job_is_not_told_in_rays_words() -> None:
+    rays = "Running entrypoint for job run-1: python -m infl_cluster.driver_main runs run\n"
+    assert job_that("RUNNING", rays) is None
+    for status, told in {
+        "SUCCEEDED": "its Ray job ended well, and some of its shards are not done: resume the run",
+        "FAILED": "the Ray job failed: it has no output",
+        "STOPPED": "the Ray job was stopped: it has no output",
+    }.items():
+        assert job_that(status, rays) == told
+    assert job_that("FAILED", f"{rays}error: no room\n") == "the Ray job failed: error: no room"
+
+
+def test_a_ray_that_is_silent_under_a_run_is_told(
+    tmp_path: Path, grad_norms_spec: GradNormsSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the run's status said last, such as that a worker is gone, is of no use any more."""
+    monkeypatch.setattr(ray_job, "SILENCE_S", -1.0)
+    with listening(answers=True) as at:
+        pass  # its port is closed now
+    client = JobClient(f"http://{at}", None)
+    monkeypatch.setattr(ray_job, "client_of", lambda _job: client)
+    run = Run.create(str(tmp_path), grad_norms_spec)
+    with StatusWriter(run) as status:
+        status.says("no progress in shard one for 58 s: process 7, it is gone")
+        status.waits_for(None)
+        found = watch(
+            run, ended=ray_job.job_watcher({"address": "x", "submission_id": "j"}), say=print
+        )
+    assert found["state"] == "interrupted"
+    told = "Ray does not answer any more; resume the run once it is up again: no Ray answers at "
+    assert found["message"] == f"{told}http://{at}: Connection refused"
+
+
+def test_a_driver_looks_whether_ray_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = pool.RayBackend()
+    monkeypatch.setattr(pool, "ASK_S", -1.0)
+    with listening(answers=True) as address:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        assert backend._ray_answers()
+    assert not backend._ray_answers()
+    monkeypatch.setattr(pool, "ASK_S", 60.0)
+    monkeypatch.setattr(pool, "why_ended", lambda: pytest.fail("it was asked a moment ago"))
+    assert not backend._ray_answers()
 
 
 @pytest.mark.parametrize("killed", [True, False])

@@ -8,6 +8,7 @@ import torch
 
 from infl_cluster.how import How, workers_on
 from infl_cluster.pool import RayBackend
+from infl_cluster.room import lack
 from influence_jobs import devices, memory
 from influence_jobs.errors import SpecError
 
@@ -65,3 +66,52 @@ def test_a_part_of_a_gpu_is_a_part_of_its_memory(monkeypatch):
     memory.share_gpu(0.5)
     assert taken == [0.5]
     assert memory.free_bytes(device) == 25
+
+
+Node = tuple[dict[str, float], dict[str, str]]
+SMALL: Node = ({"CPU": 2.0}, {"zone": "a", "kind": "x"})
+LARGE: Node = ({"CPU": 8.0, "GPU": 1.0}, {"zone": "b"})
+
+
+@pytest.mark.parametrize(
+    ("nodes", "wants", "said", "cure"),
+    [
+        ([], {}, "no node of the cluster is up", "add a node"),
+        (
+            [SMALL, LARGE],
+            {"labels": {"zone": "c"}},
+            "no node has the label zone=c: the nodes have zone=a, zone=b",
+            "correct --node-label, or add a node with it",
+        ),
+        (
+            [SMALL],
+            {"labels": {"disk": "ssd"}},
+            "no node has the label disk=ssd: the nodes have none such",
+            "correct --node-label, or add a node with it",
+        ),
+        (
+            [SMALL, SMALL],
+            {"cpus": 4},
+            "a worker takes CPU 4, and the nodes have CPU 2",
+            "add such a node; a resumed run takes as many CPUs as the nodes have then",
+        ),
+        (
+            [SMALL, LARGE],
+            {"gpus": 2.0},
+            "a worker takes CPU 1, GPU 2, and the nodes have CPU 2, GPU 0; CPU 8, GPU 1",
+            "lower --num-gpus, take --device cpu, or add such a node",
+        ),
+        (
+            [SMALL, LARGE],
+            {"cpus": 4, "labels": {"zone": "a"}},
+            "a worker takes CPU 4, and the nodes with zone=a have CPU 2",
+            "add such a node; a resumed run takes as many CPUs as the nodes have then",
+        ),
+    ],
+)
+def test_what_no_node_has_is_told_with_the_cure_that_fits(nodes, wants, said, cure):
+    assert lack(nodes, **{"cpus": 1, "gpus": 0.0, "labels": {}, **wants}) == (said, cure)
+
+
+def test_a_cluster_with_room_lacks_nothing():
+    assert lack([SMALL, LARGE], cpus=4, gpus=0.5, labels={"zone": "b"}) is None

@@ -248,7 +248,8 @@ def test_a_label_that_no_node_has_is_told(
 ) -> None:
     options = {"node_labels": {"zone": "three"}, "placement_timeout_s": 1}
     found, on = request(nodes, tmp_path / "fakes", 2, **options)
-    assert "each asks for CPU 1, GPU 0 with zone=three, the nodes have none" in found["fault"]
+    have = "the nodes have zone=one, zone=two"
+    assert found["fault"].startswith(f"no node has the label zone=three: {have}; correct --node-l")
     assert on == set()
 
 

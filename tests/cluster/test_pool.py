@@ -167,8 +167,9 @@ def test_each_failure_is_handled_by_its_kind(driver):
     starts = {"ok-0": 1, "ok-1": 1, "poison": 1, "killed": 2, "hiccup": 3, "late": 5, "killer": 3}
     assert driver.starts() == starts
     message = next(r.error for r, _ in receipts if r.shard == "killer")
-    assert message.startswith("worker died: ")
-    assert "\n" not in message
+    process = next(worker for name, worker in driver.begun[::-1] if name == "killer")
+    assert message.startswith(f"worker process {process} is gone: ")
+    assert not re.search(r"\n|actor|rpc|Ray", message, re.IGNORECASE)
 
 
 def test_a_fatal_error_ends_the_run_and_its_workers(driver, ray_head):
@@ -240,7 +241,10 @@ def test_workers_that_die_at_once_end_the_run(driver):
 
 def test_a_cluster_that_is_too_small_is_told(driver):
     _, fault = driver.run(["ok"], num_gpus=2, placement_timeout_s=1)
-    assert "each asks for CPU 2, GPU 2, the nodes have CPU 2, GPU 0" in fault
+    assert fault == (
+        "a worker takes CPU 2, GPU 2, and the nodes have CPU 2, GPU 0; lower --num-gpus, take "
+        "--device cpu, or add such a node"
+    )
 
 
 def test_metrics_and_titles_are_shown(driver, ray_head):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from infl_cluster import status as status_module
 from infl_cluster.driver import drive
 from infl_cluster.inline import InlineBackend
 from infl_cluster.status import StatusWriter
@@ -88,3 +89,25 @@ def test_a_run_keeps_where_it_was_computed(tmp_path: Path, grad_norms_spec: Grad
 )
 def test_a_run_of_several_tells_its_place(run: str, needs: list[str], said: str) -> None:
     assert named(run, {"needs": needs}) == said
+
+
+def test_a_shard_that_is_tried_again_is_told(
+    tmp_path: Path, grad_norms_spec: GradNormsSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run.create(str(tmp_path), grad_norms_spec)
+    gone = "worker process south:3 is gone: its node was lost"
+    with StatusWriter(run) as status:
+        status.planned(Plan((), SHARDS, units=600, batch_size=1), {})
+        status.started("a", "south:3")
+        status.count(Receipt("a", "failed", gone, "transient"), retried=True)
+        status.waits_for(None)
+        found = read_status(run)
+        assert found["message"] == f"shard a: {gone}; the shard is tried again"
+        assert found["failures"] == {"a": f"{gone}; the shard is tried again"}
+        assert progress_in_words(found)["shards"] == "0 of 6, retries: 1"
+        monkeypatch.setattr(status_module, "TOLD_S", 0.0)
+        status.count(Receipt("b", "failed", "bad rows", "user"), retried=False)
+        status.waits_for(None)
+        found = read_status(run)
+        assert found["message"] is None
+        assert found["failures"]["b"] == "bad rows"

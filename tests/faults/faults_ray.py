@@ -167,7 +167,7 @@ def worker_out_of_memory(world: World) -> str:
     victims = workers(world)
     with little_memory(victims[0].pid), little_memory(victims[1].pid):
         outcome = ends_well(world)
-    world.says(world.infl("logs", world.id), "this machine killed it for lack of memory")
+    world.says(world.infl("logs", world.id), "its machine killed it for lack of memory")
     return outcome
 
 
@@ -175,7 +175,7 @@ def sample_kills_workers(world: World) -> str:
     world.poison(**{f"s{5 * 256 + 7}": "kills"})
     told = world.submit().told()
     assert told.code == 2
-    world.says(told, "1 of 8 shards failed", "worker died")
+    world.says(told, "1 of 8 shards failed", "worker process", "is gone")
     world.before = world.done()
     outcome = world.check_incomplete()
     world.cure()

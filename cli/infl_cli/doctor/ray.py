@@ -3,7 +3,8 @@
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from infl_cli.doctor.finding import Line
 from influence_jobs.errors import InflError
@@ -28,25 +29,38 @@ def local() -> Iterator[Line]:
         said = f"up at {head.dashboard_url} with {cpus}, {jobs} jobs; token in {head.token_path}"
         yield "ok", "Ray", said
     elif left := remains():
-        said = f"has died and left {len(left)} processes: run infl cluster down"
+        said = f"has died, processes of it are left ({len(left)}): run infl cluster down"
         yield "warn", "Ray", said
     else:
-        yield "none", "Ray", "not up; a run starts one, and so does infl cluster up"
+        said = "not up on this machine; a run without --address starts one, and so does "
+        yield "none", "Ray", f"{said}infl cluster up"
     yield _loopback()
     yield from _full_disk()
     yield from _variables()
 
 
 def remote(address: str) -> Iterator[Line]:
-    """The cluster at an address: does it answer, and take the token?"""
-    from infl_cluster.client import remote_client
+    """The cluster at an address: does it answer, and take the token? What has it?"""
+    from infl_cluster.client import OPEN, remote_client
 
     try:
-        answer = remote_client(address).version()
+        client = remote_client(address)
+        version = client.version()["ray_version"]
+        nodes, is_open = client.nodes(), client.is_open()
     except InflError as error:
         yield "fail", "cluster", str(error)
         return
-    yield "ok", "cluster", f"{address} answers and takes the token; Ray {answer['ray_version']}"
+    answers = "answers" if is_open else "answers and takes the token"
+    yield "ok", "cluster", f"{address} {answers}; Ray {version}; {_size(nodes)}"
+    if is_open:
+        yield "warn", "cluster's token", f"{address} {OPEN}"
+
+
+def _size(nodes: Sequence[Mapping[str, Any]]) -> str:
+    """Nodes, CPUs and GPUs of a cluster in words."""
+    has = [node.get("resources_total") or {} for node in nodes]
+    cpus, gpus = (sum(one.get(name, 0.0) for one in has) for name in ("CPU", "GPU"))
+    return f"nodes {len(nodes)}, CPUs {cpus:g}, GPUs {gpus:g}"
 
 
 def _loopback() -> Line:
