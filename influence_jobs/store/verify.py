@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from influence_jobs.errors import StoreError, first_line
 from influence_jobs.store import layout
-from influence_jobs.store.documents import Entry, PlanFile
+from influence_jobs.store.documents import Entry, PlanFile, Status
 from influence_jobs.store.lease import Lease
 from influence_jobs.store.manifest import checksum
 from influence_jobs.store.run import Run
@@ -118,13 +118,28 @@ def mark_undone(run: Run, shards: dict[str, str]) -> None:
     """
     with Lease(run.files):
         # First: if this is killed halfway, no status of `done` may be left.
-        run.files.delete(layout.STATUS)
-        run.files.delete(layout.JOB)  # it has ended: nobody need wait for it
+        _say_stopped(run, len(shards))
         run.manifest.drop_summary()
         if layout.PLAN in shards:
             run.files.delete(layout.PLAN)
         for shard in shards:
             mark_entry_undone(run, shard)
+
+
+def _say_stopped(run: Run, undone: int) -> None:
+    """Let the status say that the run is to be resumed."""
+    try:
+        found = run.read_json(layout.STATUS, Status)
+    except StoreError:  # it is damaged too
+        found = None
+    if found is None:
+        run.files.delete(layout.STATUS)
+        return
+    shards = max(0, found["shards_done"] - undone)
+    units = (found["units_total"] or 0) * shards // (found["shards_total"] or 1)
+    found |= {"state": "stopped", "phase": None, "shards_done": shards, "units_done": units}
+    message = "infl verify --repair has found shards that are to be computed again"
+    run.write_json(layout.STATUS, {**found, "message": message})
 
 
 def mark_entry_undone(run: Run, shard: str) -> None:

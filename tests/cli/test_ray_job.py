@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -349,7 +350,11 @@ def test_a_repaired_run_is_to_be_resumed(infl: Infl, runs: Path, finished_run: R
     chunk = next(path for path in (folder / "data.zarr").rglob("0") if path.is_file())
     chunk.write_bytes(b"damaged")
     assert infl("verify", "grad", "--repair").code == 0
-    assert f"next    infl resume {finished_run.id}" in infl("status", "grad").out
+    said = infl("status", "grad", "--follow").out
+    assert re.search(rf"^next +infl resume {finished_run.id}$", said, re.MULTILINE)
+    assert re.search(
+        "^message +infl verify --repair has found shards that are to be", said, re.MULTILINE
+    )
 
 
 def test_a_ray_that_is_up_keeps_its_size(infl: Infl, monkeypatch: pytest.MonkeyPatch) -> None:

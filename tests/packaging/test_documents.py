@@ -118,7 +118,12 @@ def _is_tried(language: str, text: str) -> bool:
 def _line_is_tried(line: str) -> bool:
     """A command of infl is parsed below; targets of make and extras of pip must exist."""
     match shlex.split(line, comments=True):
-        case [] | ["infl", *_] | ["source", ".venv/bin/activate"]:
+        case (
+            []
+            | ["infl", *_]
+            | ["source", ".venv/bin/activate"]
+            | ["python3", "-m", "venv", ".venv"]
+        ):
             return True
         case ["make", *targets]:
             return {word for word in targets if "=" not in word} <= TARGETS

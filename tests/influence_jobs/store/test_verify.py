@@ -74,7 +74,10 @@ def test_a_damaged_shard_is_told_from_the_good_ones(
     assert found.good == len(shards) - len(found.damaged)
     mark_undone(run, found.damaged)
     assert set(run.manifest.done()) == {layout.FINISH, *shards} - set(found.damaged)
-    assert read_status(run)["state"] == "new"
+    status = read_status(run)
+    left = len(shards) - len(found.damaged)
+    assert (status["state"], status["shards_done"]) == ("stopped", left)
+    assert status["units_done"] < status["units_total"]
 
 
 def test_tables_are_compared_too(run: Run) -> None:
