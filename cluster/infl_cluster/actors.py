@@ -176,6 +176,8 @@ class Actors:
             return OUT_OF_MEMORY
         if "node has died" in str(error):
             return "its node was lost"
+        if "Worker unexpectedly exits" in str(error):  # as its node tells, which is there
+            return "it crashed or was killed"
         return "its node was lost, or it crashed or was killed"
 
     def _welcome(self, reference: "ray.ObjectRef[Any]") -> None:

@@ -96,6 +96,7 @@ def test_a_refusal_is_forgotten_once_no_worker_is_left(clock):
     ("said", "told"),
     [
         ("RpcError: Socket closed rpc_code: 14", "its node was lost, or it crashed or was killed"),
+        ("Worker exit detail: Worker unexpectedly exits: EOF", "it crashed or was killed"),
         ("The actor died because its node has died. Node Id: 7f", "its node was lost"),
         (
             "Worker exit detail: Task was killed due to the node running low on memory.",
