@@ -105,9 +105,9 @@ def wait(
     nodes: Annotated[int, typer.Option(min=1, help="Number of nodes to wait for.")] = 1,
     timeout: Annotated[float, typer.Option(help="Seconds to wait at most.")] = 300.0,
 ) -> None:
-    """Wait until the nodes of a Ray cluster are up. Without it, a run gets those that join later.
+    """Wait until nodes of a Ray cluster are up. A run may begin before: later ones get workers too.
 
-    How many workers it has at most, and how many CPUs each takes, is set when it begins.
+    How many workers a run has at most, and how many CPUs each takes, is settled when it begins.
     """
     client = remote_client(address)
     began, up, why = time.monotonic(), 0, ""

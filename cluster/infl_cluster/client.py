@@ -96,8 +96,8 @@ class JobClient:
         """
         answer = self._call("GET", "/api/version")
         if not isinstance(answer, dict) or "ray_version" not in answer:
-            raise RuntimeFault(
-                f"no Ray answers at {self.address}: something else is listening there"
+            raise NoAnswer(
+                f"no Ray answers at {self.address}: something else is listening there{self._cure}"
             )
         return answer
 
@@ -237,8 +237,8 @@ class JobClient:
         try:
             return json.loads(text or "null")
         except ValueError:
-            raise RuntimeFault(
-                f"no Ray answers at {self.address}: something else is listening there"
+            raise NoAnswer(
+                f"no Ray answers at {self.address}: something else is listening there{self._cure}"
             ) from None
 
     def _answer(
