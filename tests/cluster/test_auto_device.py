@@ -1,5 +1,6 @@
 """`--device auto` is what the workers find, wherever the run was submitted."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,6 +9,7 @@ import ray
 
 from infl_cluster import pool
 from influence_jobs import devices
+from influence_jobs.store.files import LocalFiles
 
 
 class Runner:
@@ -51,6 +53,7 @@ def test_workers_reserve_gpus_if_the_cluster_has_any(
     asked: float | None,
     gpus: float,
     workers: int,
+    tmp_path: Path,
 ) -> None:
     cluster += offered
     backend = pool.RayBackend(device="auto", num_gpus=asked)
@@ -60,7 +63,7 @@ def test_workers_reserve_gpus_if_the_cluster_has_any(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ray, "remote", lambda _: SimpleNamespace(options=lambda **_: remote))
         spec = SimpleNamespace(kind="kind")
-        run: Any = SimpleNamespace(root="", id="", spec=spec)
+        run: Any = SimpleNamespace(root="", id="", spec=spec, files=LocalFiles(tmp_path))
         backend._start_worker(run, {}, threads=1, workers=1)
     assert given["device"] == ("auto" if gpus else "cpu")
 

@@ -144,7 +144,12 @@ def test_a_tensor_that_samples_share_is_not_cut_with_them(weighted):
         return torch.randn(size, 6), torch.randint(6, (size,)), weights
 
     for engine in engines(Probe().eval(), weighted):
-        with engine, pytest.raises(ModelError, match=r"a batch of 6 samples holds a tensor \(6,\) that has no row"):
+        with (
+            engine,
+            pytest.raises(
+                ModelError, match=r"a batch of 6 samples holds a tensor \(6,\) that has no row"
+            ),
+        ):
             engine(batch(6))
     check(Probe(), losses=weighted, batch=batch(5))
 
