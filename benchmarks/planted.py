@@ -97,14 +97,14 @@ def study(task: FFDNetTask, options: argparse.Namespace) -> None:
             for name, engine in sizes.items():
                 parts = [torch.stack([*engine(batch).values()]).sum(0) for batch in batches]
                 squares[name].append(sum(parts))
-    both = torch.cat(scores).T.numpy()
+    both = torch.cat(scores).T
     influence, products = both[: len(queries)], both[len(queries) :]
-    by_name = {name: torch.cat(parts).numpy() for name, parts in squares.items()}
+    by_name = {name: torch.cat(parts) for name, parts in squares.items()}
     contestants = {
         "EK-FAC": influence,
-        "EK-FAC, theta-relative": relative_scores(influence, by_name["theta"]),
+        "EK-FAC, theta-relative": relative_scores(influence, by_name["theta"])[0],
         "dot product": products,
-        "cosine": relative_scores(products, by_name["gradient"]),
+        "cosine": relative_scores(products, by_name["gradient"])[0],
     }
     where = task.describe(np.arange(everyone))
     print("| method | " + " | ".join(quantities) + " |")
@@ -113,7 +113,7 @@ def study(task: FFDNetTask, options: argparse.Namespace) -> None:
         cells = []
         for quantity in quantities:
             firsts = []
-            for row, (q, test, region) in zip(found, queries, strict=True):
+            for row, (q, test, region) in zip(found.numpy(), queries, strict=True):
                 if q != quantity:
                     continue
                 ranking = -row if quantity == "loss" else -np.abs(row)

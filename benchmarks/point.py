@@ -24,10 +24,11 @@ import typer
 import uvicorn
 from playwright.sync_api import Page, expect, sync_playwright
 
-from influence_jobs.kinds import open_job
+from infl_cluster.status import StatusWriter
+from influence_jobs.kinds import open_job, view_of
 from influence_jobs.kinds.grad_norms.spec import GradNormsSpec
 from influence_jobs.methods.attribution import query_activations
-from influence_jobs.report.explain import Explainer, norms_of
+from influence_jobs.report.explain import Explainer
 from influence_jobs.report.viewer import make_viewer
 from influence_jobs.specs.base import TaskSpec
 from influence_jobs.store.checkpoints import file_checkpoint, load_checkpoint
@@ -59,13 +60,13 @@ def norms_run(root: str, images: Path, weights: Path, samples: int) -> Run:
         run.write_rows(array.name, start, generator.gamma(2.0, 1.0, (rows, array.shape[1])))
     job.write_samples()
     run.manifest.write(Entry(FINISH, 0, 0, 1, spec.hash, "done"))
-    run.write_json("status.json", {"state": "done", "units_done": 1, "units_total": 1})
-    return run
+    with StatusWriter(run):
+        return run
 
 
 def check(run: Run) -> None:
     """Compare one answer with the product over all rows at once."""
-    norms = norms_of(run)
+    norms = view_of(run).stored_norms
     assert norms is not None
     explainer = Explainer(norms)
     model = explainer.task.model().eval()

@@ -24,6 +24,7 @@ from influence_jobs.gradients import GradNorms
 from influence_jobs.models.mnist_mlp import MnistMLP
 from influence_jobs.store import layout
 from influence_jobs.store.checkpoints import file_checkpoint, load_checkpoint
+from influence_jobs.store.documents import Status
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.base import Draw
 from influence_jobs.tasks.mnist import MnistTask
@@ -87,7 +88,7 @@ def command(checkpoints: list[Path], runs: Path) -> dict[str, float]:
     )
     ended = time.time()
     run = Run.open(str(runs), json.loads(done.stdout.splitlines()[-1])["run"])
-    status = run.read_json(layout.STATUS)
+    status = run.read_json(layout.STATUS, Status)
     assert status is not None
     entries = list(run.manifest.done().values())
     first = min(e.finished_at - e.seconds for e in entries if e.finished_at)
