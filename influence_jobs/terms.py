@@ -1,5 +1,6 @@
 """Words that requests, engines and trainer share, and how times, sizes and texts are written."""
 
+import math
 import re
 from collections.abc import Sequence
 from html import escape
@@ -69,6 +70,17 @@ def duration(seconds: float) -> str:
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
+
+
+def is_missing(value: object) -> bool:
+    """Whether a cell of a table has no value: it is None or NaN, and is shown as `-`."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def speed(samples_per_second: float) -> str:
+    """Samples a second as text, such as `1,234 samples/s` or `0.25 samples/s`."""
+    form = ",.0f" if samples_per_second >= 10 else ".2g"
+    return f"{samples_per_second:{form}} samples/s"
 
 
 def size(num_bytes: float) -> str:

@@ -23,7 +23,7 @@ from influence_jobs.kinds import missing_inputs, open_job
 from influence_jobs.kinds.runner import tf32
 from influence_jobs.memory import Peak
 from influence_jobs.store.run import Run
-from influence_jobs.terms import duration, size
+from influence_jobs.terms import duration, size, speed
 
 PROBE_S = 2.0
 CLUSTER_S = 10.0  # for the answer of a cluster
@@ -132,9 +132,9 @@ def print_plan(run: Run, how: How, *, json: bool) -> None:
 def _time(estimate: Estimate) -> str:
     if not estimate.plan.shards:
         return "nothing of its own"
-    if estimate.seconds is None:
+    if estimate.rate is None or estimate.seconds is None:
         return "unknown: the task's own train() takes it"
-    return f"about {duration(estimate.seconds)} at {estimate.rate:,.0f} samples/s"
+    return f"about {duration(estimate.seconds)} at {speed(estimate.rate)}"
 
 
 def _workers(how: How) -> tuple[int, str]:

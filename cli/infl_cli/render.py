@@ -10,7 +10,7 @@ import typer
 from rich.cells import cell_len
 from rich.console import Console
 
-from influence_jobs.terms import in_a_line, shown
+from influence_jobs.terms import in_a_line, is_missing, shown
 
 if TYPE_CHECKING:
     from influence_jobs.store.run import Run
@@ -81,14 +81,24 @@ def print_table(
 
 
 def _cells(values: Sequence[object]) -> list[str]:
-    """A column as text. Fractions have five digits of the largest, and aligned decimal points."""
+    """A column as text. Fractions have five digits of the largest, and aligned decimal points.
+
+    `-` stands for a number that there is not.
+    """
     fractions = [value for value in values if isinstance(value, float) and math.isfinite(value)]
     if not fractions:
-        return [str(value) for value in values]
+        return ["-" if is_missing(value) else str(value) for value in values]
     largest = max(map(abs, fractions))
     decimals = 4 - math.floor(math.log10(largest)) if largest else 0
     form = f".{decimals}f" if 0 <= decimals <= 8 else ".5g"
-    return [format(value, form) if isinstance(value, float) else str(value) for value in values]
+    return [
+        "-"
+        if is_missing(value)
+        else format(value, form)
+        if isinstance(value, float)
+        else str(value)
+        for value in values
+    ]
 
 
 def run_summary(run: "Run", status: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from influence_jobs.memory import Peak
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.base import Draw, Task, to_device
 from influence_jobs.tasks.own_code import described
-from influence_jobs.terms import duration, size
+from influence_jobs.terms import duration, size, speed
 from influence_jobs.training.train import initial_model
 
 PROBE_S = 0.5
@@ -72,8 +72,7 @@ def _estimate(name: str, words: Mapping[str, Any], trial: Trial) -> str:
     if trial.device.type == "cuda":
         memory += f", {size(torch.cuda.max_memory_allocated())} of the GPU"
     return (
-        f"about {duration(plan.units / rate)} at {rate:,.0f} samples/s on one "
-        f"{trial.device.type}, {memory}"
+        f"about {duration(plan.units / rate)} at {speed(rate)} on one {trial.device.type}, {memory}"
     )
 
 

@@ -1,5 +1,8 @@
 """Means with bootstrap intervals."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +20,14 @@ class Interval(NamedTuple):
     high: float
 
 
+@contextmanager
+def no_warning_of_ties() -> Iterator[None]:
+    """Values of which too many are equal have no interval: its NaN says it, no warning need."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+        yield
+
+
 def mean_interval(values: npt.NDArray[np.floating]) -> Interval:
     """The mean of independent values, with the interval of the BCa bootstrap (Efron 1987).
 
@@ -30,11 +41,12 @@ def mean_interval(values: npt.NDArray[np.floating]) -> Interval:
         return Interval(mean, np.nan, np.nan)
     if np.ptp(values) == 0:
         return Interval(mean, mean, mean)
-    found = stats.bootstrap(
-        (values,),
-        np.mean,
-        confidence_level=LEVEL,
-        method="BCa",
-        rng=np.random.default_rng(0),
-    ).confidence_interval
+    with no_warning_of_ties():
+        found = stats.bootstrap(
+            (values,),
+            np.mean,
+            confidence_level=LEVEL,
+            method="BCa",
+            rng=np.random.default_rng(0),
+        ).confidence_interval
     return Interval(mean, float(found.low), float(found.high))

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from influence_jobs.experiments.intervals import LEVEL, Interval
+from influence_jobs.experiments.intervals import LEVEL, Interval, no_warning_of_ties
 
 RESAMPLES = 499  # few, since each of them ranks the values of all queries anew
 
@@ -140,15 +140,16 @@ def _resampled(statistic: Callable[[npt.NDArray[np.int64]], float], num_subsets:
     subsets = np.arange(num_subsets)
     if np.isnan(value := statistic(subsets)):
         return Interval(np.nan, np.nan, np.nan)
-    found = stats.bootstrap(
-        (subsets,),
-        statistic,
-        vectorized=False,
-        n_resamples=RESAMPLES,
-        confidence_level=LEVEL,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    ).confidence_interval
+    with no_warning_of_ties():
+        found = stats.bootstrap(
+            (subsets,),
+            statistic,
+            vectorized=False,
+            n_resamples=RESAMPLES,
+            confidence_level=LEVEL,
+            method="percentile",
+            rng=np.random.default_rng(0),
+        ).confidence_interval
     return Interval(value, float(found.low), float(found.high))
 
 

@@ -9,7 +9,7 @@ from influence_jobs.store.folder import for_runs
 from influence_jobs.store.lease import holder_of, is_alive
 from influence_jobs.store.process import oom_kills
 from influence_jobs.store.run import Run, now
-from influence_jobs.terms import duration
+from influence_jobs.terms import duration, speed
 
 MOST_NODES = 8  # that are named
 STALE_S = 20.0  # a driver that has not written for this long is taken for dead
@@ -106,8 +106,8 @@ def progress_in_words(status: dict[str, Any]) -> dict[str, str]:
         "samples": f"{status['units_done']:,} of {status['units_total']:,}",
         "shards": ", ".join(filter(None, [shards, repeats(status)])),
     }
-    if status["state"] == "running" and (speed := rate_and_eta(status)):
-        found["speed"] = f"{speed[0]:,.0f} samples/s, ETA {duration(speed[1])}"
+    if status["state"] == "running" and (found_at := rate_and_eta(status)):
+        found["speed"] = f"{speed(found_at[0])}, ETA {duration(found_at[1])}"
     nodes = status.get("nodes", {})
     if done_on := _largest({host: share["shards"] for host, share in nodes.items()}):
         found["shards by node"] = done_on

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from influence_jobs.terms import is_missing
+
 
 @dataclass(frozen=True)
 class Table:
@@ -29,7 +31,9 @@ class Table:
 
 
 def cell_text(value: object) -> str:
-    """A value as text: fractions with three digits, large numbers with commas."""
+    """A value as text: fractions with three digits, large numbers with commas; `-` for none."""
+    if is_missing(value):
+        return "-"
     if isinstance(value, float):
         return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.3g}"
     return str(value)

@@ -93,7 +93,8 @@ class AblationView(View[AblationSpec]):
                     row["by"],
                     row["k"],
                     row["mean_change"],
-                    *(("-", "-") if row["low"] != row["low"] else (row["low"], row["high"])),
+                    row["low"],
+                    row["high"],
                     row["mean_loss"],
                     row["mean_loss_before"],
                     f"{row['changed_decisions']} of {row['decisions']}"

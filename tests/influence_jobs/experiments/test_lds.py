@@ -125,3 +125,12 @@ def test_seeds_that_do_not_agree_allow_nothing() -> None:
     opposed = np.stack([np.arange(9.0), -np.arange(9.0)], axis=1)[:, :, None]
     assert ceiling(opposed).value == 0
     assert np.isnan(ceiling(np.ones((9, 2, 3))).value)
+
+
+def test_four_subsets_have_no_interval_and_no_warning(recwarn: pytest.WarningsRecorder) -> None:
+    """Some of their resamples have all subsets alike, and so no correlation."""
+    rng = np.random.default_rng(0)
+    found = mean_lds(rng.normal(size=(1, 4)), rng.normal(size=(1, 4)))
+    assert np.isfinite(found.mean)
+    assert np.isnan(found.low)
+    assert not recwarn.list

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from infl_cli.render import print_table
+from influence_jobs.terms import speed
 from influence_jobs.views import scores as scores_view
 from influence_jobs.views.contact_sheet import Cell
 from influence_jobs.views.figure import file_name
@@ -25,13 +27,30 @@ from influence_jobs.views.table import Table, cell_text
         (-123456.7, "-123,457"),
         (1e7, "1e+07"),
         (9.99e6, "9,990,000"),
-        (float("nan"), "nan"),
+        (float("nan"), "-"),
+        (None, "-"),
         (123456, "123456"),
         ("loss", "loss"),
     ],
 )
 def test_numbers_have_three_digits_and_thousands_apart(value: object, text: str) -> None:
     assert cell_text(value) == text
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"), [(12345.6, "12,346"), (10, "10"), (0.254, "0.25"), (7.04, "7")]
+)
+def test_slow_speeds_are_not_zero(rate: float, text: str) -> None:
+    assert speed(rate) == f"{text} samples/s"
+
+
+def test_a_missing_number_is_the_same_in_all_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [("a", 0.5, None), ("b", float("nan"), float("nan"))]
+    print_table(("method", "mean", "low"), rows)
+    assert [line.split() for line in capsys.readouterr().out.splitlines()[1:]] == [
+        ["a", "0.50000", "-"],
+        ["b", "-", "-"],
+    ]
 
 
 def test_a_table_in_markdown() -> None:
