@@ -24,10 +24,14 @@ def threads() -> int:
     return min(cores(), int(asked)) if asked.isdecimal() and int(asked) else cores()
 
 
+def spins() -> dict[str, str]:
+    """How long idle threads wait, for an environment; nothing if the user has said it in ours."""
+    return {} if {"OMP_WAIT_POLICY", *SPINS} & os.environ.keys() else SPINS
+
+
 def let_idle_threads_sleep() -> None:
     """Set how long idle threads wait, unless the user has. Without effect once torch is loaded."""
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.update(SPINS | {n: os.environ[n] for n in SPINS if n in os.environ})
+    os.environ.update(spins())
 
 
 def has_cuda() -> bool:

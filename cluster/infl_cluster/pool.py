@@ -25,7 +25,7 @@ from infl_cluster.nodes import require_same_software
 from infl_cluster.retry import RetryPolicy
 from infl_cluster.room import lack, wanted
 from infl_cluster.stragglers import Pace
-from influence_jobs.devices import SPINS, Device, resolved
+from influence_jobs.devices import Device, resolved, spins
 from influence_jobs.errors import DataError, InflError, RuntimeFault, StoreError
 from influence_jobs.jobs.base import Receipt, Shard
 from influence_jobs.kinds.runner import progress_every_s, this_process
@@ -227,8 +227,10 @@ class RayBackend:
             "label_selector": self._node_labels,
             "runtime_env": {"env_vars": _worker_environment(threads)},
         }
+        holder = holder_of(run.files)  # this driver
+        owner = holder["owner"] if holder else None
         actors = Actors(
-            lambda: self._start_worker(run, options, threads, workers),
+            lambda: self._start_worker(run, options, threads, workers, owner),
             run.spec.kind,
             stalled_after_s,
         )
@@ -303,9 +305,13 @@ class RayBackend:
         return [node for node in nodes if node["Alive"] and labels <= node["Labels"].items()]
 
     def _start_worker(
-        self, run: Run, options: Mapping[str, Any], threads: int, workers: int
+        self,
+        run: Run,
+        options: Mapping[str, Any],
+        threads: int,
+        workers: int,
+        owner: str | None,
     ) -> Actor:
-        holder = holder_of(run.files)
         return (
             ray.remote(ShardWorker)
             .options(**options)
@@ -319,7 +325,7 @@ class RayBackend:
                 runner=self._runner,
                 gpu_share=min(1.0, self._num_gpus),
                 workers=workers,
-                owner=holder["owner"] if holder else None,
+                owner=owner,
             )
         )
 
@@ -380,7 +386,7 @@ def _refusal(error: Exception) -> str:
 
 def _worker_environment(threads: int) -> dict[str, str]:
     environment = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    environment |= MALLOC | SPINS
+    environment |= MALLOC | spins()
     if "PYTHONPATH" in os.environ:  # leads to the user's own task
         environment["PYTHONPATH"] = os.environ["PYTHONPATH"]
     return environment | dict(store_access.for_workers())

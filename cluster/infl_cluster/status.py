@@ -165,11 +165,12 @@ class StatusWriter:
                 self._status["shards_done"] += 1
                 self._status["failures"].pop(receipt.shard, None)
             else:
-                error = f"{receipt.error}; the shard is tried again" if retried else receipt.error
-                if len(self._status["failures"]) < MAX_FAILURES:
-                    self._status["failures"][receipt.shard] = error
+                told = self._status["failures"]
+                if len(told) < MAX_FAILURES or receipt.shard in told:
+                    told[receipt.shard] = receipt.error
                 if retried:
-                    self._rescue = f"shard {receipt.shard}: {error}", time.monotonic()
+                    line = f"shard {receipt.shard}: {receipt.error}; the shard is tried again"
+                    self._rescue = line, time.monotonic()
             self._status["retries"] += retried
 
     def again(self, shards: "Sequence[Shard]") -> None:

@@ -9,6 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from influence_jobs.errors import DataError, ModelError
 from influence_jobs.gradients.batches import one_sample
 from influence_jobs.gradients.one_loss_each import mixed_losses, wrong_losses
+from influence_jobs.memory import is_out_of_memory
 from influence_jobs.tasks.base import Batch, Task
 from influence_jobs.tasks.output_loss import SUM_ERROR, Form, alike, which_forms_give
 
@@ -103,13 +104,17 @@ def _named(task: Task) -> str:
 def _mixed_losses(task: Task, model: nn.Module, batch: Batch, size: int) -> str:
     """How the losses of the first samples depend on others of the batch, or nothing."""
     losses_B = task.losses(model, batch)
+    if len(losses_B) == 1 < size:
+        return wrong_losses(losses_B, torch.Size([size]))
     if len(losses_B) != size:  # outputs of positions
         return ""
     try:
         alone_B = torch.cat(
             [task.losses(model, one_sample(batch, i, size)) for i in range(min(size, 2))]
         )
-    except (RuntimeError, ValueError, IndexError):  # a batch that cannot be cut
+    except Exception as error:  # a batch that cannot be cut
+        if is_out_of_memory(error):
+            raise
         return ""
     together_B = losses_B[: len(alone_B)]
     if alone_B.shape != together_B.shape or alike(alone_B, together_B):

@@ -45,7 +45,7 @@ def per_sample_gradients(
         size = len(losses(model, batch))
     model = copy.deepcopy(model).double().requires_grad_(False)
     weights = {name: model.get_submodule(name).weight for name in layers}
-    leaves, structure = flattened(_double(batch))
+    leaves, structure = flattened(doubled(batch))
     mapped = [isinstance(leaf, Tensor) and has_samples(leaf, size) for leaf in leaves]
     axes = [0 if of_sample else None for of_sample in mapped]
 
@@ -87,12 +87,13 @@ def gradients_one_by_one(
     chosen = [model.get_parameter(name).requires_grad_(True) for name in parameters]
     rows = []
     for i in range(size):
-        loss = losses(model, one_sample(_double(batch), i, size)).squeeze(0)
+        loss = losses(model, one_sample(doubled(batch), i, size)).squeeze(0)
         rows.append(torch.autograd.grad(loss, chosen, materialize_grads=True))
     return {
         name: torch.stack(of) for name, of in zip(parameters, zip(*rows, strict=True), strict=True)
     }
 
 
-def _double(batch: Any) -> Any:
+def doubled(batch: Any) -> Any:
+    """A batch with its floating-point tensors in float64."""
     return map_tensors(lambda t: t.double() if t.is_floating_point() else t, batch)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from influence_jobs.errors import ModelError
 from influence_jobs.gradients.batches import KINDS, one_sample, plain_leaves
 from influence_jobs.gradients.fallback import Fallback
+from influence_jobs.gradients.kinks import lies_at_a_kink
 from influence_jobs.gradients.one_loss_each import CAUSES, wrong_losses
 from influence_jobs.gradients.recorded_call import RecordedCall
 from influence_jobs.gradients.requirements import require_independent_samples
@@ -114,12 +115,7 @@ class TappedModel(ABC):
     def check(self, batch: Any) -> None:
         """Compare the results of the first two samples with plain autograd of each sample alone.
 
-        A sample whose loss is the same alone and in the batch may lie at a kink, where rounding
-        decides which gradient it has: it is compared within the batch.
-
-        This finds faults that the modules do not show: a weight that is also used outside its
-        module, samples that influence each other, losses averaged over the batch, dropout called as
-        a function.
+        A sample at a kink is compared with plain autograd within its batch (see `kinks`).
 
         Args:
             batch: Two samples are enough. Tensors whose first axis has length B are cut to one
@@ -130,23 +126,32 @@ class TappedModel(ABC):
         """
         results = self(batch)
         size = len(next(iter(results.values())))
-        alone = [
+        plain = [
             self._of_gradients(self._plain_gradients(one_sample(batch, i, size)))
             for i in range(min(size, 2))
         ]
-        scales = {
-            name: torch.cat([one[name][1] for one in alone]).nan_to_num(nan=0, posinf=0).amax(0)
-            for name in results
-        }
-        for i, one in enumerate(alone):
-            if any(
-                self._wrong(found[i : i + 1], one[name][0], scales[name]).any()
-                for name, found in results.items()
-            ) and (gradients := self._plain_in_batch(batch, i, size)):
-                alone[i] = self._of_gradients(gradients)
+        try:
+            self._compare(results, plain)
+        except ModelError:
+            if self._precision != "float32":
+                raise
+            parameters = self._parameters().values()
+            at_kinks = [
+                i
+                for i in range(len(plain))
+                if lies_at_a_kink(self._model, self._losses, parameters, batch, i, size)
+            ]
+            for i in at_kinks:
+                plain[i] = self._of_gradients(self._plain_in_batch(batch, i))
+            self._compare(results, plain)
+
+    def _compare(
+        self, results: Mapping[str, Tensor], plain: Sequence[dict[str, tuple[Tensor, Tensor]]]
+    ) -> None:
         for name, found in results.items():
-            expected = torch.cat([one[name][0] for one in alone])
-            self._require_equal(name, found[: len(expected)], expected, scales[name])
+            expected = torch.cat([one[name][0] for one in plain])
+            scale = torch.cat([one[name][1] for one in plain]).nan_to_num(nan=0, posinf=0).amax(0)
+            self._require_equal(name, found[: len(expected)], expected, scale)
 
     def close(self) -> None:
         """Remove the hooks and restore every parameter's `requires_grad`. May be called again."""
@@ -395,32 +400,20 @@ class TappedModel(ABC):
             )
         return {n: g.to(self._dtype) for n, g in zip(parameters, gradients, strict=True)}
 
-    def _plain_in_batch(self, batch: Any, i: int, size: int) -> dict[str, Tensor]:
-        """Gradients of one sample's loss within its batch; empty if its loss is another one alone.
-
-        At a kink of a ReLU or a maximum the rounding of a batch may take the other side: then the
-        gradients differ, and both are right.
-        """
+    def _plain_in_batch(self, batch: Any, i: int) -> dict[str, Tensor]:
+        """Gradients of one sample's loss within its batch by autograd and nothing else."""
         parameters = self._parameters()
         with thawed(parameters.values()), torch.enable_grad():
-            losses = self._forward(batch)
-            alone = self._forward(one_sample(batch, i, size)).detach()[0]
-            if (losses[i] - alone).abs() > TOLERANCE[self._precision] / 10 * alone.abs():
-                return {}
-            gradients = torch.autograd.grad(
-                losses[i], list(parameters.values()), materialize_grads=True
-            )
+            loss = self._forward(batch)[i]
+            gradients = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
         return {n: g.to(self._dtype) for n, g in zip(parameters, gradients, strict=True)}
 
-    def _wrong(self, found: Tensor, expected: Tensor, scale: Tensor) -> Tensor:
-        limit = TOLERANCE[self._precision]
-        differs = (found - expected).abs() > limit * scale
-        return differs | (found.isnan() != expected.isnan())
-
     def _require_equal(self, name: str, found: Tensor, expected: Tensor, scale: Tensor) -> None:
-        limit, wrong = TOLERANCE[self._precision], self._wrong(found, expected, scale)
+        limit = TOLERANCE[self._precision]
+        error = (found - expected).abs()
+        wrong = (error > limit * scale) | (found.isnan() != expected.isnan())
         if wrong.any():
-            worst = ((found - expected).abs() / scale)[wrong].max().item()
+            worst = (error / scale)[wrong].max().item()
             raise ModelError(
                 f"layer '{name}': per-sample {self._result} differ from those of each sample "
                 f"alone by {worst:.1e} of {self._relative_to} ({limit:g} is allowed): use the "

@@ -32,7 +32,7 @@ from influence_jobs.specs.solvers import (
 )
 from influence_jobs.tasks.base import Draw, Task, converted, dtype_of, to_type
 from influence_jobs.tasks.layers import by_type, left_out, resolve_layers, trained_modules
-from influence_jobs.tasks.output_loss import forms_of, require_outputs_of_loss
+from influence_jobs.tasks.output_loss import forms_of
 from influence_jobs.terms import FullPrecision, JobPrecision, ScorePrecision
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 # Without --curvature-samples: all, as 1,000 of 5,000 gave half the LDS; but samples x parameters,
 # the cost of a product, have a limit.
 MOST_WORK, LEAST_SAMPLES = 10**10, 10_000
+MOST_LOOKED_AT = 50_000_000  # parameters of a model that is tried before its run
 LOOKED_AT = 4  # samples whose losses are compared with what `output_loss` says of them
 
 
@@ -166,22 +167,25 @@ def _require_output_loss(task: Task) -> None:
 
     Raises:
         ModelError: The untrained model shows it on a few samples, on the CPU. What fails there
-            otherwise is left to the run, which may have a GPU.
-        SpecError: The task defines no outputs or no targets.
+            otherwise is left to the run, which may have a GPU, and so are large models.
     """
-    require_outputs_of_loss(type(task))
     forms = forms_of(task)
     try:
         model, converts = converted(task, torch.device("cpu"))
+        if sum(parameter.numel() for parameter in model.parameters()) > MOST_LOOKED_AT:
+            return
         batch = task.batch(torch.arange(min(LOOKED_AT, len(task.train_data()))), Draw(seed=0))
         batch = to_type(batch, dtype_of(model)) if converts else batch
         losses = task.losses(model, batch)
-        if isinstance(losses, torch.Tensor) and not losses.isfinite().all():
-            return  # trained weights may give better ones
+    except Exception:  # noqa: BLE001  (whatever the user's code raises)
+        return
+    if isinstance(losses, torch.Tensor) and not losses.isfinite().all():
+        return  # trained weights may give better ones
+    try:
         require_output_loss(task, model, batch, forms)
     except InflError:
         raise
-    except Exception:  # noqa: BLE001, S110  (whatever the user's code raises)
+    except Exception:  # noqa: BLE001, S110  (as above)
         pass
 
 

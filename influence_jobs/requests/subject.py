@@ -35,6 +35,7 @@ from influence_jobs.store.run import Run
 from influence_jobs.store.status import is_done
 from influence_jobs.tasks.base import Task, defines
 from influence_jobs.tasks.fingerprints import fingerprinted
+from influence_jobs.tasks.output_loss import require_outputs_of_loss
 from influence_jobs.tasks.registry import (
     arguments_of,
     folder_of,
@@ -118,6 +119,7 @@ def task_of(
             others each time.
     """
     spec, task = built_task(request, say, trained=trained)
+    require_outputs_of_loss(type(task))
     require_rows(task)
     data, code = fingerprinted(spec.name, task, like=trained)
     if trained is not None and trained.name == spec.name:

@@ -28,7 +28,10 @@ from influence_jobs.store.process import is_running
 TTL_S = 30.0
 BEAT_S = 5.0
 WATCH_S = 12.0  # a live holder has a heartbeat in it
-SHOWN_S = 10.0  # a network file system shows a new file so late
+# A network file system shows a file that is new, or was replaced, so late: NFS keeps what it has
+# seen of a folder for up to 60 seconds.
+SHOWN_S = 70.0
+NO_FOLDER_S = 10.0  # so long a folder is waited for of which nothing is there
 CLOCKS_S = 3600.0  # clocks do not differ by so much
 
 
@@ -185,9 +188,15 @@ def require_held_by(files: Files, owner: str) -> None:
     Raises:
         StoreError: It is another folder, or there is none.
     """
-    last = time.monotonic() + SHOWN_S
-    while (holder := holder_of(files)) is None or holder["owner"] != owner:
-        if time.monotonic() > last:
+    began = time.monotonic()
+    while True:
+        try:
+            holder = holder_of(files)
+        except OSError:  # it is being replaced
+            holder = None
+        if holder is not None and holder["owner"] == owner:
+            return
+        if time.monotonic() - began > (NO_FOLDER_S if holder is None else SHOWN_S):
             raise StoreError(
                 f"{files.url} is not the folder of the run there, but another one or none: put the "
                 "runs on storage that all nodes share, and name that with --runs"

@@ -1,6 +1,6 @@
 """Check that the data of a run match its manifest."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from influence_jobs.errors import StoreError, first_line
@@ -118,7 +118,7 @@ def mark_undone(run: Run, shards: dict[str, str]) -> None:
     """
     with Lease(run.files):
         # First: if this is killed halfway, no status of `done` may be left.
-        _say_stopped(run, len(shards))
+        _say_stopped(run, shards)
         run.manifest.drop_summary()
         if layout.PLAN in shards:
             run.files.delete(layout.PLAN)
@@ -126,7 +126,7 @@ def mark_undone(run: Run, shards: dict[str, str]) -> None:
             mark_entry_undone(run, shard)
 
 
-def _say_stopped(run: Run, undone: int) -> None:
+def _say_stopped(run: Run, undone: Collection[str]) -> None:
     """Let the status say that the run is to be resumed."""
     try:
         found = run.read_json(layout.STATUS, Status)
@@ -135,7 +135,7 @@ def _say_stopped(run: Run, undone: int) -> None:
     if found is None:
         run.files.delete(layout.STATUS)
         return
-    shards = max(0, found["shards_done"] - undone)
+    shards = len(run.manifest.done().keys() - {*undone, layout.FINISH})
     units = (found["units_total"] or 0) * shards // (found["shards_total"] or 1)
     found |= {"state": "stopped", "phase": None, "shards_done": shards, "units_done": units}
     message = "infl verify --repair has found shards that are to be computed again"

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, get_type_hints
 from influence_jobs.errors import DataError, SpecError, UntrustedCode
 from influence_jobs.specs.base import TaskSpec
 from influence_jobs.tasks.base import Task
-from influence_jobs.tasks.output_loss import require_outputs_of_loss
 from influence_jobs.tasks.own_code import described, is_own
 from influence_jobs.tasks.published import Published
 from influence_jobs.tasks.trust import let_import, make_trusted
@@ -189,11 +188,9 @@ def make_task(spec: TaskSpec) -> Task:
 
     Raises:
         DataError: A file that it reads is not on this machine.
-        SpecError: The task is unknown, it does not have one of the options, or it lacks what its
-            `output_loss` is of.
+        SpecError: The task is unknown, or it does not have one of the options.
     """
     found = task_class(spec)
-    require_outputs_of_loss(found)
     arguments = {**spec.options, **spec.paths}
     takes = arguments_of(found)
     for name in arguments:
@@ -203,7 +200,7 @@ def make_task(spec: TaskSpec) -> Task:
         return found(**arguments)
     except FileNotFoundError as error:
         raise DataError(
-            f"task {spec.name!r} finds no {error.filename} on {socket.gethostname()}"
+            f"task {spec.name!r} finds no {error.filename or error} on {socket.gethostname()}"
         ) from error
 
 

@@ -128,7 +128,7 @@ def test_a_loss_of_outputs_that_are_not_there_is_refused_before_anything_is_comp
     assert not (tmp_path / "runs").exists()
     checked = infl("check", "begun_here.py:MyTask")
     assert f"\nfail  gauss-newton: {said}" in checked.out
-    assert checked.out.count(said) == 2  # and once for the kinds of runs together
+    assert checked.out.count(said) == 3  # and of a training, and of the kinds of runs together
     assert "\nwarn  time: refused: train, grad-norms --layer all, " in checked.out
 
 

@@ -28,7 +28,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_the_dashboard_of_this_machine_is_opened(infl: Infl, opened: list[str]) -> None:
     answer = infl("cluster", "dashboard")
-    assert answer.err == "opens http://127.0.0.1:1 in your browser\nit is signed in\n"
+    assert answer.err == "http://127.0.0.1:1 is opened in your browser\nit is signed in\n"
     assert opened == ["http://127.0.0.1:1"]
 
 

@@ -64,7 +64,7 @@ def test_workers_reserve_gpus_if_the_cluster_has_any(
         patch.setattr(ray, "remote", lambda _: SimpleNamespace(options=lambda **_: remote))
         spec = SimpleNamespace(kind="kind")
         run: Any = SimpleNamespace(root="", id="", spec=spec, files=LocalFiles(tmp_path))
-        backend._start_worker(run, {}, threads=1, workers=1)
+        backend._start_worker(run, {}, threads=1, workers=1, owner=None)
     assert given["device"] == ("auto" if gpus else "cpu")
 
 

@@ -4,7 +4,6 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,11 +13,13 @@ from infl_cluster import driver as driver_module
 from infl_cluster import driver_main, shipping, versions
 from infl_cluster.driver import drive
 from infl_cluster.inline import InlineBackend
-from infl_cluster.pool import RayBackend, ShardWorker
+from infl_cluster.pool import ShardWorker
 from influence_jobs.errors import DataError, ModelError, StoreError
 from influence_jobs.kinds.grad_norms.spec import GradNormsSpec
 from influence_jobs.specs.base import TaskSpec
+from influence_jobs.store import layout
 from influence_jobs.store import lease as lease_module
+from influence_jobs.store.files import LocalFiles
 from influence_jobs.store.lease import Lease, holder_of
 from influence_jobs.store.run import Run
 from influence_jobs.store.status import is_done, read_status
@@ -28,7 +29,8 @@ from influence_jobs.tasks.registry import make_task
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease_module, "SHOWN_S", 0.0)
+    for name in ("SHOWN_S", "NO_FOLDER_S"):
+        monkeypatch.setattr(lease_module, name, 0.0)
     monkeypatch.setattr(driver_module, "SHOWN_S", 0.0)
 
 
@@ -53,6 +55,25 @@ def test_a_run_is_not_done_if_its_folder_lacks_records(
     assert not is_done(run)
     drive(run.root, run.id, InlineBackend())
     assert find_damage(run).missing == ()
+
+
+def test_a_listing_that_is_old_ends_no_run(
+    tmp_path: Path, grad_norms_spec: GradNormsSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS shows what it has seen of a folder for up to a minute; a file is found by its name."""
+    run = Run.create(str(tmp_path), grad_norms_spec)
+    train = Run.create(run.root, grad_norms_spec.checkpoints[0].train)  # type: ignore[union-attr]
+    drive(train.root, train.id, InlineBackend())
+    names = LocalFiles.names
+
+    def old(self: LocalFiles, folder: str) -> list[str]:
+        return [] if folder == layout.MANIFEST and run.id in self.url else names(self, folder)
+
+    monkeypatch.setattr(LocalFiles, "names", old)
+    told: list[str] = []
+    monkeypatch.setattr(driver_module, "_finish", lambda run, job: told.append(run.id))
+    drive(run.root, run.id, InlineBackend())
+    assert told == [run.id]
 
 
 @pytest.fixture
@@ -92,12 +113,6 @@ def test_a_worker_refuses_another_folder_of_the_same_path(
         holder = holder_of(run.files)
         assert holder is not None
         assert refusal_of(tmp_path, run.id, owner=holder["owner"]) == ""
-        # The driver tells its workers which lease it holds.
-        told: dict[str, Any] = {}
-        remote = SimpleNamespace(remote=lambda *_, **given: told.update(given))
-        monkeypatch.setattr(ray, "remote", lambda _: SimpleNamespace(options=lambda: remote))
-        RayBackend(1)._start_worker(run, {}, 1, 1)
-        assert told["owner"] == holder["owner"]
 
 
 @pytest.mark.usefixtures("nodes")

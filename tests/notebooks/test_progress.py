@@ -68,7 +68,9 @@ def test_one_output_is_updated_and_ends_with_the_result(executed) -> None:
     assert any(re.search(r"\d+%  [\d,]+ of [\d,]+ samples, .*ETA \d+:\d\d", t) for t in texts)
     assert "<progress" in "".join(content["data"]["text/html"] for _, content in shown)
     last = texts[-1].splitlines()
-    assert re.fullmatch(r"influence-digitstask-\w+: done, 1,500 samples in \d+:\d\d", last[-1])
+    assert re.fullmatch(
+        r"influence-digitstask-\w+ \(3 of 3\): done, 1,500 samples in \d+:\d\d", last[-1]
+    )
     assert all(": done, " in line for line in last)
     (output,) = [o for o in cells[1].outputs if o.output_type == "display_data"]
     assert output["data"]["text/plain"] == texts[-1]

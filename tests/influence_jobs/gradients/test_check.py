@@ -161,7 +161,7 @@ def test_losses_that_almost_vanish_are_not_taken_for_others():
 
 
 class AtAKink(nn.Module):
-    """The ReLU of the second layer is at zero, and in a batch rounding goes to the other side."""
+    """A ReLU is at zero, and in a batch the rounding of float32 goes to the other side."""
 
     def __init__(self):
         super().__init__()
@@ -169,7 +169,7 @@ class AtAKink(nn.Module):
 
     def forward(self, x):
         h = self.first(x)
-        side = 1e-12 if len(x) == 1 else -1e-12
+        side = (1e-12 if len(x) == 1 else -1e-12) * (x.dtype == torch.float32)
         return self.second(x) + F.relu(h - h.detach() + side)
 
 
@@ -196,3 +196,31 @@ class OthersInTheGradient(nn.Module):
 def test_a_gradient_of_other_samples_is_found_where_the_losses_are_the_same():
     with pytest.raises(ModelError, match=r"layer 'first': per-sample norms differ"):
         check(OthersInTheGradient(), batch=torch.randn(3, 6))
+
+
+class StandardisedLosses(nn.Module):
+    """Each loss is right up to what the batch decides, and of one sample there is none."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.first, self.second, self.how = nn.Linear(6, 6), nn.Linear(6, 6), how
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+    def losses(self, model, x):
+        found = losses(model, x)
+        if self.how == "by their spread":
+            return found / found.std().detach()
+        return 1e4 + found / len(x)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("how", ["by their spread", "divided, with an offset"])
+@pytest.mark.parametrize("size", [2, 6])
+def test_losses_of_a_batch_are_no_kink(precision, how, size):
+    for seed in range(5):
+        torch.manual_seed(seed)
+        model = StandardisedLosses(how)
+        with pytest.raises(ModelError, match=r"layer 'first': per-sample norms differ"):
+            check(model, losses=model.losses, batch=torch.randn(size, 6), precision=precision)

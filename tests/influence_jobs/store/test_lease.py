@@ -260,7 +260,8 @@ def test_the_same_path_may_be_another_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two machines with a disk each, and a run of one name on both."""
-    monkeypatch.setattr(lease_module, "SHOWN_S", 0.0)
+    for name in ("SHOWN_S", "NO_FOLDER_S"):
+        monkeypatch.setattr(lease_module, name, 0.0)
     here, there = LocalFiles(tmp_path / "here"), LocalFiles(tmp_path / "there")
     with Lease(here):
         holder = holder_of(here)
@@ -270,7 +271,7 @@ def test_the_same_path_may_be_another_folder(
             require_held_by(there, holder["owner"])
         with Lease(there), pytest.raises(StoreError, match="that all nodes share"):
             require_held_by(there, holder["owner"])
-    monkeypatch.setattr(lease_module, "SHOWN_S", 60.0)  # a folder that shows a file late
+    monkeypatch.setattr(lease_module, "NO_FOLDER_S", 60.0)  # a folder that shows a file late
     waits = threading.Timer(0.2, lambda: here.write("lease.json", json.dumps(holder).encode()))
     waits.start()
     require_held_by(here, holder["owner"])

@@ -1,0 +1,57 @@
+"""Samples at a kink of a ReLU or a maximum, where rounding decides which gradient they have.
+
+In a batch torch may round in another way than for one sample. Then the gradients of a sample alone
+and in its batch differ, and both are right. In float64 rounding is too small to decide.
+"""
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from influence_jobs.gradients.batches import one_sample
+from influence_jobs.gradients.reference import LossModule, doubled
+
+AGREE = 1e-6  # of the norm of a gradient in float64
+
+
+def lies_at_a_kink(
+    model: nn.Module,
+    losses: Callable[[nn.Module, Any], Tensor],
+    parameters: Collection[Tensor],
+    batch: Any,
+    i: int,
+    size: int,
+) -> bool:
+    """Whether a sample's gradient is the same alone and in its batch once rounding is negligible.
+
+    If so, its loss does not depend on other samples, nor on how many there are. False as well if
+    the model does not run in float64.
+
+    Args:
+        model: In eval mode; it is not changed.
+        losses: (model, batch) to one loss per sample (B,).
+        parameters: Those by which gradients are taken.
+        batch: B samples.
+        i: The sample.
+        size: B.
+    """
+    named = {f"model.{n}": p for n, p in model.named_parameters(remove_duplicate=False)}
+    state = {n: p.detach().double() for n, p in named.items()}
+    state |= {f"model.{n}": doubled(buffer) for n, buffer in model.named_buffers()}
+    chosen = {id(parameter) for parameter in parameters}
+    wanted = [state[n].requires_grad_() for n, p in named.items() if id(p) in chosen]
+
+    def gradient(samples: Any, of: int) -> Tensor:
+        found = functional_call(LossModule(model, losses), state, (doubled(samples),))
+        gradients = torch.autograd.grad(found[of], wanted, materialize_grads=True)
+        return torch.cat([g.flatten() for g in gradients])
+
+    try:
+        with torch.enable_grad():
+            alone, together = gradient(one_sample(batch, i, size), 0), gradient(batch, i)
+    except (RuntimeError, TypeError, ValueError):  # an operation or a constant of float32 alone
+        return False
+    return bool((alone - together).norm() <= AGREE * alone.norm())
