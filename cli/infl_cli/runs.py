@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -95,6 +96,8 @@ def status(
         from infl_cluster.ray_job import watcher
 
         now = watch(found, ended=watcher(found), say=say)
+    if now["state"] == "new" and found.read_json(layout.JOB, JobFile) and (why := _job_end(found)):
+        now |= {"state": "interrupted", "message": why}
     if json:
         render.print_json({**render.run_summary(found, now["state"]), "progress": now})
         return
@@ -117,6 +120,13 @@ def status(
     render.print_fields(lines)
 
 
+def _job_end(run: Run) -> str | None:
+    """Why the Ray job of a run ended before the run began; None if it did not, or is unknown."""
+    from infl_cluster.ray_job import watcher
+
+    return watcher(run)()
+
+
 def logs(run: o.RunId, runs: o.Runs = o.DEFAULT_RUNS) -> None:
     """Print the logs of a run, oldest first."""
     found = _find(runs, run)
@@ -133,12 +143,14 @@ def stop(run: o.RunId, runs: o.Runs = o.DEFAULT_RUNS, address: o.Address = None)
 
     A driver that does not end within 10 seconds is killed.
     """
+    from infl_cluster.client import NoAnswer
     from infl_cluster.ray_job import client_of, is_unfinished
 
     found = _find(runs, run)
     job = found.read_json(layout.JOB, JobFile)
     if job is not None and job["address"]:
-        client_of(job)  # before anything is ended: there may be no token
+        with suppress(NoAnswer):  # its driver may be left here
+            is_unfinished(job)  # before anything is ended: the token may be refused
     asked: set[str] = set()  # drivers and jobs: a second driver may be waiting for the first
     began = time.monotonic()
     while time.monotonic() - began < STOP_DEADLINE_S:

@@ -172,12 +172,16 @@ def _carry_out_on_ray(run: Run, how: How, say: Say, *, quiet: bool) -> bool:
     """Carry out a run on Ray; False if it goes on in the background."""
     from infl_cluster.ray_job import watcher
 
+    more = for_runs(run.root)
     if live_holder(run.files) is not None:
         say(f"{run.id} is already running")
         ended = watcher(run)
     else:
-        ended = _submit(run, how, say)
-    more = for_runs(run.root)
+        try:
+            ended = _submit(run, how, say)
+        except KeyboardInterrupt:
+            say(f"{run.id} may have begun: infl status {run.id}{more}, infl stop {run.id}{more}")
+            raise
     if how.detach:
         say(
             f"{run.id} goes on in the background: infl status {run.id}{more}, "

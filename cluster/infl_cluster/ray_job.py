@@ -113,6 +113,7 @@ def job_watcher(job: JobFile) -> Callable[[], str | None]:
             last = client.logs(job["submission_id"]).strip().rpartition("\n")[2]
         except RuntimeFault as fault:  # such as a log that is too long to come in time
             last = f"its output cannot be read: {fault}"
+        last = last.removeprefix("error: ")
         if last.startswith(RAYS_OWN):
             last = ""
         how = "failed" if status == "FAILED" else "was stopped"

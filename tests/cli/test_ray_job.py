@@ -449,3 +449,43 @@ def test_nothing_is_stopped_without_a_token(
         time.sleep(0.5)
         assert driver.poll() is None
     assert list(ray.jobs.values()) == ["PENDING"]
+
+
+def test_a_wrong_token_stops_nothing_and_a_cluster_that_is_gone_does_not_protect_a_driver(
+    infl: Infl, ray: FakeCluster, elsewhere: tuple[str, str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    run_id, _ = elsewhere
+    monkeypatch.setattr(ray, "status", lambda _: raises(RuntimeFault("it refuses the token")))
+    with a_driver("input()", run_id) as driver:
+        held_by(tmp_path / "runs" / run_id, driver.pid)
+        assert infl("stop", run_id).err == "error: it refuses the token\n"
+        time.sleep(0.5)
+        assert driver.poll() is None
+        monkeypatch.setattr(ray, "status", lambda _: raises(client.NoAnswer("gone")))
+        assert infl("stop", run_id).err == "error: gone\n"  # whether its job is, nobody knows
+        assert driver.wait(10) != 0
+
+
+def raises(error: Exception) -> None:
+    raise error
+
+
+def test_a_job_that_died_before_its_run_began_is_told(infl: Infl, ray: FakeCluster) -> None:
+    run_id = infl(*TRAIN, "--detach", "--json").json["run"]
+    assert "status  new" in infl("status", run_id).out
+    ray.jobs = dict.fromkeys(ray.jobs, "FAILED")
+    ray.logs = lambda _: "one\nerror: no module x\n"  # type: ignore[method-assign]
+    said = infl("status", run_id).out
+    assert "status   interrupted\n" in said
+    assert "message  the Ray job failed: no module x\n" in said
+    assert f"next     infl resume {run_id}\n" in said
+
+
+def test_ctrl_c_while_a_run_is_submitted_says_that_it_may_have_begun(
+    infl: Infl, ray: FakeCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "submit", lambda *_, **__: raises(KeyboardInterrupt()))
+    answer = infl(*TRAIN)
+    assert answer.code == 130
+    assert "may have begun: infl status train-" in answer.err

@@ -166,7 +166,7 @@ def test_the_end_of_a_job_is_not_told_in_rays_words() -> None:
         "STOPPED": "the Ray job was stopped: it has no output",
     }.items():
         assert job_that(status, rays) == told
-    assert job_that("FAILED", f"{rays}error: no room\n") == "the Ray job failed: error: no room"
+    assert job_that("FAILED", f"{rays}error: no room\n") == "the Ray job failed: no room"
 
 
 def test_a_ray_that_is_silent_under_a_run_is_told(
