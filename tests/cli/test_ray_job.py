@@ -467,7 +467,7 @@ def test_a_wrong_token_stops_nothing_and_a_cluster_that_is_gone_does_not_protect
         assert driver.wait(10) != 0
 
 
-def raises(error: Exception) -> None:
+def raises(error: BaseException) -> None:
     raise error
 
 
@@ -475,7 +475,7 @@ def test_a_job_that_died_before_its_run_began_is_told(infl: Infl, ray: FakeClust
     run_id = infl(*TRAIN, "--detach", "--json").json["run"]
     assert "status  new" in infl("status", run_id).out
     ray.jobs = dict.fromkeys(ray.jobs, "FAILED")
-    ray.logs = lambda _: "one\nerror: no module x\n"  # type: ignore[method-assign]
+    ray.logs = lambda _: "one\nerror: no module x\n"  # type: ignore
     said = infl("status", run_id).out
     assert "status   interrupted\n" in said
     assert "message  the Ray job failed: no module x\n" in said
