@@ -308,6 +308,17 @@ def test_damage_is_found_and_mended(infl: Infl, runs: Path, finished_run: Run) -
     assert chunk.read_bytes() == before
 
 
+def test_lost_records_are_counted_as_not_done(infl: Infl, runs: Path, finished_run: Run) -> None:
+    for name in ("000000000-000000256", "000000256-000000512"):
+        (runs / finished_run.id / "manifest" / f"{name}.json").unlink()
+    assert infl("verify", "grad", "--repair").code == 0
+    stopped = infl("status", "grad", "--json").json["progress"]
+    assert (stopped["state"], stopped["shards_done"], stopped["shards_total"]) == ("stopped", 4, 6)
+    assert stopped["units_done"] == 1000
+    assert infl("resume", "grad", "--local").code == 0
+    assert infl("verify", "grad").out.endswith("6 of 6 shards are done and good\n")
+
+
 def test_a_run_that_goes_on_with_other_versions_says_so(
     infl: Infl, runs: Path, finished_run: Run
 ) -> None:

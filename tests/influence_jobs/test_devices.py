@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from infl_cluster.pool import _worker_environment
 from influence_jobs import devices
 
 
@@ -23,6 +24,8 @@ def test_threads_are_those_that_were_asked_for(
 def test_idle_threads_sleep_soon_unless_the_user_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
     for given, kept in (({}, "10000"), ({"GOMP_SPINCOUNT": "5"}, "5")):
         monkeypatch.setattr(os, "environ", dict(given))
+        # Workers inherit what is not set for them.
+        assert _worker_environment(1).get("GOMP_SPINCOUNT", kept) == kept
         devices.let_idle_threads_sleep()
         assert os.environ == {"GOMP_SPINCOUNT": kept}
     monkeypatch.setattr(os, "environ", {"OMP_WAIT_POLICY": "active"})
