@@ -4,17 +4,19 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
 
 from infl_cluster import driver as driver_module
-from infl_cluster import driver_main, shipping, versions
+from infl_cluster import driver_main, pool, shipping, versions
 from infl_cluster.driver import drive
 from infl_cluster.inline import InlineBackend
-from infl_cluster.pool import ShardWorker
+from infl_cluster.pool import RayBackend, ShardWorker
 from influence_jobs.errors import DataError, ModelError, StoreError
+from influence_jobs.jobs.base import Shard
 from influence_jobs.kinds.grad_norms.spec import GradNormsSpec
 from influence_jobs.specs.base import TaskSpec
 from influence_jobs.store import layout
@@ -25,6 +27,8 @@ from influence_jobs.store.run import Run
 from influence_jobs.store.status import is_done, read_status
 from influence_jobs.store.verify import find_damage
 from influence_jobs.tasks.registry import make_task
+
+TOLD = ("on_start", "on_receipt", "on_rescue", "on_idle", "quiet_s")
 
 
 @pytest.fixture(autouse=True)
@@ -113,6 +117,32 @@ def test_a_worker_refuses_another_folder_of_the_same_path(
         holder = holder_of(run.files)
         assert holder is not None
         assert refusal_of(tmp_path, run.id, owner=holder["owner"]) == ""
+
+
+def test_workers_are_told_whose_lease_they_are_to_find(
+    tmp_path: Path, grad_norms_spec: GradNormsSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: dict[str, Any] = {}
+    remote = SimpleNamespace(remote=lambda *_, **given: told.update(given))
+    monkeypatch.setattr(
+        ray, "remote", lambda _: SimpleNamespace(options=lambda **_: remote), raising=False
+    )
+    monkeypatch.setattr(pool, "require_same_software", lambda _: None)
+    monkeypatch.setattr(RayBackend, "_live", lambda _: [])
+    monkeypatch.setattr(RayBackend, "_sizes", lambda *_: (1, 1))
+
+    def starts(start: Any, *_: object) -> None:
+        start()
+        raise InterruptedError
+
+    monkeypatch.setattr(pool, "Actors", starts)
+    run = Run.create(str(tmp_path), grad_norms_spec)
+    with Lease(run.files):
+        holder = holder_of(run.files)
+        with pytest.raises(InterruptedError):
+            RayBackend(1, num_gpus=0).run(run, [Shard("a", 0, 1)], **dict.fromkeys(TOLD, print))  # type: ignore[arg-type]
+    assert holder is not None
+    assert told["owner"] == holder["owner"]
 
 
 @pytest.mark.usefixtures("nodes")
