@@ -38,14 +38,18 @@ def lies_at_a_kink(
         i: The sample.
         size: B.
     """
-    named = {f"model.{n}": p for n, p in model.named_parameters(remove_duplicate=False)}
-    state = {n: p.detach().double() for n, p in named.items()}
-    state |= {f"model.{n}": doubled(buffer) for n, buffer in model.named_buffers()}
-    chosen = {id(parameter) for parameter in parameters}
-    wanted = [state[n].requires_grad_() for n, p in named.items() if id(p) in chosen]
+    doubles = {id(parameter): parameter.detach().double() for parameter in model.parameters()}
+    wanted = [doubles[id(parameter)].requires_grad_() for parameter in parameters]
+    # Each module once: of a module with two names torch would not put the weights back.
+    state: dict[str, Any] = {}
+    for place, module in LossModule(model, losses).named_modules():
+        for name, parameter in module.named_parameters(place, recurse=False):
+            state[name] = doubles[id(parameter)]
+        state |= {name: doubled(b) for name, b in module.named_buffers(place, recurse=False)}
 
     def gradient(samples: Any, of: int) -> Tensor:
-        found = functional_call(LossModule(model, losses), state, (doubled(samples),))
+        module = LossModule(model, losses)
+        found = functional_call(module, state, (doubled(samples),), tie_weights=False)
         gradients = torch.autograd.grad(found[of], wanted, materialize_grads=True)
         return torch.cat([g.flatten() for g in gradients])
 

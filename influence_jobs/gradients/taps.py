@@ -115,7 +115,9 @@ class TappedModel(ABC):
     def check(self, batch: Any) -> None:
         """Compare the results of the first two samples with plain autograd of each sample alone.
 
-        A sample at a kink is compared with plain autograd within its batch (see `kinks`).
+        This finds faults that the modules do not show: a weight that is also used outside its
+        module, samples that influence each other, losses averaged over the batch, dropout called as
+        a function. A sample at a kink is compared within its batch (see `kinks`).
 
         Args:
             batch: Two samples are enough. Tensors whose first axis has length B are cut to one

@@ -175,6 +175,14 @@ class AtAKink(nn.Module):
 
 def test_a_sample_at_a_kink_is_right_as_it_is_in_its_batch():
     check(AtAKink(), batch=torch.randn(3, 6))
+    tied = AtAKink()
+    tied.again = tied.second  # one weight under two names
+    check(tied, batch=torch.randn(3, 6), layers=("first",))
+    assert {p.dtype for p in tied.parameters()} == {torch.float32}
+    tied.again = nn.Linear(6, 6)
+    tied.again.weight = tied.second.weight  # and of two modules
+    check(tied, batch=torch.randn(3, 6), layers=("first",))
+    assert tied.again.weight is tied.second.weight
     model = AtAKink()
     with GradDots(model.eval(), ParameterSpace(model), losses, torch.randn(1, 84)) as engine:
         engine.check(torch.randn(3, 6))
