@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from influence_jobs.contract.trial import Said, Trial, fail, ok, warn
 from influence_jobs.errors import InflError
 from influence_jobs.gradients import GradDots, GradNorms
 from influence_jobs.gradients.fallback import Form
+from influence_jobs.gradients.functional import functional_call
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.gradients.reference import LossModule
 from influence_jobs.gradients.weights import weight_named, weights_of

@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 
+from influence_jobs.gradients.functional import functional_call
 from influence_jobs.gradients.reference import LossModule
 from influence_jobs.transfers import numbers
 

@@ -14,11 +14,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 from torch.utils import _pytree as pytree
 
 from influence_jobs.errors import ModelError
 from influence_jobs.gradients.batches import flattened, has_samples
+from influence_jobs.gradients.functional import functional_call
 from influence_jobs.gradients.one_loss_each import CAUSES, mixed_losses
 from influence_jobs.gradients.recorded_call import NotMappable, RecordedCall
 from influence_jobs.gradients.reference import LossModule

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp, vmap
+from torch.func import jvp, vmap
 
+from influence_jobs.gradients.functional import functional_call
 from influence_jobs.gradients.reference import LossModule
 from influence_jobs.gradients.transforms import all_derivatives
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from influence_jobs.gradients.batches import one_sample
+from influence_jobs.gradients.functional import functional_call
 from influence_jobs.gradients.reference import LossModule, doubled
 
 AGREE = 1e-6  # of the norm of a gradient in float64

@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vjp, vmap
+from torch.func import vjp, vmap
 from torch.utils import _pytree as pytree
 
 from influence_jobs.errors import ModelError
+from influence_jobs.gradients.functional import functional_call
 from influence_jobs.gradients.rules.blocks import sample_blocks
 from influence_jobs.gradients.transforms import mappable_kernels
 

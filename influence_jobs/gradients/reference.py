@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 from torch.utils import _pytree as pytree
 
 from influence_jobs.gradients.batches import flattened, has_samples, map_tensors, one_sample
+from influence_jobs.gradients.functional import functional_call
 
 
 class LossModule(nn.Module):

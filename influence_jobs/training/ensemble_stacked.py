@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from influence_jobs.errors import ModelError
+from influence_jobs.gradients.functional import functional_call
 from influence_jobs.memory import is_out_of_memory
 from influence_jobs.tasks.base import Batch, Task
 from influence_jobs.training.changes import changed_losses, require_one_each
