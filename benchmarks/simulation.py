@@ -1,15 +1,15 @@
 """Simulate FFDNet norms of two million patches on 1 to 1,024 workers, some slow, some lost.
 
 Measured by this script, in CPU time, because the machine may be busy with other things: the seconds
-of a shard in one process with one thread; those in which a worker loads code, model and data; and
-those of its search for a batch size, which a run without --batch-size begins with. A shard is:
-decode patches, add noise, compute norms of layer 11, compress and write an array of its size. The
+of a shard in one process with one thread; those in which Ray starts a worker's process; those in
+which it loads code, model and data; and those of its search for a batch size, which a run without
+--batch-size begins with. A shard is what `infl submit grad-norms --layer 11` makes of 1,024
+patches: decode them, add noise, compute a norm for each channel, compress and write them. The
 driver's time for each shard is Ray's, measured too, and grows with the number of workers that the
-driver waits for. Assumed, and set by options: the seconds in which Ray starts a worker's process,
-slow workers, lost nodes, and the bandwidth of the shared storage. The shards are handed out by
-`infl_cluster.dispatch`, the code of a real run, with its retries, backups and slow workers; here
-its workers are simulated, and its clock jumps. The driver and the storage serve one shard at a
-time.
+driver waits for. Assumed, and set by options: slow workers, lost nodes, and the bandwidth of the
+shared storage. The shards are handed out by `infl_cluster.dispatch`, the code of a real run, with
+its retries, backups and slow workers; here its workers are simulated, and its clock jumps. The
+driver and the storage serve one shard at a time.
 
 The efficiency is that of the whole run, and of its time after the start. "No backups" is the
 latter if slow workers get as many shards as others and nobody takes over from them. The last
@@ -35,10 +35,12 @@ import torch
 import typer
 from harness import header, print_table, use_worker_allocator
 from simulation_costs import (
+    CHANNELS,
     PATCHES,
     SHARD,
     measured_driver,
     measured_load,
+    measured_process,
     measured_search,
     measured_shards,
 )
@@ -48,7 +50,7 @@ from infl_cluster.retry import RetryPolicy
 from infl_cluster.stragglers import Pace
 from influence_jobs.jobs.base import Receipt, Shard
 
-SHARD_MB = SHARD * 96 * 9 * 4 / 1e6
+SHARD_MB = SHARD * CHANNELS * 4 / 1e6
 WORKERS = tuple(2**i for i in range(11))
 
 
@@ -220,9 +222,6 @@ def _losses(cluster: Cluster, horizon: float, chance: random.Random) -> list[flo
 
 def main(
     full: Annotated[bool, typer.Option("--full", help="More shards measured, more runs.")] = False,
-    process_s: Annotated[
-        float, typer.Option(help="Seconds in which Ray starts a worker's process.")
-    ] = 2.0,
     storage_mb_s: Annotated[
         float, typer.Option(help="Bandwidth of the shared storage, MB a second.")
     ] = 500.0,
@@ -241,7 +240,7 @@ def main(
     header("Simulation: FFDNet norms, two million patches, 1 to 1,024 workers")
     shard_s = measured_shards(20 if full else 6, 256 if full else 64)
     driver_s = measured_driver()
-    load_s = measured_load()
+    process_s, load_s = measured_process(), measured_load()
     # Fewer than 64 have work enough for the longest search.
     search_s = {workers: measured_search(max(64, workers)) for workers in WORKERS[6:]}
     cluster = Cluster(
@@ -259,10 +258,11 @@ def main(
         f"- measured: {statistics.mean(shard_s):.1f} s a shard of {SHARD:,} patches "
         f"({min(shard_s):.1f}-{max(shard_s):.1f}, {len(shard_s)} shards); driver "
         f"{1e3 * driver_s[0]:.2f} ms a shard and {1e6 * driver_s[1]:.1f} us for each worker; "
-        f"{load_s:.1f} s to load; search for a batch size: {searches} workers"
+        f"{process_s:.1f} s to start a process, {load_s:.1f} s to load; search for a batch size: "
+        f"{searches} workers"
     )
     print(
-        f"- assumed: {process_s:g} s to start a process; {storage_mb_s:g} MB/s of storage, "
+        f"- assumed: {storage_mb_s:g} MB/s of storage, "
         f"{SHARD_MB:.1f} MB a shard; {slow:.0%} of workers {slowness:g} times as slow; "
         f"a node of {node} lost every {1 / lost_per_hour:,.0f} hours, noticed after "
         f"{notice_s:g} s\n"

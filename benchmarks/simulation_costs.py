@@ -3,7 +3,6 @@
 import contextlib
 import math
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -24,20 +23,26 @@ from influence_jobs.store.run import Run
 from influence_jobs.tasks.base import Draw
 from influence_jobs.tasks.ffdnet import FFDNetTask
 
-PATCHES, SHARD = 2_000_000, 1024
-LOAD = "import influence_jobs.kinds.runner as runner; runner.ShardRunner(*sys.argv[1:], threads=1)"
+PATCHES, SHARD, CHANNELS = 2_000_000, 1024, 96
+LOAD = """
+import sys, time
+import infl_cluster.pool
+import influence_jobs.kinds.runner as runner
+runner.ShardRunner(*sys.argv[1:], threads=1)
+print(time.process_time())
+"""
 
 
 def measured_shards(count: int, patches: int) -> tuple[float, ...]:
     """Seconds of shards of 1,024 patches, extrapolated from `patches` each."""
     task = FFDNetTask(patch_size=50)
     model = task.model().eval().to(memory_format=torch.channels_last)
-    engine = GradNorms(model, ["main.29"], task.losses, reduction="kernel")
+    engine = GradNorms(model, ["main.29"], task.losses, reduction="channel")
     ids = torch.arange(len(task.train_data()))
     found = []
     with tempfile.TemporaryDirectory() as folder:
         array = zarr.create_array(
-            folder, shape=(SHARD * count, 96, 3, 3), chunks=(SHARD, 96, 3, 3), dtype="float32"
+            folder, shape=(SHARD * count, CHANNELS), chunks=(SHARD, CHANNELS), dtype="float32"
         )
         for shard in range(-1, count):  # the first one warms up
             chosen = ids.roll(-97 * shard)[:patches]
@@ -50,7 +55,7 @@ def measured_shards(count: int, patches: int) -> tuple[float, ...]:
             started = time.process_time()
             compute()
             computed = (time.process_time() - started) * SHARD / patches
-            norms = torch.cat(parts).repeat(-(-SHARD // patches), 1, 1, 1)[:SHARD].numpy()
+            norms = torch.cat(parts).repeat(-(-SHARD // patches), 1)[:SHARD].numpy()
             started = time.process_time()
             array[max(shard, 0) * SHARD : (max(shard, 0) + 1) * SHARD] = norms
             if shard >= 0:
@@ -58,15 +63,32 @@ def measured_shards(count: int, patches: int) -> tuple[float, ...]:
     return tuple(found)
 
 
+def measured_process() -> float:
+    """CPU seconds in which Ray starts a worker's process, with an environment of its own."""
+    ray.init("local", num_cpus=1, **QUIET)
+    try:
+        found = []
+        for number in range(3):
+            environment = {"env_vars": {"NUMBER": str(number)}}
+            actor = _Nothing.options(runtime_env=environment).remote()
+            found.append(ray.get(actor.began_s.remote()))
+            ray.kill(actor)
+        return statistics.median(found)
+    finally:
+        ray.shutdown()
+
+
 def measured_load() -> float:
     """CPU seconds of a process that becomes a worker: it loads code, model and data."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with a_run() as run:
-        words = ["import sys, infl_cluster.pool as pool", LOAD]
-        command = [sys.executable, "-c", "; ".join(words), run.root, run.id]
-        subprocess.run(command, env={**os.environ, "PYTHONPATH": ":".join(sys.path)}, check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        done = subprocess.run(
+            [sys.executable, "-c", LOAD, run.root, run.id],
+            env={**os.environ, "PYTHONPATH": ":".join(sys.path)},
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+    return float(done.stdout)
 
 
 def measured_search(workers: int) -> float:
@@ -90,8 +112,17 @@ def a_run() -> Iterator[Run]:
         yield Run.create(folder, spec)
 
 
+QUIET = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+
+
 @ray.remote(num_cpus=1)
 class _Nothing:
+    def __init__(self) -> None:
+        self._began_s = time.process_time()
+
+    def began_s(self) -> float:
+        return self._began_s
+
     def run(self, shard: int) -> int:
         return shard
 
@@ -103,8 +134,7 @@ def _never() -> None:
 
 def measured_driver() -> tuple[float, float]:
     """Seconds from giving a shard to an actor to its answer; and more for each pending worker."""
-    quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
-    ray.init("local", num_cpus=1, **quiet)
+    ray.init("local", num_cpus=1, **QUIET)
     try:
         actor = _Nothing.remote()
         ray.get(actor.run.remote(0))

@@ -66,7 +66,7 @@ class Pace:
         A slow worker should not if `others` would have finished it earlier, after all the rest.
         """
         expected, own = self.expected_s(shard), self._own_s(worker, shard)
-        if expected is None or own is None or own <= _well_over(expected) or not others:
+        if expected is None or own is None or own <= WELL_OVER * expected or not others:
             return True
         return own <= expected * (left / others + 1)
 

@@ -164,13 +164,14 @@ def test_a_short_last_shard_counts_as_what_it_is() -> None:
     assert pace.backup([short], [0], now=15.1) == (short, 0)
 
 
-def test_a_slow_worker_gets_no_last_shard_and_no_backup() -> None:
+@pytest.mark.parametrize("rows", [1, 10])
+def test_a_slow_worker_gets_no_last_shard_and_no_backup(rows: int) -> None:
     workers = Simulated(pace={0: 5.0})
-    told = carry_out(workers, 17, most=4)
+    told = carry_out(workers, 17, most=4, rows=rows)
     assert done_once(told, 17)
-    # Worker 0 is at its first shard until 50 s. Of the rest it would do one until 100 s.
+    # With 10 rows, worker 0 does its first shard until 50 s, and would do another until 100 s.
     assert [worker for _, worker in workers.given].count(0) == 1
-    assert (workers.time, told.rescues) == (60.0, [])
+    assert (workers.time, told.rescues) == (6.0 * rows, [])
 
 
 def test_a_slow_worker_that_is_alone_does_everything() -> None:
