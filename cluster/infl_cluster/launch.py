@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 from infl_cluster.driver import drive
 from infl_cluster.how import How
@@ -19,7 +20,7 @@ from influence_jobs.kinds import kind_of, open_job
 from influence_jobs.requests.base import Say
 from influence_jobs.specs.base import AnySpec
 from influence_jobs.store import layout
-from influence_jobs.store.documents import JobFile
+from influence_jobs.store.documents import Asked, JobFile
 from influence_jobs.store.folder import for_runs
 from influence_jobs.store.lease import WATCH_S, holder_of, is_alive, live_holder
 from influence_jobs.store.run import Run
@@ -95,13 +96,20 @@ def _say_versions(run: Run, say: Say) -> None:
 def keep_plan(run: Run, how: How, say: Say) -> How:
     """`how` with the batch and shard sizes of the run's plan, if it has one.
 
-    A plan never changes; the user is told if other sizes were asked for.
+    A plan never changes; the user is told if other sizes were asked for, and of whole chunks.
     """
-    plan = run.plan()
+    plan, wanted = run.plan(), None
+    if how.shard_size:
+        shards = open_job(run).plan(how.shard_size).shards
+        wanted = shards[0].stop if shards else None
     if plan is None or not plan["shards"]:
+        if wanted and how.shard_size and wanted > how.shard_size:
+            say(
+                f"{run.id} has shards of {wanted:,} in place of --shard-size {how.shard_size:,}: "
+                "a shard has whole chunks or blocks"
+            )
         return how
     rows = plan["shards"][0]["stop"] - plan["shards"][0]["start"]
-    wanted = how.shard_size and open_job(run).plan(how.shard_size).shards[0].stop
     if how.batch_size not in (None, plan["batch_size"]) or wanted not in (None, rows):
         say(
             f"{run.id} keeps the plan that it began with: shards of {rows:,} rows, batches of "
@@ -260,7 +268,10 @@ def _submit(run: Run, how: How, say: Say) -> Callable[[], str | None]:
     for option, value in options.items():
         argv += [] if value is None else [option, str(value)]
     argv += [f"--node-label={label}" for label in how.node_label]
+    asked = cast(Asked, how.model_dump(include={*Asked.__annotations__}, exclude_defaults=True))
     job: JobFile = {"address": how.address, "submission_id": submission_id}
+    if asked:
+        job["asked"] = asked
     run.write_json(layout.JOB, job)  # before submitting: this process may be killed right after
     client.submit(
         argv,

@@ -110,11 +110,23 @@ class Holder(TypedDict):
 
 
 @with_config(_LAX)
+class Asked(TypedDict, total=False):
+    """What was asked of a run's workers, for the command that goes on with it."""
+
+    workers: Count
+    device: Literal["auto", "cpu", "cuda"]
+    num_gpus: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    node_label: list[str]
+    stalled_after: Seconds
+
+
+@with_config(_LAX)
 class JobFile(TypedDict):
     """job.json: the Ray job that runs the driver; without an address on the Ray of this machine."""
 
     address: Annotated[str, Field(pattern=r"^https?://")] | None
     submission_id: Name
+    asked: NotRequired[Asked]
 
 
 @with_config(_LAX)

@@ -23,7 +23,7 @@ from influence_jobs.errors import StoreError
 from influence_jobs.home import is_known
 from influence_jobs.specs.base import Spec, parse_spec
 from influence_jobs.store import layout
-from influence_jobs.store.documents import MOST_BYTES, JobFile, PlanFile, parsed
+from influence_jobs.store.documents import MOST_BYTES, Asked, JobFile, PlanFile, parsed
 from influence_jobs.store.files import open_files
 from influence_jobs.store.folder import for_runs
 from influence_jobs.store.layout import ArrayLayout
@@ -133,7 +133,10 @@ class Run:
 
     @property
     def resume_command(self) -> str:
-        """The command that goes on with the run, on the cluster where it was, if you named that."""
+        """The command that goes on with the run as it was submitted.
+
+        On the cluster where it was, if you named that.
+        """
         try:
             job = self.read_json(layout.JOB, JobFile)
         except StoreError:  # damaged; a resumed run writes it anew
@@ -141,8 +144,16 @@ class Run:
         address = job["address"] if job else None
         # A run folder may come from a stranger, whose server must not get the token.
         known = address and is_known("cluster", address)
-        at = f" --address {shlex.quote(address)}" if address and known else ""
-        return f"infl resume {self.id}{for_runs(self.root)}{at}"
+        asked = job.get("asked", {}) if job else {}
+        words: list[tuple[str, object]] = [("address", address)] if address and known else []
+        words += [
+            (name, one)
+            for name, value in asked.items()
+            if name in Asked.__annotations__
+            for one in (value if isinstance(value, list) else [value])
+        ]
+        more = (f" --{name.replace('_', '-')} {shlex.quote(f'{one}')}" for name, one in words)
+        return f"infl resume {self.id}{for_runs(self.root)}{''.join(more)}"
 
     # -- arrays -----------------------------------------------------------------------------------
 

@@ -169,6 +169,13 @@ def test_a_run_keeps_its_plan(infl: Infl, runs: Path, finished_run: Run) -> None
     assert infl(*words, "--batch-size", "64", "--shard-size", "200").err == ""
 
 
+def test_a_shard_size_that_is_rounded_is_told(infl: Infl, runs: Path) -> None:
+    words = (*NORMS, "--layer", "1", "--dry-run")
+    said = "has shards of 512 in place of --shard-size 300: a shard has whole chunks or blocks\n"
+    assert said in infl(*words, "--shard-size", "300").err
+    assert "in place of" not in infl(*words, "--shard-size", "512").err
+
+
 def test_what_decides_the_id_of_a_run(
     planned: Callable[..., dict[str, Any]],
     images: Path,

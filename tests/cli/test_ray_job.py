@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -432,6 +433,27 @@ def test_the_command_that_goes_on_names_the_cluster(
     assert "theirs" not in run.resume_command
     (tmp_path / "runs" / run_id / "job.json").write_text("{")
     assert "--address" not in run.resume_command
+
+
+def test_the_command_that_goes_on_asks_for_the_same_workers(
+    infl: Infl, ray: FakeCluster, tmp_path: Path
+) -> None:
+    norms = ("submit", "grad-norms", *TRAIN[2:], "--layer", "all")
+    asked = ["--workers", "2", "--num-gpus", "0.0", "--stalled-after", "60.0"]
+    asked += ["--node-label", "a/b=c d", "--node-label", "e=f"]
+    run_id = infl(*norms, *asked, "--detach", "--json").json["run"]
+    run = Run.open(str(tmp_path / "runs"), run_id)
+    words = shlex.split(run.resume_command)
+    assert sorted(words[words.index(run_id) + 1 :]) == sorted(asked)
+    infl("stop", run_id)
+    found = infl(*words[1:], "--detach", "--json")
+    assert (found.code, found.json["run"]) == (0, run_id)
+    # A folder of a stranger may hold anything: only what was asked of workers becomes a command.
+    job = {**json.loads(run.files.read("job.json")), "asked": {"trust": "", "workers": 3}}
+    run.write_json("job.json", job)
+    assert run.resume_command.endswith(" --workers 3")
+    run.write_json("job.json", {**job, "asked": {"workers": "3; ls"}})
+    assert "workers" not in run.resume_command
 
 
 def test_nothing_is_stopped_without_a_token(
