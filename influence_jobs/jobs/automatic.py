@@ -180,7 +180,8 @@ def _key(job: Job[Any]) -> str:
     return json.dumps(
         [
             job.spec.kind, task.name, dict(task.options), arrays, plan.batch_size,
-            getattr(job.spec, "precision", ""), _device(job.device),
+            getattr(job.spec, "precision", ""), getattr(job.spec, "sample_precision", None),
+            _device(job.device),
         ]
     )  # fmt: skip
 

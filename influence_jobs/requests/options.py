@@ -135,8 +135,8 @@ SETTINGS = _solver_options()
 
 PRECISION = (
     "Precision of the computation and of what is stored; by default float64 for a model that is "
-    "built in it, else float32. tf32: float32 with products in TF32 on a GPU; those of bfloat16 "
-    "are for grad-norms and gradients."
+    "built in it, else float32. tf32: float32 with products in TF32 on a GPU. bfloat16: influence "
+    "alone, whose training samples are computed in it, and not the solver."
 )
 
 

@@ -18,7 +18,7 @@ from influence_jobs.requests.base import Say
 from influence_jobs.requests.experiments import INFLUENCE, METHODS
 from influence_jobs.requests.options import CurvatureOptions, WeightsRequest
 from influence_jobs.requests.score_files import scores_of_file
-from influence_jobs.requests.solving import s_tests_of
+from influence_jobs.requests.solving import s_tests_of, without_bfloat16
 from influence_jobs.requests.subject import Subject, training_of
 from influence_jobs.specs.base import make_spec
 from influence_jobs.specs.norms import NormsSpec
@@ -333,11 +333,13 @@ def influence_of(
     relative: Literal["theta", "loss"] | None = None,
 ) -> InfluenceSpec:
     """The spec of influence through all layers."""
+    asked, sample_precision = without_bfloat16(curvature)
     return make_spec(
         InfluenceSpec,
         task=subject.task,
-        s_tests=s_tests_of(curvature, subject, queries, say, seed=seed),
+        s_tests=s_tests_of(asked, subject, queries, say, seed=seed),
         relative=relative,
+        sample_precision=sample_precision,
         noise_draws=queries.noise_draws,
         seed=seed,
     )

@@ -1,7 +1,7 @@
 """From the curvature options to specs of s_test vectors."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -105,6 +105,19 @@ def s_tests_of(
     return specs
 
 
+C = TypeVar("C", bound=CurvatureOptions)
+
+
+def without_bfloat16(request: C) -> tuple[C, Literal["bfloat16"] | None]:
+    """The options for s_test vectors, and the precision in which samples are multiplied with them.
+
+    With `bfloat16` the vectors are of full precision all the same.
+    """
+    if request.precision != "bfloat16":
+        return request, None
+    return request.model_copy(update={"precision": None}), "bfloat16"
+
+
 def full_precision(asked: JobPrecision | None, task: Task) -> FullPrecision:
     """The precision of curvature and scores; by default that in which the task's model is built.
 
@@ -113,9 +126,9 @@ def full_precision(asked: JobPrecision | None, task: Task) -> FullPrecision:
     """
     if asked == "bfloat16" or asked == "bfloat16-weights":
         raise SpecError(
-            f"--precision {asked} is for infl submit grad-norms and gradients only, since the "
-            "three digits of bfloat16 are too few for a solver or a sum over parameters: use "
-            "tf32, float32 or float64"
+            f"--precision {asked} is not for this, since the three digits of bfloat16 are too few "
+            "for a solver or a sum over parameters: use tf32, float32 or float64 (norms and "
+            "gradients take bfloat16 and bfloat16-weights, and influence takes bfloat16)"
         )
     return asked or ("float64" if dtype_of(task.model()) == torch.float64 else "float32")
 

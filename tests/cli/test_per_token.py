@@ -210,6 +210,7 @@ def test_norms_of_tokens_at_several_checkpoints(
     [
         (("grad-norms", "--layer", "inner", "--precision", "bfloat16-weights"), "leave one of"),
         (("influence", "--test", "0", "--solver", "identity", "--noise-draws", "2"), "one draw of"),
+        (("influence", "--test", "0", "--precision", "bfloat16"), "too coarse for: leave one of"),
     ],
 )
 def test_what_tokens_do_not_go_with_is_refused(

@@ -131,6 +131,56 @@ def test_scores_are_those_of_the_weights_whatever_their_dtype(
     assert infl("verify", answer.json["run"]).code == 0
 
 
+@pytest.mark.parametrize("words", [(), ("--relative", "theta", "--solver", "ek-fac")])
+def test_samples_in_bfloat16_meet_vectors_of_float32(
+    infl: Infl, made: Callable[[str], str], tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    asked = ("submit", "influence", "--local", "--epochs", "1", "--task", made("float32"))
+    asked += ("--test", "3", "--damping", DAMPING, "--json", *words)
+    both = [infl(*asked), infl(*asked, "--precision", "bfloat16")]
+    assert [answer.code for answer in both] == [0, 0], both[1].err
+    runs = [Run.open(str(tmp_path / "runs"), answer.json["run"]) for answer in both]
+    specs = [run.spec for run in runs if isinstance(run.spec, InfluenceSpec)]
+    assert specs[0].s_tests == specs[1].s_tests  # nothing is solved in bfloat16
+    assert specs[0].run_id != specs[1].run_id
+    full, rough = (np.asarray(run.array(SCORES)) for run in runs)
+    error = np.abs(full - rough).max() / np.abs(full).max()
+    assert 1e-5 < error < 0.02
+    found = infl(
+        "submit", "influence", "--local", "--s-test", specs[0].s_tests[0].run_id,
+        "--precision", "bfloat16", "--json", *words[:2],
+    )  # fmt: skip
+    assert found.json["run"] == specs[1].run_id
+
+
+@pytest.mark.parametrize(
+    ("dtype", "words", "said"),
+    [
+        ("float64", ("influence",), "goes with s_test vectors of float32, and those of"),
+        ("float32", ("s-test",), "--precision bfloat16 is not for this"),
+        ("float32", ("self-influence",), "--precision bfloat16 is not for this"),
+        ("float32", ("baseline", "--method", "loss"), "--precision bfloat16 is not for this"),
+    ],
+)
+def test_where_bfloat16_does_harm_it_is_refused(
+    infl: Infl, made: Callable[[str], str], dtype: str, words: tuple[str, ...], said: str
+) -> None:
+    asked = ("--local", "--epochs", "1", "--task", made(dtype), "--precision", "bfloat16")
+    more = () if words == ("self-influence",) else ("--test", "3")
+    answer = infl("submit", *words, *asked, *more)
+    assert (answer.code, said in answer.err) == (2, True), answer.err
+
+
+def test_a_dot_product_is_computed_in_bfloat16(
+    infl: Infl, made: Callable[[str], str], tmp_path: Path
+) -> None:
+    asked = ("submit", "baseline", "--method", "dot-product", "--local", "--epochs", "1")
+    asked += ("--task", made("float32"), "--test", "3", "--json")
+    ids = [infl(*asked, *more).json["run"] for more in ((), ("--precision", "bfloat16"))]
+    full, rough = (np.asarray(Run.open(str(tmp_path / "runs"), i).array(SCORES)) for i in ids)
+    assert 1e-5 < np.abs(full - rough).max() / np.abs(full).max() < 0.02
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
 def test_every_kind_of_run_takes_a_model_in_another_dtype(
     infl: Infl, made: Callable[[str], str], dtype: str

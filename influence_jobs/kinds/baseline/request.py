@@ -29,8 +29,8 @@ class BaselineRequest(WeightsRequest, QueriesOptions):
     precision: JobPrecision | None = option(
         None,
         "Precision of the computation; by default float64 for a model that is built in it, else "
-        "float32. tf32: float32 with products in TF32 on a GPU; those of bfloat16 are for "
-        "grad-norms and gradients.",
+        "float32. tf32: float32 with products in TF32 on a GPU. bfloat16: dot-product and cosine "
+        "alone.",
         panel=SCORES,
     )
 

@@ -233,15 +233,17 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
                 sizes = GradQuadratics(
                     self.model, self._fitted[which], self.task.losses, precision=self._precision
                 )
-            dots = GradDots(
-                self.model, space, self.task.losses, vectors_QP, precision=self._precision
-            )
+            dots = self._dots(space, vectors_QP)
             self._check(dots)
             tokens = None
             if self.spec.tokens is not None:
                 tokens = TokenDots(self.model, space, self._parts, vectors_QP)
             self._engines = (which, block), dots, sizes, tokens
         return self._engines[1:]
+
+    def _dots(self, space: ParameterSpace, vectors_QP: Tensor) -> GradDots:
+        precision = self.spec.sample_precision or self._precision
+        return GradDots(self.model, space, self.task.losses, vectors_QP, precision=precision)
 
     def _check(self, dots: GradDots) -> None:
         # Once a checkpoint: hooks do not see every use that a model makes of its weights.
@@ -296,7 +298,7 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
         s_test = self.spec.s_tests[0]
         space = ParameterSpace(self.model, s_test.modules)
         vectors_QP = torch.randn(self._blocks[0].stop, space.size)
-        dots = GradDots(self.model, space, self.task.losses, vectors_QP, precision=self._precision)
+        dots = self._dots(space, vectors_QP)
         tokens = None
         if self.spec.tokens is not None:
             tokens = TokenDots(self.model, space, self._parts, vectors_QP)

@@ -70,8 +70,10 @@ class InfluenceRequest(WeightsRequest, QueriesOptions, CurvatureOptions):
 
     def specs(self, root: str, say: Say) -> tuple[Spec, ...]:
         from influence_jobs.requests.queries import tokens_kept
+        from influence_jobs.requests.solving import without_bfloat16
 
-        s_tests = self._found(root) if self.s_test else self._new(root, say)
+        asked, sample_precision = without_bfloat16(self)
+        s_tests = asked._found(root) if self.s_test else asked._new(root, say)
         if self.per_token and s_tests[0].queries.noise_draws > 1:
             raise SpecError(
                 "--per-token takes one draw of the noise only, because the noise may decide which "
@@ -89,6 +91,7 @@ class InfluenceRequest(WeightsRequest, QueriesOptions, CurvatureOptions):
             noise_draws=s_tests[0].queries.noise_draws,
             seed=self.seed,
             tokens=tokens_kept(s_tests[0].task, self.seed, say) if self.per_token else None,
+            sample_precision=sample_precision,
         )
         return (spec,)
 

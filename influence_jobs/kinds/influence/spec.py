@@ -25,6 +25,8 @@ class InfluenceSpec(ScoresSpec):
         noise_draws: Scores are the mean over this many draws of the training samples' noise.
         seed: Seed of the noise.
         tokens: Also keep the scores of each token, of up to so many in a sample; None for not.
+        sample_precision: In which training samples go forward and backward; None for that of the
+            s_test vectors.
     """
 
     kind: Literal["influence"] = "influence"
@@ -35,6 +37,7 @@ class InfluenceSpec(ScoresSpec):
     noise_draws: Count = 1
     seed: Seed = 0
     tokens: Count | None = None
+    sample_precision: Literal["bfloat16"] | None = None
 
     @model_validator(mode="after")
     def _normalise(self) -> Self:
@@ -54,6 +57,16 @@ class InfluenceSpec(ScoresSpec):
                 raise ValueError(f"{other.run_id} is of another task or data than {first.run_id}")
             if other.precision != first.precision:
                 raise ValueError(f"{other.run_id} is of another precision than {first.run_id}")
+        if self.sample_precision is not None and self.tokens is not None:
+            raise ValueError(
+                f"--per-token compares each score with the sum of its parts, which "
+                f"--precision {self.sample_precision} is too coarse for: leave one of them out"
+            )
+        if self.sample_precision is not None and first.precision != "float32":
+            raise ValueError(
+                f"--precision {self.sample_precision} goes with s_test vectors of float32, and "
+                f"those of {first.run_id} are of {first.precision}: leave it out"
+            )
         if self.relative is not None and not all(s_test.solver.inverts for s_test in ordered):
             raise ValueError(
                 f"--solver {first.solver.name} does not give the size of a sample's own effect: "
