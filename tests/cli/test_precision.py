@@ -135,8 +135,8 @@ def test_scores_are_those_of_the_weights_whatever_their_dtype(
 def test_samples_in_bfloat16_meet_vectors_of_float32(
     infl: Infl, made: Callable[[str], str], tmp_path: Path, words: tuple[str, ...]
 ) -> None:
-    asked = ("submit", "influence", "--local", "--epochs", "1", "--task", made("float32"))
-    asked += ("--test", "3", "--damping", DAMPING, "--json", *words)
+    local = ("submit", "influence", "--local", "--epochs", "1", "--task", made("float32"))
+    asked = (*local, "--test", "3", "--damping", DAMPING, "--json", *words)
     both = [infl(*asked), infl(*asked, "--precision", "bfloat16")]
     assert [answer.code for answer in both] == [0, 0], both[1].err
     runs = [Run.open(str(tmp_path / "runs"), answer.json["run"]) for answer in both]
@@ -174,8 +174,8 @@ def test_where_bfloat16_does_harm_it_is_refused(
 def test_a_dot_product_is_computed_in_bfloat16(
     infl: Infl, made: Callable[[str], str], tmp_path: Path
 ) -> None:
-    asked = ("submit", "baseline", "--method", "dot-product", "--local", "--epochs", "1")
-    asked += ("--task", made("float32"), "--test", "3", "--json")
+    local = ("submit", "baseline", "--method", "dot-product", "--local", "--epochs", "1")
+    asked = (*local, "--task", made("float32"), "--test", "3", "--json")
     ids = [infl(*asked, *more).json["run"] for more in ((), ("--precision", "bfloat16"))]
     full, rough = (np.asarray(Run.open(str(tmp_path / "runs"), i).array(SCORES)) for i in ids)
     assert 1e-5 < np.abs(full - rough).max() / np.abs(full).max() < 0.02
