@@ -28,6 +28,9 @@ WATCH = Path(__file__).parents[2] / "cluster" / "deploy" / "watch"
 DASHBOARD = json.loads((WATCH / "grafana-dashboard.json").read_text())
 SERVICE_DISCOVERY = "/tmp/ray/prom_metrics_service_discovery.json"
 LONG_S = 240.0
+SOURCE = {"type": "prometheus", "uid": "${datasource}"}
+# The units in use, which getValueFormats() of @grafana/data has: any other word is shown as it is.
+UNITS = {"bytes", "dtdhms", "locale", "percentunit", "short"}
 
 TASK = """
 import time
@@ -39,8 +42,6 @@ from influence_jobs import Task
 
 
 class Slow(Task):
-    output_loss = "cross-entropy"
-
     def model(self):
         return nn.Linear(3, 2)
 
@@ -80,6 +81,58 @@ def test_the_dashboard_shows_what_was_promised() -> None:
     assert max(x for x, _ in cells) < 24
 
 
+def test_every_query_asks_the_prometheus_that_the_user_chooses() -> None:
+    chosen, run = DASHBOARD["templating"]["list"]
+    assert (chosen["name"], chosen["type"], chosen["query"]) == (
+        "datasource",
+        "datasource",
+        "prometheus",
+    )
+    asking = [run, *DASHBOARD["panels"], *(t for p in DASHBOARD["panels"] for t in p["targets"])]
+    assert [a["datasource"] for a in asking] == [SOURCE] * len(asking)
+    assert "__inputs" not in DASHBOARD
+
+
+def test_values_are_said_in_units_that_grafana_knows() -> None:
+    for panel in DASHBOARD["panels"]:
+        assert panel["fieldConfig"]["defaults"]["unit"] in UNITS, panel["title"]
+
+
+def test_legends_name_the_run_and_only_labels_of_the_answer() -> None:
+    for panel in DASHBOARD["panels"]:
+        for target in panel["targets"]:
+            named = re.findall(r"{{(\w+)}}", target["legendFormat"])
+            kept, *_ = re.findall(r"\bby \(([^)]*)\)", target["expr"])
+            assert named[0] == "run", panel["title"]
+            assert {*named} == {*kept.split(", ")}, panel["title"]
+            # The whole id of a worker has 56 digits.
+            assert "WorkerId" not in named, panel["title"]
+
+
+def test_no_value_is_red_because_it_is_above_80() -> None:
+    """Grafana paints so what has no thresholds of its own, in panels that show the last value."""
+    for panel in DASHBOARD["panels"]:
+        if panel["type"] != "timeseries":
+            steps = panel["fieldConfig"]["defaults"].get("thresholds", {}).get("steps", [])
+            plain = panel["options"].get("colorMode") == "none"
+            assert plain or [s["value"] for s in steps] == [None], panel["title"]
+
+
+def test_time_left_is_of_runs_that_are_at_work() -> None:
+    """The last value within the time shown would be that of a run that has failed, for hours."""
+    (panel,) = (p for p in DASHBOARD["panels"] if p["title"] == "Time left")
+    assert [t["instant"] and not t["range"] for t in panel["targets"]] == [True]
+
+
+def test_overrides_are_of_queries_of_the_panel() -> None:
+    for panel in DASHBOARD["panels"]:
+        queries = [target["refId"] for target in panel["targets"]]
+        assert len({*queries}) == len(queries)
+        for override in panel["fieldConfig"]["overrides"]:
+            assert override["matcher"]["id"] == "byFrameRefID"
+            assert override["matcher"]["options"] in queries, panel["title"]
+
+
 @contextmanager
 def prometheus(head: Head, folder: Path) -> Iterator[str]:
     """Prometheus with our file, told only where this Ray lies and to look every second."""
@@ -116,7 +169,8 @@ def asked(url: str, path: str, **query: str) -> Any:
 
 
 def values(url: str, run: str, query: str) -> list[float]:
-    found = asked(url, "query", query=query.replace("$run", run))["result"]
+    query = query.replace("$run", run).replace("$__rate_interval", "5m")
+    found = asked(url, "query", query=query)["result"]
     assert all(series["metric"]["run"] == run for series in found)
     return [float(series["value"][1]) for series in found]
 
