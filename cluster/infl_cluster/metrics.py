@@ -1,8 +1,8 @@
 """Prometheus metrics of a run. Ray exports them as `ray_infl_...` at the metrics port of each node.
 
-Counters and the memory of GPUs are of one worker, and start at zero in a new one: use rate(), and
-sum over workers. Progress is of the run as a whole: the driver passes on what its status says,
-as `infl status` and the viewer show it.
+Counters and the memory of GPUs are of one worker, named HOST:PID as in `infl logs`. They start at
+zero in a new one: use rate(), and sum over workers. Progress is of the run as a whole: the driver
+passes on what its status says, as `infl status` and the viewer show it.
 """
 
 from collections.abc import Mapping
@@ -36,17 +36,19 @@ class WorkerMetrics:
     Args:
         run: Run id.
         kind: Kind of the job, e.g. `grad-norms`.
+        worker: Its process, as HOST:PID.
     """
 
-    def __init__(self, run: str, kind: str) -> None:
-        self._samples = Counter("infl_samples", "Samples computed.", _TAGS)
-        self._done = Counter("infl_shards_done", "Shards finished.", _TAGS)
-        self._rate = Gauge("infl_samples_per_second", "Rate within the last shard.", _TAGS)
+    def __init__(self, run: str, kind: str, worker: str) -> None:
+        tags = (*_TAGS, "worker")
+        self._samples = Counter("infl_samples", "Samples computed.", tags)
+        self._done = Counter("infl_shards_done", "Shards finished.", tags)
+        self._rate = Gauge("infl_samples_per_second", "Rate within the last shard.", tags)
         self._memory = Gauge(
-            "infl_gpu_memory_bytes", "Most GPU memory that torch has reserved; 0 on CPUs.", _TAGS
+            "infl_gpu_memory_bytes", "Most GPU memory that torch has reserved; 0 on CPUs.", tags
         )
         for metric in (self._samples, self._done, self._rate, self._memory):
-            metric.set_default_tags({"run": run, "kind": kind})
+            metric.set_default_tags({"run": run, "kind": kind, "worker": worker})
 
     def finished(self, receipt: Receipt) -> None:
         """Count a shard that is done."""

@@ -130,7 +130,7 @@ class ShardWorker:
             if not isinstance(error, InflError):
                 log.exception("the worker cannot be made")
             self._refusal = _refusal(error)
-        self._metrics = WorkerMetrics(run_id, kind)
+        self._metrics = WorkerMetrics(run_id, kind, this_process())
 
     def __repr__(self) -> str:
         return f"ShardWorker({self._runner.title if self._runner else self._refusal})"

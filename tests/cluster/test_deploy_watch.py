@@ -105,8 +105,8 @@ def test_legends_name_the_run_and_only_labels_of_the_answer() -> None:
             kept, *_ = re.findall(r"\bby \(([^)]*)\)", target["expr"])
             assert named[0] == "run", panel["title"]
             assert {*named} == {*kept.split(", ")}, panel["title"]
-            # The whole id of a worker has 56 digits.
-            assert "WorkerId" not in named, panel["title"]
+            # Ray's own id of a worker has 56 digits, and `infl logs` names its process.
+            assert ("worker" in named) == ("each worker" in panel["title"])
 
 
 def test_no_value_is_red_because_it_is_above_80() -> None:
@@ -212,6 +212,8 @@ def test_every_query_finds_the_running_job(
             (total,) = values(url, run.id, "ray_infl_run_samples{run=~'$run'}")
             (shards,) = values(url, run.id, "ray_infl_run_shards{run=~'$run'}")
             (done,) = values(url, run.id, "ray_infl_run_samples_done{run=~'$run'}")
+            each = asked(url, "query", query=f"ray_infl_samples_per_second{{run='{run.id}'}}")
+            workers = [series["metric"]["worker"] for series in each["result"]]
     finally:
         subprocess.run([*infl, "stop", run.id], env=environment, check=True)
     assert total == status["units_total"] == 60000
@@ -219,3 +221,5 @@ def test_every_query_finds_the_running_job(
     assert 0 < done <= status["units_done"]
     assert found["Retries A"] == found["Stragglers B"] == [0.0]
     assert all(memory == 0 for memory in found["GPU memory of each worker A"])
+    logs = subprocess.check_output([*infl, "logs", run.id], env=environment, text=True)
+    assert workers and all(worker in logs for worker in workers)
