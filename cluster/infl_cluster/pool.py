@@ -32,6 +32,7 @@ from influence_jobs.kinds.runner import progress_every_s, this_process
 from influence_jobs.memory import share_gpu
 from influence_jobs.store.files import open_files
 from influence_jobs.store.lease import holder_of, require_held_by
+from influence_jobs.store.object_files import be_patient
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.trust import trust_all
 from influence_jobs.terms import duration
@@ -117,6 +118,7 @@ class ShardWorker:
         self._device = device
         try:
             versions.require_same()
+            be_patient()  # a store that does not answer now is no reason to go without this worker
             if owner is not None:
                 require_held_by(open_files(root).sub(run_id), owner)
             self._device = resolved(cast(Device, device))

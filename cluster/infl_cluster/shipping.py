@@ -108,10 +108,13 @@ def _parts(file: Path, name: str) -> tuple[str, ...]:
 def _root(file: Path, name: str) -> Path:
     """The folder from which a module is imported."""
     parts = _parts(file, name)
-    if file.parts[-len(parts) :] != parts:
+    origin = getattr(sys.modules.get(name), "__file__", None)
+    moved = "." in name and origin and Path(origin).parent.resolve() != file.parent
+    if moved or file.parts[-len(parts) :] != parts:
         raise SpecError(
-            f"module {name} is a link to {file}, which has another name and cannot be sent to the "
-            "cluster: put a copy in its place"
+            f"module {name} is a link to {file}, which has another "
+            f"{'package' if moved else 'name'} and cannot be sent to the cluster: put a copy in "
+            "its place"
         )
     return file.parents[len(parts) - 1]
 

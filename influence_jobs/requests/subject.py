@@ -164,9 +164,13 @@ def built_task(
     values = _converted(name, kind, given, others=type(request).model_fields)
     parameters = arguments_of(kind)
     words = {parameters[key].default for key in kind.paths & parameters.keys()}
-    for key in sorted(kind.paths & values.keys()):
-        if values[key] not in words:  # a default such as `samples` is not a folder
-            values[key] = str(Path(values[key]).expanduser().absolute())
+    for key in sorted(kind.paths & parameters.keys()):
+        value = values.get(key, parameters[key].default)
+        if not isinstance(value, str):
+            continue
+        # A preset's default such as `samples` is not a folder; that of one's own task may be.
+        if value not in words or (":" in name and Path(value).expanduser().exists()):
+            values[key] = str(Path(value).expanduser().absolute())
     values = kind.settle(values, say)
     # Defaults are written out: whether the user gives a default or not, the run is the same.
     complete = {p.name: values.get(p.name, p.default) for p in parameters.values()}

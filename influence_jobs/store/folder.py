@@ -8,9 +8,15 @@ DEFAULT_RUNS = "runs"
 
 
 def runs_folder(word: str | os.PathLike[str]) -> str:
-    """The folder that `--runs` names, as a URL or an absolute path."""
+    """The folder that `--runs` names, as a URL or an absolute path.
+
+    Links stay, because another machine may have them elsewhere; but not where `..` follows one.
+    """
     word = os.fspath(word)
-    return word if "://" in word else str(Path(word).expanduser().absolute())
+    if "://" in word:
+        return word
+    path = Path(word).expanduser().absolute()
+    return str(path.resolve() if ".." in path.parts else path)
 
 
 def for_runs(root: str) -> str:

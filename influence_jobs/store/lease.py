@@ -23,6 +23,7 @@ from influence_jobs.errors import StoreError
 from influence_jobs.store import layout
 from influence_jobs.store.documents import MOST_BYTES, Holder, parsed
 from influence_jobs.store.files import Files
+from influence_jobs.store.object_files import StorageError
 from influence_jobs.store.process import is_running
 
 TTL_S = 30.0
@@ -192,6 +193,8 @@ def require_held_by(files: Files, owner: str) -> None:
     while True:
         try:
             holder = holder_of(files)
+        except StorageError:  # which has been asked for minutes
+            raise
         except OSError:  # it is being replaced
             holder = None
         if holder is not None and holder["owner"] == owner:

@@ -60,6 +60,9 @@ def test_workers_are_told_where_data_lie(tmp_path: Path, monkeypatch: pytest.Mon
 def test_only_words_of_the_task_itself_are_no_paths(own: str, tmp_path: Path) -> None:
     assert request(f"{own}:Plain", folder="standard").paths == {"folder": "standard"}
     assert request(f"{own}:Plain", folder="samples").paths == {"folder": str(tmp_path / "samples")}
+    (tmp_path / "standard").mkdir()  # workers have another working directory
+    for given in ({}, {"folder": "standard"}):
+        assert request(f"{own}:Plain", **given).paths == {"folder": str(tmp_path / "standard")}
 
 
 def test_options_that_are_no_scalars(own: str) -> None:

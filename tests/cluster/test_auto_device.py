@@ -68,6 +68,19 @@ def test_workers_reserve_gpus_if_the_cluster_has_any(
     assert given["device"] == ("auto" if gpus else "cpu")
 
 
+def test_a_worker_asks_the_store_for_minutes_from_its_start(
+    cluster: list[dict[str, float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(pool, "be_patient", lambda: said.append("patient"))
+    monkeypatch.setattr(pool, "open_files", lambda _: SimpleNamespace(sub=lambda _: None))
+    monkeypatch.setattr(pool, "require_held_by", lambda *_: said.append("looked"))
+    pool.ShardWorker(
+        "root", "run", kind="kind", device="cpu", threads=1, runner=f"{__name__}:Runner", owner="o"
+    )
+    assert said == ["patient", "looked"]
+
+
 @pytest.mark.parametrize(("has", "device"), [(True, "cuda"), (False, "cpu")])
 def test_a_worker_looks_for_a_gpu_itself(
     cluster: list[dict[str, float]], monkeypatch: pytest.MonkeyPatch, has: bool, device: str

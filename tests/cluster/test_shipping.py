@@ -171,6 +171,18 @@ def test_a_link_of_another_name_is_refused(clean: Path) -> None:
         shipping.pack(spec_of(file))
 
 
+def test_a_package_with_a_link_to_elsewhere_is_refused(clean: Path) -> None:
+    file = a_package(clean, "joined")
+    elsewhere = clean / "store" / "joined"
+    elsewhere.mkdir(parents=True)
+    sizes = clean / "joined" / "sizes.py"
+    sizes.rename(elsewhere / "sizes.py")
+    sizes.symlink_to(elsewhere / "sizes.py")
+    said = r"module joined.sizes is a link to .*store/joined/sizes.py, which has another package"
+    with pytest.raises(SpecError, match=said):
+        shipping.pack(spec_of(file))
+
+
 @pytest.mark.parametrize("names", [("a_common", "task_apart"), ("task_apart", "z_common")])
 def test_code_of_several_folders_keeps_its_fingerprint(
     clean: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, str]

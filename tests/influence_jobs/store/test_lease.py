@@ -18,6 +18,7 @@ from influence_jobs.store import lease as lease_module
 from influence_jobs.store.documents import Holder
 from influence_jobs.store.files import LocalFiles
 from influence_jobs.store.lease import Lease, LeaseHeld, holder_of, is_alive, require_held_by
+from influence_jobs.store.object_files import StorageError
 
 
 def hold(folder: str, ready: "multiprocessing.synchronize.Event") -> None:
@@ -276,3 +277,10 @@ def test_the_same_path_may_be_another_folder(
     waits.start()
     require_held_by(here, holder["owner"])
     waits.join()
+
+    class Down(LocalFiles):
+        def read(self, name: str, *, most: int | None = None) -> bytes:
+            raise StorageError("s3://runs does not answer")
+
+    with pytest.raises(StorageError, match="does not answer"):  # not: another folder
+        require_held_by(Down(tmp_path / "here"), holder["owner"])
