@@ -4,28 +4,35 @@ For each workload and precision the table has: samples a second at the fastest b
 probe finds; the speed relative to plain forward + backward, which ends at the same layers; the
 speed relative to the bound; and the error relative to float64. The *bound* is a roofline. It is the
 longer of two times: the workload's matrix products at the measured rate of a large product in that
-precision, and its input and output at the measured rate of a large copy.
+precision, and its input and output at the measured rate of a large copy. Images are random numbers
+of MNIST's and FFDNet's sizes, so that nothing needs to be there but the library, torch and typer.
 
     python benchmarks/gpu.py [--device cuda] [--full]
     python benchmarks/gpu.py --device cpu     # tiny sizes, to try the script
 """
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 import typer
 from harness import Contestant, header, print_table, race, ratios, seconds_of, spread
+from PIL import Image
 from torch import Tensor, nn
 
 from influence_jobs.curvature import ConjugateGradient, GaussNewton
 from influence_jobs.curvature.lissa_steps import lissa_steps
+from influence_jobs.datasets.mnist import Mnist
 from influence_jobs.gradients import GradDots, GradNorms, ParameterSpace
 from influence_jobs.gradients.reference import gradients_one_by_one
+from influence_jobs.gpu import tf32
+from influence_jobs.memory import is_out_of_memory
 from influence_jobs.tasks.base import Draw, Task, to_device
 from influence_jobs.tasks.ffdnet import FFDNetTask
 from influence_jobs.tasks.mnist import MnistTask
@@ -44,15 +51,25 @@ MODES: dict[str, tuple[Precision, bool]] = {  # precision of the engine, TF32 al
 }
 
 
-@contextlib.contextmanager
-def tf32(allowed: bool) -> Iterator[None]:
-    """Allow TF32 in products and convolutions, or forbid it, for a `with` block."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+class RandomDigits(MnistTask):
+    """Images and classes of MNIST's sizes, from random numbers."""
+
+    @cached_property
+    def _mnist(self) -> Mnist:
+        generator = np.random.default_rng(0)
+        images = generator.integers(0, 256, (70_000, 28, 28), np.uint8)
+        classes = generator.integers(0, 10, 70_000)
+        pixels, labels = torch.from_numpy(images), torch.from_numpy(classes)
+        return Mnist(pixels[:60_000], labels[:60_000], pixels[60_000:], labels[60_000:])
+
+
+def random_photographs(folder: str) -> FFDNetTask:
+    """The denoiser's task on patches of images of random numbers, which are put into a folder."""
+    generator = np.random.default_rng(1)
+    for i in range(4):
+        pixels = generator.integers(0, 256, (400, 400, 3), np.uint8)
+        Image.fromarray(pixels).save(Path(folder, f"{i}.png"))
+    return FFDNetTask(images=folder, test_images=folder, patch_size=50)
 
 
 @dataclass(frozen=True)
@@ -136,8 +153,8 @@ def scores(name: str, task: Task, flop: float, numbers: int) -> Workload:
     return Workload(name, task, flop, 4 * numbers, make, exact)
 
 
-def workloads() -> list[Workload]:
-    mnist, ffdnet = MnistTask(), FFDNetTask(patch_size=50)
+def workloads(folder: str) -> list[Workload]:
+    mnist, ffdnet = RandomDigits(), random_photographs(folder)
     layers = [784 * 128, 128 * 64, 64 * 10]
     passes = 2 * (2 * sum(layers) - layers[0])  # forward, and backward to the first layer's output
     convolutions = [13 * 96, *[96 * 96] * 10, 96 * 12]
@@ -169,13 +186,37 @@ def best_batch(
             batch = batch_of(task, size, device)
             run(batch)
             rate = size / min(seconds_of(lambda batch=batch: run(batch)) for _ in range(3))
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             break
         if rate < GAIN * best_rate:
             break
         best, best_rate, size = size, rate, 2 * size
     return best
+
+
+def raced(
+    answer: Callable[[tuple[Tensor, ...]], object],
+    limit: Callable[[tuple[Tensor, ...]], object],
+    batch: tuple[Tensor, ...],
+    rounds: int,
+) -> tuple[dict[str, list[float]], int]:
+    """Seconds a sample of both, and the size at which both fit into memory, halved until they do."""
+    size = len(batch[0])
+    while True:
+        contestants = [
+            Contestant("limit", partial(limit, batch), size),
+            Contestant("engine", partial(answer, batch), size),
+        ]
+        torch.cuda.empty_cache()
+        try:
+            return race(contestants, rounds), size
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or size == 1:
+                raise
+        size //= 2
+        batch = tuple(part[:size] for part in batch)
 
 
 def row_of(workload: Workload, mode: str, device: Device, most: int, rounds: int) -> list[str]:
@@ -204,11 +245,7 @@ def row_of(workload: Workload, mode: str, device: Device, most: int, rounds: int
         error = float((found - expected).abs().max() / expected.abs().max())
         size = best_batch(answer, task, device.where, most)
         batch = batch_of(task, size, device.where)
-        contestants = [
-            Contestant("limit", lambda: forward_backward(batch), size),
-            Contestant("engine", lambda: answer(batch), size),
-        ]
-        seconds = race(contestants, rounds)
+        seconds, size = raced(answer, forward_backward, batch, rounds)
     bound = max(workload.flop / device.flops[mode], workload.bytes / device.bytes_s)
     rates = sorted(1 / s for s in seconds["engine"])
     rate = rates[len(rates) // 2]
@@ -230,7 +267,7 @@ def print_solvers(device: Device, steps: int, rounds: int, sizes: list[int]) -> 
     A product is of the Gauss-Newton matrix of one sample with one vector; its bound are four matrix
     products with the weights. That of a step of retraining, by sample, are six.
     """
-    task, weights = MnistTask(), 784 * 128 + 128 * 64 + 64 * 10
+    task, weights = RandomDigits(), 784 * 128 + 128 * 64 + 64 * 10
     torch.manual_seed(0)
     model = task.model().eval().to(device.where)
     space = ParameterSpace(model)
@@ -315,10 +352,11 @@ def main(
     rates = ", ".join(f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in where.flops.items())
     print(f"- large products: {rates}; copies {where.bytes_s / 1e9:.0f} GB/s\n")
     rows = []
-    for workload in workloads():
-        small = not on_gpu
-        most = (64 if "MNIST" in workload.name else 4) if small else 2**17
-        rows += [row_of(workload, mode, where, most, rounds) for mode in MODES]
+    with tempfile.TemporaryDirectory() as folder:
+        for workload in workloads(folder):
+            small = not on_gpu
+            most = (64 if "MNIST" in workload.name else 4) if small else 2**17
+            rows += [row_of(workload, mode, where, most, rounds) for mode in MODES]
     columns = [
         "workload",
         "precision",
@@ -331,7 +369,8 @@ def main(
     print_table(columns, rows)
     print()
     sizes = ([64, 512] + [2048] * full) if on_gpu else [2]
-    print_solvers(where, 1000 if on_gpu else 50, rounds, sizes)
+    with tf32(False):
+        print_solvers(where, 1000 if on_gpu else 50, rounds, sizes)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infl_cluster.pool import MALLOC
+from influence_jobs.devices import MALLOC
 
 PACKAGES = ["torch", "backpack-for-pytorch", "captum", "dattri", "kronfluence", "opacus", "pyDVL"]
 

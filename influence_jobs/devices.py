@@ -9,6 +9,12 @@ from influence_jobs.errors import SpecError
 # other threads where the machine has other work: small networks are ten times as slow. On an idle
 # machine 10,000 are as fast.
 SPINS = {"GOMP_SPINCOUNT": "10000"}
+# glibc keeps large freed buffers: to give them back and fault them in again costs time.
+MALLOC = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "1000000000000",
+    "MALLOC_TOP_PAD_": "67108864",
+}
 
 Device = Literal["auto", "cpu", "cuda"]
 

@@ -21,10 +21,14 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# What torch's allocators say: that of CPUs has no type of its own for it, nor has cuBLAS.
+# What torch's allocators say: that of CPUs has no type of its own for it, nor have the libraries of
+# CUDA. Without memory these cannot be initialised, and no algorithm of cuDNN finds its workspace.
 _SAID = re.compile(
     r"not enough memory: you tried to allocate|can't allocate memory: you tried to allocate"
-    r"|CUDA out of memory|CUDA error: out of memory|CU(?:BLAS|SOLVER)_STATUS_ALLOC_FAILED"
+    r"|CUDA (?:driver error: |error: )?out of memory"
+    r"|CU(?:BLAS|SOLVER|SPARSE|DNN)_STATUS_(?:ALLOC_FAILED|NOT_INITIALIZED)"
+    r"|CUDNN_STATUS_INTERNAL_ERROR_(?:HOST|DEVICE)_ALLOCATION_FAILED|CUFFT_ALLOC_FAILED"
+    r"|was unable to find an engine to execute this computation"
 )
 _LIMITS = "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"
 _USED = "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory/memory.usage_in_bytes"
@@ -54,7 +58,9 @@ def free_bytes(device: torch.device) -> int:
     """Memory that this worker can still take: of its GPU, or its part of the machine's."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        return min(free, int(_gpu_share * total) - torch.cuda.memory_reserved(device))
+        taken = torch.cuda.memory_allocated(device)
+        kept = torch.cuda.memory_reserved(device) - taken  # what torch has and does not use
+        return min(free + kept, int(_gpu_share * total) - taken)
     available: int = psutil.virtual_memory().available
     for limit, used in zip(_LIMITS, _USED, strict=True):
         with suppress(OSError, ValueError):  # a container's own limit; `max` is none

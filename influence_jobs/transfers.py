@@ -19,8 +19,9 @@ def on_device(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on a device. A copy to a GPU is of pinned memory, and nothing waits for it."""
     if device.type == "cpu" or tensor.device.type != "cpu" or tensor.layout != torch.strided:
         return tensor.to(device)
-    if any(step == 0 and n > 1 for step, n in zip(tensor.stride(), tensor.shape, strict=True)):
-        tensor = tensor.contiguous()  # pinned memory with a number in several places is refused
+    if not (tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)):
+        # Pinned memory would span what lies between, and a copy of a part of it is waited for.
+        tensor = tensor.contiguous()
     return tensor.pin_memory().to(device, non_blocking=True)
 
 

@@ -15,12 +15,12 @@ from infl_cluster.driver import new_plan
 from infl_cluster.how import How, room_on
 from influence_jobs.devices import cores, threads
 from influence_jobs.errors import RuntimeFault
+from influence_jobs.gpu import tf32
 from influence_jobs.jobs.automatic import expected
 from influence_jobs.jobs.base import Plan
 from influence_jobs.jobs.estimate import samples_per_second, worker_bytes
 from influence_jobs.jobs.samples import SampleJob
 from influence_jobs.kinds import missing_inputs, open_job
-from influence_jobs.kinds.runner import tf32
 from influence_jobs.memory import Peak
 from influence_jobs.store.run import Run
 from influence_jobs.terms import duration, size, speed
@@ -165,7 +165,8 @@ def _estimate(run: Run, how: How, workers: int) -> Estimate:
     if isinstance(job, SampleJob):
         size = min(size, job.chunk_rows)  # batches never cross chunks
         if how.batch_size is None and job.reads_samples:
-            choice = expected(job, math.ceil(plan.units / workers))
+            with tf32(job.tf32):
+                choice = expected(job, math.ceil(plan.units / workers))
             size, why = choice.size, choice.said(size)
         job = open_job(run, device=how.resolved_device, batch_size=size)
     peak = Peak(CPU)

@@ -25,7 +25,7 @@ from infl_cluster.nodes import require_same_software
 from infl_cluster.retry import RetryPolicy
 from infl_cluster.room import lack, wanted
 from infl_cluster.stragglers import Pace
-from influence_jobs.devices import Device, resolved, spins
+from influence_jobs.devices import MALLOC, Device, resolved, spins
 from influence_jobs.errors import DataError, InflError, RuntimeFault, StoreError
 from influence_jobs.jobs.base import Receipt, Shard
 from influence_jobs.kinds.runner import progress_every_s, this_process
@@ -46,12 +46,6 @@ SILENT = (
     "within a minute, start Ray again and resume the run"
 )
 LOADING_S = 45.0  # and that workers load their model and data only after this long
-# glibc keeps large freed buffers: to give them back and fault them in again costs time.
-MALLOC = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": "1000000000000",
-    "MALLOC_TOP_PAD_": "67108864",
-}
 
 
 def connect() -> None:

@@ -13,6 +13,7 @@ from influence_jobs.contract import jobs, outputs, parameters, samples
 from influence_jobs.contract.trial import Finding, Findings, Said, Trial
 from influence_jobs.devices import Device, resolved
 from influence_jobs.errors import InflError
+from influence_jobs.gpu import tf32
 from influence_jobs.kinds import find_kind
 from influence_jobs.requests.subject import built_task
 from influence_jobs.tasks.own_code import described
@@ -75,13 +76,14 @@ def findings(
         yield Finding("fail", "task", described(error))
         return
     trial = Trial(built, place)
-    for name, look, needed in CHECKS:
-        failed = False
-        for finding in _found(name, look, trial):
-            failed |= finding.mark == "fail"
-            yield finding
-        if failed and needed:
-            return
+    with tf32(False):  # checks are of float32's digits
+        for name, look, needed in CHECKS:
+            failed = False
+            for finding in _found(name, look, trial):
+                failed |= finding.mark == "fail"
+                yield finding
+            if failed and needed:
+                return
 
 
 def _found(name: str, look: Callable[[Trial], Said], trial: Trial) -> Iterator[Finding]:

@@ -10,6 +10,7 @@ from influence_jobs.contract.trial import Line, Said, Trial, fail, ok, warn
 from influence_jobs.curvature.requirements import require_output_loss
 from influence_jobs.errors import SpecError
 from influence_jobs.gradients.parameters import ParameterSpace
+from influence_jobs.gradients.transforms import differentiable_kernels
 from influence_jobs.jobs.queries import size_of
 from influence_jobs.tasks.base import Draw, Task, defines
 from influence_jobs.tasks.output_loss import forms_of, require_outputs_of_loss
@@ -46,7 +47,8 @@ def tests(trial: Trial) -> Said:
     together = min(count, 2) if size is None else 1  # images may be of any size
     batch = trial.given(task.test_batch(torch.arange(together), Draw(0)))
     for quantity in task.quantities:
-        values_B = task.measure(trial.model, batch, quantity, None)
+        with differentiable_kernels(trial.model):
+            values_B = task.measure(trial.model, batch, quantity, None)
         if values_B.shape != (together,) or not values_B.isfinite().all():
             yield fail(
                 f"measure() of {quantity} gives {values_B.detach().cpu().tolist()} for "

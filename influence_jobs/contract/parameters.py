@@ -15,6 +15,7 @@ from influence_jobs.gradients.fallback import Form
 from influence_jobs.gradients.functional import functional_call
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.gradients.reference import LossModule
+from influence_jobs.gradients.transforms import differentiable_kernels
 from influence_jobs.gradients.weights import weight_named, weights_of
 from influence_jobs.models.checkpoints import tied_names
 from influence_jobs.specs.base import listed
@@ -168,7 +169,8 @@ def _dots_seconds(trial: Trial, names: Sequence[str]) -> tuple[float, str]:
 
 
 def _forward_backward(trial: Trial) -> tuple[Tensor | None, ...]:
-    losses_B = trial.task.losses(trial.model, trial.full_batch)
+    with differentiable_kernels(trial.model):
+        losses_B = trial.task.losses(trial.model, trial.full_batch)
     found: tuple[Tensor | None, ...] = torch.autograd.grad(
         losses_B.sum(), list(trial.trained.values()), allow_unused=True
     )

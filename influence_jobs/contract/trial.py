@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from influence_jobs.gradients.transforms import differentiable_kernels
 from influence_jobs.tasks.base import Batch, Draw, Task, converted, to_device, to_type
 from influence_jobs.terms import ScorePrecision, html_table
 from influence_jobs.training.train import seeded
@@ -113,7 +114,8 @@ class Trial:
     @cached_property
     def losses_B(self) -> Tensor:
         """Their losses, with a graph."""
-        return self.task.losses(self.model, self.batch)
+        with differentiable_kernels(self.model):
+            return self.task.losses(self.model, self.batch)
 
     @cached_property
     def full_batch(self) -> Batch:

@@ -16,6 +16,7 @@ from influence_jobs.curvature.solver import (
 )
 from influence_jobs.curvature.spectrum import largest_eigenvalue, sufficient_damping
 from influence_jobs.errors import SpecError
+from influence_jobs.gpu import in_tf32
 from influence_jobs.transfers import numbers
 
 DOT_PIECE = 2**22  # numbers that are multiplied at a time
@@ -120,7 +121,7 @@ class ConjugateGradient(Solver):
 def _not_positive(operator: Operator, damping: float) -> SpecError:
     lowest, enough = sufficient_damping(operator)
     cure = "use --operator gauss-newton"
-    if torch.backends.cuda.matmul.allow_tf32:  # its rounding is about .001 of the largest one
+    if in_tf32():  # its rounding is about .001 of the largest one
         cure = "use --precision float32"
     elif operator.positive_semidefinite:  # by its name, but not with this loss
         cure = (

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
+from influence_jobs.gpu import in_tf32
 from influence_jobs.gradients.functional import functional_call
 from influence_jobs.gradients.reference import LossModule
 from influence_jobs.transfers import numbers
@@ -32,7 +33,7 @@ def gradients_along(
 
 def agreement() -> float:
     """The allowed relative difference of two ways to a product of float32, as torch is set now."""
-    return AGREEMENT * (OF_TF32 if torch.backends.cuda.matmul.allow_tf32 else 1)
+    return AGREEMENT * (OF_TF32 if in_tf32() else 1)
 
 
 def require_alike(what: str, ours: Parameters, plain: Parameters) -> None:

@@ -5,8 +5,11 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._decomp import get_decompositions
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 
 @contextmanager
@@ -14,14 +17,15 @@ def all_derivatives(model: nn.Module) -> Iterator[None]:
     """Run a model by kernels that have forward-mode and second derivatives; they may be slower.
 
     Fused attention kernels have neither. Nor have the recurrent layers of oneDNN and cuDNN, which
-    are switched off for models with such layers alone: convolutions are faster by them.
+    are switched off for models with such layers alone: convolutions are faster by them. What CUDA
+    has in their place knows no forward mode either, so it is made of plain operations.
     """
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(without_fused_transformers())
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             stack.enter_context(_switched_off(torch.backends.mkldnn))
-            stack.enter_context(_switched_off(torch.backends.cudnn))
+        stack.enter_context(_plain_recurrence(model))
         yield
 
 
@@ -51,7 +55,7 @@ def differentiable_kernels(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def mappable_kernels(model: nn.Module) -> Iterator[None]:
-    """Kernels that torch can map over samples: no fused attention, no oneDNN.
+    """Kernels that torch can map over samples: no fused attention, no oneDNN, no cuDNN for recurrence.
 
     Recurrent layers write into the initial state that they make themselves, which is none of a
     sample's: they are given one.
@@ -59,6 +63,7 @@ def mappable_kernels(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(_switched_off(torch.backends.mkldnn))
+        stack.enter_context(_plain_recurrence(model))
         for module in model.modules():
             if isinstance(module, nn.RNNBase):
                 hook = module.register_forward_pre_hook(_with_state, with_kwargs=True)
@@ -87,3 +92,58 @@ def _switched_off(backend: Any) -> Iterator[None]:
         yield
     finally:
         backend.enabled = before
+
+
+@contextmanager
+def _plain_recurrence(model: nn.Module) -> Iterator[None]:
+    """Recurrent layers of a GPU by plain operations: no cuDNN, no fused cells."""
+    recurrent = [m for m in model.modules() if isinstance(m, nn.RNNBase | nn.RNNCellBase)]
+    with ExitStack() as stack:
+        if recurrent:
+            stack.enter_context(_switched_off(torch.backends.cudnn))
+            if _has_fused_cells(next(recurrent[0].parameters())):
+                stack.enter_context(_PlainCells())
+        yield
+
+
+class _PlainCells(TorchFunctionMode):
+    """LSTM and GRU by torch's own formulas for them, as on a CPU."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in _CELLS:
+            return _CELLS[name](*args)
+        if name in _LAYERS and len(args) == 9:
+            packed = not isinstance(args[2], list)  # there the weights follow the input's sizes
+            dropout, train = args[5 + packed : 7 + packed]
+            if not (dropout and train):  # the formulas leave dropout out
+                return _LAYERS[name][packed](*args)
+        return func(*args, **(kwargs or {}))
+
+
+def _has_fused_cells(tensor: Tensor) -> bool:
+    return tensor.is_cuda
+
+
+def _lstm_cell(x: Tensor, state: Any, w_x: Tensor, w_h: Tensor, b_x: Any, b_h: Any) -> Any:
+    h, c = state
+    gates = F.linear(x, w_x, b_x) + F.linear(h, w_h, b_h)
+    enters, keeps, new, leaves = gates.chunk(4, 1)
+    c = keeps.sigmoid() * c + enters.sigmoid() * new.tanh()
+    return leaves.sigmoid() * c.tanh(), c
+
+
+def _gru_cell(x: Tensor, h: Tensor, w_x: Tensor, w_h: Tensor, b_x: Any, b_h: Any) -> Tensor:
+    resets, keeps, new = F.linear(x, w_x, b_x).chunk(3, 1)
+    h_resets, h_keeps, h_new = F.linear(h, w_h, b_h).chunk(3, 1)
+    new = (new + (resets + h_resets).sigmoid() * h_new).tanh()
+    return new + (keeps + h_keeps).sigmoid() * (h - new)
+
+
+_CELLS: dict[str, Any] = {"lstm_cell": _lstm_cell, "gru_cell": _gru_cell}
+_LAYERS: dict[str, list[Any]] = {
+    name: [*get_decompositions([overloads.input, overloads.data]).values()]
+    for name, overloads in (("lstm", torch.ops.aten.lstm), ("gru", torch.ops.aten.gru))
+}

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from influence_jobs.errors import ModelError
 from influence_jobs.gradients.batches import one_sample
 from influence_jobs.gradients.one_loss_each import mixed_losses
 from influence_jobs.gradients.rules import LayerRule, nearest_rule
+from influence_jobs.memory import is_out_of_memory
 
 
 @dataclass
@@ -58,8 +59,11 @@ class Usage:
         losses_B: Tensor,
     ) -> None:
         alone_1: Tensor | None = None
-        with suppress(RuntimeError, ValueError, IndexError):
+        try:
             of_one, alone_1 = _watched(forward, one_sample(batch, 0, self.size), modules)
+        except (RuntimeError, ValueError, IndexError) as error:
+            if is_out_of_memory(error):
+                raise
         if alone_1 is not None and len(alone_1) != 1:
             return  # a batch that cannot be cut leaves the question to `TappedModel.check`
         if alone_1 is not None and _alike(alone_1, losses_B):

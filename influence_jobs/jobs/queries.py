@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from influence_jobs.errors import DataError, SpecError
 from influence_jobs.gradients.parameters import ParameterSpace
+from influence_jobs.gradients.transforms import differentiable_kernels
+from influence_jobs.memory import is_out_of_memory
 from influence_jobs.specs.queries import Queries, Query
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.base import Batch, Draw, Task, copy_of, device_of, to_device, to_type
@@ -111,13 +113,17 @@ def query_gradients(
             batch = to_device(batch, device)
 
             def measured(model: nn.Module, batch: Batch, query: Query = query) -> Tensor:
-                return task.measure(model, batch, queries.quantity, query.region).sum()
+                with differentiable_kernels(model):
+                    values_B = task.measure(model, batch, queries.quantity, query.region)
+                return values_B.sum()
 
             # In float64: where a query is fitted well its gradient is a difference that float32
             # cannot tell from zero.
             try:
                 total += space.of(exact).gradient(measured(exact, to_type(batch, torch.float64)))
-            except RuntimeError:  # a model that only its own type will do for
+            except RuntimeError as error:  # a model that only its own type will do for
+                if is_out_of_memory(error):
+                    raise
                 total += space.gradient(measured(model, to_type(batch, dtype)))
         if not total.isfinite().all():
             raise DataError(

@@ -8,8 +8,7 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -21,6 +20,7 @@ from influence_jobs.errors import (
     StoreError,
     first_line,
 )
+from influence_jobs.gpu import tf32
 from influence_jobs.jobs.automatic import keep_halved, settle
 from influence_jobs.jobs.base import Receipt, Shard
 from influence_jobs.kinds import kind_of, open_job
@@ -49,20 +49,6 @@ def progress_every_s(workers: int) -> float:
 def this_process() -> str:
     """This process, as HOST:PID."""
     return f"{socket.gethostname()}:{os.getpid()}"
-
-
-@contextlib.contextmanager
-def tf32(allowed: bool) -> Iterator[None]:
-    """Whether GPUs may round float32 products to TF32, in this block: by default some do."""
-    backends: list[Any] = [torch.backends.cudnn, torch.backends.cuda.matmul]
-    before = [backend.allow_tf32 for backend in backends]
-    for backend in backends:
-        backend.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        for backend, was in zip(backends, before, strict=True):
-            backend.allow_tf32 = was
 
 
 class ShardRunner:
@@ -118,7 +104,8 @@ class ShardRunner:
             attempt = entry.attempt + 1 if entry else 1
             with tf32(self._tf32):
                 units = self._do(shard, attempt, started)
-        except Exception as error:  # a worker must survive a bad shard
+        except Exception as raised:  # a worker must survive a bad shard
+            error = _gpu_failure(raised, self._job.device) or raised
             kind = _kind(error)
             if not isinstance(error, (InflError, OSError)):
                 log.exception("shard %s", shard.id)
@@ -222,6 +209,17 @@ def _kind(error: Exception) -> Literal["user", "transient", "worker", "fatal"]:
     return "transient" if is_of_store(error) else "user"
 
 
+def _gpu_failure(error: Exception, device: torch.device) -> Exception | None:
+    """What a GPU says that has failed for good, whatever else was raised because of it."""
+    if device.type != "cuda" or is_out_of_memory(error) or _is_gpu_failure(error):
+        return None
+    try:
+        torch.cuda.synchronize(device)  # it says so every time from then on
+    except RuntimeError as failure:
+        return failure
+    return None
+
+
 def _is_gpu_failure(error: Exception) -> bool:
     """Whether a GPU failed so that this process cannot use it again."""
     if is_out_of_memory(error):
@@ -240,7 +238,13 @@ def _line(error: Exception) -> str:
             "or a machine or GPU with more memory"
         )
     if _is_gpu_failure(error):
-        return f"the GPU failed ({first_line(error)}): resume the run"
+        said = f"the GPU failed ({first_line(error)})"
+        if "device-side assert" in str(error):  # on a CPU it is an error of its own, with a name
+            return (
+                f"{said}, as it does where a label, a token or an index is out of range: try the "
+                "samples with --device cpu, or resume the run"
+            )
+        return f"{said}: resume the run"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "the disk is full: make room and resume"
     return f"{type(error).__name__}: {first_line(error)}{place_and_cure(error)}"

@@ -38,6 +38,7 @@ from torch.utils.data import default_collate
 
 from influence_jobs.errors import DataError, InflError, ModelError, SpecError, first_line
 from influence_jobs.gradients.batches import KINDS, map_tensors, plain_leaves
+from influence_jobs.memory import is_out_of_memory
 from influence_jobs.tasks.own_code import described
 from influence_jobs.tasks.published import Published
 from influence_jobs.tasks.regions import image_size, measure_outputs
@@ -165,6 +166,8 @@ def converted(
             with torch.no_grad():
                 task.losses(model, to_type(sample, dtype))
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             names = ", ".join(sorted(str(t).removeprefix("torch.") for t in types - {dtype}))
             raise ModelError(
                 f"{type(model).__name__} is built in {names} and does not run in "

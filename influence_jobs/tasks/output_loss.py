@@ -79,7 +79,20 @@ def cross_entropy(outputs_BC: Tensor, classes_B: Tensor) -> Tensor:
     """
     if classes_B.is_floating_point() and (classes_B.sum(1) - 1).abs().max() > SUM_ERROR:
         raise ValueError("targets are no probabilities")
-    return F.cross_entropy(outputs_BC, classes_B, reduction="none")
+    return _of_classes(outputs_BC, classes_B)
+
+
+def _of_classes(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropies of the targets' shape, classes along axis 1; NaN where a target is no class.
+
+    There a CPU raises an error, and a GPU ends the process.
+    """
+    if targets.is_floating_point():
+        return F.cross_entropy(outputs, targets, reduction="none")
+    unknown = (targets != IGNORED) & ((targets < 0) | (targets >= outputs.shape[1]))
+    known = targets.masked_fill(unknown, 0)
+    losses = F.cross_entropy(outputs, known, ignore_index=IGNORED, reduction="none")
+    return losses.masked_fill(unknown, torch.nan)
 
 
 def _cross_entropy_hessian(outputs_BC: Tensor, targets: Tensor, tangents_BC: Tensor) -> Tensor:
@@ -119,9 +132,7 @@ def _of_positions(classes: int, reduction: str) -> Form:
         return counted_BT / counts_B.view(-1, *(1,) * (targets_BT.ndim - 1))
 
     def parts(outputs: Tensor, targets_BT: Tensor) -> Tensor:
-        losses_BT = F.cross_entropy(
-            outputs.movedim(classes, 1), targets_BT, ignore_index=IGNORED, reduction="none"
-        )
+        losses_BT = _of_classes(outputs.movedim(classes, 1), targets_BT)
         return losses_BT * weights(targets_BT, losses_BT)
 
     def losses(outputs: Tensor, targets_BT: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from influence_jobs.errors import ModelError
-from influence_jobs.gradients.batches import flattened, has_samples
+from influence_jobs.gradients.batches import flattened, has_samples, map_tensors
 from influence_jobs.tasks.base import Batch, Draw, Task, device_of, to_device
 from influence_jobs.transfers import on_device
 
@@ -130,7 +130,10 @@ def fixed_samples(task: Task, device: torch.device) -> Batch | None:
     except _DrawRead:
         return None
     tensors = (leaf for leaf in flattened(everything)[0] if isinstance(leaf, Tensor))
-    return to_device(everything, device) if all(has_samples(t, n) for t in tensors) else None
+    if not all(has_samples(t, n) for t in tensors):
+        return None
+    # Not by `to_device`: torch would keep as much pinned memory for good.
+    return map_tensors(lambda tensor: tensor.to(device), everything)
 
 
 class Feed:

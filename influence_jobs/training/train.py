@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from influence_jobs.errors import DataError, SpecError
 from influence_jobs.gradients.batches import plain_leaves
+from influence_jobs.gradients.transforms import differentiable_kernels
 from influence_jobs.tasks.base import (
     FINGERPRINT_ROWS,
     Batch,
@@ -39,7 +40,9 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Run the block with torch's generators seeded, and restore their states afterwards."""
     generators = [torch.default_generator]
     if device.type == "cuda":
-        generators.append(torch.cuda.default_generators[device.index or 0])
+        torch.cuda.init()  # before it there are no generators of GPUs
+        index = torch.cuda.current_device() if device.index is None else device.index
+        generators.append(torch.cuda.default_generators[index])
     # torch.manual_seed looks for every kind of device, which takes 0.1 ms per call.
     states = [generator.get_state() for generator in generators]
     for generator in generators:
@@ -150,7 +153,7 @@ def require_sound_samples(
     def sound(ids: Tensor) -> bool:
         """Whether the gradient of these samples' loss is finite; each loss must be."""
         batch = to_device(task.train_batch(ids, Draw(seed, epoch)), device)
-        with torch.backends.cudnn.flags(enabled=False):  # no backward of an RNN in eval mode
+        with differentiable_kernels(model):
             losses_B = task.losses(model, batch)
             if (bad_B := ~losses_B.isfinite().cpu()).any():
                 refuse("training loss", ids[bad_B][0])

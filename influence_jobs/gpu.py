@@ -1,0 +1,52 @@
+"""How torch computes on a GPU: settings that hold for the whole process."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+def in_tf32() -> bool:
+    """Whether GPUs round the factors of float32 products to TF32, as torch is set now."""
+    # `allow_tf32` raises an error where a program uses both ways of torch to set it.
+    precision: str = torch.backends.cuda.matmul.fp32_precision
+    return precision == "tf32"
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """In this block GPUs may round float32 products to TF32, or not: by default some do.
+
+    Besides, cuDNN computes the same numbers each time. Else it adds some sums in any order, and
+    `benchmark` chooses among its algorithms by time.
+    """
+    cudnn: Any = torch.backends.cudnn
+    products: Any = torch.backends.cuda.matmul
+    # The older setting of each, and what is set in its place since torch 2.9.
+    settings = {products: [products], cudnn: [cudnn.conv, cudnn.rnn]}
+    before = {one: one.fp32_precision for of in settings.values() for one in of}
+    older = {backend: _allows(backend, before[of[0]]) for backend, of in settings.items()}
+    repeats = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, False
+    for backend, of in settings.items():
+        backend.allow_tf32 = allowed
+        for one in of:  # which else follow those of all backends together
+            one.fp32_precision = "tf32" if allowed else "ieee"
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = repeats
+        for backend, of in settings.items():
+            backend.allow_tf32 = older[backend]
+            for one in of:
+                one.fp32_precision = before[one]
+
+
+def _allows(backend: Any, precision: str) -> bool:
+    """The older setting, which can be read only where the newer one is the same."""
+    try:
+        allowed: bool = backend.allow_tf32
+    except RuntimeError:
+        return precision != "tf32"
+    return allowed
