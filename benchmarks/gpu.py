@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from influence_jobs.curvature import ConjugateGradient, GaussNewton
 from influence_jobs.curvature.lissa_steps import lissa_steps
 from influence_jobs.datasets.mnist import Mnist
+from influence_jobs.gpu import tf32
 from influence_jobs.gradients import GradDots, GradNorms, ParameterSpace
 from influence_jobs.gradients.reference import gradients_one_by_one
-from influence_jobs.gpu import tf32
 from influence_jobs.memory import is_out_of_memory
 from influence_jobs.tasks.base import Draw, Task, to_device
 from influence_jobs.tasks.ffdnet import FFDNetTask
@@ -202,7 +202,7 @@ def raced(
     batch: tuple[Tensor, ...],
     rounds: int,
 ) -> tuple[dict[str, list[float]], int]:
-    """Seconds a sample of both, and the size at which both fit into memory, halved until they do."""
+    """Seconds a sample of both, and the size of the batch, halved until both fit into memory."""
     size = len(batch[0])
     while True:
         contestants = [

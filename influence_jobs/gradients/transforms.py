@@ -55,7 +55,7 @@ def differentiable_kernels(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def mappable_kernels(model: nn.Module) -> Iterator[None]:
-    """Kernels that torch can map over samples: no fused attention, no oneDNN, no cuDNN for recurrence.
+    """Kernels that torch can map over samples: no fused attention, no oneDNN, no fused recurrence.
 
     Recurrent layers write into the initial state that they make themselves, which is none of a
     sample's: they are given one.

@@ -40,7 +40,8 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Run the block with torch's generators seeded, and restore their states afterwards."""
     generators = [torch.default_generator]
     if device.type == "cuda":
-        torch.cuda.init()  # before it there are no generators of GPUs
+        # Before it there are no generators of GPUs.
+        torch.cuda.init()  # type: ignore[no-untyped-call]
         index = torch.cuda.current_device() if device.index is None else device.index
         generators.append(torch.cuda.default_generators[index])
     # torch.manual_seed looks for every kind of device, which takes 0.1 ms per call.

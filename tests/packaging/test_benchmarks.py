@@ -2,6 +2,8 @@
 
 import ast
 import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,23 @@ def test_what_a_benchmark_takes_from_us_is_there(script: Path) -> None:
         module = importlib.import_module(str(node.module))
         missing = [alias.name for alias in node.names if not _has(module, alias.name)]
         assert missing == [], f"{script.name}: {node.module} has no {missing}"
+
+
+def test_what_is_run_where_a_gpu_is_needs_neither_ray_nor_zarr() -> None:
+    program = (
+        "import sys\n"
+        "class Hidden:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] in ('ray', 'zarr'):\n"
+        "            raise ModuleNotFoundError(f'{name} is hidden')\n"
+        "sys.meta_path.insert(0, Hidden())\n"
+        "sys.path[:0] = ['benchmarks', '.']\n"
+        "import gpu, tests.pretend_gpu.test_card\n"
+    )
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def _has(module: object, name: str) -> bool:

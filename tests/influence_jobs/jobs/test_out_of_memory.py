@@ -38,6 +38,11 @@ ERRORS = {
     "GPU": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     "numpy": MemoryError("Unable to allocate 71.1 PiB"),
     "cuBLAS": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"),
+    "cuDNN": RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"),
+    "workspace": RuntimeError(
+        "GET was unable to find an engine to execute this computation after trying 7 plans."
+    ),
+    "driver": RuntimeError("CUDA driver error: out of memory"),
 }
 
 

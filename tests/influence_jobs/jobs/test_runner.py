@@ -63,6 +63,15 @@ def fail_with(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
             "the GPU failed (CUDA error: CUBLAS_STATUS_EXECUTION_FAILED): resume the run",
         ),
         (
+            torch.AcceleratorError("CUDA error: device-side assert triggered\nCompile with"),
+            "worker",
+            (
+                "the GPU failed (CUDA error: device-side assert triggered), as it does where a "
+                "label, a token or an index is out of range: try the samples with --device cpu, or "
+                "resume the run"
+            ),
+        ),
+        (
             torch.OutOfMemoryError("CUDA out of memory."),
             "user",
             OUT_OF_MEMORY,
@@ -79,6 +88,31 @@ def test_errors_are_told_in_one_line_and_sorted_by_whether_to_try_again(
     said, place, _ = receipt.error.partition(f" ({__file__}, line ")
     assert (receipt.status, receipt.kind, said) == ("failed", kind, line)
     assert bool(place) == line.startswith(f"{type(error).__name__}: ")
+
+
+def test_a_gpu_that_failed_is_asked_whatever_else_was_raised(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failed(device: torch.device) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    runner = ShardRunner(run.root, run.id)
+    runner._job.device = torch.device("cuda")
+    for error, kind in (
+        (ModelError("it differs from plain autograd"), "fatal"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "user"),
+    ):
+        fail_with(monkeypatch, error)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+        assert runner.run(SHARD).kind == kind
+    monkeypatch.setattr(torch.cuda, "synchronize", failed)
+    assert runner.run(SHARD).kind == "user"  # memory is had anew, and nothing is asked
+    fail_with(monkeypatch, ModelError("it differs from plain autograd"))
+    receipt = runner.run(SHARD)
+    assert receipt.kind == "worker"
+    assert receipt.error == (
+        "the GPU failed (CUDA error: an illegal memory access was encountered): resume the run"
+    )
 
 
 def test_the_traceback_of_an_unexpected_error_is_kept_in_the_run(
