@@ -85,7 +85,8 @@ class ShardWorker:
         device: A torch device, or `auto`: a GPU, if torch finds one here.
         threads: Threads of one torch operation.
         runner: `module:class` of the runner; tests name their own.
-        gpu_share: Part of a GPU's memory that it may take, where others share the GPU.
+        gpu_share: Part of a GPU's memory that it may take, where others share the GPU; 0 if it
+            reserves none.
         workers: Workers of the run: the more there are, the less often each writes its progress.
         owner: Of the lease that the driver holds; None for runners without a run folder.
     """
@@ -99,7 +100,7 @@ class ShardWorker:
         device: str,
         threads: int,
         runner: str,
-        gpu_share: float = 1.0,
+        gpu_share: float = 0.0,
         workers: int = 1,
         owner: str | None = None,
     ) -> None:
@@ -109,7 +110,7 @@ class ShardWorker:
         trust_all()  # who submitted the run has been asked
         store_access.take()
         shipping.unpack()
-        self._device = device
+        self._device, self._reserves_gpu = device, gpu_share > 0
         try:
             versions.require_same()
             be_patient()  # a store that does not answer now is no reason to go without this worker
@@ -133,7 +134,10 @@ class ShardWorker:
 
     def begin(self) -> tuple[str | None, str, str]:
         """Return why this worker cannot compute its run, or None; its process; its device."""
-        return self._refusal, this_process(), self._device
+        device = self._device
+        if device == "cpu" and self._reserves_gpu:  # of `auto`: it is slow, and the GPU lies idle
+            device = "the CPU, though it reserves a GPU: torch finds none there (infl doctor)"
+        return self._refusal, this_process(), device
 
     def run(self, shard: Shard) -> Receipt:
         """Compute one shard."""

@@ -81,14 +81,37 @@ def test_a_worker_asks_the_store_for_minutes_from_its_start(
     assert said == ["patient", "looked"]
 
 
-@pytest.mark.parametrize(("has", "device"), [(True, "cuda"), (False, "cpu")])
+@pytest.mark.parametrize(
+    ("has", "share", "device", "said"),
+    [
+        (True, 1.0, "cuda", "cuda"),
+        (False, 0.0, "cpu", "cpu"),
+        (
+            False,
+            1.0,
+            "cpu",
+            "the CPU, though it reserves a GPU: torch finds none there (infl doctor)",
+        ),
+    ],
+)
 def test_a_worker_looks_for_a_gpu_itself(
-    cluster: list[dict[str, float]], monkeypatch: pytest.MonkeyPatch, has: bool, device: str
+    cluster: list[dict[str, float]],
+    monkeypatch: pytest.MonkeyPatch,
+    has: bool,
+    share: float,
+    device: str,
+    said: str,
 ) -> None:
     monkeypatch.setattr(devices, "has_cuda", lambda: has)
     worker = pool.ShardWorker(
-        "root", "run", kind="kind", device="auto", threads=1, runner=f"{__name__}:Runner"
+        "root",
+        "run",
+        kind="kind",
+        device="auto",
+        threads=1,
+        runner=f"{__name__}:Runner",
+        gpu_share=share,
     )
     assert worker._runner.device == device
     assert worker.begin()[0] is None
-    assert worker.begin()[2] == device
+    assert worker.begin()[2] == said

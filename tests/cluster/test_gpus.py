@@ -59,13 +59,14 @@ def test_a_part_of_a_gpu_is_a_part_of_its_memory(monkeypatch):
     taken = []
     monkeypatch.setattr(memory, "_gpu_share", 1.0)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", taken.append)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70, 80))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60, 80))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 15)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 5)
     device = torch.device("cuda")
-    assert memory.free_bytes(device) == 65  # of the whole GPU
+    assert memory.free_bytes(device) == 70  # of the whole GPU, and what torch keeps unused
     memory.share_gpu(0.5)
     assert taken == [0.5]
-    assert memory.free_bytes(device) == 25
+    assert memory.free_bytes(device) == 35
 
 
 Node = tuple[dict[str, float], dict[str, str]]

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from influence_jobs import memory
 from influence_jobs.contract.trial import Trial
 from influence_jobs.gpu import in_tf32, tf32
 from influence_jobs.gradients import transforms
@@ -22,7 +21,6 @@ from influence_jobs.tasks.base import Task, converted
 from influence_jobs.tasks.layout import in_fast_layout
 from influence_jobs.training.train import seeded
 
-CUDA = torch.device("cuda")
 BACKENDS: Any = torch.backends
 SETTINGS = {
     "all": BACKENDS,
@@ -92,17 +90,6 @@ def test_generators_of_gpus_are_there_before_they_are_seeded(
             assert [one.initial_seed() == 7 for one in generators] == [i == used for i in range(2)]
         for one, state in zip(generators, before, strict=True):
             assert torch.equal(one.get_state(), state)
-
-
-def test_free_memory_of_a_gpu_has_what_torch_keeps_and_no_more_than_its_share(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30, 100))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 50)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10)
-    assert memory.free_bytes(CUDA) == 70
-    monkeypatch.setattr(memory, "_gpu_share", 0.5)
-    assert memory.free_bytes(CUDA) == 40
 
 
 class Recurrent(nn.Module):
