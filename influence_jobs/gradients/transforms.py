@@ -124,7 +124,7 @@ class _PlainCells(TorchFunctionMode):
 
 
 def _has_fused_cells(tensor: Tensor) -> bool:
-    return tensor.is_cuda
+    return tensor.device.type != "cpu"
 
 
 def _lstm_cell(x: Tensor, state: Any, w_x: Tensor, w_h: Tensor, b_x: Any, b_h: Any) -> Any:
