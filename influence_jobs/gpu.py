@@ -6,6 +6,22 @@ from typing import Any
 
 import torch
 
+from influence_jobs.errors import RuntimeFault, first_line
+
+
+def require_usable(device: torch.device) -> None:
+    """Compute something on a GPU.
+
+    Raises:
+        RuntimeFault: It cannot: it is broken, all of its memory is taken, or torch is not for it.
+    """
+    try:
+        torch.ones(8, device=device).sum().item()
+    except RuntimeError as error:
+        raise RuntimeFault(
+            f"the GPU cannot compute ({first_line(error)}): see infl doctor, or take --device cpu"
+        ) from error
+
 
 def in_tf32() -> bool:
     """Whether GPUs round the factors of float32 products to TF32, as torch is set now."""

@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import Any, cast
 
 import ray
+import torch
 
 from infl_cluster import shipping, store_access, versions
 from infl_cluster.actors import Actor, Actors, live_actors
@@ -27,6 +28,7 @@ from infl_cluster.room import lack, wanted
 from infl_cluster.stragglers import Pace
 from influence_jobs.devices import MALLOC, Device, resolved, spins
 from influence_jobs.errors import DataError, InflError, RuntimeFault, StoreError
+from influence_jobs.gpu import require_usable
 from influence_jobs.jobs.base import Receipt, Shard
 from influence_jobs.kinds.runner import progress_every_s, this_process
 from influence_jobs.memory import share_gpu
@@ -119,6 +121,8 @@ class ShardWorker:
             self._device = resolved(cast(Device, device))
             if self._device == "cuda" and 0 < gpu_share < 1:
                 share_gpu(gpu_share)
+            if self._device == "cuda":  # else a new worker of a dead GPU would fail shard by shard
+                require_usable(torch.device("cuda"))
             make_runner = getattr(import_module(module), name)
             self._runner = make_runner(
                 root, run_id, device=self._device, threads=threads, workers=workers

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import ray
+import torch
 
 from infl_cluster import pool
 from influence_jobs import devices
@@ -103,6 +104,7 @@ def test_a_worker_looks_for_a_gpu_itself(
     said: str,
 ) -> None:
     monkeypatch.setattr(devices, "has_cuda", lambda: has)
+    monkeypatch.setattr(pool, "require_usable", lambda device: None)
     worker = pool.ShardWorker(
         "root",
         "run",
@@ -115,3 +117,29 @@ def test_a_worker_looks_for_a_gpu_itself(
     assert worker._runner.device == device
     assert worker.begin()[0] is None
     assert worker.begin()[2] == said
+
+
+def test_a_worker_of_a_gpu_that_cannot_compute_refuses_before_it_takes_a_shard(
+    cluster: list[dict[str, float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "has_cuda", lambda: True)
+
+    def ones(*_: object, device: torch.device) -> torch.Tensor:
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure\nCompile with")
+
+    monkeypatch.setattr(torch, "ones", ones)
+    cluster += [{"GPU": 1.0}]
+    worker = pool.ShardWorker(
+        "root",
+        "run",
+        kind="kind",
+        device="cuda",
+        threads=1,
+        runner=f"{__name__}:Runner",
+        gpu_share=1.0,
+    )
+    assert worker.begin()[0] == (
+        "the GPU cannot compute (CUDA error: unspecified launch failure): see infl doctor, or take "
+        "--device cpu"
+    )
+    assert worker._runner is None

@@ -221,7 +221,7 @@ def test_a_target_that_is_no_class_does_not_end_the_process():
 
 
 @pytest.mark.parametrize("recipe", [SGD, Recipe(9, 8, "adam", lr=3e-3)], ids=["sgd", "adam"])
-@pytest.mark.parametrize("network", ["convolutions", "odd"])
+@pytest.mark.parametrize("network", ["convolutions", "perceptron"])
 def test_a_training_repeats_bit_by_bit_also_if_it_stops(network, recipe):
     def trained(stop: int) -> dict[str, torch.Tensor]:
         task = Digits(network=network)

@@ -22,6 +22,8 @@ from influence_jobs.gradients.rules.blocks import in_blocks, through_gradient, t
 # layers. A GPU is faster with few large kernels.
 _LARGE_CONVOLUTION = 2**22
 
+_INDEXED = 2**31  # numbers of a tensor that CUDA's depthwise convolution takes
+
 V = TypeVar("V", bound=nn.modules.conv._ConvNd)
 Offset = tuple[int, ...]
 
@@ -111,6 +113,10 @@ class ConvolutionRule(MatrixRule[V]):
         2019.
         """
         module, groups, size, padded = self.module, self.module.groups, len(g), self._padded(a)
+        most = max(1, (_INDEXED - 1) // max(padded[0].numel(), g[0].numel()))
+        if size > most:
+            blocks = zip(torch.split(a, most), torch.split(g, most), strict=True)
+            return torch.cat([self.grouped_gradient(*block) for block in blocks])
         of_groups = torch.unflatten(padded, 1, (groups, -1))
         x = of_groups.movedim(2, 0).flatten(1, 2)  # (I, B G, *pixels)
         filters = g.flatten(0, 1).unsqueeze(1)

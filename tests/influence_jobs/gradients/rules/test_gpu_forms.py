@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from influence_jobs.gradients.rules import blocks, rule_of
+from influence_jobs.gradients.rules import blocks, conv, rule_of
 from influence_jobs.gradients.rules.blocks import SampleShape
 
 from .test_contract import CASES, close, names, prepared, seen
@@ -28,6 +28,24 @@ def test_one_grouped_convolution_gives_every_samples_gradient(layer, shape):
     close(rule.grouped_gradient(a, g), rule.weight_gradient(a, g))  # type: ignore[attr-defined]
     found = torch.linalg.vector_norm(rule.grouped_gradient(a, g), dim=2)  # type: ignore[attr-defined]
     close(found, rule.kernel_norms(a, g))
+
+
+def test_no_convolution_of_a_large_batch_has_more_numbers_than_cuda_takes(monkeypatch):
+    layer = nn.Conv2d(2, 4, 3, groups=2, padding=1)
+    model, batch = prepared(layer, (2, 5, 6))
+    rule, a, _, g = seen(model, batch)
+    whole = rule.grouped_gradient(a, g)  # type: ignore[attr-defined]
+    sizes, convolve = [], conv.Conv2dRule.convolve
+
+    def noted(x, filters, *how):
+        sizes.append(max(x.numel(), filters.numel()))
+        return convolve(x, filters, *how)
+
+    monkeypatch.setattr(conv, "_INDEXED", 2 * 4 * 5 * 6 + 1)  # of two samples
+    monkeypatch.setattr(conv.Conv2dRule, "convolve", staticmethod(noted))
+    close(rule.grouped_gradient(a, g), whole)  # type: ignore[attr-defined]
+    assert len(sizes) > 1
+    assert max(sizes) < conv._INDEXED
 
 
 def test_it_is_taken_on_a_gpu_for_groups_of_one_input():
