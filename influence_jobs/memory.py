@@ -54,9 +54,15 @@ def share_gpu(share: float) -> None:
     torch.cuda.set_per_process_memory_fraction(share)
 
 
+def gpu_share() -> float:
+    """The part of its GPU's memory that this process may take."""
+    return _gpu_share
+
+
 def free_bytes(device: torch.device) -> int:
     """Memory that this worker can still take: of its GPU, or its part of the machine's."""
     if device.type == "cuda":
+        gc.collect()  # models of earlier runs of this process, which their own hooks hold
         free, total = torch.cuda.mem_get_info(device)
         taken = torch.cuda.memory_allocated(device)
         kept = torch.cuda.memory_reserved(device) - taken  # what torch has and does not use

@@ -15,7 +15,7 @@ from influence_jobs.home import Fitting, fitting, keep_fitting
 from influence_jobs.jobs.base import Job
 from influence_jobs.jobs.estimate import samples_per_second
 from influence_jobs.jobs.samples import SampleJob
-from influence_jobs.memory import Peak, free_bytes
+from influence_jobs.memory import Peak, free_bytes, gpu_share
 from influence_jobs.store import layout
 from influence_jobs.store.documents import BatchFile
 
@@ -190,7 +190,8 @@ def _device(device: torch.device) -> str:
     if device.type != "cuda":
         return f"cpu, {torch.get_num_threads()} of {cores()} threads"
     found = torch.cuda.get_device_properties(device)
-    return f"{found.name}, {found.total_memory} bytes"
+    part = f", {gpu_share():g} of them" if gpu_share() < 1 else ""
+    return f"{found.name}, {found.total_memory} bytes{part}"
 
 
 def _keep(job: Job[Any], size: int, *, out_of_memory: bool) -> None:

@@ -1,5 +1,6 @@
 """Workers and GPUs: how many have room, and what a part of a GPU means."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from infl_cluster.pool import RayBackend
 from infl_cluster.room import lack
 from influence_jobs import devices, memory
 from influence_jobs.errors import SpecError
+from influence_jobs.jobs import automatic
 
 
 @pytest.mark.parametrize(
@@ -67,6 +69,12 @@ def test_a_part_of_a_gpu_is_a_part_of_its_memory(monkeypatch):
     memory.share_gpu(0.5)
     assert taken == [0.5]
     assert memory.free_bytes(device) == 35
+    card = SimpleNamespace(name="card", total_memory=80)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    # A batch that fits into all of it may not fit into a part.
+    assert automatic._device(device) == "card, 80 bytes, 0.5 of them"
+    memory.share_gpu(1.0)
+    assert automatic._device(device) == "card, 80 bytes"
 
 
 Node = tuple[dict[str, float], dict[str, str]]

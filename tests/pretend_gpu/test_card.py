@@ -1,7 +1,8 @@
-"""A real GPU: `pytest -m gpu`. It needs the library and torch, and neither Ray nor Zarr, without
-which two tests are skipped:
+"""A real GPU: `pytest -m gpu`. Where not all is installed that the other tests need, torch, numpy,
+scipy, psutil, Pillow and pytest will do; without Zarr two tests are skipped:
 
-python -m pytest --noconftest -m gpu tests/pretend_gpu/test_card.py
+python -m pytest -c /dev/null --rootdir . --import-mode importlib --noconftest -m gpu \\
+    tests/pretend_gpu/test_card.py
 """
 
 import subprocess
