@@ -30,6 +30,13 @@ def in_tf32() -> bool:
     return precision == "tf32"
 
 
+def may_round(device: torch.device) -> bool:
+    """Whether float32 may be rounded to TF32 there: torch lets convolutions be, unless told not."""
+    cudnn: Any = torch.backends.cudnn
+    settings = torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn
+    return device.type == "cuda" and any(one.fp32_precision == "tf32" for one in settings)
+
+
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
     """In this block GPUs may round float32 products to TF32, or not: by default some do.

@@ -19,7 +19,7 @@ from influence_jobs.gradients.requirements import (
 )
 from influence_jobs.gradients.routes import holders, why_not_by_rules
 from influence_jobs.gradients.rules import LayerRule, rule_of
-from influence_jobs.gradients.taps import TOLERANCE, TappedModel
+from influence_jobs.gradients.taps import TappedModel
 from influence_jobs.memory import is_out_of_memory
 from influence_jobs.terms import Precision
 
@@ -217,7 +217,7 @@ class GradDots(TappedModel):
             for groups, dots_BQ in zip(several, found, strict=True):
                 dots_Q = torch.stack([wanted[group][0][0] for group in groups]).sum(0)
                 scale_Q = torch.stack([wanted[group][1][0] for group in groups]).norm(dim=0)
-                limit_Q = TOLERANCE[self._precision] * scale_Q
+                limit_Q = self._tolerance * scale_Q
                 if ((dots_BQ[i] - dots_Q).abs() > limit_Q).any():
                     return False
         return True

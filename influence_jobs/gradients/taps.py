@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from influence_jobs.errors import ModelError
+from influence_jobs.gpu import may_round
 from influence_jobs.gradients.batches import KINDS, one_sample, plain_leaves
 from influence_jobs.gradients.fallback import Fallback
 from influence_jobs.gradients.kinks import lies_at_a_kink
@@ -203,7 +204,7 @@ class TappedModel(ABC):
             forward=self._forward,
             plain=self._plain_gradients,
             record=self._record,
-            tolerance=TOLERANCE[self._precision],
+            tolerance=self._tolerance,
         )
 
     def _freeze(self) -> None:
@@ -264,6 +265,11 @@ class TappedModel(ABC):
     def _record(self, batch: Any, calls: Sequence[RecordedCall]) -> None:
         """One forward and one truncated backward to record calls, and for nothing else."""
         self._run(batch, lambda *_: None, calls)
+
+    @property
+    def _tolerance(self) -> float:
+        rounded = self._precision == "float32" and may_round(self._device)
+        return TOLERANCE["tf32" if rounded else self._precision]
 
     @property
     def _device(self) -> torch.device:
@@ -411,7 +417,7 @@ class TappedModel(ABC):
         return {n: g.to(self._dtype) for n, g in zip(parameters, gradients, strict=True)}
 
     def _require_equal(self, name: str, found: Tensor, expected: Tensor, scale: Tensor) -> None:
-        limit = TOLERANCE[self._precision]
+        limit = self._tolerance
         error = (found - expected).abs()
         wrong = (error > limit * scale) | (found.isnan() != expected.isnan())
         if wrong.any():

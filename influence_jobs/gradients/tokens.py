@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from influence_jobs.errors import ModelError
+from influence_jobs.gpu import in_tf32, may_round
 from influence_jobs.gradients.engine import GradNorms
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.gradients.taps import TOLERANCE, thawed
@@ -192,7 +193,8 @@ class TokenDots:
 
 def _add_up(found_BTQ: Tensor, totals_BQ: Tensor) -> Tensor:
     double = found_BTQ.dtype == torch.float64
-    limit = TOLERANCE["float64" if double else "float32"]
+    rounded = in_tf32() or may_round(found_BTQ.device)
+    limit = TOLERANCE["float64" if double else "tf32" if rounded else "float32"]
     error_Q = (found_BTQ.sum(1) - totals_BQ).norm(dim=0)
     # Parts may cancel, so rounding is relative to the sum of their sizes.
     size_Q = found_BTQ.abs().sum(1).norm(dim=0)

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from influence_jobs.contract.trial import Trial
-from influence_jobs.gpu import in_tf32, tf32
-from influence_jobs.gradients import transforms
+from influence_jobs.gpu import in_tf32, may_round, tf32
+from influence_jobs.gradients import GradNorms, transforms
 from influence_jobs.gradients.kinks import lies_at_a_kink
 from influence_jobs.gradients.parameters import ParameterSpace
+from influence_jobs.gradients.taps import TOLERANCE
 from influence_jobs.gradients.transforms import all_derivatives, mappable_kernels
 from influence_jobs.jobs.queries import query_gradients
 from influence_jobs.specs.queries import Queries, Query
@@ -238,3 +239,22 @@ def test_what_does_not_fit_is_not_taken_for_another_fault() -> None:
     ):
         with pytest.raises(torch.OutOfMemoryError):
             take()
+
+
+@pytest.mark.usefixtures("as_before")
+def test_checks_bear_the_rounding_that_torch_does_by_itself() -> None:
+    """By default convolutions of a GPU are rounded; those of runs are not."""
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert not may_round(cuda)
+    with tf32(True):
+        assert may_round(cuda)
+        assert not may_round(cpu)
+    SETTINGS["convolutions"].fp32_precision = "tf32"
+    assert may_round(cuda)
+    assert not in_tf32()
+    model = nn.Linear(2, 1).eval()
+    with GradNorms(model, [""], lambda model, x: model(x)[:, 0], reduction="layer") as engine:
+        assert engine._tolerance == TOLERANCE["float32"]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(GradNorms, "_device", cuda)
+            assert engine._tolerance == TOLERANCE["tf32"]
