@@ -8,6 +8,8 @@ import torch
 
 from influence_jobs.errors import RuntimeFault, first_line
 
+UNUSABLE = "the GPU cannot compute"  # how the message begins, of which another GPU knows nothing
+
 
 def require_usable(device: torch.device) -> None:
     """Compute something on a GPU.
@@ -19,7 +21,7 @@ def require_usable(device: torch.device) -> None:
         torch.ones(8, device=device).sum().item()
     except RuntimeError as error:
         raise RuntimeFault(
-            f"the GPU cannot compute ({first_line(error)}): see infl doctor, or take --device cpu"
+            f"{UNUSABLE} ({first_line(error)}): see infl doctor, or take --device cpu"
         ) from error
 
 

@@ -11,6 +11,7 @@ import ray.util.state
 from ray.util.state.exception import RayStateApiException
 
 from influence_jobs.errors import RuntimeFault
+from influence_jobs.gpu import UNUSABLE
 from influence_jobs.jobs.base import Receipt, Shard
 from influence_jobs.store.process import oom_kills
 from influence_jobs.terms import duration
@@ -190,9 +191,10 @@ class Actors:
             self._count_failed_start(f"workers die while starting: {why}", error)
             return
         if refusal is not None:
-            if not self._has_done:
+            others = self._starting or self.idle or self._busy
+            if not self._has_done and not (UNUSABLE in refusal and others):
                 raise RuntimeFault(refusal)
-            # A node that joined later: those that can compute go on.
+            # A node that joined later, or a broken GPU: those that can compute go on.
             self._refusals.append((time.monotonic(), refusal))
             log.warning("%s", self.refusal)
             ray.kill(actor)

@@ -5,6 +5,8 @@ import ray
 
 from infl_cluster import actors as module
 from infl_cluster.actors import REFUSED_S, Actors
+from influence_jobs.errors import RuntimeFault
+from influence_jobs.gpu import UNUSABLE
 from influence_jobs.jobs.base import Receipt, Shard
 
 
@@ -90,6 +92,37 @@ def test_a_refusal_is_forgotten_once_no_worker_is_left(clock):
     actors.end(actors.idle[0])
     actors.grow(2)
     assert actors.refusal is None
+
+
+@pytest.mark.parametrize("broken", [(0,), (2,), (0, 1), (0, 1, 2)])
+def test_a_run_begins_without_the_gpus_that_are_broken_unless_all_are(clock, broken):
+    refusal, started = f"on node a: {UNUSABLE} (CUDA error)", []
+
+    def start():
+        started.append(Actor(refusal if len(started) in broken else None))
+        return started[-1]
+
+    actors = Actors(start, "test", 1800.0)
+    actors.grow(3)
+    if len(broken) == 3:
+        actors.wait(0)
+        actors.wait(0)
+        with pytest.raises(RuntimeFault, match=UNUSABLE):
+            actors.wait(0)
+        return
+    for _ in range(3):
+        actors.wait(0)
+    assert len(actors.idle) == 3 - len(broken)
+    assert refusal in actors.refusal
+    actors.grow(3)
+    assert len(started) == 3  # they are asked again only after a while
+
+
+def test_another_refusal_ends_a_run_that_has_done_nothing(clock):
+    actors = Actors(lambda: Actor("no data here"), "test", 1800.0)
+    actors.grow(2)
+    with pytest.raises(RuntimeFault, match="no data here"):
+        actors.wait(0)
 
 
 @pytest.mark.parametrize(
