@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from influence_jobs.devices import cores
-from influence_jobs.errors import DataError
+from influence_jobs.errors import DataError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -137,6 +137,7 @@ class BatchSize:
 
     def __init__(self, asked: int) -> None:
         self.asked = self.size = asked
+        self._said = ""  # by what did not fit last
 
     def map(
         self,
@@ -198,14 +199,14 @@ class BatchSize:
         for piece in torch.split(ids, self.size):
             yield from self._applied(function, fetch, piece, self._tried(fetch, piece))
 
-    @staticmethod
-    def _tried(function: Callable[[Tensor], T], ids: Tensor) -> list[T]:
+    def _tried(self, function: Callable[[Tensor], T], ids: Tensor) -> list[T]:
         """What a function gives, or nothing if that does not fit into memory."""
         try:
             return [function(ids)]
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
+            self._said = first_line(error)
             return []
 
     def halve(self, ids: Tensor) -> None:
@@ -218,8 +219,10 @@ class BatchSize:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if len(ids) == 1:
+            # Which cuDNN says without memory, and of what it cannot compute at all.
+            why = f" ({self._said})" if "engine" in self._said else ""
             raise DataError(
-                f"out of memory with sample {int(ids.flatten()[0])} alone: choose fewer layers "
+                f"out of memory with sample {int(ids.flatten()[0])} alone{why}: choose fewer layers "
                 "(--layer), fewer queries, or a machine or GPU with more memory"
             )
         self.size = -(-len(ids) // 2)

@@ -12,7 +12,7 @@ import torch
 
 from infl_cluster.driver import drive
 from infl_cluster.inline import InlineBackend
-from influence_jobs.errors import RuntimeFault
+from influence_jobs.errors import DataError, RuntimeFault
 from influence_jobs.kinds.baseline.spec import BaselineSpec
 from influence_jobs.kinds.gradients.spec import GradientsSpec
 from influence_jobs.kinds.influence.spec import InfluenceSpec
@@ -217,6 +217,16 @@ def test_a_sample_that_does_not_fit_alone_is_told_in_one_line(
             carry_out(spec_of(kind), root=fresh_root())
         assert f"6 of 6 shards failed, the first: {line}" in str(found.value)
         assert "\n" not in str(found.value)
+
+
+def test_what_cudnn_cannot_compute_is_told_with_what_it_says() -> None:
+    """It says the same where it lacks memory."""
+
+    def function(ids: torch.Tensor, _: Any) -> None:
+        raise ERRORS["workspace"]
+
+    with pytest.raises(DataError, match=r"^out of memory with sample 3 alone \(GET was unable to"):
+        [*BatchSize(4).map(function, [torch.arange(3, 9)])]
 
 
 def test_the_halved_size_is_remembered_for_runs_without_a_size_alone(
