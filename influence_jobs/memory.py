@@ -222,8 +222,8 @@ class BatchSize:
             # Which cuDNN says without memory, and of what it cannot compute at all.
             why = f" ({self._said})" if "engine" in self._said else ""
             raise DataError(
-                f"out of memory with sample {int(ids.flatten()[0])} alone{why}: choose fewer layers "
-                "(--layer), fewer queries, or a machine or GPU with more memory"
+                f"out of memory with sample {int(ids.flatten()[0])} alone{why}: choose fewer "
+                "layers (--layer), fewer queries, or a machine or GPU with more memory"
             )
         self.size = -(-len(ids) // 2)
         log.warning(
