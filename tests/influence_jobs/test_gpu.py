@@ -202,7 +202,7 @@ class Large(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(1, 2, 3)
+        self.conv = nn.Conv2d(2, 2, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         last = self.conv.weight.is_contiguous(memory_format=torch.channels_last)
@@ -213,7 +213,7 @@ class Large(nn.Module):
 
 
 def test_what_does_not_fit_is_not_taken_for_another_fault() -> None:
-    x = torch.randn(6, 1, 4, 4)
+    x = torch.randn(6, 2, 4, 4)
 
     class Rows(Task):
         def model(self) -> nn.Module:
