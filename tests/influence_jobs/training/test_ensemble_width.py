@@ -1,3 +1,5 @@
+import time
+
 import pytest
 import torch
 from torch import nn
@@ -72,9 +74,28 @@ class Convolved(Task):
 def test_only_a_convolution_that_is_clearly_slower_in_company_is_trained_alone(
     alone: float, faster: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def rate(trainer: object, *_: object) -> float:
+    clocks = []
+
+    def rate(trainer: object, seconds: float, batch_size: int, clock: object) -> float:
+        clocks.append(clock)
         return alone if isinstance(trainer, Trainer) else 200
 
     monkeypatch.setattr(ensemble_width, "_rate", rate)
     assert faster_alone(Convolved(True), ADAM, device=CPU) == faster
     assert not faster_alone(Convolved(False), ADAM, device=CPU)
+    assert clocks == [time.process_time] * 2
+
+
+def test_a_gpu_is_measured_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    clocks = []
+
+    def rate(trainer: object, seconds: float, batch_size: int, clock: object) -> float:
+        clocks.append(clock)
+        return 1.0
+
+    monkeypatch.setattr(ensemble_width, "_rate", rate)
+    monkeypatch.setattr(ensemble_width, "initial_model", lambda task, *_: task.model())
+    for kind in ("EnsembleTrainer", "Trainer"):
+        monkeypatch.setattr(ensemble_width, kind, lambda *_, **__: None)
+    faster_alone(Convolved(True), ADAM, device=torch.device("cuda"))
+    assert clocks == [time.perf_counter] * 2
