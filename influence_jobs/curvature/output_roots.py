@@ -20,12 +20,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from influence_jobs.curvature.eigenvectors import eigh
 from influence_jobs.errors import ModelError, SpecError
 from influence_jobs.tasks.output_loss import Form
 from influence_jobs.transfers import on_device
 
 MOST_EXACT = 1024  # outputs of a sample whose Hessian is formed; its root takes D^3
-MOST_AT_ONCE = 2**14  # matrices whose eigenvalues cuSOLVER finds together; 2^15 may be too many
 _CONVEX = 1e-4  # negative curvature, as a part of the largest, that is rounding
 _WORDS = 4  # random words per value of Philox's counter
 _STREAM = 4  # keeps Philox's numbers apart from those of other uses of the same seed
@@ -86,8 +86,7 @@ def exact_roots(form: Form, outputs: Tensor, targets: Tensor) -> Iterator[Tensor
     ]
     rows = [column.reshape(len(outputs), size) for column in columns]
     hessian_BDD = torch.stack(rows, dim=2).double()
-    parts = [torch.linalg.eigh(part) for part in torch.split(hessian_BDD, MOST_AT_ONCE)]
-    values_BD, vectors_BDD = (torch.cat(found) for found in zip(*parts, strict=True))
+    values_BD, vectors_BDD = eigh(hessian_BDD)
     roots_BDD = (vectors_BDD * values_BD.clamp(min=0).sqrt().unsqueeze(1)).to(outputs.dtype)
     counts_D = values_BD.amax(0) > 1e-12 * values_BD.max()
     convex, *counts = torch.cat([_convex(values_BD).view(1), counts_D]).tolist()

@@ -18,7 +18,8 @@ from torch import nn
 
 from influence_jobs import memory
 from influence_jobs.curvature import ConjugateGradient, GaussNewton
-from influence_jobs.curvature.output_roots import MOST_AT_ONCE, exact_roots
+from influence_jobs.curvature.eigenvectors import MOST_AT_ONCE, eigh
+from influence_jobs.curvature.output_roots import exact_roots
 from influence_jobs.gpu import tf32
 from influence_jobs.gradients import GradDots, GradNorms, ParameterSpace
 from influence_jobs.gradients.rules import rule_of
@@ -275,6 +276,14 @@ def test_many_small_matrices_have_eigenvectors():
     p = outputs.softmax(1)
     wanted = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
     torch.testing.assert_close(roots @ roots.mT, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_matrices_of_low_rank_have_eigenvectors():
+    rows = torch.randn(7, 3072, device=CUDA) * torch.logspace(0, -6, 3072, device=CUDA)
+    moment = rows.t() @ rows
+    values, vectors = eigh(moment)
+    found = vectors * values @ vectors.t()
+    assert float((found - moment).norm() / moment.norm()) < 1e-4
 
 
 def test_out_of_memory_halves_the_batch_and_a_share_is_kept():
