@@ -204,7 +204,7 @@ def test_a_training_may_be_the_first_that_uses_the_gpu():
 def test_a_gpu_that_has_failed_is_told_from_other_errors():
     pytest.importorskip("zarr")
     done = in_a_process(
-        "import torch\n"
+        "import os, torch\n"
         "from influence_jobs.kinds.runner import _gpu_failure, _kind, _line\n"
         "cuda, other = torch.device('cuda'), ValueError('its cause is elsewhere')\n"
         "table = torch.zeros(3, device=cuda)\n"
@@ -213,6 +213,7 @@ def test_a_gpu_that_has_failed_is_told_from_other_errors():
         "failure = _gpu_failure(other, cuda)\n"
         "assert _kind(failure) == 'worker', failure\n"
         "assert 'out of range' in _line(failure), _line(failure)\n"
+        "os._exit(0)\n"  # in order it may not end any more
     )
     assert done.returncode == 0, done.stderr
 
