@@ -263,7 +263,8 @@ def test_recurrent_layers_have_all_derivatives():
     batch = tuple(part.to(CUDA) for part in task.batch(torch.arange(8), None))  # type: ignore[arg-type]
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # that it is slow
-        GradDots(model, ParameterSpace(model), task.losses, gradient_QP).total(batch)
+        with GradDots(model, ParameterSpace(model), task.losses, gradient_QP) as dots:
+            dots.total(batch)
         operator = GaussNewton(model, ParameterSpace(model), task, torch.arange(16))
         operator.look()
     assert not operator._plain
