@@ -4,9 +4,9 @@ A copy from ordinary memory lets the program wait; one from pinned memory, which
 move, goes on by itself, in the order of what the GPU is given to do.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -56,3 +56,36 @@ def loader_for(device: torch.device) -> Callable[[Iterator[Any]], Iterator[Any]]
     """What passes on batches for a device: for a GPU, a thread fetches the next one in advance."""
     # On a CPU the thread would slow the computation down.
     return iter if device.type == "cpu" else ahead
+
+
+class OfSteps(Generic[T]):
+    """What each step of a training needs; for a GPU a thread fetches that of the next one.
+
+    Args:
+        device: Of the training.
+        fetch: Of the arguments of a step.
+    """
+
+    def __init__(self, device: torch.device, fetch: Callable[..., T]) -> None:
+        self._device, self._fetch = device, fetch
+        self._thread: ThreadPoolExecutor | None = None
+        self._coming: dict[Hashable, Future[T]] = {}
+
+    def of(
+        self,
+        step: Hashable,
+        arguments: tuple[Any, ...],
+        following: tuple[Hashable, tuple[Any, ...]] | None,
+    ) -> T:
+        """What is fetched for a step, known by a name, while `following` is begun."""
+        if self._device.type == "cpu":
+            return self._fetch(*arguments)
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(max_workers=1)
+        if step not in self._coming:
+            self._coming = {step: self._thread.submit(self._fetch, *arguments)}
+        found = self._coming.pop(step).result()
+        if following is not None:
+            name, arguments = following
+            self._coming = {name: self._thread.submit(self._fetch, *arguments)}
+        return found

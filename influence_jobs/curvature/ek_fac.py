@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from influence_jobs.curvature.ek_fac_blocks import MatrixBlock
+from influence_jobs.curvature.ek_fac_columns import columns_of, few_samples, outputs_of
 from influence_jobs.curvature.ek_fac_factors import (
     Factors,
     SavedFactors,
@@ -17,14 +18,9 @@ from influence_jobs.curvature.ek_fac_factors import (
     groups_of,
 )
 from influence_jobs.curvature.matrices import GaussNewton
-from influence_jobs.curvature.operators import LOOKED_AT, Operator
+from influence_jobs.curvature.operators import Operator
 from influence_jobs.curvature.output_gradients import OutputGradients
-from influence_jobs.curvature.output_roots import (
-    exact_roots,
-    random_root,
-    random_signs,
-    token_signs,
-)
+from influence_jobs.curvature.output_roots import Doubts
 from influence_jobs.curvature.solver import (
     DAMPING_SHARE,
     Progress,
@@ -34,12 +30,11 @@ from influence_jobs.curvature.solver import (
     no_progress,
     relative_residual,
 )
-from influence_jobs.errors import ModelError, SpecError
+from influence_jobs.errors import DataError, ModelError, SpecError
 from influence_jobs.gradients import Metric
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.memory import is_out_of_memory
 from influence_jobs.tasks.base import device_of
-from influence_jobs.transfers import loader_for
 
 Targets = Literal["auto", "exact", "sampled"]
 
@@ -245,6 +240,7 @@ class EkFac(Solver):
         What the batch had added by then cannot be taken back.
         """
         done, rows = 0.0, sum(operator.num_samples for operator in operators)
+        doubts = Doubts()
         factors = Factors(
             blocks_of(engines[0], operators[0], device_of(operators[0].model)),
             self._exact(operators[0]),
@@ -253,7 +249,7 @@ class EkFac(Solver):
             for operator, engine in zip(operators, engines, strict=True):
                 at = 0
                 try:
-                    for samples in self._sweep(operator, engine, factors, sweep, rows):
+                    for samples in self._sweep(operator, engine, factors, sweep, rows, doubts):
                         at += samples
                         done += samples / (2 * rows)
                         progress(min(1.0, done))
@@ -265,14 +261,15 @@ class EkFac(Solver):
                 operator.batching.halve(operator.ids[at : at + operator.batch_size])
                 return None
             if sweep == 0:
-                for block in factors.blocks.values():
-                    block.diagonalise()
+                doubts.settle()
+                if not factors.diagonalise():
+                    raise _not_finite(operators)
         return factors
 
     @staticmethod
     def _engine(operator: GaussNewton) -> OutputGradients:
         return OutputGradients(
-            operator.model, operator.space, operator.task.outputs, _like(operator)
+            operator.model, operator.space, operator.task.outputs, few_samples(operator)
         )
 
     def _sweep(
@@ -282,13 +279,15 @@ class EkFac(Solver):
         factors: Factors,
         which: int,
         rows: int,
+        doubts: Doubts,
     ) -> Iterator[int]:
         """One of the two sweeps over all samples; yields the samples of each batch.
 
         Args:
             rows: Samples of the mean.
+            doubts: Takes what speaks against the roots.
         """
-        for batch, columns in _columns(operator, self.seed, exact=factors.exact):
+        for batch, columns in columns_of(operator, self.seed, doubts, exact=factors.exact):
             size = 0
             for k, s in enumerate(columns):
                 mean = s / math.sqrt(rows)  # sums of squares are means
@@ -300,7 +299,7 @@ class EkFac(Solver):
         if not isinstance(operator, GaussNewton):
             raise _not_gauss_newton()
         exact, groups = self._exact(operator), self._groups(operator)
-        outputs = _outputs(operator)
+        outputs = outputs_of(operator)
         said = f"exact targets: {outputs} outputs" if exact else "sampled targets"
         said += f", two sweeps over {operator.num_samples:,} samples"
         if len(groups) > 1:
@@ -314,13 +313,14 @@ class EkFac(Solver):
         with self._engine(part) as engine:
             while True:
                 factors = Factors(blocks_of(engine, part, device_of(part.model)), exact)
-                for samples in self._sweep(part, engine, factors, 0, operator.num_samples):
+                doubts = Doubts()
+                for samples in self._sweep(part, engine, factors, 0, operator.num_samples, doubts):
                     yield samples / (2 * operator.num_samples * len(groups))
 
     def _exact(self, operator: GaussNewton) -> bool:
         if self.targets != "auto":
             return self.targets == "exact"
-        outputs = _outputs(operator)
+        outputs = outputs_of(operator)
         return outputs <= AUTO_OUTPUTS and outputs * operator.num_samples <= AUTO_PASSES
 
 
@@ -333,48 +333,16 @@ def _not_gauss_newton() -> SpecError:
     return SpecError("EK-FAC works with the Gauss-Newton matrix only: leave --operator out")
 
 
-def _like(operator: GaussNewton) -> tuple[Any, Tensor]:
-    """A few samples, and vectors of their outputs' shape."""
-    batch = operator.batch(operator.ids[:LOOKED_AT])
-    with torch.no_grad():
-        outputs = operator.task.outputs(operator.model, batch)
-    generator = torch.Generator().manual_seed(0)
-    return batch, torch.randn(outputs.shape, generator=generator).to(outputs)
+def _not_finite(operators: Sequence[GaussNewton]) -> DataError:
+    """What to say of gradients that are not finite, though the losses are.
 
-
-def _outputs(operator: GaussNewton) -> int:
-    """The outputs of a sample that count, the most of a few samples."""
-    batch, like = _like(operator)
-    counted_BT = operator.form.counted(operator.task.targets(batch))
-    size = like[0].numel()
-    if counted_BT is None:
-        return size
-    return size // counted_BT.shape[1] * int(counted_BT.sum(1).max())
-
-
-def _columns(
-    operator: GaussNewton, seed: int, *, exact: bool
-) -> Iterator[tuple[Any, Iterator[Tensor]]]:
-    """The operator's samples, batch by batch, each with columns s (B, ...) of the roots."""
-    task, model, start = operator.task, operator.model, 0
-    pieces = torch.split(operator.ids, operator.batch_size)
-    loader = loader_for(device_of(model))
-    for ids, batch in loader((ids, operator.batch(ids)) for ids in pieces):
-        targets = task.targets(batch)
-        with torch.no_grad():
-            outputs = task.outputs(model, batch)
-        form, rows = operator.form, range(start, start + len(ids))
-        counted_BT, axis = form.counted(targets), form.classes
-        if exact:
-            columns = exact_roots(form, outputs, targets)
-            if counted_BT is not None:  # rounding may leave some on the padding
-                weights = counted_BT.to(outputs.dtype).unsqueeze(axis)
-                columns = (column * weights for column in columns)
-        elif counted_BT is None:
-            signs = random_signs(seed, rows, outputs)
-            columns = iter([random_root(form, outputs, targets, signs)])
-        else:
-            signs_BTV = token_signs(seed, rows, outputs.movedim(axis, 2), counted_BT)
-            columns = iter([random_root(form, outputs, targets, signs_BTV.movedim(2, axis))])
-        yield batch, columns
-        start += len(ids)
+    Raises:
+        DataError: Samples are at fault; the message names them.
+    """
+    for operator in operators:
+        like = next(iter(operator.space.parameters().values()))
+        _ = operator @ torch.ones(1, operator.size, dtype=like.dtype, device=like.device)
+    return DataError(
+        "squares of gradients are too large for their number format: use --precision float64, or "
+        "check the checkpoint"
+    )

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,8 +44,16 @@ class Block(ABC):
         """Take what a finished block of the same parameters kept, on any device."""
 
     @abstractmethod
-    def diagonalise(self) -> None:
-        """End the first sweep."""
+    def diagonals(self) -> list[Tensor]:
+        """Of the second moments that the first sweep adds up."""
+
+    @abstractmethod
+    def diagonalise(self, live: Sequence[int]) -> None:
+        """End the first sweep.
+
+        Args:
+            live: How many numbers of each of `diagonals` are above zero.
+        """
 
     @abstractmethod
     def times(
@@ -54,15 +62,21 @@ class Block(ABC):
         """A function of the block, given as one of its eigenvalues, times {name: (Q, *shape)}."""
 
 
-def _eigenvectors(moment: Tensor) -> Tensor:
-    """Of a second moment; of numbers that are always zero, as dead units are, the unit vectors."""
-    live = moment.diagonal() > 0
+def _eigenvectors(moment: Tensor, live: int) -> Tensor:
+    """Of a second moment; of numbers that are always zero, as dead units are, the unit vectors.
+
+    Args:
+        live: How many are not always zero.
+    """
+    if live == len(moment):
+        found: Tensor = torch.linalg.eigh(moment).eigenvectors
+        return found
     vectors = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
     # By themselves: LAPACK may fail where many rows are zero.
-    if live.any():
-        vectors[live.unsqueeze(1) & live] = torch.linalg.eigh(
-            moment[live][:, live]
-        ).eigenvectors.flatten()
+    if live:
+        dead_first = (moment.diagonal() > 0).byte().sort(stable=True).indices
+        at = dead_first[len(moment) - live :]
+        vectors[at.unsqueeze(1), at] = torch.linalg.eigh(moment[at][:, at]).eigenvectors
     return vectors
 
 
@@ -153,9 +167,13 @@ class MatrixBlock(Block):
             self._inputs[j, :j] += sums_J
             self._inputs[j, j] += count
 
-    def diagonalise(self) -> None:
+    def diagonals(self) -> list[Tensor]:
+        return [side.diagonal() for side in (self._outputs, self._inputs) if side is not None]
+
+    def diagonalise(self, live: Sequence[int]) -> None:
+        counts = iter(live)
         self._outputs, self._inputs = (
-            None if moment is None else _eigenvectors(moment)
+            None if moment is None else _eigenvectors(moment, next(counts))
             for moment in (self._outputs, self._inputs)
         )
 
@@ -264,12 +282,17 @@ class VectorBlock(Block):
         else:
             self._moments.baddbmm_(gradient_BRn.permute(1, 2, 0), gradient_BRn.transpose(0, 1))
 
-    def diagonalise(self) -> None:
+    def diagonals(self) -> list[Tensor]:
+        return [self._moments.diagonal(dim1=1, dim2=2)]
+
+    def diagonalise(self, live: Sequence[int]) -> None:
         if self._moments.shape[2] > 1:
             try:
                 self.eigenvalues, self._vectors = torch.linalg.eigh(self._moments)
             except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # many numbers are zero
-                self._vectors = torch.stack([_eigenvectors(moment) for moment in self._moments])
+                (diagonals,) = self.diagonals()
+                counts = (diagonals > 0).sum(1).tolist()
+                self._vectors = torch.stack(list(map(_eigenvectors, self._moments, counts)))
                 rotated = self._vectors.transpose(1, 2) @ self._moments @ self._vectors
                 self.eigenvalues = rotated.diagonal(dim1=1, dim2=2).contiguous()
             self.eigenvalues.clamp_(min=0)

@@ -11,6 +11,7 @@ from influence_jobs.curvature.ek_fac_blocks import MOST_SIDE, Block, MatrixBlock
 from influence_jobs.curvature.matrices import GaussNewton
 from influence_jobs.curvature.output_gradients import OutputGradients
 from influence_jobs.gradients.parameters import ParameterSpace
+from influence_jobs.transfers import numbers
 
 GROUP_BYTES = 2**29  # of the factors that are in memory together, if one layer has not more
 
@@ -84,6 +85,23 @@ class Factors:
         with torch.no_grad():
             engine.visit(batch, on_rows, on_gradients)
 
+    def diagonalise(self) -> bool:
+        """End the first sweep. False: a moment is not finite.
+
+        A GPU is waited for once, and for each eigenbasis.
+        """
+        diagonals = [d for block in self.blocks.values() for d in block.diagonals()]
+        found = numbers(
+            [diagonal.isfinite().all() for diagonal in diagonals]
+            + [(diagonal > 0).sum() for diagonal in diagonals]
+        )
+        if not all(found[: len(diagonals)]):
+            return False
+        live = iter(found[len(diagonals) :])
+        for block in self.blocks.values():
+            block.diagonalise([int(next(live)) for _ in block.diagonals()])
+        return True
+
     def times(
         self, space: ParameterSpace, v_QP: Tensor, function: Callable[[Tensor], Tensor]
     ) -> Tensor:
@@ -115,7 +133,7 @@ class Factors:
 
     def largest(self) -> float:
         """The largest eigenvalue of all blocks."""
-        return max(float(block.eigenvalues.max()) for block in self.blocks.values())
+        return max(numbers(block.eigenvalues.max() for block in self.blocks.values()))
 
     @property
     def coarse(self) -> list[str]:

@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -189,16 +190,14 @@ class Lissa(Solver):
         own, scale, size = damping / settings.scale, settings.scale, settings.batch_size
         steps = lissa_steps(operator, rhs_QP, own, scale, size)
         said = [*record["messages"], _cost(settings, damping, self._depth)]
+        total = self._depth or _planned(settings, damping, BLOCKS)
 
-        def pieces() -> Iterator[float]:
+        def blocks() -> Iterator[Tensor]:
             batches = self._batches(operator, size, 0)
-            total = self._depth or _planned(settings, damping, BLOCKS)
-            count = min(steps.longest, total)
             while True:
-                steps.take(torch.stack([next(batches) for _ in range(count)])[None])
-                yield count / total
+                yield torch.stack([*islice(batches, min(steps.longest, total))])[None]
 
-        return Trial(tuple(said), pieces())
+        return Trial(tuple(said), (taken / total for taken in steps.blocks(blocks())))
 
     def _solve(self, operator: Operator, rhs_QP: Tensor, progress: Progress) -> Solution:
         return self.solve_repeats(operator, rhs_QP, (0,), progress)[0]
@@ -356,16 +355,21 @@ class _Recursion:
 
     def _advance(self, steps: int, planned: int, total_EQP: Tensor | None = None) -> None:
         """Take steps while a repeat has not ended, and add the iterates to a total."""
-        left = steps
-        while left and len(self._ends) < len(self._batches):
-            count = min(left, self._steps.longest)
-            ids = [torch.stack([next(batches) for _ in range(count)]) for batches in self._batches]
-            self._steps.take(torch.stack(ids), total_EQP)
-            left -= count
-            self._step += count
+        if len(self._ends) == len(self._batches):
+            return
+        for taken in self._steps.blocks(self._drawn(steps), total_EQP):
+            self._step += taken
             for repeat in self._diverging():
                 self._ends.setdefault(repeat, _End(None, self._step))
             self._progress(min(1.0, self._step / planned))
+            if len(self._ends) == len(self._batches):
+                return
+
+    def _drawn(self, steps: int) -> Iterator[Tensor]:
+        """The mini-batches (E, S, B) of so many steps, block by block."""
+        for start in range(0, steps, self._steps.longest):
+            count = min(self._steps.longest, steps - start)
+            yield torch.stack([torch.stack([*islice(one, count)]) for one in self._batches])
 
     def _diverging(self) -> list[int]:
         """Repeats whose h is longer than that of a convergent repeat can be.
@@ -383,8 +387,9 @@ def _scatter(operator: Operator, vector_P: Tensor, largest: float) -> float:
     """E|A_i u|^2 / u^T A u over single samples i, with u = `vector_P`."""
     chosen = torch.randperm(operator.num_samples, generator=torch.Generator().manual_seed(1))
     u_1P = vector_P[None]
+    singles = (operator.ids[i].view(1, 1) for i in chosen[:PROBED].tolist())
     squares = numbers(
-        operator.product(u_1P, operator.ids[i : i + 1]).square().sum()
-        for i in chosen[:PROBED].tolist()
+        operator.space.join(products)[0].square().sum()
+        for products in operator.products_in_turn(u_1P[None], singles)
     )
     return float(np.mean(squares)) / abs(largest) if largest else 0.0

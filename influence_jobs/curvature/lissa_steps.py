@@ -5,6 +5,8 @@ a mini-batch, P parameters.
 """
 
 from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -16,14 +18,27 @@ class LissaSteps(ABC):
     """E repeats of the recursion for Q vectors v, which start at h = v.
 
     Attributes:
-        longest: The largest number of steps per call of `take`.
+        longest: The largest number of steps of a block.
     """
 
     longest: int
 
     @abstractmethod
+    def blocks(self, ids: Iterable[Tensor], total_EQP: Tensor | None = None) -> Iterator[int]:
+        """Take one block of steps after the other; a GPU's samples come in advance.
+
+        Args:
+            ids: The mini-batches (E, S, B) of each block.
+            total_EQP: Receives the sum of all h.
+
+        Yields:
+            S, once a block is done.
+        """
+
     def take(self, ids_ESB: Tensor, total_EQP: Tensor | None = None) -> None:
-        """Take S steps of every repeat on these mini-batches, and add each h to a total."""
+        """Take one block of steps."""
+        for _ in self.blocks([ids_ESB], total_EQP):
+            pass
 
     @abstractmethod
     def h_EQP(self) -> Tensor:
@@ -72,14 +87,25 @@ class AnySteps(LissaSteps):
         self._h_EQP = rhs_QP.repeat(repeats, 1, 1)
         self._h, self._v = operator.space.split(self._h_EQP), operator.space.split(rhs_QP)
 
-    def take(self, ids_ESB: Tensor, total_EQP: Tensor | None = None) -> None:
-        for ids_EB in ids_ESB.unbind(1):
-            products = self._operator.products(self._h_EQP, ids_EB)
+    def blocks(self, ids: Iterable[Tensor], total_EQP: Tensor | None = None) -> Iterator[int]:
+        sizes: deque[int] = deque()  # steps of the blocks that are begun
+
+        def steps() -> Iterator[Tensor]:
+            for ids_ESB in ids:
+                sizes.append(ids_ESB.shape[1])
+                yield from ids_ESB.unbind(1)
+
+        taken = 0
+        for products in self._operator.products_in_turn(self._h_EQP, steps()):
             for name, h in self._h.items():  # joined vectors would take one more pass over memory
                 torch.add(self._v[name], h, alpha=self._decay, out=h)
                 h.add_(products[name], alpha=-1 / self._scale)
             if total_EQP is not None:
                 total_EQP += self._h_EQP
+            taken += 1
+            if taken == sizes[0]:
+                yield sizes.popleft()
+                taken = 0
 
     def h_EQP(self) -> Tensor:
         return self._h_EQP

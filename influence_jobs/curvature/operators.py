@@ -7,8 +7,9 @@ and one forward pass for all vectors. So vectors have a leading axis here.
 import copy
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from typing import ClassVar, Self, TypeVar
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ from influence_jobs.tasks.base import (
     to_type,
 )
 from influence_jobs.tasks.lengths import by_length, pads
-from influence_jobs.transfers import loader_for
+from influence_jobs.transfers import loader_for, on_device
 
 log = logging.getLogger(__name__)
 
@@ -206,21 +207,57 @@ class Operator(ABC):
         Raises:
             ModelError: As `product`.
         """
-        size, total = ids_EB.shape[1], dict[str, Tensor]()
-        most = self.samples_at_once(v_EQP.shape[1])
+        (found,) = self._in_turn(v_EQP, [ids_EB], iter)
+        return found
+
+    def products_in_turn(self, v_EQP: Tensor, steps: Iterable[Tensor]) -> Iterator[Parameters]:
+        """`products` for one step after the other; a GPU's samples come in advance.
+
+        Args:
+            v_EQP: May be changed in place once a step's products are given.
+            steps: Ids (E, B) of each step's mini-batches.
+
+        Raises:
+            ModelError: As `product`.
+        """
+        return self._in_turn(v_EQP, steps, loader_for(device_of(self.model)))
+
+    def _in_turn(
+        self,
+        v_EQP: Tensor,
+        steps: Iterable[Tensor],
+        loader: Callable[[Iterator[Any]], Iterator[Any]],
+    ) -> Iterator[Parameters]:
+        queries, total, done = v_EQP.shape[1], dict[str, Tensor](), 0
+        sizes: deque[int] = deque()  # B of the steps that are begun
+
+        def mini_batches() -> Iterator[Tensor]:
+            for ids_EB in steps:
+                sizes.append(ids_EB.shape[1])
+                yield ids_EB.t()
+
         for ids_BE, means in self.batching.map(
-            lambda ids_BE, _: self._means(v_EQP, ids_BE.t()), [ids_EB.t()], most=most
+            lambda ids_BE, batches: self._means(v_EQP, ids_BE.t(), batches),
+            mini_batches(),
+            fetch=lambda ids_BE: self._batches(ids_BE.t(), queries),
+            loader=loader,
+            most=self.samples_at_once(queries),
         ):
-            if len(ids_BE) == size:
-                return means
-            part = len(ids_BE) / size
+            if len(ids_BE) == sizes[0]:
+                sizes.popleft()
+                yield means
+                continue
+            part, done = len(ids_BE) / sizes[0], done + len(ids_BE)
             if not total:
                 # Not in place: the zeros of an unused parameter may share one number in memory.
                 total = {name: mean * part for name, mean in means.items()}
-                continue
-            for name, mean in means.items():
-                total[name].add_(mean, alpha=part)
-        return total
+            else:
+                for name, mean in means.items():
+                    total[name].add_(mean, alpha=part)
+            if done == sizes[0]:
+                sizes.popleft()
+                yield total
+                total, done = {}, 0
 
     def __matmul__(self, v_QP: Tensor) -> Tensor:
         """The matrix of all n samples times every row of v_QP: (Q, P).
@@ -253,7 +290,7 @@ class Operator(ABC):
         """Ids of batches of all samples, and the mean matrix of each times the vectors."""
 
         def product(ids: Tensor, batch: Batch) -> Parameters:
-            return self._means(v_QP[None], ids[None], batch)
+            return self._means(v_QP[None], ids[None], [batch])
 
         return self._map(product, self._ordered, self.samples_at_once(len(v_QP)))
 
@@ -293,39 +330,49 @@ class Operator(ABC):
     # The transforms keep their own graphs; autograd would keep one more, of the parameters that do
     # not count.
     @torch.no_grad()
-    def _means(self, v_EQP: Tensor, ids_EB: Tensor, batch: Batch = None) -> Parameters:
+    def _means(self, v_EQP: Tensor, ids_EB: Tensor, batches: Sequence[Batch]) -> Parameters:
         """What `products` gives, for mini-batches that fit into memory.
 
         Args:
-            batch: The samples of the one mini-batch, if they were fetched.
+            batches: Their samples, from `_batches`.
         """
         with all_derivatives(self.model):
-            return self._means_of(v_EQP, ids_EB, batch)
+            self.work += self.cost * v_EQP.shape[1] * ids_EB.numel()
+            if self._may_go_together(ids_EB, v_EQP.shape[1]):
+                if ids_EB.shape not in self._batches_together:
+                    self._batches_together[ids_EB.shape] = self._look_together(v_EQP, ids_EB.shape)
+                if self._batches_together[ids_EB.shape]:
+                    together = batches[0] if len(batches) == 1 else self.batch(ids_EB.flatten())
+                    return self._together(v_EQP, ids_EB, together)
+            if len(batches) != len(ids_EB):
+                batches = [self.batch(ids) for ids in ids_EB]
+            return self._one_by_one(v_EQP, batches, ids_EB.shape[1])
 
-    def _means_of(self, v_EQP: Tensor, ids_EB: Tensor, batch: Batch) -> Parameters:
-        repeats, queries, _ = v_EQP.shape
-        self.work += self.cost * queries * ids_EB.numel()
-        if repeats > 1 and self._exact and not self._plain and self._fits(queries * ids_EB.numel()):
-            if ids_EB.shape not in self._batches_together:
-                self._batches_together[ids_EB.shape] = self._look_together(v_EQP, ids_EB.shape)
-            if self._batches_together[ids_EB.shape]:
-                return self._together(v_EQP, ids_EB)
-        return self._one_by_one(v_EQP, ids_EB, batch)
+    def _batches(self, ids_EB: Tensor, queries: int) -> list[Batch]:
+        """The samples of E mini-batches as `_means` will take them: as one batch, or as E."""
+        if not self._may_go_together(ids_EB, queries):
+            return [self.batch(ids) for ids in ids_EB]
+        if ids_EB.shape not in self._batches_together:
+            return []  # not known yet
+        if self._batches_together[ids_EB.shape]:
+            return [self.batch(ids_EB.flatten())]
+        return [self.batch(ids) for ids in ids_EB]
+
+    def _may_go_together(self, ids_EB: Tensor, queries: int) -> bool:
+        several = len(ids_EB) > 1 and self._exact and not self._plain
+        return several and self._fits(queries * ids_EB.numel())
 
     def _fits(self, passes: int) -> bool:
         """Whether the activations of this many passes of one sample fit into `MAX_BYTES`."""
         assert self._sample_bytes is not None
         return passes * self._sample_bytes <= MAX_BYTES
 
-    def _one_by_one(self, v_EQP: Tensor, ids_EB: Tensor, batch: Batch = None) -> Parameters:
+    def _one_by_one(self, v_EQP: Tensor, batches: Sequence[Batch], size: int) -> Parameters:
         assert self._sample_bytes is not None
-        queries, size = v_EQP.shape[1], ids_EB.shape[1]
-        at_once = min(queries, max(1, MAX_BYTES // (size * self._sample_bytes)))
+        at_once = min(v_EQP.shape[1], max(1, MAX_BYTES // (size * self._sample_bytes)))
         means = [
-            self._products(
-                self.space.split(v_QP), self.batch(ids) if batch is None else batch, at_once
-            )
-            for v_QP, ids in zip(v_EQP, ids_EB, strict=True)
+            self._products(self.space.split(v_QP), batch, at_once)
+            for v_QP, batch in zip(v_EQP, batches, strict=True)
         ]
         if len(means) == 1:
             return {name: mean[None] for name, mean in means[0].items()}
@@ -343,10 +390,10 @@ class Operator(ABC):
             ]
         return {name: torch.stack([one[name].detach() for one in found]) for name in vectors}
 
-    def _together(self, v_EQP: Tensor, ids_EB: Tensor) -> Parameters:
-        """`_means` by one pass over all mini-batches."""
+    def _together(self, v_EQP: Tensor, ids_EB: Tensor, batch: Batch) -> Parameters:
+        """`_means` by one pass over all mini-batches, whose samples are one batch."""
         repeats, queries, _ = v_EQP.shape
-        leaves, structure = flattened(self.batch(ids_EB.flatten()))
+        leaves, structure = flattened(batch)
         mapped = [isinstance(x, Tensor) and x.shape[:1] == (ids_EB.numel(),) for x in leaves]
         leaves = [
             x.reshape(repeats, -1, *x.shape[1:]) if own else x
@@ -370,9 +417,10 @@ class Operator(ABC):
         generator = torch.Generator().manual_seed(0)
         v_EQP = torch.randn(like_EQP.shape, generator=generator).to(like_EQP)
         ids_EB = self.ids[torch.arange(shape.numel()) % len(self.ids)].view(shape)
-        expected = self.space.join(self._one_by_one(v_EQP, ids_EB))
+        each = [self.batch(ids) for ids in ids_EB]
+        expected = self.space.join(self._one_by_one(v_EQP, each, shape[1]))
         try:
-            found = self.space.join(self._together(v_EQP, ids_EB))
+            found = self.space.join(self._together(v_EQP, ids_EB, self.batch(ids_EB.flatten())))
         except Exception as error:  # the model may raise anything when mapped
             if is_out_of_memory(error):
                 raise
@@ -384,10 +432,17 @@ class Operator(ABC):
 
     def batch(self, ids: Tensor) -> Batch:
         """Samples on the model's device, with the dtype of its weights."""
-        dtype = next(self.model.parameters()).dtype
+        return self.placed(self.read(ids))
+
+    def read(self, ids: Tensor) -> Batch:
+        """Samples as the task gives them."""
         with READING:
-            batch = to_device(self.task.batch(ids, self.draw), device_of(self.model))
-        return to_type(batch, dtype)
+            return self.task.batch(ids, self.draw)
+
+    def placed(self, batch: Batch) -> Batch:
+        """What was read, on the model's device, with the dtype of its weights."""
+        dtype = next(self.model.parameters()).dtype
+        return to_type(to_device(batch, device_of(self.model)), dtype)
 
     def look(self) -> None:
         """Check on a few samples that products will be right; only the first call does it.
@@ -506,7 +561,8 @@ class Operator(ABC):
         ours = grad(lambda parameters: losses(parameters).mean())(self._values())
         generator = torch.Generator().manual_seed(0)
         vectors = {
-            name: torch.randn(p.shape, generator=generator).to(p) for name, p in parameters.items()
+            name: on_device(torch.randn(p.shape, generator=generator).to(p.dtype), p.device)
+            for name, p in parameters.items()
         }
         products = self._products({name: v[None] for name, v in vectors.items()}, batch, 1)
         with thawed(parameters.values()), torch.enable_grad():

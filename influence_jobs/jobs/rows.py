@@ -5,7 +5,8 @@ the program. So what must hold of the numbers is noted on the device too, and lo
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from contextlib import suppress
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,20 @@ from torch import Tensor
 from influence_jobs.jobs.base import Shard
 from influence_jobs.transfers import on_cpu, on_device
 
+T = TypeVar("T")
+
 Numbers = Tensor | npt.NDArray[Any]
+
+
+class AnotherWayError(Exception):
+    """A shard's numbers are not right as they were computed; another way has been chosen."""
+
+
+def until_right(run: Callable[[], T]) -> T:
+    """What `run` gives, which is called again for each `AnotherWayError`."""
+    while True:
+        with suppress(AnotherWayError):
+            return run()
 
 
 class Rows:

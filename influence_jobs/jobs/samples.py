@@ -68,7 +68,11 @@ class SampleJob(Job[S]):
         return Plan(arrays, shards, units=n * self.passes, batch_size=self.batch_size)
 
     def each(
-        self, shard: Shard, draw: Draw, function: Callable[[torch.Tensor, Batch], T]
+        self,
+        shard: Shard,
+        draw: Draw,
+        function: Callable[[torch.Tensor, Any], T],
+        fetch: Callable[[torch.Tensor, Draw], Any] | None = None,
     ) -> Iterator[tuple[torch.Tensor, T]]:
         """Apply a function to the samples of a shard, batch by batch.
 
@@ -79,6 +83,7 @@ class SampleJob(Job[S]):
             shard: Some rows.
             draw: Of the samples' noise.
             function: Of ids (B,) and their samples.
+            fetch: In place of `batch`, of ids and draw.
 
         Yields:
             The ids of a batch, in any order, and what the function gave for them.
@@ -89,7 +94,7 @@ class SampleJob(Job[S]):
         return self.batching.map(
             function,
             self.chunks(shard),
-            fetch=lambda ids: self.batch(ids, draw),
+            fetch=lambda ids: (fetch or self.batch)(ids, draw),
             loader=loader_for(self.device),
         )
 
@@ -156,9 +161,16 @@ class SampleJob(Job[S]):
 
     def batch(self, ids: torch.Tensor, draw: Draw) -> Batch:
         """Training samples, as attribution uses them, on the device."""
+        return self.placed(self.read(ids, draw))
+
+    def read(self, ids: torch.Tensor, draw: Draw) -> Batch:
+        """Training samples as the task gives them."""
         with READING:
-            batch = to_device(self.task.batch(ids, draw), self.device)
-        model, converts = self._built
+            return self.task.batch(ids, draw)
+
+    def placed(self, batch: Batch) -> Batch:
+        """What was read, on the device, in the dtype of the computation."""
+        batch, (model, converts) = to_device(batch, self.device), self._built
         return to_type(batch, next(model.parameters()).dtype) if converts else batch
 
     def checks(self, shard: Shard | None) -> Checks:

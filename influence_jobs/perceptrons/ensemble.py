@@ -24,6 +24,7 @@ from influence_jobs.training.changes import replaced
 from influence_jobs.training.ensemble import Variant
 from influence_jobs.training.ensemble_data import (
     RESIDENT_BYTES,
+    Asked,
     Members,
     fixed_samples,
     gather,
@@ -99,7 +100,7 @@ def _agrees(
         trainer.step()
     order = variant.changes.order(epoch_order(len(task.train_data()), variant.seed, 0))
     ids = order[: block.steps * block.batch_size].view(1, block.steps, block.batch_size)
-    steps.take(slice(0, 1), ids, 0, 0)
+    steps.take(Asked(slice(0, 1), ids, 0, 0))
     after, trained = steps.weights(0), dict(trainer.model.named_parameters())
     moved = sum((p - before[name]).square().sum() for name, p in trained.items())
     apart = sum((p - after[name]).square().sum() for name, p in trained.items())
@@ -170,8 +171,9 @@ class PerceptronSteps:
         self._others_MP = torch.cat([nothing, *(w_MCI.flatten(1) for w_MCI in others)], dim=1)
         self._momentum_MP = torch.zeros_like(self._others_MP)
 
-    def take(self, rows: slice, ids_MSB: Tensor, epoch: int, first_step: int) -> Tensor:
-        """Take S steps of the variants `rows`; returns the sums (M,) of their losses, float64."""
+    def take(self, now: Asked, following: Asked | None = None) -> Tensor:
+        """Take S steps of some variants; returns the sums (M,) of their losses, float64."""
+        rows, ids_MSB, epoch = now.rows, now.ids_MSB, now.epoch
         same = bool((ids_MSB == ids_MSB[:1]).all())
         ids_MSB = on_device(ids_MSB, self._device)
         steps, batch = ids_MSB.shape[1:]
@@ -182,7 +184,7 @@ class PerceptronSteps:
         if self._weights_MN is not None:
             weights_MSB = self._weights_MN[rows].gather(1, ids_MSB.flatten(1)).view_as(ids_MSB)
             weights_MSB = weights_MSB.to(self._others_MP.dtype)
-        masks = self._dropout_masks(rows, steps, batch, epoch, first_step)
+        masks = self._dropout_masks(rows, steps, batch, epoch, now.first_step)
         block = self._first.block(rows, x_MKI, steps)
         hidden = _Hidden(self._others_MP[rows], self._momentum_MP[rows], self._shapes, self._recipe)
         norms_wanted = self._norms is not None and self._norms.counts(epoch)

@@ -25,7 +25,7 @@ B samples of a mini-batch, K = S B, C outputs of a layer, I its inputs with a on
 R = Q C rows.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +38,8 @@ from influence_jobs.curvature.matrices import GaussNewton, Hessian
 from influence_jobs.curvature.operators import Operator
 from influence_jobs.perceptrons.network import Perceptron, find_perceptron, first_inputs
 from influence_jobs.perceptrons.pending import PendingOutputs, padded
-from influence_jobs.transfers import on_device
+from influence_jobs.tasks.base import Batch, device_of
+from influence_jobs.transfers import loader_for, on_device
 
 BLOCK_SAMPLES = 192  # the largest K; fastest by measurement
 
@@ -122,10 +123,16 @@ class PerceptronLissaSteps(LissaSteps):
         inputs = self._weights[0].shape[1]
         self.longest = max(1, min(BLOCK_SAMPLES, inputs) // batch_size)
 
+    def blocks(self, ids: Iterable[Tensor], total_EQP: Tensor | None = None) -> Iterator[int]:
+        operator = self._operator
+        loader = loader_for(device_of(operator.model))
+        for ids_ESB, batch in loader((one, operator.batch(one.flatten())) for one in ids):
+            self._take(ids_ESB, batch, total_EQP)
+            yield ids_ESB.shape[1]
+
     @torch.no_grad()
-    def take(self, ids_ESB: Tensor, total_EQP: Tensor | None = None) -> None:
+    def _take(self, ids_ESB: Tensor, batch: Batch, total_EQP: Tensor | None) -> None:
         (repeats, steps, size), operator = ids_ESB.shape, self._operator
-        batch = operator.batch(ids_ESB.flatten())
         operator.work += operator.cost * self._num_vectors * ids_ESB.numel()
         x_NI = first_inputs(operator.task, operator.model, self._perceptron, batch)
         x_EKI = padded(F.pad(x_NI, (0, 1), value=1.0)).view(repeats, steps * size, -1)

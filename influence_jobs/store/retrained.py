@@ -26,6 +26,7 @@ from influence_jobs.store.manifest import Manifest, checksum
 from influence_jobs.store.run import now
 from influence_jobs.store.software import software
 from influence_jobs.torch_files import load_torch
+from influence_jobs.transfers import on_cpu
 
 log = logging.getLogger(__name__)
 
@@ -71,9 +72,7 @@ class Retrained:
         self._files.create("recipe.json", self._recipe.model_dump_json(indent=2).encode())
         buffer = io.BytesIO()
         # Cloned, since saving a row of a stack would save the whole stack.
-        torch.save(
-            {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}, buffer
-        )
+        torch.save({name: tensor.clone() for name, tensor in on_cpu(weights).items()}, buffer)
         data = buffer.getvalue()
         found = checksum(data)
         name = f"{CHECKPOINTS}/{key}-{found[:8]}.pt"

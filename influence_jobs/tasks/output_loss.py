@@ -36,8 +36,8 @@ class Form:
         losses: (outputs, targets) to one loss a sample, (B,).
         hessian: (outputs, targets, u) to the Hessian of the mean loss in the outputs, times u.
         root: (outputs, targets, r) to a root of the Hessian of each sample's own loss, times r. So
-            s s^T has this Hessian as its mean for random signs r. None where the Hessian is
-            diagonal or unknown.
+            s s^T has this Hessian as its mean for random signs r. None where it is unknown.
+        diagonal: Whether that Hessian is diagonal, and its root too.
         classes: The axis of the outputs with the classes, where there are classes.
         parts: (outputs, targets) to what each position brings to its sample's loss, of the shape of
             the targets: the parts add up to the losses. None where there are no positions.
@@ -47,6 +47,7 @@ class Form:
     losses: Callable[[Tensor, Tensor], Tensor]
     hessian: Callable[[Tensor, Tensor, Tensor], Tensor]
     root: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    diagonal: bool = False
     classes: int = 1
     parts: Callable[[Tensor, Tensor], Tensor] | None = None
 
@@ -73,13 +74,13 @@ def _of_function(losses: Callable[[Tensor, Tensor], Tensor]) -> Form:
 def cross_entropy(outputs_BC: Tensor, classes_B: Tensor) -> Tensor:
     """Cross-entropy (B,) of logits, or of log-probabilities, which log-softmax does not change.
 
-    Raises:
-        ValueError: The targets are weights of classes that do not sum to one. The Hessian has
-            another scale with them.
+    They are NaN where the targets are weights of classes that do not sum to one: the Hessian has
+    another scale with them.
     """
-    if classes_B.is_floating_point() and (classes_B.sum(1) - 1).abs().max() > SUM_ERROR:
-        raise ValueError("targets are no probabilities")
-    return _of_classes(outputs_BC, classes_B)
+    losses_B = _of_classes(outputs_BC, classes_B)
+    if classes_B.is_floating_point():
+        losses_B = losses_B.masked_fill((classes_B.sum(1) - 1).abs() > SUM_ERROR, torch.nan)
+    return losses_B
 
 
 def _of_classes(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -149,7 +150,7 @@ def _of_positions(classes: int, reduction: str) -> Form:
 
     axis = "last" if classes == -1 else "second"
     words = f"cross-entropy, classes on the {axis} axis, {reduction} positions"
-    return Form(words, losses, hessian, root, classes, parts)
+    return Form(words, losses, hessian, root, classes=classes, parts=parts)
 
 
 # -- squared error and binary cross-entropy --------------------------------------------------------
@@ -168,7 +169,7 @@ def _squared_error(words: str, factor: float, *, mean: bool) -> Form:
     def hessian(outputs: Tensor, _targets: Tensor, tangents: Tensor) -> Tensor:
         return tangents * (2 * factor / (outputs.numel() if mean else len(outputs)))
 
-    return Form(words, losses, hessian)
+    return _diagonal(words, losses, hessian)
 
 
 def _binary_cross_entropy(words: str, *, mean: bool) -> Form:
@@ -181,7 +182,21 @@ def _binary_cross_entropy(words: str, *, mean: bool) -> Form:
         p = outputs.sigmoid()
         return p * (1 - p) * tangents / (outputs.numel() if mean else len(outputs))
 
-    return Form(words, losses, hessian)
+    return _diagonal(words, losses, hessian)
+
+
+def _diagonal(
+    words: str,
+    losses: Callable[[Tensor, Tensor], Tensor],
+    hessian: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> Form:
+    """A loss that is convex in each output by itself."""
+
+    def root(outputs: Tensor, targets: Tensor, r: Tensor) -> Tensor:
+        diagonal = hessian(outputs, targets, torch.ones_like(outputs)) * len(outputs)
+        return diagonal.clamp(min=0).sqrt() * r
+
+    return Form(words, losses, hessian, root, diagonal=True)
 
 
 def _by_sample(values: Tensor) -> Tensor:

@@ -13,7 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from influence_jobs.errors import SpecError
-from influence_jobs.tasks.output_loss import IGNORED, Form, forms_of, forms_that_give
+from influence_jobs.tasks.output_loss import (
+    IGNORED,
+    Form,
+    forms_of,
+    forms_that_give,
+    which_forms_give,
+)
 
 if TYPE_CHECKING:  # which measures by this
     from influence_jobs.tasks.base import Batch, Draw, Task
@@ -95,11 +101,11 @@ class TokenLosses:
 
     def __init__(self, task: "Task") -> None:
         self._task = task
-        self._form: Form | None = None
+        self._forms: list[Form] = []  # the one in use first; the others gave the losses seen so far
 
     @torch.no_grad()
     def look(self, model: nn.Module, batch: "Batch") -> Tensor:
-        """See how this batch's losses are made of tokens, as a call needs it; their numbers (B,).
+        """See how losses are made of tokens, as a call needs it; the numbers of tokens (B,).
 
         Raises:
             SpecError: The losses are not those of tokens that the task declares.
@@ -107,19 +113,48 @@ class TokenLosses:
         task = self._task
         outputs, targets = task.outputs(model, batch), task.targets(batch)
         forms = [form for form in forms_of(task) if form.parts is not None]
-        # Of several forms that give the losses of this batch any will do: the parts are the same.
-        found = forms_that_give(task.losses(model, batch), outputs, targets, forms)
+        self._forms = [*forms_that_give(task.losses(model, batch), outputs, targets, forms)]
         counted = counted_tokens(task, targets)
-        if not found or counted is None:
-            raise SpecError(
-                f"losses of {type(task).__name__} are not the sum or the mean over tokens, so they "
-                f"have no parts: leave --per-token out ({CURE})"
-            )
-        self._form = found[0]
+        if not self._forms or counted is None:
+            raise self._without_parts()
         return counted.sum(1)
 
+    @torch.no_grad()
+    def unwatched(self, model: nn.Module, batch: "Batch") -> tuple[Tensor, Tensor]:
+        """The numbers of tokens (B,), and a scalar: whether losses are made of them as seen before.
+
+        A program that looks at these waits for a GPU. If the losses are not, `turn` to another way.
+
+        Raises:
+            SpecError: These samples are no sequences.
+        """
+        task = self._task
+        outputs, targets = task.outputs(model, batch), task.targets(batch)
+        counted = counted_tokens(task, targets)
+        if counted is None:
+            raise self._without_parts()
+        right_1 = which_forms_give(task.losses(model, batch), outputs, targets, self._forms[:1])
+        return counted.sum(1), right_1[0]
+
+    def turn(self) -> None:
+        """Take another of the ways that gave the losses that `look` saw.
+
+        Raises:
+            SpecError: There is none.
+        """
+        del self._forms[0]
+        if not self._forms:
+            raise self._without_parts()
+
+    def _without_parts(self) -> SpecError:
+        return SpecError(
+            f"losses of {type(self._task).__name__} are not the sum or the mean over tokens, so "
+            f"they have no parts: leave --per-token out ({CURE})"
+        )
+
     def __call__(self, model: nn.Module, batch: "Batch") -> Tensor:
-        assert self._form is not None and self._form.parts is not None
+        parts = self._forms[0].parts
+        assert parts is not None
         targets_BT = self._task.targets(batch)
-        parts_BT = self._form.parts(self._task.outputs(model, batch), targets_BT)
+        parts_BT = parts(self._task.outputs(model, batch), targets_BT)
         return parts_BT.gather(1, order_of(targets_BT != IGNORED))

@@ -16,7 +16,7 @@ from influence_jobs.memory import is_out_of_memory
 from influence_jobs.tasks.base import Batch, Task, copy_of, to_device
 from influence_jobs.tasks.own_code import described
 from influence_jobs.training.changes import UNCHANGED, Changes
-from influence_jobs.training.ensemble_data import Members, stretches
+from influence_jobs.training.ensemble_data import Asked, Members, Stretch, stretches
 from influence_jobs.training.ensemble_norms import EnsembleNorms, NormsWanted
 from influence_jobs.training.ensemble_stacked import StackedSteps
 from influence_jobs.training.recipe import Recipe
@@ -53,8 +53,13 @@ class Steps(Protocol):
 
     longest: int
 
-    def take(self, rows: slice, ids_MSB: Tensor, epoch: int, first_step: int) -> Tensor:
-        """Take S steps of the variants `rows`; returns the sums (M,) of their losses, float64."""
+    def take(self, now: Asked, following: Asked | None = None) -> Tensor:
+        """Take S steps of some variants; returns the sums (M,) of their losses, float64.
+
+        Args:
+            now: The samples.
+            following: Those of the next call, which may be fetched meanwhile.
+        """
 
     def weights(self, row: int) -> dict[str, Tensor]:
         """Parameters and buffers of one variant."""
@@ -165,11 +170,9 @@ class EnsembleTrainer:
         Returns:
             At the end of an epoch the mean training losses (M,) of the epoch, float64; else None.
         """
-        stretch = self._plan[self._stretch]
-        first = stretch.first_step * self.recipe.batch_size
-        ids_MK = self._order_MN[stretch.rows, first : first + stretch.steps * stretch.batch_size]
-        ids_MSB = torch.unflatten(ids_MK, 1, (stretch.steps, stretch.batch_size))
-        losses_M = self.steps.take(stretch.rows, ids_MSB, self.epoch, stretch.first_step)
+        stretch, *later = self._plan[self._stretch : self._stretch + 2]
+        following = self._asked(later[0]) if later else None
+        losses_M = self.steps.take(self._asked(stretch), following)
         self._loss_sums_M[stretch.rows] += losses_M
         finite_M = self._loss_sums_M[stretch.rows].isfinite()
         self._finite_steps_M[stretch.rows] += stretch.steps * finite_M
@@ -181,6 +184,13 @@ class EnsembleTrainer:
         self.epoch, self._stretch = self.epoch + 1, 0
         self._order_MN = self._epoch_order()
         return means_M[self._rows]
+
+    def _asked(self, stretch: Stretch) -> Asked:
+        """The samples of a stretch in this epoch."""
+        first = stretch.first_step * self.recipe.batch_size
+        ids_MK = self._order_MN[stretch.rows, first : first + stretch.steps * stretch.batch_size]
+        ids_MSB = torch.unflatten(ids_MK, 1, (stretch.steps, stretch.batch_size))
+        return Asked(stretch.rows, ids_MSB, self.epoch, stretch.first_step)
 
     def diverged(self, variant: int) -> tuple[int, int] | None:
         """Epoch and step, from 0, of the stretch in which a variant's loss became infinite or NaN.

@@ -12,8 +12,8 @@ from torch.utils import _pytree as pytree
 
 from influence_jobs.errors import ModelError
 from influence_jobs.gradients.batches import flattened, has_samples, map_tensors
-from influence_jobs.tasks.base import Batch, Draw, Task, device_of, to_device
-from influence_jobs.transfers import on_device
+from influence_jobs.tasks.base import READING, Batch, Draw, Task, device_of, to_device
+from influence_jobs.transfers import OfSteps, on_device
 
 RESIDENT_BYTES = 4 * 2**30  # a training set up to this size is kept on the device
 LOOKED_AT = 16  # samples whose shapes are compared
@@ -94,6 +94,28 @@ def stretches(sizes: Sequence[int], batch_size: int, longest: int) -> Iterator[S
                 yield Stretch(rows, first, min(longest, stop - first), batch)
 
 
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """The samples of a stretch.
+
+    Attributes:
+        rows: The variants, as rows of `Members`.
+        ids_MSB: The samples of their S steps.
+        epoch: From 0.
+        first_step: Number of the first step in the epoch.
+    """
+
+    rows: slice
+    ids_MSB: Tensor
+    epoch: int
+    first_step: int
+
+    @property
+    def name(self) -> tuple[int, int, int]:
+        """No other stretch of a training has it."""
+        return self.epoch, self.first_step, self.rows.start
+
+
 class Unmapped:
     """Stands for texts and the like in the batches of an ensemble: a use of it fails."""
 
@@ -148,6 +170,7 @@ class Feed:
     def __init__(self, task: Task, seeds: Sequence[int], device: torch.device):
         self._task, self._seeds, self._device = task, seeds, device
         self._fixed = fixed_samples(task, device)
+        self._batches = OfSteps[Batch](device, self._fetch)
         self._require_one_shape()
 
     def _require_one_shape(self) -> None:
@@ -171,15 +194,24 @@ class Feed:
                 "padded in another way than alone: train them one at a time"
             )
 
-    def batch(self, rows: slice, ids_MB: Tensor, epoch: int) -> Batch:
-        """The samples `ids_MB` of the variants `rows` in an epoch; tensors (M, B, ...)."""
+    def batch(self, now: Asked, following: Asked | None = None) -> Batch:
+        """The samples of a step; tensors (M, B, ...).
+
+        Args:
+            following: The next step, whose samples a thread fetches meanwhile for a GPU.
+        """
         if self._fixed is not None:
-            ids = on_device(ids_MB, self._device)
+            ids = on_device(now.ids_MSB[:, 0], self._device)
             return pytree.tree_map_only(Tensor, lambda t: gather(t, ids), self._fixed)
-        batches = [
-            _mapped(self._task.train_batch(ids_B, Draw(seed, epoch)))
-            for ids_B, seed in zip(ids_MB, self._seeds[rows], strict=True)
-        ]
+        coming = None if following is None else (following.name, (following,))
+        return self._batches.of(now.name, (now,), coming)
+
+    def _fetch(self, asked: Asked) -> Batch:
+        with READING:
+            batches = [
+                _mapped(self._task.train_batch(ids_B, Draw(seed, asked.epoch)))
+                for ids_B, seed in zip(asked.ids_MSB[:, 0], self._seeds[asked.rows], strict=True)
+            ]
         return to_device(pytree.tree_map(_stacked, *batches), self._device)
 
 

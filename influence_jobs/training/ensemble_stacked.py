@@ -14,7 +14,7 @@ from influence_jobs.gradients.functional import functional_call
 from influence_jobs.memory import is_out_of_memory
 from influence_jobs.tasks.base import Batch, Task
 from influence_jobs.training.changes import changed_losses, require_one_each
-from influence_jobs.training.ensemble_data import Feed, Members
+from influence_jobs.training.ensemble_data import Asked, Feed, Members
 from influence_jobs.training.ensemble_norms import EnsembleNorms
 from influence_jobs.training.recipe import Recipe, decay_groups, make_optimizer, rate_factor
 from influence_jobs.transfers import on_device
@@ -99,10 +99,10 @@ class StackedSteps:
             ),
         )
 
-    def take(self, rows: slice, ids_MSB: Tensor, epoch: int, first_step: int) -> Tensor:
+    def take(self, now: Asked, following: Asked | None = None) -> Tensor:
         """Take one step (S is 1) of whole cohorts; returns the sums (M,) of their losses."""
-        ids_MB = ids_MSB[:, 0]
-        batch = self._feed.batch(rows, ids_MB, epoch)
+        rows, epoch, ids_MB = now.rows, now.epoch, now.ids_MSB[:, 0]
+        batch = self._feed.batch(now, following)
         new_labels_MB = None
         if self._new_labels_MN is not None:
             new_labels_MB = self._new_labels_MN[rows].gather(1, on_device(ids_MB, self._device))
@@ -124,7 +124,7 @@ class StackedSteps:
             )
         )
         if self._norms is not None and self._norms.counts(epoch):
-            self._record(rows, ids_MSB, gradients)
+            self._record(rows, now.ids_MSB, gradients)
         if self._recipe.clip_norm is not None:
             gradients = _clipped(gradients, self._recipe.clip_norm)
         self._optimizer.zero_grad(set_to_none=True)
@@ -135,7 +135,7 @@ class StackedSteps:
                     gradient = gradients[name]
                     # Contiguous, since fused optimisers read memory in order and ignore strides.
                     leaf.grad = None if gradient is None else gradient[inside].contiguous()
-        self._set_rates(epoch, first_step)
+        self._set_rates(epoch, now.first_step)
         self._optimizer.step()
         return losses_MB.detach().sum(1, dtype=torch.float64)
 

@@ -4,7 +4,6 @@ import hashlib
 import itertools
 import math
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +17,7 @@ from influence_jobs.gradients.batches import plain_leaves
 from influence_jobs.gradients.transforms import differentiable_kernels
 from influence_jobs.tasks.base import (
     FINGERPRINT_ROWS,
+    READING,
     Batch,
     Draw,
     Task,
@@ -30,7 +30,7 @@ from influence_jobs.training.changes import Changes, changed_losses, require_one
 from influence_jobs.training.recipe import Recipe, optimizer_of, scheduler_of
 from influence_jobs.training.recorded_norms import RecordedNorms
 from influence_jobs.training.state import plain, require_saveable
-from influence_jobs.transfers import on_device
+from influence_jobs.transfers import OfSteps, on_device
 
 CHECKED_EVERY = 64  # steps between two looks at the loss, which wait for a GPU
 
@@ -223,8 +223,7 @@ class Trainer:
         self.finite_steps = torch.zeros((), device=device, dtype=torch.int64)
         self.batch_loss = torch.tensor(math.nan)
         self._order = self._epoch_order()
-        self._thread: ThreadPoolExecutor | None = None
-        self._coming: dict[tuple[int, int], Future[Batch]] = {}  # by epoch and step
+        self._batches = OfSteps[Batch](device, self._fetch)
 
     @property
     def finished(self) -> bool:
@@ -282,24 +281,19 @@ class Trainer:
         return mean_loss
 
     def _fetched(self, ids: Tensor) -> Batch:
-        """The batch of the next step; for a GPU a thread fetches the one after it meanwhile."""
-        if self.device.type == "cpu":
-            return self._fetch(ids, self.epoch)
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(max_workers=1)
+        """The batch of the next step."""
+        following, place = None, self.step_in_epoch + 1
+        if place < self.steps_per_epoch:
+            first = place * self.recipe.batch_size
+            coming = self._order[first : first + self.recipe.batch_size]
+            following = (self.epoch, place), (coming, self.epoch)
         now = self.epoch, self.step_in_epoch
-        if now not in self._coming:
-            self._coming = {now: self._thread.submit(self._fetch, ids, self.epoch)}
-        batch = self._coming.pop(now).result()
-        if self.step_in_epoch + 1 < self.steps_per_epoch:
-            first = (self.step_in_epoch + 1) * self.recipe.batch_size
-            following = self._order[first : first + self.recipe.batch_size]
-            coming = self._thread.submit(self._fetch, following, self.epoch)
-            self._coming = {(self.epoch, self.step_in_epoch + 1): coming}
-        return batch
+        return self._batches.of(now, (ids, self.epoch), following)
 
     def _fetch(self, ids: Tensor, epoch: int) -> Batch:
-        return to_device(self.task.train_batch(ids, Draw(self.seed, epoch)), self.device)
+        with READING:
+            batch = self.task.train_batch(ids, Draw(self.seed, epoch))
+        return to_device(batch, self.device)
 
     def require_finite(self) -> None:
         """Refuse to go on once the loss is not finite; looks at it now and then.

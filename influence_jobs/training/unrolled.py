@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from influence_jobs.errors import ModelError
-from influence_jobs.tasks.base import Draw, to_device, to_type
+from influence_jobs.tasks.base import READING, Batch, Draw, to_device, to_type
 from influence_jobs.training.adjoint import Cotangents, Update, back_through_clipping, clipped
 from influence_jobs.training.batch_gradient import BatchGradient, SecondDerivatives, batch_gradient
 from influence_jobs.training.statistics import statistics_of
 from influence_jobs.training.train import initial_model, step_seed
 from influence_jobs.training.trajectory import State, Step, Trajectory
-from influence_jobs.transfers import numbers, on_cpu
+from influence_jobs.transfers import loader_for, numbers, on_cpu
 
 SAME_LOSS = 1e-3  # allowed relative difference of a step's loss; rounding causes 1e-6
 
@@ -109,9 +109,11 @@ class Unrolled:
             }
 
         progress(steps - left)
+        load = loader_for(self._device)
         while left:
-            for step in reversed(self.trajectory.segment(left)):
-                waiting.append((step.ids, self._back(step, weights, statistics)))
+            steps_back = reversed(self.trajectory.segment(left))
+            for step, batch in load((step, self._batch(step)) for step in steps_back):
+                waiting.append((step.ids, self._back(step, batch, weights, statistics)))
                 left -= 1
                 progress(steps - left)
                 if left:
@@ -138,14 +140,24 @@ class Unrolled:
                 trainer = self.trajectory.trainer()
             step = self.trajectory.recorded_step(trainer)
             trainer.step()
-            self._back(step, weights, statistics)
+            self._back(step, self._batch(step), weights, statistics)
             yield len(step.ids)
 
+    def _batch(self, step: Step) -> Batch:
+        """The samples of a step as the training had them, on the device."""
+        with READING:
+            batch = self._task.train_batch(step.ids, Draw(self.trajectory.seed, step.epoch))
+        return to_type(to_device(batch, self._device), self.dtype)
+
     def _back(
-        self, step: Step, weights: Mapping[str, Cotangents], statistics: dict[str, Tensor]
+        self,
+        step: Step,
+        batch: Batch,
+        weights: Mapping[str, Cotangents],
+        statistics: dict[str, Tensor],
     ) -> Tensor:
         """Go back through a step; returns the derivatives by its samples' weights, (Q, B)."""
-        graph, second, states = self._graph(step)
+        graph, second, states = self._graph(step, batch)
         values = {name: gradient.detach() for name, gradient in graph.gradients.items()}
         used, factor = clipped(values, self.trajectory.recipe.clip_norm)
         num_queries = len(next(iter(weights.values())).parts["weight"])
@@ -170,7 +182,7 @@ class Unrolled:
         return by_weights_QB
 
     def _graph(
-        self, step: Step
+        self, step: Step, batch: Batch
     ) -> tuple[BatchGradient, SecondDerivatives, Mapping[str, Mapping[str, Tensor]]]:
         """The gradient of a step's loss, what differentiates it, and the optimizer's states.
 
@@ -179,8 +191,6 @@ class Unrolled:
         with torch.no_grad():
             for name, parameter in self._model.named_parameters():
                 parameter.copy_(step.weights[name])
-        draw = Draw(self.trajectory.seed, step.epoch)
-        batch = to_type(to_device(self._task.train_batch(step.ids, draw), self._device), self.dtype)
         seed = step_seed(self.trajectory.seed, step.epoch, step.in_epoch)
         size = len(step.ids)
         if self._second is None:

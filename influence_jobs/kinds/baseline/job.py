@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -10,8 +10,9 @@ import torch
 
 from influence_jobs.errors import SpecError
 from influence_jobs.gradients import GradNorms
+from influence_jobs.jobs.base import Progress, Result, Shard
 from influence_jobs.jobs.queries import embeds
-from influence_jobs.jobs.rows import Checks, Numbers
+from influence_jobs.jobs.rows import AnotherWayError, Checks, Numbers, until_right
 from influence_jobs.jobs.samples import trained_inputs
 from influence_jobs.jobs.scores import Scores, ScoresJob
 from influence_jobs.kinds.baseline.spec import EMBEDDED, METHODS, BaselineSpec
@@ -38,6 +39,7 @@ class BaselineJob(ScoresJob[BaselineSpec]):
     """Scores by random numbers, a sample's loss or gradient norm, or distances of pixels."""
 
     spec_type = BaselineSpec
+    _watched = False  # whether the range of each batch's norms is looked at
 
     @property
     def title(self) -> str:
@@ -72,6 +74,9 @@ class BaselineJob(ScoresJob[BaselineSpec]):
             return self.task.batch(ids, draw)
         return None
 
+    def run(self, shard: Shard, progress: Progress) -> Result:
+        return until_right(lambda: super(BaselineJob, self).run(shard, progress))
+
     def score(self, term: int, ids: torch.Tensor, fetched: Any, checks: Checks) -> Scores:
         return {SCORES: getattr(self, scorer(self.spec.method))(ids, fetched, checks)}
 
@@ -102,10 +107,20 @@ class BaselineJob(ScoresJob[BaselineSpec]):
 
     def _norm(self, ids: torch.Tensor, batch: Batch, checks: Checks) -> Numbers:
         self._load_once()
-        norms = self._norms(batch)
+        if self._watched:
+            norms = self._norms(batch)
+        else:
+            norms, right = self._norms.unwatched(batch)
+            if right is not None:
+                checks.right("range", right, self._watch)
         norms_B = torch.stack([*norms.values()]).double().square().sum(dim=0).sqrt()
         checks.finite("the gradient", norms_B, ids)
         return own_scores(norms_B, len(self.spec.queries.items))
+
+    def _watch(self) -> NoReturn:
+        """Look at each batch's range from now on: squares of norms left that of float32."""
+        self._watched = True
+        raise AnotherWayError
 
     def _load_once(self) -> None:
         if self._loaded is None and self.spec.checkpoint is not None:

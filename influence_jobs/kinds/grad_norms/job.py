@@ -14,30 +14,22 @@ from influence_jobs.gradients import GradNorms, TokenNorms
 from influence_jobs.gradients.fallback import slow_lines
 from influence_jobs.jobs.base import Progress, Result, Shard
 from influence_jobs.jobs.norm_arrays import norm_layouts
-from influence_jobs.jobs.rows import Checks, Rows
+from influence_jobs.jobs.rows import AnotherWayError, Checks, Rows, until_right
 from influence_jobs.jobs.samples import (
     SampleJob,
     dtype_for,
     engine_precision,
     trained_inputs,
 )
-from influence_jobs.jobs.tokens import only_tokens
+from influence_jobs.jobs.tokens import first_samples, only_tokens, watch_tokens
 from influence_jobs.kinds.grad_norms.spec import GradNormsSpec
 from influence_jobs.kinds.train.spec import Checkpoint
 from influence_jobs.specs.base import AnySpec
 from influence_jobs.store.layout import ArrayLayout, norms_name, token_norms_name
 from influence_jobs.tasks.base import Batch, Draw
-from influence_jobs.tasks.sequences import TokenLosses
+from influence_jobs.tasks.sequences import TokenLosses, tokens_in
 
 log = logging.getLogger(__name__)
-
-
-class _LeftRangeError(Exception):
-    """Squares of norms left the range of float32."""
-
-
-def _leave_range() -> NoReturn:
-    raise _LeftRangeError
 
 
 class GradNormsJob(SampleJob[GradNormsSpec]):
@@ -80,11 +72,7 @@ class GradNormsJob(SampleJob[GradNormsSpec]):
         )
 
     def run(self, shard: Shard, progress: Progress) -> Result:
-        try:
-            return self._run(shard, progress)
-        except _LeftRangeError:
-            self._watched = True
-            return self._run(shard, progress)
+        return until_right(lambda: self._run(shard, progress))
 
     def _run(self, shard: Shard, progress: Progress) -> Result:
         progress(done := 0)
@@ -93,7 +81,7 @@ class GradNormsJob(SampleJob[GradNormsSpec]):
             self.load(checkpoint)
             checks = self.checks(shard)
             norms_of = partial(self._norms, checks=checks)
-            for ids, norms in self.each(shard, Draw(self.spec.seed), norms_of):
+            for ids, norms in self.each(shard, Draw(self.spec.seed), norms_of, self._fetched):
                 found.add(ids, norms)
                 done += len(ids)
                 progress(done)
@@ -132,17 +120,33 @@ class GradNormsJob(SampleJob[GradNormsSpec]):
         parts, precision = TokenLosses(self.task), engine_precision(self.spec.precision)
         engine = TokenNorms(self.model, self.spec.layers, parts, precision=precision)
         first = torch.arange(min(2, len(self.task.train_data())))
-        batch = self.batch(first, Draw(self.spec.seed))
-        parts.look(self.model, batch)
-        engine.check(batch)
+        draw = Draw(self.spec.seed)
+        parts.look(self.model, self.batch(first_samples(self.task, self.batching.size), draw))
+        engine.check(self.batch(first, draw))
         return parts, engine
 
-    def _norms(self, ids: torch.Tensor, batch: Batch, *, checks: Checks) -> dict[str, Tensor]:
+    def _fetched(self, ids: torch.Tensor, draw: Draw) -> tuple[Batch, int]:
+        """A batch, and the most tokens of its samples, if they count."""
+        read, most = self.read(ids, draw), 0
+        if self.spec.tokens is not None:
+            counts_B = tokens_in(self.task, read)  # here, where a look lets no GPU wait
+            most = 0 if counts_B is None else int(counts_B.max())
+        return self.placed(read), most
+
+    def _watch(self) -> NoReturn:
+        """Look at each batch's range from now on: squares of norms left that of float32."""
+        self._watched = True
+        raise AnotherWayError
+
+    def _norms(
+        self, ids: torch.Tensor, fetched: tuple[Batch, int], *, checks: Checks
+    ) -> dict[str, Tensor]:
         """The norms of a batch, by array."""
+        batch, most = fetched
 
         def unless_lost(found: dict[str, Tensor], right: Tensor | None) -> dict[str, Tensor]:
             if right is not None:
-                checks.right("range", right, _leave_range)
+                checks.right("range", right, self._watch)
             return found
 
         whole = self._engine
@@ -151,8 +155,8 @@ class GradNormsJob(SampleJob[GradNormsSpec]):
         counts_B = None
         if self.spec.tokens is not None:
             parts, engine = self._tokens
-            counts_B = parts.look(self.model, batch)
-            most = max(1, int(counts_B.max()))  # NaN below where there is none
+            counts_B = watch_tokens(parts, self.model, batch, self.spec.tokens, checks)
+            most = max(1, most)  # NaN below where there is none
             of_tokens = (
                 engine(batch, most)
                 if self._watched
@@ -171,5 +175,5 @@ class GradNormsJob(SampleJob[GradNormsSpec]):
         # The checkpoint may not exist yet. Untrained weights take the same time.
         checks = self.checks(None)
         for ids in self.all_batches():
-            self._norms(ids, self.batch(ids, Draw(self.spec.seed)), checks=checks)
+            self._norms(ids, self._fetched(ids, Draw(self.spec.seed)), checks=checks)
             yield len(ids)

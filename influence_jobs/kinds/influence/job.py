@@ -15,11 +15,11 @@ from influence_jobs.errors import SpecError
 from influence_jobs.gradients import GradDots, GradQuadratics, Metric, TokenDots
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.gradients.rules import MatrixRule, matrix_layers, nearest_rule
-from influence_jobs.jobs.base import Plan
-from influence_jobs.jobs.rows import Checks
+from influence_jobs.jobs.base import Plan, Progress, Result, Shard
+from influence_jobs.jobs.rows import Checks, until_right
 from influence_jobs.jobs.samples import trained_inputs
 from influence_jobs.jobs.scores import Scores, ScoresJob, sides_of
-from influence_jobs.jobs.tokens import MEANING, only_tokens
+from influence_jobs.jobs.tokens import MEANING, first_samples, only_tokens, watch_tokens
 from influence_jobs.kinds.influence.spec import InfluenceSpec
 from influence_jobs.kinds.s_test.job import curvature_samples
 from influence_jobs.kinds.s_test.spec import STestSpec
@@ -165,6 +165,9 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
     def fetch(self, term: int, ids: torch.Tensor) -> Batch:
         return self.batch(ids, Draw(self.spec.seed, term % self.spec.noise_draws))
 
+    def run(self, shard: Shard, progress: Progress) -> Result:
+        return until_right(lambda: super(InfluenceJob, self).run(shard, progress))
+
     def score(self, term: int, ids: torch.Tensor, fetched: Any, checks: Checks) -> Scores:
         of_term, block = divmod(term // self.spec.noise_draws, len(self._blocks))
         dots, sizes, tokens = self._engines_of(of_term, block)
@@ -176,8 +179,8 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
         else:
             found[SCORES] = dots.total(batch)
         counts_B = None
-        if tokens is not None:
-            counts_B = self._parts.look(self.model, batch)
+        if tokens is not None and self.spec.tokens is not None:
+            counts_B = watch_tokens(self._parts, self.model, batch, self.spec.tokens, checks)
             found[SCORES_OF_TOKENS], add_up = tokens.unwatched(batch, found[SCORES])
             checks.right("sums of tokens", add_up, tokens.refuse_sums)
         for values in found.values():
@@ -210,7 +213,9 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
 
     @cached_property
     def _parts(self) -> TokenLosses:
-        return TokenLosses(self.task)
+        parts, some = TokenLosses(self.task), first_samples(self.task, self.batching.size)
+        parts.look(self.model, self.batch(some, Draw(self.spec.seed)))
+        return parts
 
     def _engines_of(
         self, which: int, block: int
@@ -306,6 +311,5 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
             batch = self.batch(ids, Draw(self.spec.seed))
             totals_BQ = dots.total(batch)
             if tokens is not None:
-                self._parts.look(self.model, batch)
                 tokens(batch, totals_BQ)
             yield len(ids)

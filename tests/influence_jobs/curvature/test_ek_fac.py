@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 
 from influence_jobs.curvature import EkFac, GaussNewton, Hessian, ek_fac, ek_fac_blocks
 from influence_jobs.curvature.ek_fac_blocks import VectorBlock, _eigenvectors
-from influence_jobs.curvature.output_roots import exact_roots, random_root, random_signs
+from influence_jobs.curvature.output_roots import Doubts, exact_roots, random_root, random_signs
 from influence_jobs.errors import ModelError, SpecError
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.tasks.output_loss import FORMS, IGNORED, Form, forms_of
@@ -462,13 +462,13 @@ ROOTS = [
 )
 def test_roots_add_up_to_the_hessian(form: Form, outputs: Tensor, targets: Tensor) -> None:
     expected = of_one(form, outputs, targets)
-    columns = [s[0].flatten() for s in exact_roots(form, outputs, targets)]
+    columns = [s[0].flatten() for s in exact_roots(form, outputs, targets, Doubts())]
     found = sum((torch.outer(s, s) for s in columns), torch.zeros_like(expected))
     torch.testing.assert_close(found, expected)
     many = 40_000
     outputs, targets = (one[:1].expand(many, *one.shape[1:]) for one in (outputs, targets))
     signs = random_signs(0, range(many), outputs)
-    s_ND = random_root(form, outputs, targets, signs).flatten(1)
+    s_ND = random_root(form, outputs, targets, signs, Doubts()).flatten(1)
     assert ((s_ND.t() @ s_ND) / many - expected).abs().max() <= 0.03 * expected.abs().max()
 
 
@@ -537,13 +537,13 @@ def test_numbers_that_are_always_zero_are_axes_of_their_own() -> None:
     live[[1, 4, 5, 9]] = True
     x = torch.randn(30, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * live
     moment = x.t() @ x
-    vectors = _eigenvectors(moment)
+    vectors = _eigenvectors(moment, 4)
     torch.testing.assert_close(vectors.t() @ vectors, torch.eye(12, dtype=torch.float64))
     rotated = vectors.t() @ moment @ vectors
     torch.testing.assert_close(rotated, rotated.diagonal().diag())
     assert torch.equal(vectors[~live], torch.eye(12, dtype=torch.float64)[~live])
     zero = torch.zeros(3, 3)
-    assert torch.equal(_eigenvectors(zero), torch.eye(3))
+    assert torch.equal(_eigenvectors(zero, 0), torch.eye(3))
 
 
 def test_a_block_with_many_numbers_that_are_always_zero() -> None:
@@ -555,7 +555,7 @@ def test_a_block_with_many_numbers_that_are_always_zero() -> None:
     block = VectorBlock("spare", torch.Size([size]), gradients.device, torch.float32)
     block.add(gradients)
     moment = gradients.double().t() @ gradients.double()
-    block.diagonalise()  # LAPACK's own way fails for it in float32
+    block.diagonalise([])  # LAPACK's own way fails for it in float32
     damping = 0.1 * float(moment.diagonal().max())
     v = torch.randn(1, size, generator=g)
     found = block.times({"spare": v}, lambda values: 1 / (values + damping))["spare"]

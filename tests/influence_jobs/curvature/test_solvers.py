@@ -176,7 +176,9 @@ def test_the_fixed_point_of_the_recursion_has_damping_d_times_s(case, scale):
     # With every sample in every step there is no noise: the test sees the recursion alone.
     operator, v_QP = case.gauss_newton(), randoms(2, case.space.size)
     dense = case.dense_gauss_newton()
-    operator.products = lambda h_EQP, ids: case.space.split(h_EQP @ dense)  # type: ignore[method-assign]
+    operator.products_in_turn = lambda h_EQP, steps: (  # type: ignore[method-assign]
+        case.space.split(h_EQP @ dense) for _ in steps
+    )
     depth = math.ceil(25 * scale / LAMBDA)
     solution = Lissa(LAMBDA, scale=scale, depth=depth, batch_size=1).solve(operator, v_QP)
     assert solution.record["recursion_damping"] == LAMBDA / scale
@@ -253,7 +255,9 @@ def test_a_diverging_repeat_restarts_with_a_larger_scale_and_says_so(case):
 
 def test_a_matrix_that_no_scale_helps_is_an_error(case):
     operator = case.hessian()
-    operator.products = lambda h_EQP, ids: case.space.split(-1e9 * h_EQP)  # type: ignore[method-assign]
+    operator.products_in_turn = lambda h_EQP, steps: (  # type: ignore[method-assign]
+        case.space.split(-1e9 * h_EQP) for _ in steps
+    )
     with pytest.raises(RuntimeFault, match="LiSSA diverges even at scale"):
         Lissa(LAMBDA, scale=1.0, depth=100, batch_size=2).solve(
             operator, randoms(1, case.space.size)

@@ -88,11 +88,9 @@ def test_two_threads_do_not_make_batches_at_the_same_time(digits_task, monkeypat
     monkeypatch.setattr(kind, "batch", seeking)
     model = digits_task.model().eval()
     operator = GaussNewton(model, ParameterSpace(model), digits_task, torch.arange(8))
-    job: Any = SimpleNamespace(
-        task=digits_task, device=torch.device("cpu"), model=model, _built=(model, False)
-    )
+    job: Any = SimpleNamespace(task=digits_task)
     ids, draw = torch.arange(4), Draw(0)
-    work = [lambda: SampleJob.batch(job, ids, draw), lambda: operator.batch(ids)]
+    work = [lambda: SampleJob.read(job, ids, draw), lambda: operator.batch(ids)]
     threads = [threading.Thread(target=lambda one=one: [one() for _ in range(5)]) for one in work]
     for thread in threads:
         thread.start()
