@@ -23,6 +23,7 @@ from influence_jobs.curvature.ek_fac_factors import coarse_lines
 from influence_jobs.curvature.matrices import GaussNewton
 from influence_jobs.curvature.solver import Progress, Trial, no_progress, require_finite
 from influence_jobs.errors import SpecError
+from influence_jobs.transfers import numbers, on_device
 
 Exponential = Literal["ek-fac", "chebyshev"]
 
@@ -176,23 +177,16 @@ class _Series(_Functions):
         self._segment, self._progress = segment, progress
         for operator in segment.operators:
             operator.require_finite()
-        self._top = _upper_bound(self._product, segment.operators[0])
+        self._top = _upper_bound(segment.operators)
         self._met_K, self._kept_K = series_of(segment, self._top)
         self.products = len(self._met_K) - 1
-
-    def _product(self, v_QP: Tensor) -> Tensor:
-        operators = self._segment.operators
-        total_QP = torch.zeros_like(v_QP)
-        for operator in operators:
-            total_QP += (operator @ v_QP) / len(operators)
-        return total_QP
 
     def times(self, v_QP: Tensor) -> tuple[Tensor, Tensor]:
         met_QP, kept_QP = self._met_K[0] * v_QP, self._kept_K[0] * v_QP
         before_QP, now_QP = torch.zeros_like(v_QP), v_QP
         for k in range(1, len(self._met_K)):
             # T_1 = y, T_k+1 = 2 y T_k - T_k-1, with y from -1 to 1 for eigenvalues 0 to the top.
-            ahead_QP = self._product(now_QP) * (2 / self._top) - now_QP
+            ahead_QP = _product(self._segment.operators, now_QP) * (2 / self._top) - now_QP
             ahead_QP = ahead_QP if k == 1 else 2 * ahead_QP - before_QP
             before_QP, now_QP = now_QP, ahead_QP
             met_QP.add_(now_QP, alpha=self._met_K[k])
@@ -234,23 +228,36 @@ def series_of(segment: Segment, top: float) -> tuple[list[float], list[float]]:
     )
 
 
-def _upper_bound(product: Callable[[Tensor], Tensor], operator: GaussNewton) -> float:
+def _product(operators: Sequence[GaussNewton], v_QP: Tensor, *, checked: bool = True) -> Tensor:
+    """The mean of several matrices times every row."""
+    total_QP = torch.zeros_like(v_QP)
+    for operator in operators:
+        total_QP += (operator @ v_QP if checked else operator.unchecked(v_QP)) / len(operators)
+    return total_QP
+
+
+def _upper_bound(operators: Sequence[GaussNewton]) -> float:
     """An upper bound of the eigenvalues, by a few steps of Lanczos iteration.
 
     The largest Ritz value and the length of the last residual (Zhou and Li: "Bounding the spectrum
     of large Hermitian matrices", 2011).
     """
-    generator = torch.Generator().manual_seed(0)
-    like = next(iter(operator.space.parameters().values()))
-    v_1P = torch.randn(1, operator.size, generator=generator, dtype=torch.float64).to(like)
+    generator, size = torch.Generator().manual_seed(0), operators[0].size
+    like = next(iter(operators[0].space.parameters().values()))
+    v_1P = torch.randn(1, size, generator=generator, dtype=torch.float64).to(like.dtype)
+    v_1P = on_device(v_1P, like.device)
     basis = [v_1P / v_1P.norm()]
     diagonal, beside = list[float](), list[float]()
-    for _ in range(min(LANCZOS_STEPS, operator.size)):
-        w_1P = product(basis[-1])
-        diagonal.append(float((w_1P * basis[-1]).sum()))
+    for _ in range(min(LANCZOS_STEPS, size)):
+        w_1P = _product(operators, basis[-1], checked=False)
+        along = (w_1P * basis[-1]).sum()
         for q_1P in (*basis, *basis):  # twice, as rounding leaves a part
             w_1P = w_1P - (w_1P * q_1P).sum() * q_1P
-        beside.append(float(w_1P.norm()))
+        found = numbers([along, w_1P.norm()])  # the one look at the device
+        if not all(map(math.isfinite, found)):
+            _product(operators, basis[-1])  # refuses the samples by name
+        diagonal.append(found[0])
+        beside.append(found[1])
         if beside[-1] <= 1e-6 * max(map(abs, diagonal)):
             break
         basis.append(w_1P / beside[-1])

@@ -30,6 +30,7 @@ from influence_jobs.errors import ModelError
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.gradients.rules import LayerRule, rule_of, supported
 from influence_jobs.terms import Distribution
+from influence_jobs.transfers import on_device
 
 # In a row of a sparse projection, one in each block of columns. Kane and Nelson: "Sparser
 # Johnson-Lindenstrauss Transforms", J. ACM 2014.
@@ -81,7 +82,7 @@ class Projection:
     def to(self, device: torch.device, dtype: torch.dtype) -> "Projection":
         """The same projection on a device and of a dtype."""
         sides = [
-            side if side is None else side.to(device, dtype)
+            side if side is None else on_device(side, device).to(dtype)
             for side in (self.left_CK, self.right_JI)
         ]
         return Projection(self._shape, self.rule, *sides)

@@ -14,6 +14,7 @@ from influence_jobs.store.run import Run
 from influence_jobs.tasks.base import Batch, Draw, Task, copy_of, device_of, to_device, to_type
 from influence_jobs.tasks.regions import CURE
 from influence_jobs.tasks.sequences import tokens_in
+from influence_jobs.transfers import numbers
 
 
 def require_queries(task: Task, queries: Queries) -> None:
@@ -125,12 +126,13 @@ def query_gradients(
                 if is_out_of_memory(error):
                     raise
                 total += space.gradient(measured(model, to_type(batch, dtype)))
-        if not total.isfinite().all():
+        finite, moving = numbers([total.isfinite().all(), total.any()])
+        if not finite:
             raise DataError(
                 f"the gradient of the {queries.quantity} of test sample {query.test} is not "
                 "finite: check the sample and the checkpoint"
             )
-        if not total.any():
+        if not moving:
             raise DataError(
                 f"the gradient of the {queries.quantity} of test sample {query.test} is exactly "
                 "zero, so no training sample can influence it: check that its loss depends on "

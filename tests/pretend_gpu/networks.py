@@ -1,6 +1,7 @@
 """Small networks in float32, and a task of them that trains in a moment."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -51,6 +52,42 @@ class Tied(nn.Module):
         return logits
 
 
+class EveryLayer(nn.Module):
+    """A layer of each type that has a rule.
+
+    Args:
+        bag: Whether an EmbeddingBag is there, which torch cannot differentiate forward.
+    """
+
+    def __init__(self, *, bag: bool = True) -> None:
+        from transformers.pytorch_utils import Conv1D
+
+        super().__init__()
+        self.image = nn.Sequential(
+            nn.ConvTranspose2d(1, 2, 2), nn.InstanceNorm2d(2, affine=True), nn.PReLU(2),
+            nn.Conv2d(2, 2, 2), nn.BatchNorm2d(2), nn.GroupNorm(1, 2), nn.Flatten(2),
+        )  # fmt: skip
+        self.line = nn.Sequential(
+            nn.Conv1d(2, 3, 3), nn.BatchNorm1d(3), nn.ConvTranspose1d(3, 2, 3, bias=False),
+            nn.InstanceNorm1d(2, affine=True),
+        )  # fmt: skip
+        self.body = nn.Sequential(
+            nn.Conv3d(1, 2, 2), nn.BatchNorm3d(2), nn.InstanceNorm3d(2, affine=True), nn.GELU(),
+            nn.ConvTranspose3d(2, 1, 2), nn.Flatten(), nn.LayerNorm(32), nn.Linear(32, 4),
+        )  # fmt: skip
+        self.words, self.bag = nn.Embedding(2, 4), nn.EmbeddingBag(2, 4) if bag else None
+        self.pairs, self.norm = nn.Bilinear(4, 4, 6), nn.RMSNorm(6)
+        self.head = Conv1D(CLASSES, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids = (x.flatten(1) > 0).long()
+        pixels = self.body(self.line(self.image(x)).reshape(-1, 1, 4, 4, 2))
+        words = self.words(ids).mean(1)
+        tokens = self.norm(self.pairs(words, self.bag(ids) if self.bag else words.sin()))
+        logits: Tensor = self.head(torch.cat([pixels, tokens], 1))
+        return logits
+
+
 def perceptron() -> nn.Module:
     return nn.Sequential(
         nn.Flatten(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 7), nn.ReLU(), nn.Linear(7, 5)
@@ -70,6 +107,8 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "convolutions": convolutions,
     "odd": Odd,
     "tied": Tied,
+    "every layer": EveryLayer,
+    "layers": partial(EveryLayer, bag=False),
 }
 
 
@@ -111,6 +150,45 @@ class Digits(Task):
 
     def losses(self, model: nn.Module, batch: Any) -> Tensor:
         return F.cross_entropy(self.outputs(model, batch), batch[1], reduction="none")
+
+
+class SteepDigits(Digits):
+    """A loss of its own of the outputs, whose Hessian is not diagonal."""
+
+    def output_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:  # type: ignore[override]
+        errors_BC = outputs - F.one_hot(targets, CLASSES).to(outputs.dtype)
+        squares_B: Tensor = errors_BC.square().sum(1)
+        return squares_B + squares_B.square()
+
+    def losses(self, model: nn.Module, batch: Any) -> Tensor:
+        return self.output_loss(self.outputs(model, batch), batch[1])
+
+
+class SquareDigits(Digits):
+    """A squared error."""
+
+    output_loss = "mse"
+
+    def targets(self, batch: Any) -> Tensor:
+        return F.one_hot(batch[1], CLASSES).float()
+
+    def losses(self, model: nn.Module, batch: Any) -> Tensor:
+        return (self.outputs(model, batch) - self.targets(batch)).square().mean(1)
+
+
+class OwnDigits(Digits):
+    """An optimizer of its own."""
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.RMSprop(model.parameters(), lr=1e-3)
+
+
+class EmbeddedDigits(Digits):
+    """Vectors of the samples, for the baseline of nearest samples."""
+
+    def embed(self, batch: Any) -> Tensor:
+        vectors: Tensor = batch[0].flatten(1)
+        return vectors
 
 
 class FaintDigits(Digits):
@@ -165,8 +243,9 @@ class Texts(Task):
     batch_size = 8
     output_loss = "cross-entropy"
 
-    def __init__(self) -> None:
+    def __init__(self, *, network: Annotated[str, Doc("Which.")] = "reader") -> None:
         generator = torch.Generator().manual_seed(0)
+        self.network = network
         self.x = torch.randint(9, (N, 5), generator=generator)
         self.y = torch.randint(CLASSES, (N, 5), generator=generator)
         self.y[: N // 2, 3:] = -100
@@ -200,13 +279,15 @@ class Texts(Task):
         return losses_BT.sum(1) / (batch[1] != -100).sum(1)
 
 
-def made(network: str, device: torch.device) -> tuple[Digits, nn.Module]:
+def made(
+    network: str, device: torch.device, kind: Callable[..., Any] = Digits
+) -> tuple[Any, nn.Module]:
     """A task, and a model of it in eval mode; its running statistics are not the initial ones."""
-    task = Digits(network=network)
+    task = kind(network=network)
     torch.manual_seed(1)
     model = task.model()
     with torch.no_grad():
-        model(2 * task.x + 1)
+        model(2 * task.x + 1 if task.x.is_floating_point() else task.x)
     return task, model.eval().to(device)
 
 

@@ -17,7 +17,9 @@ from . import networks
 from .pretend import PretendGpu, Wait
 
 NETWORKS = Path(networks.__file__)
-TASK, TEXTS, REPORT = (f"{NETWORKS}:{name}" for name in ("Digits", "Texts", "ReportDigits"))
+TASK, TEXTS, REPORT, EMBEDDED = (
+    f"{NETWORKS}:{name}" for name in ("Digits", "Texts", "ReportDigits", "EmbeddedDigits")
+)
 QUERIES: dict[str, Any] = {"test": [1, 2]}
 LISSA: dict[str, Any] = {"solver": "lissa", "depth": 20, "scale": 9, "batch": 4}
 OF_TOKENS: dict[str, Any] = {"task": TEXTS, "solver": "identity", "per_token": True}
@@ -28,17 +30,22 @@ CALIBRATE: dict[str, Any] = {**QUERIES, **GRID, "subsets": 8, "held_out": 8, "se
 # By name: the kind, its options, and the waits of a batch besides those of a shard.
 JOBS: dict[str, tuple[str, dict[str, Any], int]] = {
     "grad-norms": ("grad-norms", {"layer": ["all"]}, 0),
-    "grad-norms, tokens": ("grad-norms", {"task": TEXTS, "layer": ["head"], "per_token": True}, 4),
+    "grad-norms, tokens": ("grad-norms", {"task": TEXTS, "layer": ["head"], "per_token": True}, 0),
+    "s-test": ("s-test", QUERIES, 0),
+    "s-test, EK-FAC": ("s-test", {**QUERIES, "solver": "ek-fac"}, 0),
+    "s-test, LiSSA": ("s-test", {**QUERIES, **LISSA}, 0),
+    "s-test, SOURCE": ("s-test", {**QUERIES, "solver": "source", "segments": 2}, 0),
     "influence": ("influence", QUERIES, 0),
     "influence, LiSSA": ("influence", {**QUERIES, **LISSA}, 0),
-    "influence, relative": ("influence", {**QUERIES, "solver": "ek-fac", "relative": "theta"}, 4),
-    "influence, tokens": ("influence", {**QUERIES, **OF_TOKENS}, 4),
-    "influence, SOURCE": ("influence", {**QUERIES, "solver": "source", "segments": 2}, 4),
+    "influence, relative": ("influence", {**QUERIES, "solver": "ek-fac", "relative": "theta"}, 0),
+    "influence, tokens": ("influence", {**QUERIES, **OF_TOKENS}, 0),
+    "influence, SOURCE": ("influence", {**QUERIES, "solver": "source", "segments": 2}, 0),
     "attribution": ("attribution", {**QUERIES, "layer": ["1"]}, 0),
-    "self-influence": ("self-influence", {}, 4),
+    "self-influence": ("self-influence", {}, 0),
     "self-influence, identity": ("self-influence", {"solver": "identity"}, 0),
     "loss": ("baseline", {**QUERIES, "method": "loss"}, 0),
-    "norm": ("baseline", {**QUERIES, "method": "norm"}, 1),
+    "norm": ("baseline", {**QUERIES, "method": "norm"}, 0),
+    "nearest": ("baseline", {**QUERIES, "task": EMBEDDED, "method": "nearest"}, 0),
     "random": ("baseline", {**QUERIES, "method": "random"}, 0),
     "gradients": ("gradients", {"dim": "3x4"}, 0),
 }  # fmt: skip
@@ -62,13 +69,14 @@ class Other:
 STORE = ("gradients", {"dim": "3x4"})
 OTHERS: dict[str, Other] = {
     "train": Other("train", 20, {"epochs": 2, "batch_size": 16, "norms_layer": ["1"]}),
-    "unrolled": Other("unrolled", 195, QUERIES),
-    "ablation": Other("ablation", 165, {**QUERIES, "k": [5], "by": ["random"], "seeds": 1}),
-    "lds": Other("lds", 120, {**QUERIES, "by": ["random"], "subsets": 3, "seeds": 1}),
+    "unrolled": Other("unrolled", 190, QUERIES),
+    "ablation": Other("ablation", 135, {**QUERIES, "k": [5], "by": ["random"], "seeds": 1}),
+    "lds": Other("lds", 105, {**QUERIES, "by": ["random"], "subsets": 3, "seeds": 1}),
     "stability": Other(
         "stability", 0, {**QUERIES, "top": 5, "by": ["dot-product"], "retrainings": 1}
     ),
-    "calibrate": Other("calibrate", 600, CALIBRATE),
+    "calibrate": Other("calibrate", 425, CALIBRATE),
+    "query-gradients": Other("query-gradients", 22, {**QUERIES, **OF_STORE}, STORE),
     # These read arrays, and have nothing to ask of a GPU.
     "gradient-scores": Other("gradient-scores", 0, {**QUERIES, "method": "trak"}),
     "gram": Other("gram", 0, OF_STORE, STORE),
@@ -136,7 +144,7 @@ def prepared(other: Other, trained: Path, folder: Path, submit: Callable[..., An
         path = folder / "scores.npy"
         np.save(path, np.arange(2 * 48, dtype=np.float32).reshape(2, 48))
         return {"task": TASK, "file": path, **options}
-    if other.kind in ("gram", "gradient-index"):
+    if other.kind in ("query-gradients", "gram", "gradient-index"):
         return options
     return of_digits(options)
 

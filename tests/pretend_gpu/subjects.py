@@ -1,6 +1,7 @@
 """What runs on the pretended GPU: each computes something in a number of equal units of work."""
 
 import copy
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from influence_jobs.curvature import (
     Identity,
     Lissa,
 )
+from influence_jobs.curvature.halves import cosines_of_halves
 from influence_jobs.curvature.lissa_steps import AnySteps, lissa_steps
 from influence_jobs.curvature.source import Segment, Source
 from influence_jobs.curvature.spectrum import leading_eigenpair, smallest_eigenvalue, trace
@@ -35,16 +37,28 @@ from influence_jobs.training.ensemble import EnsembleTrainer, Variant
 from influence_jobs.training.ensemble_norms import NormsWanted
 from influence_jobs.training.recipe import Recipe
 from influence_jobs.training.recorded_norms import RecordedNorms
+from influence_jobs.training.recorder import Recorder
 from influence_jobs.training.statistics import statistics_of
 from influence_jobs.training.train import Trainer
 from influence_jobs.training.trajectory import Trajectory
 from influence_jobs.training.unrolled import Unrolled
 
-from .networks import Digits, NoisyDigits, made, summed_token_losses, token_losses
+from .networks import (
+    Digits,
+    NoisyDigits,
+    OwnDigits,
+    SquareDigits,
+    SteepDigits,
+    Texts,
+    made,
+    summed_token_losses,
+    token_losses,
+)
 
 QUERIES = 3
 BATCH = 8
 SGD = Recipe(50, BATCH, "sgd", lr=0.05, momentum=0.9, weight_decay=1e-2)
+OWN = Recipe(50, BATCH, "task", lr=None)
 ADAM = Recipe(50, BATCH, "adam", lr=3e-3, schedule="cosine", warmup=2, clip_norm=1.0)
 
 Tensors = Any  # a tree of them
@@ -106,6 +120,11 @@ def norms(reduction: Any) -> Any:
         return GradNorms(model, names, task.losses, reduction=reduction).unwatched
 
     return make
+
+
+def norms_of_every_layer(task: Digits, model: Any) -> Any:
+    names = [name for name, p in model.named_parameters() if name.endswith("weight")]
+    return GradNorms(model, names, task.losses, reduction="layer").unwatched
 
 
 def odd_norms(task: Digits, model: Any) -> Any:
@@ -233,16 +252,18 @@ def lissa(network: str) -> Callable[[torch.device], Work]:
     return start
 
 
-def ek_fac(network: str) -> Callable[[torch.device], Work]:
+def ek_fac(
+    network: str = "perceptron", targets: Any = "auto", kind: Any = Digits
+) -> Callable[[torch.device], Work]:
     def start(device: torch.device) -> Work:
-        task, model = made(network, device)
+        task, model = made(network, device, kind)
         space = ParameterSpace(model)
         rhs_QP = vectors(space.size, device)
 
         def run(units: int) -> Tensors:
             ids = torch.arange(BATCH * units) % len(task.y)
             matrix = GaussNewton(model, space, task, ids, batch_size=BATCH)
-            return EkFac(damping=0.1).solve(matrix, rhs_QP).x_QP
+            return EkFac(damping=0.1, targets=targets).solve(matrix, rhs_QP).x_QP
 
         return run
 
@@ -268,6 +289,20 @@ def source(exponential: Any) -> Callable[[torch.device], Work]:
     return start
 
 
+def halves(solver: Any) -> Callable[[torch.device], Work]:
+    def start(device: torch.device) -> Work:
+        matrix = operator(GaussNewton, "perceptron", device, batch_size=BATCH)
+        rhs_QP = vectors(matrix.size, device)
+
+        def run(units: int) -> Tensors:
+            found = [cosines_of_halves(solver, matrix, rhs_QP, 0.1) for _ in range(units)]
+            return torch.tensor(found)
+
+        return run
+
+    return start
+
+
 def spectrum(device: torch.device) -> Work:
     matrix = operator(Hessian, "perceptron", device, batch_size=48)
     matrix.look()
@@ -281,10 +316,10 @@ def spectrum(device: torch.device) -> Work:
     return run
 
 
-def training(network: str, recipe: Recipe, *, recorded: bool = False) -> Any:
+def training(network: str, recipe: Recipe, *, recorded: bool = False, kind: Any = Digits) -> Any:
     def start(device: torch.device) -> Work:
         def run(units: int) -> Tensors:
-            task = Digits(network=network)
+            task = kind(network=network)
             kept = None
             if recorded:
                 kept = RecordedNorms(
@@ -299,6 +334,23 @@ def training(network: str, recipe: Recipe, *, recorded: bool = False) -> Any:
         return run
 
     return start
+
+
+def recorder(device: torch.device) -> Work:
+    """A loop of the user's own, with its ids on the CPU."""
+    task, model = made("perceptron", device)
+    given = batches(task, device)
+    folder = tempfile.TemporaryDirectory()
+
+    def run(units: int) -> Tensors:
+        found = Recorder(model, len(task.y), layers=["1", "3"], folder=folder.name, skip_epochs=0)
+        for i in range(units):
+            model.zero_grad()
+            task.losses(model, given[i]).mean().backward()
+            found.step(torch.arange(BATCH * i, BATCH * (i + 1)))
+        return found.norms.sums
+
+    return run
 
 
 def ensemble(task: Digits, recipe: Recipe, wanted: NormsWanted | None = None) -> Any:
@@ -354,17 +406,21 @@ SUBJECTS: Mapping[str, Subject] = {
     "GradNorms, perceptron": Subject("batch", by_batch("perceptron", norms("layer")), 0, 0),
     "GradNorms, shared weights": Subject("batch", by_batch("tied", norms("layer")), 0, 0),
     "GradNorms, no rules": Subject("batch", by_batch("odd", odd_norms), 0, 0),
+    "GradNorms, every layer": Subject("batch", by_batch("every layer", norms_of_every_layer), 0, 0),
     "GradDots": Subject("batch", by_batch("convolutions", dots("call")), 0, 0),
     "GradDots, total": Subject("batch", by_batch("perceptron", dots("total")), 0, 0),
     "GradDots, shared weights": Subject("batch", by_batch("tied", dots("total")), 0, 0),
+    "GradDots, every layer": Subject("batch", by_batch("every layer", dots("call")), 0, 0),
     "GradDots, forward mode": Subject("batch", by_batch("odd", dots("call")), 0, 0),
     "GradProjections": Subject("batch", by_batch("convolutions", projected), 0, 0),
+    "GradProjections, every layer": Subject("batch", by_batch("every layer", projected), 0, 0),
     "GradProjections, no rules": Subject("batch", by_batch("odd", projected), 0, 0),
     "GradQuadratics": Subject("batch", by_batch("perceptron", quadratics), 0, 0),
     "TokenNorms": Subject("batch", by_batch("odd", token_norms), 0, 0),
     "TokenDots": Subject("batch", by_batch("odd", token_dots), 0, 0),
     "Gauss-Newton": Subject("product", products(GaussNewton, "convolutions"), 1, 0),
     "Gauss-Newton, no rules": Subject("product", products(GaussNewton, "odd"), 1, 0),
+    "Gauss-Newton, every layer": Subject("product", products(GaussNewton, "layers"), 1, 0),
     "Gauss-Newton, batches": Subject("batch", batches_of_a_product, 0, 20),
     "Hessian": Subject("product", products(Hessian, "convolutions"), 1, 0),
     "Hessian, differences": Subject(
@@ -375,16 +431,29 @@ SUBJECTS: Mapping[str, Subject] = {
     "Lissa, settings, Hessian": Subject("choice", lissa_settings("convolutions", Hessian), 90, 0),
     "Lissa": Subject("block of steps", lissa("convolutions"), 1, 16),
     "Lissa, perceptron": Subject("block of steps", lissa("perceptron"), 1, 16),
-    "EkFac": Subject("batch", ek_fac("convolutions"), 4, 120),
-    "EkFac, perceptron": Subject("batch", ek_fac("perceptron"), 4, 90),
+    "EkFac": Subject("batch", ek_fac("convolutions"), 0, 26),
+    "EkFac, perceptron": Subject("batch", ek_fac(), 0, 20),
+    "EkFac, every layer": Subject("batch", ek_fac("layers"), 0, 52),
+    "EkFac, no rules": Subject("batch", ek_fac("odd"), 0, 45),
+    "EkFac, sampled": Subject("batch", ek_fac(targets="sampled"), 0, 20),
+    "EkFac, squared error": Subject("batch", ek_fac(kind=SquareDigits), 0, 20),
+    "EkFac, loss of its own": Subject("batch", ek_fac(kind=SteepDigits), 0, 21),
+    "EkFac, tokens": Subject("batch", ek_fac("reader", kind=Texts), 0, 42),
+    "EkFac, sampled tokens": Subject("batch", ek_fac("reader", "sampled", Texts), 0, 41),
+    "Halves, EK-FAC": Subject("pair", halves(EkFac(0.1)), 41, 0),
+    "Halves, ConjugateGradient": Subject("pair", halves(ConjugateGradient(0.1)), 29, 3),
     "Identity": Subject("call", identity, 1, 0),
-    "Source, EK-FAC": Subject("segment", source("ek-fac"), 44, 1),
-    "Source, Chebyshev": Subject("segment", source("chebyshev"), 42, 1),
+    "Source, EK-FAC": Subject("segment", source("ek-fac"), 10, 1),
+    "Source, Chebyshev": Subject("segment", source("chebyshev"), 17, 1),
     "Spectrum of a Hessian": Subject("choice", spectrum, 60, 0),
     "Trainer, SGD": Subject("step", training("convolutions", SGD), 0, 16),
     "Trainer, Adam": Subject("step", training("perceptron", ADAM), 0, 6),
     "Trainer, no rules": Subject("step", training("odd", SGD), 0, 11),
+    "Trainer, optimizer of its own": Subject(
+        "step", training("perceptron", OWN, kind=OwnDigits), 0, 12
+    ),
     "Trainer, norms": Subject("step", training("perceptron", SGD, recorded=True), 0, 7),
+    "Recorder": Subject("step", recorder, 0, 1),
     "Ensemble": Subject("step", ensemble(Digits(network="convolutions"), SGD), 0, 48),
     "Ensemble, Adam": Subject("step", ensemble(NoisyDigits(), ADAM), 0, 21),
     "Ensemble, perceptron": Subject(

@@ -45,8 +45,7 @@ def test_a_run_of_other_runs_or_models(name, trained, tmp_path, here):
 
 def test_every_kind_of_run_is_here():
     there = {kind for kind, _, _ in JOBS.values()} | {other.kind for other in OTHERS.values()}
-    needed = {"s-test", "query-gradients"}  # by influence and by gradient-scores
-    assert there | needed == {*kinds()}
+    assert there == {*kinds()}
 
 
 def test_a_shard_is_copied_once(trained, tmp_path, here):

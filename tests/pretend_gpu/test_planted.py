@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from influence_jobs.curvature import Solution
 from influence_jobs.errors import InflError
+from influence_jobs.gradients.rules import registered
 
 from .pretend import DeviceMismatch, PretendGpu
 from .subjects import SUBJECTS
@@ -36,11 +37,19 @@ STEPS = {
     "Lissa, settings": "curvature.operators:Operator.unchecked",
     "Lissa": "curvature.lissa_steps:AnySteps.lengths",
     "Lissa, perceptron": "perceptrons.lissa:PerceptronLissaSteps.lengths",
-    "EkFac": "curvature.ek_fac:exact_roots",
+    "EkFac": "curvature.ek_fac_columns:exact_roots",
+    "EkFac, sampled": "curvature.ek_fac_columns:random_root",
+    "EkFac, squared error": "curvature.ek_fac_blocks:MatrixBlock.diagonals",
+    "EkFac, loss of its own": "curvature.output_roots:_pivoted",
+    "EkFac, tokens": "curvature.output_roots:_beside_the_roots",
+    "EkFac, sampled tokens": "curvature.ek_fac_columns:token_signs",
+    "Halves, ConjugateGradient": "curvature.cg:_dot",
     "Identity": "curvature.identity:Identity._solve",
     "Source, EK-FAC": "curvature.source:Segment.met",
     "Source, Chebyshev": "curvature.operators:Operator.unchecked",
     "Trainer, SGD": "training.train:changed_losses",
+    "Trainer, optimizer of its own": "training.train:changed_losses",
+    "Recorder": "training.recorded_norms:RecordedNorms.measure_one",
     "Trainer, norms": "training.recorded_norms:RecordedNorms.measure_one",
     "Ensemble": "training.ensemble_stacked:StackedSteps._forward",
     "Ensemble, perceptron": "perceptrons.ensemble:gather",
@@ -93,6 +102,14 @@ def test_what_is_planted_is_found(name, step, plant, gpu: PretendGpu, monkeypatc
     with pytest.raises((AssertionError, DeviceMismatch, RuntimeError, TypeError, InflError)):
         hold(SUBJECTS[name], gpu)
     assert planted
+
+
+@pytest.mark.parametrize("rule", registered(), ids=lambda rule: rule.type_name())
+def test_what_is_planted_in_a_rule_is_found(rule, gpu: PretendGpu, monkeypatch):
+    plain = rule.norms
+    monkeypatch.setattr(rule, "norms", lambda *given: plain(*given).cpu())
+    with pytest.raises((AssertionError, DeviceMismatch)):
+        hold(SUBJECTS["GradNorms, every layer"], gpu)
 
 
 def test_every_kind_of_subject_has_a_plant():

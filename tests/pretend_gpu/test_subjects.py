@@ -7,6 +7,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from influence_jobs import gradients
+from influence_jobs.gradients.rules import registered
+from influence_jobs.specs.solvers import SolverSettings
+
+from .networks import NETWORKS
 from .pretend import PretendGpu, PretendTensor
 from .subjects import SUBJECTS, Subject
 
@@ -35,6 +40,15 @@ def hold(subject: Subject, gpu: PretendGpu) -> list[Tensor]:
     assert each <= subject.most, told
     assert len(two) <= subject.once + 2 * subject.most, told
     return found
+
+
+def test_every_engine_solver_and_layer_is_here():
+    here = {name.partition(",")[0] for name in SUBJECTS}
+    engines = {name for name in gradients.__all__ if name.startswith(("Grad", "Token"))}
+    solvers = {settings.solver.partition(":")[2] for settings in SolverSettings.by_name.values()}
+    assert engines | solvers <= here
+    layers = {type(module).__name__ for module in NETWORKS["every layer"]().modules()}
+    assert {rule.type_name() for rule in registered()} <= layers
 
 
 @pytest.mark.parametrize("subject", SUBJECTS.values(), ids=SUBJECTS)

@@ -32,12 +32,17 @@ class RowsRule(LayerRule[E]):
         """Sums g over the positions of each (sample, row) that occurs; all other norms are 0."""
         ids_BT, g_BTD = self._positions(a, g)
         batch, rows = len(ids_BT), self.module.num_embeddings
-        pairs = ids_BT + rows * torch.arange(batch, device=a.device).unsqueeze(1)
-        present, position = torch.unique(pairs.flatten(), return_inverse=True)
-        sums = g.new_zeros(len(present), self.module.embedding_dim)
-        sums.index_add_(0, position, g_BTD.flatten(0, 1))
+        pairs = (ids_BT + rows * torch.arange(batch, device=a.device).unsqueeze(1)).flatten()
+        # Not by `unique`, whose length a GPU would be asked for: equal pairs get one number each.
+        in_order, order = pairs.sort(stable=True)
+        numbers = torch.zeros_like(order)
+        numbers[1:] = (in_order[1:] != in_order[:-1]).cumsum(0)
+        place = torch.empty_like(order)
+        place[order] = numbers
+        sums = g.new_zeros(len(pairs), self.module.embedding_dim)
+        sums.index_add_(0, place, g_BTD.flatten(0, 1))
         norms = g.new_zeros(batch * rows)
-        norms[present] = torch.linalg.vector_norm(sums, dim=1)
+        norms[pairs] = torch.linalg.vector_norm(sums, dim=1)[place]
         return norms.view(batch, rows, 1, 1)
 
     def factors(self, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
