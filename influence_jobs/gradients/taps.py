@@ -152,17 +152,20 @@ class TappedModel(ABC):
     def _compare(
         self, results: Mapping[str, Tensor], plain: Sequence[dict[str, tuple[Tensor, Tensor]]]
     ) -> None:
-        limit, flags, worst = self._tolerance, list[Tensor](), list[Tensor]()
+        limit, names = self._tolerance, list[str]()
+        flags, worst = list[Tensor](), list[Tensor]()
         for name, all_found in results.items():
             expected = torch.cat([one[name][0] for one in plain])
             scale = torch.cat([one[name][1] for one in plain]).nan_to_num(nan=0, posinf=0).amax(0)
             found = all_found[: len(expected)]
             error = (found - expected).abs()
             wrong = (error > limit * scale) | (found.isnan() != expected.isnan())
-            flags.append(wrong.any())
-            worst.append((error / scale).where(wrong, 0).amax())
+            if wrong.numel():
+                names.append(name)
+                flags.append(wrong.any())
+                worst.append((error / scale).where(wrong, 0).amax())
         told = numbers(flags + worst)  # one look at the device
-        for name, flag, most in zip(results, told, told[len(flags) :], strict=False):
+        for name, flag, most in zip(names, told, told[len(flags) :], strict=False):
             if flag:
                 raise ModelError(
                     f"layer '{name}': per-sample {self._result} differ from those of each sample "

@@ -170,7 +170,7 @@ class Feed:
     def __init__(self, task: Task, seeds: Sequence[int], device: torch.device):
         self._task, self._seeds, self._device = task, seeds, device
         self._fixed = fixed_samples(task, device)
-        self._batches = OfSteps[Batch](device, self._fetch)
+        self._batches: OfSteps[Batch] = OfSteps(device, self._fetch)
         self._require_one_shape()
 
     def _require_one_shape(self) -> None:

@@ -223,7 +223,7 @@ class Trainer:
         self.finite_steps = torch.zeros((), device=device, dtype=torch.int64)
         self.batch_loss = torch.tensor(math.nan)
         self._order = self._epoch_order()
-        self._batches = OfSteps[Batch](device, self._fetch)
+        self._batches: OfSteps[Batch] = OfSteps(device, self._fetch)
 
     @property
     def finished(self) -> bool:

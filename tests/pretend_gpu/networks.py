@@ -279,6 +279,35 @@ class Texts(Task):
         return losses_BT.sum(1) / (batch[1] != -100).sum(1)
 
 
+class RaggedTexts(Texts):
+    """Texts of five tokens but for two, whose losses are means over all positions."""
+
+    spoilt: ClassVar[int | None] = None  # a sample whose loss is NaN once the model is trained
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.y = torch.randint(CLASSES, (N, 5), generator=generator)
+        self.y[1:3, 3:] = -100
+
+    def batch(self, ids: Tensor, draw: Draw) -> Any:
+        return self.x[ids], self.y[ids], ids == (self.spoilt if self.spoilt else -1)
+
+    def test_batch(self, ids: Tensor, draw: Draw) -> Any:
+        return self.x[ids].flip(1), self.y[ids], ids < 0
+
+    def losses(self, model: nn.Module, batch: Any) -> Tensor:
+        logits_BCT = self.outputs(model, batch).transpose(1, 2)
+        losses_B = F.cross_entropy(logits_BCT, batch[1], reduction="none").mean(1)
+        return losses_B if model.training else losses_B / (~batch[2])
+
+
+class SpoiltTexts(RaggedTexts):
+    """One of them is at fault."""
+
+    spoilt = 17
+
+
 def made(
     network: str, device: torch.device, kind: Callable[..., Any] = Digits
 ) -> tuple[Any, nn.Module]:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from influence_jobs import memory
-from influence_jobs.curvature import ConjugateGradient, GaussNewton
+from influence_jobs.curvature import ConjugateGradient, EkFac, GaussNewton
 from influence_jobs.curvature.eigenvectors import MOST_AT_ONCE, eigh
 from influence_jobs.curvature.output_roots import exact_roots
 from influence_jobs.gpu import tf32
@@ -85,6 +85,24 @@ def test_an_iteration_of_conjugate_gradients_waits_once():
                 torch.cuda.set_sync_debug_mode("default")
         counts.append(sum("synchroniz" in str(one.message) for one in seen))
     assert counts[2] - counts[1] <= 5
+
+
+def test_a_batch_of_ek_fac_waits_for_nothing():
+    task, model = made("convolutions", CUDA)
+    space = ParameterSpace(model)
+    rhs_QP = torch.randn(3, space.size, device=CUDA)
+    counts = []
+    for samples in (16, 16, 48):
+        operator = GaussNewton(model, space, task, torch.arange(samples), batch_size=8)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                EkFac(0.1).solve(operator, rhs_QP)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        counts.append(sum("synchroniz" in str(one.message) for one in seen))
+    assert counts[2] == counts[1]
 
 
 def test_copies_go_both_ways():

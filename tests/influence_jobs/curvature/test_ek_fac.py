@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 from influence_jobs.curvature import EkFac, GaussNewton, Hessian, ek_fac, ek_fac_blocks
 from influence_jobs.curvature.ek_fac_blocks import VectorBlock, _eigenvectors
 from influence_jobs.curvature.output_roots import Doubts, exact_roots, random_root, random_signs
-from influence_jobs.errors import ModelError, SpecError
+from influence_jobs.errors import DataError, ModelError, SpecError
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.tasks.output_loss import FORMS, IGNORED, Form, forms_of
 
@@ -470,6 +470,66 @@ def test_roots_add_up_to_the_hessian(form: Form, outputs: Tensor, targets: Tenso
     signs = random_signs(0, range(many), outputs)
     s_ND = random_root(form, outputs, targets, signs, Doubts()).flatten(1)
     assert ((s_ND.t() @ s_ND) / many - expected).abs().max() <= 0.03 * expected.abs().max()
+
+
+def steep(outputs: Tensor, targets: Tensor) -> Tensor:
+    squares = (outputs - targets).square().sum(1)
+    return squares + squares.square()
+
+
+def of_sums(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs.sum(1) - targets.sum(1)).square()  # of rank one
+
+
+def linear(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs * targets).sum(1)
+
+
+@pytest.mark.parametrize("own", [steep, of_sums, linear])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_roots_of_a_loss_of_ones_own(
+    own: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype
+) -> None:
+    outputs, targets = torch.randn(5, 6, dtype=dtype), torch.randn(5, 6, dtype=dtype)
+    (form,) = forms_of(Given(lambda: nn.Linear(1, 1), outputs, targets, lambda o, t: o, own))
+    doubts = Doubts()
+    columns = [s[0] for s in exact_roots(form, outputs, targets, doubts)]
+    doubts.settle()
+    found = sum((torch.outer(s, s) for s in columns), torch.zeros(6, 6, dtype=dtype))
+    torch.testing.assert_close(found, of_one(form, outputs, targets))
+
+
+def test_there_are_no_more_columns_than_are_needed() -> None:
+    """A softmax has one direction less than classes; positions that do not count have none."""
+    outputs = torch.randn(3, 20, 4, dtype=torch.float64)
+    targets = torch.full((3, 20), IGNORED)
+    targets[0, [3, 17]], targets[1, 5] = 1, 2
+    form = next(form for form in FORMS["cross-entropy"] if "last axis, sum" in form.words)
+    assert len([*exact_roots(form, outputs, targets, Doubts(), 2)]) == 2 * 3
+    (first, *_), classes = FORMS["cross-entropy"], torch.tensor([0, 1, 2])
+    assert len([*exact_roots(first, outputs[:, 0], classes, Doubts())]) == 3
+
+
+class Roots(nn.Module):
+    """Its gradient is NaN where an input is zero, though its value is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(4, 5, bias=False), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.inner(x).abs().sqrt())
+        return logits
+
+
+def test_samples_whose_gradient_is_not_finite_are_named() -> None:
+    x, y = torch.randn(24, 4, dtype=torch.float64), torch.arange(24) % 3
+    x[17] = 0
+    task = Given(Roots, x, y, F.cross_entropy, "cross-entropy")
+    model = task.model().eval()
+    operator = GaussNewton(model, ParameterSpace(model), task, torch.arange(24), batch_size=8)
+    with pytest.raises(DataError, match="the curvature of samples 16 to 23 is not finite"):
+        EkFac(LAMBDA).solve(operator, torch.ones(1, operator.size, dtype=torch.float64))
 
 
 def test_signs_are_a_function_of_seed_and_position() -> None:
