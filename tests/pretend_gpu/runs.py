@@ -71,7 +71,7 @@ OTHERS: dict[str, Other] = {
     "train": Other("train", 20, {"epochs": 2, "batch_size": 16, "norms_layer": ["1"]}),
     "unrolled": Other("unrolled", 190, QUERIES),
     "ablation": Other("ablation", 135, {**QUERIES, "k": [5], "by": ["random"], "seeds": 1}),
-    "lds": Other("lds", 105, {**QUERIES, "by": ["random"], "subsets": 3, "seeds": 1}),
+    "lds": Other("lds", 110, {**QUERIES, "by": ["random"], "subsets": 3, "seeds": 1}),
     "stability": Other(
         "stability", 0, {**QUERIES, "top": 5, "by": ["dot-product"], "retrainings": 1}
     ),
@@ -83,7 +83,7 @@ OTHERS: dict[str, Other] = {
     "gradient-index": Other("gradient-index", 0, OF_STORE, STORE),
     "scores": Other("scores", 0, QUERIES),
     # It has no shards: the waits of all its parts.
-    "paper": Other("paper", 930, {"task": REPORT, "quick": True}),
+    "paper": Other("paper", 775, {"task": REPORT, "quick": True}),
 }
 
 Submitted = Callable[..., tuple[Any, list[Wait]]]

@@ -22,7 +22,7 @@ STORED = "kinds.gradients.store:GradientStore"
 STEPS = {
     "grad-norms": "gradients.rules.base:LayerRule.norms",
     "grad-norms, tokens": "tasks.sequences:TokenLosses.unwatched",
-    "s-test": "curvature.operators:Operator.unchecked",
+    "s-test": "curvature.matrices:GaussNewton._multiply",
     "s-test, EK-FAC": "curvature.ek_fac_columns:exact_roots",
     "influence": "gradients.dots:GradDots.total",
     "influence, relative": "kinds.influence.job:relative_scores",
@@ -38,7 +38,7 @@ STEPS = {
     "train": "training.train:changed_losses",
     "unrolled": "training.unrolled:back_through_clipping",
     "ablation": "perceptrons.ensemble:gather",
-    "lds": "perceptrons.ensemble:gather",
+    "lds": "perceptrons.ensemble:_Hidden.backward",
     "calibrate": "perceptrons.ensemble:gather",
     "query-gradients": "gradients.projections:Projection.__call__",
     "gradient-scores": f"{STORED}.dots",
