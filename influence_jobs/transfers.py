@@ -61,31 +61,32 @@ def loader_for(device: torch.device) -> Callable[[Iterator[Any]], Iterator[Any]]
 class OfSteps(Generic[T]):
     """What each step of a training needs; for a GPU a thread fetches that of the next one.
 
+    It keeps no function: one of its owner would keep that, and what it holds, in memory.
+
     Args:
         device: Of the training.
-        fetch: Of the arguments of a step.
     """
 
-    def __init__(self, device: torch.device, fetch: Callable[..., T]) -> None:
-        self._device, self._fetch = device, fetch
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._thread: ThreadPoolExecutor | None = None
         self._coming: dict[Hashable, Future[T]] = {}
 
     def of(
         self,
         step: Hashable,
-        arguments: tuple[Any, ...],
-        following: tuple[Hashable, tuple[Any, ...]] | None,
+        fetch: Callable[[], T],
+        following: tuple[Hashable, Callable[[], T]] | None,
     ) -> T:
-        """What is fetched for a step, known by a name, while `following` is begun."""
+        """What is fetched for a step, known by a name, while that of `following` is begun."""
         if self._device.type == "cpu":
-            return self._fetch(*arguments)
+            return fetch()
         if self._thread is None:
             self._thread = ThreadPoolExecutor(max_workers=1)
         if step not in self._coming:
-            self._coming = {step: self._thread.submit(self._fetch, *arguments)}
+            self._coming = {step: self._thread.submit(fetch)}
         found = self._coming.pop(step).result()
         if following is not None:
-            name, arguments = following
-            self._coming = {name: self._thread.submit(self._fetch, *arguments)}
+            name, fetch = following
+            self._coming = {name: self._thread.submit(fetch)}
         return found

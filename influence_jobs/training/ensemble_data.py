@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby, pairwise
 from typing import Any, NoReturn
 
@@ -170,7 +171,7 @@ class Feed:
     def __init__(self, task: Task, seeds: Sequence[int], device: torch.device):
         self._task, self._seeds, self._device = task, seeds, device
         self._fixed = fixed_samples(task, device)
-        self._batches: OfSteps[Batch] = OfSteps(device, self._fetch)
+        self._batches: OfSteps[Batch] = OfSteps(device)
         self._require_one_shape()
 
     def _require_one_shape(self) -> None:
@@ -203,8 +204,8 @@ class Feed:
         if self._fixed is not None:
             ids = on_device(now.ids_MSB[:, 0], self._device)
             return pytree.tree_map_only(Tensor, lambda t: gather(t, ids), self._fixed)
-        coming = None if following is None else (following.name, (following,))
-        return self._batches.of(now.name, (now,), coming)
+        coming = None if following is None else (following.name, partial(self._fetch, following))
+        return self._batches.of(now.name, partial(self._fetch, now), coming)
 
     def _fetch(self, asked: Asked) -> Batch:
         with READING:

@@ -5,6 +5,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -223,7 +224,7 @@ class Trainer:
         self.finite_steps = torch.zeros((), device=device, dtype=torch.int64)
         self.batch_loss = torch.tensor(math.nan)
         self._order = self._epoch_order()
-        self._batches: OfSteps[Batch] = OfSteps(device, self._fetch)
+        self._batches: OfSteps[Batch] = OfSteps(device)
 
     @property
     def finished(self) -> bool:
@@ -286,9 +287,9 @@ class Trainer:
         if place < self.steps_per_epoch:
             first = place * self.recipe.batch_size
             coming = self._order[first : first + self.recipe.batch_size]
-            following = (self.epoch, place), (coming, self.epoch)
+            following = (self.epoch, place), partial(self._fetch, coming, self.epoch)
         now = self.epoch, self.step_in_epoch
-        return self._batches.of(now, (ids, self.epoch), following)
+        return self._batches.of(now, partial(self._fetch, ids, self.epoch), following)
 
     def _fetch(self, ids: Tensor, epoch: int) -> Batch:
         with READING:

@@ -1,6 +1,9 @@
 """Batches that a second thread fetches: the same numbers to the bit, and each is there in time."""
 
+import gc
 import threading
+import time
+import weakref
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
@@ -18,7 +21,7 @@ from influence_jobs.perceptrons.lissa import PerceptronLissaSteps
 from influence_jobs.training import ensemble_data, unrolled
 from influence_jobs.training.changes import Changes
 from influence_jobs.training.ensemble import EnsembleTrainer, Variant
-from influence_jobs.training.ensemble_data import Feed
+from influence_jobs.training.ensemble_data import Asked, Feed
 from influence_jobs.training.ensemble_stacked import StackedSteps
 from influence_jobs.training.trajectory import Trajectory
 from influence_jobs.training.unrolled import Unrolled
@@ -42,7 +45,7 @@ def fetch_in_advance(monkeypatch: pytest.MonkeyPatch) -> None:
     """As for a GPU, on the CPU."""
     for module in (operators, perceptron_lissa, unrolled):
         monkeypatch.setattr(module, "loader_for", lambda device: ahead)
-    monkeypatch.setattr(ensemble_data, "OfSteps", lambda device, fetch: OfSteps(GPU, fetch))
+    monkeypatch.setattr(ensemble_data, "OfSteps", lambda device: OfSteps(GPU))
 
 
 class Watch:
@@ -187,3 +190,22 @@ def test_an_ensemble_has_the_next_batch_in_time(monkeypatch):
         trainer.step()
     assert watch.fetched == [(epoch, step, 0) for epoch in range(2) for step in range(steps)]
     assert threading.get_ident() not in watch.threads
+
+
+def test_what_is_fetched_is_freed_with_its_owner(monkeypatch):
+    """Without a collection of cycles: a GPU's memory would be full before one."""
+    fetch_in_advance(monkeypatch)
+    feed = Feed(Points(convolution, noise=0.1), [0, 1], CPU)
+    steps = [Asked(slice(0, 2), torch.zeros(2, 1, 8, dtype=torch.int64), 0, i) for i in range(2)]
+    gc.collect()
+    gc.disable()
+    try:
+        feed.batch(*steps)
+        there = weakref.ref(feed)
+        del feed
+        ends = time.monotonic() + 10
+        while there() is not None and time.monotonic() < ends:
+            time.sleep(0.01)  # until the thread has done the second
+        assert there() is None
+    finally:
+        gc.enable()
