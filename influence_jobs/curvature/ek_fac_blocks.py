@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from influence_jobs.curvature.eigenvectors import eigh
 from influence_jobs.gradients import Metric
 from influence_jobs.gradients.rules import LayerRule
 from influence_jobs.gradients.rules.base import product_of_rows
@@ -69,14 +70,13 @@ def _eigenvectors(moment: Tensor, live: int) -> Tensor:
         live: How many are not always zero.
     """
     if live == len(moment):
-        found: Tensor = torch.linalg.eigh(moment).eigenvectors
-        return found
+        return eigh(moment)[1]
     vectors = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
     # By themselves: LAPACK may fail where many rows are zero.
     if live:
         dead_first = (moment.diagonal() > 0).byte().sort(stable=True).indices
         at = dead_first[len(moment) - live :]
-        vectors[at.unsqueeze(1), at] = torch.linalg.eigh(moment[at][:, at]).eigenvectors
+        vectors[at.unsqueeze(1), at] = eigh(moment[at][:, at])[1]
     return vectors
 
 
@@ -288,7 +288,7 @@ class VectorBlock(Block):
     def diagonalise(self, live: Sequence[int]) -> None:
         if self._moments.shape[2] > 1:
             try:
-                self.eigenvalues, self._vectors = torch.linalg.eigh(self._moments)
+                self.eigenvalues, self._vectors = eigh(self._moments)
             except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # many numbers are zero
                 (diagonals,) = self.diagonals()
                 counts = (diagonals > 0).sum(1).tolist()

@@ -19,7 +19,7 @@ from torch import nn
 from influence_jobs import memory
 from influence_jobs.curvature import ConjugateGradient, EkFac, GaussNewton
 from influence_jobs.curvature.eigenvectors import MOST_AT_ONCE, eigh
-from influence_jobs.curvature.output_roots import exact_roots
+from influence_jobs.curvature.output_roots import Doubts, exact_roots
 from influence_jobs.gpu import tf32
 from influence_jobs.gradients import GradDots, GradNorms, ParameterSpace
 from influence_jobs.gradients.rules import rule_of
@@ -30,8 +30,9 @@ from influence_jobs.training.train import Trainer
 from influence_jobs.transfers import ahead, loader_for, numbers, on_cpu, on_device
 
 from .networks import Digits, made
-from .subjects import SGD, SUBJECTS
+from .subjects import SUBJECTS
 from .test_subjects import tensors
+from .trainings import SGD
 
 pytestmark = pytest.mark.gpu
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -289,10 +290,18 @@ def test_recurrent_layers_have_all_derivatives():
 
 
 def test_many_small_matrices_have_eigenvectors():
+    rows = torch.randn(2 * MOST_AT_ONCE + 3, 3, 3, device=CUDA)
+    moments = rows @ rows.mT
+    values, vectors = eigh(moments)
+    found = (vectors * values.unsqueeze(1)) @ vectors.mT
+    torch.testing.assert_close(found, moments, rtol=1e-4, atol=1e-5)
+
+
+def test_roots_of_many_samples():
     outputs = torch.randn(2 * MOST_AT_ONCE + 3, 3, device=CUDA)
-    form = FORMS["cross-entropy"][0]
+    form, doubts = FORMS["cross-entropy"][0], Doubts()
     targets = torch.zeros(len(outputs), dtype=torch.int64, device=CUDA)
-    roots = torch.stack([*exact_roots(form, outputs, targets)], dim=2)
+    roots = torch.stack([*exact_roots(form, outputs, targets, doubts)], dim=2)
     p = outputs.softmax(1)
     wanted = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
     torch.testing.assert_close(roots @ roots.mT, wanted, rtol=1e-4, atol=1e-6)
