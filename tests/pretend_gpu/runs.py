@@ -70,12 +70,12 @@ STORE = ("gradients", {"dim": "3x4"})
 OTHERS: dict[str, Other] = {
     "train": Other("train", 20, {"epochs": 2, "batch_size": 16, "norms_layer": ["1"]}),
     "unrolled": Other("unrolled", 190, QUERIES),
-    "ablation": Other("ablation", 135, {**QUERIES, "k": [5], "by": ["random"], "seeds": 1}),
-    "lds": Other("lds", 110, {**QUERIES, "by": ["random"], "subsets": 3, "seeds": 1}),
+    "ablation": Other("ablation", 145, {**QUERIES, "k": [5], "by": ["random"], "seeds": 1}),
+    "lds": Other("lds", 115, {**QUERIES, "by": ["random"], "subsets": 3, "seeds": 1}),
     "stability": Other(
         "stability", 0, {**QUERIES, "top": 5, "by": ["dot-product"], "retrainings": 1}
     ),
-    "calibrate": Other("calibrate", 425, CALIBRATE),
+    "calibrate": Other("calibrate", 440, CALIBRATE),
     "query-gradients": Other("query-gradients", 22, {**QUERIES, **OF_STORE}, STORE),
     # These read arrays, and have nothing to ask of a GPU.
     "gradient-scores": Other("gradient-scores", 0, {**QUERIES, "method": "trak"}),
@@ -83,7 +83,7 @@ OTHERS: dict[str, Other] = {
     "gradient-index": Other("gradient-index", 0, OF_STORE, STORE),
     "scores": Other("scores", 0, QUERIES),
     # It has no shards: the waits of all its parts.
-    "paper": Other("paper", 775, {"task": REPORT, "quick": True}),
+    "paper": Other("paper", 800, {"task": REPORT, "quick": True}),
 }
 
 Submitted = Callable[..., tuple[Any, list[Wait]]]
