@@ -168,6 +168,7 @@ def dispatched(run: Run, plan: Plan) -> None:
             pace=Pace(),
             stalled_after_s=math.inf,
             on_start=status.started,
+            on_leave=status.left,
             on_receipt=received,
             on_rescue=lambda *_: None,
             on_idle=lambda: None,

@@ -201,6 +201,7 @@ def simulate(
         pace=pace or Pace(),
         stalled_after_s=math.inf,
         on_start=lambda *_: None,
+        on_leave=lambda *_: None,
         on_receipt=received,
         on_rescue=lambda *_: None,
         on_idle=lambda: None,

@@ -61,8 +61,9 @@ class Dispatch:
         stalled_after_s: After so long without progress a worker is replaced. A shard that is tried
             again gets twice as long each time, as its steps may be that long.
         on_start: Called with a shard's id and the process that has begun it, as HOST:PID.
+        on_leave: Called with the same when the process does not have the shard any more.
         on_receipt: Called with each receipt that counts, and whether its shard is tried again.
-        on_rescue: Called with what is done about a slow or hanging worker, and a line about it.
+        on_rescue: Called with what is done about slow or hung workers, a line, and their number.
         on_idle: Called about once a second. It may raise to give up.
         quiet_s: Seconds since a shard made progress, as far as is known.
     """
@@ -77,14 +78,15 @@ class Dispatch:
         pace: Pace,
         stalled_after_s: float,
         on_start: Callable[[str, str], None],
+        on_leave: Callable[[str, str], None],
         on_receipt: Callable[[Receipt, bool], None],
-        on_rescue: Callable[[Rescue, str], None],
+        on_rescue: Callable[[Rescue, str, int], None],
         on_idle: Callable[[], None],
         quiet_s: Callable[[str], float],
     ) -> None:
         self._workers, self._most, self._policy = workers, most, policy
         self._stalled_after_s = stalled_after_s
-        self._on_start, self._on_receipt = on_start, on_receipt
+        self._on_start, self._on_leave, self._on_receipt = on_start, on_leave, on_receipt
         self._on_rescue, self._on_idle, self._quiet_s = on_rescue, on_idle, quiet_s
         self._todo = deque(shards)
         self._tries: Counter[str] = Counter()
@@ -144,6 +146,7 @@ class Dispatch:
                 "backup",
                 f"shard {slow.shard.id} has taken {seconds} in process {slow.process}: process "
                 f"{backup.process} computes it too, and the first to finish wins",
+                1,
             )
 
     def _finished(self, worker: Hashable, receipt: Receipt) -> None:
@@ -155,7 +158,7 @@ class Dispatch:
                 self._end(other)
             if attempt.backup:
                 why = f"the second process was first to finish shard {receipt.shard}"
-                self._on_rescue("backup won", why)
+                self._on_rescue("backup won", why, 1)
             self._on_receipt(receipt, False)
             return
         if receipt.kind == "worker":
@@ -192,8 +195,9 @@ class Dispatch:
             if quiet < self._stalled_after_s * 2 ** self._tries[shard_id]:
                 continue
             processes = " and ".join(attempt.process for attempt in attempts)
-            why = f"no progress for {duration(quiet)} in process {processes}, which was ended"
-            self._on_rescue("stalled", f"shard {shard_id}: {why}")
+            ended = "which was ended" if len(attempts) == 1 else "which were ended"
+            why = f"no progress for {duration(quiet)} in process {processes}, {ended}"
+            self._on_rescue("stalled", f"shard {shard_id}: {why}", len(attempts))
             for attempt in [*attempts]:
                 self._end(attempt)
             stalled = Receipt(shard_id, "failed", why, "transient", seconds=now - last.began)
@@ -210,4 +214,5 @@ class Dispatch:
         of_shard.remove(attempt)
         if not of_shard:
             del self._of[attempt.shard.id]
+        self._on_leave(attempt.shard.id, attempt.process)
         return attempt

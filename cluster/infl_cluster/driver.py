@@ -54,8 +54,9 @@ class Backend(Protocol):
         shards: Sequence[Shard],
         *,
         on_start: Callable[[str, str], None],
+        on_leave: Callable[[str, str], None],
         on_receipt: Callable[[Receipt, bool], None],
-        on_rescue: Callable[[Rescue, str], None],
+        on_rescue: Callable[[Rescue, str, int], None],
         on_idle: Callable[[str | None], None],
         quiet_s: Callable[[str], float],
     ) -> None:
@@ -63,8 +64,9 @@ class Backend(Protocol):
 
         Args:
             on_start: Called with a shard's id and the process that has begun it, as HOST:PID.
+            on_leave: Called with the same when the process does not have the shard any more.
             on_receipt: Called with each receipt and whether the shard will be tried again.
-            on_rescue: Called with what is done about a slow or hanging worker, and a line about it.
+            on_rescue: Called with what is done about slow or hung workers, a line, and their number.
             on_idle: Called about once a second, also if no receipt arrives. Its argument is what
                 the backend waits for, if the user should know. It may raise to give up.
             quiet_s: Seconds since a shard made progress.
@@ -270,8 +272,8 @@ def _work(
             again = ", tried again" if retried else ""
             log.warning("shard %s failed%s: %s", receipt.shard, again, receipt.error)
 
-    def on_rescue(rescue: Rescue, line: str) -> None:
-        status.rescued(rescue, line)
+    def on_rescue(rescue: Rescue, line: str, workers: int) -> None:
+        status.rescued(rescue, line, workers)
         log.warning("%s", line)
 
     def on_idle(waiting: str | None) -> None:
@@ -284,6 +286,7 @@ def _work(
             run,
             todo,
             on_start=on_start,
+            on_leave=status.left,
             on_receipt=on_receipt,
             on_rescue=on_rescue,
             on_idle=on_idle,
@@ -302,12 +305,8 @@ def _work(
         starts.clear()
     if failed:
         first = next(iter(failed.values()))
-        count = (
-            f"{len(failed)} of {len(plan.shards)} shards failed, the first: "
-            if len(plan.shards) > 1
-            else ""
-        )
-        raise RuntimeFault(f"{count}{first}")
+        count = f"{len(failed)} of {len(plan.shards)} shards failed, the first: "
+        raise RuntimeFault(f"{count if len(plan.shards) > 1 else ''}{first}")
     _require_records(run, planned)
 
 

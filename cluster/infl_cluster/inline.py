@@ -28,8 +28,9 @@ class InlineBackend:
         shards: Sequence[Shard],
         *,
         on_start: Callable[[str, str], None],
+        on_leave: Callable[[str, str], None],
         on_receipt: Callable[[Receipt, bool], None],
-        on_rescue: Callable[[Rescue, str], None],
+        on_rescue: Callable[[Rescue, str, int], None],
         on_idle: Callable[[str | None], None],
         quiet_s: Callable[[str], float],
     ) -> None:
@@ -40,6 +41,7 @@ class InlineBackend:
                 on_idle(None)
                 on_start(shard.id, this_process())
                 receipt = runner.run(shard)
+                on_leave(shard.id, this_process())
                 decision = None
                 if receipt.status == "failed":
                     # The manifest also counts attempts of earlier drivers; the limit does not.

@@ -20,12 +20,12 @@ from influence_jobs.kinds import kind_of, open_job
 from influence_jobs.requests.base import Say
 from influence_jobs.specs.base import AnySpec
 from influence_jobs.store import layout
-from influence_jobs.store.documents import Asked, JobFile
+from influence_jobs.store.documents import Asked, JobFile, Status
 from influence_jobs.store.folder import for_runs
 from influence_jobs.store.lease import WATCH_S, holder_of, is_alive, live_holder
 from influence_jobs.store.run import Run
 from influence_jobs.store.software import other_versions, software
-from influence_jobs.store.status import is_done, read_status
+from influence_jobs.store.status import is_done, read_status, submitted_again
 from influence_jobs.terms import size
 
 IDLE_TIMEOUT_S = 600.0  # a head started by a run ends itself after so long without a job
@@ -119,9 +119,10 @@ def keep_plan(run: Run, how: How, say: Say) -> How:
 
 
 def _forget_last_end(run: Run, *, local: bool) -> None:
-    """Delete the status of an earlier driver, and before a local start its Ray job."""
+    """Keep of an earlier driver's status what is done, and before a local start no Ray job."""
     if live_holder(run.files) is None:
-        run.files.delete(layout.STATUS)
+        if last := run.read_json(layout.STATUS, Status):
+            run.write_json(layout.STATUS, submitted_again(last))
         if local:
             run.files.delete(layout.JOB)
 

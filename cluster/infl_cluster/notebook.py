@@ -68,12 +68,13 @@ def _line(name: str, status: dict[str, Any], *, left: bool) -> tuple[str, str]:
     if state == "done":
         took = status["updated_at"] - status["started_at"]
         said = f"done, {total:,} samples in {duration(took)}"
-    elif state == "running" and not left:
+    elif state in ("new", "running") and not left:
         bar = _BAR.format(done=done, total=total) + "</progress> "
         said = ", ".join(filter(None, [f"{percent}  {progress_line(status)}", status["message"]]))
     elif state == "failed":
         said = f"failed at {percent}: {status['message']}"
     else:
-        said = f"{'goes on in the background' if state == 'running' else state}, at {percent}"
-        said += "; the same call goes on from there" if state != "running" else ""
+        goes_on = state in ("new", "running")
+        said = f"{'goes on in the background' if goes_on else state}, at {percent}"
+        said += "" if goes_on else "; the same call goes on from there"
     return f"<code>{escape(name)}</code>: {bar}{escape(said)}", f"{name}: {said}"

@@ -131,7 +131,7 @@ class ShardWorker:
             if not isinstance(error, InflError):
                 log.exception("the worker cannot be made")
             self._refusal = _refusal(error)
-        self._metrics = WorkerMetrics(run_id, kind, this_process())
+        self._metrics = WorkerMetrics(run_id, kind, root, this_process())
 
     def __repr__(self) -> str:
         return f"ShardWorker({self._runner.title if self._runner else self._refusal})"
@@ -198,8 +198,9 @@ class RayBackend:
         shards: Sequence[Shard],
         *,
         on_start: Callable[[str, str], None],
+        on_leave: Callable[[str, str], None],
         on_receipt: Callable[[Receipt, bool], None],
-        on_rescue: Callable[[Rescue, str], None],
+        on_rescue: Callable[[Rescue, str, int], None],
         on_idle: Callable[[str | None], None],
         quiet_s: Callable[[str], float],
     ) -> None:
@@ -209,9 +210,10 @@ class RayBackend:
             run: The run of the shards.
             shards: The shards that are not done.
             on_start: Called with a shard's id and the process that has begun it, as HOST:PID.
+            on_leave: Called with the same when the process does not have the shard any more.
             on_receipt: Called with each receipt and whether the shard will be tried again. If the
                 worker died, the receipt counts the attempts of this call only.
-            on_rescue: Called with what is done about a slow or hanging worker, and a line about it.
+            on_rescue: Called with what is done about slow or hung workers, a line, and their number.
             on_idle: Called about once a second; its argument says what is waited for while there
                 is no worker. It may raise to give up.
             quiet_s: Seconds since a shard made progress.
@@ -254,6 +256,7 @@ class RayBackend:
             pace=Pace(),
             stalled_after_s=stalled_after_s,
             on_start=on_start,
+            on_leave=on_leave,
             on_receipt=on_receipt,
             on_rescue=on_rescue,
             on_idle=idle,
@@ -268,7 +271,7 @@ class RayBackend:
         """Pass a run's status on to its metrics, once this process is part of the cluster."""
         if ray.is_initialized():
             if run.id not in self._shown:
-                self._shown[run.id] = RunMetrics(run.id, run.spec.kind)
+                self._shown[run.id] = RunMetrics(run.id, run.spec.kind, run.root)
             self._shown[run.id].show(status)
 
     @property

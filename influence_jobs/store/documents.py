@@ -15,6 +15,7 @@ from typing_extensions import TypedDict  # pydantic needs this one before Python
 from influence_jobs.errors import StoreError
 from influence_jobs.specs.base import first_error
 
+Rate = Annotated[float, Field(gt=1e-12, lt=2**63)]
 Time = Annotated[float, Field(ge=0, lt=2.5e11)]  # seconds since 1970, before the year 9892
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -45,16 +46,20 @@ class Status(TypedDict):
 
     `oom_kills` is how many processes the driver's machine had killed for lack of memory. Of slow
     shards, `backups` were given to a second worker, which finished first in `backups_won`;
-    `stalled` counts workers that were ended because their shard made no progress. `needs` are the
-    runs that are carried out first, in this order. `nodes` are the hosts by name.
+    `stalled` counts workers that were ended because their shard made no progress, and
+    `computed_again` shards of which two workers had written different bytes. `needs` are the runs
+    that are carried out first, in this order. `nodes` are the hosts by name. `rate` is in units a
+    second, lately; earlier versions have `work_started_at` in its place. A run that is submitted
+    again is `new` until its driver begins.
     """
 
-    state: Literal["running", "done", "stopped", "failed"]
+    state: Literal["new", "running", "done", "stopped", "failed"]
     phase: Name | None
     message: str | None
     started_at: Time
     updated_at: Time
     work_started_at: NotRequired[Time]
+    rate: NotRequired[Rate]
     shards_done: Count
     shards_total: Count | None
     units_before: Count
@@ -64,6 +69,7 @@ class Status(TypedDict):
     backups: NotRequired[Count]
     backups_won: NotRequired[Count]
     stalled: NotRequired[Count]
+    computed_again: NotRequired[Count]
     failures: dict[str, str]
     oom_kills: NotRequired[Count | None]
     needs: NotRequired[list[Name]]

@@ -18,7 +18,7 @@ STALE_S = 20.0  # a driver that has not written for this long is taken for dead
 def read_status(run: Run) -> dict[str, Any]:
     """A run's status.
 
-    Its `state` is `new` before the first driver, and `interrupted` if the driver has died without a
+    Its `state` is `new` before a driver begins, and `interrupted` if the driver has died without a
     last word. If a silent driver holds the lease, the message says so.
     """
     found = run.read_json(layout.STATUS, Status)
@@ -73,23 +73,51 @@ def named(run_id: str, status: dict[str, Any]) -> str:
     return f"{run_id} ({place} of {len(runs) + 1})"
 
 
+def done_before(last: Status) -> dict[str, Any]:
+    """What a status says of the work that is done, without how its driver is or how it ended."""
+    counts = ("shards_done", "shards_total", "units_done", "units_total")
+    nodes = {host: {**share, "at_work": 0} for host, share in last.get("nodes", {}).items()}
+    kept = {name: value for name, value in last.items() if name in counts}
+    return {**kept, "units_before": last["units_done"], "nodes": nodes}
+
+
+def submitted_again(last: Status) -> dict[str, Any]:
+    """The status of a run until its next driver begins."""
+    times = {name: last[name] for name in ("started_at", "updated_at")}  # type: ignore[literal-required]
+    rest = {"phase": None, "message": None, "retries": 0, "failures": {}}
+    return {"state": "new", **times, **done_before(last), **rest}
+
+
 def rate_and_eta(status: dict[str, Any]) -> tuple[float, float] | None:
-    """Samples per second since this driver's work began, and the seconds left at that rate."""
-    done = status["units_done"] - status.get("units_before", 0)
-    if not status.get("units_total") or done <= 0 or "work_started_at" not in status:
+    """Samples per second, and the seconds left at that rate; None as long as it is not known.
+
+    The driver measures it: see `infl_cluster.speed`. In a status of an earlier version it is the
+    mean since that driver's work began.
+    """
+    if not status.get("units_total"):
         return None
-    until = now() if status["state"] == "running" else status["updated_at"]
-    rate = done / max(until - status["work_started_at"], 1e-3)
+    rate = status.get("rate") or _mean_rate(status)
+    if rate is None:
+        return None
     return rate, (status["units_total"] - status["units_done"]) / rate
 
 
+def _mean_rate(status: dict[str, Any]) -> float | None:
+    done = status["units_done"] - status.get("units_before", 0)
+    if done <= 0 or "work_started_at" not in status:
+        return None
+    until = now() if status["state"] == "running" else status["updated_at"]
+    return float(done / max(until - status["work_started_at"], 1e-3))
+
+
 def repeats(status: dict[str, Any]) -> str:
-    """Retries, backups and replaced workers of a driver in words; empty if there were none."""
+    """Retries, backups, replaced workers and the like of a driver in words; empty without any."""
     won, backups = status.get("backups_won", 0), status.get("backups", 0)
     counts = {
         "retries: {}": status.get("retries", 0),
         f"backups of slow shards: {{}} ({won} first)": backups,
         "hanging workers replaced: {}": status.get("stalled", 0),
+        "shards computed again after two workers differed: {}": status.get("computed_again", 0),
     }
     return ", ".join(words.format(count) for words, count in counts.items() if count)
 

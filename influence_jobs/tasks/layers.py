@@ -344,4 +344,4 @@ class _Words:
 
 def _listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more
+    return ", ".join(name or "the model itself" for name in names[:LISTED]) + more

@@ -43,8 +43,9 @@ def carry_out(request):
                 run,  # type: ignore[arg-type]
                 shards,
                 on_start=lambda shard, worker: begun.append((shard, worker)),
+                on_leave=lambda *_: None,
                 on_receipt=on_receipt,
-                on_rescue=lambda *rescue: rescues.append(rescue),
+                on_rescue=lambda rescue, line, _workers: rescues.append((rescue, line)),
                 on_idle=on_idle,
                 quiet_s=lambda _shard: request["quiet_s"],
             )

@@ -22,6 +22,7 @@ from torch import nn
 
 from infl_cluster.head import Head
 from influence_jobs.store.find import find_run
+from influence_jobs.store.run import Run
 from influence_jobs.store.status import read_status
 
 WATCH = Path(__file__).parents[2] / "cluster" / "deploy" / "watch"
@@ -69,7 +70,10 @@ def test_the_dashboard_shows_what_was_promised() -> None:
     for what in ("samples per second", "shards done", "retries", "stragglers", "time left", "gpu"):
         assert what in titles
     for name, query in expressions().items():
-        assert "$run" in query and "by (run" in query, name
+        # Two folders may have runs of one request, which have the same id.
+        assert "by (run, folder" in query, name
+        chosen = re.findall(r"{(.*?)}", query)
+        assert {*chosen} == {'run=~"$run", folder=~"$folder"'}, name
     ids = [panel["id"] for panel in DASHBOARD["panels"]]
     assert len({*ids}) == len(ids)
     places = [panel["gridPos"] for panel in DASHBOARD["panels"]]
@@ -82,13 +86,13 @@ def test_the_dashboard_shows_what_was_promised() -> None:
 
 
 def test_every_query_asks_the_prometheus_that_the_user_chooses() -> None:
-    chosen, run = DASHBOARD["templating"]["list"]
+    chosen, folder, run = DASHBOARD["templating"]["list"]
     assert (chosen["name"], chosen["type"], chosen["query"]) == (
         "datasource",
         "datasource",
         "prometheus",
     )
-    asking = [run, *DASHBOARD["panels"], *(t for p in DASHBOARD["panels"] for t in p["targets"])]
+    asking = [folder, run, *DASHBOARD["panels"], *(t for p in DASHBOARD["panels"] for t in p["targets"])]
     assert [a["datasource"] for a in asking] == [SOURCE] * len(asking)
     assert "__inputs" not in DASHBOARD
 
@@ -104,7 +108,9 @@ def test_legends_name_the_run_and_only_labels_of_the_answer() -> None:
             named = re.findall(r"{{(\w+)}}", target["legendFormat"])
             kept, *_ = re.findall(r"\bby \(([^)]*)\)", target["expr"])
             assert named[0] == "run", panel["title"]
-            assert {*named} == {*kept.split(", ")}, panel["title"]
+            # A folder is long: one panel tells which is which.
+            assert {*named} - {"folder"} == {*kept.split(", ")} - {"folder"}, panel["title"]
+            assert ("folder" in named) == (panel["title"] == "Progress")
             # Ray's own id of a worker has 56 digits, and `infl logs` names its process.
             assert ("worker" in named) == ("each worker" in panel["title"])
 
@@ -168,10 +174,12 @@ def asked(url: str, path: str, **query: str) -> Any:
         return {"result": []}
 
 
-def values(url: str, run: str, query: str) -> list[float]:
-    query = query.replace("$run", run).replace("$__rate_interval", "5m")
+def values(url: str, run: Run, query: str) -> list[float]:
+    query = query.replace("$run", run.id).replace("$folder", run.root)
+    query = query.replace("$__rate_interval", "5m")
     found = asked(url, "query", query=query)["result"]
-    assert all(series["metric"]["run"] == run for series in found)
+    own = (run.id, run.root)
+    assert all((s["metric"]["run"], s["metric"]["folder"]) == own for s in found)
     return [float(series["value"][1]) for series in found]
 
 
@@ -192,6 +200,7 @@ def test_every_query_finds_the_running_job(
     monkeypatch.chdir(tmp_path)
     subprocess.run([*infl, *words.split(), *more], env=environment, check=True)
     run = find_run(str(tmp_path / "runs"), "grad-norms")
+    own = (run.root, run.id)
     waiting, found = expressions(), dict[str, list[float]]()
     deadline = time.monotonic() + LONG_S
     try:
@@ -199,19 +208,21 @@ def test_every_query_finds_the_running_job(
             while waiting and time.monotonic() < deadline:
                 assert read_status(run)["state"] in ("new", "running"), read_status(run)
                 for name, query in [*waiting.items()]:
-                    if answer := values(url, run.id, query):
+                    if answer := values(url, run, query):
                         found[name] = answer
                         del waiting[name]
                 time.sleep(0.5)
             assert not waiting
-            (chosen,) = (v for v in DASHBOARD["templating"]["list"] if v["name"] == "run")
-            metric = re.fullmatch(r"label_values\((\w+), run\)", chosen["query"]["query"])[1]
-            assert run.id in asked(url, "label/run/values", **{"match[]": metric})
+            for chosen, value in zip(DASHBOARD["templating"]["list"][1:], own, strict=True):
+                query = chosen["query"]["query"].replace("$folder", run.root)
+                metric, name = re.fullmatch(r"label_values\((.+), (\w+)\)", query).groups()
+                assert name == chosen["name"]
+                assert value in asked(url, f"label/{name}/values", **{"match[]": metric})
             # What `infl status` says, and nothing of its own.
             status = read_status(run)
-            (total,) = values(url, run.id, "ray_infl_run_samples{run=~'$run'}")
-            (shards,) = values(url, run.id, "ray_infl_run_shards{run=~'$run'}")
-            (done,) = values(url, run.id, "ray_infl_run_samples_done{run=~'$run'}")
+            (total,) = values(url, run, "ray_infl_run_samples{run=~'$run'}")
+            (shards,) = values(url, run, "ray_infl_run_shards{run=~'$run'}")
+            (done,) = values(url, run, "ray_infl_run_samples_done{run=~'$run'}")
             each = asked(url, "query", query=f"ray_infl_samples_per_second{{run='{run.id}'}}")
             workers = [series["metric"]["worker"] for series in each["result"]]
     finally:

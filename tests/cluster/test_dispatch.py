@@ -81,14 +81,18 @@ class Told:
 
     def __init__(self) -> None:
         self.receipts: list[tuple[str, str, bool]] = []
-        self.rescues: list[tuple[str, str]] = []
+        self.rescues: list[tuple[str, str, int]] = []
+        self.at: set[tuple[str, str]] = set()  # shards and the processes that have them
 
     def of(self, shard: str) -> list[tuple[str, bool]]:
         return [(status, again) for name, status, again in self.receipts if name == shard]
 
     @property
     def counts(self) -> Counter[str]:
-        return Counter(rescue for rescue, _ in self.rescues)
+        counts: Counter[str] = Counter()
+        for rescue, _, workers in self.rescues:
+            counts[rescue] += workers
+        return counts
 
 
 def carry_out(workers: Simulated, shards: int, *, most: int, rows: int = 10, **others: Any) -> Told:
@@ -101,12 +105,14 @@ def carry_out(workers: Simulated, shards: int, *, most: int, rows: int = 10, **o
         most=most,
         policy=RetryPolicy(),
         pace=Pace(),
-        on_start=lambda *_: None,
+        on_start=lambda *at: told.at.add(at),
+        on_leave=lambda *at: told.at.remove(at),
         on_receipt=lambda r, again: told.receipts.append((r.shard, r.status, again)),
         on_rescue=lambda *rescue: told.rescues.append(rescue),
         on_idle=lambda: None,
         **options,
     ).run()
+    assert not told.at
     return told
 
 
@@ -182,7 +188,7 @@ def test_a_slow_worker_that_is_alone_does_everything() -> None:
 
 def test_a_failed_attempt_does_not_count_while_another_is_under_way() -> None:
     workers = Simulated(fate={("s5", 1): 80.0, ("s5", 2): "transient"})
-    told = carry_out(workers, 8, most=2)
+    told = carry_out(workers, 8, most=2)  # nobody has it at the end, as `on_leave` tells
     assert told.of("s5") == [("done", False)]
     assert done_once(told, 8)
 
@@ -214,7 +220,7 @@ def test_a_worker_without_progress_is_ended_and_its_shard_tried_again() -> None:
     assert told.of("s0") == [("failed", True), ("done", False)]
     assert workers.ended == [0]
     assert told.rescues == [
-        ("stalled", "shard s0: no progress for 1:40 in process host:0, which was ended")
+        ("stalled", "shard s0: no progress for 1:40 in process host:0, which was ended", 1)
     ]
     assert 110 <= workers.time <= 112
 
@@ -235,6 +241,7 @@ def test_each_attempt_gets_twice_as_long_and_a_shard_that_always_hangs_is_given_
 def test_both_workers_of_a_shard_are_ended_if_neither_makes_progress() -> None:
     workers = Simulated(fate={("s5", 1): FOREVER, ("s5", 2): FOREVER})
     told = carry_out(workers, 8, most=2, stalled_after_s=100.0, quiet_s=lambda _: FOREVER)
-    assert told.counts == {"backup": 1, "stalled": 1}
+    assert told.counts == {"backup": 1, "stalled": 2}
+    assert told.rescues[-1][1].endswith("in process host:1 and host:0, which were ended")
     assert set(workers.ended) == {0, 1}
     assert told.of("s5") == [("failed", True), ("done", False)]

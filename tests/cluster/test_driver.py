@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from infl_cluster import status as status_module
 from infl_cluster.driver import drive, new_plan
 from infl_cluster.inline import InlineBackend
+from infl_cluster.speed import Speed
 from infl_cluster.status import StatusWriter
 from influence_jobs.errors import InflError, RuntimeFault, SpecError, StoreError
 from influence_jobs.jobs import saved_state
@@ -386,21 +388,24 @@ def test_a_run_that_does_not_move_says_so(
 
 
 def test_the_rate_does_not_count_what_earlier_attempts_did(
-    tmp_path: Path, grad_norms_spec: GradNormsSpec
+    tmp_path: Path, grad_norms_spec: GradNormsSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    clock = SimpleNamespace(time=100.0)
+    monkeypatch.setattr(status_module, "Speed", lambda: Speed(lambda: clock.time))
     run = Run.create(str(tmp_path), grad_norms_spec)
     shards = (Shard("a", 0, 100), Shard("b", 100, 300))
     done = Entry("a", 0, 100, attempt=1, spec="", state="done")
     with StatusWriter(run) as status:
         status.planned(Plan((), shards, units=3000, batch_size=1), {"a": done})
-        run.write_json(f"{layout.PROGRESS}/b.json", {"units": 600, "resumed": 500})
-        status.waits_for(None)
+        clock.time += 60  # until there is a worker
+        status.started("b", "here:1")
+        for units, seconds in ((500, 20), (600, 2), (680, 8)):  # it loads its model first
+            clock.time += seconds
+            run.write_json(f"{layout.PROGRESS}/b.json", {"units": units, "resumed": 500})
+            status.waits_for(None)
         found = read_status(run)
-    assert (found["units_before"], found["units_done"]) == (1500, 1600)
-    found["updated_at"] = found["work_started_at"] + 10
-    rate, eta = rate_and_eta({**found, "state": "stopped"})
-    assert rate == pytest.approx(10)
-    assert eta == pytest.approx(140)
+    assert (found["units_before"], found["units_done"]) == (1500, 1680)
+    assert rate_and_eta(found) == pytest.approx((10, 132))
 
 
 def test_a_resumed_training_tells_where_it_starts(

@@ -42,6 +42,7 @@ def test_a_worker_that_tells_seldom_does_not_hang(
             run,
             shards,
             on_start=nothing,
+            on_leave=nothing,
             on_receipt=nothing,
             on_rescue=nothing,
             on_idle=nothing,

@@ -252,7 +252,7 @@ def test_metrics_and_titles_are_shown(driver, ray_head):
     wait_until(lambda: title in live_actors(ray_head))
     names = ["shards_done_total", "samples_total", "samples_per_second", "gpu_memory_bytes"]
     names += ["run_retries", "run_samples_per_second", "run_eta_seconds"]
-    labels = {'kind="fake-kind"', f'run="{driver.root.name}"'}
+    labels = {'kind="fake-kind"', f'run="{driver.root.name}"', f'folder="{driver.root}"'}
 
     def exported():
         lines = [s for s in scrape(ray_head.metrics_url) if all(label in s for label in labels)]

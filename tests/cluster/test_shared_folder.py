@@ -28,7 +28,7 @@ from influence_jobs.store.status import is_done, read_status
 from influence_jobs.store.verify import find_damage
 from influence_jobs.tasks.registry import make_task
 
-TOLD = ("on_start", "on_receipt", "on_rescue", "on_idle", "quiet_s")
+TOLD = ("on_start", "on_leave", "on_receipt", "on_rescue", "on_idle", "quiet_s")
 
 
 @pytest.fixture(autouse=True)

@@ -208,6 +208,9 @@ class Silent:
     def started(self, *_: object) -> None:
         pass
 
+    def left(self, *_: object) -> None:
+        pass
+
     def count(self, *_: object, **__: object) -> None:
         pass
 

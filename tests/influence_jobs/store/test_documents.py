@@ -90,6 +90,9 @@ def test_any_json_is_the_document_or_refused(kind: Any) -> None:
         (Status, "started_at", float("nan")),
         (Status, "started_at", 1e300),
         (Status, "units_done", 10**400),
+        (Status, "rate", 0.0),
+        (Status, "rate", 1e-300),
+        (Status, "rate", float("inf")),
         (Entry, "finished_at", 1e300),
         (Entry, "attempt", 10**4000),
         (Holder, "pid", 2**40),
@@ -105,8 +108,16 @@ def test_values_that_would_do_harm_are_refused(kind: Any, field: str, value: Any
         parsed(json.dumps({**GOOD[kind], field: value}).encode(), kind, "x")
 
 
-def test_a_status_without_the_beginning_of_work_has_no_rate() -> None:
-    """The field may be missing, as in a run that has not begun to work."""
+def test_the_speed_is_what_the_driver_has_measured() -> None:
+    counts = {"units_done": 2, "units_total": 12, "state": "running", "rate": 4.0}
+    found = parsed(json.dumps({**GOOD[Status], **counts}).encode(), Status, "x")
+    assert rate_and_eta({**found}) == (4.0, 2.5)
+    found["work_started_at"] = now() - 1000
+    assert rate_and_eta({**found}) == (4.0, 2.5)
+
+
+def test_a_status_of_an_earlier_version_has_the_mean_speed() -> None:
+    """If its work had begun."""
     counts = {"units_done": 2, "units_total": 3, "state": "running"}
     found = parsed(json.dumps({**GOOD[Status], **counts}).encode(), Status, "x")
     assert rate_and_eta({**found}) is None
