@@ -63,7 +63,7 @@ class Dispatch:
         on_start: Called with a shard's id and the process that has begun it, as HOST:PID.
         on_leave: Called with the same when the process does not have the shard any more.
         on_receipt: Called with each receipt that counts, and whether its shard is tried again.
-        on_rescue: Called with what is done about slow or hung workers, a line, and their number.
+        on_rescue: Called with what is done about slow or hung workers, a line, their number.
         on_idle: Called about once a second. It may raise to give up.
         quiet_s: Seconds since a shard made progress, as far as is known.
     """

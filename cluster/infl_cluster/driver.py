@@ -66,7 +66,7 @@ class Backend(Protocol):
             on_start: Called with a shard's id and the process that has begun it, as HOST:PID.
             on_leave: Called with the same when the process does not have the shard any more.
             on_receipt: Called with each receipt and whether the shard will be tried again.
-            on_rescue: Called with what is done about slow or hung workers, a line, and their number.
+            on_rescue: Called with what is done about slow or hung workers, a line, their number.
             on_idle: Called about once a second, also if no receipt arrives. Its argument is what
                 the backend waits for, if the user should know. It may raise to give up.
             quiet_s: Seconds since a shard made progress.

@@ -213,7 +213,7 @@ class RayBackend:
             on_leave: Called with the same when the process does not have the shard any more.
             on_receipt: Called with each receipt and whether the shard will be tried again. If the
                 worker died, the receipt counts the attempts of this call only.
-            on_rescue: Called with what is done about slow or hung workers, a line, and their number.
+            on_rescue: Called with what is done about slow or hung workers, a line, their number.
             on_idle: Called about once a second; its argument says what is waited for while there
                 is no worker. It may raise to give up.
             quiet_s: Seconds since a shard made progress.

@@ -11,10 +11,11 @@ SOON_S = 5.0  # if there is no second progress so long after the first, steps ar
 class Speed:
     """Samples per second of a run, in a moving window: the last two minutes of its work.
 
-    The window is longer where progress comes seldom: five times its longest pause. So a change of speed is followed, also if workers are lost or join. Time in which no worker has
-    a shard does not count: workers are starting, or the run waits for room. What comes before the
-    first progress of all workers that have a shard counts only until there is more: a worker's
-    first step may load its model and data.
+    The window is longer where progress comes seldom: five times its longest pause. So a change of
+    speed is followed, also if workers are lost or join. Time in which no worker has a shard does
+    not count: workers are starting, or the run waits for room. What comes before the first progress
+    of all workers that have a shard counts only until there is more: a worker's first step may load
+    its model and data.
 
     Args:
         clock: Seconds of a clock that does not jump.

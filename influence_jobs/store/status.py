@@ -42,9 +42,11 @@ def read_status(run: Run) -> dict[str, Any]:
                     "for lack of memory since"
                 )
     elif quiet > STALE_S and here:
+        # A driver that waits for an object store looks the same.
+        waits = "if the storage did not answer, it goes on within a minute; else "
         status["message"] = (
             f"process {holder['pid']}, which computes it, does not respond for {quiet:.0f} s: "
-            f"infl stop {run.id}{for_runs(run.root)}"
+            f"{waits if '://' in run.root else ''}infl stop {run.id}{for_runs(run.root)}"
         )
     return status
 
@@ -83,8 +85,8 @@ def done_before(last: Status) -> dict[str, Any]:
 
 def submitted_again(last: Status) -> dict[str, Any]:
     """The status of a run until its next driver begins."""
-    times = {name: last[name] for name in ("started_at", "updated_at")}  # type: ignore[literal-required]
-    rest = {"phase": None, "message": None, "retries": 0, "failures": {}}
+    times = {name: last[name] for name in ("started_at", "updated_at")}
+    rest: dict[str, Any] = {"phase": None, "message": None, "retries": 0, "failures": {}}
     return {"state": "new", **times, **done_before(last), **rest}
 
 

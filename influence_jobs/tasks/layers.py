@@ -36,6 +36,7 @@ from influence_jobs.terms import Precision
 
 Say = Callable[[str], None]
 LISTED = 4  # names in a line
+ITSELF = "the model itself"  # its name as a module is empty
 
 
 def weight_layers(task: Task, model: nn.Module) -> list[str]:
@@ -208,7 +209,7 @@ def by_type(model: nn.Module, names: Iterable[str]) -> str:
     found: dict[str, list[str]] = {}
     for name in names:
         kind = type(modules[name]).__name__ if name in modules else "Parameter"
-        found.setdefault(kind, []).append(name or "the model itself")
+        found.setdefault(kind, []).append(name or ITSELF)
     return "; ".join(f"{kind} {_listed(of)}" for kind, of in found.items())
 
 
@@ -338,10 +339,10 @@ class _Words:
         raise self._unknown(f"layer {pattern!r}")
 
     def _unknown(self, what: str, hint: str = "") -> SpecError:
-        numbered = (f"{i} ({name})" for i, name in enumerate(self.order, start=1))
+        numbered = (f"{i} ({name or ITSELF})" for i, name in enumerate(self.order, start=1))
         return SpecError(f"{what} does not exist: the layers are {', '.join(numbered)}{hint}")
 
 
 def _listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(name or "the model itself" for name in names[:LISTED]) + more
+    return ", ".join(name or ITSELF for name in names[:LISTED]) + more

@@ -504,6 +504,30 @@ def test_a_job_that_died_before_its_run_began_is_told(infl: Infl, ray: FakeClust
     assert f"next     infl resume {run_id}\n" in said
 
 
+def test_a_resumed_run_does_not_forget_what_is_done(
+    infl: Infl, ray: FakeCluster, runs: Path, finished_run: Run
+) -> None:
+    (runs / finished_run.id / "manifest" / "000000000-000000256.json").unlink()
+    assert infl("verify", "grad", "--repair").code == 0
+    told = {"shards_done": 5, "shards_total": 6, "units_done": 1250, "units_total": 1500}
+    assert infl("resume", "grad", "--detach").code == 0
+    found = infl("status", "grad", "--json").json["progress"]
+    assert found["state"] == "new"
+    assert {name: found[name] for name in told} == told
+    said = infl("status", "grad").out
+    assert re.search("status +new\n", said)
+    assert re.search("samples +1,250 of 1,500\n", said)
+    (row,) = (r for r in infl("runs", "--json").json["runs"] if r["run"] == finished_run.id)
+    assert (row["status"], row["samples_done"]) == ("new", 1250)
+    ray.jobs = dict.fromkeys(ray.jobs, "FAILED")
+    said = infl("status", "grad").out
+    assert re.search("status +interrupted\n", said)
+    assert re.search("message +the Ray job failed: ", said)
+    assert re.search("shards +5 of 6\n", said)
+    assert infl("resume", "grad", "--local").code == 0
+    assert infl("status", "grad", "--json").json["progress"]["state"] == "done"
+
+
 def test_ctrl_c_while_a_run_is_submitted_says_that_it_may_have_begun(
     infl: Infl, ray: FakeCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -92,7 +92,12 @@ def test_every_query_asks_the_prometheus_that_the_user_chooses() -> None:
         "datasource",
         "prometheus",
     )
-    asking = [folder, run, *DASHBOARD["panels"], *(t for p in DASHBOARD["panels"] for t in p["targets"])]
+    asking = [
+        folder,
+        run,
+        *DASHBOARD["panels"],
+        *(t for p in DASHBOARD["panels"] for t in p["targets"]),
+    ]
     assert [a["datasource"] for a in asking] == [SOURCE] * len(asking)
     assert "__inputs" not in DASHBOARD
 

@@ -80,6 +80,7 @@ def test_quiet_shows_nothing_on_a_terminal_either(watched, monkeypatch, capfd) -
         (a_status("stopped", 4), "stopped, at 40%; the same call goes on from there"),
         (a_status("interrupted", 4), "interrupted, at 40%; the same call goes on from there"),
         (a_status("running", 4), "goes on in the background, at 40%"),
+        (a_status("new", 4), "goes on in the background, at 40%"),
         (a_status("failed", 4, message="<b> no room"), "failed at 40%: <b> no room"),
         (a_status("failed", 0, units_total=None, message="why"), "failed at 0%: why"),
     ],

@@ -139,6 +139,9 @@ def test_a_driver_that_says_nothing_for_long_is_gone(run: Run, silent_s: float, 
         assert found["state"] == "running"
         told = f"process {os.getpid()}, which computes it, does not respond"
         assert (told in (found["message"] or "")) == (silent_s > 0)
+        run.root = "s3://bucket/runs"  # a driver waits for its answer for minutes
+        told = "if the storage did not answer, it goes on within a minute; else infl stop "
+        assert (told in (read_status(run)["message"] or "")) == (silent_s > 0)
 
 
 def test_damaged_files_of_a_run_are_named(run: Run) -> None:

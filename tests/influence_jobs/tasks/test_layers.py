@@ -109,6 +109,21 @@ def test_words(
     assert all(space.groups.values())  # each counts for something
 
 
+class Bare(Tokens):
+    def model(self) -> nn.Module:
+        return nn.Linear(3, 2)
+
+    def losses(self, model: nn.Module, batch: Any) -> Tensor:
+        return F.cross_entropy(model(batch[0].float()), batch[1] % 2, reduction="none")
+
+
+def test_a_model_that_is_one_layer_has_a_name(said: list[str]) -> None:
+    assert resolve_layers(["all"], Bare(), said.append) == ("",)
+    assert said == ["--layer all: 1 of 1 numbered layers: the model itself"]
+    with pytest.raises(SpecError, match=r"the layers are 1 \(the model itself\)"):
+        resolve_layers([2], Bare(), said.append)
+
+
 def test_all_says_what_it_takes_and_what_it_leaves_out(said: list[str]) -> None:
     task = Tokens()
     assert resolve_weights(["all"], task, said.append) == (
