@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 from infl_cluster import driver as driver_module
 from influence_jobs.jobs.base import Plan, Result, Shard
@@ -145,6 +146,7 @@ class FakeJob:
     """A job whose shards are one piece of text each."""
 
     title = "job"
+    device = torch.device("cpu")
     used_batch_size = 0
 
     tells_progress = True
