@@ -228,14 +228,14 @@ def test_a_shard_that_cannot_be_computed_does_not_stop_the_others(
 
     shutil.copytree(trained_root, tmp_path / "runs")
     run = Run.create(str(tmp_path / "runs"), grad_norms_spec)
-    original = GradNormsJob.batch
+    original = GradNormsJob.read
 
     def one_bad_sample(self: GradNormsJob, ids: torch.Tensor, draw: Draw) -> object:
         images, labels = original(self, ids, draw)
         images[ids == 700] = float("nan")
         return images, labels
 
-    monkeypatch.setattr(GradNormsJob, "batch", one_bad_sample)
+    monkeypatch.setattr(GradNormsJob, "read", one_bad_sample)
     with pytest.raises(
         RuntimeFault, match=r"1 of 6 shards failed.*not finite for sample 700 \(label \d\)"
     ):
