@@ -27,6 +27,7 @@ OUT_OF_MEMORY = (
     "its machine killed it for lack of memory; resume with fewer --workers, or delete the run's "
     "folder and submit with a smaller --batch-size"
 )
+NODE_LOST = "its node was lost"
 
 
 class Actors:
@@ -176,7 +177,7 @@ class Actors:
         ):
             return OUT_OF_MEMORY
         if "node has died" in str(error):
-            return "its node was lost"
+            return NODE_LOST
         if "Worker unexpectedly exits" in str(error):  # as its node tells, which is there
             return "it crashed or was killed"
         return "its node was lost, or it crashed or was killed"
@@ -187,6 +188,9 @@ class Actors:
             refusal, process, device = ray.get(reference)
         except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
             why = self._why_died(error)
+            if why == NODE_LOST:  # Ray gives a node that is just gone the next workers, too
+                log.warning("a worker could not start: %s", why)
+                return
             why = why if why == OUT_OF_MEMORY else _cause(error)  # there is no log of its own yet
             self._count_failed_start(f"workers die while starting: {why}", error)
             return

@@ -1,5 +1,7 @@
 """Workers that refuse a run, without Ray: when they are asked again, and what is said meanwhile."""
 
+from contextlib import nullcontext
+
 import pytest
 import ray
 
@@ -154,3 +156,25 @@ def test_a_worker_that_is_gone_is_told_in_our_words(clock, monkeypatch, caplog, 
     assert "actor" not in receipt.error
     assert "worker process host:1: Ray says: " in caplog.text  # for who looks into Ray
     assert actors.idle == []
+
+
+@pytest.mark.parametrize(
+    ("said", "ends"),
+    [
+        ("The actor died because its node has died. The actor never ran", False),
+        ("Worker exit detail: Worker unexpectedly exits: EOF", True),
+    ],
+)
+def test_workers_that_go_down_with_their_node_do_not_end_a_run(clock, monkeypatch, said, ends):
+    actors = Actors(Actor, "test", 1800.0)
+
+    def get(_):
+        raise ray.exceptions.ActorUnavailableError(said, None)
+
+    monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(ray, "nodes", lambda: [{}, {}])
+    with pytest.raises(RuntimeFault, match="die while starting") if ends else nullcontext():
+        for _ in range(5):
+            actors.grow(2)
+            actors.wait(0)
+    assert not actors.idle
