@@ -59,6 +59,7 @@ class LoadJob(Job[BaselineSpec]):
 
     spec_type = BaselineSpec
     title = "load"
+    reads_data = False
     task: Any = None
 
     @staticmethod

@@ -11,8 +11,8 @@ from rich.progress import track
 
 from infl_cli import render
 from infl_cluster.client import remote_client
-from infl_cluster.driver import new_plan
 from infl_cluster.how import How, room_on
+from infl_cluster.plans import new_plan
 from influence_jobs.devices import cores, threads
 from influence_jobs.errors import RuntimeFault
 from influence_jobs.gpu import tf32

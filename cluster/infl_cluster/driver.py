@@ -5,7 +5,6 @@ is in the run folder: if it is killed, the next driver goes on where it was.
 """
 
 import logging
-import math
 import signal
 import sys
 import time
@@ -13,18 +12,18 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import ExitStack
-from dataclasses import asdict, fields
 from functools import partial
 from types import FrameType
 from typing import Any, Protocol
 
 from infl_cluster.dispatch import Rescue
+from infl_cluster.plans import settled_plan
 from infl_cluster.run_log import run_log
 from infl_cluster.status import StatusWriter
 from influence_jobs.errors import RuntimeFault, StoreError
 from influence_jobs.jobs.base import Job, Plan, Receipt, Shard
-from influence_jobs.jobs.samples import SampleJob
 from influence_jobs.kinds import missing_inputs, open_job
+from influence_jobs.kinds.same_data import require_same_data
 from influence_jobs.store import layout
 from influence_jobs.store.documents import Entry
 from influence_jobs.store.lease import SHOWN_S, Lease, LeaseHeld
@@ -37,8 +36,6 @@ from influence_jobs.tasks.fingerprints import require_unchanged
 from influence_jobs.terms import size
 
 log = logging.getLogger(__name__)
-
-SHARDS_A_WORKER = 16  # about, as far as there are chunks
 
 
 class Backend(Protocol):
@@ -116,16 +113,20 @@ def drive(
         job = open_job(run, batch_size=batch_size)
         job.sweep()
         status.needs([needed.id for needed in missing_inputs(run)])
+        reused = []
         for spec in job.inputs(run.spec):
             needed = Run.create(root, spec)
+            if is_done(needed):
+                reused.append(needed)
             status.waits_for(needed.id)
             log.info("needs %s", needed.id)
             drive_when_free(root, needed.id, backend)
             _require_current(needed)
         status.waits_for(None)
         require_unchanged(run.id, run.spec.task, job.task)
+        require_same_data(reused, run.spec.task, job.task)
         workers = backend.most_workers
-        plan = _settled_plan(job, shard_rows, workers, automatic=batch_size is None)
+        plan = settled_plan(job, shard_rows, workers, automatic=batch_size is None)
         if plan.arrays:
             run.create_arrays(plan.arrays)
         _work(run, job, plan, backend, status, lease)
@@ -164,62 +165,6 @@ def drive_when_free(
             return
         except LeaseHeld:
             time.sleep(1)
-
-
-def new_plan(job: Job[Any], shard_rows: int | None, workers: int) -> Plan:
-    """The plan of a run without one: of samples, many workers get more shards than few.
-
-    A worker that is at the last shard while all others are done costs the less the shorter it is.
-    """
-    plan = job.plan(shard_rows)
-    wanted = workers * SHARDS_A_WORKER
-    if shard_rows is not None or not isinstance(job, SampleJob) or len(plan.shards) >= wanted:
-        return plan
-    return job.plan(math.ceil(plan.shards[-1].stop / wanted))
-
-
-def _settled_plan(job: Job[Any], shard_rows: int | None, workers: int, *, automatic: bool) -> Plan:
-    """The stored plan of the first driver, or a new one: shards must stay the same."""
-    run = job.run_store
-    stored = run.plan()
-    digests = job.input_digests()
-    if stored is None:
-        plan = new_plan(job, shard_rows, workers)
-        run.manifest.keep_only({*(shard.id for shard in plan.shards), layout.FINISH})
-        run.write_json(
-            layout.PLAN,
-            {
-                "batch_size": plan.batch_size,
-                "units": plan.units,
-                "shards": [asdict(shard) for shard in plan.shards],
-                "inputs": digests,
-                "shapes": {array.name: list(array.shape) for array in plan.arrays},
-                "chunks": {array.name: list(array.chunks) for array in plan.arrays},
-                "automatic_batch": automatic,
-            },
-        )
-        return plan
-    if changed := [
-        name for name, digest in digests.items() if stored["inputs"].get(name) != digest
-    ]:
-        raise StoreError(
-            f"run {run.id} has shards computed from an earlier {changed[0]}, which has been "
-            "computed again since: delete the run's folder and submit it again"
-        )
-    known = {field.name for field in fields(Shard)}
-    if later := sorted({name for shard in stored["shards"] for name in shard} - known):
-        raise StoreError(
-            f"run {run.id}: its {layout.PLAN} is of a later version (shards have {later[0]}): "
-            "resume it with that version"
-        )
-    shards = tuple(Shard(**shard) for shard in stored["shards"])
-    arrays = job.plan().arrays
-    if "chunks" not in stored and any(a.chunk_rows > layout.MAX_CHUNK_ROWS for a in arrays):
-        raise StoreError(
-            f"run {run.id} was begun by an earlier version, in smaller chunks: resume it with that "
-            "version, or delete the run's folder and submit it again"
-        )
-    return Plan(arrays, shards, stored["units"], stored["batch_size"])
 
 
 def _work(

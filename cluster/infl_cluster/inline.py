@@ -34,7 +34,9 @@ class InlineBackend:
         on_idle: Callable[[str | None], None],
         quiet_s: Callable[[str], float],
     ) -> None:
-        runner = ShardRunner(run.root, run.id, device=self._device, threads=self._threads)
+        runner = ShardRunner(
+            run.root, run.id, device=self._device, threads=self._threads, compared=True
+        )
         policy = RetryPolicy()
         for shard in shards:
             for attempt in itertools.count(1):

@@ -17,6 +17,7 @@ from influence_jobs.devices import threads
 from influence_jobs.errors import RuntimeFault, SpecError, StoreError
 from influence_jobs.home import is_known, make_known
 from influence_jobs.kinds import kind_of, open_job
+from influence_jobs.kinds.same_data import require_same_data
 from influence_jobs.requests.base import Say
 from influence_jobs.specs.base import AnySpec
 from influence_jobs.store import layout
@@ -61,6 +62,7 @@ def carry_out(run: Run, how: How, say: Say, *, quiet: bool = False) -> bool:
     _check_space(run)
     run = Run.create(run.root, run.spec)
     if is_done(run):
+        require_same_data([run], run.spec.task)
         say(f"{run.id} is already done")
         return True
     if (before := read_status(run))["state"] == "interrupted" and before["message"]:

@@ -19,9 +19,10 @@ import torch
 
 from influence_jobs.memory import BatchSize
 from influence_jobs.specs.base import AnySpec, Spec
+from influence_jobs.specs.queries import Queries
 from influence_jobs.store.layout import ArrayLayout
 from influence_jobs.store.run import BLOCK_ROWS, Run
-from influence_jobs.tasks.base import Task
+from influence_jobs.tasks.base import Draw, Task
 from influence_jobs.tasks.registry import make_task
 
 S = TypeVar("S", bound=Spec)
@@ -221,6 +222,17 @@ class Job(ABC, Generic[S]):
         The driver compares them, so that a run never mixes two versions of its inputs.
         """
         return {}
+
+    @property
+    def tests(self) -> Sequence[int]:
+        """Ids of the test samples that its queries are of, each once."""
+        queries = getattr(self.spec, "queries", None)
+        return [] if queries is None else [*dict.fromkeys(query.test for query in queries.items)]
+
+    def of_test(self, test: int) -> Any:
+        """What is read of a query's test sample."""
+        queries: Queries = self.spec.queries  # type: ignore[attr-defined]
+        return self.task.test_batch(torch.tensor([test]), Draw(queries.seed))
 
     def notes(self) -> Sequence[str]:
         """What a user may want to know of how this is carried out, a line each; after `probe`."""

@@ -4,6 +4,9 @@ import math
 from dataclasses import dataclass, fields
 
 from influence_jobs.kinds.train.spec import Checkpoint, TrainedCheckpoint, TrainSpec
+from influence_jobs.specs.base import TaskSpec
+from influence_jobs.tasks.base import Task
+from influence_jobs.tasks.registry import make_task, with_place_of
 from influence_jobs.training.recipe import Recipe, summed_rates
 
 
@@ -56,3 +59,14 @@ def scheduled_damping(checkpoint: Checkpoint, num_samples: int) -> ScheduledDamp
     if train.weight_decay:
         how += f" + weight decay {train.weight_decay:g}"
     return ScheduledDamping(value, how)
+
+
+def trained_task(recipe: TrainSpec, scored: TaskSpec, task: Task) -> Task:
+    """The task with the options that it is trained with; others change how scores see samples.
+
+    Args:
+        scored: What `task` was made of, whose data are here.
+    """
+    if recipe.task.options == scored.options:
+        return task
+    return make_task(with_place_of(recipe.task, scored))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from influence_jobs.errors import SpecError
 from influence_jobs.jobs.base import Job, Plan, Progress, Result, Shard
 from influence_jobs.jobs.queries import require_queries, write_queries
-from influence_jobs.jobs.recipe import recipe_of
+from influence_jobs.jobs.recipe import recipe_of, trained_task
 from influence_jobs.jobs.saved_state import SavedState
 from influence_jobs.memory import free_bytes
 from influence_jobs.specs.base import AnySpec
@@ -146,7 +146,8 @@ class RetrainJob(Job[S]):
 
     @cached_property
     def _retrained(self) -> Retrained:
-        return Retrained(self.run_store.root, self.spec.recipe)
+        recipe, root = self.spec.recipe, self.run_store.root
+        return Retrained(root, recipe, lambda: trained_task(recipe, self.spec.task, self.task))
 
     def _samples(self, variant: Variant) -> int:
         """Samples that a variant is trained on, summed over epochs."""

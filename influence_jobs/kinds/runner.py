@@ -24,6 +24,7 @@ from influence_jobs.gpu import tf32
 from influence_jobs.jobs.automatic import keep_halved, settle
 from influence_jobs.jobs.base import Receipt, Shard
 from influence_jobs.kinds import kind_of, open_job
+from influence_jobs.kinds.same_data import require_same_here
 from influence_jobs.memory import is_out_of_memory
 from influence_jobs.store import layout
 from influence_jobs.store.documents import Entry
@@ -61,9 +62,11 @@ class ShardRunner:
         threads: Number of threads that torch may use for one operation.
         workers: Workers of the run. The more there are, the less each spends on a search for a
             batch size, and the less often it writes its progress.
+        compared: Whether this process has already compared the data with the run's.
 
     Raises:
         SpecError: The training data or the task's code have changed since the run was made.
+        DataError: The data are not those that the run was begun with.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class ShardRunner:
         device: str = "cpu",
         threads: int | None = None,
         workers: int = 1,
+        compared: bool = False,
     ):
         if threads:
             torch.set_num_threads(threads)
@@ -89,6 +93,8 @@ class ShardRunner:
         software()  # read it now: files may change later, but the loaded code does not
         if self._job.reads_data:
             require_unchanged(self._run.id, self._run.spec.task, self._job.task)
+            if not compared:
+                require_same_here(self._job)
         if plan and plan.get("automatic_batch") and kind_of(self._run.spec).batched:
             with tf32(self._tf32):
                 settle(self._job, math.ceil(plan["units"] / workers))

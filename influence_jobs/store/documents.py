@@ -21,6 +21,7 @@ Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 # Of a run, shard or owner: it is part of a file's name.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", max_length=200)]
+SampleId = Annotated[str, Field(pattern=r"^[0-9]{1,18}$")]
 MOST_BYTES = 2**26  # of a document: a plan of half a million shards
 _LAX = ConfigDict(extra="allow", strict=True)
 
@@ -88,11 +89,21 @@ class PlannedShard(TypedDict):
 
 
 @with_config(_LAX)
+class SampleDigests(TypedDict):
+    """Digests of some training samples, and of the queries' test samples, by their ids."""
+
+    training: dict[SampleId, str]
+    test: dict[SampleId, str]
+
+
+@with_config(_LAX)
 class PlanFile(TypedDict):
     """plan.json: what the first driver settled.
 
     `inputs` has the digests of the runs that this one was computed from. Runs older than the field
     have no `shapes` or `chunks` of arrays. `automatic_batch`: no batch size was asked for.
+    `samples`: by which workers and later drivers see whether their data are the same; not in runs
+    older than the field, nor in those that read other runs only.
     """
 
     batch_size: Annotated[int, Field(ge=1)]
@@ -102,6 +113,7 @@ class PlanFile(TypedDict):
     shapes: NotRequired[dict[str, list[Count]]]
     chunks: NotRequired[dict[str, list[Count]]]
     automatic_batch: NotRequired[bool]
+    samples: NotRequired[SampleDigests]
 
 
 @with_config(_LAX)

@@ -204,6 +204,11 @@ def make_task(spec: TaskSpec) -> Task:
         ) from error
 
 
+def with_place_of(spec: TaskSpec, other: TaskSpec) -> TaskSpec:
+    """A spec of a task with the places of the data and the code of another spec of the same."""
+    return spec.model_copy(update={"paths": other.paths, "folder": other.folder})
+
+
 def arguments_of(kind: type[Task]) -> dict[str, inspect.Parameter]:
     """The arguments of a task's constructor, which are its options, with evaluated annotations."""
     constructor: Any = kind.__init__

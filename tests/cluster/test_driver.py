@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from infl_cluster import status as status_module
-from infl_cluster.driver import drive, new_plan
+from infl_cluster.driver import drive
 from infl_cluster.inline import InlineBackend
+from infl_cluster.plans import new_plan
 from infl_cluster.speed import Speed
 from infl_cluster.status import StatusWriter
 from influence_jobs.errors import InflError, RuntimeFault, SpecError, StoreError

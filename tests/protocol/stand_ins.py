@@ -147,6 +147,7 @@ class FakeJob:
 
     title = "job"
     device = torch.device("cpu")
+    reads_data = False
     used_batch_size = 0
 
     tells_progress = True

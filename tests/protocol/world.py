@@ -16,6 +16,7 @@ from typing import Any
 import greenlet
 
 from infl_cluster import driver as driver_module
+from infl_cluster.plans import settled_plan
 from influence_jobs.errors import InflError
 from influence_jobs.specs.base import AnySpec
 from influence_jobs.store import layout
@@ -200,7 +201,7 @@ class World:
             if is_done(run):
                 return
             run.manifest.drop_summary()
-            plan = driver_module._settled_plan(job, None, 1, automatic=False)  # type: ignore[arg-type]
+            plan = settled_plan(job, None, 1, automatic=False)  # type: ignore[arg-type]
             backend, status = Backend(self), Silent()
             driver_module._work(run, job, plan, backend, status, process.lease)  # type: ignore[arg-type]
             driver_module._finish(run, job)  # type: ignore[arg-type]

@@ -66,6 +66,11 @@ class BaselineJob(ScoresJob[BaselineSpec]):
         found: torch.dtype | None = asked and getattr(torch, stored_as(asked))
         return found
 
+    def of_test(self, test: int) -> Any:
+        if self.spec.method == "nearest" and not embeds(self.task):
+            return self.task.test_picture(test)
+        return super().of_test(test)
+
     def fetch(self, term: int, ids: torch.Tensor) -> Batch:
         draw = Draw(self.spec.seed)
         if self.spec.method in ("loss", "norm"):

@@ -12,6 +12,7 @@ class PaperJob(Job[PaperSpec]):
     """A job without shards: the runs of the set are its inputs."""
 
     spec_type = PaperSpec
+    reads_data = False
 
     @property
     def title(self) -> str:

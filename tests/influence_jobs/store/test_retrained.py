@@ -2,10 +2,14 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.data import TensorDataset
 
+from influence_jobs.errors import DataError
 from influence_jobs.kinds.train.spec import TrainSpec
 from influence_jobs.specs.base import TaskSpec
 from influence_jobs.store.documents import Entry
@@ -13,13 +17,29 @@ from influence_jobs.store.find import run_ids
 from influence_jobs.store.manifest import Manifest
 from influence_jobs.store.retrained import Retrained, variant_key
 from influence_jobs.store.run import now
+from influence_jobs.tasks.base import Task
 
 RECIPE = TrainSpec(task=TaskSpec(name="some:Task", data="9 samples"))
 KEY = variant_key(0, b"", b"", b"")
 
 
+class Rows(Task):
+    """Rows of numbers that begin at `first`."""
+
+    first = 0.0
+
+    def model(self) -> nn.Module:
+        return nn.Linear(1, 1)
+
+    def train_data(self) -> TensorDataset:
+        return TensorDataset(torch.arange(9.0) + self.first)
+
+    def losses(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        raise NotImplementedError
+
+
 def retrained(root: Path, **fields) -> Retrained:
-    return Retrained(str(root), RECIPE.model_copy(update=fields))
+    return Retrained(str(root), RECIPE.model_copy(update=fields), Rows)
 
 
 def test_what_was_written_is_read_by_all_of_the_same_recipe_alone(tmp_path: Path) -> None:
@@ -91,3 +111,30 @@ def test_whatever_makes_another_training_makes_another_key() -> None:
     }
     assert len(keys) == 32
     assert variant_key(0, b"", b"", b"", b"") == KEY
+
+
+def test_variants_of_other_data_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    retrained(tmp_path).write(KEY, {"weight": torch.zeros(3)})
+    assert retrained(tmp_path).read(KEY) is not None
+    monkeypatch.setattr(Rows, "first", 1.0)
+    assert retrained(tmp_path).read(variant_key(1, b"", b"", b"")) is None
+    with pytest.raises(
+        DataError,
+        match=r"^training sample 0 is not the one that the models of retrained-task-\w+ were "
+        r"trained with \(9 of 9 training samples are compared\): restore the data, or delete that",
+    ):
+        retrained(tmp_path).read(KEY)
+
+
+def test_variants_of_an_earlier_version_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their folder has no digests, and gets none from a later writer."""
+    retrained(tmp_path).write(KEY, {"weight": torch.zeros(3)})
+    (digests,) = tmp_path.glob("*/samples.json")
+    digests.unlink()
+    monkeypatch.setattr(Rows, "first", 1.0)
+    retrained(tmp_path).write(variant_key(1, b"", b"", b""), {"weight": torch.zeros(3)})
+    assert retrained(tmp_path).read(KEY) is not None
