@@ -11,7 +11,7 @@ from typing import Any
 from influence_jobs.errors import DataError
 from influence_jobs.jobs.base import Job
 from influence_jobs.kinds import open_job
-from influence_jobs.specs.base import TaskSpec
+from influence_jobs.specs.base import TaskSpec, listed
 from influence_jobs.store.documents import SampleDigests
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.base import Task
@@ -70,7 +70,7 @@ def require_same_data(runs: Iterable[Run], task: TaskSpec, built: Task | None = 
             folders = "folder" if len(others) == 1 else "folders"
             raise DataError(
                 f"{next(iter(others.values()))}: restore the data, or delete the {folders} of "
-                f"{', '.join(others)} and submit again"
+                f"{listed([*others])} and submit again"
             )
 
 
