@@ -2,7 +2,7 @@
 
 <runs>/<run id>/
     spec.json           the request (specs/); written first; only its paths may change
-    plan.json           the shards and the batch size; written once
+    plan.json           the shards, the batch size, digests of samples; written once
     batch.json          the batch size, if none was asked for; measured once
     width.json          how many variants a retraining run trains side by side; measured once
     status.json         the state of the driver; rewritten about once a second

@@ -398,8 +398,9 @@ class Task(ABC):
     def fingerprint(self) -> str:
         """A text that changes when the data change, so that results of old data are not reused.
 
-        By default it has the number of samples and a digest of some of them. If other samples may
-        change too, define a fingerprint that covers them. `tasks.fingerprints` covers the code.
+        By default it has the number of samples and a digest of 16 of them. Runs also keep digests
+        of more samples (`kinds.same_data`), but not of all: if a single one may change, define a
+        fingerprint that covers them. `tasks.fingerprints` covers the code.
 
         Raises:
             DataError: A sample has other values each time it is fetched.

@@ -95,9 +95,11 @@ def _fetched(sample: int, fetch: Callable[[int], Any]) -> str:
 
 
 def _unsteady(what: str) -> DataError:
+    augment = ", and augment in train_batch()" if what == "training" else ""
     return DataError(
         f"the task gives different numbers each time a {what} sample is fetched, so no result "
         "could be repeated: let random numbers depend on (draw.seed, draw.index, sample id) only"
+        f"{augment}"
     )
 
 

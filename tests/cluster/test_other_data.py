@@ -111,6 +111,20 @@ def test_a_run_does_not_go_on_with_other_rows(
     assert is_done(run)
 
 
+def test_a_run_does_not_go_on_with_other_test_data(
+    root: str, grad_norms_spec: GradNormsSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = begun(root, s_test_of(grad_norms_spec, range(100)))
+    with monkeypatch.context() as patch:
+        of_node(patch, test=True)
+        with pytest.raises(
+            DataError, match=rf"^test sample 0 is not the one that {run.id} was begun with \("
+        ):
+            drive(root, run.id, InlineBackend())
+    drive(root, run.id, InlineBackend())
+    assert is_done(run)
+
+
 def test_a_run_of_an_earlier_version_goes_on(
     root: str, grad_norms_spec: GradNormsSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
