@@ -136,7 +136,9 @@ def test_a_run_of_an_earlier_version_goes_on(
     of_node(monkeypatch, train=True)
     ShardRunner(root, run.id)
     drive(root, run.id, InlineBackend())
-    assert "samples" not in (run.plan() or {})
+    plan = run.plan()
+    assert plan is not None
+    assert "samples" not in plan
 
 
 @pytest.mark.parametrize("what", ["training", "test"])
