@@ -29,7 +29,7 @@ from harness import header, print_table
 from load import spec_of
 
 from infl_cluster.dispatch import Dispatch
-from infl_cluster.driver import new_plan
+from infl_cluster.plans import new_plan
 from infl_cluster.retry import RetryPolicy
 from infl_cluster.run_log import run_log
 from infl_cluster.status import StatusWriter
