@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from influence_jobs.gradients.transforms import differentiable_kernels
-from influence_jobs.tasks.base import Batch, Draw, Task, converted, to_device, to_type
+from influence_jobs.tasks.base import Batch, Draw, Task, converted, spread_ids, to_device, to_type
 from influence_jobs.terms import ScorePrecision, html_table
 from influence_jobs.training.train import seeded
 
@@ -77,7 +77,7 @@ class Trial:
     def ids(self) -> Tensor:
         """Ids of the samples looked at, (B,)."""
         n = len(self.task.train_data())
-        spread = torch.linspace(0, n - 1, SPREAD).round().long().tolist()
+        spread = spread_ids(n, SPREAD).tolist()
         return torch.tensor(sorted({*range(min(n, FIRST)), *spread}))
 
     @cached_property

@@ -250,6 +250,8 @@ class EkFac(Solver):
                 at = 0
                 try:
                     for samples in self._sweep(operator, engine, factors, sweep, rows, doubts):
+                        if not done:  # most losses that have no roots have none anywhere
+                            doubts.settle()
                         at += samples
                         done += samples / (2 * rows)
                         progress(min(1.0, done))
@@ -287,13 +289,12 @@ class EkFac(Solver):
             rows: Samples of the mean.
             doubts: Takes what speaks against the roots.
         """
-        for batch, columns in columns_of(operator, self.seed, doubts, exact=factors.exact):
-            size = 0
+        for ids, batch, columns in columns_of(operator, self.seed, doubts, exact=factors.exact):
             for k, s in enumerate(columns):
                 mean = s / math.sqrt(rows)  # sums of squares are means
                 factors.add(engine, which, (batch, mean), inputs=k == 0)
-                size, factors.columns = len(s), max(factors.columns, k + 1)
-            yield size
+                factors.columns = max(factors.columns, k + 1)
+            yield len(ids)
 
     def trial(self, operator: Operator, rhs_QP: Tensor, passes: float) -> Trial:
         if not isinstance(operator, GaussNewton):
@@ -315,6 +316,7 @@ class EkFac(Solver):
                 factors = Factors(blocks_of(engine, part, device_of(part.model)), exact)
                 doubts = Doubts()
                 for samples in self._sweep(part, engine, factors, 0, operator.num_samples, doubts):
+                    doubts.settle()
                     yield samples / (2 * operator.num_samples * len(groups))
 
     def _exact(self, operator: GaussNewton) -> bool:

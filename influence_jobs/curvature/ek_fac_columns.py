@@ -42,8 +42,8 @@ def outputs_of(operator: GaussNewton) -> int:
 
 def columns_of(
     operator: GaussNewton, seed: int, doubts: Doubts, *, exact: bool
-) -> Iterator[tuple[Batch, Iterator[Tensor]]]:
-    """The operator's samples, batch by batch, each with columns s (B, ...) of the roots."""
+) -> Iterator[tuple[Tensor, Batch, Iterator[Tensor]]]:
+    """The operator's samples, batch by batch: ids, the batch, columns s (B, ...) of the roots."""
     task, model, start = operator.task, operator.model, 0
     pieces = torch.split(operator.ids, operator.batch_size)
     loader = loader_for(device_of(model))
@@ -54,7 +54,8 @@ def columns_of(
         counts_B = tokens_in(task, read)
         return ids, operator.placed(read), 0 if counts_B is None else int(counts_B.max())
 
-    for ids, batch, tokens in loader(map(fetched, pieces)):
+    # Not `map`, which passes on a StopIteration of the user's code: samples would be left out.
+    for ids, batch, tokens in loader(fetched(ids) for ids in pieces):
         targets = task.targets(batch)
         with torch.no_grad():
             outputs = task.outputs(model, batch)
@@ -69,5 +70,5 @@ def columns_of(
             signs_BTV = token_signs(seed, rows, outputs.movedim(axis, 2), counted_BT, tokens)
             signs = signs_BTV.movedim(2, axis)
             columns = iter([random_root(form, outputs, targets, signs, doubts)])
-        yield batch, columns
+        yield ids, batch, columns
         start += len(ids)

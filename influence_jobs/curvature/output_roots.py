@@ -28,7 +28,9 @@ from influence_jobs.tasks.sequences import order_of
 from influence_jobs.transfers import numbers, on_device
 
 MOST_EXACT = 1024  # outputs of a sample whose Hessian is formed; its root takes D^3
-_CONVEX = 1e-4  # negative curvature, as a part of the largest, that is rounding
+# Negative curvature, as a part of the largest, that is rounding: of a diagonal, or what a Cholesky
+# decomposition leaves, which is more than the eigenvalue if there are many outputs.
+_CONVEX = 1e-4
 _WORDS = 4  # random words per value of Philox's counter
 _STREAM = 4  # keeps Philox's numbers apart from those of other uses of the same seed
 
@@ -165,24 +167,32 @@ def _pivoted(form: Form, outputs: Tensor, targets: Tensor, doubts: Doubts) -> It
     """Columns (B, ...) for a loss of the task's own, by a Cholesky decomposition with pivots.
 
     Higham: "Analysis of the Cholesky decomposition of a semi-definite matrix", 1990. It needs no
-    look at the numbers, as eigenvalues do.
+    look at the numbers, as eigenvalues do. What is not finite stays so, and is told by the sweep.
     """
     columns = [
         _times_hessian(form, outputs, targets, unit).reshape(len(outputs), -1)
         for unit in _axes(outputs)
     ]
-    left_BDD = torch.stack(columns, dim=2).double()
-    left_BDD = (left_BDD + left_BDD.mT) / 2
-    largest_B1 = left_BDD.abs().amax((1, 2)).unsqueeze(1)
+    hessian_BDD = torch.stack(columns, dim=2).double()
+    hessian_BDD = (hessian_BDD + hessian_BDD.mT) / 2
+    largest_B1 = hessian_BDD.abs().amax((1, 2)).unsqueeze(1)
     rounding_B1 = 8 * torch.finfo(outputs.dtype).eps * largest_B1
-    for _ in range(left_BDD.shape[1]):
-        pivot_B1, at_B1 = left_BDD.diagonal(dim1=1, dim2=2).max(dim=1, keepdim=True)
-        at_BD1 = at_B1.unsqueeze(2).expand(-1, left_BDD.shape[1], -1)
-        column_BD = left_BDD.gather(2, at_BD1).squeeze(2) / pivot_B1.sqrt()
-        column_BD = column_BD.where(pivot_B1 > rounding_B1, 0.0)
-        left_BDD = left_BDD - column_BD.unsqueeze(2) * column_BD.unsqueeze(1)
+    found_BDD = torch.zeros_like(hessian_BDD)  # column k of the root is row k here
+    left_BD = hessian_BDD.diagonal(dim1=1, dim2=2).clone()
+    size = left_BD.shape[1]
+    for k in range(size):
+        pivot_B1, at_B1 = left_BD.max(dim=1, keepdim=True)
+        at_B11 = at_B1.unsqueeze(2)
+        row_BD = hessian_BDD.gather(1, at_B11.expand(-1, 1, size)).squeeze(1)
+        before_BKD = found_BDD[:, :k]
+        there_BK1 = before_BKD.gather(2, at_B11.expand(-1, k, 1))
+        column_BD = (row_BD - (before_BKD.mT @ there_BK1).squeeze(2)) / pivot_B1.sqrt()
+        column_BD = column_BD.where(~(pivot_B1 <= rounding_B1), 0.0)
+        found_BDD[:, k] = column_BD
+        left_BD = left_BD - column_BD.square()
         yield column_BD.to(outputs.dtype).view_as(outputs)
-    doubts.note("convex", ~(left_BDD.abs().max() <= _CONVEX * largest_B1.max()), _not_convex)
+    left = (hessian_BDD - found_BDD.mT @ found_BDD).abs().max()
+    doubts.note("convex", left > _CONVEX * largest_B1.max(), _not_convex)
 
 
 def random_root(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from influence_jobs.errors import DataError
 from influence_jobs.jobs.rows import AnotherWayError, Checks
-from influence_jobs.tasks.base import Batch, Task
+from influence_jobs.tasks.base import Batch, Task, spread_ids
 from influence_jobs.tasks.lengths import LOOKED_AT
 from influence_jobs.tasks.sequences import TokenLosses
 
@@ -43,7 +43,7 @@ def watch_tokens(
 def first_samples(task: Task, most: int) -> Tensor:
     """Ids of a few samples from all over, which show how losses are made of tokens."""
     n = len(task.train_data())
-    return torch.linspace(0, n - 1, min(n, most, LOOKED_AT)).round().long()
+    return spread_ids(n, min(most, LOOKED_AT))
 
 
 def _refuse_more(tokens: int) -> NoReturn:

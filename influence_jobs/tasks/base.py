@@ -74,6 +74,12 @@ def out_of_half(batch: Batch, model: nn.Module) -> Batch:
     return map_tensors(lambda t: t.to(dtype) if t.dtype in half else t, batch)
 
 
+def spread_ids(n: int, most: int) -> Tensor:
+    """Ids of up to `most` samples, from the first of n to the last."""
+    # In float32, on which fingerprints depend: beyond 16 million the last may round up to n.
+    return torch.linspace(0, n - 1, min(n, most)).round().long().clamp(max=n - 1)
+
+
 def digest(batch: Batch) -> str:
     """SHA-256 of a batch: of its tensors' bytes, shapes and types, and of its other contents.
 
@@ -406,7 +412,7 @@ class Task(ABC):
             DataError: A sample has other values each time it is fetched.
         """
         n = len(self.train_data())
-        ids = torch.linspace(0, n - 1, min(n, FINGERPRINT_ROWS)).round().long()
+        ids = spread_ids(n, FINGERPRINT_ROWS)
         first, second = (digest(self.batch(ids, Draw(0))) for _ in range(2))
         if first != second:
             raise DataError(

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from influence_jobs.gradients.batches import flattened
-from influence_jobs.tasks.base import Draw, Task
+from influence_jobs.tasks.base import Draw, Task, spread_ids
 
 LOOKED_AT = 16  # samples that show whether a task's samples differ in length
 
@@ -13,7 +13,7 @@ LOOKED_AT = 16  # samples that show whether a task's samples differ in length
 def pads(task: Task) -> bool:
     """Whether batches of training samples are padded: samples alone have tensors of other sizes."""
     n = len(task.train_data())
-    some = torch.linspace(0, n - 1, min(n, LOOKED_AT)).round().long()
+    some = spread_ids(n, LOOKED_AT)
     return len({_length(task, i) for i in some}) > 1
 
 

@@ -113,8 +113,12 @@ class TokenLosses:
         task = self._task
         outputs, targets = task.outputs(model, batch), task.targets(batch)
         forms = [form for form in forms_of(task) if form.parts is not None]
-        self._forms = [*forms_that_give(task.losses(model, batch), outputs, targets, forms)]
+        losses_B = task.losses(model, batch)
         counted = counted_tokens(task, targets)
+        sound_B = losses_B.isfinite()
+        if not sound_B.all() and sound_B.any():  # the others are named with their shard
+            losses_B, outputs, targets = (t[sound_B] for t in (losses_B, outputs, targets))
+        self._forms = [*forms_that_give(losses_B, outputs, targets, forms)]
         if not self._forms or counted is None:
             raise self._without_parts()
         return counted.sum(1)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from influence_jobs.errors import ModelError, SpecError
 from influence_jobs.gradients.one_loss_each import wrong_losses
-from influence_jobs.tasks.base import Batch, Draw, Task, converted, out_of_half
+from influence_jobs.tasks.base import Batch, Draw, Task, converted, out_of_half, spread_ids
 from influence_jobs.tasks.output_loss import alike
 
 UNCHANGED = -1  # stands for the sample's own label
@@ -145,7 +145,7 @@ def require_classes(task: Task, *, by_task: bool) -> None:
 @torch.no_grad()
 def _is_cross_entropy(task: Task) -> bool:
     n = len(task.train_data())
-    batch = task.batch(torch.linspace(0, n - 1, min(n, LOOKED_AT)).long(), Draw(0))
+    batch = task.batch(spread_ids(n, LOOKED_AT), Draw(0))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         model = converted(task, torch.device("cpu"))[0]

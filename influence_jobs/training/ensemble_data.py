@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from influence_jobs.errors import ModelError
 from influence_jobs.gradients.batches import flattened, has_samples, map_tensors
-from influence_jobs.tasks.base import READING, Batch, Draw, Task, device_of, to_device
+from influence_jobs.tasks.base import READING, Batch, Draw, Task, device_of, spread_ids, to_device
 from influence_jobs.transfers import OfSteps, on_device
 
 RESIDENT_BYTES = 4 * 2**30  # a training set up to this size is kept on the device
@@ -183,7 +183,7 @@ class Feed:
         n = len(self._task.train_data())
         shapes = {
             tuple(leaf.shape for leaf in flattened(one)[0] if isinstance(leaf, Tensor))
-            for i in torch.linspace(0, n - 1, min(n, LOOKED_AT)).long()
+            for i in spread_ids(n, LOOKED_AT)
             for one in [self._task.train_batch(i[None], Draw(0))]
         }
         if self._fixed is not None:  # padded to the longest of all

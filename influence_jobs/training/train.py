@@ -24,6 +24,7 @@ from influence_jobs.tasks.base import (
     Task,
     defines,
     digest,
+    spread_ids,
     to_device,
 )
 from influence_jobs.tasks.layout import in_fast_layout
@@ -116,7 +117,7 @@ def require_repeatable(task: Task) -> None:
     if not defines(type(task), "train_batch"):
         return
     n = len(task.train_data())
-    ids = torch.linspace(0, n - 1, min(n, FINGERPRINT_ROWS)).round().long()
+    ids = spread_ids(n, FINGERPRINT_ROWS)
     pair = [
         [leaf for leaf in plain_leaves(task.train_batch(ids, Draw(0))) if isinstance(leaf, Tensor)]
         for _ in range(2)

@@ -323,7 +323,7 @@ SUBJECTS: Mapping[str, Subject] = {
     "EkFac, no rules": Subject("batch", ek_fac("odd"), 0, 45),
     "EkFac, sampled": Subject("batch", ek_fac(targets="sampled"), 0, 20),
     "EkFac, squared error": Subject("batch", ek_fac(kind=SquareDigits), 0, 20),
-    "EkFac, loss of its own": Subject("batch", ek_fac(kind=SteepDigits), 0, 21),
+    "EkFac, loss of its own": Subject("batch", ek_fac(kind=SteepDigits), 0, 22),
     "EkFac, tokens": Subject("batch", ek_fac("reader", kind=Texts), 0, 42),
     "EkFac, sampled tokens": Subject("batch", ek_fac("reader", "sampled", Texts), 0, 41),
     "Halves, EK-FAC": Subject("pair", halves(EkFac(0.1)), 41, 0),

@@ -33,13 +33,16 @@ class RowsRule(LayerRule[E]):
         ids_BT, g_BTD = self._positions(a, g)
         batch, rows = len(ids_BT), self.module.num_embeddings
         pairs = (ids_BT + rows * torch.arange(batch, device=a.device).unsqueeze(1)).flatten()
-        # Not by `unique`, whose length a GPU would be asked for: equal pairs get one number each.
-        in_order, order = pairs.sort(stable=True)
-        numbers = torch.zeros_like(order)
-        numbers[1:] = (in_order[1:] != in_order[:-1]).cumsum(0)
-        place = torch.empty_like(order)
-        place[order] = numbers
-        sums = g.new_zeros(len(pairs), self.module.embedding_dim)
+        if a.device.type == "cpu":
+            present, place = torch.unique(pairs, return_inverse=True)
+            count = len(present)
+        else:  # a GPU would be waited for: equal pairs get one number each, of room for all
+            in_order, order = pairs.sort(stable=True)
+            numbers = torch.zeros_like(order)
+            numbers[1:] = (in_order[1:] != in_order[:-1]).cumsum(0)
+            place, count = torch.empty_like(order), len(pairs)
+            place[order] = numbers
+        sums = g.new_zeros(count, self.module.embedding_dim)
         sums.index_add_(0, place, g_BTD.flatten(0, 1))
         norms = g.new_zeros(batch * rows)
         norms[pairs] = torch.linalg.vector_norm(sums, dim=1)[place]

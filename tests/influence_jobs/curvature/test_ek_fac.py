@@ -15,6 +15,7 @@ from influence_jobs.curvature.ek_fac_blocks import VectorBlock, _eigenvectors
 from influence_jobs.curvature.output_roots import Doubts, exact_roots, random_root, random_signs
 from influence_jobs.errors import DataError, ModelError, SpecError
 from influence_jobs.gradients.parameters import ParameterSpace
+from influence_jobs.tasks.base import Draw
 from influence_jobs.tasks.output_loss import FORMS, IGNORED, Form, forms_of
 
 from .test_any_model import (
@@ -580,6 +581,49 @@ def test_what_cannot_be_done_is_refused_by_name(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ModelError, match=r"'rnn\.weight_ih_l0' has no Kronecker eigenbasis"):
         operator = solved(classifier(MODELS["LSTM"]), None)[2]
         EkFac(LAMBDA).metrics(operator, power=1)
+
+
+@pytest.mark.parametrize("targets", ["exact", "sampled"])
+def test_a_loss_that_is_not_convex_is_refused_after_its_first_batch(
+    targets: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def concave(outputs: Tensor, targets: Tensor) -> Tensor:
+        return -(outputs - targets).square().sum(1)
+
+    task = Given(lambda: nn.Sequential(nn.Linear(3, 3)), rows(3), rows(3),
+                 lambda o, t: concave(o[None], t[None])[0], concave)  # fmt: skip
+    model = task.model().eval()
+    operator = GaussNewton(model, ParameterSpace(model), task, torch.arange(N), batch_size=1)
+    v_QP = torch.randn(1, operator.size, dtype=torch.float64)
+    solver = EkFac(LAMBDA, targets=targets)
+    with pytest.raises(ModelError, match="not convex"):
+        next(iter(solver.trial(operator, v_QP, 1.0).pieces))
+    told: list[float] = []
+    with pytest.raises(ModelError, match="not convex"):
+        solver.solve(operator, v_QP, told.append)
+    assert max(told, default=0.0) == 0.0
+
+
+def test_data_that_end_too_soon_are_no_smaller_data() -> None:
+    def reads_of_a_solve(most: int) -> int:
+        task, reads = Given(*LOSSES["a sum of squares"]), 0
+        plain = task.batch
+
+        def batch(ids: Tensor, draw: Draw) -> Any:
+            nonlocal reads
+            reads += 1
+            return plain(ids, draw) if reads <= most else next(iter(()))  # the user's, used up
+
+        task.batch = batch  # type: ignore[method-assign]
+        model = task.model().eval()
+        operator = GaussNewton(model, ParameterSpace(model), task, torch.arange(N), batch_size=1)
+        EkFac(LAMBDA).factors_of([operator])
+        return reads
+
+    needed = reads_of_a_solve(10_000)
+    for most in range(needed):
+        with pytest.raises((RuntimeError, StopIteration)):
+            reads_of_a_solve(most)
 
 
 def test_a_coarse_block_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -281,3 +281,18 @@ def test_padding_does_not_turn_exact_targets_into_sampled_ones() -> None:
         operator = GaussNewton(model, space, task, torch.arange(N))
         rhs_QP = torch.randn(1, space.size, dtype=torch.float64)
         assert EkFac(0.1).solve(operator, rhs_QP).record["targets"] == "exact"
+
+
+def test_a_text_whose_loss_is_nan_does_not_hide_how_losses_are_made() -> None:
+    task = Language()
+    model = task.model().eval()
+    batch = task.batch(torch.arange(N), Draw(0))
+    plain = task.losses
+
+    def losses(model: nn.Module, batch: Batch) -> Tensor:
+        return plain(model, batch) * torch.tensor([1.0, float("nan"), 1.0, 1.0])
+
+    parts = TokenLosses(task)
+    expected = parts.look(model, batch)
+    task.losses = losses  # type: ignore[method-assign]
+    assert torch.equal(TokenLosses(task).look(model, batch), expected)
