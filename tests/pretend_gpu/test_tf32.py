@@ -88,9 +88,9 @@ def test_retrainings_are_rounded_as_the_training_was(trained, tmp_path, here, se
 @pytest.mark.parametrize(
     ("kind", "options", "said"),
     [
-        ("influence", {"precision": "bfloat16"}, "precision=bfloat16 is for"),
+        ("s-test", {"precision": "bfloat16"}, "precision=bfloat16 is not for this"),
         ("self-influence", {"precision": "bfloat16-weights"}, "precision=bfloat16-weights is"),
-        ("baseline", {"method": "norm", "precision": "bfloat16"}, "precision=bfloat16 is for"),
+        ("baseline", {"method": "norm", "precision": "bfloat16"}, "precision=bfloat16 is not"),
         ("unrolled", {"precision": "tf32"}, "precision=tf32: unrolled computes exact derivatives"),
         (
             "train",
