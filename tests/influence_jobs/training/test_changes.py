@@ -121,7 +121,7 @@ def test_classes_that_only_the_tasks_own_loss_knows_are_not_relabelled() -> None
     class Unlabelled(Points):
         def targets(self, batch: Any) -> Tensor:
             labels: Tensor = batch[1]
-            return labels.where(labels != 4, -1)
+            return labels.where(labels != self._y[0], -1)
 
         def losses(self, model: nn.Module, batch: Any) -> Tensor:
             return F.cross_entropy(
