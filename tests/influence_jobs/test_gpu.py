@@ -1,7 +1,7 @@
 """What a GPU is told, and what it is asked, on a machine without one."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import pytest
@@ -167,23 +167,28 @@ class Watched(nn.Module):
         return found
 
 
+class Rows(Task):
+    """Samples of a network whose outputs are its losses."""
+
+    def __init__(self, network: Callable[[], nn.Module], x: Tensor) -> None:
+        self.network, self.x = network, x
+
+    def model(self) -> nn.Module:
+        return self.network()
+
+    def train_data(self) -> Tensor:
+        return self.x
+
+    def test_data(self) -> Tensor:
+        return self.x
+
+    def losses(self, model: nn.Module, batch: Tensor) -> Tensor:
+        return model(batch)  # type: ignore[no-any-return]
+
+
 def test_gradients_in_eval_mode_are_taken_without_cudnn_where_layers_are_recurrent() -> None:
     x = torch.randn(6, 1, 4, 4)
-
-    class Rows(Task):
-        def model(self) -> nn.Module:
-            return Watched()
-
-        def train_data(self) -> Tensor:
-            return x
-
-        def test_data(self) -> Tensor:
-            return x
-
-        def losses(self, model: nn.Module, batch: Tensor) -> Tensor:
-            return model(batch)  # type: ignore[no-any-return]
-
-    task, model = Rows(), Watched().eval()
+    task, model = Rows(Watched, x), Watched().eval()
     queries = Queries(items=(Query(test=1),))
     assert torch.backends.cudnn.enabled
     for take in (
@@ -214,21 +219,7 @@ class Large(nn.Module):
 
 def test_what_does_not_fit_is_not_taken_for_another_fault() -> None:
     x = torch.randn(6, 2, 4, 4)
-
-    class Rows(Task):
-        def model(self) -> nn.Module:
-            return Large()
-
-        def train_data(self) -> Tensor:
-            return x
-
-        def test_data(self) -> Tensor:
-            return x
-
-        def losses(self, model: nn.Module, batch: Tensor) -> Tensor:
-            return model(batch)  # type: ignore[no-any-return]
-
-    task, model = Rows(), Large().eval()
+    task, model = Rows(Large, x), Large().eval()
     for take in (
         lambda: lies_at_a_kink(model, task.losses, [*model.parameters()], x, 0, 6),
         lambda: query_gradients(

@@ -11,8 +11,9 @@ import torch
 from influence_jobs.curvature import ConjugateGradient, EkFac, GaussNewton
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.gradients.reference import gradients_one_by_one
+from influence_jobs.jobs.automatic import _key
 from influence_jobs.jobs.queries import query_gradients
-from influence_jobs.kinds import view_of
+from influence_jobs.kinds import open_job, view_of
 from influence_jobs.kinds.influence.spec import InfluenceSpec
 from influence_jobs.kinds.s_test.job import curvature_samples
 from influence_jobs.kinds.s_test.spec import STestSpec
@@ -267,3 +268,15 @@ def test_the_two_relative_forms_divide_by_two_sizes(carry_out, make_s_test):
     np.testing.assert_allclose(theta[0], theta[1], rtol=1e-2)
     assert (theta[0] <= loss[0] / np.sqrt(0.1) * 1.001).all()
     assert not np.allclose(theta[0] / loss[0], (theta[0] / loss[0])[0], rtol=1e-2)
+
+
+def test_a_size_that_was_found_in_bfloat16_is_for_that_alone(make_s_test, scores_root):
+    keys = {
+        _key(open_job(Run.create(str(scores_root), make_spec(InfluenceSpec, **fields))))
+        for s_test in [make_s_test()]
+        for fields in [
+            {"task": s_test.task, "s_tests": (s_test,), "sample_precision": precision}
+            for precision in (None, "bfloat16")
+        ]
+    }
+    assert len(keys) == 2
