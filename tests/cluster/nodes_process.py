@@ -50,7 +50,6 @@ def main() -> None:
     head = {
         "num_cpus": 0,
         "object_store_memory": OBJECT_STORE_BYTES,
-        "temp_dir": sys.argv[1],
         "include_dashboard": True,
         "dashboard_port": 0,
     }

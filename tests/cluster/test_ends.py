@@ -86,8 +86,15 @@ def sleeper() -> "subprocess.Popen[bytes]":
     return subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
 
 
+def wait_for_sleep(pid: int) -> None:
+    """Wait until a sleeper has started, as it waits for the disk until then."""
+    while psutil.Process(pid).status() != psutil.STATUS_SLEEPING:
+        time.sleep(0.01)
+
+
 def test_what_a_silent_process_waits_for() -> None:
     with sleeper() as process:
+        wait_for_sleep(process.pid)
         assert "a long step, or it hangs" in hangs(process.pid)
         os.kill(process.pid, signal.SIGSTOP)
         while psutil.Process(process.pid).status() != psutil.STATUS_STOPPED:
