@@ -5,59 +5,35 @@ and one forward pass for all vectors. So vectors have a leading axis here.
 """
 
 import copy
-import logging
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad, vmap
+from torch.func import vmap
 from torch.utils import _pytree as pytree
 
-from influence_jobs.curvature.derivatives import (
-    AGREEMENT,
-    Parameters,
-    agreement,
-    function_of_parameters,
-    require_alike,
-)
-from influence_jobs.curvature.requirements import (
-    require_deterministic,
-    saved_bytes,
-)
-from influence_jobs.errors import DataError, ModelError, SpecError, first_line
+from influence_jobs.curvature.batch_curvature import BatchCurvature
+from influence_jobs.curvature.derivatives import Parameters, agreement
+from influence_jobs.curvature.requirements import saved_bytes
+from influence_jobs.errors import DataError, SpecError
 from influence_jobs.gradients.batches import flattened
 from influence_jobs.gradients.parameters import ParameterSpace
-from influence_jobs.gradients.requirements import require_independent_samples
-from influence_jobs.gradients.taps import thawed
 from influence_jobs.gradients.transforms import all_derivatives
 from influence_jobs.memory import BatchSize, is_out_of_memory
-from influence_jobs.tasks.base import (
-    READING,
-    Batch,
-    Draw,
-    Task,
-    copy_of,
-    device_of,
-    to_device,
-    to_type,
-)
+from influence_jobs.tasks.base import READING, Batch, Draw, Task, device_of, to_device, to_type
 from influence_jobs.tasks.lengths import by_length, pads
-from influence_jobs.transfers import loader_for, on_device
-
-log = logging.getLogger(__name__)
+from influence_jobs.transfers import loader_for
 
 T = TypeVar("T")
 
 MAX_BYTES = 2**30  # largest memory for activations times vectors in a pass
 MIN_ROWS = 8  # least samples in a pass; below it fewer vectors are faster than fewer samples
 LOOKED_AT = 8  # samples in the first check of a model
-DIFFERENCES = (1e-6, 1e-8, 1e-10)  # steps of differences in float64, as parts of the weights
 
 
-class Operator(ABC):
+class Operator(BatchCurvature):
     """A symmetric P x P matrix, the mean of one such matrix per sample.
 
     Args:
@@ -78,13 +54,11 @@ class Operator(ABC):
         cost: Cost of a product for one vector, in gradients of the same samples. It counts the
             matrix products of a linear layer, of which a gradient has three, without the forward
             pass that all vectors share.
-        cure: What to use instead where torch lacks a derivative.
         work: Cost of all products so far, in gradients of one sample.
     """
 
     positive_semidefinite: ClassVar[bool]
     cost: ClassVar[float]
-    cure: ClassVar[str] = "--solver identity"
 
     def __init__(
         self,
@@ -97,21 +71,14 @@ class Operator(ABC):
     ):
         if len(ids) == 0:
             raise SpecError("curvature needs at least one sample")
-        for name, parameter in space.parameters().items():
-            if parameter.dtype not in (torch.float32, torch.float64):
-                raise ModelError(
-                    f"parameter {name} is of {str(parameter.dtype).removeprefix('torch.')}, and "
-                    "curvature needs float32 or float64: convert the model with model.float()"
-                )
-        self.model, self.space, self.task, self.ids, self.draw = model, space, task, ids, draw
+        super().__init__(model, space, task)
+        self.ids, self.draw = ids, draw
         if not isinstance(batch_size, BatchSize):
             batch_size = BatchSize(batch_size or task.batch_size)
         self.batching = batch_size
         self.work = 0.0
         self._by_length: Tensor | None = None
         self._sample_bytes: int | None = None  # activations of a sample; known after `look`
-        self._exact = True  # products are exact up to rounding
-        self._plain = False  # by autograd on the model itself, since torch.func cannot
         # By shape (E, B): whether vmap over E mini-batches of B samples works for the model.
         self._batches_together: dict[torch.Size, bool] = {}
 
@@ -185,7 +152,7 @@ class Operator(ABC):
         """What must hold of every batch, as flags on the device; most operators ask nothing."""
         return losses_B.new_ones(0, dtype=torch.bool)
 
-    def _checked(self, right: Sequence[bool]) -> None:  # noqa: B027
+    def _checked(self, right: Sequence[bool]) -> None:
         """Take note of the flags that hold for all batches, and refuse what must not be."""
 
     def product(self, v_QP: Tensor, ids: Tensor) -> Tensor:
@@ -321,12 +288,6 @@ class Operator(ABC):
             self._by_length = by_length(self.task, self.ids) if pads(self.task) else self.ids
         return self._by_length
 
-    @abstractmethod
-    def _multiply(
-        self, parameters: Parameters, vectors: Parameters, batch: Batch, at_once: int
-    ) -> Parameters:
-        """The mean over a batch times {name: (Q, *shape)}, for `at_once` vectors at a time."""
-
     # The transforms keep their own graphs; autograd would keep one more, of the parameters that do
     # not count.
     @torch.no_grad()
@@ -378,18 +339,6 @@ class Operator(ABC):
             return {name: mean[None] for name, mean in means[0].items()}
         return {name: torch.stack([mean[name] for mean in means]) for name in means[0]}
 
-    def _products(self, vectors: Parameters, batch: Batch, at_once: int) -> Parameters:
-        """The mean over a batch times vectors, by whichever way the model can be differentiated."""
-        if not self._plain:
-            return self._multiply(self._values(), vectors, batch, at_once)
-        count = len(next(iter(vectors.values())))
-        with thawed(self.space.parameters().values()), torch.enable_grad():
-            found = [
-                self._plain_product({name: v[i] for name, v in vectors.items()}, batch)
-                for i in range(count)
-            ]
-        return {name: torch.stack([one[name].detach() for one in found]) for name in vectors}
-
     def _together(self, v_EQP: Tensor, ids_EB: Tensor, batch: Batch) -> Parameters:
         """`_means` by one pass over all mini-batches, whose samples are one batch."""
         repeats, queries, _ = v_EQP.shape
@@ -427,9 +376,6 @@ class Operator(ABC):
             return False
         return bool((found - expected).norm() <= agreement() * expected.norm())
 
-    def _values(self) -> Parameters:
-        return {name: p.detach() for name, p in self.space.parameters().items()}
-
     def batch(self, ids: Tensor) -> Batch:
         """Samples on the model's device, with the dtype of its weights."""
         return self.placed(self.read(ids))
@@ -455,141 +401,9 @@ class Operator(ABC):
             self._look(self.batch(ids), self.batch(ids))
             self._sample_bytes = saved_bytes(self.task, self.model, self.batch(ids)) // len(ids)
 
-    def _compare_with_differences(self, batch: Batch) -> None:
-        """Compare a product by plain autograd with finite differences, in float64.
-
-        Where the backward of an operation of one's own cannot be differentiated, autograd may take
-        the missing derivative for zero without a word. One step that agrees is enough: another may
-        cross the kink of a ReLU.
-
-        Raises:
-            ModelError: They differ.
-            RuntimeError: Autograd cannot do it, or the model cannot be in float64.
-        """
-        exact = copy.copy(self)
-        exact.model = copy_of(self.model).double()
-        exact.space = self.space.of(exact.model)
-        batch, parameters = to_type(batch, torch.float64), exact.space.parameters()
-        generator = torch.Generator().manual_seed(0)
-        theta_P = self._joined({name: p.detach() for name, p in parameters.items()})
-        vector_P = torch.randn(self.size, generator=generator, dtype=torch.float64).to(theta_P)
-        vector_P *= theta_P.norm() / vector_P.norm()
-
-        def at(step: float) -> Tensor:
-            moved = self.space.split(theta_P + step * vector_P)
-            with torch.no_grad():
-                for name, parameter in parameters.items():
-                    parameter.copy_(moved[name])
-            return exact._first_derivative(batch)
-
-        with thawed(parameters.values()), torch.enable_grad():
-            found_P = self._joined(exact._plain_product(self.space.split(vector_P), batch))
-            gradient = exact._autograd(self.task.losses(exact.model, batch).mean())
-            rounding = 1e-6 * self._joined(gradient).norm()  # where the product is zero
-            for step in DIFFERENCES:
-                slope = (at(step) - at(-step)) / (2 * step)
-                at(0)
-                expected_P = self._joined(exact._from_first(slope, batch))
-                if (found_P - expected_P).norm() <= AGREEMENT * expected_P.norm() + rounding:
-                    return
-        raise ModelError(
-            f"a product with the curvature of {type(self.model).__name__} differs from finite "
-            "differences: torch cannot differentiate the backward pass of one of its operations, "
-            f"such as weight_norm, or of your own operation with detach() in it; use {self.cure}, "
-            "or replace the operation"
-        )
-
-    def _joined(self, parts: Parameters) -> Tensor:
-        """One value a parameter as one vector (P,)."""
-        return self.space.join({name: part[None] for name, part in parts.items()})[0]
-
-    @abstractmethod
-    def _first_derivative(self, batch: Batch) -> Tensor:
-        """What a product is made of by its derivative along the vector, by autograd."""
-
-    @abstractmethod
-    def _from_first(self, slope: Tensor, batch: Batch) -> Parameters:
-        """The product, given that derivative."""
-
     def samples_at_once(self, num_vectors: int) -> int:
         """The samples whose activations fit into `MAX_BYTES` for so many vectors."""
         self.look()
         assert self._sample_bytes is not None
         fitting = MAX_BYTES // (num_vectors * self._sample_bytes)
         return max(MIN_ROWS, fitting)
-
-    def _look(self, batch: Batch, again: Batch) -> None:
-        """`look`, given a few samples that were fetched twice."""
-        require_independent_samples(self.model)
-        require_deterministic(self.task, self.model, batch, again)
-        with all_derivatives(self.model):
-            try:
-                self._compare_with_autograd(batch)
-            except RuntimeError as error:  # NotImplementedError is one
-                if is_out_of_memory(error):
-                    raise
-                self._turn_to_plain_autograd(batch, error)
-
-    def _turn_to_plain_autograd(self, batch: Batch, error: RuntimeError) -> None:
-        """Do without `torch.func`, for which some operations lack what plain autograd knows.
-
-        Raises:
-            ModelError: Plain autograd cannot do either.
-        """
-        said = first_line(error)
-        self._plain = True
-        try:
-            self._compare_with_differences(batch)
-        except RuntimeError as failed:
-            if is_out_of_memory(failed):
-                raise
-            raise ModelError(
-                f"torch cannot differentiate {type(self.model).__name__} as the curvature needs it "
-                f"({said}): use {self.cure}, or replace the operation"
-            ) from error
-        log.warning("the curvature is computed by plain autograd, one vector at a time: %s", said)
-
-    def _compare_with_autograd(self, batch: Batch) -> None:
-        """Compare a gradient and a product with those of plain autograd on the model as it is.
-
-        Raises:
-            RuntimeError: They differ, as where a model uses a parameter through a handle of its
-                own, or `torch.func` fails.
-        """
-        parameters = self.space.parameters()
-        losses = function_of_parameters(self.model, self.task.losses, batch)
-        ours = grad(lambda parameters: losses(parameters).mean())(self._values())
-        generator = torch.Generator().manual_seed(0)
-        vectors = {
-            name: on_device(torch.randn(p.shape, generator=generator).to(p.dtype), p.device)
-            for name, p in parameters.items()
-        }
-        products = self._products({name: v[None] for name, v in vectors.items()}, batch, 1)
-        with thawed(parameters.values()), torch.enable_grad():
-            plain = self._autograd(self.task.losses(self.model, batch).mean())
-            require_alike("gradient", ours, plain)
-            try:
-                plain = self._plain_product(vectors, batch)
-            except (RuntimeError, NotImplementedError):  # autograd itself knows no such derivative
-                return
-        if self._exact:
-            require_alike("curvature", {n: p[0] for n, p in products.items()}, plain)
-
-    def _autograd(
-        self, value: Tensor, along: Tensor | None = None, *, create_graph: bool = False
-    ) -> Parameters:
-        """Derivatives of a value by the parameters, zero where it does not depend on one."""
-        parameters = self.space.parameters()
-        found = torch.autograd.grad(
-            value,
-            list(parameters.values()),
-            along,
-            create_graph=create_graph,
-            retain_graph=True,
-            materialize_grads=True,
-        )
-        return dict(zip(parameters, found, strict=True))
-
-    @abstractmethod
-    def _plain_product(self, vectors: Parameters, batch: Batch) -> Parameters:
-        """The mean over a batch times {name: shape}, by plain autograd on the model."""

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from influence_jobs.curvature.batch_curvature import DIFFERENCES
 from influence_jobs.curvature.derivatives import agreement
-from influence_jobs.curvature.operators import DIFFERENCES
 from influence_jobs.curvature.requirements import saved_bytes
 from influence_jobs.errors import ModelError, first_line
 from influence_jobs.gradients.transforms import all_derivatives
