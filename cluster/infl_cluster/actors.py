@@ -68,11 +68,7 @@ class Actors:
     @property
     def refusal(self) -> str | None:
         """Why the run goes on without a worker, as long as that is not asked again."""
-        return (
-            f"a worker could not start, and the run goes on without it: {self._refusals[-1][1]}"
-            if self._refusals
-            else None
-        )
+        return self._refusals[-1][1] if self._refusals else None
 
     def grow(self, size: int) -> None:
         """Start actors until there are `size`, or fewer if some were refused."""
@@ -123,6 +119,8 @@ class Actors:
             return actor, Receipt(shard.id, "failed", why, "transient", seconds=seconds)
         self.idle.append(actor)
         self._has_done = self._has_done or receipt.status == "done"
+        if receipt.kind == "worker":  # else its next worker may take the same shard again
+            self._go_on_without("a GPU failed", receipt.error)
         return actor, receipt
 
     def end(self, worker: Actor) -> None:
@@ -199,14 +197,19 @@ class Actors:
             if not self._has_done and not (UNUSABLE in refusal and others):
                 raise RuntimeFault(refusal)
             # A node that joined later, or a broken GPU: those that can compute go on.
-            self._refusals.append((time.monotonic(), refusal))
-            log.warning("%s", self.refusal)
+            self._go_on_without("a worker could not start", refusal)
             ray.kill(actor)
             return
         log.info("worker %s computes on %s", process, device)
         self._failed_starts = 0
         self._processes[actor] = process
         self.idle.append(actor)
+
+    def _go_on_without(self, what: str, why: str | None) -> None:
+        self._refusals.append(
+            (time.monotonic(), f"{what}, and the run goes on without it for a while: {why}")
+        )
+        log.warning("%s", self.refusal)
 
     def _count_failed_start(self, why: str, error: Exception | None = None) -> None:
         self._failed_starts += 1

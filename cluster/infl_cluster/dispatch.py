@@ -118,10 +118,8 @@ class Dispatch:
         for worker in self._workers.idle[::-1]:
             if not self._todo:
                 return
-            # If nothing is under way, there is nobody who would do it earlier.
-            if not self._at or self._pace.may_take(
-                worker, self._todo[0], left=len(self._todo), others=len(self._at)
-            ):
+            now, running = self._workers.now(), self._at.values()
+            if self._pace.may_take(worker, self._todo[0], len(self._todo), running, now):
                 self._give(worker, self._todo.popleft())
 
     def _give(self, worker: Hashable, shard: Shard) -> Attempt:

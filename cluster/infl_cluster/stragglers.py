@@ -60,15 +60,23 @@ class Pace:
             return None
         return self._finished[len(self._finished) // 2] * _size(shard)
 
-    def may_take(self, worker: Hashable, shard: Shard, *, left: int, others: int) -> bool:
+    def may_take(
+        self, worker: Hashable, shard: Shard, left: int, running: Iterable[Attempt], now: float
+    ) -> bool:
         """Whether a worker should get a shard, of which `left` are not handed out yet.
 
-        A slow worker should not if `others` would have finished it earlier, after all the rest.
+        A slow worker should not if others would have finished it earlier, after all the rest. Who
+        is late with its own shard may hang, and so is not waited for.
+
+        Args:
+            running: Attempts of the other workers.
+            now: Of the clock of the attempts.
         """
         expected, own = self.expected_s(shard), self._own_s(worker, shard)
-        if expected is None or own is None or own <= WELL_OVER * expected or not others:
+        if expected is None or own is None or own <= WELL_OVER * expected:
             return True
-        return own <= expected * (left / others + 1)
+        others = sum(self._expected_left_s(attempt, now) is None for attempt in running)
+        return not others or own <= expected * (left / others + 1)
 
     def backup(
         self, running: Iterable[Attempt], idle: Sequence[Hashable], now: float

@@ -62,9 +62,8 @@ def test_a_refusal_is_forgotten_and_the_node_asked_again(clock):
     actors.wait(0)  # a shard is done: who refuses now is gone on without
     actors.grow(2)
     actors.wait(0)
-    assert (
-        actors.refusal == "a worker could not start, and the run goes on without it: no data here"
-    )
+    said = "a worker could not start, and the run goes on without it for a while: no data here"
+    assert actors.refusal == said
     actors.grow(2)
     assert len(started) == 2
     there["data"] = True
@@ -125,6 +124,51 @@ def test_another_refusal_ends_a_run_that_has_done_nothing(clock):
     actors.grow(2)
     with pytest.raises(RuntimeFault, match="no data here"):
         actors.wait(0)
+
+
+def of_gpu_that_fails(reference):
+    if reference[0] == "ran":
+        return Receipt(reference[2].id, "failed", "CUDA error", "worker")
+    return None, "host:1", "cuda"
+
+
+def test_a_gpu_that_fails_under_load_leaves_its_shard_to_the_others(clock, monkeypatch):
+    """It passes what it is asked at the start; three failures of a shard would end the run."""
+    started = []
+
+    def start():
+        started.append(Actor())
+        return started[-1]
+
+    monkeypatch.setattr(ray, "get", of_gpu_that_fails)
+    actors = Actors(start, "test", 1800.0)
+    actors.grow(2)
+    actors.wait(0)
+    actors.wait(0)
+    broken, other = actors.idle
+    actors.give(broken, Shard("a", 0, 1))
+    assert actors.wait(0)[1].kind == "worker"
+    actors.end(broken)
+    said = "a GPU failed, and the run goes on without it for a while: CUDA error"
+    assert actors.refusal == said
+    actors.grow(2)
+    assert (len(started), actors.idle) == (2, [other])
+    clock.now += REFUSED_S + 1
+    actors.grow(2)  # it may have been reset
+    assert len(started) == 3
+
+
+def test_the_only_gpu_that_fails_is_asked_again_at_once(clock, monkeypatch):
+    monkeypatch.setattr(ray, "get", of_gpu_that_fails)
+    actors = Actors(Actor, "test", 1800.0)
+    actors.grow(1)
+    actors.wait(0)
+    actors.give(actors.idle[0], Shard("a", 0, 1))
+    actors.wait(0)
+    actors.end(actors.idle[0])
+    actors.grow(1)
+    actors.wait(0)
+    assert len(actors.idle) == 1
 
 
 @pytest.mark.parametrize(

@@ -180,6 +180,15 @@ def test_a_slow_worker_gets_no_last_shard_and_no_backup(rows: int) -> None:
     assert (workers.time, told.rescues) == (6.0 * rows, [])
 
 
+def test_a_slow_worker_does_not_wait_for_one_that_hangs() -> None:
+    workers = Simulated(pace={0: 5.0}, fate={("s4", 1): FOREVER})
+    told = carry_out(workers, 6, most=2, stalled_after_s=1000.0, quiet_s=lambda _: FOREVER)
+    assert done_once(told, 6)
+    assert workers.given[4:] == [("s4", 1), ("s5", 0), ("s4", 0)]
+    assert told.counts == {"backup": 1, "backup won": 1}
+    assert workers.time < 200.0
+
+
 def test_a_slow_worker_that_is_alone_does_everything() -> None:
     workers = Simulated(pace={0: 5.0}, fate={("s3", 1): "transient", ("s4", 1): "transient"})
     told = carry_out(workers, 6, most=1)
