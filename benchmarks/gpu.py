@@ -33,9 +33,10 @@ from influence_jobs.gpu import tf32
 from influence_jobs.gradients import GradDots, GradNorms, ParameterSpace
 from influence_jobs.gradients.reference import gradients_one_by_one
 from influence_jobs.memory import is_out_of_memory
-from influence_jobs.tasks.base import Draw, Task, to_device
+from influence_jobs.tasks.base import Draw, Task
 from influence_jobs.tasks.ffdnet import FFDNetTask
 from influence_jobs.tasks.mnist import MnistTask
+from influence_jobs.tasks.placement import to_device
 from influence_jobs.terms import Precision
 from influence_jobs.training.ensemble import EnsembleTrainer, Variant
 from influence_jobs.training.recipe import Recipe

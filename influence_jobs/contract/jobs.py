@@ -14,8 +14,9 @@ from influence_jobs.kinds import find_kind, open_job
 from influence_jobs.kinds.train.spec import TrainSpec
 from influence_jobs.memory import Peak
 from influence_jobs.store.run import Run
-from influence_jobs.tasks.base import Draw, Task, to_device
+from influence_jobs.tasks.base import Draw, Task
 from influence_jobs.tasks.own_code import described
+from influence_jobs.tasks.placement import to_device
 from influence_jobs.terms import duration, size, speed
 from influence_jobs.training.train import initial_model
 

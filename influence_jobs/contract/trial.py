@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from influence_jobs.gradients.transforms import differentiable_kernels
-from influence_jobs.tasks.base import Batch, Draw, Task, converted, spread_ids, to_device, to_type
+from influence_jobs.tasks.base import Batch, Draw, Task, spread_ids
+from influence_jobs.tasks.placement import converted, to_device, to_type
 from influence_jobs.terms import ScorePrecision, html_table
 from influence_jobs.training.train import seeded
 

@@ -22,7 +22,8 @@ from influence_jobs.gradients.requirements import require_independent_samples
 from influence_jobs.gradients.taps import thawed
 from influence_jobs.gradients.transforms import all_derivatives
 from influence_jobs.memory import is_out_of_memory
-from influence_jobs.tasks.base import Batch, Task, copy_of, to_type
+from influence_jobs.tasks.base import Batch, Task
+from influence_jobs.tasks.placement import copy_of, to_type
 from influence_jobs.transfers import on_device
 
 log = logging.getLogger(__name__)

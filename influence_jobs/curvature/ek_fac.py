@@ -34,7 +34,7 @@ from influence_jobs.errors import DataError, ModelError, SpecError
 from influence_jobs.gradients import Metric
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.memory import is_out_of_memory
-from influence_jobs.tasks.base import device_of
+from influence_jobs.tasks.placement import device_of
 
 Targets = Literal["auto", "exact", "sampled"]
 

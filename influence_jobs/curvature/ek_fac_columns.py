@@ -15,7 +15,8 @@ from influence_jobs.curvature.output_roots import (
     random_signs,
     token_signs,
 )
-from influence_jobs.tasks.base import Batch, device_of
+from influence_jobs.tasks.base import Batch
+from influence_jobs.tasks.placement import device_of
 from influence_jobs.tasks.sequences import tokens_in
 from influence_jobs.transfers import loader_for, on_device
 

@@ -22,8 +22,9 @@ from influence_jobs.gradients.batches import flattened
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.gradients.transforms import all_derivatives
 from influence_jobs.memory import BatchSize, is_out_of_memory
-from influence_jobs.tasks.base import READING, Batch, Draw, Task, device_of, to_device, to_type
+from influence_jobs.tasks.base import READING, Batch, Draw, Task
 from influence_jobs.tasks.lengths import by_length, pads
+from influence_jobs.tasks.placement import device_of, to_device, to_type
 from influence_jobs.transfers import loader_for
 
 T = TypeVar("T")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from influence_jobs.curvature.operators import Operator
 from influence_jobs.errors import RuntimeFault
-from influence_jobs.tasks.base import device_of
+from influence_jobs.tasks.placement import device_of
 from influence_jobs.transfers import numbers, on_cpu, on_device
 
 SAMPLES = 256  # settings need one digit only, and products of a large network are expensive

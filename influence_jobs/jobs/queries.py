@@ -11,7 +11,8 @@ from influence_jobs.gradients.transforms import differentiable_kernels
 from influence_jobs.memory import is_out_of_memory
 from influence_jobs.specs.queries import Queries, Query
 from influence_jobs.store.run import Run
-from influence_jobs.tasks.base import Batch, Draw, Task, copy_of, device_of, to_device, to_type
+from influence_jobs.tasks.base import Batch, Draw, Task
+from influence_jobs.tasks.placement import copy_of, device_of, to_device, to_type
 from influence_jobs.tasks.regions import CURE
 from influence_jobs.tasks.sequences import tokens_in
 from influence_jobs.transfers import numbers

@@ -26,7 +26,8 @@ from influence_jobs.store.documents import Width
 from influence_jobs.store.layout import CHECKPOINTS, ArrayLayout
 from influence_jobs.store.rankings import digests, needed_runs
 from influence_jobs.store.retrained import Retrained, variant_key
-from influence_jobs.tasks.base import Batch, Draw, converted, out_of_half, to_device
+from influence_jobs.tasks.base import Batch, Draw
+from influence_jobs.tasks.placement import converted, out_of_half, to_device
 from influence_jobs.terms import Region
 from influence_jobs.training.changes import Changes
 from influence_jobs.training.ensemble import EnsembleTrainer, Variant, why_alone

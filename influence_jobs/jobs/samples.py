@@ -16,9 +16,10 @@ from influence_jobs.kinds.train.spec import Checkpoint, TrainedCheckpoint
 from influence_jobs.specs.base import Spec
 from influence_jobs.store.checkpoints import load_checkpoint, recorded_digest
 from influence_jobs.store.layout import ArrayLayout
-from influence_jobs.tasks.base import READING, Batch, Draw, converted, to_device, to_type
+from influence_jobs.tasks.base import READING, Batch, Draw
 from influence_jobs.tasks.layout import in_fast_layout
 from influence_jobs.tasks.lengths import by_length, pads
+from influence_jobs.tasks.placement import converted, to_device, to_type
 from influence_jobs.terms import JobPrecision, Precision
 from influence_jobs.transfers import loader_for
 

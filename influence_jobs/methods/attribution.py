@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from influence_jobs.errors import DataError, ModelError, SpecError
 from influence_jobs.gradients.rules import nearest_rule
 from influence_jobs.gradients.weights import own_weights, weight_named
-from influence_jobs.tasks.base import Batch, Draw, Task, device_of, out_of_half, to_device
+from influence_jobs.tasks.base import Batch, Draw, Task
+from influence_jobs.tasks.placement import device_of, out_of_half, to_device
 from influence_jobs.terms import Region
 
 FloatArray = npt.NDArray[np.floating[Any]]

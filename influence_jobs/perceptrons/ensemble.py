@@ -19,7 +19,8 @@ from influence_jobs.gradients.rules import reduce_norms
 from influence_jobs.perceptrons.blocked_layer import BlockedLayer, Modes, flush_, sgd_modes
 from influence_jobs.perceptrons.network import Perceptron, find_perceptron, first_inputs
 from influence_jobs.perceptrons.pending import padded
-from influence_jobs.tasks.base import Task, device_of
+from influence_jobs.tasks.base import Task
+from influence_jobs.tasks.placement import device_of
 from influence_jobs.training.changes import replaced
 from influence_jobs.training.ensemble import Variant
 from influence_jobs.training.ensemble_data import (

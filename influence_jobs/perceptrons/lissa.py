@@ -38,7 +38,8 @@ from influence_jobs.curvature.matrices import GaussNewton, Hessian
 from influence_jobs.curvature.operators import Operator
 from influence_jobs.perceptrons.network import Perceptron, find_perceptron, first_inputs
 from influence_jobs.perceptrons.pending import PendingOutputs, padded
-from influence_jobs.tasks.base import Batch, device_of
+from influence_jobs.tasks.base import Batch
+from influence_jobs.tasks.placement import device_of
 from influence_jobs.transfers import loader_for, on_device
 
 BLOCK_SAMPLES = 192  # the largest K; fastest by measurement

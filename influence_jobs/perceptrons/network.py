@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from influence_jobs.tasks.base import Batch, Task, copy_of
+from influence_jobs.tasks.base import Batch, Task
+from influence_jobs.tasks.placement import copy_of
 
 
 @dataclass(frozen=True)

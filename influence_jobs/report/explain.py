@@ -14,7 +14,8 @@ from influence_jobs.experiments.stability import head
 from influence_jobs.methods.attribution import attribution_scores, clamped_outputs, pool
 from influence_jobs.store.checkpoints import load_checkpoint
 from influence_jobs.store.layout import norms_name
-from influence_jobs.tasks.base import Draw, Task, converted, out_of_half
+from influence_jobs.tasks.base import Draw, Task
+from influence_jobs.tasks.placement import converted, out_of_half
 from influence_jobs.tasks.registry import make_task
 from influence_jobs.terms import Region
 from influence_jobs.views.norms import StoredNorms

@@ -30,9 +30,10 @@ from influence_jobs.specs.solvers import (
     LissaSettings,
     SolverSettings,
 )
-from influence_jobs.tasks.base import Draw, Task, converted, dtype_of, to_type
+from influence_jobs.tasks.base import Draw, Task
 from influence_jobs.tasks.layers import by_type, left_out, resolve_layers, trained_modules
 from influence_jobs.tasks.output_loss import forms_of
+from influence_jobs.tasks.placement import converted, dtype_of, to_type
 from influence_jobs.terms import FullPrecision, JobPrecision, ScorePrecision
 
 if TYPE_CHECKING:

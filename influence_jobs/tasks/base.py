@@ -19,7 +19,6 @@ gives `--rows 50`. Scores need more: `test_data`, the samples whose outputs are 
 Gauss-Newton matrix needs `outputs`, `targets` and `output_loss`.
 """
 
-import copy
 import hashlib
 import inspect
 import threading
@@ -36,14 +35,12 @@ from PIL.Image import Image
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from influence_jobs.errors import DataError, InflError, ModelError, SpecError, first_line
-from influence_jobs.gradients.batches import KINDS, map_tensors, plain_leaves
-from influence_jobs.memory import is_out_of_memory
+from influence_jobs.errors import DataError, InflError, SpecError
+from influence_jobs.gradients.batches import KINDS, plain_leaves
 from influence_jobs.tasks.own_code import described
 from influence_jobs.tasks.published import Published
 from influence_jobs.tasks.regions import image_size, measure_outputs
 from influence_jobs.terms import Region
-from influence_jobs.transfers import on_device
 
 #: What `losses` takes, also `influence_jobs.Batch`. It is a tensor, or a tree of tuples, lists,
 #: dicts and dataclasses with tensors that have the samples along their first axis.
@@ -53,25 +50,6 @@ _READ_ONCE = ("train_data", "test_data")
 # Held while a task makes a batch: for a GPU a thread does it in advance, and data sets that seek in
 # a file would mix up the samples of two at a time.
 READING = threading.RLock()
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Move every tensor of a batch; nothing waits for the copies to a GPU."""
-    return map_tensors(lambda t: on_device(t, device), batch)
-
-
-def to_type(batch: Batch, dtype: torch.dtype) -> Batch:
-    """A batch with its floating-point tensors in another type."""
-    return map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, batch)
-
-
-def out_of_half(batch: Batch, model: nn.Module) -> Batch:
-    """A batch for a model that was `converted` from half precision; other tensors stay as given."""
-    dtype = next(model.parameters()).dtype
-    half = (torch.bfloat16, torch.float16)
-    if dtype in half:
-        return batch
-    return map_tensors(lambda t: t.to(dtype) if t.dtype in half else t, batch)
 
 
 def spread_ids(n: int, most: int) -> Tensor:
@@ -100,32 +78,6 @@ def digest(batch: Batch) -> str:
     return found.hexdigest()
 
 
-def dtype_of(model: nn.Module) -> torch.dtype:
-    """What computations with a model are done in: float64 if it is built in it, else float32.
-
-    Half precision would cost about a hundredth of a norm, and conjugate gradients altogether.
-    """
-    double = any(value.dtype == torch.float64 for value in model.parameters())
-    return torch.float64 if double else torch.float32
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """The device of a model's weights."""
-    return next(model.parameters()).device
-
-
-def copy_of(model: nn.Module) -> nn.Module:
-    """A copy of a model, also of one that keeps a result of autograd, such as weight_norm's."""
-    kept = [
-        value
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, Tensor) and not value.is_leaf
-    ]
-    # Such a tensor cannot be copied as it is; the forward pass computes it anew.
-    return copy.deepcopy(model, {id(value): value.detach().clone() for value in kept})
-
-
 def require_at_least(least: float, **options: float | None) -> None:
     """Refuse options of a task that are too small; None is no option given.
 
@@ -148,39 +100,6 @@ class Draw:
 
     seed: int
     index: int = 0
-
-
-def converted(
-    task: "Task", device: torch.device, dtype: torch.dtype | None = None
-) -> tuple[nn.Module, bool]:
-    """A task's untrained model in eval mode, and whether its samples must be converted too.
-
-    Args:
-        dtype: Of its weights; by default `dtype_of` it.
-
-    Raises:
-        ModelError: The model is built in another dtype and does not run in this one.
-    """
-    model = task.model()
-    dtype = dtype or dtype_of(model)
-    types = {value.dtype for value in model.parameters() if value.is_floating_point()}
-    model = model.to(device, dtype).eval()
-    converts = bool(types - {dtype})
-    if converts:
-        sample = to_device(task.batch(torch.tensor([0]), Draw(0)), device)
-        try:
-            with torch.no_grad():
-                task.losses(model, to_type(sample, dtype))
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
-            names = ", ".join(sorted(str(t).removeprefix("torch.") for t in types - {dtype}))
-            raise ModelError(
-                f"{type(model).__name__} is built in {names} and does not run in "
-                f"{str(dtype).removeprefix('torch.')} ({first_line(error)}): let its "
-                "forward follow the dtype of its weights, and leave .to(dtype) to the training"
-            ) from error
-    return model, converts
 
 
 class Task(ABC):

@@ -17,7 +17,8 @@ from influence_jobs.datasets.patches import Patches
 from influence_jobs.datasets.quality import psnr
 from influence_jobs.errors import SpecError
 from influence_jobs.models.ffdnet import FFDNet
-from influence_jobs.tasks.base import Batch, Draw, Task, device_of, require_at_least
+from influence_jobs.tasks.base import Batch, Draw, Task, require_at_least
+from influence_jobs.tasks.placement import device_of
 from influence_jobs.tasks.published import FFDNET, FFDNET_GREY, Published
 from influence_jobs.terms import OutputLoss, Region
 

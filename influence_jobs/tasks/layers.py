@@ -21,9 +21,9 @@ from influence_jobs.gradients.weights import (
     weights_of,
     with_parametrizations,
 )
-from influence_jobs.tasks.base import (
-    Draw,
-    Task,
+from influence_jobs.tasks.base import Draw, Task
+from influence_jobs.tasks.own_code import described
+from influence_jobs.tasks.placement import (
     converted,
     device_of,
     dtype_of,
@@ -31,7 +31,6 @@ from influence_jobs.tasks.base import (
     to_device,
     to_type,
 )
-from influence_jobs.tasks.own_code import described
 from influence_jobs.terms import Precision
 
 Say = Callable[[str], None]

@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from influence_jobs.gradients.transforms import differentiable_kernels
 from influence_jobs.memory import is_out_of_memory
-from influence_jobs.tasks.base import Draw, Task, copy_of, device_of, to_device, to_type
+from influence_jobs.tasks.base import Draw, Task
+from influence_jobs.tasks.placement import copy_of, device_of, to_device, to_type
 
 AGREEMENT = 1e-3  # relative difference of the losses; rounding makes 1e-6
 _ANSWER = "_channels_last"  # kept in the task's object, which may have no hash

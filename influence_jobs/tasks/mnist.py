@@ -14,7 +14,8 @@ from typing_extensions import Doc
 
 from influence_jobs.datasets.mnist import Mnist, default_data_dir, fetch_mnist, load_mnist
 from influence_jobs.models.mnist_mlp import MnistMLP
-from influence_jobs.tasks.base import Batch, Draw, Task, device_of, require_at_least, to_device
+from influence_jobs.tasks.base import Batch, Draw, Task, require_at_least
+from influence_jobs.tasks.placement import device_of, to_device
 from influence_jobs.tasks.published import MNIST, Published
 from influence_jobs.terms import OutputLoss
 

@@ -14,7 +14,8 @@ from influence_jobs.curvature.requirements import saved_bytes
 from influence_jobs.errors import ModelError, first_line
 from influence_jobs.gradients.transforms import all_derivatives
 from influence_jobs.memory import is_out_of_memory
-from influence_jobs.tasks.base import Batch, Task, copy_of, to_type
+from influence_jobs.tasks.base import Batch, Task
+from influence_jobs.tasks.placement import copy_of, to_type
 from influence_jobs.training.changes import require_one_each
 from influence_jobs.training.statistics import Moves, watched
 from influence_jobs.training.train import seeded

@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 from influence_jobs.errors import ModelError, SpecError
 from influence_jobs.gradients.one_loss_each import wrong_losses
-from influence_jobs.tasks.base import Batch, Draw, Task, converted, out_of_half, spread_ids
+from influence_jobs.tasks.base import Batch, Draw, Task, spread_ids
 from influence_jobs.tasks.output_loss import alike
+from influence_jobs.tasks.placement import converted, out_of_half
 
 UNCHANGED = -1  # stands for the sample's own label
 LOOKED_AT = 16  # samples whose losses are compared with the cross-entropy

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from influence_jobs.errors import ModelError, SpecError
 from influence_jobs.memory import is_out_of_memory
-from influence_jobs.tasks.base import Batch, Task, copy_of, to_device
+from influence_jobs.tasks.base import Batch, Task
 from influence_jobs.tasks.own_code import described
+from influence_jobs.tasks.placement import copy_of, to_device
 from influence_jobs.training.changes import UNCHANGED, Changes
 from influence_jobs.training.ensemble_data import Asked, Members, Stretch, stretches
 from influence_jobs.training.ensemble_norms import EnsembleNorms, NormsWanted

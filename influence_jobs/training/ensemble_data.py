@@ -13,7 +13,8 @@ from torch.utils import _pytree as pytree
 
 from influence_jobs.errors import ModelError
 from influence_jobs.gradients.batches import flattened, has_samples, map_tensors
-from influence_jobs.tasks.base import READING, Batch, Draw, Task, device_of, spread_ids, to_device
+from influence_jobs.tasks.base import READING, Batch, Draw, Task, spread_ids
+from influence_jobs.tasks.placement import device_of, to_device
 from influence_jobs.transfers import OfSteps, on_device
 
 RESIDENT_BYTES = 4 * 2**30  # a training set up to this size is kept on the device

@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from influence_jobs.tasks.base import Draw, Task, to_device
+from influence_jobs.tasks.base import Draw, Task
+from influence_jobs.tasks.placement import to_device
 from influence_jobs.training.ensemble import EnsembleTrainer, Variant
 from influence_jobs.training.ensemble_norms import EnsembleNorms, NormsWanted
 from influence_jobs.training.recipe import Recipe

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from influence_jobs.errors import ModelError
-from influence_jobs.tasks.base import copy_of
+from influence_jobs.tasks.placement import copy_of
 
 STATISTICS = ("running_mean", "running_var")
 # By the name of a buffer, for each call of its layer in turn: its factor f and the batch's s.

@@ -25,9 +25,9 @@ from influence_jobs.tasks.base import (
     defines,
     digest,
     spread_ids,
-    to_device,
 )
 from influence_jobs.tasks.layout import in_fast_layout
+from influence_jobs.tasks.placement import to_device
 from influence_jobs.training.changes import Changes, changed_losses, require_one_each
 from influence_jobs.training.recipe import Recipe, optimizer_of, scheduler_of
 from influence_jobs.training.recorded_norms import RecordedNorms

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from influence_jobs.errors import ModelError
-from influence_jobs.tasks.base import READING, Batch, Draw, to_device, to_type
+from influence_jobs.tasks.base import READING, Batch, Draw
+from influence_jobs.tasks.placement import to_device, to_type
 from influence_jobs.training.adjoint import Cotangents, Update, back_through_clipping, clipped
 from influence_jobs.training.batch_gradient import BatchGradient, SecondDerivatives, batch_gradient
 from influence_jobs.training.statistics import statistics_of

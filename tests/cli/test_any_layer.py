@@ -12,7 +12,8 @@ from torch import nn
 from influence_jobs.gradients.reference import gradients_one_by_one
 from influence_jobs.gradients.weights import weight_named
 from influence_jobs.store.run import Run
-from influence_jobs.tasks.base import Draw, Task, to_type
+from influence_jobs.tasks.base import Draw, Task
+from influence_jobs.tasks.placement import to_type
 from influence_jobs.tasks.registry import task_class
 
 Infl = Callable[..., Any]

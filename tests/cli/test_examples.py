@@ -25,7 +25,8 @@ from influence_jobs.specs.base import TaskSpec
 from influence_jobs.store.checkpoints import load_checkpoint
 from influence_jobs.store.find import find_run
 from influence_jobs.store.run import Run
-from influence_jobs.tasks.base import Draw, Task, to_type
+from influence_jobs.tasks.base import Draw, Task
+from influence_jobs.tasks.placement import to_type
 from influence_jobs.tasks.registry import make_task
 
 PROJECT = Path(__file__).parents[2]

@@ -18,8 +18,9 @@ from influence_jobs.gradients.taps import TOLERANCE
 from influence_jobs.gradients.transforms import all_derivatives, mappable_kernels
 from influence_jobs.jobs.queries import query_gradients
 from influence_jobs.specs.queries import Queries, Query
-from influence_jobs.tasks.base import Task, converted
+from influence_jobs.tasks.base import Task
 from influence_jobs.tasks.layout import in_fast_layout
+from influence_jobs.tasks.placement import converted
 from influence_jobs.training.train import seeded
 
 BACKENDS: Any = torch.backends

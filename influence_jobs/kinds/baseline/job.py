@@ -25,8 +25,9 @@ from influence_jobs.methods.baselines import (
 )
 from influence_jobs.specs.base import AnySpec
 from influence_jobs.store.layout import SCORES
-from influence_jobs.tasks.base import Batch, Draw, dtype_of
+from influence_jobs.tasks.base import Batch, Draw
 from influence_jobs.tasks.layers import resolve_weights
+from influence_jobs.tasks.placement import dtype_of
 from influence_jobs.terms import FullPrecision, stored_as
 
 

@@ -41,8 +41,8 @@ class GradNormsRequest(WeightsRequest, SeedOptions):
 
         from influence_jobs.requests.queries import tokens_kept
         from influence_jobs.requests.subject import subject_of
-        from influence_jobs.tasks.base import dtype_of
         from influence_jobs.tasks.layers import resolve_weights, say_slow_layers
+        from influence_jobs.tasks.placement import dtype_of
 
         if not self.layer:
             raise SpecError("name at least one layer: --layer 11, --layer main.29, or --layer all")

@@ -53,8 +53,8 @@ def gradients_of(request: GradientsRequest, subject: Any, say: Say) -> tuple[Gra
     """Specs of the training samples' gradients, one for each checkpoint of the subject."""
     import torch
 
-    from influence_jobs.tasks.base import dtype_of
     from influence_jobs.tasks.layers import resolve_layers, trained_modules
+    from influence_jobs.tasks.placement import dtype_of
 
     built = subject.built
     modules = (

@@ -23,7 +23,8 @@ from influence_jobs.kinds.query_gradients.spec import QueryGradientsSpec
 from influence_jobs.kinds.train.spec import Checkpoint
 from influence_jobs.specs.base import AnySpec
 from influence_jobs.store.layout import ArrayLayout
-from influence_jobs.tasks.base import Draw, to_device, to_type
+from influence_jobs.tasks.base import Draw
+from influence_jobs.tasks.placement import to_device, to_type
 
 
 class QueryGradientsJob(SampleJob[QueryGradientsSpec]):

@@ -43,7 +43,8 @@ from influence_jobs.store.layout import (
     repeat_name,
     segment_name,
 )
-from influence_jobs.tasks.base import Draw, Task, converted, copy_of, device_of
+from influence_jobs.tasks.base import Draw, Task
+from influence_jobs.tasks.placement import converted, copy_of, device_of
 from influence_jobs.terms import ScorePrecision, stored_as
 
 # A block of queries, which is a chunk, shares each product. The bytes limit a shard's vectors.

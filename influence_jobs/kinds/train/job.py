@@ -18,7 +18,8 @@ from influence_jobs.kinds.train.spec import TrainSpec
 from influence_jobs.models.checkpoints import load_weights
 from influence_jobs.specs.base import AnySpec
 from influence_jobs.store.layout import TRAINING_STATE, ArrayLayout, checkpoint_name, norms_name
-from influence_jobs.tasks.base import Draw, to_device
+from influence_jobs.tasks.base import Draw
+from influence_jobs.tasks.placement import to_device
 from influence_jobs.training.changes import Changes
 from influence_jobs.training.own import trained_by_task
 from influence_jobs.training.recorded_norms import RecordedNorms

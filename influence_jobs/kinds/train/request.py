@@ -153,7 +153,7 @@ class TrainRequest(Request):
         Raises:
             SpecError: It is another precision than that of the model.
         """
-        from influence_jobs.tasks.base import dtype_of
+        from influence_jobs.tasks.placement import dtype_of
 
         if self.precision in (None, "tf32"):
             return self.precision

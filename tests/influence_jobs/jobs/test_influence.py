@@ -30,7 +30,8 @@ from influence_jobs.store.checkpoints import load_checkpoint
 from influence_jobs.store.layout import S_TEST, S_TEST_VARIANCE, SCORES, part_name, repeat_name
 from influence_jobs.store.run import Run
 from influence_jobs.store.verify import find_damage
-from influence_jobs.tasks.base import Draw, to_type
+from influence_jobs.tasks.base import Draw
+from influence_jobs.tasks.placement import to_type
 
 MODULES = ("conv1", "norm", "conv2", "head")
 N = 1500

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from influence_jobs.tasks.base import Task, copy_of
+from influence_jobs.tasks.base import Task
 from influence_jobs.tasks.layout import in_fast_layout
+from influence_jobs.tasks.placement import copy_of
 
 
 def test_a_model_that_keeps_a_result_of_autograd_is_copied() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from influence_jobs.errors import DataError
-from influence_jobs.tasks.base import Draw, Task, converted, to_type
+from influence_jobs.tasks.base import Draw, Task
 from influence_jobs.tasks.digests import (
     SAMPLES,
     digest_of,
@@ -20,6 +20,7 @@ from influence_jobs.tasks.digests import (
     some_samples,
     training_sample,
 )
+from influence_jobs.tasks.placement import converted, to_type
 
 
 class Rows(Task):
