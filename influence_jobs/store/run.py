@@ -24,7 +24,7 @@ from influence_jobs.home import is_known
 from influence_jobs.specs.base import Spec, parse_spec
 from influence_jobs.store import layout
 from influence_jobs.store.documents import MOST_BYTES, Asked, JobFile, PlanFile, parsed
-from influence_jobs.store.files import open_files
+from influence_jobs.store.files import open_files, read_or_none
 from influence_jobs.store.folder import for_runs
 from influence_jobs.store.layout import ArrayLayout
 from influence_jobs.store.manifest import Manifest, checksum
@@ -346,6 +346,11 @@ class Run:
         try:
             yield
         except (pa.ArrowException, ValueError, OSError):  # as which arrow tells corrupt data
+            if read_or_none(self.files, layout.SPEC, MOST_BYTES) is None:
+                raise StoreError(
+                    f"run {self.id} is no longer in {self.root}, and what was made from it needs "
+                    "it: bring its folder back, or delete what needs it and submit that again"
+                ) from None
             raise StoreError(
                 f"the table of {self.id}'s {name} is missing or damaged: "
                 f"infl verify {self.id}{for_runs(self.root)}"

@@ -89,6 +89,9 @@ def test_tables_are_compared_too(run: Run) -> None:
     assert find_damage(run).damaged == {layout.FINISH: f"{table} is missing"}
     with pytest.raises(StoreError, match="samples is missing or damaged: infl verify"):
         run.read_table("samples")
+    shutil.rmtree(Path(run.root, run.id))
+    with pytest.raises(StoreError, match=r"is no longer in .*: bring its folder back, or delete"):
+        run.read_table("samples")
 
 
 def test_a_run_that_has_not_begun_has_nothing_to_verify(
