@@ -146,6 +146,14 @@ def stop(run: o.RunId, runs: o.Runs = o.DEFAULT_RUNS, address: o.Address = None)
     from infl_cluster.client import NoAnswer
     from infl_cluster.ray_job import client_of, is_unfinished
 
+    def may_begin(job: JobFile) -> bool:
+        try:
+            return is_unfinished(job)
+        except NoAnswer:
+            if read_status(found)["state"] in ("done", "failed", "stopped"):  # as its driver said
+                return False
+            raise
+
     found = _find(runs, run)
     job = found.read_json(layout.JOB, JobFile)
     if job is not None and job["address"]:
@@ -161,7 +169,7 @@ def stop(run: o.RunId, runs: o.Runs = o.DEFAULT_RUNS, address: o.Address = None)
                 _end_driver(found, holder["pid"], signal.SIGTERM)
             elif time.monotonic() - began > STOP_GRACE_S:
                 _end_driver(found, holder["pid"], signal.SIGKILL)
-        elif job is not None and is_unfinished(job):
+        elif job is not None and may_begin(job):
             if job["submission_id"] not in asked:
                 asked.add(job["submission_id"])
                 client_of(job).stop(job["submission_id"])

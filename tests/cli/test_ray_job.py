@@ -489,6 +489,18 @@ def test_a_wrong_token_stops_nothing_and_a_cluster_that_is_gone_does_not_protect
         assert driver.wait(10) != 0
 
 
+def test_a_run_that_has_ended_needs_no_cluster_to_be_stopped(
+    infl: Infl, ray: FakeCluster, elsewhere: tuple[str, str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    run_id, _ = elsewhere
+    monkeypatch.setattr(ray, "status", lambda _: raises(client.NoAnswer("gone")))
+    assert infl("stop", run_id).err == "error: gone\n"  # it may wait there to begin
+    infl("resume", run_id, "--local")
+    answer = infl("stop", run_id)
+    assert (answer.code, answer.err) == (0, f"{run_id} is not running\n")
+
+
 def raises(error: BaseException) -> None:
     raise error
 
