@@ -132,11 +132,11 @@ def scores_seen(
         drawn: Whether queries have pictures, in which a point or region is marked.
     """
     different = len({row["sample"] for row in ranked})
-    said = f"{different} different samples in {len(ranked)} places."
+    said = f"Places: {len(ranked)}, different samples in them: {different}."
     if classes and "label" in ranked[0] and "label" in queries[0]:
         labels = {(query["test"], query["region"]): query["label"] for query in queries}
         matching = sum(row["label"] == labels[row["test"], row.get("region")] for row in ranked)
-        said += f" {matching} have the label of their query (green frame)."
+        said += f" Places with the label of their query (green frame): {matching}."
     if drawn and any(row.get("region") for row in ranked):
         said += " The mark shows the explained point or region."
     if (count := len(by_query(ranked))) > MAX_ROWS:

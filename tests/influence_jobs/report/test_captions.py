@@ -113,8 +113,8 @@ def test_the_caption_of_scores_counts_samples_and_labels(runs_of_all_kinds) -> N
     matching = sum(row["label"] == labels[row["test"]] for row in rows)
     assert 0 < matching < len(rows) == 15
     assert shown.caption == (
-        f"{len({row['sample'] for row in rows})} different samples in 15 places. {matching} have "
-        "the label of their query (green frame)."
+        f"Places: 15, different samples in them: {len({row['sample'] for row in rows})}. "
+        f"Places with the label of their query (green frame): {matching}."
     )
 
 

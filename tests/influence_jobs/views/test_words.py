@@ -122,9 +122,9 @@ def test_captions_of_scores_say_what_is_marked_and_what_is_left_out(
         {"test": 5, "region": None, "label": 1},
         {"test": 5, "region": "1,2,3,4", "label": 7},
     ]
-    counted = "2 different samples in 4 places."
+    counted = "Places: 4, different samples in them: 2."
     mark = " The mark shows the explained point or region."
-    frame = " 1 have the label of their query (green frame)."
+    frame = " Places with the label of their query (green frame): 1."
     assert scores_seen(rows, queries, classes=True) == counted + frame + mark
     assert scores_seen(rows, queries, classes=False) == counted + mark
     unlabelled = [{k: v for k, v in row.items() if k != "label"} for row in rows]
