@@ -176,7 +176,9 @@ class Truth:
         """The Gauss-Newton matrix of the mean loss times vectors."""
         try:
             return self._gauss_newton_product(x_QP, columns)
-        except NotImplementedError:  # a second derivative, which the root does not need
+        except RuntimeError as error:  # a second derivative, which the root does not need
+            if "not implemented" not in str(error):
+                raise
             root = self.gauss_newton_root(columns)
             return x_QP @ root.t() @ root
 
