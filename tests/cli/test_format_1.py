@@ -83,12 +83,13 @@ def arrays_of(runs: Path, run_id: str) -> dict[str, npt.NDArray[Any]]:
     return {name: np.asarray(run.array(name)[:]) for name in run.array_names()}
 
 
-def require_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+def require_same(found: dict[str, Any], expected: dict[str, Any], of_largest: float = 1e-6) -> None:
     """Equal up to rounding: another CPU may round otherwise."""
     assert found.keys() == expected.keys()
     for name, values in expected.items():
         assert found[name].dtype == values.dtype
-        np.testing.assert_allclose(found[name], values, rtol=1e-5, atol=1e-6, err_msg=name)
+        atol = of_largest * float(np.abs(values).max(initial=1.0))
+        np.testing.assert_allclose(found[name], values, rtol=1e-5, atol=atol, err_msg=name)
 
 
 def test_the_task_is_the_file_that_the_runs_are_of() -> None:
@@ -201,17 +202,20 @@ def test_a_stopped_training_goes_on_from_its_saved_state(
     assert epochs == [2, 2, 2, 3, 3, 3]  # of 0 to 3, in steps of 8 of 24 samples
 
 
-@pytest.mark.parametrize("run_id", [NORMS, INFLUENCE])
+# Where conjugate gradients reach their tolerance, another CPU may take a step less.
+@pytest.mark.parametrize(("run_id", "of_largest"), [(NORMS, 1e-6), (INFLUENCE, 5e-4)])
 def test_runs_computed_again_from_the_old_weights_have_the_same_numbers(
-    run_id: str, infl: Infl, kept: Path, asked: dict[str, list[str]], computed: list[str]
-) -> None:
+    run_id: str, of_largest: float,
+    infl: Infl, kept: Path, asked: dict[str, list[str]], computed: list[str],
+) -> None:  # fmt: skip
     shutil.copytree(kept / TRAIN, kept.parent / "anew" / TRAIN)
     done = infl(*asked[run_id], *then(asked[run_id]), "--runs", "anew", "--local", "--json")
     assert done.code == 0, done.err
     assert done.json["run"] == run_id
     assert computed
     assert not any(TRAIN in name for name in computed)
-    require_same(arrays_of(kept.parent / "anew", run_id), arrays_of(kept, run_id))
+    found, expected = (arrays_of(root, run_id) for root in (kept.parent / "anew", kept))
+    require_same(found, expected, of_largest)
 
 
 def test_new_requests_use_the_old_runs(infl: Infl, kept: Path, computed: list[str]) -> None:
