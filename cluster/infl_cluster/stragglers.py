@@ -7,7 +7,8 @@ and slow workers get no backups.
 """
 
 import bisect
-from collections.abc import Hashable, Iterable, Sequence
+import itertools
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 from influence_jobs.jobs.base import Shard
@@ -61,7 +62,7 @@ class Pace:
         return self._finished[len(self._finished) // 2] * _size(shard)
 
     def may_take(
-        self, worker: Hashable, shard: Shard, left: int, running: Iterable[Attempt], now: float
+        self, worker: Hashable, shard: Shard, left: int, running: Collection[Attempt], now: float
     ) -> bool:
         """Whether a worker should get a shard, of which `left` are not handed out yet.
 
@@ -69,13 +70,14 @@ class Pace:
         is late with its own shard may hang, and so is not waited for.
 
         Args:
-            running: Attempts of the other workers.
+            running: Attempts of the other workers, in the order in which they began.
             now: Of the clock of the attempts.
         """
         expected, own = self.expected_s(shard), self._own_s(worker, shard)
         if expected is None or own is None or own <= WELL_OVER * expected:
             return True
-        others = sum(self._expected_left_s(attempt, now) is None for attempt in running)
+        late = itertools.takewhile(lambda attempt: self._is_late(attempt, now), running)
+        others = len(running) - len([*late])
         return not others or own <= expected * (left / others + 1)
 
     def backup(
@@ -114,6 +116,10 @@ class Pace:
             return left if left > expected + LEAST_S else None
         # It may take any time now; what has taken long takes as long again.
         return passed if passed > _well_over(expected) else None
+
+    def _is_late(self, attempt: Attempt, now: float) -> bool:
+        expected = self.expected_s(attempt.shard)
+        return expected is not None and now - attempt.began > _well_over(expected)
 
     def _own_s(self, worker: Hashable, shard: Shard) -> float | None:
         pace = self._of_worker.get(worker)
