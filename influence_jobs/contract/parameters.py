@@ -123,7 +123,7 @@ def _taken(
     """
     try:
         if names:
-            batch = trial.fetch(trial.ids[:2])
+            batch = trial.fetch(trial.few)
             with GradNorms(
                 trial.model, names, trial.task.losses, reduction="layer", precision=trial.precision
             ) as norms:
@@ -162,7 +162,7 @@ def _dots_seconds(trial: Trial, names: Sequence[str]) -> tuple[float, str]:
         ) as dots,
     ):
         warnings.simplefilter("always", UserWarning)
-        dots.check(trial.fetch(trial.ids[:2]))
+        dots.check(trial.fetch(trial.few))
         seconds = _seconds(trial, lambda: dots.total(trial.full_batch))
     said = [str(w.message) for w in caught if "differentiated sample by sample" in str(w.message)]
     return seconds, f" ({said[0]})" if said else ""

@@ -1,6 +1,6 @@
 """What the checks look at, and what they say."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from influence_jobs.gradients.transforms import differentiable_kernels
-from influence_jobs.tasks.base import Batch, Draw, Task, spread_ids
-from influence_jobs.tasks.placement import converted, to_device, to_type
+from influence_jobs.tasks.base import Batch, Draw, Task, some_ids, spread_ids
+from influence_jobs.tasks.placement import converted, to_device
 from influence_jobs.terms import ScorePrecision, html_table
 from influence_jobs.training.train import seeded
 
@@ -82,12 +82,17 @@ class Trial:
         return torch.tensor(sorted({*range(min(n, FIRST)), *spread}))
 
     @cached_property
+    def few(self) -> Tensor:
+        """Ids of some of them, in no order, to be compared with plain autograd one by one."""
+        return self.ids[some_ids(len(self.ids), SPREAD)]
+
+    @cached_property
     def model(self) -> nn.Module:
         """The model, with the initial weights of seed 0, in the dtype of computations."""
         return self._built[0]
 
     @cached_property
-    def _built(self) -> tuple[nn.Module, bool]:
+    def _built(self) -> tuple[nn.Module, Callable[[Batch], Batch]]:
         with seeded(0, self.device):
             return converted(self.task, self.device)
 
@@ -99,9 +104,7 @@ class Trial:
 
     def given(self, batch: Batch) -> Batch:
         """A batch on the device, in the dtype of computations."""
-        model, converts = self._built
-        batch = to_device(batch, self.device)
-        return to_type(batch, next(model.parameters()).dtype) if converts else batch
+        return self._built[1](to_device(batch, self.device))
 
     def fetch(self, ids: Tensor) -> Batch:
         """Training samples as attribution sees them, on the device."""

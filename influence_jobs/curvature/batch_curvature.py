@@ -15,7 +15,7 @@ from influence_jobs.curvature.derivatives import (
     function_of_parameters,
     require_alike,
 )
-from influence_jobs.curvature.requirements import require_deterministic
+from influence_jobs.curvature.requirements import require_deterministic, require_own_losses
 from influence_jobs.errors import ModelError, first_line
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.gradients.requirements import require_independent_samples
@@ -93,11 +93,12 @@ class BatchCurvature(ABC):
         """Check on a few samples, fetched twice, that products will be right.
 
         Raises:
-            ModelError: The model is in train mode, uses batch statistics or is not deterministic,
-                or torch cannot differentiate it.
+            ModelError: The model is in train mode, uses batch statistics or is not deterministic, a
+                sample's loss depends on the others, or torch cannot differentiate it.
         """
         require_independent_samples(self.model)
         require_deterministic(self.task, self.model, batch, again)
+        require_own_losses(self.task, self.model, batch)
         with all_derivatives(self.model):
             try:
                 self._compare_with_autograd(batch)

@@ -24,7 +24,7 @@ from influence_jobs.gradients.transforms import all_derivatives
 from influence_jobs.memory import BatchSize, is_out_of_memory
 from influence_jobs.tasks.base import READING, Batch, Draw, Task
 from influence_jobs.tasks.lengths import by_length, pads
-from influence_jobs.tasks.placement import device_of, to_device, to_type
+from influence_jobs.tasks.placement import device_of, is_wider, runs, to_device, to_type, widened
 from influence_jobs.transfers import loader_for
 
 T = TypeVar("T")
@@ -80,6 +80,7 @@ class Operator(BatchCurvature):
         self.work = 0.0
         self._by_length: Tensor | None = None
         self._sample_bytes: int | None = None  # activations of a sample; known after `look`
+        self._takes_wider: bool | None = None  # samples than its weights; known once there are some
         # By shape (E, B): whether vmap over E mini-batches of B samples works for the model.
         self._batches_together: dict[torch.Size, bool] = {}
 
@@ -378,7 +379,7 @@ class Operator(BatchCurvature):
         return bool((found - expected).norm() <= agreement() * expected.norm())
 
     def batch(self, ids: Tensor) -> Batch:
-        """Samples on the model's device, with the dtype of its weights."""
+        """Samples on the model's device, in a dtype that its weights take."""
         return self.placed(self.read(ids))
 
     def read(self, ids: Tensor) -> Batch:
@@ -387,9 +388,12 @@ class Operator(BatchCurvature):
             return self.task.batch(ids, self.draw)
 
     def placed(self, batch: Batch) -> Batch:
-        """What was read, on the model's device, with the dtype of its weights."""
+        """What was read, on the model's device, in a dtype that its weights take."""
         dtype = next(self.model.parameters()).dtype
-        return to_type(to_device(batch, device_of(self.model)), dtype)
+        batch = widened(to_device(batch, device_of(self.model)), dtype)
+        if self._takes_wider is None and is_wider(batch, dtype):
+            self._takes_wider = runs(self.task, self.model, batch)
+        return to_type(batch, dtype) if self._takes_wider is False else batch
 
     def look(self) -> None:
         """Check on a few samples that products will be right; only the first call does it.

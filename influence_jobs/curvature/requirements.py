@@ -101,6 +101,18 @@ def _named(task: Task) -> str:
     return task.output_loss if isinstance(task.output_loss, str) else "output_loss"
 
 
+@torch.no_grad()
+def require_own_losses(task: Task, model: nn.Module, batch: Batch) -> None:
+    """Require that a sample's loss is the same alone, as far as the first samples show.
+
+    Raises:
+        ModelError: It is not.
+    """
+    losses_B = task.losses(model, batch)
+    if wrong := wrong_losses(losses_B) or _mixed_losses(task, model, batch, len(losses_B)):
+        raise ModelError(wrong)
+
+
 def _mixed_losses(task: Task, model: nn.Module, batch: Batch, size: int) -> str:
     """How the losses of the first samples depend on others of the batch, or nothing."""
     losses_B = task.losses(model, batch)

@@ -115,14 +115,15 @@ class TappedModel(ABC):
         """Results by module, with the batch as first axis."""
 
     def check(self, batch: Any) -> None:
-        """Compare the results of the first two samples with plain autograd of each sample alone.
+        """Compare the results of each sample of a batch with plain autograd of that sample alone.
 
         This finds faults that the modules do not show: a weight that is also used outside its
-        module, samples that influence each other, losses averaged over the batch, dropout called as
-        a function. A sample at a kink is compared within its batch (see `kinks`).
+        module, a layer that has the samples in another order than the batch, samples that influence
+        each other, losses averaged over the batch, dropout called as a function. A sample at a kink
+        is compared within its batch (see `kinks`).
 
         Args:
-            batch: Two samples are enough. Tensors whose first axis has length B are cut to one
+            batch: A few samples. Tensors whose first axis has length B are cut to one
                 sample; all else is shared.
 
         Raises:
@@ -132,7 +133,7 @@ class TappedModel(ABC):
         size = len(next(iter(results.values())))
         plain = [
             self._of_gradients(self._plain_gradients(one_sample(batch, i, size)))
-            for i in range(min(size, 2))
+            for i in range(size)
         ]
         try:
             self._compare(results, plain)
@@ -348,6 +349,13 @@ class TappedModel(ABC):
         version = a._version
 
         def on_gradient(g: Tensor) -> None:
+            if not call.batch_size:
+                raise ModelError(
+                    f"losses() or the forward pass takes a gradient of its own through layer "
+                    f"'{name}' (torch.autograd.grad, or backward), which cannot be told from that "
+                    "of the losses: use a method without gradients by sample, such as --solver "
+                    "unrolled or infl submit lds"
+                )
             if a._version != version:
                 raise ModelError(
                     f"layer '{name}': its input was overwritten after the layer ran (an in-place "

@@ -12,7 +12,7 @@ from influence_jobs.memory import is_out_of_memory
 from influence_jobs.specs.queries import Queries, Query
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.base import Batch, Draw, Task
-from influence_jobs.tasks.placement import copy_of, device_of, to_device, to_type
+from influence_jobs.tasks.placement import copy_of, device_of, to_device, to_type, widened
 from influence_jobs.tasks.regions import CURE
 from influence_jobs.tasks.sequences import tokens_in
 from influence_jobs.transfers import numbers
@@ -126,7 +126,7 @@ def query_gradients(
             except RuntimeError as error:  # a model that only its own type will do for
                 if is_out_of_memory(error):
                     raise
-                total += space.gradient(measured(model, to_type(batch, dtype)))
+                total += space.gradient(measured(model, widened(batch, dtype)))
         finite, moving = numbers([total.isfinite().all(), total.any()])
         if not finite:
             raise DataError(

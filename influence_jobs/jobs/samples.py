@@ -16,15 +16,17 @@ from influence_jobs.kinds.train.spec import Checkpoint, TrainedCheckpoint
 from influence_jobs.specs.base import Spec
 from influence_jobs.store.checkpoints import load_checkpoint, recorded_digest
 from influence_jobs.store.layout import ArrayLayout
-from influence_jobs.tasks.base import READING, Batch, Draw
+from influence_jobs.tasks.base import READING, Batch, Draw, some_ids
 from influence_jobs.tasks.layout import in_fast_layout
 from influence_jobs.tasks.lengths import by_length, pads
-from influence_jobs.tasks.placement import converted, to_device, to_type
+from influence_jobs.tasks.placement import converted, to_device
 from influence_jobs.terms import JobPrecision, Precision
 from influence_jobs.transfers import loader_for
 
 MAX_SHARDS = 256  # a stop loses at most one shard a worker; more shards add overhead
 MAX_SHARD_BYTES = 64 * 2**20  # of its rows, unless one chunk has more: memory must not grow with N
+
+CHECKED = 8  # samples on which an engine is compared with plain autograd
 
 S = TypeVar("S", bound=Spec)
 T = TypeVar("T")
@@ -149,10 +151,10 @@ class SampleJob(Job[S]):
         return self._built[0]
 
     @cached_property
-    def _built(self) -> tuple[torch.nn.Module, bool]:
-        """The model, and whether the task makes it, and so its samples, in another dtype."""
-        model, converts = converted(self.task, self.device, self.dtype)
-        return in_fast_layout(self.task, model), converts
+    def _built(self) -> tuple[torch.nn.Module, Callable[[Batch], Batch]]:
+        """The model, and what brings samples into a type that it takes."""
+        model, fitting = converted(self.task, self.device, self.dtype)
+        return in_fast_layout(self.task, model, fitting), fitting
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Put a checkpoint's weights into the model."""
@@ -171,8 +173,24 @@ class SampleJob(Job[S]):
 
     def placed(self, batch: Batch) -> Batch:
         """What was read, on the device, in the dtype of the computation."""
-        batch, (model, converts) = to_device(batch, self.device), self._built
-        return to_type(batch, next(model.parameters()).dtype) if converts else batch
+        fitting = self._built[1]
+        return fitting(to_device(batch, self.device))
+
+    def check(self, check: Callable[[Batch], None], seed: int) -> None:
+        """Let an engine's `check` compare it with plain autograd, once a worker, on a few samples.
+
+        Hooks do not see every use that a model makes of its weights, nor the order in which a layer
+        has the samples. So these are from all over the data, and in no order.
+
+        Raises:
+            ModelError: As `check`.
+        """
+        for _ in self.batching.map(
+            lambda _, batch: check(batch),
+            [some_ids(len(self.task.train_data()), CHECKED)],
+            fetch=lambda ids: self.batch(ids, Draw(seed)),
+        ):
+            pass
 
     def checks(self, shard: Shard | None) -> Checks:
         """Checks of a shard's numbers that name its samples; None: of a probe's."""

@@ -33,7 +33,7 @@ from influence_jobs.specs.solvers import (
 from influence_jobs.tasks.base import Draw, Task
 from influence_jobs.tasks.layers import by_type, left_out, resolve_layers, trained_modules
 from influence_jobs.tasks.output_loss import forms_of
-from influence_jobs.tasks.placement import converted, dtype_of, to_type
+from influence_jobs.tasks.placement import converted, dtype_of
 from influence_jobs.terms import FullPrecision, JobPrecision, ScorePrecision
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def s_tests_of(
         seed=seed,
     )
     if solver.uses_curvature and curvature.operator == "gauss-newton":
-        _require_output_loss(built)
+        require_declared_loss(built)
     modules = resolve_layers(layers, built, say) if layers else _modules(built, solver)
     specs = tuple(
         make_spec(
@@ -167,7 +167,7 @@ def self_solvers_of(
             "outputs(), targets() and output_loss, or use --solver identity"
         )
     if solver.uses_curvature:
-        _require_output_loss(built)
+        require_declared_loss(built)
     samples = _curvature_samples(request.curvature_samples, built)
     curvature = make_spec(Curvature, samples=samples, seed=request.seed)
     return curvature, tuple(
@@ -176,8 +176,11 @@ def self_solvers_of(
 
 
 @torch.no_grad()
-def _require_output_loss(task: Task) -> None:
+def require_declared_loss(task: Task, most: float = MOST_LOOKED_AT) -> None:
     """Refuse losses that are not what `output_loss` says, before a model is trained with them.
+
+    Args:
+        most: Parameters of a model that is looked at.
 
     Raises:
         ModelError: The untrained model shows it on a few samples, on the CPU. What fails there
@@ -185,11 +188,11 @@ def _require_output_loss(task: Task) -> None:
     """
     forms = forms_of(task)
     try:
-        model, converts = converted(task, torch.device("cpu"))
-        if sum(parameter.numel() for parameter in model.parameters()) > MOST_LOOKED_AT:
+        model, fitting = converted(task, torch.device("cpu"))
+        if sum(parameter.numel() for parameter in model.parameters()) > most:
             return
-        batch = task.batch(torch.arange(min(LOOKED_AT, len(task.train_data()))), Draw(seed=0))
-        batch = to_type(batch, dtype_of(model)) if converts else batch
+        few = torch.arange(min(LOOKED_AT, len(task.train_data())))
+        batch = fitting(task.batch(few, Draw(seed=0)))
         losses = task.losses(model, batch)
     except Exception:  # noqa: BLE001  (whatever the user's code raises)
         return
@@ -213,7 +216,7 @@ def factored_modules(task: Task, wanted: Sequence[str | int], say: Say) -> tuple
         SpecError: A layer that the user names has none.
         ModelError: No layer has one; or as `GradQuadratics` and `converted`.
     """
-    model, converts = converted(task, torch.device("cpu"))
+    model, fitting = converted(task, torch.device("cpu"))
     names = resolve_layers(wanted, task, say) if wanted else trained_modules(model)
     modules = dict(model.named_modules())
     found = tuple(name for name in names if name in modules and _is_whole(modules[name]))
@@ -223,7 +226,7 @@ def factored_modules(task: Task, wanted: Sequence[str | int], say: Say) -> tuple
         precision: ScorePrecision = "float64" if dtype == torch.float64 else "float32"
         forms = dict.fromkeys(found)
         with GradQuadratics(model, forms, task.losses, precision=precision) as engine:
-            found = engine.plain_layers(to_type(batch, dtype) if converts else batch)
+            found = engine.plain_layers(fitting(batch))
     if not found or (wanted and len(found) < len(names)):
         without = by_type(model, [name for name in names if name not in found])
         kind = SpecError if wanted else ModelError

@@ -36,6 +36,7 @@ from influence_jobs.store.status import is_done
 from influence_jobs.tasks.base import Task, defines
 from influence_jobs.tasks.fingerprints import fingerprinted
 from influence_jobs.tasks.output_loss import require_outputs_of_loss
+from influence_jobs.tasks.placement import built_model
 from influence_jobs.tasks.registry import (
     arguments_of,
     folder_of,
@@ -99,7 +100,7 @@ def subject_of(
             spec = training_of(task, preset=request.preset, given=given, say=lambda _: None)
         checkpoints = [TrainedCheckpoint(train=spec, epoch=spec.epochs)]
     # Refuse a wrong file here, before workers start.
-    model = built.model()
+    model = built_model(built)
     for checkpoint in checkpoints:
         if isinstance(checkpoint, FileCheckpoint) or is_done(Run(root, checkpoint.train)):
             load_checkpoint(model, root, checkpoint)
@@ -320,7 +321,7 @@ def recorded_training(task: TaskSpec, built: Task, folder: str) -> TrainSpec:
             f"recording {folder} lacks the weights after its last epoch ({found.epochs}): let the "
             "recorder keep them (save_epochs)"
         )
-    model = built.model()
+    model = built_model(built)
     load_weights(model, path / weights_name(found.epochs))
     for layer in found.layers:
         weight_named(model, layer)

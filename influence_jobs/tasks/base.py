@@ -58,6 +58,12 @@ def spread_ids(n: int, most: int) -> Tensor:
     return torch.linspace(0, n - 1, min(n, most)).round().long().clamp(max=n - 1)
 
 
+def some_ids(n: int, most: int) -> Tensor:
+    """Ids of up to `most` of n samples from all over, in an order that is always the same."""
+    ids = spread_ids(n, most)
+    return ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))]
+
+
 def digest(batch: Batch) -> str:
     """SHA-256 of a batch: of its tensors' bytes, shapes and types, and of its other contents.
 
@@ -67,6 +73,12 @@ def digest(batch: Batch) -> str:
     found = hashlib.sha256()
     for leaf in plain_leaves(batch):
         if isinstance(leaf, Tensor):
+            if leaf.layout != torch.strided or leaf.is_nested:
+                kind = "nested" if leaf.is_nested else str(leaf.layout).removeprefix("torch.")
+                raise DataError(
+                    f"a batch has a {kind} tensor in it, whose rows are not those of the samples: "
+                    "give dense tensors, and let the model convert them"
+                )
             found.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
             found.update(leaf.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         elif isinstance(leaf, np.ndarray) and leaf.dtype != object:

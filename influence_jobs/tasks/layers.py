@@ -24,12 +24,12 @@ from influence_jobs.gradients.weights import (
 from influence_jobs.tasks.base import Draw, Task
 from influence_jobs.tasks.own_code import described
 from influence_jobs.tasks.placement import (
+    built_model,
     converted,
     device_of,
     dtype_of,
     out_of_half,
     to_device,
-    to_type,
 )
 from influence_jobs.terms import Precision
 
@@ -174,11 +174,9 @@ def say_slow_layers(layers: Sequence[str], task: Task, say: Say) -> None:
     Raises:
         ModelError: As `GradNorms` and `converted`.
     """
-    model, converts = converted(task, torch.device("cpu"))
-    dtype = dtype_of(model)
-    batch = task.batch(torch.arange(min(2, len(task.train_data()))), Draw(seed=0))
-    batch = to_type(batch, dtype) if converts else batch
-    precision: Precision = "float64" if dtype == torch.float64 else "float32"
+    model, fitting = converted(task, torch.device("cpu"))
+    batch = fitting(task.batch(torch.arange(min(2, len(task.train_data()))), Draw(seed=0)))
+    precision: Precision = "float64" if dtype_of(model) == torch.float64 else "float32"
     with GradNorms(model, layers, task.losses, reduction="layer", precision=precision) as engine:
         for line in slow_lines(engine.slow_layers(batch)):
             say(line)
@@ -216,7 +214,7 @@ class _Words:
     """What words for layers mean in the model of a task."""
 
     def __init__(self, task: Task, say: Say) -> None:
-        self.model = model = task.model()
+        self.model = model = built_model(task)
         self._say = say
         self.order = weight_layers(task, model)
         self.modules = dict(model.named_modules(remove_duplicate=False))

@@ -1,12 +1,15 @@
 """Where models and batches are, and in which number format they are computed."""
 
 import copy
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from influence_jobs.errors import ModelError, first_line
-from influence_jobs.gradients.batches import map_tensors
+from influence_jobs.gradients.batches import map_tensors, plain_leaves
 from influence_jobs.memory import is_out_of_memory
 from influence_jobs.tasks.base import Batch, Draw, Task
 from influence_jobs.transfers import on_device
@@ -20,6 +23,20 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 def to_type(batch: Batch, dtype: torch.dtype) -> Batch:
     """A batch with its floating-point tensors in another type."""
     return map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, batch)
+
+
+def widened(batch: Batch, dtype: torch.dtype) -> Batch:
+    """A batch with those of its floating-point tensors in another type that are of a narrower one.
+
+    Wider ones stay: a task may take a difference of large numbers before it rounds.
+    """
+    bits = torch.finfo(dtype).bits
+
+    def wide(value: Tensor) -> Tensor:
+        narrow = value.is_floating_point() and torch.finfo(value.dtype).bits < bits
+        return value.to(dtype) if narrow else value
+
+    return map_tensors(wide, batch)
 
 
 def out_of_half(batch: Batch, model: nn.Module) -> Batch:
@@ -45,6 +62,25 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
+def is_wider(batch: Batch, dtype: torch.dtype) -> bool:
+    """Whether a batch has floating-point tensors of a wider type."""
+    bits, leaves = torch.finfo(dtype).bits, plain_leaves(batch)
+    floats = [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
+    return any(torch.finfo(t.dtype).bits > bits for t in floats)
+
+
+@torch.no_grad()
+def runs(task: Task, model: nn.Module, batch: Batch) -> bool:
+    """Whether a model takes a batch as it is; a float32 one that is built in float64 does not."""
+    try:
+        task.losses(model, batch)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        return False
+    return True
+
+
 def copy_of(model: nn.Module) -> nn.Module:
     """A copy of a model, also of one that keeps a result of autograd, such as weight_norm's."""
     kept = [
@@ -57,34 +93,77 @@ def copy_of(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(value): value.detach().clone() for value in kept})
 
 
+def built_model(task: Task) -> nn.Module:
+    """A task's untrained model.
+
+    Raises:
+        ModelError: Its layers cannot be looked into, or have no weights yet.
+    """
+    model = task.model()
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError(
+            f"model() of {type(task).__name__} gives a scripted model, whose layers are hidden: "
+            "give the module that was scripted"
+        )
+    for name, module in model.named_modules():
+        if any(map(is_lazy, module.parameters(recurse=False))):
+            raise ModelError(
+                f"layer '{name}' ({type(module).__name__}) has no weights before its first batch: "
+                f"pass one through the model in model() of {type(task).__name__}"
+            )
+    return model
+
+
+def in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A model, changed in place, with weights of another type and buffers that suit them.
+
+    `Module.to(dtype)` takes the imaginary part from complex buffers, and rounds a float64 buffer of
+    a float32 model, such as a time of origin: the model would be another one.
+    """
+    double = dtype_of(model) == torch.float64
+
+    def suited(value: Tensor) -> Tensor:
+        if value.is_complex():
+            return value.to(torch.complex128) if dtype == torch.float64 else value
+        if not value.is_floating_point() or (value.dtype == torch.float64 and not double):
+            return value
+        return value.to(dtype)
+
+    model._apply(suited)  # type: ignore[no-untyped-call]
+    return model
+
+
 def converted(
     task: Task, device: torch.device, dtype: torch.dtype | None = None
-) -> tuple[nn.Module, bool]:
-    """A task's untrained model in eval mode, and whether its samples must be converted too.
+) -> tuple[nn.Module, Callable[[Batch], Batch]]:
+    """A task's untrained model in eval mode, and what brings samples into a type that it takes.
 
     Args:
         dtype: Of its weights; by default `dtype_of` it.
 
     Raises:
-        ModelError: The model is built in another dtype and does not run in this one.
+        ModelError: The model is built in another dtype and does not run in this one; or as
+            `built_model`.
     """
-    model = task.model()
+    model = built_model(task)
     dtype = dtype or dtype_of(model)
-    types = {value.dtype for value in model.parameters() if value.is_floating_point()}
-    model = model.to(device, dtype).eval()
-    converts = bool(types - {dtype})
-    if converts:
-        sample = to_device(task.batch(torch.tensor([0]), Draw(0)), device)
-        try:
-            with torch.no_grad():
-                task.losses(model, to_type(sample, dtype))
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
-            names = ", ".join(sorted(str(t).removeprefix("torch.") for t in types - {dtype}))
-            raise ModelError(
-                f"{type(model).__name__} is built in {names} and does not run in "
-                f"{str(dtype).removeprefix('torch.')} ({first_line(error)}): let its "
-                "forward follow the dtype of its weights, and leave .to(dtype) to the training"
-            ) from error
-    return model, converts
+    types = {value.dtype for value in model.parameters() if value.is_floating_point()} - {dtype}
+    model = in_dtype(model.to(device), dtype).eval()
+    if not types:
+        return model, lambda batch: batch
+    narrower = any(torch.finfo(one).bits >= torch.finfo(dtype).bits for one in types)
+    fitting = partial(to_type if narrower else widened, dtype=dtype)
+    sample = to_device(task.batch(torch.tensor([0]), Draw(0)), device)
+    try:
+        with torch.no_grad():
+            task.losses(model, fitting(sample))
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        names = ", ".join(sorted(str(t).removeprefix("torch.") for t in types))
+        raise ModelError(
+            f"{type(model).__name__} is built in {names} and does not run in "
+            f"{str(dtype).removeprefix('torch.')} ({first_line(error)}): let its "
+            "forward follow the dtype of its weights, and leave .to(dtype) to the training"
+        ) from error
+    return model, fitting

@@ -27,7 +27,7 @@ from influence_jobs.tasks.base import (
     spread_ids,
 )
 from influence_jobs.tasks.layout import in_fast_layout
-from influence_jobs.tasks.placement import to_device
+from influence_jobs.tasks.placement import built_model, to_device
 from influence_jobs.training.changes import Changes, changed_losses, require_one_each
 from influence_jobs.training.recipe import Recipe, optimizer_of, scheduler_of
 from influence_jobs.training.recorded_norms import RecordedNorms
@@ -71,9 +71,13 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> Tensor:
 
 
 def initial_model(task: Task, seed: int, device: torch.device) -> nn.Module:
-    """The task's model with the initial weights of a seed, in training mode."""
+    """The task's model with the initial weights of a seed, in training mode.
+
+    Raises:
+        ModelError: As `built_model`.
+    """
     with seeded(seed, device):
-        model = task.model().to(device)
+        model = built_model(task).to(device)
     return in_fast_layout(task, model).train()
 
 

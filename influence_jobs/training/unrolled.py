@@ -22,7 +22,7 @@ from torch import Tensor
 
 from influence_jobs.errors import ModelError
 from influence_jobs.tasks.base import READING, Batch, Draw
-from influence_jobs.tasks.placement import to_device, to_type
+from influence_jobs.tasks.placement import in_dtype, to_device, widened
 from influence_jobs.training.adjoint import Cotangents, Update, back_through_clipping, clipped
 from influence_jobs.training.batch_gradient import BatchGradient, SecondDerivatives, batch_gradient
 from influence_jobs.training.statistics import statistics_of
@@ -47,7 +47,7 @@ class Unrolled:
     def __init__(self, trajectory: Trajectory, dtype: torch.dtype):
         self.trajectory, self.dtype = trajectory, dtype
         self._task, self._device = trajectory.task, trajectory.device
-        self._model = initial_model(self._task, trajectory.seed, self._device).to(dtype)
+        self._model = in_dtype(initial_model(self._task, trajectory.seed, self._device), dtype)
         self._second: SecondDerivatives | None = None
 
     @property
@@ -148,7 +148,7 @@ class Unrolled:
         """The samples of a step as the training had them, on the device."""
         with READING:
             batch = self._task.train_batch(step.ids, Draw(self.trajectory.seed, step.epoch))
-        return to_type(to_device(batch, self._device), self.dtype)
+        return widened(to_device(batch, self._device), self.dtype)
 
     def _back(
         self,

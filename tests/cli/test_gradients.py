@@ -4,8 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import digits
 import pytest
 from starlette.testclient import TestClient
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from influence_jobs.report.viewer import make_viewer
 from influence_jobs.store.run import Run
@@ -34,6 +37,22 @@ def test_from_a_store_to_the_top_samples(infl: Infl, runs: Path) -> None:
         assert top.out.count("test 3 (label") == 2
     page = infl("report", scored.json["run"])
     assert page.code == 0, page.err
+
+
+def test_trak_of_losses_that_are_no_cross_entropy_is_refused(
+    infl: Infl, runs: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of smoothed labels exp(-loss) is no probability."""
+    assert infl(*STORE, "--dim", "4x4", "--layer", "head").code == 0
+
+    def losses(self: digits.DigitsTask, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        outputs, targets = self.outputs(model, batch), self.targets(batch)
+        return F.cross_entropy(outputs, targets, reduction="none", label_smoothing=0.1)
+
+    monkeypatch.setattr(digits.DigitsTask, "losses", losses)
+    said = refused(*SCORES, "--gradients", "gradients-digits", *ONE, "--method", "trak")
+    assert "losses() of DigitsTask does not give the cross-entropy of outputs()" in said
+    assert infl(*SCORES, "--gradients", "gradients-digits", *ONE, "--method", "dot").code == 0
 
 
 def test_the_top_samples_by_an_index(infl: Infl, runs: Path) -> None:

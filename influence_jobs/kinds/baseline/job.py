@@ -140,8 +140,7 @@ class BaselineJob(ScoresJob[BaselineSpec]):
         engine = GradNorms(
             self.model, weights, self.task.losses, reduction="layer", precision=precision
         )
-        first = torch.arange(min(2, len(self.task.train_data())))
-        engine.check(self.batch(first, Draw(self.spec.seed)))
+        self.check(engine.check, self.spec.seed)
         return engine
 
     @cached_property

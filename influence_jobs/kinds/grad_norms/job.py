@@ -107,11 +107,9 @@ class GradNormsJob(SampleJob[GradNormsSpec]):
             reduction=self.spec.reduction,
             precision=engine_precision(self.spec.precision),
         )
-        # Once a worker: hooks do not see every use that a model makes of its weights.
-        first = torch.arange(min(2, len(self.task.train_data())))
-        batch = self.batch(first, Draw(self.spec.seed))
-        engine.check(batch)
-        for line in slow_lines(engine.slow_layers(batch)):
+        self.check(engine.check, self.spec.seed)
+        few = self.batch(torch.arange(min(2, self.num_rows)), Draw(self.spec.seed))
+        for line in slow_lines(engine.slow_layers(few)):
             log.info(line)
         return engine
 
@@ -119,10 +117,9 @@ class GradNormsJob(SampleJob[GradNormsSpec]):
     def _tokens(self) -> tuple[TokenLosses, TokenNorms]:
         parts, precision = TokenLosses(self.task), engine_precision(self.spec.precision)
         engine = TokenNorms(self.model, self.spec.layers, parts, precision=precision)
-        first = torch.arange(min(2, len(self.task.train_data())))
         draw = Draw(self.spec.seed)
         parts.look(self.model, self.batch(first_samples(self.task, self.batching.size), draw))
-        engine.check(self.batch(first, draw))
+        self.check(engine.check, self.spec.seed)
         return parts, engine
 
     def _fetched(self, ids: torch.Tensor, draw: Draw) -> tuple[Batch, int]:

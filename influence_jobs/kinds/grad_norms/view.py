@@ -21,8 +21,8 @@ class GradNormsView(NormsView[GradNormsSpec]):
 
     def certainty(self) -> list[str]:
         said = (
-            f"Computed in {self.spec.precision} and compared with plain autograd on the first "
-            "samples before the first batch."
+            f"Computed in {self.spec.precision} and compared with plain autograd on samples "
+            "from all over before the first batch."
         )
         return [said]
 

@@ -1,5 +1,6 @@
 """The request for scores from stored projected gradients."""
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -57,6 +58,7 @@ class GradientScoresRequest(WeightsRequest, QueriesOptions):
     def specs(self, root: str, say: Say) -> tuple[Spec, ...]:
         from influence_jobs.kinds.train.spec import FileCheckpoint, TrainedCheckpoint
         from influence_jobs.requests.queries import queries_of
+        from influence_jobs.requests.solving import require_declared_loss
         from influence_jobs.requests.subject import subject_of
 
         named = tuple(store_named(root, word) for word in self.gradients)
@@ -74,6 +76,8 @@ class GradientScoresRequest(WeightsRequest, QueriesOptions):
                     f"{type(built).__name__} has {built.output_loss or 'none'}: use --method "
                     "influence"
                 )
+            # Its p = exp(-loss) is no probability of another loss, and no later step would notice.
+            require_declared_loss(built, most=math.inf)
             if queries.quantity != "loss":
                 raise SpecError("--method trak explains the loss: leave --quantity out")
         if self.given("damping") and self.method not in DAMPING:

@@ -107,11 +107,9 @@ class GradientsJob(SampleJob[GradientsSpec]):
             self._projections,
             precision=engine_precision(self.spec.precision),
         )
-        # Once a worker: hooks do not see every use that a model makes of its weights.
-        first = torch.arange(min(2, self.num_rows))
-        batch = self.batch(first, Draw(self.spec.seed))
-        engine.check(batch)
-        for line in slow_lines(engine.slow_layers(batch)):
+        self.check(engine.check, self.spec.seed)
+        few = self.batch(torch.arange(min(2, self.num_rows)), Draw(self.spec.seed))
+        for line in slow_lines(engine.slow_layers(few)):
             log.info(line)
         return engine
 

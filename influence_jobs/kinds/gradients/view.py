@@ -16,7 +16,7 @@ class GradientsView(View[GradientsSpec]):
         said = (
             f"{spec.distribution} projections, at most {spec.outputs} x {spec.inputs} numbers of "
             f"{'all layers' if spec.whole else 'each layer'}, stored as {spec.stored}; compared "
-            "with plain autograd on the first samples before the first batch."
+            "with plain autograd on samples from all over before the first batch."
         )
         return [said]
 

@@ -239,7 +239,7 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
                     self.model, self._fitted[which], self.task.losses, precision=self._precision
                 )
             dots = self._dots(space, vectors_QP)
-            self._check(dots)
+            self.check(dots.check, self.spec.seed)
             tokens = None
             if self.spec.tokens is not None:
                 tokens = TokenDots(self.model, space, self._parts, vectors_QP)
@@ -249,11 +249,6 @@ class InfluenceJob(ScoresJob[InfluenceSpec]):
     def _dots(self, space: ParameterSpace, vectors_QP: Tensor) -> GradDots:
         precision = self.spec.sample_precision or self._precision
         return GradDots(self.model, space, self.task.losses, vectors_QP, precision=precision)
-
-    def _check(self, dots: GradDots) -> None:
-        # Once a checkpoint: hooks do not see every use that a model makes of its weights.
-        first = torch.arange(min(2, len(self.task.train_data())))
-        dots.check(self.batch(first, Draw(self.spec.seed)))
 
     def _vectors(self, s_test: STestSpec, term: Term, block: slice) -> npt.NDArray[np.floating]:
         run = Run(self.run_store.root, s_test)

@@ -24,7 +24,6 @@ from influence_jobs.kinds.train.spec import Checkpoint
 from influence_jobs.specs.base import AnySpec
 from influence_jobs.store.layout import ArrayLayout
 from influence_jobs.tasks.base import Draw
-from influence_jobs.tasks.placement import to_device, to_type
 
 
 class QueryGradientsJob(SampleJob[QueryGradientsSpec]):
@@ -93,7 +92,7 @@ class QueryGradientsJob(SampleJob[QueryGradientsSpec]):
         query, total = queries.items[i], 0.0
         for draw in range(queries.noise_draws):
             batch = self.task.test_batch(torch.tensor([query.test]), Draw(queries.seed, draw))
-            batch = to_type(to_device(batch, self.device), next(self.model.parameters()).dtype)
+            batch = self.placed(batch)
             with torch.no_grad():
                 measured = self.task.measure(self.model, batch, queries.quantity, query.region)
             total += float(measured.sum()) / queries.noise_draws

@@ -192,9 +192,7 @@ class SelfInfluenceJob(SampleJob[SelfInfluenceSpec]):
         engine = GradQuadratics(
             self.model, self._fitted[0], self.task.losses, precision=self.spec.precision
         )
-        # Once a worker: hooks do not see every use that a model makes of its weights.
-        first = torch.arange(min(2, len(self.task.train_data())))
-        engine.check(self.batch(first, Draw(self.spec.seed)))
+        self.check(engine.check, self.spec.seed)
         return engine
 
     def probe(self) -> Iterator[int]:

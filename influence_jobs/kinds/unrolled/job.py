@@ -29,6 +29,7 @@ from influence_jobs.store.layout import (
 )
 from influence_jobs.store.run import Run
 from influence_jobs.store.software import other_versions
+from influence_jobs.tasks.placement import in_dtype
 from influence_jobs.terms import size
 from influence_jobs.training.statistics import with_statistics
 from influence_jobs.training.train import initial_model
@@ -125,7 +126,7 @@ class UnrolledJob(Job[UnrolledSpec]):
             # Where derivatives are saved, this only reads the end of the training.
             trained = steps.train(at(1, 0) if state is None else lambda done: None)
             self._require_the_same(trained)
-            model = with_statistics(trained).to(unrolled.dtype)
+            model = in_dtype(with_statistics(trained), unrolled.dtype)
             space = ParameterSpace(model)
             gradients_QP = query_gradients(
                 self.task, model, space, self.spec.queries, shard.start, shard.stop

@@ -509,3 +509,22 @@ def test_classes_that_do_not_count() -> None:
     _, gauss_newton, hessian = operators(task)
     v_QP = torch.randn(2, gauss_newton.size, dtype=torch.float64)
     torch.testing.assert_close(gauss_newton @ v_QP, hessian @ v_QP)  # the model is linear
+
+
+class NoiseByRow(Given):
+    """A sample's loss depends on its place in the batch."""
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        noise = torch.rand(len(batch[0]), generator=torch.Generator().manual_seed(0))
+        return super().losses(model, batch) * (1 + noise.double())
+
+
+def test_losses_that_depend_on_the_place_in_the_batch_are_refused() -> None:
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output[None], target[None])
+
+    task = NoiseByRow(lambda: nn.Linear(3, 4), rows(3), classes(4), loss, None)
+    model = task.model().eval()
+    operator = Hessian(model, ParameterSpace(model), task, torch.arange(N))
+    with pytest.raises(ModelError, match=r"a sample's loss is .* alone and .* in a batch"):
+        operator @ torch.ones(1, operator.size, dtype=torch.float64)

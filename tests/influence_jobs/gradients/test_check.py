@@ -232,3 +232,38 @@ def test_losses_of_a_batch_are_no_kink(precision, how, size):
         model = StandardisedLosses(how)
         with pytest.raises(ModelError, match=r"layer 'first': per-sample norms differ"):
             check(model, losses=model.losses, batch=torch.randn(size, 6), precision=precision)
+
+
+class Energy(nn.Module):
+    """Gives the derivative of a network by its input, as models of forces do."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.second = nn.Linear(6, 1)
+
+    def forward(self, x):
+        x = x.detach().requires_grad_()
+        energy = self.second(self.first(x).tanh()).sum()
+        return torch.autograd.grad(energy, x, create_graph=True)[0]
+
+
+def test_a_gradient_taken_in_the_forward_is_named():
+    with pytest.raises(ModelError, match="takes a gradient of its own through layer 'second'"):
+        check(Energy())
+
+
+class Reordered(Probe):
+    """Its layers see the samples in another order; the first two stay in place."""
+
+    def forward(self, x):
+        order = torch.arange(len(x))
+        order[2:] = order[2:].flip(0)
+        return super().forward(x[order])[order.argsort()]
+
+
+def test_layers_that_see_samples_in_another_order_are_found_by_all_samples():
+    rows = torch.randn(5, 6)
+    check(Reordered(), batch=rows[:2])
+    with pytest.raises(ModelError, match="differ from those of each sample alone"):
+        check(Reordered(), batch=rows)

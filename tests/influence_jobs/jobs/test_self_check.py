@@ -15,6 +15,8 @@ from influence_jobs.store.checkpoints import load_checkpoint
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.base import Draw
 
+BRIGHT = 0.33  # a mean brightness that the first two samples do not have
+
 
 class Mixing(digits.DigitsNet):
     """Its outputs depend on the other samples of the batch, which no look at the modules finds."""
@@ -36,10 +38,61 @@ class SecondUse(digits.DigitsNet):
         return super().forward(images) + sums * images.mean(dim=(1, 2, 3))[:, None]
 
 
+class Sorting(digits.DigitsNet):
+    """Its layers see the samples by brightness, as those of texts are often sorted by length."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        order = images.mean(dim=(1, 2, 3)).argsort()
+        found: Tensor = super().forward(images[order])[order.argsort()]
+        return found
+
+
+class SometimesTwice(digits.DigitsNet):
+    """Uses a weight a second time, if a batch has a bright sample; the first of all is not."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        outputs, bright = super().forward(images), images.mean(dim=(1, 2, 3)) > BRIGHT
+        if bright.any():
+            outputs = outputs + bright[:, None] * self.conv2.weight.sum(dim=(1, 2, 3))[:10]
+        return outputs
+
+
 @pytest.fixture
 def mixing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The example's model with the weights that it always had, and outputs that are mixed."""
     monkeypatch.setattr(digits.DigitsTask, "model", lambda self: Mixing(self.width))
+
+
+def test_layers_that_sort_the_samples_are_refused_though_the_first_are_in_order(
+    carry_out, fresh_root, grad_norms_spec, s_test_of, digits_task, monkeypatch
+) -> None:
+    monkeypatch.setattr(digits.DigitsTask, "model", lambda self: Sorting(self.width))
+    first = digits_task.batch(torch.arange(2), Draw(0))[0].mean(dim=(1, 2, 3))
+    assert first[0] < first[1]
+    influence = make_spec(InfluenceSpec, task=grad_norms_spec.task, s_tests=(s_test_of(),))
+    for spec in (grad_norms_spec, influence):
+        root = fresh_root()
+        with pytest.raises(RuntimeFault, match="differ from those of each sample alone"):
+            carry_out(spec, root=root)
+        assert Run(str(root), spec).manifest.done() == {}
+
+
+def test_a_second_use_that_the_first_samples_do_not_show_is_counted(
+    carry_out, fresh_root, grad_norms_spec, digits_task, checkpoint, monkeypatch
+) -> None:
+    monkeypatch.setattr(digits.DigitsTask, "model", lambda self: SometimesTwice(self.width))
+    root = fresh_root()
+    run = carry_out(grad_norms_spec, root=root)
+    model = SometimesTwice(8).eval()
+    load_checkpoint(model, str(root), checkpoint)
+    batch = digits_task.batch(torch.arange(40), Draw(grad_norms_spec.seed))
+    bright = batch[0].mean(dim=(1, 2, 3)) > BRIGHT
+    assert not bright[:2].any()
+    assert bright.any()
+    (gradient,) = gradients_one_by_one(model, ["conv2.weight"], digits_task.losses, batch).values()
+    wanted = reduce_gradient(model.conv2, gradient, grad_norms_spec.reduction)
+    found = run.read_rows("norms/conv2", 0, 40)
+    assert np.abs(found - wanted.numpy()).max() <= 1e-5 * wanted.max()
 
 
 @pytest.mark.usefixtures("mixing")

@@ -20,7 +20,7 @@ from influence_jobs.tasks.digests import (
     some_samples,
     training_sample,
 )
-from influence_jobs.tasks.placement import converted, to_type
+from influence_jobs.tasks.placement import converted
 
 
 class Rows(Task):
@@ -59,9 +59,9 @@ def test_they_are_of_the_samples_as_the_task_gives_them(dtype: torch.dtype) -> N
     """Whatever the model and its samples are converted to for a computation."""
     task = Rows(dtype)
     before = kept(task)
-    model, converts = converted(task, torch.device("cpu"), torch.float64)
+    model, fitting = converted(task, torch.device("cpu"), torch.float64)
     batch = task.batch(torch.arange(4), Draw(0))
-    task.losses(model, to_type(batch, torch.float64) if converts else batch)
+    task.losses(model, fitting(batch))
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:
