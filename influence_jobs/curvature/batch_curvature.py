@@ -13,7 +13,9 @@ from influence_jobs.curvature.derivatives import (
     AGREEMENT,
     Parameters,
     function_of_parameters,
+    padding_rows,
     require_alike,
+    without_rows,
 )
 from influence_jobs.curvature.requirements import require_deterministic, require_own_losses
 from influence_jobs.errors import ModelError, first_line
@@ -56,6 +58,7 @@ class BatchCurvature(ABC):
                     "curvature needs float32 or float64: convert the model with model.float()"
                 )
         self.model, self.space, self.task = model, space, task
+        self._padding = padding_rows(model, space.parameters())
         self._exact = True  # products are exact up to rounding
         self._plain = False  # by autograd on the model itself, since torch.func cannot
 
@@ -141,6 +144,7 @@ class BatchCurvature(ABC):
             name: on_device(torch.randn(p.shape, generator=generator).to(p.dtype), p.device)
             for name, p in parameters.items()
         }
+        vectors = without_rows(vectors, self._padding)
         products = self._products({name: v[None] for name, v in vectors.items()}, batch, 1)
         with thawed(parameters.values()), torch.enable_grad():
             plain = self._autograd(self.task.losses(self.model, batch).mean())
@@ -172,6 +176,7 @@ class BatchCurvature(ABC):
         vector_P = torch.randn(theta_P.shape, generator=generator, dtype=theta_P.dtype)
         vector_P = vector_P.to(theta_P.device)
         vector_P *= theta_P.norm() / vector_P.norm()
+        vector_P = self.space.join(without_rows(self.space.split(vector_P), self._padding))
 
         def at(step: float) -> Tensor:
             moved = self.space.split(theta_P + step * vector_P)

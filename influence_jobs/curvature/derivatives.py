@@ -1,6 +1,6 @@
 """Derivatives of functions of named parameters, along vectors of them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,36 @@ AGREEMENT = 1e-3  # allowed relative difference of two ways to a product; roundi
 OF_TF32 = 10  # times as much where products are rounded to TF32, which causes 1e-3
 
 Parameters = dict[str, Tensor]
+
+
+def padding_rows(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, int]:
+    """By name, the row of an embedding's weights that torch gives no gradient: its `padding_idx`.
+
+    The losses may depend on it all the same. So it counts as frozen: training leaves it alone. A
+    weight that other modules have too is not here.
+    """
+    rows: dict[int, set[int | None]] = {}
+    for module in model.modules():
+        row: int | None = None
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            row = module.padding_idx
+        for parameter in module.parameters(recurse=False):
+            rows.setdefault(id(parameter), set()).add(row)
+    return {
+        name: row
+        for name, parameter in parameters.items()
+        for row in rows.get(id(parameter), ())
+        if row is not None and len(rows[id(parameter)]) == 1
+    }
+
+
+def without_rows(vectors: Parameters, rows: Mapping[str, int]) -> Parameters:
+    """Vectors {name: (..., rows, columns)} that are zero in some rows."""
+    found = dict(vectors)
+    for name in rows.keys() & vectors.keys():
+        found[name] = vectors[name].clone()
+        found[name][..., rows[name], :] = 0
+    return found
 
 
 def gradients_along(

@@ -15,7 +15,7 @@ from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from influence_jobs.curvature.batch_curvature import BatchCurvature
-from influence_jobs.curvature.derivatives import Parameters, agreement
+from influence_jobs.curvature.derivatives import Parameters, agreement, without_rows
 from influence_jobs.curvature.requirements import saved_bytes
 from influence_jobs.errors import DataError, SpecError
 from influence_jobs.gradients.batches import flattened
@@ -299,6 +299,8 @@ class Operator(BatchCurvature):
         Args:
             batches: Their samples, from `_batches`.
         """
+        if self._padding:
+            v_EQP = self.space.join(without_rows(self.space.split(v_EQP), self._padding))
         with all_derivatives(self.model):
             self.work += self.cost * v_EQP.shape[1] * ids_EB.numel()
             if self._may_go_together(ids_EB, v_EQP.shape[1]):

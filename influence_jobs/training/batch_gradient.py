@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from influence_jobs.curvature.batch_curvature import DIFFERENCES
-from influence_jobs.curvature.derivatives import agreement
+from influence_jobs.curvature.derivatives import agreement, padding_rows, without_rows
 from influence_jobs.curvature.requirements import saved_bytes
 from influence_jobs.errors import ModelError, first_line
 from influence_jobs.gradients.transforms import all_derivatives
@@ -199,6 +199,7 @@ def _agrees_with_differences(task: Task, model: nn.Module, batch: Batch, **argum
         name: torch.randn(g.shape, generator=generator, dtype=torch.float64).to(g)
         for name, g in graph.gradients.items()
     }
+    vectors = without_rows(vectors, padding_rows(exact, graph.parameters))
     weights = {name: graph.parameters[name].detach().clone() for name in vectors}
     length = math.sqrt(_square(*vectors.values()))
     scale = math.sqrt(_square(*weights.values())) / length

@@ -528,3 +528,53 @@ def test_losses_that_depend_on_the_place_in_the_batch_are_refused() -> None:
     operator = Hessian(model, ParameterSpace(model), task, torch.arange(N))
     with pytest.raises(ModelError, match=r"a sample's loss is .* alone and .* in a batch"):
         operator @ torch.ones(1, operator.size, dtype=torch.float64)
+
+
+class Padded(nn.Module):
+    """Sums over words, padding among them, of which torch gives the embedding no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(7, 3, padding_idx=2)
+        nn.init.normal_(self.words.weight)
+        self.head = nn.Linear(3, 4)
+
+    def forward(self, texts: Tensor) -> Tensor:
+        found: Tensor = self.head(self.words(texts).sum(1).tanh())
+        return found
+
+
+@pytest.mark.parametrize("kind", [GaussNewton, Hessian])
+def test_the_row_of_padding_counts_as_frozen(kind: type[Any]) -> None:
+    texts = torch.randint(0, 7, (N, 5), generator=torch.Generator().manual_seed(3))
+    assert (texts == 2).any()
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output[None], target[None])
+
+    task = Given(Padded, texts, classes(4), loss, "cross-entropy")
+    model = task.model().eval()
+    space = ParameterSpace(model)
+    v_QP = torch.randn(2, space.size, generator=torch.Generator().manual_seed(4)).double()
+    found_QP = kind(model, space, task, torch.arange(N)) @ v_QP
+
+    moves = torch.ones(space.size, dtype=torch.float64)
+    space.split(moves[None])["words.weight"][0, 2] = 0
+    theta_P = space.join({n: p.detach()[None] for n, p in model.named_parameters()})[0]
+
+    def outputs(moved_P: Tensor) -> Tensor:
+        values_P = torch.where(moves > 0, moved_P, theta_P)
+        p = {name: part[0] for name, part in space.split(values_P[None]).items()}
+        hidden = p["words.weight"][texts].sum(1).tanh()
+        return F.linear(hidden, p["head.weight"], p["head.bias"])
+
+    if kind is Hessian:
+        matrix_PP = torch.autograd.functional.hessian(
+            lambda theta: F.cross_entropy(outputs(theta), task.data.tensors[1]), theta_P
+        )
+    else:
+        jacobian_NCP = torch.autograd.functional.jacobian(outputs, theta_P)
+        p_NC = outputs(theta_P).softmax(1)
+        h_NCC = torch.diag_embed(p_NC) - p_NC[:, :, None] * p_NC[:, None, :]
+        matrix_PP = torch.einsum("ncp,ncd,ndq->pq", jacobian_NCP, h_NCC, jacobian_NCP) / N
+    torch.testing.assert_close(found_QP, v_QP @ matrix_PP)

@@ -117,6 +117,23 @@ def tied() -> nn.Module:
     return Tied()
 
 
+def padded() -> nn.Module:
+    """Sums over words, padding among them, of which torch gives the embedding no gradient."""
+
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Embedding(7, 6, padding_idx=3)
+            nn.init.normal_(self.words.weight)
+            self.last = nn.Linear(6, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            words = (2 * x.flatten(1)).long().clamp(-3, 3) + 3
+            return self.last(torch.tanh(self.words(words).mean(1)))
+
+    return Padded()
+
+
 def trained(task: Weighted, how: Recipe, epochs: int) -> nn.Module:
     trainer = Trainer(task, how, seed=SEED, device=CPU)
     while trainer.epoch < epochs:
@@ -181,6 +198,7 @@ CASES = {
     "batch-norm": (normed, recipe("sgd", 16, lr=0.1, momentum=0.5)),
     "batch-norm-adam": (normed, recipe("adam", 16, lr=0.02)),
     "norm-twice": (norm_called_twice, recipe("sgd", 16, lr=0.1, momentum=0.5)),
+    "padding": (padded, recipe("sgd", 16, lr=0.2, momentum=0.5, weight_decay=0.05)),
     "tied": (tied, recipe("adamw", 16, lr=0.01, weight_decay=0.1)),
 }  # fmt: skip
 
