@@ -18,7 +18,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from influence_jobs.errors import ModelError
+from influence_jobs.errors import ModelError, first_line
 from influence_jobs.gpu import may_round
 from influence_jobs.gradients.batches import KINDS, one_sample, plain_leaves
 from influence_jobs.gradients.fallback import Fallback
@@ -304,7 +304,15 @@ class TappedModel(ABC):
             ),
             differentiable_kernels(self._model),
         ):
-            losses = self._losses(self._model, batch)
+            try:
+                losses = self._losses(self._model, batch)
+            except RuntimeError as error:
+                if not mixed or is_out_of_memory(error):
+                    raise
+                raise ModelError(
+                    f"{type(self._model).__name__} does not run in bfloat16 on {self._device} "
+                    f"({first_line(error)}): use --precision float32"
+                ) from error
         if _versions(batch) != versions:
             raise ModelError(
                 f"{type(self._model).__name__} or its losses overwrite the batch (an in-place "

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -15,6 +16,9 @@ from influence_jobs.gradients.batches import one_sample
 from influence_jobs.gradients.one_loss_each import mixed_losses
 from influence_jobs.gradients.rules import LayerRule, nearest_rule
 from influence_jobs.memory import is_out_of_memory
+from influence_jobs.transfers import numbers, on_device
+
+OFF = 0.02  # of the largest: more than what rounding, also of bfloat16, does to a gradient
 
 
 @dataclass
@@ -23,6 +27,8 @@ class _Call:
     inputs: list[Any]  # nodes of the graph
     outputs: set[Any]
     leaves: set[int]  # ids of the leaves among the inputs
+    tensors: list[Tensor]  # of the output, until `_see_order` has looked at them
+    in_order: bool = True  # whether its rows are the samples of the batch, one after the other
 
 
 class Usage:
@@ -30,6 +36,7 @@ class Usage:
 
     Each use of a parameter is an edge to its leaf in the graph of the losses. A second pass, over
     the first sample alone, tells an axis that is as long as the batch by chance from the samples'.
+    Two backward passes tell in which order a module has the samples.
 
     Args:
         forward: From a batch to one loss a sample; the parameters require gradients.
@@ -50,6 +57,7 @@ class Usage:
         self._of_one = self._calls if self.size == 1 else None
         if self.size > 1:
             self._look_at_one(forward, batch, modules, losses.detach())
+            self._see_order(losses)
 
     def _look_at_one(
         self,
@@ -78,6 +86,41 @@ class Usage:
             )
         if alone_1 is not None:
             raise ModelError(mixed_losses(alone_1, losses_B[:1], self.size))
+
+    def _see_order(self, losses_B: Tensor) -> None:
+        """Mark the calls whose rows are not the samples in their order.
+
+        If the losses are weighted, so is the gradient of each row: by the weight of its sample.
+        """
+        outputs = []
+        for module, calls in self._calls.items():
+            for call, alone in zip(calls, (self._of_one or {}).get(module, []), strict=False):
+                for one, of_one in zip(call.tensors, alone.tensors, strict=False):
+                    if one.requires_grad and one.shape[:1] == (self.size,) and len(of_one) == 1:
+                        outputs.append((call, one))
+        for calls in [*self._calls.values(), *(self._of_one or {}).values()]:
+            for call in calls:
+                call.tensors = []  # which hold the graph
+        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(0))
+        weights_B = on_device(1 + order / self.size, losses_B.device).to(losses_B.dtype)
+        try:
+            plain, weighted = (
+                torch.autograd.grad(
+                    losses_B, [o for _, o in outputs], by, retain_graph=True, allow_unused=True
+                )
+                for by in (torch.ones_like(losses_B), weights_B)
+            )
+        except RuntimeError as error:  # left to `TappedModel.check`
+            if is_out_of_memory(error):
+                raise
+            return
+        seen = [
+            (call, _moved(g, found, weights_B))
+            for (call, _), g, found in zip(outputs, plain, weighted, strict=True)
+            if g is not None
+        ]
+        for (call, _), moved in zip(seen, numbers([m for _, m in seen]), strict=True):
+            call.in_order = call.in_order and not moved
 
     def calls(self, module: str) -> int:
         """How often a module is called."""
@@ -110,13 +153,16 @@ class Usage:
         rows = [call.rows for call in self._calls[module]]
         if self._of_one is not None and [c.rows for c in self._of_one[module]] != [1] * count:
             return False
-        return rows == [self.size] * count
+        in_order = all(call.in_order for call in self._calls[module])
+        return rows == [self.size] * count and in_order
 
     def within(self, parameter: Tensor, module: str) -> bool:
         """Whether a module is called once, and all uses of a parameter are in that call."""
         if len(self._calls[module]) != 1:
             return False
         (call,) = self._calls[module]
+        if not call.in_order:
+            return False
         outside = _uses([self._losses, *call.inputs], call.outputs)
         return not outside[id(parameter)] and id(parameter) not in call.leaves
 
@@ -174,6 +220,7 @@ def _watched(
                 [leaf.grad_fn for leaf in inputs if leaf.grad_fn is not None],
                 {leaf.grad_fn for leaf in _tensors(output) if leaf.grad_fn is not None},
                 {id(leaf) for leaf in inputs if leaf.is_leaf},
+                _tensors(output),
             )
         )
 
@@ -182,6 +229,20 @@ def _watched(
             hook = partial(note, calls[name], nearest_rule(module))
             stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
         return calls, forward(batch)
+
+
+def _moved(g: Tensor, weighted: Tensor, weights_B: Tensor) -> Tensor:
+    """Whether each row of a gradient is of one sample, and not all of the sample in their place.
+
+    A row that is of several samples is left to `TappedModel.check`, which refuses it.
+    """
+    g_BD, found_BD = g.flatten(1), weighted.flatten(1)
+    of_each_B = ((found_BD * g_BD).sum(1) / (g_BD * g_BD).sum(1)).nan_to_num()
+    elsewhere, several = (
+        (found_BD - g_BD * by_B.to(g.dtype).unsqueeze(1)).abs().amax() > OFF * g.abs().amax()
+        for by_B in (weights_B, of_each_B)
+    )
+    return elsewhere & ~several
 
 
 def _tensors(tree: Any) -> list[Tensor]:

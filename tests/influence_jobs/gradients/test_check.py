@@ -263,7 +263,32 @@ class Reordered(Probe):
 
 
 def test_layers_that_see_samples_in_another_order_are_found_by_all_samples():
-    rows = torch.randn(5, 6)
-    check(Reordered(), batch=rows[:2])
-    with pytest.raises(ModelError, match="differ from those of each sample alone"):
-        check(Reordered(), batch=rows)
+    rows, model = torch.randn(5, 6), Reordered().eval()
+    with GradNorms(model, ("first", "second"), losses, reduction="layer") as engine:
+        engine.check(rows[:2])  # which decides how the weights are served
+        with pytest.raises(ModelError, match="differ from those of each sample alone"):
+            engine.check(rows)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_batch_that_shows_another_order_is_served_rightly(precision):
+    check(Reordered(), batch=torch.randn(5, 6), precision=precision)
+
+
+class Half(nn.Linear):
+    """Does not run in half precision, as LSTMs do not on some processors."""
+
+    def forward(self, x):
+        if torch.is_autocast_enabled("cpu"):
+            raise RuntimeError("could not create a primitive")
+        return super().forward(x)
+
+
+def test_a_layer_that_does_not_run_in_half_precision_is_named():
+    model = nn.Sequential(Half(6, 6)).eval()
+    said = (
+        r"Sequential does not run in bfloat16 on cpu \(could not create a primitive\): use "
+    )
+    with pytest.raises(ModelError, match=said):
+        check(model, layers=("0",), precision="bfloat16")
+    check(model, layers=("0",))

@@ -327,7 +327,12 @@ def test_mixed_precision(case: Case) -> None:
     with GradNorms(
         case.model, [*case.forms], losses, reduction="layer", precision="bfloat16"
     ) as engine:
-        found = engine(batch_of(case))
+        try:
+            found = engine(batch_of(case))
+        except ModelError as error:
+            if "does not run in bfloat16 on cpu" not in str(error):
+                raise
+            pytest.skip("this processor has no LSTM in bfloat16")
         engine.check(batch_of(case))
     assert all(norms.dtype == torch.float32 for norms in found.values())
     assert_close(found, expected(case, "layer"), 5e-2)
