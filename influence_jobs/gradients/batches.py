@@ -62,8 +62,17 @@ def one_sample(batch: Any, index: int, size: int) -> Any:
     Raises:
         ModelError: As `flattened`.
     """
+    return part_of(batch, slice(index, index + 1), size)
+
+
+def part_of(batch: Any, samples: slice, size: int) -> Any:
+    """Some samples of a batch of `size`, as a batch.
+
+    Raises:
+        ModelError: As `flattened`.
+    """
     leaves, structure = flattened(batch)
-    cut = [leaf[index : index + 1] if has_samples(leaf, size) else leaf for leaf in leaves]
+    cut = [leaf[samples] if has_samples(leaf, size) else leaf for leaf in leaves]
     return pytree.tree_unflatten(cut, structure)
 
 

@@ -235,7 +235,7 @@ class GradNorms(TappedModel):
             return None
         if uses > 1:
             return f"its weight is used {uses} times in a forward"
-        return "its rule is not for the way it is called"
+        return "its rule is not for the way it is called, or it has the samples in another order"
 
     def _parameters(self) -> dict[str, Tensor]:
         return {

@@ -137,8 +137,8 @@ class GradProjections(TappedModel):
         fallback = self._routed(batch)
         return {name: (fallback.forms[name], why) for name, why in self._reasons.items()}
 
-    def _forward(self, batch: Any) -> Tensor:
-        losses = super()._forward(batch)
+    def _forward(self, batch: Any, *, mixed: bool = True) -> Tensor:
+        losses = super()._forward(batch, mixed=mixed)
         if self._seen is None:  # later passes of a call are of single samples
             self._seen = losses.detach()
         return losses

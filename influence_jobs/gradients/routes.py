@@ -49,7 +49,7 @@ def why_not_by_rules(
     if not all(usage.calls(layer) for layer, _ in held):
         return "a layer that has it is not called"  # and may be in a later batch
     if not usage.only_in_calls(parameter, [layer for layer, _ in held]):
-        return "it is used otherwise than in calls of its layer"
+        return "it is used outside of its layer, or the layer has the samples in another order"
     if any(own == "weight" for _, own in held) and not _read_alike(parameter, held, modules):
         return "the layers that share it read it differently"
     return ""

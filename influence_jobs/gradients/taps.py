@@ -213,7 +213,8 @@ class TappedModel(ABC):
             torch.enable_grad(),
             torch.autocast(self._device.type, enabled=False),
         ):
-            return Usage(self._forward, batch, modules)
+            # Mixed precision uses the same layers, and rounds too much to see their order.
+            return Usage(partial(self._forward, mixed=False), batch, modules)
 
     def _fallback_of(self, parameters: Sequence[str]) -> Fallback:
         """The way of some parameters, by full name, that no rule serves."""
@@ -294,8 +295,8 @@ class TappedModel(ABC):
     def _device(self) -> torch.device:
         return next(self._model.parameters()).device
 
-    def _forward(self, batch: Any) -> Tensor:
-        mixed = self._precision == "bfloat16"
+    def _forward(self, batch: Any, *, mixed: bool = True) -> Tensor:
+        mixed = mixed and self._precision == "bfloat16"
         versions = _versions(batch)
         with (
             # A cached cast would hide uses of a thawed weight from the graph.

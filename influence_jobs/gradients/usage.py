@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from influence_jobs.errors import ModelError
-from influence_jobs.gradients.batches import one_sample
+from influence_jobs.gradients.batches import one_sample, part_of
 from influence_jobs.gradients.one_loss_each import mixed_losses
 from influence_jobs.gradients.rules import LayerRule, nearest_rule
 from influence_jobs.memory import is_out_of_memory
 from influence_jobs.transfers import numbers, on_device
 
-OFF = 0.02  # of the largest: more than what rounding, also of bfloat16, does to a gradient
+FEW = 8  # samples that show in which order a module has them
+OFF = 0.02  # of the largest gradient: more than rounding of float32, also to TF32
 
 
 @dataclass
@@ -27,7 +28,7 @@ class _Call:
     inputs: list[Any]  # nodes of the graph
     outputs: set[Any]
     leaves: set[int]  # ids of the leaves among the inputs
-    tensors: list[Tensor]  # of the output, until `_see_order` has looked at them
+    tensors: list[Tensor]  # of the output, until it is known in which order they have the samples
     in_order: bool = True  # whether its rows are the samples of the batch, one after the other
 
 
@@ -36,7 +37,8 @@ class Usage:
 
     Each use of a parameter is an edge to its leaf in the graph of the losses. A second pass, over
     the first sample alone, tells an axis that is as long as the batch by chance from the samples'.
-    Two backward passes tell in which order a module has the samples.
+    Two backward passes of a few samples tell in which order a module has them, as far as its output
+    has a row for each.
 
     Args:
         forward: From a batch to one loss a sample; the parameters require gradients.
@@ -57,7 +59,17 @@ class Usage:
         self._of_one = self._calls if self.size == 1 else None
         if self.size > 1:
             self._look_at_one(forward, batch, modules, losses.detach())
-            self._see_order(losses)
+        if self.size > 1 and self._of_one is not None:
+            part = part_of(batch, slice(0, FEW), self.size)
+            try:
+                few, some = _watched(forward, part, modules)
+                self._see_order(some, few)
+            except Exception as error:  # such as a backward that may run only once
+                if is_out_of_memory(error):
+                    raise
+        for calls in [*self._calls.values(), *(self._of_one or {}).values()]:
+            for call in calls:
+                call.tensors = []  # which hold the graph
 
     def _look_at_one(
         self,
@@ -87,35 +99,35 @@ class Usage:
         if alone_1 is not None:
             raise ModelError(mixed_losses(alone_1, losses_B[:1], self.size))
 
-    def _see_order(self, losses_B: Tensor) -> None:
+    def _see_order(self, losses_B: Tensor, few: Mapping[str, list[_Call]]) -> None:
         """Mark the calls whose rows are not the samples in their order.
 
         If the losses are weighted, so is the gradient of each row: by the weight of its sample.
+
+        Args:
+            losses_B: Of a few samples.
+            few: Their calls.
         """
-        outputs = []
+        size, outputs = len(losses_B), []
         for module, calls in self._calls.items():
-            for call, alone in zip(calls, (self._of_one or {}).get(module, []), strict=False):
-                for one, of_one in zip(call.tensors, alone.tensors, strict=False):
-                    if one.requires_grad and one.shape[:1] == (self.size,) and len(of_one) == 1:
-                        outputs.append((call, one))
-        for calls in [*self._calls.values(), *(self._of_one or {}).values()]:
-            for call in calls:
-                call.tensors = []  # which hold the graph
-        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(0))
-        weights_B = on_device(1 + order / self.size, losses_B.device).to(losses_B.dtype)
-        try:
-            plain, weighted = (
-                torch.autograd.grad(
-                    losses_B, [o for _, o in outputs], by, retain_graph=True, allow_unused=True
-                )
-                for by in (torch.ones_like(losses_B), weights_B)
+            of_one = (self._of_one or {})[module]
+            for call, some, alone in zip(calls, few[module], of_one, strict=True):
+                for output, one in zip(some.tensors, alone.tensors, strict=True):
+                    rows = output.shape[:1] == (size,) and one.shape[:1] == (1,)
+                    # Half precision rounds too much to tell.
+                    exact = output.dtype in (torch.float32, torch.float64)
+                    if rows and exact and output.requires_grad and output.numel():
+                        outputs.append((call, output))
+        order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
+        weights_B = on_device(1 + order / size, losses_B.device).to(losses_B.dtype)
+        plain, weighted = (
+            torch.autograd.grad(
+                losses_B, [o for _, o in outputs], by, retain_graph=True, allow_unused=True
             )
-        except RuntimeError as error:  # left to `TappedModel.check`
-            if is_out_of_memory(error):
-                raise
-            return
+            for by in (torch.ones_like(losses_B), weights_B)
+        )
         seen = [
-            (call, _moved(g, found, weights_B))
+            (call, _moved(g, found, weights_B).to(losses_B.device))
             for (call, _), g, found in zip(outputs, plain, weighted, strict=True)
             if g is not None
         ]
@@ -232,15 +244,16 @@ def _watched(
 
 
 def _moved(g: Tensor, weighted: Tensor, weights_B: Tensor) -> Tensor:
-    """Whether each row of a gradient is of one sample, and not all of the sample in their place.
+    """Whether every row depends on one sample only, and one at least on another than the one there.
 
-    A row that is of several samples is left to `TappedModel.check`, which refuses it.
+    A row that depends on several samples is left to `TappedModel.check`, which refuses it.
     """
-    g_BD, found_BD = g.flatten(1), weighted.flatten(1)
+    g_BD, found_BD = (one.reshape(len(one), -1) for one in (g, weighted))
+    own_B = weights_B.to(g.device, g.dtype)
     of_each_B = ((found_BD * g_BD).sum(1) / (g_BD * g_BD).sum(1)).nan_to_num()
     elsewhere, several = (
-        (found_BD - g_BD * by_B.to(g.dtype).unsqueeze(1)).abs().amax() > OFF * g.abs().amax()
-        for by_B in (weights_B, of_each_B)
+        (found_BD - g_BD * by_B.unsqueeze(1)).abs().amax() > OFF * g.abs().amax()
+        for by_B in (own_B, of_each_B)
     )
     return elsewhere & ~several
 

@@ -177,7 +177,7 @@ class SampleJob(Job[S]):
         return fitting(to_device(batch, self.device))
 
     def check(self, check: Callable[[Batch], None], seed: int) -> None:
-        """Let an engine's `check` compare it with plain autograd, once a worker, on a few samples.
+        """Let an engine's `check` compare it with plain autograd on a few samples, once for all.
 
         Hooks do not see every use that a model makes of its weights, nor the order in which a layer
         has the samples. So these are from all over the data, and in no order.

@@ -124,7 +124,9 @@ def in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
     def suited(value: Tensor) -> Tensor:
         if value.is_complex():
-            return value.to(torch.complex128) if dtype == torch.float64 else value
+            if dtype == torch.float64:
+                return value.to(torch.complex128)
+            return value.to(torch.complex64) if double else value
         if not value.is_floating_point() or (value.dtype == torch.float64 and not double):
             return value
         return value.to(dtype)
@@ -151,8 +153,8 @@ def converted(
     model = in_dtype(model.to(device), dtype).eval()
     if not types:
         return model, lambda batch: batch
-    narrower = any(torch.finfo(one).bits >= torch.finfo(dtype).bits for one in types)
-    fitting = partial(to_type if narrower else widened, dtype=dtype)
+    widens = all(torch.finfo(one).bits < torch.finfo(dtype).bits for one in types)
+    fitting = partial(widened if widens else to_type, dtype=dtype)
     sample = to_device(task.batch(torch.tensor([0]), Draw(0)), device)
     try:
         with torch.no_grad():

@@ -286,9 +286,77 @@ class Half(nn.Linear):
 
 def test_a_layer_that_does_not_run_in_half_precision_is_named():
     model = nn.Sequential(Half(6, 6)).eval()
-    said = (
-        r"Sequential does not run in bfloat16 on cpu \(could not create a primitive\): use "
-    )
+    said = r"Sequential does not run in bfloat16 on cpu \(could not create a primitive\): use "
     with pytest.raises(ModelError, match=said):
         check(model, layers=("0",), precision="bfloat16")
     check(model, layers=("0",))
+
+
+class Scaled(nn.Module):
+    """Has a weight of its own, and gives one number a sample, or a part without numbers too."""
+
+    def __init__(self, form="row"):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 4), nn.Linear(4, 1)
+        self.scale = nn.Parameter(torch.tensor([1.5]))
+        self.form = form
+
+    def forward(self, x):
+        h = self.second(self.first(x).tanh()) * self.scale
+        return {"row": lambda: h.squeeze(1), "number": h.squeeze, "part": lambda: (h, h[:, :0])}[
+            self.form
+        ]()
+
+
+class FreesItsInput(torch.autograd.Function):
+    """May go back once only."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.x = x.detach()
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, g):
+        scale = 2 + 0 * ctx.x
+        ctx.x = None
+        return g * scale
+
+
+def of_outputs(model, x):
+    found = model(x)
+    return (found[0] if isinstance(found, tuple) else found).reshape(len(x), -1).square().sum(1)
+
+
+@pytest.mark.parametrize("form", ["row", "number", "part"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_outputs_of_any_shape_are_looked_at(form, precision):
+    layers = ("first", "second", "scale")
+    check(Scaled(form), of_outputs, torch.randn(4, 6), layers, precision)
+
+
+def test_a_backward_that_may_run_once_is_left_alone():
+    def losses(model, x):
+        return FreesItsInput.apply(model(x)).square().sum(1)
+
+    check(Probe(), losses, torch.randn(4, 6))
+
+
+class Gated(nn.Module):
+    """Twelve layers, each with a gate of one number, which half precision rounds much."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(12))
+        self.gates = nn.ModuleList(nn.Linear(32, 1) for _ in range(12))
+
+    def forward(self, x):
+        for layer, gate in zip(self.layers, self.gates, strict=True):
+            x = x + gate(x).sigmoid() * layer(x).tanh()
+        return x
+
+
+def test_layers_in_order_keep_their_rules_in_half_precision():
+    model, names = Gated().eval(), [f"gates.{i}" for i in range(12)]
+    with GradNorms(model, names, losses, reduction="layer", precision="bfloat16") as engine:
+        assert engine.slow_layers(torch.randn(8, 32)) == {}

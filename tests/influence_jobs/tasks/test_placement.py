@@ -193,3 +193,10 @@ class Sparse(Rows):
 def test_sparse_tensors_in_a_batch_are_refused() -> None:
     with pytest.raises(DataError, match="a batch has a sparse_coo tensor in it"):
         Sparse(Turns).fingerprint()
+
+
+def test_complex_buffers_follow_a_model_that_is_narrowed() -> None:
+    model = nn.Linear(6, 3, dtype=torch.float64)
+    model.register_buffer("turns", torch.ones(3, dtype=torch.complex128))
+    assert in_dtype(model, torch.float32).turns.dtype == torch.complex64
+    assert in_dtype(model, torch.float64).turns.dtype == torch.complex128
