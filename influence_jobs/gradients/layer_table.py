@@ -35,9 +35,11 @@ _TAIL = """
 ## Without a rule
 
 Recurrent layers, attention's `in_proj_weight`, parameters of your own modules or of the model
-itself, weights made by `weight_norm`, layers that are called twice, and shared weights have norms
-too. `infl submit` says which they are and how they are computed. It takes the first of these forms
-whose gradients agree with plain autograd on two samples; *mapped* is over the samples (vmap):
+itself, weights made by `weight_norm`, layers that are called twice, shared weights, and layers that
+have the samples in another order (texts sorted by length inside of the model) have norms too. `infl
+submit` says which they are and how they are computed. It takes the first of these forms whose
+gradients agree with plain autograd on two samples; *mapped* is over the samples (vmap). Before a
+worker stores anything, all its numbers of eight samples from all over the data are compared so.
 
 | form | for | times as slow as rules alone |
 |---|---|---|
@@ -45,8 +47,8 @@ whose gradients agree with plain autograd on two samples; *mapped* is over the s
 | the model's backward, mapped | others, such as `cls_token` and shared weights | 1.5 to 4 |
 | plain autograd, sample by sample | what cannot be mapped: packed sequences | as batches of one |
 
-Dot products (influence) go by the rule, else in forward mode, else by the last two forms. Embedding
-layers with `max_norm`, `scale_grad_by_freq` or `sparse` are refused, as are losses that depend on
+Dot products (influence) go by the rule, else in forward mode, else by the last two forms. The row of
+an Embedding's `padding_idx` counts as frozen. Embedding layers with `max_norm`, `scale_grad_by_freq` or `sparse` are refused, as are losses that depend on
 the other samples of the batch.
 
 Of a weight that no rule reads, the first axis is C, all others are I, and there are no kernel
@@ -71,7 +73,8 @@ layer is refused by name.
 ## Number formats
 
 Gradients are computed in float64 for a model that is built in it, and in float32 for any other;
-`--precision` chooses another. [What each costs](precision.md).
+`--precision` chooses another. Complex buffers stay complex, and a float64 buffer or sample of a
+float32 model stays float64. [What each costs](precision.md).
 """
 _FORMS = {  # by column, the methods that a faster way overrides
     "norms": ("kernel_norms",),

@@ -115,12 +115,12 @@ def hold_batches(name: str, trained: Path, folder: Path, here: Submitted) -> Any
     """Require no more waits a batch than are allowed; the results."""
     kind, options, of_a_batch = JOBS[name]
     waits = {}
-    for size in (4, 24):
+    for size in (8, 24):
         root = folder / str(size)
         shutil.copytree(trained, root)
         found, waits[size] = here(kind, runs=root, batch_size=size, **of_digits(options))
-    more = len(waits[4]) - len(waits[24])
-    assert more <= of_a_batch * (48 // 4 - 48 // 24), "\n".join(map(str, waits[4]))
+    more = len(waits[8]) - len(waits[24])
+    assert more <= of_a_batch * (48 // 8 - 48 // 24), "\n".join(map(str, waits[8]))
     return found
 
 
