@@ -47,8 +47,9 @@ worker stores anything, all its numbers of eight samples from all over the data 
 | the model's backward, mapped | others, such as `cls_token` and shared weights | 1.5 to 4 |
 | plain autograd, sample by sample | what cannot be mapped: packed sequences | as batches of one |
 
-Dot products (influence) go by the rule, else in forward mode, else by the last two forms. The row of
-an Embedding's `padding_idx` counts as frozen. Embedding layers with `max_norm`, `scale_grad_by_freq` or `sparse` are refused, as are losses that depend on
+Dot products (influence) go by the rule, else in forward mode, else by the last two forms. The row
+of an Embedding's `padding_idx` counts as frozen. Embedding layers with `max_norm`,
+`scale_grad_by_freq` or `sparse` are refused, as are losses that depend on
 the other samples of the batch.
 
 Of a weight that no rule reads, the first axis is C, all others are I, and there are no kernel
