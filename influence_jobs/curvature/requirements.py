@@ -12,6 +12,7 @@ from influence_jobs.gradients.one_loss_each import mixed_losses, wrong_losses
 from influence_jobs.memory import is_out_of_memory
 from influence_jobs.tasks.base import Batch, Task
 from influence_jobs.tasks.output_loss import SUM_ERROR, Form, alike, which_forms_give
+from influence_jobs.transfers import numbers
 
 
 @torch.no_grad()
@@ -23,11 +24,12 @@ def require_deterministic(task: Task, model: nn.Module, batch: Batch, again: Bat
         DataError: A loss is not finite.
     """
     losses_B, again_B = task.losses(model, batch), task.losses(model, again)
-    if not losses_B.isfinite().all():
+    finite, same = numbers([losses_B.isfinite().all(), alike(losses_B, again_B)])
+    if not finite:
         raise DataError(
             "the training loss of the first samples is not finite: check the checkpoint"
         )
-    if not alike(losses_B, again_B):
+    if not same:
         raise ModelError(
             f"two passes over the same samples of {type(task).__name__} give different losses: "
             "switch dropout off in eval mode, and draw noise from the Draw and the sample's id only"

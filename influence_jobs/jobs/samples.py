@@ -154,7 +154,7 @@ class SampleJob(Job[S]):
     def _built(self) -> tuple[torch.nn.Module, Callable[[Batch], Batch]]:
         """The model, and what brings samples into a type that it takes."""
         model, fitting = converted(self.task, self.device, self.dtype)
-        return in_fast_layout(self.task, model, fitting), fitting
+        return in_fast_layout(self.task, model), fitting
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Put a checkpoint's weights into the model."""

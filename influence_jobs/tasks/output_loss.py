@@ -297,16 +297,12 @@ def which_forms_give(
             found.append(never)
             continue
         fits = declared_B.shape == losses_B.shape
-        found.append(_alike(losses_B, declared_B) if fits else never)
+        found.append(alike(losses_B, declared_B) if fits else never)
     return torch.stack(found) if found else never.view(1)[:0]
 
 
-def alike(a_B: Tensor, b_B: Tensor) -> bool:
-    """Whether losses differ by rounding only."""
-    return bool(_alike(a_B, b_B))
-
-
-def _alike(a_B: Tensor, b_B: Tensor) -> Tensor:
+def alike(a_B: Tensor, b_B: Tensor) -> Tensor:
+    """Whether losses differ by rounding only, where the losses are."""
     # Relative to the largest loss, since a loss near zero may be a difference of large numbers.
     difference = (a_B - b_B).abs().max()
     return difference <= RELATIVE_ERROR * torch.maximum(a_B.abs().max(), b_B.abs().max())

@@ -159,7 +159,7 @@ def _is_cross_entropy(task: Task) -> bool:
         plain_B = F.cross_entropy(outputs_BC, task.targets(batch), reduction="none")
     except IndexError:  # targets that only the task's own loss knows, such as another ignore_index
         return False
-    return losses_B.shape == plain_B.shape and alike(losses_B, plain_B)
+    return losses_B.shape == plain_B.shape and bool(alike(losses_B, plain_B))
 
 
 @torch.no_grad()

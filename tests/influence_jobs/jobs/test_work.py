@@ -103,7 +103,7 @@ def test_every_draw_of_every_checkpoint_counts_once(carry_out, specs, monkeypatc
     for term in range(job.terms):
         ids = torch.arange(N)
         job.score(term, ids, job.fetch(term, ids), job.checks(None))
-    checks = 2 * 2  # two samples a checkpoint, before its first batch
+    checks = 2 * 8  # eight samples a checkpoint, before its first batch
     drawn = {draw: count for draw, count in asked.items() if draw.seed == 5}
     assert drawn == {Draw(5, 0): 2 * N + checks, Draw(5, 1): 2 * N, Draw(5, 2): 2 * N}
 
