@@ -1,8 +1,9 @@
 """The task that is disturbed: eight shards of a linear model, ruled by files beside it.
 
 `hold` has a sample's id: the shard with that sample, and those after it, wait until the file is
-gone. `nap` has the seconds that each batch takes, `poison` a JSON object: what happens at which
-sample. None is code or data, so a run goes on when they have changed.
+gone. Looks at a few samples from all over the data do not wait. `nap` has the seconds that each
+batch takes, `poison` a JSON object: what happens at which sample. None is code or data, so a run
+goes on when they have changed.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ from torch.utils.data import TensorDataset
 from influence_jobs import Batch, Task
 
 HERE = Path(__file__).parent
+LOOKED_AT = 8  # the most samples in a look before the shards
 
 
 class Linear(nn.Module):
@@ -51,7 +53,8 @@ class SlowTask(Task):
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         ids = batch[0][:, 0]
-        wait_at(int(ids.max()))
+        if len(ids) > LOOKED_AT:
+            wait_at(int(ids.max()))
         losses = F.cross_entropy(model(batch[0]), batch[1], reduction="none")
         for sample, what in poison().items():
             if (ids == sample).any():
