@@ -15,8 +15,9 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	    --editable ".[cli,cloud]" --group dev
 	touch $@
 
+# Idle threads of torch sleep soon, as in `infl`: two processes share the cores.
 test: install
-	$(BIN)/python -m pytest
+	GOMP_SPINCOUNT=10000 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
 slow: install
 	$(BIN)/python -m pytest -m slow

@@ -161,6 +161,7 @@ def _carry_out_here(run: Run, how: How, say: Say, *, quiet: bool) -> None:
             "ended": lambda: "over" if over.is_set() else None,
             "say": say,
             "quiet": quiet,
+            "pause": over.wait,
         },
         daemon=True,
     )

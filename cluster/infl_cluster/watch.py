@@ -87,6 +87,7 @@ def watch(
     ended: Callable[[], str | None],
     say: Callable[[str], None],
     quiet: bool = False,
+    pause: Callable[[float], object] = time.sleep,
 ) -> dict[str, Any]:
     """Show progress until the run has ended; returns its last status.
 
@@ -95,6 +96,7 @@ def watch(
             own status cannot say that.
         say: Takes lines for the user if there is no terminal.
         quiet: Show nothing.
+        pause: Waits for some seconds, or until the run has ended.
     """
     bars: Shows = _Nothing() if quiet else NotebookProgress() if in_notebook() else Progresses(say)
     asked = time.monotonic()
@@ -119,7 +121,7 @@ def watch(
                         last_word = status["state"] == "interrupted" and status.get("message")
                         status |= {"state": "interrupted", "message": last_word or why}
                     return status
-            time.sleep(POLL_S)
+            pause(POLL_S)
     finally:
         bars.close()
 

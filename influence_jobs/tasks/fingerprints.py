@@ -12,6 +12,7 @@ import re
 import sys
 import tokenize
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from importlib.machinery import PathFinder
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
@@ -22,6 +23,7 @@ from influence_jobs.specs.base import TaskSpec
 from influence_jobs.tasks.base import Task
 from influence_jobs.tasks.own_code import OURS, is_own
 
+PARSED = 256  # source files of which what was parsed is kept
 # What the first versions wrote: one text for both, the code being the bytes of one file.
 _FIRST_FORM = re.compile(r"(?P<data>\d+ samples), code (?P<code>[0-9a-f]{16}|unknown)")
 
@@ -196,18 +198,22 @@ def _text(file: Path) -> str:
         return source.read()
 
 
-def _imported(text: str, package: str) -> Iterator[str]:
+# A command asks for a task's code several times; a text is parsed once.
+@lru_cache(maxsize=PARSED)
+def _imported(text: str, package: str) -> tuple[str, ...]:
     """Names of modules that a source file may import, inside functions too."""
+    found: list[str] = []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             parents = package.split(".")[: len(package.split(".")) - node.level + 1]
             base = ".".join([*(parents if node.level else ()), *filter(None, [node.module])])
-            yield base
-            yield from (f"{base}.{alias.name}" for alias in node.names)
+            found += [base, *(f"{base}.{alias.name}" for alias in node.names)]
+    return tuple(found)
 
 
+@lru_cache(maxsize=PARSED)
 def code_alone(text: str) -> str:
     """A source text without comments, docstrings and blank lines.
 

@@ -5,6 +5,7 @@ import inspect
 import socket
 import sys
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
@@ -124,8 +125,13 @@ class _Located(NamedTuple):
 
 
 def _known() -> dict[str, str]:
-    announced = {point.name: point.value for point in entry_points(group=ENTRY_POINTS)}
-    return {**announced, **BUILT_IN}
+    return {**_announced(tuple(sys.path)), **BUILT_IN}
+
+
+@cache
+def _announced(_path: tuple[str, ...]) -> dict[str, str]:
+    """Tasks that packages announce; to look through all that is installed takes tens of ms."""
+    return {point.name: point.value for point in entry_points(group=ENTRY_POINTS)}
 
 
 def _located(target: str) -> _Located:

@@ -43,6 +43,7 @@ class Example:
 
     Attributes:
         name: Of the task; its page is docs/examples/FILE.md.
+        slow: Whether it is one of those that take longest.
         options: Of the task.
         weights: Some of the weights whose norms the page asks for.
         warned: Words in the lines of the check that are marked `warn`.
@@ -54,6 +55,7 @@ class Example:
     options: Mapping[str, Any] = field(default_factory=lambda: {"samples": 8, "hidden": 4})
     warned: tuple[str, ...] = ()
     lr: float = 0.01
+    slow: bool = False
 
 
 EXAMPLES = [
@@ -62,11 +64,13 @@ EXAMPLES = [
         ("conv1", "layer4.1.conv2", "fc"),
         {"size": 32},
         lr=1e-4,  # else the running statistics of BatchNorm are far from the samples'
+        slow=True,
     ),
     Example(
         "bert:Bert",
         ("bert.embeddings.word_embeddings", "bert.encoder.layer.1.output.dense", "classifier"),
         warned=("position_embeddings",),
+        slow=True,
     ),
     Example(
         "gpt:Gpt",
@@ -77,9 +81,10 @@ EXAMPLES = [
         "vit:ViT",
         ("conv_proj", "class_token", "encoder.layers.encoder_layer_0.self_attention"),
         warned=("self_attention",),
+        slow=True,
     ),
     Example("tabular:Tabular", ("0", "1", "6"), {"samples": 20, "width": 4}),
-    Example("unet:UNet", ("down.conv", "middle.norm", "up"), {"samples": 6, "width": 2}),
+    Example("unet:UNet", ("down.conv", "middle.norm", "up"), {"samples": 6, "width": 2}, slow=True),
     Example("audio:Audio", ("0", "2", "6"), {"samples": 8, "width": 2}),
     Example("lstm:Lstm", ("rnn.weight_hh_l0", "head"), warned=("(LSTM)", "(GRU)")),
     Example(
@@ -94,7 +99,13 @@ EXAMPLES = [
 ]
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
+@pytest.mark.parametrize(
+    "example",
+    [
+        pytest.param(example, id=example.name, marks=pytest.mark.slow if example.slow else ())
+        for example in EXAMPLES
+    ],
+)
 def test_an_example(
     example: Example, infl: Infl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

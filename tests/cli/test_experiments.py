@@ -148,6 +148,7 @@ def test_the_report_of_several_runs_lies_in_the_first_ones_folder(infl: Infl, ru
     assert infl("verify", "grad-norms").code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_an_ablation_on_ray_is_the_same_as_in_process(
     infl: Infl, runs: Path, ray_head: object, monkeypatch: pytest.MonkeyPatch

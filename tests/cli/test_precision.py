@@ -181,7 +181,7 @@ def test_a_dot_product_is_computed_in_bfloat16(
     assert 1e-5 < np.abs(full - rough).max() / np.abs(full).max() < 0.02
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+@pytest.mark.parametrize("dtype", [pytest.param("bfloat16", marks=pytest.mark.slow), "float64"])
 def test_every_kind_of_run_takes_a_model_in_another_dtype(
     infl: Infl, made: Callable[[str], str], dtype: str
 ) -> None:

@@ -1,8 +1,8 @@
 """Rows of another floating-point type than the weights: the message names the line and the cure."""
 
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 TASK = """
 import numpy as np
@@ -42,28 +42,21 @@ class Float64Rows(Task):
     def losses(self, model, batch):
         return F.cross_entropy(self.outputs(model, batch), batch["y"], reduction="none")
 """
+HERE = ("--local", "--epochs", 1)
 CURE = "cast samples to the type of the weights, x.to(next(model.parameters()).dtype)"
 
 
-def infl(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from infl_cli.entry import main; main()", *words]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-
-
-def test_the_cure_is_told_and_works(tmp_path: Path) -> None:
+def test_the_cure_is_told_and_works(infl: Callable[..., Any], tmp_path: Path) -> None:
     line = TASK.splitlines().index("        return model(CAST)") + 1
-    (tmp_path / "rows.py").write_text(TASK.replace("CAST", 'batch["x"]'))
-    norms = ("submit", "grad-norms", "--task", "rows.py:Float64Rows", "--layer", "all", "--local")
-    refused = infl(tmp_path, *norms, "--epochs", "1")
-    assert refused.returncode == 2, refused.stderr
-    assert f"rows.py, line {line}): {CURE}" in refused.stderr
-    assert "Traceback" not in refused.stderr
-    checked = infl(tmp_path, "check", "rows.py:Float64Rows")
-    assert f"rows.py, line {line}): {CURE}" in checked.stdout
+    (tmp_path / "rows_as_they_are.py").write_text(TASK.replace("CAST", 'batch["x"]'))
+    task = "rows_as_they_are.py:Float64Rows"
+    refused = infl("submit", "grad-norms", "--task", task, "--layer", "all", *HERE)
+    assert refused.code == 2, refused.err
+    assert f"rows_as_they_are.py, line {line}): {CURE}" in refused.err
+    assert f"rows_as_they_are.py, line {line}): {CURE}" in infl("check", task).out
 
     cast = 'batch["x"].to(next(model.parameters()).dtype)'
-    (tmp_path / "rows.py").write_text(TASK.replace("CAST", cast))
-    assert infl(tmp_path, *norms, "--epochs", "1").returncode == 0
-    unrolled = ("submit", "unrolled", "--task", "rows.py:Float64Rows", "--test", "0", "--local")
-    done = infl(tmp_path, *unrolled, "--epochs", "1")
-    assert done.returncode == 0, done.stderr
+    (tmp_path / "rows_cast.py").write_text(TASK.replace("CAST", cast))
+    for words in (("grad-norms", "--layer", "all"), ("unrolled", "--test", 0)):
+        done = infl("submit", *words, "--task", "rows_cast.py:Float64Rows", *HERE)
+        assert done.code == 0, done.err

@@ -237,6 +237,7 @@ def jobs_of(head):
         return {job["submission_id"]: job for job in json.load(answer)}
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_jobs_have_names_and_two_of_one_name_do_not_collide(ray_head, tmp_path, monkeypatch):
     examples = str(Path(__file__).parents[2] / "examples")

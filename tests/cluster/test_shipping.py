@@ -231,7 +231,7 @@ def submit(head: Head, folder: Path, *words: str, **env: str) -> "subprocess.Com
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("make", [a_project, a_package])
+@pytest.mark.parametrize("make", [a_project, pytest.param(a_package, marks=pytest.mark.slow)])
 def test_a_run_on_a_cluster_that_has_none_of_the_code(
     tmp_path: Path, ray_head: Head, make: Callable[[Path, str], Path]
 ) -> None:
@@ -267,6 +267,7 @@ def test_a_run_on_a_cluster_that_has_none_of_the_code(
     assert Run.open(str(tmp_path / "here"), run.id).digest() == run.digest()
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_other_versions_are_refused_before_a_shard_is_written(
     tmp_path: Path, ray_head: Head

@@ -148,6 +148,7 @@ def test_a_run_that_is_done_is_found_again(runs: str, trained: Results) -> None:
     assert by_path.run.id == trained.run.id
 
 
+@pytest.mark.slow
 def test_the_notebook_of_the_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Train, influence, top five, figure: in ten lines."""
     monkeypatch.chdir(tmp_path)

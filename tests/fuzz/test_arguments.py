@@ -18,6 +18,7 @@ from influence_jobs.errors import DataError
 from influence_jobs.jobs import automatic
 from influence_jobs.kinds import kinds
 from influence_jobs.store.run import Run
+from influence_jobs.tasks import mnist as mnist_task
 
 SEED = os.environ.get("INFL_FUZZ", "1")
 COMMANDS = (
@@ -54,7 +55,8 @@ def answer(
     def nothing_is_fetched(*_: object, **__: object) -> None:
         raise DataError("nothing is fetched in a test")
 
-    monkeypatch.setattr(mnist, "fetch_mnist", nothing_is_fetched)
+    for module in (mnist, mnist_task):
+        monkeypatch.setattr(module, "fetch_mnist", nothing_is_fetched)
 
     def run(number: int) -> int:
         rng = random.Random(f"{SEED}/arguments/{number}")
