@@ -17,7 +17,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 # Idle threads of torch sleep soon, as in `infl`: two processes share the cores.
 test: install
-	GOMP_SPINCOUNT=10000 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+	GOMP_SPINCOUNT=10000 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 slow: install
 	$(BIN)/python -m pytest -m slow

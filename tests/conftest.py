@@ -46,14 +46,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, help="the only random schedule of faults to run")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of several processes, one has all modules that need the Ray head; no module is divided."""
-    on_ray = {item.path for item in items if "ray_head" in getattr(item, "fixturenames", ())}
-    for item in items:
-        module = item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group("ray" if item.path in on_ray else module))
-
-
 def _processes_of(head: Head) -> list[psutil.Process]:
     """Processes of a head, found by ancestry and by its folder on their command line."""
     found = []

@@ -34,6 +34,7 @@ def subject_of(name, folder):
     return Subject(f"{file}:{kind.__name__}", kind, folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAST)
 def test_a_few_models(name, tmp_path):
     subject = subject_of(name, tmp_path)

@@ -62,7 +62,15 @@ def test_what_is_kept_is_whole_and_small(path) -> None:
     assert pictures or path.stem == "language-model"
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(
+            path, id=path.stem, marks=pytest.mark.slow if path.stem != "classifier" else ()
+        )
+        for path in NOTEBOOKS
+    ],
+)
 def test_it_runs_from_an_empty_folder(path, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("INFL_HOME", str(tmp_path / "home"))
     before = nbformat.read(path, as_version=4)

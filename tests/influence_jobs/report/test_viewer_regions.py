@@ -218,8 +218,15 @@ def test_a_link_is_copied_without_the_token_and_opens_what_was_seen(unet, served
         context.close()
 
 
-@pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(
+    ("scheme", "width"),
+    [
+        ("light", 390),
+        ("dark", 1280),
+        pytest.param("light", 1280, marks=pytest.mark.slow),
+        pytest.param("dark", 390, marks=pytest.mark.slow),
+    ],
+)
 def test_every_page_fits_and_has_no_fault(unet, served, watched, faults, width, scheme) -> None:
     places = ("/", "/query?test=0&region=4,4,8,8", "/query?test=0&region=4,4,8,8&pick=3&k=3",
               "/sample/3", "/image/0", "/image/0?y=3&x=5&h=6&w=7", "/image/0?y=3&x=5",

@@ -37,7 +37,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[DigitsTask]]:
 
 def test_in_a_whole_influence_run(asked: dict[str, list[DigitsTask]], tmp_path: Path) -> None:
     run = influence_jobs.submit(
-        "influence", task=DigitsTask, test=[3, 7], epochs=1, layer="all", curvature_samples=300,
+        "influence", task=DigitsTask, test=[3, 7], epochs=1, layer="head", curvature_samples=300,
         damping=0.5, runs=str(tmp_path), quiet=True,
     )  # fmt: skip
     assert run["scores"].shape == (2, 1500)

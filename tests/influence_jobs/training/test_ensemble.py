@@ -62,7 +62,14 @@ from .ensembles import (
         (SmallFFDNetTask(), recipe("adam", 4, 2, lr=1e-3), REMOVALS, ("main.29",)),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("reduction", ["kernel", "channel", "layer"])
+@pytest.mark.parametrize(
+    "reduction",
+    [
+        pytest.param("kernel", marks=pytest.mark.slow),
+        "channel",
+        pytest.param("layer", marks=pytest.mark.slow),
+    ],
+)
 def test_each_variant_is_what_it_is_alone(
     task: Task, how: Recipe, variants: Sequence[Variant], layers: tuple[str, ...], reduction: Any
 ) -> None:
