@@ -411,6 +411,13 @@ def test_after_ctrl_c_a_run_goes_on_where_it_was(
     assert f"{run_id} 100%  1,500 of 1,500 samples" in resumed.err
 
 
+@pytest.mark.timeout(120)
+def test_a_run_here_ends_when_it_is_done(infl: Infl, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not wait for the next look at its progress."""
+    monkeypatch.setattr(watch, "POLL_S", 3600.0)
+    assert infl(*TRAIN, "--local").code == 0
+
+
 def test_a_failed_run_tells_why(infl: Infl, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = TensorDataset.__getitem__
 

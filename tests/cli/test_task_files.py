@@ -163,3 +163,20 @@ def test_workers_are_told_where_the_file_lies(
     launch._submit(run, How(), print)
     assert told["device"] == "auto"
     assert told["PYTHONPATH"].split(os.pathsep)[:2] == [str(folder), str(tmp_path)]
+
+
+def test_a_package_that_comes_later_announces_its_task(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from digits import DigitsTask
+
+    with pytest.raises(SpecError, match=r"^unknown task 'their-digits': choose ffdnet, "):
+        task_class("their-digits")
+    info = tmp_path / "theirs-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1\n")
+    (info / "entry_points.txt").write_text(
+        "[influence_jobs.tasks]\ntheir-digits = digits:DigitsTask\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert task_class("their-digits") is DigitsTask
