@@ -266,6 +266,7 @@ def test_a_run_whose_code_is_elsewhere_is_shown(
     assert told in again.err
 
 
+@pytest.mark.slow
 def test_a_run_of_a_script_is_shown(
     infl: Infl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,8 @@ pytest.importorskip("ipykernel", reason="no ipykernel")
 
 import nbformat
 
+pytestmark = pytest.mark.slow  # it starts a kernel
+
 START = """
 import os, signal, threading
 import influence_jobs

@@ -48,7 +48,13 @@ def seen(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "influence, LiSSA" else ())
+        for name in RUNS
+    ],
+)
 def test_numbers_are_near_and_others_and_the_setting_is_restored(
     name, trained, tmp_path, here, seen
 ):

@@ -157,6 +157,7 @@ def test_a_recursion_of_too_many_steps_is_refused_before_it_starts(case):
         solver.trial(case.gauss_newton(), randoms(1, case.space.size), 1)
 
 
+@pytest.mark.slow
 def test_progress_follows_the_scatter_that_is_measured(case, monkeypatch):
     monkeypatch.setattr(lissa_module, "TOLERANCE", 0.004)
     fractions: list[float] = []

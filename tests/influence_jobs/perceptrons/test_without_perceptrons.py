@@ -50,6 +50,7 @@ def test_nothing_else_names_the_package(bare_library: Path) -> None:
     assert naming == []
 
 
+@pytest.mark.slow
 def test_the_library_without_it_gives_the_same_numbers(bare_library: Path, tmp_path: Path) -> None:
     with_it, without = (
         run(LIBRARY, tmp_path / "with.pt"),
