@@ -13,6 +13,7 @@ from urllib.request import Request, urlopen
 import psutil
 import pytest
 import torch
+from playwright.sync_api import Browser, sync_playwright
 
 from infl_cluster.driver import drive
 from infl_cluster.head import Head, ensure_head, stop_head
@@ -39,6 +40,10 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 sys.path.insert(0, str(EXAMPLES.parent / "docs" / "site"))
 
+CHROMIUM = [path for name in ("chromium", "google-chrome") if (path := shutil.which(name))]
+# Without these options the browser asks its vendor's hosts for updates.
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+QUIET += ["--disable-background-networking", "--disable-component-update"]
 FOREIGN = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
@@ -99,6 +104,17 @@ def ray_head() -> Iterator[Head]:
         assert _alive(processes) == []
         assert _processes_of(head) == []
         assert not (Path(os.environ["INFL_HOME"]) / "head.json").exists()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """One browser for all tests: Playwright begins only once in a process."""
+    if not CHROMIUM:
+        pytest.skip("no Chromium here: apt-get install chromium")
+    with sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=CHROMIUM[0], args=QUIET)
+        yield found
+        found.close()
 
 
 @pytest.fixture(scope="session")

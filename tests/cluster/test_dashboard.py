@@ -1,10 +1,10 @@
 """The Ray dashboard: opened signed in, without a trace of the token; and the names of its jobs."""
 
 import base64
+import contextlib
 import io
 import json
 import os
-import shutil
 import stat
 import sys
 import time
@@ -17,7 +17,6 @@ from queue import Queue
 from threading import Thread
 
 import pytest
-from playwright.sync_api import sync_playwright
 
 import influence_jobs
 from infl_cluster.client import FINAL_STATUSES, JobClient
@@ -26,7 +25,6 @@ from infl_cluster.launch import LONGEST_NAME, job_name
 from influence_jobs.errors import RuntimeFault
 from influence_jobs.store.run import Run
 
-CHROMIUM = [path for name in ("chromium", "google-chrome") if (path := shutil.which(name))]
 TOKEN = "t0ken" * 8
 COOKIE = f"cookie={TOKEN}; HttpOnly; Path=/"
 
@@ -200,9 +198,8 @@ def test_without_a_clipboard_the_terminal_gets_it_or_its_place_is_said(monkeypat
 
 
 @pytest.mark.ray
-@pytest.mark.skipif(not CHROMIUM, reason="no Chromium")
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
-def test_a_browser_is_signed_in_to_the_real_dashboard(ray_head, host):
+def test_a_browser_is_signed_in_to_the_real_dashboard(ray_head, browser, host):
     token = ray_head.token_path.read_text()
     client = JobClient(ray_head.dashboard_url.replace("127.0.0.1", host), token)
     files: Queue[str] = Queue()
@@ -211,9 +208,8 @@ def test_a_browser_is_signed_in_to_the_real_dashboard(ray_head, host):
         target=lambda: signed.append(open_signed_in(client, browse=lambda u: not files.put(u)))
     )
     opening.start()
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM[0], args=["--no-sandbox"])
-        page = browser.new_page()
+    with contextlib.closing(browser.new_context()) as context:
+        page = context.new_page()
         asked = []
         page.on("request", lambda request: asked.append(request.url))
         page.goto(files.get(timeout=20))
@@ -222,7 +218,6 @@ def test_a_browser_is_signed_in_to_the_real_dashboard(ray_head, host):
         assert page.url.startswith(f"{client.address}/#/")
         assert page.locator("input[type=password]").count() == 0
         assert page.evaluate("fetch('/api/jobs/').then(answer => answer.status)") == 200
-        browser.close()
     opening.join(20)
     assert signed == [True]
     assert not any(token in url for url in asked)

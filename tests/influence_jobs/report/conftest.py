@@ -15,7 +15,7 @@ import pytest
 import torch
 import uvicorn
 from PIL import Image
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
 from infl_cluster.driver import drive
 from infl_cluster.inline import InlineBackend
@@ -40,10 +40,6 @@ from influence_jobs.store.run import Run
 from influence_jobs.tasks.registry import make_task
 
 sys.path.insert(0, str(Path(__file__).parent))  # many_kinds
-CHROMIUM = [path for name in ("chromium", "google-chrome") if (path := shutil.which(name))]
-# Without these options the browser asks its vendor's hosts for updates.
-QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
-QUIET += ["--disable-background-networking", "--disable-component-update"]
 
 
 @dataclass(frozen=True)
@@ -201,16 +197,6 @@ def asking() -> Iterator[Callable[..., httpx.Client]]:
             return client
 
         yield make
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
-    if not CHROMIUM:
-        pytest.skip("no Chromium here: apt-get install chromium")
-    with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=CHROMIUM[0], args=QUIET)
-        yield found
-        found.close()
 
 
 @dataclass
