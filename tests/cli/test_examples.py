@@ -43,11 +43,11 @@ class Example:
 
     Attributes:
         name: Of the task; its page is docs/examples/FILE.md.
-        slow: Whether it is one of those that take longest.
         options: Of the task.
         weights: Some of the weights whose norms the page asks for.
         warned: Words in the lines of the check that are marked `warn`.
         lr: Learning rate.
+        slow: Whether it is one of those that take longest.
     """
 
     name: str

@@ -88,9 +88,8 @@ def curvature(network: Callable[[], nn.Module]) -> tuple[GaussNewton, Tensor]:
 
 
 @pytest.mark.parametrize("network", [perceptron, convolution])
-@pytest.mark.parametrize(
-    ("repeats", "batch_size"), [(1, 40), (3, 6)]
-)  # of 40 samples a product has two passes
+# Of 40 samples a product has two passes.
+@pytest.mark.parametrize(("repeats", "batch_size"), [(1, 40), (3, 6)])
 def test_lissa_finds_the_same_to_the_bit(network, batch_size, repeats, monkeypatch):
     def solved() -> list[Tensor]:
         operator, v_QP = curvature(network)
