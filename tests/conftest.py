@@ -47,6 +47,13 @@ QUIET += ["--disable-background-networking", "--disable-component-update"]
 FOREIGN = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """What a command set in this process ends with the test: more threads round otherwise."""
+    yield
+    torch.set_num_threads(1)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, help="the only random schedule of faults to run")
 
