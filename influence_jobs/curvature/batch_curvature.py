@@ -20,7 +20,7 @@ from influence_jobs.curvature.derivatives import (
 from influence_jobs.curvature.requirements import require_deterministic, require_own_losses
 from influence_jobs.errors import ModelError, first_line
 from influence_jobs.gradients.parameters import ParameterSpace
-from influence_jobs.gradients.requirements import require_independent_samples
+from influence_jobs.gradients.requirements import gradient_hooks, require_independent_samples
 from influence_jobs.gradients.taps import thawed
 from influence_jobs.gradients.transforms import all_derivatives
 from influence_jobs.memory import is_out_of_memory
@@ -114,8 +114,10 @@ class BatchCurvature(ABC):
         """Do without `torch.func`, for which some operations lack what plain autograd knows.
 
         Raises:
-            ModelError: Plain autograd cannot do either.
+            ModelError: Plain autograd cannot do either, or would go through a gradient hook twice.
         """
+        if hooked := gradient_hooks(self.model, self.space.parameters().values()):
+            raise ModelError(hooked) from error
         said = first_line(error)
         self._plain = True
         try:

@@ -1,6 +1,6 @@
 """Checks of a model and its layers that their per-sample gradients will be right."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,24 @@ def require_independent_samples(model: nn.Module) -> None:
                 "batch's: samples would influence each other; build it with "
                 "track_running_stats=True"
             )
+
+
+def gradient_hooks(model: nn.Module, parameters: Iterable[Tensor]) -> str:
+    """What is wrong with parameters whose gradients hooks may change, or nothing if none has any.
+
+    Args:
+        parameters: Some of the model's.
+    """
+    # torch tells of such hooks in no public way.
+    hooked = {id(parameter) for parameter in parameters if parameter._backward_hooks}
+    if not hooked:
+        return ""
+    first = next(name for name, value in model.named_parameters() if id(value) in hooked)
+    return (
+        f"parameter '{first}' has a gradient hook (register_hook), so its gradient may be another "
+        "than the loss's: register no hook in model(); to hold numbers of a weight fixed, let the "
+        "forward pass detach them"
+    )
 
 
 def require_supported(name: str, module: nn.Module) -> None:

@@ -25,7 +25,7 @@ from influence_jobs.gradients.fallback import Fallback
 from influence_jobs.gradients.kinks import lies_at_a_kink
 from influence_jobs.gradients.one_loss_each import CAUSES, wrong_losses
 from influence_jobs.gradients.recorded_call import RecordedCall
-from influence_jobs.gradients.requirements import require_independent_samples
+from influence_jobs.gradients.requirements import gradient_hooks, require_independent_samples
 from influence_jobs.gradients.rules import LayerRule
 from influence_jobs.gradients.transforms import differentiable_kernels
 from influence_jobs.gradients.usage import Usage
@@ -169,7 +169,8 @@ class TappedModel(ABC):
         for name, flag, most in zip(names, told, told[len(flags) :], strict=False):
             if flag:
                 raise ModelError(
-                    f"layer '{name}': per-sample {self._result} differ from those of each sample "
+                    gradient_hooks(self._model, self._parameters().values())
+                    or f"layer '{name}': per-sample {self._result} differ from those of each sample "
                     f"alone by {most:.1e} of {self._relative_to} ({limit:g} is allowed): use the "
                     f"weight inside of its module only, and let losses depend on one sample; "
                     f"{CAUSES}"

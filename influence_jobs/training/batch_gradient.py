@@ -12,6 +12,7 @@ from influence_jobs.curvature.batch_curvature import DIFFERENCES
 from influence_jobs.curvature.derivatives import agreement, padding_rows, without_rows
 from influence_jobs.curvature.requirements import saved_bytes
 from influence_jobs.errors import ModelError, first_line
+from influence_jobs.gradients.requirements import gradient_hooks
 from influence_jobs.gradients.transforms import all_derivatives
 from influence_jobs.memory import is_out_of_memory
 from influence_jobs.tasks.base import Batch, Task
@@ -82,6 +83,8 @@ class SecondDerivatives:
     """
 
     def __init__(self, task: Task, model: nn.Module, batch: Batch, **arguments: Any):
+        if hooked := gradient_hooks(model, model.parameters()):
+            raise ModelError(hooked)  # it would change the second derivatives once more
         self._model = model
         self._sample_bytes = -(-saved_bytes(task, model, batch) // arguments["size"])
         self._batched = _look(batch_gradient(task, model, batch, **arguments), model)

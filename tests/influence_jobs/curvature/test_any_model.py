@@ -1,6 +1,7 @@
 """Curvature of models and losses beyond classifiers, against dense float64 matrices."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -528,6 +529,24 @@ def test_losses_that_depend_on_the_place_in_the_batch_are_refused() -> None:
     operator = Hessian(model, ParameterSpace(model), task, torch.arange(N))
     with pytest.raises(ModelError, match=r"a sample's loss is .* alone and .* in a batch"):
         operator @ torch.ones(1, operator.size, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("changes", [True, False])
+@pytest.mark.parametrize("kind", [GaussNewton, Hessian])
+def test_a_hook_that_changes_a_gradient_is_refused(kind: type[Any], changes: bool) -> None:
+    network = partial(nn.Sequential, nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4))
+    task = Given(network, rows(3), classes(4), F.cross_entropy, "cross-entropy")
+    model = task.model().eval()
+    operator = kind(model, ParameterSpace(model), task, torch.arange(N))
+    v_QP = torch.randn(1, operator.size, dtype=torch.float64)
+    plain = operator @ v_QP
+    model[0].weight.register_hook((lambda g: g / 2) if changes else (lambda g: None))
+    hooked = kind(model, ParameterSpace(model), task, torch.arange(N))
+    if changes:
+        with pytest.raises(ModelError, match=r"^parameter '0\.weight' has a gradient hook"):
+            hooked @ v_QP
+    else:
+        torch.testing.assert_close(hooked @ v_QP, plain)
 
 
 class Padded(nn.Module):

@@ -162,3 +162,15 @@ def test_first_axis_is_not_the_sample():
         "0",
         losses=folded,
     )
+
+
+@pytest.mark.parametrize("changes", [False, True])
+def test_a_hook_that_changes_a_gradient(changes):
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)).eval()
+    model[0].weight.register_hook((lambda g: g / 2) if changes else (lambda g: None))
+    with GradNorms(model, ["0"], sums, reduction="layer") as engine:
+        if not changes:
+            engine.check(torch.randn(4, 6))
+            return
+        with pytest.raises(ModelError, match=r"^parameter '0\.weight' has a gradient hook"):
+            engine.check(torch.randn(4, 6))

@@ -460,6 +460,15 @@ def test_a_second_derivative_that_torch_lacks_is_refused() -> None:
     refused(Margin(smooth), SGD, "torch cannot differentiate the gradient of Sequential")
 
 
+def test_a_gradient_hook_is_refused() -> None:
+    def network() -> nn.Module:
+        model = smooth()
+        next(model.parameters()).register_hook(lambda gradient: gradient / 2)
+        return model
+
+    refused(Weighted(network), SGD, r"^parameter '.*weight' has a gradient hook")
+
+
 class NoiseOfItsType(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x + torch.randn_like(x)  # draws other numbers in float64
