@@ -5,16 +5,18 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from influence_jobs.errors import DataError, SpecError
+from influence_jobs.errors import DataError, ModelError, SpecError
 from influence_jobs.gradients.parameters import ParameterSpace
 from influence_jobs.gradients.transforms import differentiable_kernels
 from influence_jobs.memory import is_out_of_memory
 from influence_jobs.specs.queries import Queries, Query
 from influence_jobs.store.run import Run
 from influence_jobs.tasks.base import Batch, Draw, Task
+from influence_jobs.tasks.output_loss import alike
 from influence_jobs.tasks.placement import copy_of, device_of, to_device, to_type, widened
 from influence_jobs.tasks.regions import CURE
 from influence_jobs.tasks.sequences import tokens_in
+from influence_jobs.terms import Region
 from influence_jobs.transfers import numbers
 
 
@@ -96,6 +98,24 @@ def require_comparable(task: Task, queries: Queries) -> None:
         ) from error
 
 
+def require_repeatable(
+    task: Task, model: nn.Module, batch: Batch, quantity: str, region: Region | None
+) -> None:
+    """Refuse a quantity that two passes over the same test samples measure differently.
+
+    Raises:
+        ModelError: They do.
+    """
+    once_B, again_B = (task.measure(model, batch, quantity, region).detach() for _ in range(2))
+    finite, same = numbers([once_B.isfinite().all(), alike(once_B, again_B)])
+    if finite and not same:
+        raise ModelError(
+            f"two passes over the same test samples of {type(task).__name__} give another "
+            f"{quantity}: switch dropout off in eval mode, and draw noise from the Draw and the "
+            "sample's id only"
+        )
+
+
 def query_gradients(
     task: Task, model: nn.Module, space: ParameterSpace, queries: Queries, start: int, stop: int
 ) -> Tensor:
@@ -103,6 +123,7 @@ def query_gradients(
 
     Raises:
         DataError: A gradient is not finite.
+        ModelError: Two passes over the same test sample give another quantity.
     """
     device, dtype = device_of(model), next(model.parameters()).dtype
     exact = copy_of(model).double()
@@ -113,6 +134,10 @@ def query_gradients(
         for draw in range(queries.noise_draws):
             batch = task.test_batch(torch.tensor([query.test]), Draw(queries.seed, draw))
             batch = to_device(batch, device)
+            if not rows and draw == 0:
+                require_repeatable(
+                    task, model, widened(batch, dtype), queries.quantity, query.region
+                )
 
             def measured(model: nn.Module, batch: Batch, query: Query = query) -> Tensor:
                 with differentiable_kernels(model):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from influence_jobs.errors import SpecError
 from influence_jobs.jobs.base import Job, Plan, Progress, Result, Shard
-from influence_jobs.jobs.queries import require_queries, write_queries
+from influence_jobs.jobs.queries import require_queries, require_repeatable, write_queries
 from influence_jobs.jobs.recipe import recipe_of, trained_task
 from influence_jobs.jobs.saved_state import SavedState
 from influence_jobs.memory import free_bytes
@@ -125,6 +125,9 @@ class RetrainJob(Job[S]):
 
     def run(self, shard: Shard, progress: Progress) -> Result:
         require_queries(self.task, self.spec.queries)
+        _, batch, region = self._query_batches[0]
+        with torch.no_grad():
+            require_repeatable(self.task, self._model, batch, self.spec.queries.quantity, region)
         rows = range(shard.start, shard.stop)
         in_rows = [self.variant(row) for row in rows]
         keys = [_key(variant) for variant in in_rows]
