@@ -32,7 +32,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Nothing of a test is remembered in the user's own folder.
 os.environ["INFL_HOME"] = tempfile.mkdtemp(prefix="infl-home-")
 atexit.register(shutil.rmtree, os.environ["INFL_HOME"], ignore_errors=True)
-torch.set_num_threads(1)  # tiny tensors: a second thread only waits for the first
+# Tiny tensors: a second thread only waits for the first, here and in what a test starts.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 trust_all()  # tests make specs without naming their tasks in a command
 
