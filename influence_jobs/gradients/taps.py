@@ -171,9 +171,9 @@ class TappedModel(ABC):
                 raise ModelError(
                     gradient_hooks(self._model, self._parameters().values())
                     or f"layer '{name}': per-sample {self._result} differ from those of each "
-                    f"sample alone by {most:.1e} of {self._relative_to} ({limit:g} is allowed): use the "
-                    f"weight inside of its module only, and let losses depend on one sample; "
-                    f"{CAUSES}"
+                    f"sample alone by {most:.1e} of {self._relative_to} ({limit:g} is allowed): "
+                    "use the weight inside of its module only, and let losses depend on one "
+                    f"sample; {CAUSES}"
                 )
 
     def close(self) -> None:
