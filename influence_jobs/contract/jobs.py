@@ -39,6 +39,7 @@ ASKED: Mapping[str, Mapping[str, Any]] = {
 def times(trial: Trial) -> Said:
     """Time and memory of each kind of run over all samples, or why it is refused."""
     refused: dict[str, list[str]] = {}
+    errors: dict[str, InflError] = {}  # by run
     for name, asked in ASKED.items():
         words = dict(asked)
         request = find_kind(name).request_type
@@ -50,7 +51,7 @@ def times(trial: Trial) -> Said:
             words["operator"] = "hessian"
         shown = " ".join([name, *(f"--{key} {value}" for key, value in words.items())])
         try:
-            yield ok(f"{shown}: {_estimate(name, words, trial)}")
+            yield ok(f"{shown}: {_estimate(name, words, trial, errors)}")
         except InflError as error:
             refused.setdefault(str(error), []).append(shown)
         except Exception as error:  # noqa: BLE001  (the other kinds may well work)
@@ -59,14 +60,24 @@ def times(trial: Trial) -> Said:
         yield warn(f"refused: {', '.join(commands)}: {why}")
 
 
-def _estimate(name: str, words: Mapping[str, Any], trial: Trial) -> str:
+def _estimate(
+    name: str, words: Mapping[str, Any], trial: Trial, errors: dict[str, InflError]
+) -> str:
+    """What a run would take; refused if a run that it needs is, which `errors` has."""
     # An empty folder: what is there already must not make a difference.
     with tempfile.TemporaryDirectory() as root:
         request = find_kind(name).request_type.of({**words, "task": trial.task})
         (spec,) = request.specs(root, lambda line: None)
-        job = open_job(Run(root, spec), device=trial.device.type)
-        plan, peak = job.plan(), Peak(torch.device("cpu"))
-        rate = samples_per_second(job.probe(), PROBE_S)
+        for needed in find_kind(name).job_type.inputs(spec):
+            if needed.run_id in errors:
+                raise errors[needed.run_id]
+        try:
+            job = open_job(Run(root, spec), device=trial.device.type)
+            plan, peak = job.plan(), Peak(torch.device("cpu"))
+            rate = samples_per_second(job.probe(), PROBE_S)
+        except InflError as error:
+            errors[spec.run_id] = error
+            raise
     if rate is None:
         return "as long as its own train() takes"
     memory = size(worker_bytes(job, plan, peak))

@@ -512,3 +512,21 @@ def test_kinds_that_cannot_be_are_named() -> None:
     found = [f for f in influence_jobs.check(NoOutputs) if f.check == "time"]
     assert {f.mark for f in found} == {"ok"}
     assert "s-test --test 0 --operator hessian" in str(found)
+
+
+class HasHook(Right):
+    def model(self) -> nn.Module:
+        model = super().model()
+        model.get_parameter("0.weight").register_hook(lambda gradient: gradient / 2)
+        return model
+
+
+@pytest.mark.usefixtures("_short")
+def test_what_needs_a_refused_run_is_refused_for_the_same_reason() -> None:
+    (refused,) = (
+        f.said for f in influence_jobs.check(HasHook) if f.check == "time" and f.mark == "warn"
+    )
+    assert refused.startswith(
+        "refused: grad-norms --layer all, s-test --test 0, influence --test 0, unrolled --test 0, "
+        "attribution --layer all --test 0, gradients: parameter '0.weight' has a gradient hook"
+    )
