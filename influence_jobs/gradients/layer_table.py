@@ -50,7 +50,7 @@ worker stores anything, all its numbers of eight samples from all over the data 
 Dot products (influence) go by the rule, else in forward mode, else by the last two forms. The row
 of an Embedding's `padding_idx` counts as frozen. Embedding layers with `max_norm`,
 `scale_grad_by_freq` or `sparse` are refused, as are losses that depend on
-the other samples of the batch.
+the other samples of the batch, and weights whose gradients a hook (`weight.register_hook`) changes.
 
 Of a weight that no rule reads, the first axis is C, all others are I, and there are no kernel
 axes: `kernel` and `channel` norms are both (N, C).

@@ -106,14 +106,17 @@ def require_repeatable(
     Raises:
         ModelError: They do.
     """
-    once_B, again_B = (task.measure(model, batch, quantity, region).detach() for _ in range(2))
+    once_B, again_B = (task.measure(model, batch, quantity, region) for _ in range(2))
     finite, same = numbers([once_B.isfinite().all(), alike(once_B, again_B)])
     if finite and not same:
-        raise ModelError(
-            f"two passes over the same test samples of {type(task).__name__} give another "
-            f"{quantity}: switch dropout off in eval mode, and draw noise from the Draw and the "
-            "sample's id only"
-        )
+        raise ModelError(_changing(task, quantity))
+
+
+def _changing(task: Task, quantity: str) -> str:
+    return (
+        f"two passes over the same test samples of {type(task).__name__} give another {quantity}: "
+        "switch dropout off in eval mode, and draw noise from the Draw and the sample's id only"
+    )
 
 
 def query_gradients(
@@ -123,7 +126,7 @@ def query_gradients(
 
     Raises:
         DataError: A gradient is not finite.
-        ModelError: Two passes over the same test sample give another quantity.
+        ModelError: Two passes over the first query's sample give another quantity.
     """
     device, dtype = device_of(model), next(model.parameters()).dtype
     exact = copy_of(model).double()
@@ -131,33 +134,37 @@ def query_gradients(
     for query in queries.items[start:stop]:
         # In float64: a float32 sum over many draws would lose digits.
         total = torch.zeros(space.size, dtype=torch.float64, device=device)
+        same = torch.ones((), dtype=torch.bool, device=device)
         for draw in range(queries.noise_draws):
             batch = task.test_batch(torch.tensor([query.test]), Draw(queries.seed, draw))
             batch = to_device(batch, device)
-            if not rows and draw == 0:
-                require_repeatable(
-                    task, model, widened(batch, dtype), queries.quantity, query.region
-                )
 
             def measured(model: nn.Module, batch: Batch, query: Query = query) -> Tensor:
                 with differentiable_kernels(model):
-                    values_B = task.measure(model, batch, queries.quantity, query.region)
-                return values_B.sum()
+                    return task.measure(model, batch, queries.quantity, query.region)
 
             # In float64: where a query is fitted well its gradient is a difference that float32
             # cannot tell from zero.
+            used, given = exact, to_type(batch, torch.float64)
             try:
-                total += space.of(exact).gradient(measured(exact, to_type(batch, torch.float64)))
+                values_B = measured(used, given)
+                total += space.of(used).gradient(values_B.sum())
             except RuntimeError as error:  # a model that only its own type will do for
                 if is_out_of_memory(error):
                     raise
-                total += space.gradient(measured(model, widened(batch, dtype)))
-        finite, moving = numbers([total.isfinite().all(), total.any()])
+                used, given = model, widened(batch, dtype)
+                values_B = measured(used, given)
+                total += space.gradient(values_B.sum())
+            if not rows and draw == 0:
+                same = alike(values_B.detach(), measured(used, given).detach())
+        finite, moving, repeats = numbers([total.isfinite().all(), total.any(), same])
         if not finite:
             raise DataError(
                 f"the gradient of the {queries.quantity} of test sample {query.test} is not "
                 "finite: check the sample and the checkpoint"
             )
+        if not repeats:
+            raise ModelError(_changing(task, queries.quantity))
         if not moving:
             raise DataError(
                 f"the gradient of the {queries.quantity} of test sample {query.test} is exactly "

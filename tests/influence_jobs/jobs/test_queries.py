@@ -4,19 +4,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from digits import DigitsTask
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import influence_jobs
 from influence_jobs import Batch
 
 
-class DropsAlways(DigitsTask):
-    """Dropout as a function, which eval mode does not switch off."""
+class NoisyAlways(DigitsTask):
+    """Noise that eval mode does not switch off, as of dropout that is called as a function."""
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
-        return F.dropout(super().outputs(model, batch), 0.1)
+        logits = super().outputs(model, batch)
+        return logits * (1 + 0.1 * torch.randn_like(logits))
 
 
 @pytest.mark.parametrize(
@@ -32,5 +33,5 @@ def test_a_quantity_that_each_pass_measures_anew_is_refused(
 ) -> None:
     with pytest.raises(influence_jobs.InflError, match="switch dropout off in eval mode"):
         influence_jobs.submit(
-            kind, task=DropsAlways(width=2), epochs=1, test=3, runs=tmp_path, quiet=True, **asked
+            kind, task=NoisyAlways(width=2), epochs=1, test=3, runs=tmp_path, quiet=True, **asked
         )
