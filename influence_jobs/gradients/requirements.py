@@ -37,22 +37,29 @@ def require_independent_samples(model: nn.Module) -> None:
             )
 
 
-def gradient_hooks(model: nn.Module, parameters: Iterable[Tensor]) -> str:
+def gradient_hooks(
+    model: nn.Module, parameters: Iterable[Tensor], *, backward: bool = False
+) -> str:
     """What is wrong with parameters whose gradients hooks may change, or nothing if none has any.
 
     Args:
         parameters: Some of the model's.
+        backward: Look also at the hooks that `backward()` alone calls, as in a training.
     """
     # torch tells of such hooks in no public way.
-    hooked = {id(parameter) for parameter in parameters if parameter._backward_hooks}
-    if not hooked:
-        return ""
-    first = next(name for name, value in model.named_parameters() if id(value) in hooked)
-    return (
-        f"parameter '{first}' has a gradient hook (register_hook), so its gradient may be another "
-        "than the loss's: register no hook in model(); to hold numbers of a weight fixed, let the "
-        "forward pass detach them"
-    )
+    kinds = {"_backward_hooks": "register_hook"}
+    if backward:
+        kinds["_post_accumulate_grad_hooks"] = "register_post_accumulate_grad_hook"
+    asked = {id(parameter) for parameter in parameters}
+    for name, parameter in model.named_parameters():
+        for attribute, method in kinds.items():
+            if id(parameter) in asked and getattr(parameter, attribute, None):
+                return (
+                    f"parameter '{name}' has a gradient hook ({method}), so its gradient may be "
+                    "another than the loss's: register no hook in model(); to hold numbers of a "
+                    "weight fixed, keep them in a buffer and the others in a parameter of their own"
+                )
+    return ""
 
 
 def require_supported(name: str, module: nn.Module) -> None:

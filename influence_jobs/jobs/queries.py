@@ -1,5 +1,7 @@
 """The queries of a spec: their checks, gradients and table."""
 
+from functools import partial
+
 import numpy as np
 import pyarrow as pa
 import torch
@@ -98,7 +100,7 @@ def require_comparable(task: Task, queries: Queries) -> None:
         ) from error
 
 
-def require_repeatable(
+def require_same_measure(
     task: Task, model: nn.Module, batch: Batch, quantity: str, region: Region | None
 ) -> None:
     """Refuse a quantity that two passes over the same test samples measure differently.
@@ -106,7 +108,9 @@ def require_repeatable(
     Raises:
         ModelError: They do.
     """
-    once_B, again_B = (task.measure(model, batch, quantity, region) for _ in range(2))
+    once_B, again_B = (
+        task.measure(model, batch, quantity, region).detach().double() for _ in range(2)
+    )
     finite, same = numbers([once_B.isfinite().all(), alike(once_B, again_B)])
     if finite and not same:
         raise ModelError(_changing(task, quantity))
@@ -114,8 +118,9 @@ def require_repeatable(
 
 def _changing(task: Task, quantity: str) -> str:
     return (
-        f"two passes over the same test samples of {type(task).__name__} give another {quantity}: "
-        "switch dropout off in eval mode, and draw noise from the Draw and the sample's id only"
+        f"two passes over the same test samples of {type(task).__name__} give different values of "
+        f"{quantity}: switch dropout off in eval mode, and draw noise from the Draw and the "
+        "sample's id only"
     )
 
 
@@ -126,7 +131,7 @@ def query_gradients(
 
     Raises:
         DataError: A gradient is not finite.
-        ModelError: Two passes over the first query's sample give another quantity.
+        ModelError: Two passes over the first query's sample give different values.
     """
     device, dtype = device_of(model), next(model.parameters()).dtype
     exact = copy_of(model).double()
@@ -145,18 +150,18 @@ def query_gradients(
 
             # In float64: where a query is fitted well its gradient is a difference that float32
             # cannot tell from zero.
-            used, given = exact, to_type(batch, torch.float64)
+            used, given = exact, partial(to_type, batch, torch.float64)
             try:
-                values_B = measured(used, given)
+                values_B = measured(used, given())
                 total += space.of(used).gradient(values_B.sum())
             except RuntimeError as error:  # a model that only its own type will do for
                 if is_out_of_memory(error):
                     raise
-                used, given = model, widened(batch, dtype)
-                values_B = measured(used, given)
+                used, given = model, partial(widened, batch, dtype)
+                values_B = measured(used, given())
                 total += space.gradient(values_B.sum())
             if not rows and draw == 0:
-                same = alike(values_B.detach(), measured(used, given).detach())
+                same = alike(values_B.detach(), measured(used, given()).detach())
         finite, moving, repeats = numbers([total.isfinite().all(), total.any(), same])
         if not finite:
             raise DataError(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from influence_jobs.errors import SpecError
 from influence_jobs.jobs.base import Job, Plan, Progress, Result, Shard
-from influence_jobs.jobs.queries import require_queries, require_repeatable, write_queries
+from influence_jobs.jobs.queries import require_queries, require_same_measure, write_queries
 from influence_jobs.jobs.recipe import recipe_of, trained_task
 from influence_jobs.jobs.saved_state import SavedState
 from influence_jobs.memory import free_bytes
@@ -29,7 +29,7 @@ from influence_jobs.store.retrained import Retrained, variant_key
 from influence_jobs.tasks.base import Batch, Draw
 from influence_jobs.tasks.placement import converted, out_of_half, to_device
 from influence_jobs.terms import Region
-from influence_jobs.training.changes import Changes
+from influence_jobs.training.changes import Changes, move_weights
 from influence_jobs.training.ensemble import EnsembleTrainer, Variant, why_alone
 from influence_jobs.training.ensemble_width import (
     WIDTHS,
@@ -125,9 +125,7 @@ class RetrainJob(Job[S]):
 
     def run(self, shard: Shard, progress: Progress) -> Result:
         require_queries(self.task, self.spec.queries)
-        _, batch, region = self._query_batches[0]
-        with torch.no_grad():
-            require_repeatable(self.task, self._model, batch, self.spec.queries.quantity, region)
+        self._require_same_measure()
         rows = range(shard.start, shard.stop)
         in_rows = [self.variant(row) for row in rows]
         keys = [_key(variant) for variant in in_rows]
@@ -349,6 +347,14 @@ class RetrainJob(Job[S]):
     def _test_batch(self, tests: Sequence[int], draw: int) -> Batch:
         batch = self.task.test_batch(torch.tensor(tests), Draw(self.spec.queries.seed, draw))
         return out_of_half(to_device(batch, self.device), self._model)
+
+    @torch.no_grad()
+    def _require_same_measure(self) -> None:
+        """Look at the first queries before anything is trained."""
+        model = converted(self.task, self.device)[0]
+        move_weights(model)  # dropout before a last layer of zeros changes nothing
+        _, batch, region = self._query_batches[0]
+        require_same_measure(self.task, model, batch, self.spec.queries.quantity, region)
 
     @torch.no_grad()
     def _measure(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:

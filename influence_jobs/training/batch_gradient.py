@@ -83,8 +83,9 @@ class SecondDerivatives:
     """
 
     def __init__(self, task: Task, model: nn.Module, batch: Batch, **arguments: Any):
-        if hooked := gradient_hooks(model, model.parameters()):
-            raise ModelError(hooked)  # it would change the second derivatives once more
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if hooked := gradient_hooks(model, trained, backward=True):
+            raise ModelError(hooked)  # second derivatives meet it twice, or not at all
         self._model = model
         self._sample_bytes = -(-saved_bytes(task, model, batch) // arguments["size"])
         self._batched = _look(batch_gradient(task, model, batch, **arguments), model)

@@ -151,15 +151,20 @@ def _is_cross_entropy(task: Task) -> bool:
         torch.default_generator.manual_seed(0)
         model = converted(task, torch.device("cpu"))[0]
         batch = out_of_half(batch, model)
-        for weight in (p for p in model.parameters() if p.requires_grad and p.ndim > 1):
-            # A last layer of zeros gives the same loss with label smoothing as without.
-            weight.add_(torch.randn_like(weight), alpha=weight[0].numel() ** -0.5)
+        move_weights(model)  # a last layer of zeros gives the same loss with label smoothing
         losses_B, outputs_BC = task.losses(model, batch), task.outputs(model, batch)
     try:
         plain_B = F.cross_entropy(outputs_BC, task.targets(batch), reduction="none")
     except IndexError:  # targets that only the task's own loss knows, such as another ignore_index
         return False
     return losses_B.shape == plain_B.shape and bool(alike(losses_B, plain_B))
+
+
+@torch.no_grad()
+def move_weights(model: nn.Module) -> None:
+    """Add random numbers to a model's weights, so that no layer gives zero whatever it gets."""
+    for weight in (p for p in model.parameters() if p.requires_grad and p.ndim > 1):
+        weight.add_(torch.randn_like(weight), alpha=weight[0].numel() ** -0.5)
 
 
 @torch.no_grad()

@@ -13,7 +13,16 @@ from influence_jobs import Batch
 
 
 class NoisyAlways(DigitsTask):
-    """Noise that eval mode does not switch off, as of dropout that is called as a function."""
+    """Noise that eval mode does not switch off, as of dropout that is called as a function.
+
+    The untrained model does not show it, since its last layer gives zeros.
+    """
+
+    def model(self) -> nn.Module:
+        model = super().model()
+        for parameter in model.get_submodule("head").parameters():
+            nn.init.zeros_(parameter)
+        return model
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
         logits = super().outputs(model, batch)
@@ -35,3 +44,23 @@ def test_a_quantity_that_each_pass_measures_anew_is_refused(
         influence_jobs.submit(
             kind, task=NoisyAlways(width=2), epochs=1, test=3, runs=tmp_path, quiet=True, **asked
         )
+
+
+class CountsRight(DigitsTask):
+    quantities = ("loss", "correct")
+
+    def measure(
+        self, model: nn.Module, batch: Batch, quantity: str = "loss", region: Any = None
+    ) -> Tensor:
+        if quantity == "loss":
+            return super().measure(model, batch, quantity, region)
+        return self.outputs(model, batch).argmax(1) == self.targets(batch)
+
+
+def test_a_quantity_may_be_a_truth_value(tmp_path: Path) -> None:
+    asked = {"by": "random", "mode": "remove", "k": 10, "quantity": "correct"}
+    run = influence_jobs.submit(
+        "ablation", task=CountsRight(width=2), epochs=1, test=[3, 4], runs=tmp_path, quiet=True,
+        **asked,
+    )  # fmt: skip
+    assert set(run["losses"].values.ravel()) <= {0, 1}

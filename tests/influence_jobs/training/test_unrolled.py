@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -460,13 +461,17 @@ def test_a_second_derivative_that_torch_lacks_is_refused() -> None:
     refused(Margin(smooth), SGD, "torch cannot differentiate the gradient of Sequential")
 
 
-def test_a_gradient_hook_is_refused() -> None:
-    def network() -> nn.Module:
+@pytest.mark.parametrize("method", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_a_gradient_hook_is_refused_unless_its_weight_is_frozen(method: str) -> None:
+    def network(*, frozen: bool = False) -> nn.Module:
         model = smooth()
-        next(model.parameters()).register_hook(lambda gradient: gradient / 2)
+        weight = next(model.parameters())
+        getattr(weight, method)(lambda value: None)
+        weight.requires_grad_(not frozen)
         return model
 
-    refused(Weighted(network), SGD, r"^parameter '.*weight' has a gradient hook")
+    refused(Weighted(network), SGD, rf"^parameter '.*weight' has a gradient hook \({method}\)")
+    assert np.isfinite(scores(Weighted(partial(network, frozen=True)), SGD)).all()
 
 
 class NoiseOfItsType(nn.Module):
