@@ -135,7 +135,7 @@ def query_gradients(
     """
     device, dtype = device_of(model), next(model.parameters()).dtype
     exact = copy_of(model).double()
-    rows = []
+    rows = list[Tensor]()
     for query in queries.items[start:stop]:
         # In float64: a float32 sum over many draws would lose digits.
         total = torch.zeros(space.size, dtype=torch.float64, device=device)

@@ -351,10 +351,9 @@ class RetrainJob(Job[S]):
     @torch.no_grad()
     def _require_same_measure(self) -> None:
         """Look at the first queries before anything is trained."""
-        model = converted(self.task, self.device)[0]
-        move_weights(model)  # dropout before a last layer of zeros changes nothing
+        move_weights(self._model)  # dropout before a last layer of zeros changes nothing
         _, batch, region = self._query_batches[0]
-        require_same_measure(self.task, model, batch, self.spec.queries.quantity, region)
+        require_same_measure(self.task, self._model, batch, self.spec.queries.quantity, region)
 
     @torch.no_grad()
     def _measure(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:

@@ -58,9 +58,7 @@ class CountsRight(DigitsTask):
 
 
 def test_a_quantity_may_be_a_truth_value(tmp_path: Path) -> None:
-    asked = {"by": "random", "mode": "remove", "k": 10, "quantity": "correct"}
-    run = influence_jobs.submit(
-        "ablation", task=CountsRight(width=2), epochs=1, test=[3, 4], runs=tmp_path, quiet=True,
-        **asked,
-    )  # fmt: skip
+    asked: dict[str, Any] = {"by": "random", "mode": "remove", "k": 10, "quantity": "correct"}
+    asked |= {"task": CountsRight(width=2), "epochs": 1, "test": [3, 4]}
+    run = influence_jobs.submit("ablation", runs=tmp_path, quiet=True, **asked)
     assert set(run["losses"].values.ravel()) <= {0, 1}
