@@ -85,8 +85,8 @@ EXAMPLES = [
     ),
     Example("tabular:Tabular", ("0", "1", "6"), {"samples": 20, "width": 4}),
     Example("unet:UNet", ("down.conv", "middle.norm", "up"), {"samples": 6, "width": 2}, slow=True),
-    Example("audio:Audio", ("0", "2", "6"), {"samples": 8, "width": 2}),
-    Example("lstm:Lstm", ("rnn.weight_hh_l0", "head"), warned=("(LSTM)", "(GRU)")),
+    Example("audio:Audio", ("0", "2", "6"), {"samples": 8, "width": 2}, slow=True),
+    Example("lstm:Lstm", ("rnn.weight_hh_l0", "head"), warned=("(LSTM)", "(GRU)"), slow=True),
     Example(
         "lora:Lora",
         (
@@ -95,6 +95,7 @@ EXAMPLES = [
         ),
         {"samples": 8, "hidden": 4, "rank": 1},
         warned=("frozen",),
+        slow=True,
     ),
 ]
 

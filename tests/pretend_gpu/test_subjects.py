@@ -16,6 +16,7 @@ from .pretend import PretendGpu, PretendTensor
 from .subjects import SUBJECTS, Subject
 
 CPU = torch.device("cpu")
+LONGEST = ("Lissa, settings, Hessian",)
 
 
 def tensors(tree: Any) -> list[Tensor]:
@@ -51,7 +52,13 @@ def test_every_engine_solver_and_layer_is_here():
     assert {rule.type_name() for rule in registered()} <= layers
 
 
-@pytest.mark.parametrize("subject", SUBJECTS.values(), ids=SUBJECTS)
+@pytest.mark.parametrize(
+    "subject",
+    [
+        pytest.param(subject, id=name, marks=pytest.mark.slow if name in LONGEST else ())
+        for name, subject in SUBJECTS.items()
+    ],
+)
 def test_the_numbers_are_those_of_the_cpu_and_the_waits_few(subject: Subject, gpu: PretendGpu):
     found = hold(subject, gpu)
     expected = tensors(subject.start(CPU)(2))

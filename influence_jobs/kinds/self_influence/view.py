@@ -109,9 +109,9 @@ class SelfInfluenceView(View[SelfInfluenceSpec]):
         ids, _ = largest_rows(self.run, ARRAYS[by], k)
         names = self.run.array_names()
         there = {column: array for column, array in COLUMNS.items() if array in names}
-        # Rows are few and far between: a chunk each.
+        # Each chunk is read once, however many of its rows are wanted.
         values = {
-            column: [self.run.read_rows(array, i, i + 1)[0].item() for i in ids.tolist()]
+            column: np.asarray(self.run.array(array).oindex[ids]).tolist()
             for column, array in there.items()
         }
         described = self.run.read_table("samples").take(ids).to_pylist()

@@ -42,7 +42,7 @@ def drive_until_kept(run: Run, count: int, *, shard_rows: int) -> set[str]:
     return kept
 
 
-@pytest.mark.parametrize("written", [3, 5])
+@pytest.mark.parametrize("written", [3, pytest.param(5, marks=pytest.mark.slow)])
 def test_killed_in_the_middle_no_finished_variant_is_trained_again(
     carry_out, grid, fresh_root, trained, written
 ) -> None:

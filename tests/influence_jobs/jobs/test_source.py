@@ -114,7 +114,9 @@ def rise_without(task: Any, sample: int, test: int, amount: float) -> float:
     return N * (losses[0] - losses[1]) / (2 * amount)
 
 
-@pytest.mark.parametrize("exponential", ["chebyshev", "ek-fac"])
+@pytest.mark.parametrize(
+    "exponential", ["chebyshev", pytest.param("ek-fac", marks=pytest.mark.slow)]
+)
 def test_with_fine_segments_it_is_the_unrolled_training(
     carry_out: Any, lines: Any, exponential: str, tmp_path: Path
 ) -> None:

@@ -222,7 +222,7 @@ def test_a_link_is_copied_without_the_token_and_opens_what_was_seen(unet, served
     ("scheme", "width"),
     [
         ("light", 390),
-        ("dark", 1280),
+        pytest.param("dark", 1280, marks=pytest.mark.slow),
         pytest.param("light", 1280, marks=pytest.mark.slow),
         pytest.param("dark", 390, marks=pytest.mark.slow),
     ],
