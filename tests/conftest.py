@@ -1,6 +1,7 @@
 """Fixtures for all tests."""
 
 import atexit
+import gc
 import os
 import shutil
 import signal
@@ -47,6 +48,12 @@ CHROMIUM = [path for name in ("chromium", "google-chrome") if (path := shutil.wh
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
 QUIET += ["--disable-background-networking", "--disable-component-update"]
 FOREIGN = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is loaded by now out of garbage collections, of which a run makes several."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
