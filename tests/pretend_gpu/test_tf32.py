@@ -28,6 +28,7 @@ RUNS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "baseline, norm": ({**QUERIES, "method": "norm"}, set()),
     "train": ({"norms_layer": ["1"]}, set()),
 }
+LONGEST = ("influence, LiSSA", "influence, relative")
 
 
 def flags() -> tuple[bool, bool]:
@@ -50,10 +51,7 @@ def seen(monkeypatch):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow if name == "influence, LiSSA" else ())
-        for name in RUNS
-    ],
+    [pytest.param(name, marks=pytest.mark.slow if name in LONGEST else ()) for name in RUNS],
 )
 def test_numbers_are_near_and_others_and_the_setting_is_restored(
     name, trained, tmp_path, here, seen

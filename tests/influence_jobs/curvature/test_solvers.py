@@ -135,7 +135,7 @@ def test_the_mean_of_lissa_is_the_inverse_within_its_standard_error(case):
     assert all(repeat.damping == damping for repeat in repeats)
 
 
-@pytest.mark.parametrize("damping", [5 * LAMBDA, LAMBDA])
+@pytest.mark.parametrize("damping", [pytest.param(5 * LAMBDA, marks=pytest.mark.slow), LAMBDA])
 def test_lissa_takes_the_steps_that_its_trial_tells_and_its_progress_is_true(case, damping):
     operator, v_QP = case.gauss_newton(), randoms(2, case.space.size)
     solver = Lissa(damping)

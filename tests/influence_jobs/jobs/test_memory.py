@@ -21,7 +21,7 @@ SCRIPT = Path(__file__).parent / "many_samples.py"
 SLACK = 1.1
 
 
-@pytest.mark.parametrize("relative", [None, "theta"])
+@pytest.mark.parametrize("relative", [None, pytest.param("theta", marks=pytest.mark.slow)])
 def test_vectors_that_do_not_fit_are_multiplied_block_by_block(
     relative: str | None,
     carry_out,

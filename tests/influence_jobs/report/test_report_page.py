@@ -46,8 +46,15 @@ def test_every_kind_of_run_has_a_section_that_says_how_it_was_made(report, every
     assert "https://" not in text
 
 
-@pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(
+    ("width", "scheme"),
+    [
+        (1280, "light"),
+        (390, "dark"),
+        pytest.param(1280, "dark", marks=pytest.mark.slow),
+        pytest.param(390, "light", marks=pytest.mark.slow),
+    ],
+)
 def test_it_opens_from_disk_alone(report, watched, faults, width, scheme) -> None:
     shown = watched(width, scheme)
     address = (report / "report.html").as_uri()

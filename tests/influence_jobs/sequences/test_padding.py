@@ -244,7 +244,9 @@ OTHERS: dict[str, Any] = {
     "a word as padding": {"pad": 5},
 }
 TASKS = [Language, Summed, Classifier, Recurrent, Packed]
-CASES = [(Language, how) for how in OTHERS] + [(task, "longer, another id") for task in TASKS[1:]]
+SLOW = pytest.mark.slow  # one difference alone, of the two of "longer, another id"
+CASES: list[Any] = [pytest.param(Language, "longer", marks=SLOW), (Language, "a word as padding")]
+CASES += [(task, "longer, another id") for task in TASKS]
 
 
 @pytest.mark.parametrize("task,how", CASES, ids=lambda x: x if isinstance(x, str) else x.__name__)
