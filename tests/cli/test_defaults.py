@@ -76,6 +76,7 @@ def test_the_curvature_is_of_all_samples_up_to_a_stated_work(
     assert asked(runs).curvature.samples == 100
 
 
+@pytest.mark.slow
 def test_a_subset_says_how_stable_it_is(infl: Infl, runs: Path) -> None:
     words = ("submit", "s-test", "--checkpoint", "train-digits", "--local", "--test", 5)
     whole = infl(*words, "--damping", ".1").out

@@ -63,6 +63,7 @@ def test_an_ablation_from_request_to_report(infl: Infl, runs: Path, tmp_path: Pa
     ]
 
 
+@pytest.mark.slow
 def test_stability_trains_other_seeds_and_compares(infl: Infl, runs: Path) -> None:
     words = ("submit", "stability", *DIGITS, *CHEAP, *TESTS, "--top", 20, "--retrainings", 2)
     found = infl(*words)

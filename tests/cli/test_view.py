@@ -86,12 +86,9 @@ def test_a_browser_is_told_the_token_by_a_private_file(runs: Path, tmp_path: Pat
             process.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("home", "why"),
-    [
-        pytest.param("home", "", marks=pytest.mark.slow),
-        ("file", " ([Errno 20] Not a directory: "),
-    ],
+    ("home", "why"), [("home", ""), ("file", " ([Errno 20] Not a directory: ")]
 )
 def test_where_no_browser_opens_it_says_so(runs: Path, tmp_path: Path, home: str, why: str) -> None:
     (tmp_path / "home").mkdir()

@@ -57,6 +57,7 @@ def test_every_model(name, tmp_path):
     assert not {c: one for c, one in found.items() if one.mark not in (RIGHT, REFUSED)}
 
 
+@pytest.mark.slow
 def test_numbers_that_differ_are_wrong(tmp_path, monkeypatch):
     subject = subject_of("TiedAutoencoder", tmp_path)
     for kept in ("gradients_NP", "queries_QP"):

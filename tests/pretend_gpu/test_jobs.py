@@ -33,8 +33,13 @@ from .runs import (
     require_alike,
 )
 
+# Their solvers' own runs, `s-test`, are tried in any case.
+LONGEST = ("influence, LiSSA", "influence, relative", "influence, SOURCE")
 
-@pytest.mark.parametrize("name", JOBS)
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONGEST)) for name in JOBS]
+)
 def test_a_run_of_samples(name, trained, tmp_path, here):
     found = hold_batches(name, trained, tmp_path, here)
     kind, options, _ = JOBS[name]

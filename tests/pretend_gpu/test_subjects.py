@@ -16,7 +16,7 @@ from .pretend import PretendGpu, PretendTensor
 from .subjects import SUBJECTS, Subject
 
 CPU = torch.device("cpu")
-LONGEST = ("Lissa, settings, Hessian",)
+LONGEST = ("Lissa, settings, Hessian", "EkFac, no rules", "EkFac, sampled tokens")
 
 
 def tensors(tree: Any) -> list[Tensor]:

@@ -225,6 +225,7 @@ def test_repeats_side_by_side_find_what_each_finds_alone(case, depth, monkeypatc
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [Classes], indirect=True)
 def test_of_repeats_side_by_side_only_the_diverging_ones_restart(case):
     v_QP, settings = randoms(2, case.space.size), {"depth": 150, "batch_size": 2}

@@ -119,6 +119,7 @@ def values_of(run: Run) -> dict[str, np.ndarray]:
     return {name: np.asarray(run.array(name)[...]) for name in run.array_names()}
 
 
+LONGEST = ("relative", "norm", "gradients")  # they halve as "influence" does
 KINDS = [
     "grad-norms",
     "gradients",
@@ -132,7 +133,10 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=pytest.mark.slow if kind in LONGEST else ()) for kind in KINDS],
+)
 def test_halved_batches_give_the_same_numbers_up_to_rounding(
     kind: str, spec_of, fresh_root, carry_out, limited, home: Path
 ) -> None:

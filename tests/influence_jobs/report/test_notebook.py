@@ -34,7 +34,10 @@ def test_a_run_says_what_it_is_and_has(runs_of_all_kinds) -> None:
     assert "style=&#34;" not in html  # its tables are not escaped twice
 
 
-@pytest.mark.parametrize(("scheme", "ink"), [("light", "#000000"), ("dark", "#ffffff")])
+@pytest.mark.parametrize(
+    ("scheme", "ink"),
+    [("light", "#000000"), pytest.param("dark", "#ffffff", marks=pytest.mark.slow)],
+)
 def test_it_is_read_in_both_schemes(runs_of_all_kinds, watched, scheme, ink) -> None:
     """It brings no colours, so it has those of the notebook."""
     found = results(runs_of_all_kinds.influence)
