@@ -92,6 +92,7 @@ def test_a_subset_says_how_stable_it_is(infl: Infl, runs: Path) -> None:
     assert "learning rate 0.05 x 94 steps" in " ".join(planned.split())
 
 
+@pytest.mark.slow
 def test_halves_that_lambda_does_not_make_positive_end_no_run(infl: Infl, runs: Path) -> None:
     words = ("submit", "s-test", "--checkpoint", "train-digits", "--local", "--test", 5)
     answer = infl(*words, "--operator", "hessian", "--curvature-samples", 200)

@@ -134,6 +134,7 @@ def test_the_smallest_scores_of_a_run_are_its_harmful_samples(infl: Infl, runs: 
     assert set(runs.glob("retrained-*/manifest/*")) == trained
 
 
+@pytest.mark.slow
 def test_the_report_of_several_runs_lies_in_the_first_ones_folder(infl: Infl, runs: Path) -> None:
     Path("file").touch()
     assert infl("report", "grad-norms", "--out", "file").err.startswith("error: cannot write")

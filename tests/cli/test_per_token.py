@@ -156,6 +156,7 @@ def test_scores_of_tokens_are_parts_of_the_score(
         assert "test 2, tokens 0:2" in client.get("/query?test=2&region=0%3A2").text
 
 
+@pytest.mark.slow
 def test_another_batch_pads_otherwise_and_gives_the_same_numbers(
     infl: Infl, words: tuple[str, ...], tmp_path: Path
 ) -> None:

@@ -50,7 +50,10 @@ def test_a_run_of_samples(name, trained, tmp_path, here):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name == "paper")) for name in OTHERS],
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in ("paper", "calibrate")))
+        for name in OTHERS
+    ],
 )
 def test_a_run_of_other_runs_or_models(name, trained, tmp_path, here):
     found = hold_shards(name, trained, tmp_path / "gpu", here)

@@ -152,6 +152,7 @@ def test_shards_change_no_byte(of, carry_out, fresh_root) -> None:
     assert find_damage(parts).damaged == {}
 
 
+@pytest.mark.slow
 def test_a_run_that_is_cut_off_ends_with_the_same_bytes(
     of, carry_out, fresh_root, monkeypatch
 ) -> None:

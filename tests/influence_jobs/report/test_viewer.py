@@ -303,6 +303,7 @@ def test_a_click_on_a_pixel_is_answered_with_patches(
     assert all(asked.startswith(denoiser) for asked in shown.requests)
 
 
+@pytest.mark.slow
 def test_it_fits_a_phone(denoiser, digits, watched, faults) -> None:
     for address in (f"{digits}/?token={TOKEN}", f"{digits}/query?test=5", f"{digits}/sample/3",
                     f"{denoiser}/?token={TOKEN}", f"{denoiser}/image/0?y=3&x=4"):  # fmt: skip

@@ -244,7 +244,8 @@ OTHERS: dict[str, Any] = {
     "a word as padding": {"pad": 5},
 }
 TASKS = [Language, Summed, Classifier, Recurrent, Packed]
-SLOW = pytest.mark.slow  # one difference alone, of the two of "longer, another id"
+SLOW = pytest.mark.slow
+# "longer" is one difference alone, of the two of "longer, another id".
 CASES: list[Any] = [pytest.param(Language, "longer", marks=SLOW), (Language, "a word as padding")]
 CASES += [(task, "longer, another id") for task in TASKS]
 
@@ -259,7 +260,7 @@ def test_padding_in_front_gives_the_same_numbers(task: type[Padded]) -> None:
     _require_same(plain(task), numbers(task(to=LONGEST + 1, front=True)))
 
 
-@pytest.mark.parametrize("task", [Language, Summed, Recurrent])
+@pytest.mark.parametrize("task", [Language, pytest.param(Summed, marks=SLOW), Recurrent])
 def test_another_batch_has_other_padding_and_gives_the_same_numbers(task: type[Padded]) -> None:
     alone = task()
     alone.batch_size = 1  # type: ignore[misc]
